@@ -1,0 +1,34 @@
+# Both commands of the README set up what they need in .venv, once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types wheel clean
+
+demo: .venv/ready ## train the tiny agent on this machine's CPU
+	$(BIN)/python -m tir_alp.train $(ARGS)
+
+test: .venv/ready-dev ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready-dev
+	$(BIN)/pyright
+
+wheel: .venv/ready-dev ## build a wheel and use it where the checkout is out of sight
+	bash tests/end_to_end/wheel.sh
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("tir_alp needs Python 3.11 or newer; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/ready-dev: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,124 @@
+"""A few processes that run math-verify, each killed and replaced when it is over its deadline."""
+
+from __future__ import annotations
+
+import queue
+import subprocess
+import sys
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+_WORKER_FILE = Path(__file__).with_name("grading_worker.py")
+
+
+class GraderError(Exception):
+    """An answer could not be graded. It says nothing about whether the answer is right."""
+
+
+class GraderPool:
+    """Grades from any number of threads with at most `num_workers` processes.
+
+    Processes start when they are first needed. A slot in the queue is the right to use one of
+    them: it holds an idle worker, or None where it has yet to be started or was killed.
+    """
+
+    def __init__(
+        self,
+        num_workers: int = 2,
+        *,
+        deadline_s: float = 5.0,
+        start_deadline_s: float = 60.0,
+        queue_deadline_s: float = 60.0,
+    ):
+        self.num_workers = num_workers
+        self.deadline_s = deadline_s
+        self.start_deadline_s = start_deadline_s
+        self.queue_deadline_s = queue_deadline_s
+        self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        for _ in range(num_workers):
+            self._slots.put(None)
+
+    def verify(self, answer: str, truth: str) -> bool:
+        """Return whether math-verify takes the two for equal.
+
+        Raises:
+            GraderError: it did not say so in time, crashed, or cannot read the truth.
+        """
+        try:
+            worker = self._slots.get(timeout=self.queue_deadline_s)
+        except queue.Empty:
+            raise GraderError(
+                f"all {self.num_workers} graders were busy for {self.queue_deadline_s:g} s"
+            ) from None
+        try:
+            if worker is None:
+                worker = _Worker(self.start_deadline_s)
+            verdict = worker.ask((answer, truth, self.deadline_s), self.deadline_s)
+        except BaseException:
+            if worker is not None:
+                worker.kill()
+                worker = None
+            raise
+        finally:
+            self._slots.put(worker)
+        if isinstance(verdict, str):
+            raise GraderError(verdict)
+        return verdict
+
+    def close(self) -> None:
+        """End all processes; a later call would start new ones. Waits for those at work."""
+        slots = []
+        for _ in range(self.num_workers):
+            try:
+                slots.append(self._slots.get(timeout=self.deadline_s))
+            except queue.Empty:
+                break  # still starting: it ends by itself when its pipe closes
+        for worker in slots:
+            if worker is not None:
+                worker.kill()
+            self._slots.put(None)
+
+
+class _Worker:
+    """One process, which answers one request at a time."""
+
+    def __init__(self, start_deadline_s: float):
+        self._pipe, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                # -P: the folder of the file, with our `parsing` and `tasks`, stays off the path
+                [sys.executable, "-P", str(_WORKER_FILE), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for us, not for the grader
+            )
+        try:
+            self._receive(start_deadline_s, "did not start")
+        except BaseException:
+            self.kill()
+            raise
+
+    def ask(self, request: tuple[str, str, float], deadline_s: float) -> Any:
+        """Send a request and return its answer, or raise `GraderError`."""
+        try:
+            self._pipe.send(request)
+        except OSError:
+            raise GraderError("the grader had died between two requests") from None
+        return self._receive(deadline_s, "gave no verdict")
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._pipe.close()
+
+    def _receive(self, deadline_s: float, failure: str) -> Any:
+        if not self._pipe.poll(deadline_s):
+            raise GraderError(f"the grader {failure} within {deadline_s:g} s and was killed")
+        try:
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            status = self._process.wait()
+            raise GraderError(f"the grader {failure}: it ended with status {status}") from None

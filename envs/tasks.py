@@ -1,0 +1,121 @@
+"""Where tasks come from: our own arithmetic, and reasoning-gym by the name of a data set.
+
+A task is a dict with `task_id`, `question` and `answer`, all texts. Every source is a pure function
+of its arguments and an index: nothing is stored, and any task can be made again from its index.
+
+One rule divides every source in two: `is_held_out(question)`. It looks at nothing but the question,
+so that no question is in both splits, whatever the seeds and sizes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+Split = Literal["train", "held_out"]
+
+_HELD_OUT_SHARE = 1 / 8
+_MAX_DRAWS = 256  # (1 - 1/8)^256 < 1e-14: only a source of very few questions can fail
+
+
+class TaskSource(Protocol):
+    """Tasks by index. A list of dicts is one too."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+def is_held_out(question: str) -> bool:
+    """Whether a question belongs to the held-out split: one in eight does, by its hash."""
+    return _hash(f"split/{question}") < _HELD_OUT_SHARE * 2**128
+
+
+def arithmetic_task(seed: int, index: int, split: Split = "train") -> dict[str, str]:
+    """Return a question that takes a calculator, e.g. "What is 37*48+112?", and its answer.
+
+    There are 14 million questions. They are short because the smallest models read characters.
+    """
+    for draw in range(_MAX_DRAWS):
+        bits = _hash(f"arithmetic/{seed}/{index}/{draw}")
+        bits, a = divmod(bits, 89)
+        bits, b = divmod(bits, 89)
+        bits, c = divmod(bits, 900)
+        a, b, c = a + 11, b + 11, c + 100
+        sign, answer = ("+", a * b + c) if bits % 2 else ("-", a * b - c)
+        question = f"What is {a}*{b}{sign}{c}?"
+        if is_held_out(question) == (split == "held_out"):
+            break
+    else:
+        raise AssertionError(f"{_MAX_DRAWS} draws without a {split} question")
+    return {
+        "task_id": f"arithmetic/{split}/{seed}/{index}",
+        "question": question,
+        "answer": str(answer),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class ArithmeticTasks:
+    """The first `size` tasks of `arithmetic_task`."""
+
+    seed: int
+    size: int
+    split: Split = "train"
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int, /) -> dict[str, str]:
+        _check_index(index, self.size)
+        return arithmetic_task(self.seed, index, self.split)
+
+
+class ReasoningGymTasks:
+    """Tasks of one data set of reasoning-gym, e.g. "gcd" or "basic_arithmetic".
+
+    Answers are graded as mathematics, so only data sets with such answers make sense.
+    """
+
+    def __init__(self, name: str, *, seed: int, size: int, split: Split = "train"):
+        import reasoning_gym  # takes seconds: only for those who use it
+        from reasoning_gym.factory import DATASETS
+
+        if name not in DATASETS:
+            raise ValueError(
+                f"reasoning-gym has no data set {name!r}; it has: {', '.join(sorted(DATASETS))}"
+            )
+        self._name, self._seed, self._size, self._split = name, seed, size, split
+        # Task i is the first of the draws i, i + size, i + 2 size, ... that is in the split.
+        self._draws = reasoning_gym.create_dataset(name, seed=seed, size=size * _MAX_DRAWS)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int, /) -> dict[str, str]:
+        _check_index(index, self._size)
+        for draw in range(index, self._size * _MAX_DRAWS, self._size):
+            row = self._draws[draw]
+            if is_held_out(row["question"]) == (self._split == "held_out"):
+                return {
+                    "task_id": f"reasoning_gym/{self._name}/{self._seed}/{draw}",
+                    "question": row["question"],
+                    "answer": str(row["answer"]),
+                }
+        raise ValueError(
+            f"reasoning-gym's {self._name!r} has too few different questions for a "
+            f"{self._split} split: none in {_MAX_DRAWS} draws"
+        )
+
+
+def _check_index(index: int, size: int) -> None:
+    if not 0 <= index < size:
+        raise IndexError(f"task {index} of {size}")
+
+
+def _hash(text: str) -> int:
+    """128 bits that stay the same on every machine and in every version of Python."""
+    data = text.encode(errors="surrogatepass")  # JSON can hold halves of surrogate pairs
+    return int.from_bytes(hashlib.blake2b(data, digest_size=16).digest())

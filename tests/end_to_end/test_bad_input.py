@@ -1,0 +1,100 @@
+"""What a user gets wrong is said in one message, with exit code 2, and leaves nothing behind."""
+
+import json
+
+import pytest
+
+from tir_alp import train
+from tir_alp.tiny import BASE
+
+TINY = ("--steps", "1", "--eval.num_tasks", "4", "--rollout.groups_per_step", "2")
+
+
+def refuse(capsys, tmp_path, monkeypatch, *arguments):
+    """Start a run that cannot start; returns what it said."""
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*TINY, *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("tir_alp.train: ")
+    assert "Traceback" not in said
+    assert not (tmp_path / "runs").exists()
+    return said
+
+
+@pytest.fixture
+def refusal(capsys, tmp_path, monkeypatch):
+    return lambda *arguments: refuse(capsys, tmp_path, monkeypatch, *arguments)
+
+
+def copy_of_the_tiny_model(folder):
+    for file in BASE.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_an_unknown_key(refusal):
+    assert "--trainer.lrate 1" in refusal("--trainer.lrate", "1")
+
+
+def test_an_unknown_key_in_a_file(refusal, tmp_path):
+    (tmp_path / "my.toml").write_text("[trainer]\nlrate = 1\n")
+    assert "trainer.lrate: there is no such key" in refusal("--config", str(tmp_path / "my.toml"))
+
+
+def test_a_value_of_the_wrong_type(refusal):
+    said = refusal("--trainer.lr", "fast")
+    assert "trainer.lr: " in said
+    assert "'fast'" in said
+
+
+def test_an_unknown_algorithm(refusal):
+    said = refusal("--algorithm", "ppo")
+    assert "no algorithm 'ppo'" in said
+    assert "alp_sequence" in said
+
+
+def test_a_config_that_is_not_there(refusal):
+    assert "cannot read the config 'nowhere.toml'" in refusal("--config", "nowhere.toml")
+
+
+def test_a_model_folder_that_is_not_there(refusal):
+    assert "no model folder './nowhere'" in refusal("--model.path", "./nowhere")
+
+
+def test_an_empty_data_set(refusal, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    said = refusal("--data.source", "jsonl", "--data.path", str(tmp_path / "empty.jsonl"))
+    assert "empty.jsonl holds no tasks" in said
+
+
+def test_a_prompt_longer_than_the_context(refusal, tmp_path):
+    rows = [{"question": f"{number} " + "very " * 60, "answer": "1"} for number in range(64)]
+    tasks = tmp_path / "long.jsonl"
+    tasks.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    said = refusal("--data.source", "jsonl", "--data.path", str(tasks))
+    assert "long.jsonl:" in said
+    assert "rollout.max_context_tokens = 256" in said
+
+
+def test_a_tokenizer_without_an_end_token(refusal, tmp_path):
+    folder = copy_of_the_tiny_model(tmp_path)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    del settings["eos_token"]
+    file.write_text(json.dumps(settings))
+    assert "has no eos token" in refusal("--model.path", str(folder))
+
+
+@pytest.mark.parametrize("name", ["tir_alp.envs:Nothing-v0", "no_such_package:Env-v0"])
+def test_an_environment_that_is_not_there(refusal, name):
+    assert f"cannot make the environment '{name}'" in refusal("--env.id", name)
+
+
+def test_an_environment_setting_that_is_not_there(refusal):
+    said = refusal("--env.kwargs", '{"max_turn": 3}')
+    assert "does not take env.kwargs" in said
+    assert "max_turn" in said
+
+
+def test_a_run_to_resume_that_is_not_there(refusal):
+    assert "nowhere is no folder of a run" in refusal("--resume", "nowhere")

@@ -1,0 +1,152 @@
+"""The command as a user starts it: what it writes, and that a killed run loses nothing."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SMALL = (
+    *("--rollout.groups_per_step", "4", "--rollout.group_size", "4"),
+    *("--eval.num_tasks", "8", "--checkpoint.every", "1", "--deterministic", "true"),
+)
+PUBLIC_METRICS = {  # the names that outside scripts read
+    *("rollout/reward", "rollout/tool_calls", "ratio/p2", "ratio/p50", "ratio/p98", "kl/rollout"),
+    *("loss/clip_fraction", "loss/value", "alp/sigma_mean", "alp/effective", "entropy/mean"),
+    *("staleness/mean", "time/generate", "time/tool", "time/train", "outcome/ok"),
+    *("outcome/infra_error", "tokens/generated", "tokens/loss"),
+}
+
+
+def start(folder, *arguments):
+    command = [sys.executable, "-m", "tir_alp.train", *arguments]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def run(folder, *arguments):
+    process = start(folder, *arguments)
+    printed = process.communicate(timeout=240)[0].decode()
+    assert process.returncode == 0, printed
+    return printed
+
+
+def rows(run_folder):
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def digest(checkpoint):
+    return hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of four steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("finished")
+    printed = run(folder, "--name", "whole", "--steps", "4", *SMALL)
+    return folder / "runs" / "whole", printed
+
+
+def test_a_run_says_what_it_minimises_and_how_it_ended(finished):
+    path, printed = finished
+    objective = (path / "objective.txt").read_text()
+    assert objective.startswith("alp_sequence: minimise the mean over tokens of L_t")
+    assert objective in printed
+    assert '"groups_per_step":4' in printed
+    assert "step 0: accuracy" in printed
+    assert "step 4: accuracy" in printed
+    assert f"--resume runs/{path.name}" in printed
+
+
+def test_metrics_have_the_public_names_and_evaluation_stands_before_and_after(finished):
+    before, *training, after = rows(finished[0])
+    assert [row["step"] for row in training] == [1, 2, 3, 4]
+    assert (before["step"], after["step"]) == (0, 4)
+    assert before["eval/tasks"] == after["eval/tasks"] == 8
+    assert 0 <= after["eval/accuracy"] <= 1
+    for row in training:
+        assert row.keys() >= PUBLIC_METRICS
+        assert row["staleness/mean"] == 0
+        assert row["train/skipped_updates"] == row["rollout/dropped"] == 0
+
+
+def test_the_folder_holds_all_that_design_names(finished):
+    path, _ = finished
+    config = json.loads((path / "config.json").read_text())
+    assert config["algorithm"]["name"] == "alp_sequence"
+    assert config["rollout"]["group_size"] == 4
+    assert sorted(file.name for file in (path / "trajectories").iterdir()) == [
+        f"step_{step:06d}.jsonl" for step in (1, 2, 3, 4)
+    ]
+    assert list((path / "tensorboard").glob("events.*"))
+    model = AutoModelForCausalLM.from_pretrained(path / "checkpoints" / "step_4")
+    assert not [name for name in model.state_dict() if "sigma" in name]
+
+
+def test_recorded_trajectories_are_what_the_model_saw_and_wrote(finished):
+    path, _ = finished
+    tokenizer = AutoTokenizer.from_pretrained(path / "checkpoints" / "step_4")
+    recorded = (path / "trajectories" / "step_000001.jsonl").read_text().splitlines()
+    assert len(recorded) == 16
+    for trajectory in map(json.loads, recorded):
+        assert tokenizer.decode(trajectory["prompt"]["token_ids"]).startswith("<|user|>What is ")
+        assert trajectory["prompt"]["rollout_logprobs"] is None
+        for turn in trajectory["turns"]:
+            completion, observation = turn["completion"], turn["observation"]
+            assert len(completion["token_ids"]) == len(completion["rollout_logprobs"]) > 0
+            assert max(completion["rollout_logprobs"]) <= 0
+            assert observation["rollout_logprobs"] is None
+            if observation["token_ids"]:
+                shown = tokenizer.decode(observation["token_ids"])
+                assert shown == f"<|end|><|tool|>{turn['info']['observation']}<|end|><|assistant|>"
+
+
+def test_a_run_killed_and_resumed_equals_one_that_was_not(finished, tmp_path):
+    whole, _ = finished
+    process = start(tmp_path, "--name", "killed", "--steps", "4", *SMALL)
+    killed = tmp_path / "runs" / "killed"
+    deadline = time.monotonic() + 200
+    while not (killed / "checkpoints" / "step_2" / "manifest.json").exists():
+        assert process.poll() is None, process.communicate()[0].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)  # step 3 is under way
+    process.communicate()
+    assert not (killed / "checkpoints" / "step_4").exists()
+
+    run(tmp_path, "--resume", str(killed))
+
+    timeless = [name for name in rows(whole)[1] if not name.startswith(("time/", "tokens/per"))]
+    assert len(timeless) > 20
+    for undisturbed, resumed in zip(rows(whole), rows(killed), strict=True):
+        names = [name for name in timeless if name in undisturbed]
+        assert {name: undisturbed[name] for name in names} == {
+            name: resumed[name] for name in names
+        }
+    checkpoints = "checkpoints/step_4"
+    assert digest(whole / checkpoints) == digest(killed / checkpoints)
+    states = [torch.load(path / checkpoints / "trainer.pt") for path in (whole, killed)]
+    assert torch.equal(states[0]["log_sigma"], states[1]["log_sigma"])
+
+
+def test_what_a_resume_may_not_change_is_refused(finished):
+    process = start(finished[0].parents[1], "--resume", str(finished[0]), "--trainer.lr", "1")
+    said = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 2
+    assert "trainer cannot change in the middle of a run" in said
+
+
+def test_rollouts_ahead_of_the_weights_stay_within_the_limit(tmp_path):
+    stale = ("--name", "stale", "--steps", "4", "--rollout.max_staleness", "2")
+    run(tmp_path, *stale, *SMALL, "--deterministic", "false")
+    training = rows(tmp_path / "runs" / "stale")[1:-1]
+    staleness = [row["staleness/mean"] for row in training]
+    assert 0 < max(staleness) <= 2

@@ -1,0 +1,215 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tir_alp.envs import grading
+from tir_alp.envs.grader_pool import GraderError, GraderPool
+from tir_alp.envs.grading import Grade, grade
+from tir_alp.tools.outcome import Outcome
+
+HANGS = ("9^{9^{9^{9}}}", "1/3")  # sympy sets out to write the number down
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = GraderPool(num_workers=1, deadline_s=1.0)
+    yield pool
+    pool.close()
+
+
+def worker_pids(pool):
+    return [worker._process.pid for worker in pool._slots.queue if worker is not None]
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)  # succeeds for zombies too
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------ without a process
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "correct"),
+    [
+        ("1888", "1888", True),
+        (" 1888 ", "1888", True),
+        ("1887", "1888", False),
+        ("+7", "7", True),
+        ("007", "7", True),
+        ("-7", "7", False),
+        ("2/4", "1/2", True),
+        ("4/2", "2", True),
+        ("1/3", "1/2", False),
+        ("hello", "hello", True),
+        ("37*48+112", "1888", False),
+        (r"37 \times 48 + 112", "1888", False),
+        ("37\u00d748", "1776", False),
+        ("2000-112", "1888", False),
+        ("x = 37*48 + 112", "1888", False),
+    ],
+)
+def test_plain_numbers_need_no_math_verify(monkeypatch, answer, truth, correct):
+    monkeypatch.setattr(grading, "_pool", None)
+    assert grade(answer, truth).correct is correct
+
+
+def test_plain_numbers_take_microseconds():
+    begin = time.perf_counter()
+    for _ in range(1000):
+        grade("1887", "1888")
+    assert time.perf_counter() - begin < 0.5
+
+
+# ------------------------------------------------------------------------- with math-verify
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "correct"),
+    [
+        ("0.5", "1/2", True),
+        (r"\frac{1}{2}", "1/2", True),
+        (r"\dfrac{12}{24}", "0.5", True),
+        ("1,888", "1888", True),
+        ("$1888$", "1888", True),
+        ("$-5$", "-5", True),
+        ("x = -5", "-5", True),
+        ("37*48+112 = 1888", "1888", True),
+        (r"1888\text{ cm}", "1888", True),
+        (r"1.5\times 10^3", "1500", True),
+        ("2x+3", "3+2x", True),
+        (r"\{2,1\}", r"\{1,2\}", True),
+        ("1,2,3", "3", False),
+        ("7 or 12", "12", False),
+        ("it is 12", "12", False),
+        ("1887.999", "1888", False),
+        ("x>5", "5", False),
+        ("nonsense", "5", False),
+        ("((((", "5", False),
+        ("", "5", False),
+    ],
+)
+def test_other_answers_are_compared_as_mathematics(answer, truth, correct):
+    assert grade(answer, truth) == Grade(correct=correct)
+
+
+def test_a_fraction_over_zero_is_a_wrong_answer():
+    assert grade("1/0", "5").correct is False
+
+
+def test_a_truth_that_cannot_be_read_is_an_error_of_the_grader():
+    result = grade("5", "}{")
+    assert (result.correct, result.outcome) == (None, Outcome.GRADER_ERROR)
+    assert "'}{'" in result.error
+
+
+# --------------------------------------------------------------------- hangs, crashes, ends
+
+
+def test_a_hang_is_an_error_of_the_grader_and_never_a_wrong_answer(monkeypatch, pool):
+    monkeypatch.setattr(grading, "_pool", pool)
+    result = grade(*HANGS)
+    assert (result.correct, result.outcome) == (None, Outcome.GRADER_ERROR)
+    assert "within 1 s" in result.error
+
+
+def test_a_hang_is_killed_at_the_deadline_and_replaced(pool):
+    assert pool.verify("0.5", "1/2")
+    (pid,) = worker_pids(pool)
+    begin = time.perf_counter()
+    with pytest.raises(GraderError, match="within 1 s"):
+        pool.verify(*HANGS)
+    assert 1.0 <= time.perf_counter() - begin < 3.0
+    assert not is_alive(pid)
+    assert pool.verify("0.5", "1/2")
+
+
+def test_a_worker_that_dies_at_work_is_an_error_and_replaced(pool):
+    assert pool.verify("0.5", "1/2")
+    (pid,) = worker_pids(pool)
+    killer = threading.Timer(0.2, os.kill, (pid, signal.SIGKILL))
+    killer.start()
+    with pytest.raises(GraderError, match="ended with status -9"):
+        pool.verify(*HANGS)
+    killer.join()
+    assert pool.verify("0.5", "1/2")
+
+
+def test_a_worker_that_died_while_idle_is_an_error_and_replaced(pool):
+    assert pool.verify("0.5", "1/2")
+    (pid,) = worker_pids(pool)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(GraderError):
+        pool.verify("0.5", "1/2")
+    assert pool.verify("0.5", "1/2")
+
+
+def test_a_full_pool_is_an_error_after_its_own_deadline():
+    pool = GraderPool(num_workers=1, deadline_s=2.0, queue_deadline_s=0.1)
+    assert pool.verify("0.5", "1/2")
+
+    def hang():
+        with pytest.raises(GraderError):
+            pool.verify(*HANGS)
+
+    hanging = threading.Thread(target=hang)
+    hanging.start()
+    time.sleep(0.3)
+    with pytest.raises(GraderError, match="all 1 graders were busy"):
+        pool.verify("0.5", "1/2")
+    hanging.join()
+    pool.close()
+
+
+def test_many_threads_get_their_own_verdicts(pool):
+    verdicts = {}
+
+    def check(number):
+        verdicts[number] = pool.verify(f"{number}.0", str(number % 7))
+
+    threads = [threading.Thread(target=check, args=(number,)) for number in range(14)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verdicts == {number: number < 7 for number in range(14)}
+    assert len(worker_pids(pool)) == 1
+
+
+def test_closing_leaves_no_process():
+    pool = GraderPool(num_workers=1)
+    assert pool.verify("0.5", "1/2")
+    (pid,) = worker_pids(pool)
+    pool.close()
+    assert not is_alive(pid)
+
+
+def test_a_forked_child_has_graders_of_its_own():
+    assert grade("0.5", "1/2").correct
+    ours = grading._pool
+    child = os.fork()
+    if child == 0:
+        alone = grading._pool is not ours and not worker_pids(grading._pool)
+        os._exit(0 if alone and grade("0.25", "1/4").correct else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert grading._pool is ours
+
+
+def test_the_graders_of_a_program_end_with_it():
+    program = """if True:
+        from tir_alp.envs import grading
+        assert grading.grade("0.5", "1/2").correct
+        print(*(w._process.pid for w in grading._pool._slots.queue if w is not None))
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert not any(is_alive(int(pid)) for pid in done.stdout.split())

@@ -1,0 +1,165 @@
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tir_alp.envs.parsing import Answer, ToolCall, code_blocks, extract_boxed, parse_action
+
+
+def call(code: str) -> ToolCall:
+    return ToolCall("python", {"code": code})
+
+
+# ----------------------------------------------------------------------------- code blocks
+
+
+@pytest.mark.parametrize("tag", ["", "py", "python", "Python", " python", "python "])
+def test_a_block_with_any_of_the_python_tags_is_a_call(tag):
+    assert parse_action(f"So:\n```{tag}\nprint(1)\n```") == call("print(1)\n")
+
+
+def test_no_fence_is_no_call():
+    assert parse_action("print(1)") is None
+
+
+def test_an_unclosed_block_is_no_call():
+    assert parse_action("```python\nprint(1)\n") is None
+
+
+def test_an_opening_fence_alone_is_no_call():
+    assert parse_action("```python") is None
+
+
+def test_of_two_blocks_the_first_is_called():
+    assert parse_action("```py\na\n```\nthen\n```py\nb\n```") == call("a\n")
+
+
+def test_backticks_inside_a_line_of_code_do_not_close_the_block():
+    assert parse_action('```python\nprint("```")\n```') == call('print("```")\n')
+
+
+def test_crlf_ends_lines_too():
+    assert parse_action("So:\r\n```python\r\nprint(1)\r\n```\r\n") == call("print(1)\r\n")
+
+
+def test_an_indented_fence_does_not_close_the_block():
+    assert parse_action("```python\nprint(1)\n  ```") is None
+
+
+def test_a_block_closes_at_its_third_backtick_whatever_follows():
+    assert parse_action("```python\nprint(1)\n```python\nprint(2)") == call("print(1)\n")
+
+
+def test_an_empty_block_is_complete():
+    assert parse_action("```python\n```") == call("")
+
+
+def test_a_tagged_block_may_open_in_mid_line():
+    assert parse_action("Let me see: ```python\nprint(1)\n```") == call("print(1)\n")
+
+
+def test_inline_code_at_the_end_of_a_line_opens_no_block():
+    text = "I print ```x```\nand ```y```\n```python\nz\n```"
+    assert parse_action(text) == call("z\n")
+
+
+def test_a_block_of_another_language_is_passed_over_with_its_closing_fence():
+    text = "```json\n{}\n```\nnow\n```python\nprint(1)\n```"
+    assert parse_action(text) == call("print(1)\n")
+
+
+def test_blocks_carry_their_place_in_the_text():
+    text = "So:\n```python\nprint(1)\n```"
+    (block,) = code_blocks(text)
+    assert (block.tag, block.start, block.end, block.is_complete) == ("python", 4, 26, True)
+    assert text[block.end - 3 : block.end] == "```"
+
+
+def test_a_block_is_found_as_soon_as_its_closing_fence_is_written():
+    text = "So:\n```python\nprint(1)\n```"
+    calls = [parse_action(text[:length]) is not None for length in range(len(text) + 1)]
+    assert calls == [False] * len(text) + [True]
+
+
+# --------------------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{42}", "42"),
+        (r"\boxed{1} no, \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed {7}", "7"),
+        (r"\boxed{ 7 }", "7"),
+        (r"\boxed{\boxed{7}}", "7"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"{ \boxed{7}", "7"),
+        (r"} \boxed{7}", "7"),
+        (r"\boxed{7} and \boxed{8", "7"),
+        (r"\boxed{}", ""),
+        (r"\boxed{7", None),
+        (r"\boxed{\frac{1}{2}", None),
+        (r"\boxed 7", None),
+        (r"a row\\boxed{7}", None),
+        ("42", None),
+        ("", None),
+    ],
+)
+def test_the_last_closed_box_is_the_answer(text, answer):
+    assert extract_boxed(text) == answer
+
+
+def test_a_box_in_prose_is_an_answer():
+    assert parse_action(r"It is \boxed{42}.") == Answer("42")
+
+
+@pytest.mark.parametrize("box_first", [True, False])
+def test_a_block_wins_over_a_box_on_either_side(box_first):
+    block, box = "```python\nx\n```", r"\boxed{1}"
+    text = f"{box}\n{block}" if box_first else f"{block}\n{box}"
+    assert parse_action(text) == call("x\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```latex\n\\boxed{1}\n```",
+        "```python\nprint('\\boxed{1}')",
+        "\\boxed{\n```json\n1}\n```",
+    ],
+    ids=["other language", "unclosed", "straddling"],
+)
+def test_a_box_inside_a_block_is_no_answer(text):
+    assert parse_action(text) is None
+
+
+def test_a_box_before_an_unclosed_block_is_an_answer():
+    assert parse_action("\\boxed{1}\n```python\nprint(2)") == Answer("1")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\\boxed{" * 100_000, "{" * 700_000, "```py\n" * 100_000, "\n```x\n```" * 70_000, "`" * 10**6],
+    ids=["boxes", "braces", "openings", "blocks", "backticks"],
+)
+def test_megabytes_of_nesting_are_read_in_linear_time(text):
+    begin = time.perf_counter()
+    parse_action(text)
+    assert time.perf_counter() - begin < 5  # quadratic would be minutes
+
+
+PIECES = ["```", "```py\n", "```python\n", "\n", "\r\n", "\\boxed{", "{", "}", "\\", "`", "x", " "]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.sampled_from([*PIECES, "\ud800"])).map("".join))
+def test_a_call_is_known_at_its_closing_fence_and_not_before(text):
+    # The rollout stops sampling there: it must see the very call that the environment will see.
+    block = next((block for block in code_blocks(text) if block.is_python), None)
+    if block is None:
+        assert not isinstance(parse_action(text), ToolCall)
+    else:
+        assert parse_action(text[: block.end]) == parse_action(text) == call(block.code)
+        assert not isinstance(parse_action(text[: block.end - 1]), ToolCall)

@@ -1,0 +1,262 @@
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from gymnasium.error import ResetNeeded
+
+from tir_alp.envs.grading import Grade
+from tir_alp.envs.tool_env import ToolEnv
+from tir_alp.tools.base import ToolResult
+from tir_alp.tools.outcome import Outcome
+
+CODE = "```python\nprint(42)\n```"
+TASKS = [{"question": f"q{number}", "answer": str(number)} for number in range(50)]
+
+
+@dataclass
+class Session:
+    is_open: bool = True
+
+    def close(self):
+        self.is_open = False
+
+
+@dataclass
+class Script:
+    """A tool that answers every call in the same way."""
+
+    result: ToolResult
+    name: str = "python"
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    sessions: list[Session] = field(default_factory=list)
+    calls: list = field(default_factory=list)
+
+    def open_session(self):
+        self.sessions.append(Session())
+        return self.sessions[-1]
+
+    def run(self, arguments, session):
+        assert session.is_open
+        self.calls.append(arguments)
+        return self.result
+
+
+class Quiz(ToolEnv):
+    def prompt(self, task):
+        return task["question"]
+
+    def grade(self, task, answer):
+        if answer == "hang":
+            return Grade(correct=None, outcome=Outcome.GRADER_ERROR, error="too slow")
+        return Grade(correct=answer == task["answer"])
+
+
+def quiz(text="42", outcome=Outcome.OK, error="", max_turns=3, tasks=TASKS):
+    tool = Script(ToolResult(outcome=outcome, text=text, duration_s=0.25, error=error))
+    env = Quiz(tools=[tool], tasks=tasks, max_turns=max_turns)
+    return env, tool
+
+
+def info(**changes):
+    nothing = {
+        "outcome": "ok",
+        "tool_calls": 0,
+        "void": False,
+        "answer": None,
+        "correct": None,
+        "error": "",
+        "tool_s": 0.0,
+    }
+    return nothing | changes
+
+
+def begin(env):
+    env.reset(options={"task": {"question": "6*7?", "answer": "42"}})
+    return env
+
+
+# ---------------------------------------------------------------------- how a step can end
+
+
+def test_a_block_runs_in_the_tool_and_its_text_is_the_observation():
+    env, tool = quiz(text="42\n")
+    assert begin(env).step(CODE) == ("42\n", 0.0, False, False, info(tool_calls=1, tool_s=0.25))
+    assert tool.calls == [{"code": "print(42)\n"}]
+
+
+def test_a_right_answer_terminates_with_reward_one():
+    env, _ = quiz()
+    step = begin(env).step(r"\boxed{42}")
+    assert step == ("", 1.0, True, False, info(answer="42", correct=True))
+
+
+def test_a_wrong_answer_terminates_with_reward_zero():
+    env, _ = quiz()
+    step = begin(env).step(r"\boxed{41}")
+    assert step == ("", 0.0, True, False, info(answer="41", correct=False))
+
+
+@pytest.mark.parametrize(
+    "action",
+    ["", "42", "```python\nprint(42)", "```python\nprint(r'\\boxed{42}')", r"\boxed{42"],
+    ids=["empty", "no code, no box", "unclosed code", "box in unclosed code", "unclosed box"],
+)
+def test_a_void_turn_terminates_with_reward_zero(action):
+    env, tool = quiz()
+    assert begin(env).step(action) == ("", 0.0, True, False, info(void=True))
+    assert tool.calls == []
+
+
+def test_a_box_in_the_program_neither_scores_nor_ends_the_episode():
+    env, _ = quiz()
+    _, reward, terminated, truncated, step = begin(env).step(
+        "```python\nprint(r'\\boxed{42}')\n```"
+    )
+    assert (reward, terminated, truncated) == (0.0, False, False)
+    assert step["answer"] is None
+
+
+def test_a_box_printed_by_the_tool_neither_scores_nor_ends_the_episode():
+    env, _ = quiz(text=r"\boxed{42}")
+    observation, reward, terminated, truncated, _ = begin(env).step(CODE)
+    assert (observation, reward, terminated, truncated) == (r"\boxed{42}", 0.0, False, False)
+    assert env.step("The tool said it.")[1:3] == (0.0, True)
+
+
+def test_a_block_wins_over_the_box_behind_it():
+    env, tool = quiz()
+    _, reward, terminated, _, _ = begin(env).step(CODE + "\n\\boxed{42}")
+    assert (reward, terminated, len(tool.calls)) == (0.0, False, 1)
+
+
+@pytest.mark.parametrize(
+    "outcome", [Outcome.TOOL_ERROR, Outcome.TOOL_TIMEOUT, Outcome.RESOURCE_LIMIT]
+)
+def test_a_program_that_fails_is_an_observation_like_any_other(outcome):
+    env, _ = quiz(text="ValueError", outcome=outcome)
+    observation, _, terminated, truncated, step = begin(env).step(CODE)
+    assert (observation, terminated, truncated) == ("ValueError", False, False)
+    assert step["outcome"] == outcome.value
+
+
+def test_a_call_of_a_tool_that_is_not_there_is_told_to_the_model():
+    env = Quiz(tools=[], tasks=TASKS, max_turns=3)
+    observation, _, terminated, truncated, step = begin(env).step(CODE)
+    assert "there is no tool named 'python'" in observation
+    assert (terminated, truncated, step["outcome"]) == (False, False, "tool_error")
+
+
+# ------------------------------------------------------------------------------ the limits
+
+
+def test_the_last_turn_truncates_when_it_is_a_call():
+    env, _ = quiz(max_turns=2)
+    begin(env)
+    assert env.step(CODE)[2:4] == (False, False)
+    observation, reward, terminated, truncated, _ = env.step(CODE)
+    assert (observation, reward, terminated, truncated) == ("42", 0.0, False, True)
+
+
+def test_the_last_turn_terminates_when_it_is_an_answer():
+    env, _ = quiz(max_turns=2)
+    begin(env)
+    env.step(CODE)
+    assert env.step(r"\boxed{42}")[1:4] == (1.0, True, False)
+
+
+def test_every_episode_has_its_turns():
+    env, _ = quiz(max_turns=2)
+    for _ in range(2):
+        begin(env)
+        assert env.step(CODE)[3] is False
+        assert env.step(CODE)[3] is True
+
+
+# ------------------------------------------------------------------------- infrastructure
+
+
+def test_a_failing_sandbox_truncates_and_is_named():
+    env, _ = quiz(text="", outcome=Outcome.INFRA_ERROR, error="host 3 is gone")
+    step = begin(env).step(CODE)
+    assert step[:4] == ("", 0.0, False, True)
+    assert step[4] == info(outcome="infra_error", tool_calls=1, error="host 3 is gone", tool_s=0.25)
+
+
+def test_a_failing_grader_truncates_and_says_neither_right_nor_wrong():
+    env, _ = quiz()
+    step = begin(env).step(r"\boxed{hang}")
+    assert step[:4] == ("", 0.0, False, True)
+    assert step[4] == info(outcome="grader_error", answer="hang", error="too slow")
+
+
+# ----------------------------------------------------------------------- reset and sessions
+
+
+def test_one_session_lasts_one_episode():
+    env, tool = quiz()
+    begin(env)
+    env.step(CODE)
+    env.step(CODE)
+    assert [session.is_open for session in tool.sessions] == [True]
+    env.step(r"\boxed{42}")
+    assert [session.is_open for session in tool.sessions] == [False]
+
+
+def test_reset_in_mid_episode_frees_the_session():
+    env, tool = quiz()
+    begin(env).step(CODE)
+    begin(env).step(CODE)
+    assert [session.is_open for session in tool.sessions] == [False, True]
+
+
+def test_close_frees_the_session_and_may_be_called_twice():
+    env, tool = quiz()
+    begin(env).step(CODE)
+    env.close()
+    env.close()
+    assert [session.is_open for session in tool.sessions] == [False]
+
+
+def test_an_episode_without_a_call_opens_no_session():
+    env, tool = quiz()
+    begin(env).step(r"\boxed{42}")
+    assert tool.sessions == []
+
+
+def test_reset_gives_the_prompt_and_the_whole_task():
+    env, _ = quiz()
+    task = {"question": "6*7?", "answer": "42", "source": {"page": 3}}
+    observation, reset_info = env.reset(options={"task": task})
+    assert (observation, reset_info) == ("6*7?", {"task": task})
+    reset_info["task"]["answer"] = "0"
+    assert env.step(r"\boxed{42}")[1] == 1.0
+
+
+def test_without_a_task_one_is_drawn_by_the_seed():
+    env, _ = quiz()
+    first = [env.reset(seed=5)[0], env.reset()[0], env.reset()[0]]
+    again = [env.reset(seed=5)[0], env.reset()[0], env.reset()[0]]
+    assert first == again
+    assert len(set(first)) > 1
+
+
+@pytest.mark.parametrize("before", ["nothing", "an answer", "close"])
+def test_a_step_without_an_episode_is_refused(before):
+    env, _ = quiz()
+    if before != "nothing":
+        begin(env)
+    if before == "an answer":
+        env.step(r"\boxed{42}")
+    if before == "close":
+        env.close()
+    with pytest.raises(ResetNeeded, match="call reset"):
+        env.step(CODE)
+
+
+def test_an_episode_needs_a_turn_and_a_task():
+    with pytest.raises(ValueError, match="max_turns is 0"):
+        quiz(max_turns=0)
+    with pytest.raises(ValueError, match="not one task"):
+        quiz(tasks=[])

@@ -1,0 +1,118 @@
+"""Packing by literal tensors: what is trained on is decided here, once."""
+
+import pytest
+import torch
+
+from tir_alp.batch import Sample, collate, loss_positions, pack, to_rows
+from tir_alp.tools.outcome import Outcome
+from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn
+
+
+def trajectory(uid: int, prompt: tuple[int, ...], *spans: TokenSpan) -> Trajectory:
+    """A prompt, and then completions and observations by turns."""
+    spans = (*spans, TokenSpan(())) if len(spans) % 2 else spans
+    turns = tuple(
+        Turn(completion, observation, 0, StopReason.STOP, Outcome.OK, 0.0)
+        for completion, observation in zip(spans[::2], spans[1::2], strict=True)
+    )
+    return Trajectory("t", 0, TokenSpan(prompt), turns, True, False, sequence_uid=uid)
+
+
+def said(*ids: int, trainable: bool = True) -> TokenSpan:
+    return TokenSpan(ids, tuple(-id / 10 for id in ids), trainable)
+
+
+def of_length(uid: int, length: int) -> Sample:
+    return Sample(trajectory(uid, (1,) * (length - 1), said(5)), 1.0)
+
+
+def shapes(batches) -> list[list[int]]:
+    return [list(batch.lengths) for batch in batches]
+
+
+TWO = [
+    Sample(trajectory(7, (1, 2), said(3, 4), TokenSpan((5,)), said(6)), 0.5),
+    Sample(trajectory(8, (1,), said(9)), -0.5),
+]
+
+
+def test_two_sequences_are_packed_behind_one_another():
+    batch = collate(TWO)
+    assert batch.token_ids.tolist() == [1, 2, 3, 4, 5, 6, 1, 9]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert batch.lengths == (6, 2)
+    assert batch.sequence_uids == (7, 8)
+    assert batch.advantages.tolist() == [0.5, -0.5]
+    assert batch.num_loss_tokens == 4
+
+
+def test_what_the_loss_reads_is_a_row_a_sequence():
+    batch = collate(TWO)
+    assert batch.loss_mask.tolist() == [
+        [False, False, True, True, False, True],
+        [False, True, False, False, False, False],
+    ]
+    expected = torch.tensor([[0, 0, -0.3, -0.4, 0, -0.6], [0, -0.9, 0, 0, 0, 0]])
+    torch.testing.assert_close(batch.rollout_logprobs, expected)
+    assert batch.turn_ids.tolist() == [[-1, -1, 0, 0, -1, 1], [-1, 0, -1, -1, -1, -1]]
+    assert (batch.token_ids.dtype, batch.rollout_logprobs.dtype) == (torch.int64, torch.float32)
+
+
+def test_the_places_of_the_loss_are_those_of_its_tokens():
+    batch = collate(TWO)
+    places = loss_positions(batch)
+    assert places.tolist() == [2, 3, 5, 7]
+    assert batch.token_ids[places].tolist() == [3, 4, 6, 9]
+    assert batch.token_ids[places - 1].tolist() == [2, 3, 5, 1]
+
+
+def test_values_of_the_loss_go_back_to_their_rows():
+    batch = collate(TWO)
+    rows = to_rows(batch, torch.tensor([30.0, 40.0, 60.0, 90.0]))
+    assert rows.tolist() == [[0, 0, 30, 40, 0, 60], [0, 90, 0, 0, 0, 0]]
+    assert torch.equal(rows[batch.loss_mask], batch.token_ids[loss_positions(batch)] * 10.0)
+
+
+def test_a_void_turn_is_read_but_not_learnt():
+    batch = collate(
+        [Sample(trajectory(0, (1,), said(2, trainable=False), TokenSpan((3,)), said(4)), 1.0)]
+    )
+    assert batch.token_ids.tolist() == [1, 2, 3, 4]
+    assert batch.loss_mask.tolist() == [[False, False, False, True]]
+    assert loss_positions(batch).tolist() == [3]
+
+
+def test_long_sequences_come_first_and_share_with_their_like():
+    samples = [of_length(uid, length) for uid, length in enumerate((2, 6, 3, 5, 4))]
+    batches = pack(samples, 10)
+    assert shapes(batches) == [[6], [5, 4], [3, 2]]
+    assert [batch.sequence_uids for batch in batches] == [(1,), (3, 4), (2, 0)]
+
+
+def test_a_micro_batch_is_filled_to_its_last_token():
+    samples = [of_length(uid, 5) for uid in range(4)]
+    assert shapes(pack(samples, 10)) == [[5, 5], [5, 5]]
+    assert shapes(pack(samples, 9)) == [[5], [5], [5], [5]]
+    assert shapes(pack(samples, 20)) == [[5, 5, 5, 5]]
+
+
+def test_a_sequence_longer_than_a_micro_batch_stands_alone():
+    samples = [of_length(uid, length) for uid, length in enumerate((3, 30, 25, 4))]
+    assert shapes(pack(samples, 10)) == [[30], [25], [4, 3]]
+
+
+@pytest.mark.parametrize(
+    "useless", [trajectory(1, (1, 2)), trajectory(1, (1, 2), said(3, trainable=False))]
+)
+def test_what_has_nothing_to_learn_is_left_out(useless):
+    batches = pack([Sample(useless, 1.0), of_length(0, 4)], 100)
+    assert [batch.sequence_uids for batch in batches] == [(0,)]
+    assert pack([Sample(useless, 1.0)], 100) == []
+
+
+def test_no_token_is_lost_or_learnt_twice():
+    samples = [of_length(uid, 2 + uid * 7 % 11) for uid in range(30)]
+    batches = pack(samples, 16)
+    assert sorted(uid for batch in batches for uid in batch.sequence_uids) == list(range(30))
+    assert all(sum(batch.lengths) <= 16 for batch in batches)
+    assert sum(batch.num_loss_tokens for batch in batches) == 30

@@ -1,0 +1,185 @@
+"""Metrics by hand, and against numpy."""
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+
+from tir_alp.metrics import (
+    evaluation_metrics,
+    is_correct,
+    mismatch_metrics,
+    ratio_quantiles,
+    rollout_metrics,
+)
+from tir_alp.tools.outcome import Outcome
+from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn
+
+
+def turn(num_tokens: int = 1, **changes) -> Turn:
+    fields = {
+        "completion": TokenSpan((7,) * num_tokens, (-0.1,) * num_tokens),
+        "observation": TokenSpan(()),
+        "policy_version": 0,
+        "stop_reason": StopReason.EOS,
+        "outcome": Outcome.OK,
+        "reward": 0.0,
+        "timing": {"generate": 0.0, "tool": 0.0},
+    }
+    return Turn(**{**fields, **changes})
+
+
+def trajectory(*turns: Turn, truncated: bool = False) -> Trajectory:
+    return Trajectory("t", 0, TokenSpan((1,)), turns, not truncated, truncated)
+
+
+def graded(*correct: bool) -> list[Trajectory]:
+    return [trajectory(turn(info={"correct": each})) for each in correct]
+
+
+# -------------------------------------------------------------------------------------- ratios
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 100])
+def test_quantiles_are_numpys(count):
+    log_ratios = np.random.default_rng(count).normal(0, 0.5, count)
+    found = ratio_quantiles(torch.from_numpy(log_ratios))
+    expected = np.quantile(np.exp(log_ratios), [0.02, 0.5, 0.98])
+    assert [found[f"ratio/p{p}"] for p in (2, 50, 98)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_ratio_beyond_all_bounds_is_clamped_as_in_the_loss():
+    found = ratio_quantiles(torch.tensor([-1000.0, 0.0, 1000.0]))
+    assert found["ratio/p50"] == 1
+    assert 0 < found["ratio/p2"] < found["ratio/p98"] < math.exp(20)
+
+
+# ------------------------------------------------------------------------------------- rollouts
+
+
+def test_a_step_is_described_by_its_turns_and_trajectories():
+    tool = {"tool_calls": 1}
+    first = trajectory(
+        turn(3, info=tool, policy_version=4, timing={"generate": 1.0, "tool": 0.5}),
+        turn(
+            2,
+            info=tool,
+            policy_version=5,
+            outcome=Outcome.TOOL_ERROR,
+            timing={"generate": 1.0, "tool": 1.0},
+        ),
+        turn(1, reward=1.0, policy_version=5),
+    )
+    second = trajectory(turn(4, info={"void": True}, policy_version=5), truncated=True)
+    groups = [
+        TrajectoryGroup("a", 0, (first, second), num_dropped=1),
+        TrajectoryGroup("b", 1, (second, second)),
+    ]
+    metrics = rollout_metrics(groups, step=6)
+    assert metrics == {
+        "rollout/reward": 0.25,
+        "rollout/turns": 1.5,
+        "rollout/tool_calls": 0.5,
+        "rollout/void_turns": 0.5,
+        "rollout/truncated": 0.75,
+        "rollout/zero_signal_groups": 1,
+        "rollout/dropped": 1,
+        "staleness/mean": pytest.approx((2 + 1 + 1 + 3 * 1) / 6),
+        "tokens/generated": 6 + 3 * 4,
+        "time/generate": 0.5,
+        "time/tool": 0.375,
+        "outcome/ok": 5,
+        "outcome/tool_error": 1,
+        "outcome/tool_timeout": 0,
+        "outcome/resource_limit": 0,
+        "outcome/infra_error": 0,
+        "outcome/grader_error": 0,
+        "outcome/cancelled": 0,
+    }
+
+
+# ----------------------------------------------------------------------------------- evaluation
+
+
+def test_accuracy_is_the_mean_over_tasks_and_pass_at_k_counts_tasks():
+    samples = [graded(True, False, False, False), graded(False, False), graded(True, True)]
+    metrics = evaluation_metrics(samples, [])
+    assert metrics["eval/accuracy"] == pytest.approx((1 / 4 + 0 + 1) / 3)
+    assert metrics["eval/pass_at_k"] == pytest.approx(2 / 3)
+    assert metrics["eval/tasks"] == 3
+    assert "eval/greedy_accuracy" not in metrics
+
+
+def test_pass_at_k_of_k_samples_equals_brute_force():
+    rng = np.random.default_rng(0)
+    verdicts = rng.random((20, 4)) < 0.2
+    metrics = evaluation_metrics([graded(*row) for row in verdicts.tolist()], [])
+    chosen = [
+        any(row[index] for index in subset)
+        for row in verdicts
+        for subset in combinations(range(4), 4)
+    ]
+    assert metrics["eval/pass_at_k"] == pytest.approx(np.mean(chosen))
+    assert metrics["eval/accuracy"] == pytest.approx(verdicts.mean())
+
+
+def test_a_task_that_lost_all_its_trajectories_is_left_out():
+    metrics = evaluation_metrics([graded(True), []], graded(True, False))
+    assert (metrics["eval/accuracy"], metrics["eval/tasks"]) == (1.0, 1)
+    assert metrics["eval/greedy_accuracy"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("info", "reward", "expected"),
+    [
+        ({"correct": True}, 0.0, True),
+        ({"correct": False}, 1.0, False),
+        ({"correct": None}, 1.0, True),
+        ({}, 0.5, True),
+        ({}, 0.0, False),
+        ({}, -1.0, False),
+    ],
+)
+def test_the_environments_verdict_goes_before_the_reward(info, reward, expected):
+    assert is_correct(trajectory(turn(info=info, reward=reward))) is expected
+
+
+def test_an_answer_graded_in_an_earlier_turn_is_not_the_verdict():
+    assert not is_correct(trajectory(turn(info={"correct": True}), turn(info={"correct": False})))
+
+
+# ------------------------------------------------------------------------------- the mismatch
+
+
+PROXIMAL = [[-0.15, -1.10, -0.55, -1.80], [-0.60, -0.45, math.nan, math.nan]]
+ROLLOUT = [[-0.30, -1.00, -0.40, -2.60], [-1.50, -0.90, math.nan, math.nan]]
+MASK = [[True, True, False, True], [True, True, False, False]]
+
+
+def golden_mismatch(*sequences: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    proximal, rollout, mask = map(torch.tensor, (PROXIMAL, ROLLOUT, MASK))
+    return proximal[[*sequences]], rollout[[*sequences]], mask[[*sequences]]
+
+
+@pytest.mark.parametrize("split", [[(0, 1)], [(0,), (1,)]])
+def test_mismatch_of_the_golden_vector_however_it_is_split(split):
+    metrics = mismatch_metrics([golden_mismatch(*sequences) for sequences in split])
+    assert metrics == pytest.approx(
+        {
+            "mismatch/kl": -0.44,
+            "mismatch/k3": 0.2240255772,
+            "mismatch/chi2": 2.1261745121,
+            "mismatch/ess": 0.8857410585,
+            "mismatch/proximal_perplexity": (2.7639661710 + 1.6904588484) / 2,
+            "mismatch/rollout_perplexity": (3.6692966676 + 3.3201169227) / 2,
+        },
+        rel=1e-6,
+    )
+
+
+def test_equal_policies_have_no_mismatch():
+    _, rollout, mask = golden_mismatch(0, 1)
+    metrics = mismatch_metrics([(rollout, rollout, mask)])
+    assert (metrics["mismatch/kl"], metrics["mismatch/chi2"], metrics["mismatch/ess"]) == (0, 0, 1)

@@ -1,0 +1,226 @@
+"""The queue: how many groups are in flight, in which order they come out, how stale they can be."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tir_alp.data import Task
+from tir_alp.rollout_queue import RolloutQueue, RolloutsFailed
+from tir_alp.tools.outcome import Outcome
+from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn
+
+
+def task_at(position: int) -> Task:
+    return Task(f"t{position}", "q", "a")
+
+
+def group(task: Task, group_id: int, version: int = 0, num_trajectories: int = 1):
+    turn = Turn(TokenSpan((1,), (0.0,)), TokenSpan(()), version, StopReason.EOS, Outcome.OK, 0.0)
+    trajectory = Trajectory(task.task_id, group_id, TokenSpan((1,)), (turn,), True, False)
+    return TrajectoryGroup(task.task_id, group_id, (trajectory,) * num_trajectories)
+
+
+class Sampler:
+    """Begins groups when it is called, and ends each when it is told to."""
+
+    def __init__(self, dead: frozenset[int] = frozenset()):
+        self.begun: list[int] = []
+        self.cancelled: list[int] = []
+        self.dead = dead
+        self._ends: dict[int, asyncio.Event] = {}
+
+    async def __call__(self, task: Task, group_id: int) -> TrajectoryGroup:
+        assert task == task_at(group_id)
+        self.begun.append(group_id)
+        try:
+            await self._end(group_id).wait()
+        except asyncio.CancelledError:
+            self.cancelled.append(group_id)
+            raise
+        return group(task, group_id, num_trajectories=0 if group_id in self.dead else 1)
+
+    def end(self, *group_ids: int) -> None:
+        for group_id in group_ids:
+            self._end(group_id).set()
+
+    def _end(self, group_id: int) -> asyncio.Event:
+        return self._ends.setdefault(group_id, asyncio.Event())
+
+
+def queue_of(run_group: Any, **settings: int) -> RolloutQueue:
+    return RolloutQueue(run_group, task_at, **{"groups_per_step": 2} | settings)
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def ids(groups: list[TrajectoryGroup]) -> list[int]:
+    return [each.group_id for each in groups]
+
+
+def run(body: Callable[[], Any]) -> Any:
+    async def limited() -> Any:
+        async with asyncio.timeout(20):
+            return await body()
+
+    return asyncio.run(limited())
+
+
+# ------------------------------------------------------------------------------------ capacity
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 3])
+def test_so_many_groups_are_begun_and_no_more(max_staleness):
+    async def body() -> None:
+        sampler = Sampler()
+        queue = queue_of(sampler, max_staleness=max_staleness)
+        taking = asyncio.create_task(queue.take())
+        await settle()
+        capacity = (max_staleness + 1) * 2
+        assert sampler.begun == list(range(capacity))
+        sampler.end(*range(100))
+        assert ids(await taking) == [0, 1]
+        await settle()
+        assert sampler.begun == list(range(capacity))  # taken is not yet trained on
+        queue.release()
+        await settle()
+        assert sampler.begun == list(range(capacity + 2))
+
+    run(body)
+
+
+def test_with_staleness_zero_nothing_begins_before_the_weights_are_live():
+    async def body() -> None:
+        sampler = Sampler()
+        queue = queue_of(sampler)
+        sampler.end(*range(100))
+        for step in range(4):
+            assert ids(await queue.take()) == [2 * step, 2 * step + 1]
+            await settle()
+            assert sampler.begun == list(range(2 * step + 2))
+            queue.release()
+
+    run(body)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 2, 5])
+def test_no_group_is_staler_than_allowed_whatever_the_durations(max_staleness):
+    """The policy version advances by one a step; a group is as old as when it was begun."""
+    rng = random.Random(max_staleness)
+    version = 0
+    most_in_flight = in_flight = 0
+
+    async def run_group(task: Task, group_id: int) -> TrajectoryGroup:
+        nonlocal in_flight, most_in_flight
+        begun_with = version
+        in_flight += 1
+        most_in_flight = max(most_in_flight, in_flight)
+        await asyncio.sleep(rng.choice([0, 0, 0.001, 0.01]))
+        in_flight -= 1
+        return group(task, group_id, begun_with)
+
+    async def body() -> list[int]:
+        nonlocal version
+        staleness = []
+        queue = queue_of(run_group, max_staleness=max_staleness, groups_per_step=3)
+        for step in range(12):
+            groups = await queue.take()
+            staleness += [step - each.trajectories[0].turns[0].policy_version for each in groups]
+            await asyncio.sleep(rng.choice([0, 0.005]))
+            version = step + 1
+            queue.release()
+        await queue.close()
+        return staleness
+
+    staleness = run(body)
+    assert max(staleness) == max_staleness
+    assert most_in_flight <= (max_staleness + 1) * 3
+
+
+# --------------------------------------------------------------------------------------- order
+
+
+def test_groups_are_taken_in_the_order_in_which_they_were_begun():
+    async def body() -> None:
+        sampler = Sampler()
+        queue = queue_of(sampler, max_staleness=1)
+        taking = asyncio.create_task(queue.take())
+        await settle()
+        sampler.end(3, 2, 1)
+        await settle()
+        assert not taking.done()
+        sampler.end(0)
+        assert ids(await taking) == [0, 1]
+        assert ids(await queue.take()) == [2, 3]
+
+    run(body)
+
+
+def test_a_group_that_lost_all_its_episodes_is_replaced_at_once():
+    async def body() -> None:
+        sampler = Sampler(dead=frozenset({1, 2}))
+        sampler.end(*range(100))
+        queue = queue_of(sampler)
+        assert ids(await queue.take()) == [0, 3]
+        assert queue.position == 4
+        queue.release()
+        assert ids(await queue.take()) == [4, 5]
+
+    run(body)
+
+
+def test_an_outage_ends_the_waiting():
+    async def body() -> None:
+        sampler = Sampler(dead=frozenset(range(1, 100)))
+        sampler.end(*range(100))
+        with pytest.raises(RolloutsFailed, match="the last 9 groups lost all their episodes"):
+            await queue_of(sampler).take()
+
+    run(body)
+
+
+def test_a_run_goes_on_with_the_groups_that_were_not_taken():
+    async def body() -> None:
+        sampler = Sampler()
+        sampler.end(*range(100))
+        first = queue_of(sampler, max_staleness=1)
+        await first.take()
+        assert first.position == 2  # 2 and 3 were in flight
+        second = queue_of(sampler, next_group=first.position)
+        assert ids(await second.take()) == [2, 3]
+        assert second.position == 4
+
+    run(body)
+
+
+# ------------------------------------------------------------------------------ failure and end
+
+
+def test_an_error_reaches_whoever_takes():
+    async def run_group(task: Task, group_id: int) -> TrajectoryGroup:
+        raise ZeroDivisionError
+
+    async def body() -> None:
+        queue = queue_of(run_group)
+        with pytest.raises(ZeroDivisionError):
+            await queue.take()
+        await queue.close()
+
+    run(body)
+
+
+def test_closing_cancels_what_is_in_flight():
+    async def body() -> None:
+        sampler = Sampler()
+        queue = queue_of(sampler, max_staleness=1)
+        sampler.end(0, 1)
+        await queue.take()
+        await queue.close()
+        assert sampler.cancelled == [2, 3]
+
+    run(body)

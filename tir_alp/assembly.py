@@ -1,0 +1,196 @@
+"""Puts the parts of a run together from its config, and takes them apart again.
+
+Everything that a user can get wrong is found here, before the run's folder is made: model,
+tokenizer, tasks, environment, prompt. Each is a ValueError that says what to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+
+from tir_alp import checkpoint
+from tir_alp.checkpoint import Position
+from tir_alp.config import AlgorithmConfig, Config
+from tir_alp.console import RunConsole
+from tir_alp.data import Task, TaskOrder, load_held_out, load_source
+from tir_alp.engines.transformers import TransformersEngine
+from tir_alp.logical_order import LogicalOrder
+from tir_alp.policy import load_policy, load_tokenizer
+from tir_alp.renderer import Renderer
+from tir_alp.rollout import EpisodeRunner
+from tir_alp.rollout_queue import RolloutQueue
+from tir_alp.run_folder import RunFolder
+from tir_alp.tiny import BASE
+from tir_alp.tools.outcome import Outcome
+from tir_alp.trainer import Trainer
+
+_EVALUATION = 1 << 32  # evaluation draws from seeds of its own
+_NUM_CHECKED = 256  # tasks whose prompts are measured before a run begins
+_HARMLESS = "```python\nprint(1)\n```"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run, ready to go."""
+
+    config: Config
+    position: Position
+    console: RunConsole
+    folder: RunFolder
+    tokenizer: Any
+    engine: TransformersEngine
+    trainer: Trainer
+    rollouts: RolloutQueue
+    evaluation: EpisodeRunner
+    held_out: Sequence[Task]
+    trainer_thread: ThreadPoolExecutor
+    """Where the trainer computes, so that the event loop goes on meanwhile."""
+
+
+@asynccontextmanager
+async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[Run]:
+    """Build a run, new or from the newest whole checkpoint of the folder `resume`.
+
+    Raises:
+        ValueError: For what a user can mend; nothing has been written then.
+    """
+    async with AsyncExitStack() as stack:
+        console = RunConsole()
+        initial = str(BASE) if config.model.path == "tiny" else config.model.path
+        path, position, state = initial, Position(0, 0, 0), None
+        if resume is not None:
+            found, position, refused = checkpoint.newest(resume / "checkpoints")
+            path, state = str(found), checkpoint.load_state(found)
+            console.print("".join(f"refused: {reason}\n" for reason in refused) + f"from {found}")
+            if position.step >= config.steps:
+                raise ValueError(
+                    f"{resume} has made its {position.step} steps: give --steps more to go on"
+                )
+
+        tokenizer = load_tokenizer(path)
+        renderer = Renderer(
+            tokenizer,
+            system=config.model.system,
+            max_observation_tokens=config.rollout.max_observation_tokens,
+        )
+        tasks = TaskOrder(load_source(config.data), config.seed)
+        held_out = load_held_out(config.data, config.eval.num_tasks)
+        soon = [tasks[position.group + offset] for offset in range(_NUM_CHECKED)]
+        check_environment(config, renderer, [*soon, *held_out])
+
+        engine = TransformersEngine(
+            load_policy(path),
+            max_cache_tokens=config.engine.max_cache_tokens,
+            version=position.policy_version,
+        )
+        stack.push_async_callback(engine.close)
+        rollout = config.rollout
+        num_episodes = (rollout.max_staleness + 1) * rollout.groups_per_step * rollout.group_size
+        env_threads = ThreadPoolExecutor(num_episodes, thread_name_prefix="env")
+        stack.callback(env_threads.shutdown, wait=False, cancel_futures=True)
+        slots = asyncio.Semaphore(num_episodes)
+        trainer_thread = ThreadPoolExecutor(1, thread_name_prefix="trainer")
+        stack.callback(trainer_thread.shutdown)
+
+        folder = RunFolder(resume or Path("runs") / run_name(config))
+        trainer = Trainer(
+            load_policy(path),
+            config.trainer,
+            with_run_seed(config),
+            reference=load_policy(initial) if config.algorithm.needs_reference else None,
+            temperature=rollout.temperature,
+            on_bad_update=folder.dump_bad_update,
+        )
+        if state is not None:
+            trainer.load_state_dict(state)
+            folder.reopen(position.step)
+        else:
+            folder.create(config)
+        stack.enter_context(closing(folder))
+
+        order = LogicalOrder(engine.generate) if config.deterministic else None
+
+        def runner(seed: int) -> EpisodeRunner:
+            return EpisodeRunner(
+                make_env=lambda: make_environment(config),
+                generate=engine.generate if order is None else order.generate,
+                renderer=renderer,
+                limits=rollout,
+                threads=env_threads,
+                slots=slots,
+                seed=seed,
+                on_failure=lambda failure: console.print(f"episode failed: {failure}"),
+                admission=contextlib.nullcontext if order is None else order.episode,
+            )
+
+        rollouts = RolloutQueue(
+            runner(config.seed).run_group,
+            tasks.__getitem__,
+            groups_per_step=rollout.groups_per_step,
+            max_staleness=rollout.max_staleness,
+            next_group=position.group,
+        )
+        stack.push_async_callback(rollouts.close)
+        yield Run(
+            config=config,
+            position=position,
+            console=console,
+            folder=folder,
+            tokenizer=tokenizer,
+            engine=engine,
+            trainer=trainer,
+            rollouts=rollouts,
+            evaluation=runner(config.seed + _EVALUATION),
+            held_out=held_out,
+            trainer_thread=trainer_thread,
+        )
+
+
+def make_environment(config: Config) -> gymnasium.Env[str, str]:
+    """Make one environment. Raises ValueError if there is none of that name, or it refuses."""
+    try:
+        return gymnasium.make(config.env.id, disable_env_checker=True, **config.env.kwargs)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise ValueError(f"cannot make the environment {config.env.id!r}: {error}") from error
+    except TypeError as error:
+        raise ValueError(f"{config.env.id!r} does not take env.kwargs: {error}") from error
+
+
+def with_run_seed(config: Config) -> AlgorithmConfig:
+    """The run's algorithm, with noise that differs from seed to seed of the run."""
+    noise = config.algorithm.perturbation
+    if noise is None:
+        return config.algorithm
+    noise = noise.model_copy(update={"seed": noise.seed + config.seed})
+    return config.algorithm.model_copy(update={"perturbation": noise})
+
+
+def check_environment(config: Config, renderer: Renderer, tasks: Sequence[Task]) -> None:
+    """See that prompts leave room to write, and that the environment can take an action.
+
+    The action is harmless. What it needs, a sandbox for instance, starts or refuses here and not in
+    the first step.
+    """
+    with closing(make_environment(config)) as env:
+        for task in tasks:
+            text, _ = env.reset(options=task.to_options())
+            renderer.prompt_within(text, config.rollout.max_context_tokens, task.task_id)
+        info = env.step(_HARMLESS)[-1]
+    if Outcome(info.get("outcome", Outcome.OK)).is_infrastructure:
+        raise ValueError(f"{config.env.id!r} cannot work here: {info.get('error')}")
+
+
+def run_name(config: Config) -> str:
+    """The run's folder below `runs/`."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return config.name or f"{config.algorithm.name}-seed{config.seed}-{stamp}"

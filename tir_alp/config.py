@@ -1,0 +1,434 @@
+"""Every setting of a run, typed. Unknown keys are errors; a field exists only if it is read.
+
+`ALGORITHMS` holds one `AlgorithmConfig` a method: two methods differ in these values and in
+nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and closed to keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+# --------------------------------------------------------------------------- the algorithm
+
+
+class PerturbationConfig(Section):
+    """The noise of ALP on the hidden state that enters a decoder layer (spec 1.2, 1.3)."""
+
+    init_std: float = Field(default=0.01, ge=0.0)
+    """Standard deviation of the noise before training; 0 switches it off exactly."""
+    layers: tuple[int, int] | None = None
+    """Half-open range of decoder layers that get noise; None: all of them."""
+    learnable: bool = True
+    """Whether each layer's sigma is trained."""
+    scale: Literal["absolute", "relative"] = "absolute"
+    """Unit of sigma: the hidden state's own unit, or the root mean square of each token's state."""
+    site: Literal["hidden"] = "hidden"
+    """Where the noise goes."""
+    seed: int = 0
+    """Root of every noise stream; a run adds its own seed to it."""
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> PerturbationConfig:
+        if self.layers is not None and not 0 <= self.layers[0] < self.layers[1]:
+            raise ValueError(f"layers is [start, stop) with 0 <= start < stop, not {self.layers}")
+        return self
+
+
+class CorrectionConfig(Section):
+    """A detached weight on the loss against the mismatch of trainer and engine (spec 2)."""
+
+    type: Literal["tis", "mis", "icepop"]
+    """`tis` truncates the weight at `high`; `mis` and `icepop` keep it inside [low, high]."""
+    level: Literal["token", "sequence", "turn"] = "token"
+    """Where the ratio of proximal over rollout policy is formed."""
+    low: float = Field(default=0.0, ge=0.0)
+    """Weights below it are rejected; unused by `tis`."""
+    high: float = Field(default=2.0, gt=0.0)
+    """Weights above it are truncated (`tis`) or rejected."""
+    normalise: Literal["all", "kept"] = "all"
+    """Whether rejected tokens still count in the loss's denominator."""
+
+    @model_validator(mode="after")
+    def _check_window(self) -> CorrectionConfig:
+        if self.low > self.high:
+            raise ValueError(f"low ({self.low}) is above high ({self.high})")
+        return self
+
+
+class KLConfig(Section):
+    """A penalty on the distance to the reference policy."""
+
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """With d = reference - current logprob: k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1."""
+    coefficient: float = Field(default=0.001, ge=0.0)
+    """Weight of the term in the loss."""
+
+
+class AlgorithmConfig(Section):
+    """One policy-gradient method, as the choices that make it up (spec 1.7, 2)."""
+
+    name: str = "custom"
+    """What it is called in reports: the preset it comes from."""
+    denominator: Literal["rollout", "proximal"]
+    """Whose logprobs are under the ratio: the engine's, or the trainer's at the start of a step."""
+    ratio_level: Literal["token", "sequence", "sequence_geometric", "turn", "cumulative"]
+    """Over what the log ratio is summed (`sequence_geometric`: averaged)."""
+    surrogate: Literal["clip", "cispo", "reinforce"]
+    """What is made of ratio and advantage."""
+    clip_low: float = Field(default=0.2, ge=0.0)
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: float = Field(default=0.28, ge=0.0)
+    """The ratio is clipped above 1 + clip_high."""
+    dual_clip: float | None = Field(default=None, gt=1.0)
+    """Bound of the ratio for negative advantages; None: no bound."""
+    correction: CorrectionConfig | None = None
+    """An extra detached weight; None: none."""
+    aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"] = (
+        "token_mean"
+    )
+    """How token losses become one number."""
+    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    """How a group's rewards become advantages."""
+    kl: KLConfig | None = None
+    """A penalty on leaving the reference policy; None: none."""
+    perturbation: PerturbationConfig | None = None
+    """ALP: take the numerator of the ratio from the perturbed policy; None: from the policy."""
+
+    @property
+    def needs_proximal(self) -> bool:
+        """Whether an update needs the trainer's own logprobs from the start of the step."""
+        return self.denominator == "proximal" or self.correction is not None
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether an update needs the logprobs of the frozen initial policy."""
+        return self.kl is not None
+
+
+def _tis(level: Literal["token", "sequence"]) -> AlgorithmConfig:
+    correction = CorrectionConfig(type="tis", level=level, high=2.0)
+    return _GRPO.model_copy(update={"correction": correction})
+
+
+def _mis(level: Literal["token", "sequence"]) -> AlgorithmConfig:
+    correction = CorrectionConfig(type="mis", level=level, low=0.5, high=2.0)
+    return _GRPO.model_copy(update={"correction": correction})
+
+
+_GRPO = AlgorithmConfig(
+    denominator="proximal", ratio_level="token", surrogate="clip", dual_clip=3.0
+)
+_BYPASS_TOKEN = AlgorithmConfig(
+    denominator="rollout", ratio_level="token", surrogate="clip", dual_clip=10.0
+)
+_BYPASS_SEQUENCE = AlgorithmConfig(
+    denominator="rollout",
+    ratio_level="sequence",
+    surrogate="clip",
+    clip_low=0.5,
+    clip_high=3.0,
+    dual_clip=3.0,
+)
+
+_PRESETS: dict[str, AlgorithmConfig] = {
+    "grpo": _GRPO,
+    "dr_grpo": _GRPO.model_copy(
+        update={"advantage": "dr_grpo", "aggregation": "sequence_mean_token_sum"}
+    ),
+    "dapo": _GRPO.model_copy(update={"dual_clip": None}),
+    "gspo": AlgorithmConfig(
+        denominator="proximal",
+        ratio_level="sequence_geometric",
+        surrogate="clip",
+        clip_low=3e-4,
+        clip_high=4e-4,
+        aggregation="sequence_mean_token_mean",
+    ),
+    "bypass_token": _BYPASS_TOKEN,
+    "bypass_sequence": _BYPASS_SEQUENCE,
+    "tis_token": _tis("token"),
+    "tis_sequence": _tis("sequence"),
+    "mis_token": _mis("token"),
+    "mis_sequence": _mis("sequence"),
+    "icepop": _GRPO.model_copy(
+        update={"correction": CorrectionConfig(type="icepop", low=0.5, high=5.0)}
+    ),
+    "cispo": _GRPO.model_copy(update={"surrogate": "cispo", "dual_clip": None}),
+    "alp_token": _BYPASS_TOKEN.model_copy(update={"perturbation": PerturbationConfig()}),
+    "alp_sequence": _BYPASS_SEQUENCE.model_copy(update={"perturbation": PerturbationConfig()}),
+}
+
+ALGORITHMS: MappingProxyType[str, AlgorithmConfig] = MappingProxyType(
+    {name: preset.model_copy(update={"name": name}) for name, preset in _PRESETS.items()}
+)
+"""The presets: name -> method. ALP is its Bypass twin with a perturbed numerator."""
+
+
+def _resolve_algorithm(value: Any) -> Any:
+    """Let a preset's name stand for the preset, and its keys override single values of it."""
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping) or "name" not in value or value["name"] == "custom":
+        return value
+    if value["name"] not in ALGORITHMS:
+        raise ValueError(f"no algorithm {value['name']!r}; there are {', '.join(ALGORITHMS)}")
+    return merge(ALGORITHMS[value["name"]].model_dump(), value)
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay one nested mapping over another: where both have a table, its keys are merged too."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        if isinstance(under, Mapping) and isinstance(value, Mapping):
+            value = merge(under, value)
+        merged[key] = value
+    return merged
+
+
+# --------------------------------------------------------------------------- the run
+
+
+class ModelConfig(Section):
+    """The policy."""
+
+    path: str = "tiny"
+    """A Hugging Face folder or id; `tiny` is the model that comes with the package."""
+    system: str = ""
+    """System prompt; empty for none."""
+
+
+class EnvConfig(Section):
+    """The environment, a `gymnasium.Env` whose observations and actions are texts."""
+
+    id: str = "tir_alp.envs:PythonMath-v0"
+    """What `gymnasium.make` takes: `module:Name-vN`; the module registers it."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the environment."""
+
+
+class DataConfig(Section):
+    """Which tasks a run trains on. One question in eight is held out, by its hash."""
+
+    source: Literal["arithmetic", "reasoning_gym", "jsonl"] = "arithmetic"
+    """Our own arithmetic, a data set of reasoning-gym, or a file."""
+    dataset: str | None = None
+    """Name of the data set of reasoning-gym, e.g. "gcd"."""
+    path: Path | None = None
+    """A file with one JSON object a line, each with `question` and `answer`."""
+    num_tasks: int = Field(default=100_000, ge=1)
+    """Tasks in an epoch, where they are generated; a file has as many as it has."""
+    seed: int = Field(default=0, ge=0)
+    """Which tasks are generated. Their order follows the seed of the run."""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> DataConfig:
+        needed = {"reasoning_gym": "dataset", "jsonl": "path"}.get(self.source)
+        for name in ("dataset", "path"):
+            if (getattr(self, name) is None) == (name == needed):
+                verb = "needs" if name == needed else "does not take"
+                raise ValueError(f"the source {self.source!r} {verb} a {name}")
+        return self
+
+
+class RolloutConfig(Section):
+    """How trajectories are collected."""
+
+    groups_per_step: int = Field(default=16, ge=1)
+    """Tasks of a training step."""
+    group_size: int = Field(default=8, ge=1)
+    """Trajectories a task."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Steps by which the weights behind a trajectory may lag; 0 is exactly on-policy rollouts."""
+    max_turn_tokens: int = Field(default=2048, ge=1)
+    """Limit of one completion."""
+    max_context_tokens: int = Field(default=16384, ge=2)
+    """Limit of a whole trajectory; one that reaches it is truncated."""
+    max_observation_tokens: int = Field(default=512, ge=1)
+    """A longer tool output loses tokens in its middle."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    """Of the sampled distribution, which is also the one that is trained."""
+    void_turns: Literal["keep", "mask_turn", "mask_trajectory"] = "mask_trajectory"
+    """What a turn with neither a code block nor an answer takes out of the loss (spec 3)."""
+    generate_timeout_s: float = Field(default=600.0, gt=0.0)
+    """Deadline of one completion, queueing included."""
+    env_timeout_s: float = Field(default=60.0, gt=0.0)
+    """Deadline of one call of the environment."""
+
+
+class EngineConfig(Section):
+    """The embedded engine."""
+
+    max_cache_tokens: int = Field(default=131072, ge=1)
+    """Bound of its cache of keys and values, in tokens; requests wait for room."""
+
+
+class TrainerConfig(Section):
+    """The optimizer and the memory of an update."""
+
+    lr: float = Field(default=1e-6, gt=0.0)
+    """Learning rate of the weights, constant."""
+    perturbation_lr: float = Field(default=5e-4, gt=0.0)
+    """Learning rate of log sigma."""
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    """Of the weights; log sigma has none."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Of AdamW."""
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    """The gradient of the weights is scaled down to it; log sigma's has the same bound alone."""
+    updates_per_step: int = Field(default=1, ge=1)
+    """Optimizer updates that the groups of a step are divided over."""
+    micro_batch_tokens: int = Field(default=16384, ge=1)
+    """Tokens of one forward; a longer trajectory has one of its own."""
+    logprob_chunk_tokens: int = Field(default=2048, ge=1)
+    """Tokens whose logits stand in memory at a time."""
+    gradient_checkpointing: bool = False
+    """Compute each layer a second time in the backward pass instead of keeping what it made."""
+
+
+class EvalConfig(Section):
+    """Evaluation on held-out tasks, before and after training."""
+
+    num_tasks: int = Field(default=256, ge=1)
+    """Held-out tasks."""
+    samples: int = Field(default=1, ge=1)
+    """Trajectories a task: k of avg@k and pass@k."""
+    every: int = Field(default=0, ge=0)
+    """Also after every so many steps; 0: not."""
+    greedy: bool = True
+    """Also take one greedy trajectory a task."""
+
+
+class CheckpointConfig(Section):
+    """What is saved."""
+
+    every: int = Field(default=20, ge=0)
+    """Steps between checkpoints; 0: only the last."""
+    keep: int = Field(default=2, ge=1)
+    """So many newest checkpoints stay."""
+
+
+class Config(BaseSettings):
+    """A whole run."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: str | None = None
+    """Folder of the run below `runs/`; None: made of algorithm, seed and time."""
+    seed: int = Field(default=0, ge=0)
+    """Root of sampling, noise and order of tasks."""
+    steps: int = Field(default=100, ge=0)
+    """Training steps: each takes groups, updates, and gives the engine new weights."""
+    deterministic: bool = False
+    """Admit work in logical order, not as it arrives: equal runs are equal bit for bit on a CPU."""
+    algorithm: Annotated[AlgorithmConfig, BeforeValidator(_resolve_algorithm)] = ALGORITHMS[
+        "alp_sequence"
+    ]
+    """A preset by name, with any of its values changed."""
+    model: ModelConfig = ModelConfig()
+    env: EnvConfig = EnvConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    engine: EngineConfig = EngineConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: Any, **_: Any
+    ) -> tuple[Any, ...]:
+        """Take values from the caller alone: nothing comes from environment variables."""
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        rollout, trainer = self.rollout, self.trainer
+        if rollout.max_turn_tokens >= rollout.max_context_tokens:
+            raise ValueError(
+                f"rollout.max_turn_tokens ({rollout.max_turn_tokens}) leaves no room for a prompt "
+                f"in rollout.max_context_tokens ({rollout.max_context_tokens})"
+            )
+        if self.deterministic and rollout.max_staleness:
+            raise ValueError(
+                "deterministic needs rollout.max_staleness = 0: with rollouts ahead of the weights "
+                "the order of work follows the clock"
+            )
+        if rollout.groups_per_step % trainer.updates_per_step:
+            raise ValueError(
+                f"rollout.groups_per_step ({rollout.groups_per_step}) cannot be divided evenly "
+                f"over trainer.updates_per_step ({trainer.updates_per_step})"
+            )
+        return self
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """Read a config file. Raises ValueError if it is not there or not TOML."""
+    try:
+        return tomllib.loads(file.read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read the config {str(file)!r}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file} is not valid TOML: {error}") from error
+
+
+def load_config(arguments: Sequence[str], below: Mapping[str, Any]) -> Config:
+    """Build a run's config: defaults, then `below`, then `--dotted.key value` arguments.
+
+    Args:
+        arguments: Words of a command line.
+        below: What a file says.
+
+    Raises:
+        ValueError: With one line for each key that is unknown or has a wrong value.
+    """
+    # `--algorithm grpo` names a preset; as an option of its own it would hide `--algorithm.*`.
+    spelled = ["--algorithm.name" if word == "--algorithm" else word for word in arguments]
+    spelled = [re.sub(r"^--algorithm=", "--algorithm.name=", word) for word in spelled]
+    try:
+        source = CliSettingsSource(Config, cli_parse_args=spelled, cli_exit_on_error=False)
+        from_command_line = source()
+    except SettingsError as error:
+        raise ValueError(str(error).removeprefix("error parsing CLI: ")) from error
+    below = {"algorithm": Config.model_fields["algorithm"].default.name, **below}
+    if isinstance(below["algorithm"], str):
+        below["algorithm"] = {"name": below["algorithm"]}
+    return parse_config(merge(below, from_command_line))
+
+
+def parse_config(values: Mapping[str, Any]) -> Config:
+    """Validate a config that is given as nested mappings. Raises ValueError, a line a mistake."""
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        lines = []
+        for mistake in error.errors():
+            key = ".".join(map(str, mistake["loc"])) or "config"
+            if mistake["type"] == "extra_forbidden":
+                lines.append(f"{key}: there is no such key")
+            else:
+                lines.append(f"{key}: {mistake['msg']} (it is {mistake['input']!r:.100})")
+        raise ValueError("\n".join(lines)) from error

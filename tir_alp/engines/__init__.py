@@ -1,0 +1,1 @@
+"""What samples completions: the protocol in `base`, one module an engine."""

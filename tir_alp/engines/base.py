@@ -1,0 +1,77 @@
+"""The protocol between rollouts and whatever samples tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from tir_alp.types import StopReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How one completion is sampled.
+
+    The draw at each position of a sequence is a function of (`seed`, `sequence_uid`, position), so
+    a completion does not depend on what else is in the engine's batch.
+    """
+
+    max_tokens: int
+    """Limit of the completion, in tokens."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Only the most probable tokens that together reach this probability can be sampled."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Tokens that end the completion, and stay its last token."""
+    stop_matcher: Callable[[], Callable[[int], bool]] | None = None
+    """Makes a matcher that is fed token by token and says True at the last one to keep."""
+    seed: int = 0
+    """Root of the run's draws."""
+    sequence_uid: int = 0
+    """Identity of the sequence within the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What one `generate` call sampled.
+
+    Example: `Completion(token_ids=(17, 4, 2), logprobs=(-0.1, -1.7, -0.02),
+    stop_reason=StopReason.EOS, policy_version=3)`.
+    """
+
+    token_ids: tuple[int, ...]
+    """Ids as they were sampled, the stop token included."""
+    logprobs: tuple[float, ...]
+    """Of the distribution actually sampled from: temperature and truncation applied."""
+    stop_reason: StopReason
+    policy_version: int
+    """Training steps behind the weights that sampled all of it."""
+
+
+class Engine(Protocol):
+    """Samples completions of token sequences with the newest weights that it was given."""
+
+    async def generate(self, token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
+        """Continue a sequence. Raises ValueError for what can never fit into the engine."""
+        ...
+
+    async def load_weights(self, source: Mapping[str, Tensor] | Path, version: int) -> None:
+        """Take new weights; completions that begin after the call carry `version`."""
+        ...
+
+    async def abort(self, sequence_uid: int | None = None) -> None:
+        """End the completions of one sequence, or all, with what they have: `StopReason.ABORT`."""
+        ...
+
+    def health(self) -> Mapping[str, float]:
+        """Figures for people: requests running and waiting, cache tokens in use, tokens made."""
+        ...
+
+    async def close(self) -> None:
+        """End what runs and free what is held."""
+        ...

@@ -1,0 +1,302 @@
+"""The embedded engine: continuous batching in this process over a Hugging Face causal LM.
+
+Requests join and leave the running batch at any token. One coroutine schedules; the forwards run in
+one thread of their own, so that the event loop goes on. It is the default for small models and for
+tests; it has no paging, no prefix reuse and no quantisation.
+
+Invariant: a completion is sampled by one version of the weights. New weights wait until the running
+completions have ended, and nothing is admitted meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tir_alp.engines.base import Completion, Sampling
+from tir_alp.engines.kv_cache import CachedStep, KVCache
+from tir_alp.engines.sampling import draws, sample
+from tir_alp.policy import hidden_states, load_policy, next_token_logits
+from tir_alp.types import StopReason
+
+_MAX_PREFILL_TOKENS = 8192  # of the requests that join in one step, padding included
+
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    """One completion in the making."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    uniforms: np.ndarray
+    matches: Callable[[int], bool] | None
+    done: asyncio.Future[Completion]
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stop_reason: StopReason | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        """Columns of the cache that it can come to need."""
+        return len(self.prompt) + self.sampling.max_tokens
+
+    def push(self, token_id: int, logprob: float) -> None:
+        """Take the next sampled token, and see whether it is the last."""
+        self.token_ids.append(token_id)
+        self.logprobs.append(logprob)
+        if token_id in self.sampling.stop_token_ids:
+            self.stop_reason = StopReason.EOS
+        elif self.matches is not None and self.matches(token_id):
+            self.stop_reason = StopReason.STOP
+        elif len(self.token_ids) == self.sampling.max_tokens:
+            self.stop_reason = StopReason.LENGTH
+
+
+class TransformersEngine:
+    """Samples with a model in this process.
+
+    Args:
+        model: A causal LM loaded by `load_policy`; the engine keeps it for itself and writes new
+            weights into it.
+        max_cache_tokens: Bound of the cache, rows times width. Requests wait for room.
+        version: Policy version of the model's weights.
+    """
+
+    def __init__(self, model: Any, *, max_cache_tokens: int, version: int = 0) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._max_cache_tokens = max_cache_tokens
+        self._version = version
+        self._cache = KVCache(max_cache_tokens)
+        self._waiting: deque[_Request] = deque()
+        self._running: list[_Request] = []  # in the order of the cache's rows
+        self._pending_weights: tuple[Mapping[str, Tensor], int, asyncio.Future[None]] | None = None
+        self._work = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._scheduler: asyncio.Task[None] | None = None
+        self._tokens_generated = 0
+
+    async def generate(self, token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
+        """Continue a sequence; see `Engine.generate`.
+
+        Raises:
+            ValueError: If the sequence is empty, or can never fit into the cache.
+        """
+        if not token_ids:
+            raise ValueError("there is nothing to continue: the sequence has no tokens")
+        if sampling.max_tokens < 1:
+            raise ValueError(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
+        request = _Request(
+            prompt=token_ids,
+            sampling=sampling,
+            uniforms=draws(
+                sampling.seed, sampling.sequence_uid, len(token_ids), sampling.max_tokens
+            ),
+            matches=sampling.stop_matcher() if sampling.stop_matcher else None,
+            done=asyncio.get_running_loop().create_future(),
+        )
+        if request.most_tokens > self._max_cache_tokens:
+            raise ValueError(
+                f"a sequence of {len(token_ids)} tokens with {sampling.max_tokens} to come does "
+                f"not fit into the engine's cache of {self._max_cache_tokens} tokens; raise "
+                "engine.max_cache_tokens or lower rollout.max_turn_tokens"
+            )
+        self._waiting.append(request)
+        self._wake()
+        try:
+            return await request.done
+        finally:
+            if request.stop_reason is None:  # the caller gave up: its deadline, or the run's end
+                request.stop_reason = StopReason.ABORT
+                self._wake()
+
+    async def load_weights(self, source: Mapping[str, Tensor] | Path, version: int) -> None:
+        """Take new weights as soon as the completions that run now have ended.
+
+        Raises:
+            ValueError: If names or shapes are not those of the engine's model; nothing is changed.
+        """
+        new: Mapping[str, Tensor] = (
+            load_policy(str(source)).state_dict() if isinstance(source, Path) else source
+        )
+        own = self._model.state_dict()
+        wrong = sorted(
+            name
+            for name in own.keys() | new.keys()
+            if name not in own or name not in new or own[name].shape != new[name].shape
+        )
+        if wrong:
+            raise ValueError(
+                f"the weights of version {version} do not fit the engine's model: {len(wrong)} "
+                f"tensors are missing, unknown or of another shape, the first is {wrong[0]!r}"
+            )
+        while self._pending_weights is not None:
+            await asyncio.shield(self._pending_weights[2])
+        loaded = asyncio.get_running_loop().create_future()
+        self._pending_weights = (new, version, loaded)
+        self._wake()
+        await asyncio.shield(loaded)
+
+    async def abort(self, sequence_uid: int | None = None) -> None:
+        """End the completions of one sequence, or all; they return what they have."""
+        for request in (*self._waiting, *self._running):
+            if sequence_uid in (None, request.sampling.sequence_uid):
+                request.stop_reason = StopReason.ABORT
+        self._wake()
+
+    def health(self) -> Mapping[str, float]:
+        """Requests and cache in use, and tokens made since the start."""
+        return {
+            "running": len(self._running),
+            "waiting": len(self._waiting),
+            "cache_tokens": sum(self._cache.lengths),
+            "tokens_generated": self._tokens_generated,
+        }
+
+    async def close(self) -> None:
+        """Stop; what still runs is cancelled."""
+        if self._scheduler is not None:
+            self._scheduler.cancel()
+            await asyncio.gather(self._scheduler, return_exceptions=True)
+        for request in (*self._waiting, *self._running):
+            request.done.cancel()
+        if self._pending_weights is not None:
+            self._pending_weights[2].cancel()
+        self._thread.shutdown()
+
+    def _wake(self) -> None:
+        self._work.set()
+        if self._scheduler is None:
+            self._scheduler = asyncio.get_running_loop().create_task(self._schedule())
+
+    async def _schedule(self) -> None:
+        """Consumes waiting requests and pending weights; produces completions; never ends."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                self._work.clear()  # before looking, so that what comes meanwhile is not missed
+                self._retire()
+                if self._pending_weights is not None and not self._running:
+                    await self._take_weights(*self._pending_weights)
+                num_joining = self._admit()
+                if self._running:
+                    await loop.run_in_executor(self._thread, self._step, num_joining)
+                else:
+                    await self._work.wait()
+            except Exception as error:
+                self._fail(error)
+
+    def _admit(self) -> int:
+        """Take waiting requests, in order, as far as the cache's budget and one prefill reach.
+
+        Returns how many joined; they stand behind the others in `_running`.
+        """
+        widest = max((request.most_tokens for request in self._running), default=0)
+        num_joining = longest = 0
+        while self._waiting and self._pending_weights is None:
+            request = self._waiting[0]
+            widest = max(widest, request.most_tokens)
+            longest = max(longest, len(request.prompt))
+            if (len(self._running) + 1) * widest > self._max_cache_tokens:
+                break
+            if num_joining and (num_joining + 1) * longest > _MAX_PREFILL_TOKENS:
+                break
+            self._running.append(self._waiting.popleft())
+            num_joining += 1
+        return num_joining
+
+    def _retire(self) -> None:
+        """Answer the requests that have ended, and free their rows."""
+        for request in [request for request in self._waiting if request.stop_reason is not None]:
+            self._waiting.remove(request)
+            self._answer(request)
+        for row in reversed(range(len(self._running))):
+            if self._running[row].stop_reason is not None:
+                self._cache.remove_row(row)
+                self._answer(self._running[row])
+                self._running[row] = self._running[-1]
+                self._running.pop()
+
+    def _answer(self, request: _Request) -> None:
+        assert request.stop_reason is not None
+        if not request.done.done():
+            request.done.set_result(
+                Completion(
+                    token_ids=tuple(request.token_ids),
+                    logprobs=tuple(request.logprobs),
+                    stop_reason=request.stop_reason,
+                    policy_version=self._version,
+                )
+            )
+
+    def _fail(self, error: Exception) -> None:
+        """A forward failed: nobody waits for what will not come, and the cache starts afresh."""
+        for request in (*self._running, *self._waiting):
+            if not request.done.done():
+                request.done.set_exception(error)
+            request.stop_reason = StopReason.ABORT
+        self._running.clear()
+        self._waiting.clear()
+        self._cache.clear()
+
+    async def _take_weights(
+        self, source: Mapping[str, Tensor], version: int, loaded: asyncio.Future[None]
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._thread, self._copy_weights, source)
+        except Exception as error:
+            loaded.set_exception(error)
+        else:
+            self._version = version
+            loaded.set_result(None)
+        self._pending_weights = None
+
+    # ------------------------------------------------------------ in the engine's own thread
+
+    @torch.no_grad()
+    def _copy_weights(self, source: Mapping[str, Tensor]) -> None:
+        for name, tensor in self._model.state_dict().items():
+            tensor.copy_(source[name])
+        self._cache.clear()
+
+    @torch.inference_mode()
+    def _step(self, num_joining: int) -> None:
+        """One token for every running request; those that join begin with their whole prompt."""
+        first = len(self._running) - num_joining
+        if first:
+            self._forward(range(first), [r.token_ids[-1:] for r in self._running[:first]])
+        if num_joining:
+            rows = range(first, len(self._running))
+            for _ in rows:
+                self._cache.add_row()
+            self._forward(rows, [list(self._running[row].prompt) for row in rows])
+
+    def _forward(self, rows: range, new_tokens: list[list[int]]) -> None:
+        device = self._model.device
+        step = CachedStep(self._cache, rows, [len(tokens) for tokens in new_tokens], device)
+        token_ids = torch.tensor([token for tokens in new_tokens for token in tokens])
+        hidden = hidden_states(self._model, token_ids.to(device), step.positions, step)
+        step.commit()
+        logits = next_token_logits(self._model, hidden[step.last]).cpu()
+        requests = [self._running[row] for row in rows]
+        sampled, logprobs = sample(
+            logits,
+            torch.tensor([request.sampling.temperature for request in requests]),
+            torch.tensor([request.sampling.top_p for request in requests]),
+            torch.tensor([request.uniforms[len(request.token_ids)] for request in requests]),
+        )
+        for request, token_id, logprob in zip(
+            requests, sampled.tolist(), logprobs.tolist(), strict=True
+        ):
+            if request.stop_reason is None:  # else it was aborted while this forward ran
+                request.push(token_id, logprob)
+        self._tokens_generated += len(requests)

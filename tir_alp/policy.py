@@ -1,0 +1,120 @@
+"""The policy: a Hugging Face causal LM, as token logprobs.
+
+The product of the vocabulary and a whole batch of tokens never stands in memory: logits are made a
+chunk of tokens at a time, and again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tir_alp.attention import PACKED, Layout
+
+_CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def load_policy(path: str) -> Any:
+    """Load a causal LM with packed attention, in float32, by folder or Hugging Face id.
+
+    Raises:
+        ValueError: If there is no such model, or it does something to its logits that we do not.
+    """
+    _check_folder(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=PACKED
+        )
+    except OSError as error:
+        raise ValueError(f"cannot load the model {path!r}: {error}") from error
+    for name in _CHANGED_LOGITS:
+        if getattr(model.config, name, None) not in (None, 1.0):
+            raise ValueError(f"the model {path!r} sets {name}, which is not supported")
+    return model
+
+
+def load_tokenizer(path: str) -> Any:
+    """Load the tokenizer of a model, by folder or Hugging Face id.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    _check_folder(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the tokenizer of {path!r}: {error}") from error
+
+
+def _check_folder(path: str) -> None:
+    looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).expanduser().is_dir():
+        raise ValueError(f"there is no model folder {path!r}; give a folder or a Hugging Face id")
+
+
+def hidden_states(model: Any, token_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+    """Run the decoder over packed tokens.
+
+    Args:
+        model: A causal LM loaded with `attn_implementation=PACKED`.
+        token_ids: [N] of all sequences behind one another.
+        position_ids: [N] position of each token in its own sequence.
+        layout: Which tokens attend to which.
+
+    Returns:
+        [N, H], of the last layer, after the final norm.
+    """
+    return model.base_model(
+        input_ids=token_ids.unsqueeze(0),
+        position_ids=position_ids.unsqueeze(0),
+        use_cache=False,
+        layout=layout,
+    ).last_hidden_state.squeeze(0)
+
+
+def next_token_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits [..., V] in float32 of the token behind each hidden state [..., H]."""
+    return model.get_output_embeddings()(hidden).float()
+
+
+def token_logprobs(
+    model: Any,
+    hidden: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int = 2048,
+) -> tuple[Tensor, Tensor]:
+    """Logprob of each token under the hidden state before it, and the entropy there, in nats.
+
+    Args:
+        model: A causal LM.
+        hidden: [M, H] states that predict.
+        token_ids: [M] tokens that are predicted.
+        temperature: Of the sampled distribution; logits are divided by it.
+        chunk_tokens: Logits stand for at most so many tokens at a time.
+
+    Returns:
+        Logprobs [M] and entropies [M], float32; the entropies carry no gradient.
+    """
+    head = model.get_output_embeddings()
+    chunks = zip(hidden.split(chunk_tokens), token_ids.split(chunk_tokens), strict=True)
+    parts = [
+        checkpoint(_chunk_logprobs, head, states, ids, temperature, use_reentrant=False)
+        for states, ids in chunks
+    ]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def _chunk_logprobs(
+    head: nn.Module, hidden: Tensor, token_ids: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    log_probs = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return log_probs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropy

@@ -1,0 +1,105 @@
+"""Groups in flight. The limit on staleness lives here and only here.
+
+At most `(max_staleness + 1) * groups_per_step` groups are in flight or waiting to be trained on,
+and they are taken in the order in which they were begun. A slot is freed when the weights that were
+trained on its group are live in the engine. So the group that step s trains on was begun after the
+weights of step s - max_staleness were live; with 0, after those of step s itself: exactly
+synchronous, by the same code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+from tir_alp.data import Task
+from tir_alp.types import TrajectoryGroup
+
+RunGroup = Callable[[Task, int], Awaitable[TrajectoryGroup]]
+
+
+_MOST_LOST = 8  # groups in a row; more are taken for an outage, which waiting does not mend
+
+
+class RolloutsFailed(Exception):
+    """Nothing comes back any more: engine, environment or sandbox are down."""
+
+
+class RolloutQueue:
+    """Keeps groups in flight and hands them out in order.
+
+    Args:
+        run_group: Samples the group of a task, given the group's id.
+        task_at: The task of a group id; a pure function of it, so that a position is one number.
+        groups_per_step: Groups that a step takes.
+        max_staleness: Steps that the weights behind a group may lag.
+        next_group: First group id; where a resumed run goes on.
+    """
+
+    def __init__(
+        self,
+        run_group: RunGroup,
+        task_at: Callable[[int], Task],
+        *,
+        groups_per_step: int,
+        max_staleness: int = 0,
+        next_group: int = 0,
+    ) -> None:
+        self._run_group, self._task_at = run_group, task_at
+        self._groups_per_step = groups_per_step
+        self._free = (max_staleness + 1) * groups_per_step
+        self._in_flight: deque[asyncio.Task[TrajectoryGroup]] = deque()
+        self._started = self._taken = next_group
+
+    @property
+    def position(self) -> int:
+        """Groups taken so far. A run that resumes here begins again those that were in flight."""
+        return self._taken
+
+    async def take(self) -> list[TrajectoryGroup]:
+        """Return the next `groups_per_step` groups, in order.
+
+        Consumes free slots and tasks; waits for the oldest groups in flight. A group that lost all
+        its episodes is skipped: its slot is used again at once.
+
+        Raises:
+            RolloutsFailed: If so many groups in a row are lost that it cannot be their tasks.
+        """
+        groups: list[TrajectoryGroup] = []
+        num_lost = 0
+        while len(groups) < self._groups_per_step:
+            self._fill()
+            group = await self._in_flight[0]
+            self._in_flight.popleft()
+            self._taken += 1
+            if group.trajectories:
+                groups.append(group)
+                num_lost = 0
+                continue
+            self._free += 1
+            num_lost += 1
+            if num_lost > max(_MOST_LOST, self._groups_per_step):
+                raise RolloutsFailed(
+                    f"the last {num_lost} groups lost all their episodes, the last one on task "
+                    f"{group.task_id}: the failures are listed above"
+                )
+        return groups
+
+    def release(self) -> None:
+        """Free the slots of one step: the weights trained on its groups are live."""
+        self._free += self._groups_per_step
+        self._fill()
+
+    async def close(self) -> None:
+        """Cancel what is in flight."""
+        for group in self._in_flight:
+            group.cancel()
+        await asyncio.gather(*self._in_flight, return_exceptions=True)
+
+    def _fill(self) -> None:
+        while self._free > 0:
+            group = self._run_group(self._task_at(self._started), self._started)
+            self._in_flight.append(asyncio.ensure_future(group))
+            self._free -= 1
+            self._started += 1

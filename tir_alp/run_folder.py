@@ -1,0 +1,90 @@
+"""The folder of a run: its config, metrics and trajectories, as other programs read them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from tir_alp.config import Config
+from tir_alp.objective import objective
+from tir_alp.types import Batch, TrajectoryGroup
+
+
+class RunFolder:
+    """Writes what a run leaves behind; nothing before `create` or `reopen`.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    def create(self, config: Config) -> None:
+        """Make the folder of a new run. Raises ValueError if there is one already."""
+        try:
+            self.path.mkdir(parents=True)
+        except FileExistsError:
+            raise ValueError(
+                f"the run {self.path} exists: resume it with --resume {self.path}, or give "
+                "another --name"
+            ) from None
+        (self.path / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+        (self.path / "objective.txt").write_text(objective(config.algorithm) + "\n")
+        self._open()
+
+    def reopen(self, step: int) -> None:
+        """Open the folder of a run that goes on behind `step`; later rows are taken out."""
+        metrics = self.path / "metrics.jsonl"
+        rows = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
+        aside = self.path / ".metrics.jsonl.part"
+        aside.write_text("".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= step))
+        os.replace(aside, metrics)
+        self._open()
+
+    def _open(self) -> None:
+        self._metrics = (self.path / "metrics.jsonl").open("a")
+        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one row of metrics."""
+        self._metrics.write(json.dumps({"step": step, **dict(sorted(metrics.items()))}) + "\n")
+        self._metrics.flush()
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def record(self, step: int, groups: Sequence[TrajectoryGroup]) -> None:
+        """Write the trajectories that a step trained on, one a line."""
+        folder = self.path / "trajectories"
+        folder.mkdir(exist_ok=True)
+        with (folder / f"step_{step:06d}.jsonl").open("w") as file:
+            for trajectory in (each for group in groups for each in group.trajectories):
+                file.write(json.dumps(asdict(trajectory)) + "\n")
+
+    def dump_bad_update(self, update: int, batches: Sequence[Batch]) -> None:
+        """Keep the micro-batches of an update that was not finite, for a post-mortem."""
+        folder = self.path / "bad_updates"
+        folder.mkdir(exist_ok=True)
+        torch.save([asdict(batch) for batch in batches], folder / f"update_{update}.pt")
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._metrics.close()
+        self._tensorboard.close()
+
+
+def read_run_config(path: Path) -> dict[str, Any]:
+    """Read the config that a run was started with. Raises ValueError if this is no run."""
+    file = path / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no folder of a run: cannot read {file} ({error})") from None

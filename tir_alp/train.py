@@ -1,0 +1,188 @@
+"""Trains a tool-using agent: `python -m tir_alp.train [--config FILE] [--dotted.key VALUE ...]`.
+
+The loop is `train`, and reads as the algorithm: take groups, update, give the engine the new
+weights, go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
+
+from tir_alp import checkpoint
+from tir_alp.advantage import ADVANTAGES
+from tir_alp.assembly import Run, open_run
+from tir_alp.batch import Sample
+from tir_alp.checkpoint import Position
+from tir_alp.config import AlgorithmConfig, Config, load_config, read_toml
+from tir_alp.evaluate import evaluate
+from tir_alp.metrics import rollout_metrics
+from tir_alp.objective import objective
+from tir_alp.renderer import PromptTooLong
+from tir_alp.rollout_queue import RolloutsFailed
+from tir_alp.run_folder import read_run_config
+from tir_alp.tiny import TRAIN_CONFIG
+from tir_alp.tools.sandbox import SandboxRefused
+from tir_alp.types import TrajectoryGroup
+
+CHANGEABLE = ("steps", "eval", "checkpoint")
+"""What may differ when a run is resumed."""
+
+
+async def train(run: Run) -> None:
+    """Train from the run's position to its last step, evaluating before and after."""
+    config, start = run.config, run.position.step
+    if start == 0:
+        await measure(run, step=0)
+    with run.console.training(start, config.steps):
+        for step in range(start, config.steps):
+            began = time.monotonic()
+            groups = await run.rollouts.take()
+            rolled_out = time.monotonic()
+            metrics = await update(run, groups, step)
+            trained = time.monotonic()
+            await run.engine.load_weights(run.trainer.weights(), version=step + 1)
+            run.rollouts.release()
+
+            metrics |= rollout_metrics(groups, step)
+            ended = time.monotonic()
+            metrics["time/rollout"] = rolled_out - began
+            metrics["time/train"] = trained - rolled_out
+            metrics["tokens/per_second"] = metrics["tokens/generated"] / (ended - began)
+            run.folder.record(step + 1, groups)
+            run.folder.log(step + 1, metrics)
+            run.console.step(step + 1, metrics)
+            if due(step + 1, config.eval.every) and step + 1 < config.steps:
+                await measure(run, step + 1)
+            if due(step + 1, config.checkpoint.every) or step + 1 == config.steps:
+                save(run, step + 1)
+    await measure(run, config.steps)
+
+
+async def update(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> dict[str, float]:
+    """Let the trainer learn from groups, in a thread, so that rollouts go on meanwhile."""
+    samples = with_advantages(groups, run.config.algorithm)
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(run.trainer_thread, run.trainer.step, samples, step)
+
+
+def with_advantages(
+    groups: Sequence[TrajectoryGroup], algorithm: AlgorithmConfig
+) -> list[list[Sample]]:
+    """Give each trajectory of each group its advantage."""
+    advantages = ADVANTAGES[algorithm.advantage]
+    return [
+        [Sample(*pair) for pair in zip(group.trajectories, advantages(group.rewards), strict=True)]
+        for group in groups
+    ]
+
+
+async def measure(run: Run, step: int) -> None:
+    """Evaluate on held-out tasks, and log it."""
+    settings = run.config.eval
+    metrics = await evaluate(
+        run.evaluation, run.held_out, samples=settings.samples, greedy=settings.greedy
+    )
+    run.folder.log(step, metrics)
+    greedy = metrics.get("eval/greedy_accuracy")
+    run.console.print(
+        f"step {step}: accuracy {metrics['eval/accuracy']:.1%} sampled"
+        + (f", {greedy:.1%} greedy" if greedy is not None else "")
+        + f", {metrics['eval/tool_calls']:.2f} tool calls a trajectory"
+        + f" ({len(run.held_out)} held-out tasks)"
+    )
+
+
+def save(run: Run, step: int) -> None:
+    """Write a checkpoint of where the run stands behind `step` steps."""
+    checkpoint.save(
+        run.folder.checkpoints,
+        run.trainer.model,
+        run.tokenizer,
+        run.trainer.state_dict(),
+        Position(step=step, group=run.rollouts.position, policy_version=step),
+        keep=run.config.checkpoint.keep,
+    )
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps, or never (0), happens after `step`."""
+    return every > 0 and step % every == 0
+
+
+class CannotStart(Exception):
+    """What the user has to mend before a run can begin."""
+
+
+async def train_from(config: Config, resume: Path | None) -> None:
+    """Open a run, say what it is, train, and say what to do next."""
+    async with AsyncExitStack() as stack:
+        try:
+            run = await stack.enter_async_context(open_run(config, resume))
+        except (ValueError, SandboxRefused) as error:
+            raise CannotStart(str(error)) from error
+        path = run.folder.path
+        run.console.print(
+            f"config {config.model_dump_json()}\n{objective(config.algorithm)}\nrun {path}"
+        )
+        await train(run)
+        run.console.print(
+            f"the model is in {path}/checkpoints/step_{config.steps}, metrics in "
+            f"{path}/metrics.jsonl\n"
+            f"next: tensorboard --logdir {path}  |  go on: python -m tir_alp.train --resume {path} "
+            f"--steps {config.steps * 2}"
+        )
+
+
+def parse_command_line(arguments: Sequence[str]) -> tuple[Config, Path | None]:
+    """Build the config of a new run, or of one to resume with `--resume FOLDER`."""
+    parser = argparse.ArgumentParser("tir_alp.train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--resume", type=Path)
+    options, words = parser.parse_known_args(arguments)
+    if options.resume is None:
+        return load_config(words, read_toml(options.config or TRAIN_CONFIG)), None
+    if options.config is not None:
+        raise ValueError("--resume goes on with the run's own config: leave --config out")
+    saved = read_run_config(options.resume)
+    config = load_config(words, saved)
+    changed = [
+        name
+        for name, value in load_config([], saved)
+        if name not in CHANGEABLE and getattr(config, name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{changed[0]} cannot change in the middle of a run; with --resume only "
+            f"{', '.join(CHANGEABLE)} can"
+        )
+    return config, options.resume
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code, 2 for what the user has to mend."""
+    disable_progress_bar()  # the library's own, for every file it reads or writes
+    try:
+        try:
+            config, resume = parse_command_line(arguments)
+        except ValueError as error:
+            raise CannotStart(str(error)) from error
+        asyncio.run(train_from(config, resume))
+    except (CannotStart, PromptTooLong, RolloutsFailed) as error:
+        print(f"tir_alp.train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tir_alp.train: interrupted; --resume goes on from the last checkpoint")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

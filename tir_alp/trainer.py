@@ -1,0 +1,260 @@
+"""Owns the policy's weights and the optimizer: takes samples, makes updates, reports.
+
+A *step* takes the groups of the rollout queue and divides them over `updates_per_step` optimizer
+*updates*; each update runs over micro-batches whose losses add up to that of the update, because
+they share one denominator. Not here: where samples come from, and who gets the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tir_alp.attention import PackedSequences
+from tir_alp.batch import Sample, loss_positions, pack, to_rows
+from tir_alp.config import AlgorithmConfig, TrainerConfig
+from tir_alp.loss import LossInputs, loss_counts, policy_loss
+from tir_alp.metrics import mismatch_metrics, ratio_quantiles
+from tir_alp.perturbation import Effect, LayerwisePerturbation, NoiseKey
+from tir_alp.policy import hidden_states, token_logprobs
+from tir_alp.types import Batch
+
+OnBadUpdate = Callable[[int, Sequence[Batch]], None]
+"""Told the number and the micro-batches of an update that was not finite."""
+
+
+class Trainer:
+    """Trains a causal LM in place.
+
+    Args:
+        model: Loaded by `load_policy`.
+        config: Optimizer and memory.
+        algorithm: The objective.
+        reference: The frozen initial model, where the objective has a KL term.
+        temperature: At which rollouts sample; the trained distribution has the same.
+        on_bad_update: Called where a loss or gradient is not finite. The update is skipped.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: TrainerConfig,
+        algorithm: AlgorithmConfig,
+        *,
+        reference: Any | None = None,
+        temperature: float,
+        on_bad_update: OnBadUpdate,
+    ) -> None:
+        self.model = model
+        self._config, self._algorithm = config, algorithm
+        self._temperature = temperature
+        self._on_bad_update = on_bad_update
+        self._reference = reference
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        weights = {
+            "params": list(model.parameters()),
+            "lr": config.lr,
+            "weight_decay": config.weight_decay,
+        }
+        parameter_groups = [weights]
+        self._perturbation = None
+        if algorithm.perturbation is not None:
+            self._perturbation = LayerwisePerturbation(model, algorithm.perturbation)
+            parameter_groups.append(
+                {
+                    "params": [self._perturbation.log_sigma],
+                    "lr": config.perturbation_lr,
+                    "weight_decay": 0.0,
+                }
+            )
+        self._optimizer = torch.optim.AdamW(parameter_groups, betas=config.betas)
+
+    def step(self, groups: Sequence[Sequence[Sample]], step: int) -> dict[str, float]:
+        """Make the updates of one step.
+
+        Args:
+            groups: The samples of each group.
+            step: Number of the step, from 0; the noise of its updates follows from it.
+
+        Returns:
+            Means over the updates, `train/skipped_updates` being a count.
+        """
+        per_update = len(groups) // self._config.updates_per_step
+        parts = [
+            pack(
+                [sample for group in groups[start : start + per_update] for sample in group],
+                self._config.micro_batch_tokens,
+            )
+            for start in range(0, len(groups), per_update)
+        ]
+        parts = [[self._prepare(batch) for batch in part] for part in parts]
+        first = step * self._config.updates_per_step
+        reports = [
+            self._update(part, first + index, measure=index == 0)
+            for index, part in enumerate(parts)
+        ]
+        made = [report for report in reports if report is not None]
+        names = {name for report in made for name in report}
+        metrics = {
+            name: sum(report[name] for report in made if name in report)
+            / sum(name in report for report in made)
+            for name in names
+        }
+        if self._perturbation is not None:
+            sigma = self._perturbation.sigma
+            metrics["alp/sigma_mean"] = sigma.mean().item()
+            metrics |= {f"alp/sigma_{index}": each for index, each in enumerate(sigma.tolist())}
+        batches = [batch for part in parts for batch in part]
+        compared = [
+            (batch.proximal_logprobs, batch.rollout_logprobs, batch.loss_mask)
+            for batch in batches
+            if batch.proximal_logprobs is not None
+        ]
+        if compared:
+            metrics |= mismatch_metrics(compared)
+        metrics["train/skipped_updates"] = len(reports) - len(made)
+        metrics["tokens/loss"] = sum(batch.num_loss_tokens for batch in batches)
+        return metrics
+
+    def weights(self) -> dict[str, Tensor]:
+        """The policy's tensors, shared with the model: what an engine needs. No sigma in it."""
+        return self.model.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs beside the model's own folder."""
+        state: dict[str, Any] = {"optimizer": self._optimizer.state_dict()}
+        if self._perturbation is not None:
+            state["log_sigma"] = self._perturbation.log_sigma.detach()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave; the model's weights are loaded by whoever made it."""
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self._perturbation is not None:
+            with torch.no_grad():
+                self._perturbation.log_sigma.copy_(state["log_sigma"])
+
+    # -------------------------------------------------------------------------- one update
+
+    def _prepare(self, batch: Batch) -> Batch:
+        """Move a micro-batch to the model, and add the logprobs of policies that stand still."""
+        batch = _to(batch, self.model.device)
+        if self._algorithm.needs_proximal:
+            batch = replace(batch, proximal_logprobs=self._frozen_logprobs(self.model, batch))
+        if self._reference is not None:
+            batch = replace(batch, reference_logprobs=self._frozen_logprobs(self._reference, batch))
+        return batch
+
+    @torch.no_grad()
+    def _frozen_logprobs(self, model: Any, batch: Batch) -> Tensor:
+        return self._logprobs(model, batch)[0]
+
+    def _update(
+        self, batches: Sequence[Batch], update: int, measure: bool
+    ) -> dict[str, float] | None:
+        """One optimizer update; None if it had nothing finite to offer and was skipped.
+
+        With `measure`, what the noise does is looked at in the first micro-batch.
+        """
+        counts = [loss_counts(_inputs(batch), self._algorithm) for batch in batches]
+        num_tokens = sum(float(count.num_loss_tokens) for count in counts)
+        num_sequences = sum(float(count.num_sequences) for count in counts)
+        if num_tokens == 0:
+            return None
+        self._optimizer.zero_grad(set_to_none=True)
+        totals: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        log_ratios = []
+        effect_metrics: dict[str, float] = {}
+        for index, batch in enumerate(batches):
+            # Backward belongs inside: checkpointed layers run a second time there.
+            with self._perturbed(batch, update, measure and index == 0) as effect:
+                logprobs, entropy = self._logprobs(self.model, batch)
+                loss, metrics = policy_loss(
+                    _inputs(batch, logprobs), self._algorithm, num_tokens, num_sequences
+                )
+                loss.backward()
+            if index == 0:
+                effect_metrics = effect.metrics()
+            for name, part in metrics.items():
+                totals[name] = totals[name] + part
+            totals["entropy/mean"] = totals["entropy/mean"] + entropy.sum() / num_tokens
+            token_ratios = torch.where(batch.loss_mask, logprobs - batch.rollout_logprobs, 0.0)
+            log_ratios.append(token_ratios.detach().sum(-1))
+        report = {name: float(total) for name, total in totals.items()}
+        norms = self._clip_gradients()
+        report |= norms | effect_metrics
+        if not all(map(_is_finite, (report["loss/value"], *norms.values()))):
+            self._optimizer.zero_grad(set_to_none=True)
+            self._on_bad_update(update, batches)
+            return None
+        self._optimizer.step()
+        return report | ratio_quantiles(torch.cat(log_ratios))
+
+    def _logprobs(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logprobs and entropies [B, T] of the tokens of the loss, 0 elsewhere."""
+        hidden = hidden_states(
+            model,
+            batch.token_ids,
+            batch.position_ids,
+            PackedSequences(batch.lengths, batch.token_ids.device),
+        )
+        places = loss_positions(batch)
+        logprobs, entropy = token_logprobs(
+            model,
+            hidden.index_select(0, places - 1),
+            batch.token_ids[places],
+            temperature=self._temperature,
+            chunk_tokens=self._config.logprob_chunk_tokens,
+        )
+        return to_rows(batch, logprobs), to_rows(batch, entropy)
+
+    def _perturbed(
+        self, batch: Batch, update: int, measure: bool
+    ) -> AbstractContextManager[Effect]:
+        if self._perturbation is None:
+            return contextlib.nullcontext(Effect())
+        keys = [NoiseKey(update, uid) for uid in batch.sequence_uids]
+        return self._perturbation.active(keys, batch.lengths, measure=measure)
+
+    def _clip_gradients(self) -> dict[str, float]:
+        """Bound the gradient of the weights and, by itself, log sigma's; return both norms."""
+        bound = self._config.max_grad_norm
+        clip = torch.nn.utils.clip_grad_norm_
+        norms = {"grad_norm/policy": float(clip(self.model.parameters(), bound))}
+        if self._perturbation is not None:
+            norms["grad_norm/log_sigma"] = float(clip([self._perturbation.log_sigma], bound))
+        return norms
+
+
+def _inputs(batch: Batch, logprobs: Tensor | None = None) -> LossInputs:
+    return LossInputs(
+        logprobs=batch.rollout_logprobs if logprobs is None else logprobs,
+        rollout_logprobs=batch.rollout_logprobs,
+        advantages=batch.advantages,
+        loss_mask=batch.loss_mask,
+        proximal_logprobs=batch.proximal_logprobs,
+        reference_logprobs=batch.reference_logprobs,
+        turn_ids=batch.turn_ids,
+    )
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    moved = {
+        name: value.to(device)
+        for name in Batch.__slots__
+        if isinstance(value := getattr(batch, name), Tensor)
+    }
+    return replace(batch, **moved)
+
+
+def _is_finite(number: float) -> bool:
+    return abs(number) < float("inf")

@@ -1,0 +1,54 @@
+"""The protocol that a tool implements, and what a call of it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tir_alp.tools.outcome import Outcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolResult:
+    """What came of one tool call.
+
+    Example: `print(6 * 7)` gives `ToolResult(outcome=Outcome.OK, text="42", duration_s=0.0002)`.
+    """
+
+    outcome: Outcome
+    text: str
+    """What the model gets to read; already cut to the observation limit."""
+    duration_s: float
+    """Wall-clock seconds from the call to the answer, queueing included."""
+    error: str = ""
+    """For people: what failed, in the words of the part that failed. Empty when nothing did."""
+
+
+class ToolSession(Protocol):
+    """The state that one episode keeps between its tool calls, e.g. a live interpreter."""
+
+    def close(self) -> None:
+        """Free what the session holds. Closing twice is allowed."""
+        ...
+
+
+class Tool(Protocol):
+    """One thing that a model can call.
+
+    `run` never raises for what the model wrote: bad arguments and failing programs are results
+    with an outcome. It returns within the tool's own deadline, whatever the program does.
+    """
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    """JSON schema of `arguments`."""
+
+    def open_session(self) -> ToolSession:
+        """Make the state for one episode. Cheap: nothing heavy starts before the first call."""
+        ...
+
+    def run(self, arguments: Mapping[str, Any], session: ToolSession) -> ToolResult:
+        """Call the tool once. Blocking; called from a thread of the rollout's own pool."""
+        ...

@@ -1,0 +1,111 @@
+"""The Python tool: code in, the text that a model reads out.
+
+The text is what a notebook would show: what was printed, the value of the last expression, the end
+of the traceback. It never holds more than `max_output_chars`, and it is never empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tir_alp.tools.base import ToolResult, ToolSession
+from tir_alp.tools.outcome import Outcome
+from tir_alp.tools.sandbox import Limits, RunResult, SandboxConfig, SandboxError, SandboxRefused
+from tir_alp.tools.sandbox.blocking import BlockingSession, shared_sandbox
+from tir_alp.tools.sandbox.output import cut_middle
+
+NO_OUTPUT = "[no output]"
+"""What the model reads when its program printed nothing and has no value."""
+
+_STDERR_LINES = 12
+
+
+class PythonToolSession:
+    """The interpreter of one episode; started by the first call."""
+
+    def __init__(self) -> None:
+        self.interpreter: BlockingSession | None = None
+
+    def close(self) -> None:
+        """Kill the interpreter, if there is one. Closing twice is allowed."""
+        if self.interpreter is not None:
+            self.interpreter.close()
+            self.interpreter = None
+
+
+class PythonTool:
+    """Runs Python in the sandbox; variables live as long as the episode.
+
+    All tools of a process with the same sandbox config share one sandbox.
+    """
+
+    name = "python"
+    description = (
+        "Runs Python code in a stateful interpreter and returns what it prints, and the value of "
+        "its last expression. Variables are kept between calls. There is no network."
+    )
+    parameters: Mapping[str, Any] = {
+        "type": "object",
+        "properties": {"code": {"type": "string", "description": "Python source code to run."}},
+        "required": ["code"],
+    }
+
+    def __init__(
+        self,
+        sandbox: SandboxConfig | Mapping[str, Any] | None = None,
+        *,
+        limits: Limits | Mapping[str, Any] | None = None,
+        max_output_chars: int = 4096,
+    ) -> None:
+        """Check the settings; nothing is started before the first call.
+
+        Args:
+            sandbox: Which sandbox; None takes the defaults.
+            limits: Of each call; None takes those of `sandbox`.
+            max_output_chars: How long the text that the model reads may become.
+        """
+        self._config = SandboxConfig.model_validate(sandbox or {})
+        self._limits = self._config.limits if limits is None else Limits.model_validate(limits)
+        self._max_output_chars = max_output_chars
+
+    def open_session(self) -> PythonToolSession:
+        """An interpreter that is not started yet."""
+        return PythonToolSession()
+
+    def run(self, arguments: Mapping[str, Any], session: ToolSession) -> ToolResult:
+        """Run `arguments["code"]`.
+
+        Raises:
+            SandboxRefused: This machine cannot hold a program in; a retry would not help.
+        """
+        assert isinstance(session, PythonToolSession)
+        code = arguments.get("code")
+        if not isinstance(code, str):
+            text = "[the tool takes one argument, `code`, a string of Python source]"
+            return ToolResult(outcome=Outcome.TOOL_ERROR, text=text, duration_s=0.0, error=text)
+        try:
+            if session.interpreter is None:
+                session.interpreter = shared_sandbox(self._config).session()
+        except SandboxRefused:
+            raise
+        except SandboxError as error:
+            text = "[the tool is not available]"
+            return ToolResult(
+                outcome=Outcome.INFRA_ERROR, text=text, duration_s=0.0, error=str(error)
+            )
+        result = session.interpreter.run(code, self._limits)
+        text, _ = cut_middle(_as_text(result), self._max_output_chars)
+        return ToolResult(
+            outcome=result.outcome,
+            text=text,
+            duration_s=result.duration_s,
+            error="" if result.outcome is Outcome.OK else result.stderr,
+        )
+
+
+def _as_text(result: RunResult) -> str:
+    note = f"[{result.note}]" if result.note else ""
+    stderr = result.stderr.rstrip("\n").split("\n")
+    parts = (note, result.stdout, result.value or "", "\n".join(stderr[-_STDERR_LINES:]))
+    return "\n".join(part.rstrip("\n") for part in parts if part) or NO_OUTPUT

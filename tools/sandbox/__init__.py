@@ -1,0 +1,31 @@
+r"""A Python sandbox that fails closed: stateful sessions, live forks, typed outcomes.
+
+async with create_sandbox(SandboxConfig()) as sandbox:
+    async with sandbox.session() as python:
+        result = await python.run("x = 6\nprint(x * 7)", limits=Limits(wall_s=3))
+        branch = await python.fork()
+"""
+
+from tir_alp.tools.outcome import Outcome
+from tir_alp.tools.sandbox.base import Sandbox, Session
+from tir_alp.tools.sandbox.blocking import BlockingSandbox, BlockingSession, shared_sandbox
+from tir_alp.tools.sandbox.config import Limits, SandboxConfig
+from tir_alp.tools.sandbox.create import create_sandbox
+from tir_alp.tools.sandbox.report import SandboxReport
+from tir_alp.tools.sandbox.result import RunResult, SandboxError, SandboxRefused
+
+__all__ = [
+    "BlockingSandbox",
+    "BlockingSession",
+    "Limits",
+    "Outcome",
+    "RunResult",
+    "Sandbox",
+    "SandboxConfig",
+    "SandboxError",
+    "SandboxRefused",
+    "SandboxReport",
+    "Session",
+    "create_sandbox",
+    "shared_sandbox",
+]

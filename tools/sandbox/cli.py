@@ -1,0 +1,130 @@
+"""`python -m tir_alp.sandbox`: what this machine enforces, one execution, the HTTP service."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tir_alp.tools.sandbox.config import TOKEN_VARIABLE, Limits, SandboxConfig
+from tir_alp.tools.sandbox.create import BACKENDS, create_sandbox, examine
+from tir_alp.tools.sandbox.result import SandboxError, SandboxRefused
+from tir_alp.tools.sandbox.script import run_script
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_UNAVAILABLE = 69
+"""EX_UNAVAILABLE: there is no sandbox."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and do what it says; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    config = SandboxConfig.model_validate(
+        {
+            "backend": arguments.backend,
+            "preload": tuple(filter(None, arguments.preload.split(","))),
+            "memory_mb": arguments.memory_mb,
+        }
+    )
+    try:
+        return asyncio.run(arguments.do(config, arguments))
+    except SandboxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _UNAVAILABLE
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m tir_alp.sandbox", description=__doc__)
+    common = argparse.ArgumentParser(add_help=False)
+    defaults = SandboxConfig()
+    common.add_argument("--backend", default="auto", choices=("auto", *BACKENDS))
+    common.add_argument(
+        "--preload", default=",".join(defaults.preload), help="modules, comma between"
+    )
+    common.add_argument("--memory-mb", type=int, default=defaults.memory_mb)
+    verbs = parser.add_subparsers(required=True)
+
+    probe = verbs.add_parser("probe", parents=[common], help="what is enforced here, and by what")
+    probe.set_defaults(do=_probe, preload="")
+
+    run = verbs.add_parser("run", parents=[common], help="execute one file ('-': stdin)")
+    run.add_argument("file")
+    run.add_argument("--wall-s", type=float, default=defaults.limits.wall_s)
+    run.set_defaults(do=_run)
+
+    serve = verbs.add_parser("serve", parents=[common], help="the HTTP service")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8080)
+    serve.add_argument("--no-token", action="store_true", help="let every local process in")
+    serve.add_argument("--max-sessions", type=int, default=defaults.max_sessions)
+    serve.set_defaults(do=_serve)
+    return parser
+
+
+async def _probe(config: SandboxConfig, arguments: argparse.Namespace) -> int:
+    """Print a table of backend and protection; status 1 if no backend can be used."""
+    console = Console()
+    names = [n for n in BACKENDS if n != "unsafe"] if config.backend == "auto" else [config.backend]
+    usable = []
+    for name in names:
+        table = Table("protection", "enforced", "by", title=f"backend {name}", title_justify="left")
+        try:
+            findings = await examine(name, config)
+        except SandboxRefused as refusal:
+            console.print(f"backend {name}: [red]cannot be used[/red]: {refusal}", soft_wrap=True)
+            continue
+        for finding in findings:
+            held = f"[red]NO: {finding.failure}" if finding.failure else "yes"
+            table.add_row(finding.promise, held, finding.mechanism)
+        console.print(table)
+        if not any(finding.failure for finding in findings):
+            usable.append(name)
+    console.print(f"usable: {', '.join(usable) or 'none'}")
+    return 0 if usable else 1
+
+
+async def _run(config: SandboxConfig, arguments: argparse.Namespace) -> int:
+    """Print what a program prints; its exit status, or one that stands for how it ended."""
+    file = arguments.file
+    code = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    stdin = "" if file == "-" or sys.stdin.isatty() else sys.stdin.read()
+    limits = Limits(wall_s=arguments.wall_s)
+    async with create_sandbox(config) as sandbox, sandbox.session() as session:
+        script = await run_script(session, code, stdin=stdin, limits=limits)
+    sys.stdout.write(script.result.stdout)
+    sys.stderr.write(script.result.stderr)
+    return script.exit_status
+
+
+async def _serve(config: SandboxConfig, arguments: argparse.Namespace) -> int:
+    """Serve until interrupted."""
+    try:
+        from tir_alp.tools.sandbox.service import Service, ServiceConfig, serve
+    except ImportError as error:
+        raise SandboxError(f"{error}; the service needs: pip install 'tir_alp[service]'") from error
+    if arguments.no_token and arguments.host not in _LOOPBACK:
+        raise SandboxError("--no-token is for this machine's own clients; drop it, or --host")
+    token = None
+    if not arguments.no_token and (token := os.environ.get(TOKEN_VARIABLE)) is None:
+        token = secrets.token_urlsafe(24)
+        print(f"{TOKEN_VARIABLE}={token}", file=sys.stderr)
+    config = config.model_copy(update={"max_sessions": arguments.max_sessions})
+    async with create_sandbox(config) as sandbox:
+        service = Service(sandbox, ServiceConfig(token=token))
+        where = f"http://{arguments.host}:{arguments.port}"
+        print(f"sandbox backend {sandbox.report.backend} at {where}", file=sys.stderr)
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await serve(service.application(), arguments.host, arguments.port, stop)
+    return 0

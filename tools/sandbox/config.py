@@ -1,0 +1,72 @@
+"""The settings of a sandbox. Every field here is enforced by something."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+TOKEN_VARIABLE = "TIR_ALP_SANDBOX_TOKEN"
+"""The environment variable that holds the token of the service, on both sides."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Limits(_Section):
+    """What one call may use."""
+
+    wall_s: float = Field(default=10.0, gt=0)
+    """Seconds on the host's clock; the interpreter is killed at the end of them."""
+    cpu_s: float | None = Field(default=None, gt=0)
+    """Processor seconds, all threads together; unlike `wall_s`, not spent by a busy machine."""
+    output_chars: int = Field(default=16_384, gt=0, le=1_000_000)
+    """How much of stdout, of stderr and of the value is kept, each: half head, half tail."""
+    output_bytes: int = Field(default=8 << 20, gt=0)
+    """A program that prints more than this is killed."""
+
+
+class SandboxConfig(_Section):
+    """One sandbox: a warm fork server, and the sessions that it forks.
+
+    The bounds below `limits` hold for a session as long as it lives.
+    """
+
+    backend: Literal["auto", "namespaces", "landlock", "remote", "unsafe"] = "auto"
+    """`auto`: the strongest backend whose probes all pass on this machine, or none. `remote`: the
+    services at `hosts`. `unsafe`: no protection."""
+    hosts: tuple[str, ...] = ()
+    """Of `remote`: addresses such as "http://10.0.0.7:8080"; the token comes from the environment,
+    as TIR_ALP_SANDBOX_TOKEN. The rest of this config is what each service was started with, but for
+    `limits` and `max_wait_s`."""
+    preload: tuple[str, ...] = ("numpy", "sympy")
+    """Modules that every session has already imported. Empty: a session starts much faster."""
+    limits: Limits = Limits()
+    """Of a call that names none of its own."""
+    max_sessions: int = Field(default=256, gt=0)
+    """Live interpreters at once; who asks for more waits."""
+    memory_budget_mb: int | None = Field(default=None, gt=0)
+    """Memory for all sessions together: each call that runs counts with the whole of `memory_mb`,
+    each idle interpreter with what it has grown by; a call that does not fit waits. None: three
+    quarters of what the machine has free when the sandbox starts."""
+    max_wait_s: float = Field(default=600.0, gt=0)
+    """How long a session or a call waits for its turn before it is an error."""
+    memory_mb: int = Field(default=1024, ge=64)
+    """Address space of a session, the interpreter and its libraries included."""
+    max_processes: int = Field(default=64, ge=4)
+    """Threads of a session and of its branches, interpreters and keeper included.
+
+    There are no subprocesses."""
+    tmp_mb: int = Field(default=64, ge=1)
+    """Size of a session's own /tmp, which lies in memory."""
+    tmp_files: int = Field(default=4096, ge=16)
+    """Files and folders in it."""
+    open_files: int = Field(default=128, ge=16)
+    """Open files of a session."""
+
+    @model_validator(mode="after")
+    def _hosts_belong_to_remote(self) -> Self:
+        if (self.backend == "remote") != bool(self.hosts):
+            raise ValueError('`hosts` and backend "remote" go together')
+        return self

@@ -1,0 +1,207 @@
+"""The host's end of the fork server: starts it, asks it for sessions, notices when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import json
+import socket
+import subprocess
+import tempfile
+from dataclasses import dataclass
+
+from tir_alp.tools.sandbox.jails import Jail
+from tir_alp.tools.sandbox.result import SandboxError
+
+_START_TIMEOUT_S = 120.0
+_REQUEST_TIMEOUT_S = 20.0
+_STOP_TIMEOUT_S = 10.0
+_MAX_MESSAGE = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """How an interpreter ended, as its keeper saw it."""
+
+    status: int
+    """As wait(2) gives it."""
+    limit: str = ""
+    """The limit that its keeper killed it for, if it did."""
+
+
+SERVER_DIED = Death(-1)
+"""The whole jail is gone."""
+
+
+# Descriptors that are on their way through a socket count against the limit of open files of any
+# one process of the same ordinary user, and a session's limit is low.
+_BIRTHS_AT_ONCE = 16
+
+
+class ForkServer:
+    """A live fork server. Once it is `dead` it stays so: start another."""
+
+    def __init__(self, jail: Jail) -> None:
+        self.jail = jail
+        self.dead = False
+        self.births = asyncio.Semaphore(_BIRTHS_AT_ONCE)
+        """Hold it while an interpreter is born."""
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, asyncio.Future[str]] = {}
+        self._deaths: dict[tuple[int, int], asyncio.Future[Death]] = {}
+        self._started: asyncio.Future[None] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._all_gone: asyncio.Future[None] | None = None
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `stop`)
+        self._requests, self._their_requests = _socket_pair()
+        self._obituaries, self._their_obituaries = _socket_pair()
+
+    async def start(self) -> None:
+        """Start the jail and wait until its modules are loaded.
+
+        Raises:
+            SandboxError: It did not come up; the message has its last words.
+        """
+        loop = asyncio.get_running_loop()
+        self._started, self._all_gone = loop.create_future(), loop.create_future()
+        theirs = (self._their_requests.fileno(), self._their_obituaries.fileno())
+        self._process = subprocess.Popen(
+            self.jail.command(*theirs),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            env=self.jail.environment,
+            pass_fds=theirs,
+            start_new_session=True,
+        )
+        self._their_requests.close()
+        self._their_obituaries.close()
+        loop.add_reader(self._requests, self._on_answer)
+        loop.add_reader(self._obituaries, self._on_obituary)
+        self._requests.send(json.dumps(dataclasses.asdict(self.jail.spec)).encode())
+        try:
+            await asyncio.wait_for(asyncio.shield(self._started), _START_TIMEOUT_S)
+        except BaseException:
+            await self.stop()
+            raise
+
+    def fork_session(self, descriptors: list[int]) -> int:
+        """Ask for a session on (control, stdout, stderr); it greets on its control socket.
+
+        Returns:
+            The number of the session's family, by which `death` knows its processes.
+        """
+        number = next(self._numbers)
+        self._send({"op": "session", "id": number}, descriptors)
+        return number
+
+    async def furnish_branch(self, pidfd: int) -> None:
+        """Give a branch its user and its own copy of the /tmp that it still shares."""
+        number = next(self._numbers)
+        answer = asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
+        try:
+            self._send({"op": "furnish_branch", "id": number}, [pidfd])
+            error = await asyncio.wait_for(answer, _REQUEST_TIMEOUT_S)
+        except TimeoutError:
+            error = f"no answer within {_REQUEST_TIMEOUT_S} s"
+        finally:
+            del self._answers[number]
+        if error:
+            raise SandboxError(f"the branch could not be furnished: {error}")
+
+    def death(self, family: int, pid: int) -> asyncio.Future[Death]:
+        """The death of an interpreter, once its keeper has reaped it."""
+        key = (family, pid)
+        if key not in self._deaths:
+            self._deaths[key] = asyncio.get_running_loop().create_future()
+            if self.dead:
+                self._deaths[key].set_result(SERVER_DIED)
+        return self._deaths[key]
+
+    def forget(self, family: int, pid: int) -> None:
+        """Nobody asks for this death any more."""
+        self._deaths.pop((family, pid), None)
+
+    async def stop(self) -> None:
+        """End the fork server and with it every session; wait until none of them is left."""
+        self._mark_dead("it was stopped")
+        if self._errors.closed:
+            return
+        if self._process is not None and self._all_gone is not None:
+            self._process.kill()  # keepers end with it, and the obituaries with the last of them
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._all_gone), _STOP_TIMEOUT_S)
+            self._process.wait()
+            asyncio.get_running_loop().remove_reader(self._obituaries)
+        self._obituaries.close()
+        self._errors.close()
+
+    def _send(self, message: dict[str, object], descriptors: list[int]) -> None:
+        if self.dead:
+            raise SandboxError("the fork server is dead")
+        try:
+            socket.send_fds(self._requests, [json.dumps(message).encode()], descriptors)
+        except OSError as error:
+            raise SandboxError(f"the fork server does not take requests: {error}") from error
+
+    def _on_answer(self) -> None:
+        try:
+            data = self._requests.recv(_MAX_MESSAGE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._mark_dead(self._last_words())
+            return
+        message = json.loads(data)
+        if message.get("ready"):
+            if self._started is not None and not self._started.done():
+                self._started.set_result(None)
+        elif (answer := self._answers.get(message["id"])) is not None and not answer.done():
+            answer.set_result(message["error"])
+
+    def _on_obituary(self) -> None:
+        try:
+            data = self._obituaries.recv(_MAX_MESSAGE)
+        except BlockingIOError:
+            return
+        if not data:  # the fork server and every keeper held the other end
+            asyncio.get_running_loop().remove_reader(self._obituaries)
+            assert self._all_gone is not None
+            self._all_gone.set_result(None)
+            return
+        family, pid, status, limit = json.loads(data)
+        death = self._deaths.get((family, pid))
+        if death is not None and not death.done():
+            death.set_result(Death(status, limit))
+
+    def _mark_dead(self, reason: str) -> None:
+        if self.dead:
+            return
+        self.dead = True
+        asyncio.get_running_loop().remove_reader(self._requests)
+        self._requests.close()
+        error = SandboxError(f"the fork server died: {reason}")
+        if self._started is not None and not self._started.done():
+            self._started.set_exception(error)
+        for death in self._deaths.values():
+            if not death.done():
+                death.set_result(SERVER_DIED)
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_result(str(error))
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        text = self._errors.read(64_000).decode("utf-8", "backslashreplace").strip()
+        return text.splitlines()[-1] if text else "no message"
+
+
+def _socket_pair() -> tuple[socket.socket, socket.socket]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    return ours, theirs

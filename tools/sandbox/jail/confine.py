@@ -1,0 +1,29 @@
+"""What an interpreter gives up before the first foreign instruction. Order matters.
+
+A session has two processes. Its *keeper* runs no foreign code: it furnishes the session's room
+(`room_namespaces.py` or `room_folder.py`), reaps, and tells the host of deaths. The interpreter is
+the keeper's child, and gives up everything else: limits, capabilities, privileges by exec, files
+(Landlock), system calls (seccomp), in this order, since each step needs what a later one takes
+away.
+"""
+
+from __future__ import annotations
+
+import resource
+
+from tir_alp.tools.sandbox.jail import kernel
+from tir_alp.tools.sandbox.jail.spec import JailSpec
+
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+
+
+def confine(spec: JailSpec, ruleset: int | None) -> int | None:
+    """In the interpreter: give up every right. Returns the descriptor of seccomp's questions."""
+    for name, value in spec.rlimits.items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    kernel.drop_capabilities()
+    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+    if ruleset is not None:
+        kernel.landlock_restrict_self(ruleset)
+    return kernel.install_seccomp(bytes.fromhex(spec.seccomp)) if spec.seccomp else None

@@ -1,0 +1,97 @@
+"""The interpreter of a session: executes cells one after the other, and says how each one ended.
+
+It shares its process with the program, which can therefore forge any reply. The host believes a
+reply only about the program that it ran, checks its form, and never takes it for a reward.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import errno
+import linecache
+import os
+import sys
+import traceback
+from types import ModuleType
+from typing import Any
+
+_LIMIT_ERRNOS = (errno.ENOSPC, errno.EFBIG, errno.EMFILE, errno.ENOMEM, errno.EAGAIN)
+
+
+class Interpreter:
+    """The state that lives across cells: a `__main__` module and a count."""
+
+    def __init__(self) -> None:
+        module = ModuleType("__main__")
+        module.__dict__["__builtins__"] = builtins
+        sys.modules["__main__"] = module
+        self._globals: dict[str, Any] = module.__dict__
+        self._cells = 0
+
+    def run(self, code: str, value_chars: int) -> dict[str, Any]:
+        """Execute one cell.
+
+        Output goes straight to descriptors 1 and 2, so what was printed survives whatever comes.
+
+        Returns:
+            `ok`; `value`, the repr of the last expression, or None; `limit`, which limit of the
+            session an uncaught exception stands for, or "".
+        """
+        self._cells += 1
+        name = f"<cell {self._cells}>"
+        linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
+        try:
+            value = self._execute(code, name)
+            shown = None if value is None else repr(value)
+            return {"ok": True, "value": _cut(shown, value_chars), "limit": ""}
+        except BaseException as error:
+            limit = _limit_of(error)
+            _print_traceback(error)
+            return {"ok": False, "value": None, "limit": limit}
+
+    def _execute(self, code: str, name: str) -> Any:
+        tree = ast.parse(code, name)
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, name, "exec"), self._globals)
+        if isinstance(last, ast.Expr):
+            return eval(compile(ast.Expression(last.value), name, "eval"), self._globals)
+        return None
+
+
+def _cut(text: str | None, limit: int) -> str | None:
+    # One character too many is enough for the host to see, and to say, that it was cut.
+    return text if text is None else text[: limit + 1]
+
+
+def _limit_of(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "memory"
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return "processes"
+    if isinstance(error, OSError) and error.errno in _LIMIT_ERRNOS:
+        return "system"
+    return ""
+
+
+def _print_traceback(error: BaseException, write: Any = os.write) -> None:
+    """Print an error as Python does, trimmed to the program's own frames and the innermost one."""
+    try:
+        report = traceback.TracebackException.from_exception(error, compact=True)
+        _trim(report)
+        text = "".join(report.format())
+    except BaseException as failure:  # a hostile __str__, or no memory left to format with
+        text = f"{type(error).__name__} (its traceback cannot be shown: {type(failure).__name__})\n"
+    data = text.encode("utf-8", "backslashreplace")
+    while data:
+        data = data[write(2, data) :]
+
+
+def _trim(report: traceback.TracebackException | None) -> None:
+    while report is not None:
+        own = [frame.filename.startswith("<cell ") for frame in report.stack]
+        if any(own):
+            own[-1] = True
+        report.stack[:] = [frame for frame, keep in zip(report.stack, own, strict=True) if keep]
+        _trim(report.__cause__)
+        report = report.__context__

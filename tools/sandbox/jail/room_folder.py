@@ -1,0 +1,155 @@
+"""A session in a folder of its own, on a machine that gives no namespaces.
+
+What the kernel does for the other room, the keeper does here: it measures the folder again and
+again and ends the session when it is too full, and it ends what is left of the session when it is
+told to, or when the fork server dies. The interpreter and its branches are one process group, which
+none of them can leave. They share the folder; each has a copy of the files in a part of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import stat
+import sys
+import tempfile
+
+from tir_alp.tools.sandbox.jail import kernel, landlock
+from tir_alp.tools.sandbox.jail.confine import DEVICES
+from tir_alp.tools.sandbox.jail.spec import JailSpec
+
+_LOOK_EVERY_S = 0.05
+_LOOK_AT_LEAST_EVERY_S = 0.2
+_MAX_DEPTH = 64
+_BLOCK = 512
+_SIGNALS = (signal.SIGCHLD, signal.SIGTERM)
+
+
+class FolderRoom:
+    """See `fork_server.Room`."""
+
+    keeper_flags = 0
+    branch_flags = kernel.BRANCH_IN_PLACE
+
+    def __init__(self, spec: JailSpec) -> None:
+        self._spec = spec
+        self._fork_server = os.getpid()
+        self._limit = ""
+        self._pause_s = _LOOK_EVERY_S
+        self._last_use = 0, 0
+
+    def furnish(self) -> None:
+        """In the keeper: make the folder, and die with the fork server."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        _die_with(self._fork_server, signal.SIGTERM)
+        self._keeper = os.getpid()
+        self._folder = tempfile.mkdtemp(prefix="sandbox-")
+        self._enter_folder(os.path.join(self._folder, "0"))
+
+    def enter(self) -> int | None:
+        """In the interpreter: lead a process group, die with the keeper, be shut in the folder."""
+        _die_with(self._keeper, signal.SIGKILL)
+        os.setpgid(0, 0)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
+        if not self._spec.landlock:
+            return None
+        return landlock.build_ruleset(self._spec.readable, DEVICES, self._folder)
+
+    def wait(self, interpreter: int) -> tuple[int, int, str]:
+        """In the keeper: wait for a death, and see to it that the folder does not grow too full."""
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid:
+                return pid, status, self._limit
+            told = signal.sigtimedwait(_SIGNALS, self._pause_s)
+            if told is not None and told.si_signo == signal.SIGTERM:
+                _kill_group(interpreter)
+            elif told is None and self._is_too_full():
+                self._limit = "its files took more space than it may use"
+                _kill_group(interpreter)
+
+    def leave(self) -> None:
+        """In the keeper: remove the folder. A program can nest folders too deep for Python."""
+        for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+            null = [(os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)]
+            command = [*command, "--", self._folder]
+            os.waitpid(os.posix_spawnp(command[0], command, os.environ, file_actions=null), 0)
+
+    def enter_branch(self) -> None:
+        """In a branch: take a copy of the files of whom it was forked from."""
+        origin, folder = self._own_part, os.path.join(self._folder, str(os.getpid()))
+        inside = os.path.relpath(os.getcwd(), origin)
+        _copy(origin, folder)
+        self._enter_folder(folder)
+        os.chdir(inside)
+
+    def furnish_branch(self, pidfd: int) -> None:
+        """In a helper: a branch has done everything by itself."""
+
+    def _enter_folder(self, folder: str) -> None:
+        self._own_part = folder
+        os.makedirs(folder, exist_ok=True)
+        os.chdir(folder)
+        for name in ("HOME", "TMPDIR", "PWD"):
+            os.environ[name] = folder
+        tempfile.tempdir = None  # remembered by the fork server
+
+    def _is_too_full(self) -> bool:
+        use = _measure(self._folder)
+        busy, self._last_use = use != self._last_use, use
+        self._pause_s = _LOOK_EVERY_S if busy else min(2 * self._pause_s, _LOOK_AT_LEAST_EVERY_S)
+        num_bytes, num_files = use
+        return num_bytes > self._spec.scratch_mb << 20 or num_files > self._spec.scratch_files
+
+
+def _die_with(parent: int, death_signal: int) -> None:
+    kernel.prctl(kernel.PR_SET_PDEATHSIG, death_signal)
+    if os.getppid() != parent:  # it was too late to be told
+        os._exit(1)
+
+
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _copy(origin: str, target: str) -> None:
+    """As `shutil.copytree`, which asks for attributes that the filter keeps from a program."""
+    os.mkdir(target)
+    with os.scandir(origin) as entries:
+        for entry in entries:
+            copy = os.path.join(target, entry.name)
+            if entry.is_symlink():
+                os.symlink(os.readlink(entry.path), copy)
+            elif entry.is_dir():
+                _copy(entry.path, copy)
+            elif entry.is_file():  # and no pipe or socket, which it would wait for
+                shutil.copyfile(entry.path, copy)
+                shutil.copymode(entry.path, copy)
+
+
+def _measure(folder: str) -> tuple[int, int]:
+    """Bytes and files in a folder; endless if it hides something, by its rights or its depth."""
+    num_bytes = num_files = 0
+    folders = [(folder, 0)]
+    while folders:
+        path, depth = folders.pop()
+        if depth > _MAX_DEPTH:
+            return sys.maxsize, sys.maxsize
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    status = entry.stat(follow_symlinks=False)
+                    num_files += 1
+                    num_bytes += status.st_blocks * _BLOCK
+                    if stat.S_ISDIR(status.st_mode):
+                        folders.append((entry.path, depth + 1))
+        except FileNotFoundError:  # removed meanwhile
+            continue
+        except OSError:
+            return sys.maxsize, sys.maxsize
+    return num_bytes, num_files

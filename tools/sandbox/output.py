@@ -1,0 +1,44 @@
+"""Keeps the head and the tail of an output of any length, in bounded memory."""
+
+from __future__ import annotations
+
+_REMARK = "\n[... output cut here ...]\n"
+_BYTES_PER_CHAR = 4  # at most, so head and tail hold more characters than are wanted
+
+
+class HeadTail:
+    """Bytes go in, bounded text comes out; `total_bytes` counts what went in."""
+
+    def __init__(self, max_chars: int) -> None:
+        self.total_bytes = 0
+        self._max_chars = max_chars
+        self._capacity = max_chars * _BYTES_PER_CHAR
+        self._head = bytearray()
+        self._tail = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        """Take the next piece."""
+        self.total_bytes += len(data)
+        room = self._capacity - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:]
+        if len(self._tail) > 2 * self._capacity:
+            del self._tail[: -self._capacity]
+
+    def text(self) -> tuple[str, bool]:
+        r"""The text and whether something was cut. Bytes that are no UTF-8 become `\xNN`."""
+        text = (self._head + self._tail).decode("utf-8", "backslashreplace")
+        return cut_middle(text, self._max_chars)
+
+
+def cut_middle(text: str, max_chars: int) -> tuple[str, bool]:
+    """Keep both ends of a text that is longer than `max_chars`, the remark in between included.
+
+    Returns:
+        The text and whether something was cut.
+    """
+    if len(text) <= max_chars:
+        return text, False
+    room = max(0, max_chars - len(_REMARK))
+    head, tail = text[: room - room // 2], text[len(text) - room // 2 :]
+    return (head + _REMARK + tail)[:max_chars], True

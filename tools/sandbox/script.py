@@ -1,0 +1,67 @@
+"""Runs a whole program in a fresh session, as `python FILE` would: with stdin and a status."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+from tir_alp.tools.outcome import Outcome
+from tir_alp.tools.sandbox.base import Session
+from tir_alp.tools.sandbox.config import Limits
+from tir_alp.tools.sandbox.result import RunResult
+
+_STDIN = """
+import io, sys
+sys.stdin = io.TextIOWrapper(io.BytesIO({data!r}), encoding="utf-8")
+del io, sys
+"""
+_SYSTEM_EXIT = re.compile(
+    r"^Traceback \(most recent call last\):\n(?: +.*\n)*SystemExit(?:: (?P<status>.*))?\n\Z", re.M
+)
+EXIT_STATUS = {
+    Outcome.OK: 0,
+    Outcome.TOOL_ERROR: 1,
+    Outcome.TOOL_TIMEOUT: 124,  # as timeout(1)
+    Outcome.RESOURCE_LIMIT: 137,  # as a shell says of what was killed
+    Outcome.INFRA_ERROR: 70,  # EX_SOFTWARE
+    Outcome.CANCELLED: 130,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptResult:
+    """How a program ended."""
+
+    result: RunResult
+    """`SystemExit` is an end like any other here: `OK` for status 0."""
+    exit_status: int
+    """The program's own, or one that stands for its outcome."""
+
+
+async def run_script(
+    session: Session, code: str, *, stdin: str = "", limits: Limits | None = None
+) -> ScriptResult:
+    """Run a program in a session that has run nothing yet."""
+    if stdin:
+        await session.run(_STDIN.format(data=stdin.encode("utf-8", "surrogatepass")))
+    return _with_status(await session.run(code, limits))
+
+
+def _with_status(result: RunResult) -> ScriptResult:
+    ending = _SYSTEM_EXIT.search(result.stderr)
+    if result.outcome is not Outcome.TOOL_ERROR or ending is None:
+        return ScriptResult(result, EXIT_STATUS[result.outcome])
+    status, message = ending["status"] or "None", ""
+    if status == "None":
+        number = 0
+    elif re.fullmatch(r"-?\d{1,9}", status):
+        number = int(status) & 0xFF
+    else:
+        number, message = 1, status + "\n"
+    ended = dataclasses.replace(
+        result,
+        outcome=Outcome.TOOL_ERROR if number else Outcome.OK,
+        stderr=result.stderr[: ending.start()] + message,
+    )
+    return ScriptResult(ended, number)
