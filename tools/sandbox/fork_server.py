@@ -87,6 +87,11 @@ class ForkServer:
             await self.stop()
             raise
 
+    def poll(self) -> None:
+        """Notice a death of which the event loop has not told yet."""
+        if not self.dead:
+            self._on_answer()
+
     def fork_session(self, descriptors: list[int]) -> int:
         """Ask for a session on (control, stdout, stderr); it greets on its control socket.
 

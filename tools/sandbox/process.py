@@ -203,7 +203,10 @@ class InterpreterProcess:
 
     def poll(self) -> None:
         """Notice what happened while nothing was asked: a death, or a frame sent unasked."""
-        if self.lost is None:
+        self._server.poll()
+        if self.lost is None and self._server.dead:
+            self.lose(Outcome.INFRA_ERROR, "the fork server died")  # it may outlive it by moments
+        elif self.lost is None:
             self._on_control()
 
     def drain(self) -> None:
