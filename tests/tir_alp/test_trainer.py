@@ -1,6 +1,6 @@
 """The trainer by identities: what must be exactly equal, what must not move, what must be zero.
 
-Losses and gradients of the same update computed in different ways agree to 1e-5 of the largest
+Losses and gradients of the same update computed in different ways agree to 1e-4 of the largest
 element, in float32; what is one computation done twice is compared bit for bit.
 """
 
@@ -118,7 +118,7 @@ def gradients(of: Trainer | LayerwisePerturbation, at: Any = None) -> dict[str, 
 def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
-        tolerance = 1e-5 * other[name].abs().max().item()
+        tolerance = 1e-4 * other[name].abs().max().item()  # a wrong term is far more than that
         torch.testing.assert_close(value, other[name], rtol=0, atol=tolerance, msg=name)
 
 
