@@ -7,7 +7,7 @@ it, so what predicts it is the hidden state at t - 1 of the same sequence. No ot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,29 @@ def collate(samples: Sequence[Sample]) -> Batch:
         ),
         turn_ids=_rows([each.turn_ids for each in trajectories], longest, -1, torch.int64),
         advantages=torch.tensor([sample.advantage for sample in samples], dtype=torch.float32),
+    )
+
+
+def sequences_of(batch: Batch, rows: Sequence[int]) -> Batch:
+    """The micro-batch of some of the sequences of another, given by ascending index."""
+    parts = batch.token_ids.split(batch.lengths)
+    positions = batch.position_ids.split(batch.lengths)
+
+    def chosen(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[list(rows)]
+
+    return replace(
+        batch,
+        token_ids=torch.cat([parts[row] for row in rows]),
+        position_ids=torch.cat([positions[row] for row in rows]),
+        lengths=tuple(batch.lengths[row] for row in rows),
+        sequence_uids=tuple(batch.sequence_uids[row] for row in rows),
+        loss_mask=batch.loss_mask[list(rows)],
+        rollout_logprobs=batch.rollout_logprobs[list(rows)],
+        turn_ids=batch.turn_ids[list(rows)],
+        advantages=batch.advantages[list(rows)],
+        proximal_logprobs=chosen(batch.proximal_logprobs),
+        reference_logprobs=chosen(batch.reference_logprobs),
     )
 
 

@@ -45,15 +45,24 @@ class PerturbationConfig(Section):
     """Whether each layer's sigma is trained."""
     scale: Literal["absolute", "relative"] = "absolute"
     """Unit of sigma: the hidden state's own unit, or the root mean square of each token's state."""
-    site: Literal["hidden"] = "hidden"
-    """Where the noise goes."""
+    site: Literal["hidden", "logits"] = "hidden"
+    """Where the noise goes: into the decoder layers, or, as an ablation, on the logits alone."""
+    draws: int = Field(default=1, ge=1)
+    """Independent draws of the noise an update, whose losses are averaged; each costs a forward and
+    a backward pass."""
+    antithetic: bool = False
+    """Whether every second draw is the negative of the one before it."""
     seed: int = 0
     """Root of every noise stream; a run adds its own seed to it."""
 
     @model_validator(mode="after")
-    def _check_layers(self) -> PerturbationConfig:
+    def _check(self) -> PerturbationConfig:
         if self.layers is not None and not 0 <= self.layers[0] < self.layers[1]:
             raise ValueError(f"layers is [start, stop) with 0 <= start < stop, not {self.layers}")
+        if self.layers is not None and self.site == "logits":
+            raise ValueError(f"layers {self.layers} has no meaning with site 'logits'")
+        if self.antithetic and self.draws % 2:
+            raise ValueError(f"antithetic draws come in pairs, but draws is {self.draws}")
         return self
 
 

@@ -50,10 +50,14 @@ def objective(algorithm: AlgorithmConfig) -> str:
         lines.append(f"  + {algorithm.kl.coefficient:g} {algorithm.kl.estimator}(pi, pi_reference)")
     if noise is not None:
         layers = "every layer" if noise.layers is None else f"layers {noise.layers}"
+        where = f"into {layers}" if noise.site == "hidden" else "on the logits"
         learnt = "learnt" if noise.learnable else "fixed"
         unit = "" if noise.scale == "absolute" else " RMS(h)"
         lines.append(
-            f"  pi_perturbed: h' = h + sigma{unit} eps into {layers}, sigma {noise.init_std:g}, "
+            f"  pi_perturbed: h' = h + sigma{unit} eps {where}, sigma {noise.init_std:g}, "
             f"{learnt}; the training forward only"
         )
+        if noise.draws > 1:
+            pairs = " in antithetic pairs" if noise.antithetic else ""
+            lines.append(f"  L_t is averaged over {noise.draws} draws of eps{pairs}")
     return "\n".join(lines)

@@ -3,14 +3,15 @@
     h'_l = h_l + sigma_l * eps_l,      eps_l ~ N(0, I),      sigma_l = exp(log_sigma_l)
 
 No class is patched and the model is not changed: `LayerwisePerturbation.active` puts forward
-pre-hooks on the layers and takes them off again. Outside it the model is bit for bit itself, and
-`log_sigma` is never part of the model's state dict.
+hooks on the layers, or for the ablation `site="logits"` on the output head, and takes them off
+again. Outside it the model is bit for bit itself, and `log_sigma` is never part of the model's
+state dict.
 
-The noise is not drawn from a generator, it is *looked up*: a pure function of (seed, update,
-sequence uid, layer, position, channel), made of integer operations and one table. That is the
-invariant of this file, and everything else follows from it: the same noise for a token however
-its sequence is padded, packed, split over micro-batches or recomputed, on every device and in
-every dtype; nothing to save for a resume; nothing to keep for backward, which looks it up again.
+The noise is not drawn from a generator, it is *looked up* (`noise.py`): a pure function of (seed,
+update, sequence uid, draw, layer, position, channel). That is the invariant of this file, and
+everything else follows from it: the same noise for a token however its sequence is padded, packed,
+split over micro-batches or recomputed, on every device and in every dtype; nothing to save for a
+resume.
 
 Not here: the optimizer group of `log_sigma`, and the sum of its gradient over data-parallel ranks.
 Both are the trainer's.
@@ -21,7 +22,6 @@ Axis letters: B sequences, T tokens of the longest sequence, N tokens of all, L 
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,12 +31,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 from tir_alp.config import PerturbationConfig
+from tir_alp.noise import name_hashes, normal, nth_keys
 
 PaddingSide = Literal["left", "right"]
 
 _NUM_MEASURED = 1024  # tokens that an `Effect` looks at: a sample, since it costs time
+_LOGITS = "logits"
 
 
 class NoiseKey(NamedTuple):
@@ -50,34 +53,40 @@ class NoiseKey(NamedTuple):
 
 @dataclass(slots=True)
 class Effect:
-    """What the noise did to the hidden states, by layer index; filled only when measured.
+    """What the noise did where it was added; filled only when measured.
 
-    sigma can be too small to survive the rounding to the compute dtype, so look here, not at sigma.
+    The keys are those of `LayerwisePerturbation.names`. sigma can be too small to survive the
+    rounding to the compute dtype, so look here, not at sigma.
     """
 
-    changed: dict[int, Tensor] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
     """Share of the elements of h' that differ from h in the compute dtype; scalars."""
-    relative: dict[int, Tensor] = field(default_factory=dict)
+    relative: dict[str, Tensor] = field(default_factory=dict)
     """RMS(h' - h) / RMS(h); scalars."""
 
-    def record(self, index: int, hidden: Tensor, perturbed: Tensor, place: _Place) -> None:
+    def record(self, name: str, hidden: Tensor, perturbed: Tensor, place: _Place) -> None:
         """Measure one layer on its first tokens, without waiting for the device."""
-        state, shift = (_wide(h.flatten(0, 1)[:_NUM_MEASURED]) for h in (hidden, perturbed))
+        state, shift = (_wide(_rows(h)[:_NUM_MEASURED]) for h in (hidden, perturbed))
         shift = shift - state  # 0 in the padding
         num_tokens = torch.tensor(len(state), device=state.device)
         if place.is_token is not None:
             is_token = place.is_token.flatten()[:_NUM_MEASURED]
             state, num_tokens = torch.where(is_token[:, None], state, 0), is_token.sum()
-        self.changed[index] = (shift != 0).sum() / (num_tokens * hidden.shape[-1])
-        self.relative[index] = (shift.square().sum() / state.square().sum()).sqrt()
+        self.changed[name] = (shift != 0).sum() / (num_tokens * hidden.shape[-1])
+        self.relative[name] = (shift.square().sum() / state.square().sum()).sqrt()
 
     def metrics(self) -> dict[str, float]:
-        """Means over the layers, for the log; empty if nothing was measured."""
+        """Each layer's RMS ratio and the means over layers, for the log; empty if unmeasured."""
         if not self.changed:
             return {}
+        relative = torch.stack([*self.relative.values()])
         return {
             "alp/effective": torch.stack([*self.changed.values()]).mean().item(),
-            "alp/relative_rms": torch.stack([*self.relative.values()]).mean().item(),
+            "alp/relative_rms": relative.mean().item(),
+            **{
+                f"alp/relative_rms_{name}": value
+                for name, value in zip(self.relative, relative.tolist(), strict=True)
+            },
         }
 
 
@@ -92,23 +101,25 @@ class LayerwisePerturbation:
 
     `init_std=0` is exactly off: `log_sigma` is -inf and does not learn, and no hook is placed.
 
+    With `site="logits"` the noise is added to the logits instead, with one sigma. Logits that are
+    made for chosen tokens only, [M, V], must say which: `head(hidden, rows=rows)`, with `rows` [M]
+    the places of their hidden states among the packed tokens. Only inside `active` does the head
+    take that argument, and there it must be given: noise cannot be forgotten or misplaced.
+
     Build it when the model stands on its device.
     """
 
     log_sigma: nn.Parameter
-    """[L] float32, one a perturbed layer; requires a gradient if learnable."""
+    """[L] float32, one a perturbed layer, [1] for the logits; requires a gradient if learnable."""
 
     def __init__(self, model: nn.Module, config: PerturbationConfig) -> None:
-        layers = find_decoder_layers(model)
-        start, stop = config.layers or (0, len(layers))
-        if stop > len(layers):
-            raise ValueError(f"layers [{start}, {stop}) of a model with {len(layers)} layers")
         self.config = config
-        self._layers = {index: layers[index] for index in range(start, stop)}
+        self._sites = _find_sites(model, config)
         self._is_active = False
         log_std = math.log(config.init_std) if config.init_std > 0 else -math.inf
+        device = next(model.parameters()).device
         self.log_sigma = nn.Parameter(
-            torch.full((stop - start,), log_std, device=next(model.parameters()).device),
+            torch.full((len(self._sites),), log_std, device=device),
             requires_grad=config.learnable and config.init_std > 0,
         )
 
@@ -117,12 +128,19 @@ class LayerwisePerturbation:
         """[L] standard deviations, detached."""
         return self.log_sigma.detach().exp()
 
+    @property
+    def names(self) -> list[str]:
+        """What each entry of `log_sigma` belongs to: the index of its layer, or "logits"."""
+        return [*self._sites]
+
     @contextmanager
     def active(
         self,
         keys: Sequence[NoiseKey],
         lengths: Sequence[int],
         padding_side: PaddingSide = "right",
+        *,
+        draw: int = 0,
         measure: bool = False,
     ) -> Iterator[Effect]:
         """Perturb every forward of the model inside the `with`, and nothing outside it.
@@ -137,6 +155,8 @@ class LayerwisePerturbation:
             keys: One a sequence, all different.
             lengths: Tokens of each sequence, without padding.
             padding_side: Where padded hidden states have their padding, which gets no noise.
+            draw: Which of the `config.draws` independent draws of an update. With
+                `config.antithetic` every odd draw is the negative of the one before it.
             measure: Whether to fill the yielded `Effect`.
 
         Yields:
@@ -149,45 +169,102 @@ class LayerwisePerturbation:
         if len(set(keys)) != len(keys):
             raise ValueError("two sequences have the same noise key: is sequence_uid set?")
         effect = Effect()
-        if self.config.init_std == 0:
+        if self.config.init_std == 0 and self.config.site == "hidden":
             yield effect
             return
-        streams = _Streams(self.config.seed, keys, list(self._layers), lengths, padding_side)
+        sign = -1 if self.config.antithetic and draw % 2 else 1
+        stream = draw // 2 if self.config.antithetic else draw
+        streams = _Streams(
+            self.config.seed, keys, stream, [*self._sites], lengths, padding_side, sign
+        )
         handles = []
         self._is_active = True
         try:
-            for row, (index, layer) in enumerate(self._layers.items()):
-                hook = self._hook(row, index, streams, effect if measure else None)
-                handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            for row, (name, module) in enumerate(self._sites.items()):
+                add = functools.partial(self._add, row, name, effect if measure else None)
+                hooks = _hooks_of_head if name == _LOGITS else _hooks_of_layer
+                handles += hooks(module, streams, add)
             yield effect
         finally:
             self._is_active = False
             for handle in handles:
                 handle.remove()
 
-    def _hook(
-        self, row: int, index: int, streams: _Streams, effect: Effect | None
-    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, dict[str, Any]]]:
-        """The pre-hook of layer `index` of the model, whose sigma is at `row`."""
+    def _add(
+        self, row: int, name: str, effect: Effect | None, hidden: Tensor, place: _Place
+    ) -> Tensor:
+        """The states with noise of the sigma at `row`."""
+        if self.config.init_std == 0:  # the hooks of a head are there all the same, for its `rows`
+            return hidden
+        noise = place.noise(row, hidden.shape[-1])
+        log_sigma = self.log_sigma[row].to(hidden.device)
+        units = _units(hidden.detach(), self.config.scale, place.is_token)
+        perturbed = _AddNoise.apply(hidden, log_sigma, noise, units)
+        if effect is not None:
+            effect.record(name, hidden.detach(), perturbed.detach(), place)
+        return perturbed
 
-        def perturb(hidden: Tensor) -> Tensor:
-            place = streams.place(hidden)
-            noise = _noise(place, row, hidden.shape[-1])
-            log_sigma = self.log_sigma[row].to(hidden.device)
-            units = _units(hidden.detach(), self.config.scale, place.is_token)
-            perturbed = _AddNoise.apply(hidden, log_sigma, noise, units)
-            if effect is not None:
-                effect.record(index, hidden.detach(), perturbed.detach(), place)
-            return perturbed
 
-        def hook(
-            layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[Any, dict[str, Any]]:
-            if args:
-                return (perturb(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": perturb(kwargs["hidden_states"])}
+AddNoise = Callable[[Tensor, "_Place"], Tensor]
 
-        return hook
+
+def _hooks_of_layer(layer: nn.Module, streams: _Streams, add: AddNoise) -> list[RemovableHandle]:
+    """Perturb what enters a decoder layer."""
+
+    def hook(
+        layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        perturbed = add(hidden, streams.place(hidden.shape[:-1], hidden.device))
+        if args:
+            return (perturbed, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": perturbed}
+
+    return [layer.register_forward_pre_hook(hook, with_kwargs=True)]
+
+
+def _hooks_of_head(head: nn.Module, streams: _Streams, add: AddNoise) -> list[RemovableHandle]:
+    """Perturb what leaves the output head, and let it be told which tokens it is called for."""
+    chosen: list[Tensor | None] = []
+
+    def take_rows(
+        head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        chosen[:] = [kwargs.pop("rows", None)]
+        return args, kwargs
+
+    def perturb(head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:
+        (rows,) = chosen
+        if rows is not None:
+            return add(logits, streams.place_rows(rows))
+        if logits.dim() == 2:
+            raise ValueError("logits of chosen tokens need head(hidden, rows=...) to get noise")
+        return add(logits, streams.place(logits.shape[:-1], logits.device))
+
+    return [
+        head.register_forward_pre_hook(take_rows, with_kwargs=True),
+        head.register_forward_hook(perturb),
+    ]
+
+
+def _find_sites(model: nn.Module, config: PerturbationConfig) -> dict[str, nn.Module]:
+    """The modules whose states get noise, by name."""
+    if config.site == "logits":
+        return {_LOGITS: find_output_head(model)}
+    layers = find_decoder_layers(model)
+    start, stop = config.layers or (0, len(layers))
+    if stop > len(layers):
+        raise ValueError(f"layers [{start}, {stop}) of a model with {len(layers)} layers")
+    return {str(index): layers[index] for index in range(start, stop)}
+
+
+def find_output_head(model: nn.Module) -> nn.Module:
+    """The module that makes logits of hidden states, of a model that may be wrapped."""
+    for module in model.modules():
+        get = getattr(module, "get_output_embeddings", None)
+        if callable(get) and isinstance(head := get(), nn.Module):
+            return head
+    raise ValueError(f"{type(model).__name__} has no output head: it makes no logits")
 
 
 def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -230,7 +307,7 @@ class _AddNoise(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(log_sigma, units, noise if ctx.needs_input_grad[1] else None)
         scale = log_sigma.exp() if units is None else log_sigma.exp() * units
-        wide = _wide(hidden.flatten(0, 1))
+        wide = _wide(_rows(hidden))
         return torch.addcmul(wide, noise.to(wide.dtype), scale).to(hidden.dtype).view_as(hidden)
 
     @staticmethod
@@ -239,7 +316,7 @@ class _AddNoise(torch.autograd.Function):
         log_sigma, units, noise = ctx.saved_tensors
         if noise is None:
             return grad, None, None, None
-        wide = _wide(grad.flatten(0, 1)) if units is None else _wide(grad.flatten(0, 1)) * units
+        wide = _wide(_rows(grad)) if units is None else _wide(_rows(grad)) * units
         total = torch.dot(wide.flatten(), noise.flatten().to(wide.dtype))
         return grad, log_sigma.exp() * total, None, None
 
@@ -250,6 +327,11 @@ def _units(hidden: Tensor, scale: str, is_token: Tensor | None) -> Tensor | None
         return None if is_token is None else is_token.reshape(-1, 1).to(_wide_dtype(hidden))
     rms = _wide(hidden).square().mean(-1).sqrt().reshape(-1, 1)
     return rms if is_token is None else torch.where(is_token.reshape(-1, 1), rms, 0)
+
+
+def _rows(states: Tensor) -> Tensor:
+    """[N, H]: a row a token."""
+    return states.flatten(0, -2)
 
 
 def _wide_dtype(values: Tensor) -> torch.dtype:
@@ -264,7 +346,7 @@ def _wide(values: Tensor) -> Tensor:
 
 
 class _Place(NamedTuple):
-    """Which token each row of the hidden state is, and where its noise comes from.
+    """Which token each row of the states is, and where its noise comes from.
 
     `sequence`, `position` and `is_token` are [B, T] if padded and [1, N] if packed.
     """
@@ -277,26 +359,39 @@ class _Place(NamedTuple):
     """The token's position there."""
     is_token: Tensor | None
     """False in the padding; None: there is none."""
-    num_tokens: int
+    sign: int
+    """+1, or -1 for the negative of the noise."""
+
+    def noise(self, row: int, num_channels: int) -> Tensor:
+        """[N, num_channels] float32 of one layer, a row a token or place; any in the padding."""
+        token_keys = nth_keys(self.stream_keys[row][self.sequence], self.position)
+        noise = normal(token_keys.flatten(), num_channels)
+        return noise if self.sign == 1 else noise.neg_()
 
 
 @dataclass(slots=True)
 class _Streams:
-    """The noise streams of one micro-batch, and where its tokens stand in its hidden states."""
+    """The noise streams of one micro-batch, and where its tokens stand in its states."""
 
     seed: int
     keys: Sequence[NoiseKey]
-    layers: Sequence[int]
+    stream: int
+    names: Sequence[str]
     lengths: Sequence[int]
     padding_side: PaddingSide
+    sign: int
     _places: dict[tuple[torch.Size, torch.device], _Place] = field(default_factory=dict)
 
-    def place(self, hidden: Tensor) -> _Place:
+    def place(self, shape: torch.Size, device: torch.device) -> _Place:
         """Locate the tokens: once, since all layers see the same shape, and then from memory."""
-        shape, device = hidden.shape[:-1], hidden.device
         if (shape, device) not in self._places:
             self._places[shape, device] = self._locate(shape, device)
         return self._places[shape, device]
+
+    def place_rows(self, rows: Tensor) -> _Place:
+        """Locate chosen tokens of packed states."""
+        whole = self.place(torch.Size((1, sum(self.lengths))), rows.device)
+        return whole._replace(sequence=whole.sequence[:, rows], position=whole.position[:, rows])
 
     def _locate(self, shape: torch.Size, device: torch.device) -> _Place:
         rows, columns = shape
@@ -307,7 +402,7 @@ class _Streams:
                 f"hidden states of {rows} rows of {columns} tokens are neither padded nor packed "
                 f"sequences of lengths {list(self.lengths)}"
             )
-        stream_keys = _stream_keys(self.seed, self.keys, self.layers, device)
+        stream_keys = self._stream_keys().to(device)
         lengths = torch.tensor(self.lengths, device=device)
         index = torch.arange(num_sequences, device=device)
         column = torch.arange(columns, device=device)
@@ -318,80 +413,17 @@ class _Streams:
             if num_tokens == rows * columns:
                 is_token = None
             sequence = index[:, None].expand(shape)
-            return _Place(stream_keys, sequence, position, is_token, num_tokens)
+            return _Place(stream_keys, sequence, position, is_token, self.sign)
         sequence = index.repeat_interleave(lengths, output_size=num_tokens)
         starts = lengths.cumsum(0) - lengths
         position = column - starts[sequence]
-        return _Place(stream_keys, sequence[None], position[None], None, num_tokens)
+        return _Place(stream_keys, sequence[None], position[None], None, self.sign)
 
-
-# -------------------------------------------------------------------------------- making the noise
-#
-# SplitMix64 (Steele, Lea, Flood 2014): stepping a 64-bit counter by an odd constant and scrambling
-# it gives a random word. It is used twice: stream key and position give the key of a token, and
-# that with the number of a word gives four 16-bit indices into a table of Gaussian quantiles.
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >= 1 << 63 else word
-
-
-_STEP = _signed(0x9E3779B97F4A7C15)
-_MULTIPLIERS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
-
-
-def _stream_keys(
-    seed: int, keys: Sequence[NoiseKey], layers: Sequence[int], device: torch.device
-) -> Tensor:
-    """[L, B] int64, one 64-bit hash a layer and sequence: they name the streams."""
-    digests = (
-        hashlib.blake2b(f"{seed}/{key.update}/{key.sequence_uid}".encode(), digest_size=8).digest()
-        for key in keys
-    )
-    sequences = torch.tensor([int.from_bytes(each, "little", signed=True) for each in digests])
-    steps = (torch.tensor(layers) + 1) * _STEP
-    return _scramble(steps[:, None] + sequences).to(device)
-
-
-def _noise(place: _Place, row: int, num_channels: int) -> Tensor:
-    """The noise of one layer: [N, H] float32, a row a token or place; arbitrary in the padding.
-
-    On a CPU it is made in pieces so small that the work on them stays in the cache, and most of it
-    on one thread: waking threads for a hundred short operations costs dearly on a busy machine.
-    """
-    device = place.position.device
-    token_keys = place.stream_keys[row][place.sequence] + place.position * _STEP
-    token_keys = _scramble(token_keys).flatten()
-    num_words = -(-num_channels // 4)
-    counters = torch.arange(num_words, device=device) * _STEP
-    quantiles = _normal_quantiles(device)
-    noise = torch.empty(len(token_keys), num_words * 4, device=device)
-    num_at_once = max(1, (1 << 15 if device.type == "cpu" else 1 << 22) // num_words)
-    for keys, rows in zip(token_keys.split(num_at_once), noise.split(num_at_once), strict=True):
-        words = _scramble(keys[:, None] + counters)
-        indices = words.view(torch.uint16).to(torch.int32).flatten()
-        torch.index_select(quantiles, 0, indices, out=rows.view(-1))
-    return noise[:, :num_channels]
-
-
-def _scramble(words: Tensor) -> Tensor:
-    """SplitMix64's finaliser, in place, on int64: every input bit moves every output bit."""
-    _xor_shift(words, 30).mul_(_MULTIPLIERS[0])
-    _xor_shift(words, 27).mul_(_MULTIPLIERS[1])
-    return _xor_shift(words, 31)
-
-
-def _xor_shift(words: Tensor, shift: int) -> Tensor:
-    high_bits = words.bitwise_right_shift(shift).bitwise_and_((1 << (64 - shift)) - 1)
-    return words.bitwise_xor_(high_bits)
-
-
-@functools.cache
-def _normal_quantiles(device: torch.device) -> Tensor:
-    """[65536] float32: the quantiles of N(0, 1) at (i + 1/2) / 65536, scaled to variance exactly 1.
-
-    A step function for the Gaussian: their distribution functions differ by at most 2^-17, and no
-    value exceeds 4.4. It is what makes the noise cheap, and the same everywhere.
-    """
-    quantiles = torch.special.ndtri((torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16))
-    return (quantiles / quantiles.square().mean().sqrt()).float().to(device)
+    def _stream_keys(self) -> Tensor:
+        """[L, B]. Layers count from 1; 0 stands for the logits."""
+        suffix = f"/{self.stream}" if self.stream else ""
+        sequences = name_hashes(
+            f"{self.seed}/{key.update}/{key.sequence_uid}{suffix}" for key in self.keys
+        )
+        numbers = torch.tensor([0 if name == _LOGITS else int(name) + 1 for name in self.names])
+        return nth_keys(sequences, numbers[:, None])

@@ -89,6 +89,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     chunk_tokens: int = 2048,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logprob of each token under the hidden state before it, and the entropy there, in nats.
 
@@ -98,23 +99,29 @@ def token_logprobs(
         token_ids: [M] tokens that are predicted.
         temperature: Of the sampled distribution; logits are divided by it.
         chunk_tokens: Logits stand for at most so many tokens at a time.
+        rows: [M] places of the states among the packed tokens; only for a head with noise.
 
     Returns:
         Logprobs [M] and entropies [M], float32; the entropies carry no gradient.
     """
     head = model.get_output_embeddings()
-    chunks = zip(hidden.split(chunk_tokens), token_ids.split(chunk_tokens), strict=True)
+    states, ids = hidden.split(chunk_tokens), token_ids.split(chunk_tokens)
+    places = [{}] * len(ids) if rows is None else [{"rows": r} for r in rows.split(chunk_tokens)]
     parts = [
-        checkpoint(_chunk_logprobs, head, states, ids, temperature, use_reentrant=False)
-        for states, ids in chunks
+        checkpoint(_chunk_logprobs, head, *chunk, temperature, use_reentrant=False)
+        for chunk in zip(states, ids, places, strict=True)
     ]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
 def _chunk_logprobs(
-    head: nn.Module, hidden: Tensor, token_ids: Tensor, temperature: float
+    head: nn.Module,
+    hidden: Tensor,
+    token_ids: Tensor,
+    place: dict[str, Tensor],
+    temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    log_probs = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
+    log_probs = torch.log_softmax(head(hidden, **place).float() / temperature, dim=-1)
     with torch.no_grad():
         entropy = -(log_probs.exp() * log_probs).sum(-1)
     return log_probs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropy

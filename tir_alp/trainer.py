@@ -8,6 +8,7 @@ they share one denominator. Not here: where samples come from, and who gets the 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,13 +19,15 @@ import torch
 from torch import Tensor
 
 from tir_alp.attention import PackedSequences
-from tir_alp.batch import Sample, loss_positions, pack, to_rows
+from tir_alp.batch import Sample, loss_positions, pack, sequences_of, to_rows
 from tir_alp.config import AlgorithmConfig, TrainerConfig
 from tir_alp.loss import LossInputs, loss_counts, policy_loss
 from tir_alp.metrics import mismatch_metrics, ratio_quantiles
 from tir_alp.perturbation import Effect, LayerwisePerturbation, NoiseKey
 from tir_alp.policy import hidden_states, token_logprobs
 from tir_alp.types import Batch
+
+_NUM_PROBED = 256  # tokens, about, whose logprobs are also taken without noise, once a step
 
 OnBadUpdate = Callable[[int, Sequence[Batch]], None]
 """Told the number and the micro-batches of an update that was not finite."""
@@ -66,8 +69,9 @@ class Trainer:
             "weight_decay": config.weight_decay,
         }
         parameter_groups = [weights]
-        self._perturbation = None
+        self._perturbation, self._num_draws = None, 1
         if algorithm.perturbation is not None:
+            self._num_draws = algorithm.perturbation.draws
             self._perturbation = LayerwisePerturbation(model, algorithm.perturbation)
             parameter_groups.append(
                 {
@@ -112,7 +116,9 @@ class Trainer:
         if self._perturbation is not None:
             sigma = self._perturbation.sigma
             metrics["alp/sigma_mean"] = sigma.mean().item()
-            metrics |= {f"alp/sigma_{index}": each for index, each in enumerate(sigma.tolist())}
+            names = self._perturbation.names
+            each_sigma = zip(names, sigma.tolist(), strict=True)
+            metrics |= {f"alp/sigma_{name}": each for name, each in each_sigma}
         batches = [batch for part in parts for batch in part]
         compared = [
             (batch.proximal_logprobs, batch.rollout_logprobs, batch.loss_mask)
@@ -158,6 +164,13 @@ class Trainer:
     def _frozen_logprobs(self, model: Any, batch: Batch) -> Tensor:
         return self._logprobs(model, batch)[0]
 
+    def _logprob_shift(self, batch: Batch, perturbed: Tensor) -> float:
+        """Mean |change of logprob| by the noise, on the loss tokens of evenly spaced sequences."""
+        rows = range(0, len(batch.lengths), -(-sum(batch.lengths) // _NUM_PROBED))
+        probe = sequences_of(batch, rows)
+        shift = perturbed.detach()[list(rows)] - self._frozen_logprobs(self.model, probe)
+        return float(shift[probe.loss_mask].abs().mean())
+
     def _update(
         self, batches: Sequence[Batch], update: int, measure: bool
     ) -> dict[str, float] | None:
@@ -174,19 +187,22 @@ class Trainer:
         totals: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
         log_ratios = []
         effect_metrics: dict[str, float] = {}
-        for index, batch in enumerate(batches):
+        num_draws = self._num_draws
+        for index, (batch, draw) in enumerate(itertools.product(batches, range(num_draws))):
             # Backward belongs inside: checkpointed layers run a second time there.
-            with self._perturbed(batch, update, measure and index == 0) as effect:
-                logprobs, entropy = self._logprobs(self.model, batch)
+            with self._perturbed(batch, update, draw, measure and index == 0) as effect:
+                logprobs, entropy = self._logprobs(self.model, batch, perturbed=True)
                 loss, metrics = policy_loss(
                     _inputs(batch, logprobs), self._algorithm, num_tokens, num_sequences
                 )
-                loss.backward()
-            if index == 0:
-                effect_metrics = effect.metrics()
+                (loss / num_draws).backward()
+            if index == 0 and (measured := effect.metrics()):
+                shift = self._logprob_shift(batch, logprobs)
+                effect_metrics = {**measured, "alp/logprob_shift": shift}
             for name, part in metrics.items():
-                totals[name] = totals[name] + part
-            totals["entropy/mean"] = totals["entropy/mean"] + entropy.sum() / num_tokens
+                totals[name] = totals[name] + part / num_draws
+            mean_entropy = entropy.sum() / num_tokens
+            totals["entropy/mean"] = totals["entropy/mean"] + mean_entropy / num_draws
             token_ratios = torch.where(batch.loss_mask, logprobs - batch.rollout_logprobs, 0.0)
             log_ratios.append(token_ratios.detach().sum(-1))
         report = {name: float(total) for name, total in totals.items()}
@@ -199,7 +215,7 @@ class Trainer:
         self._optimizer.step()
         return report | ratio_quantiles(torch.cat(log_ratios))
 
-    def _logprobs(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, model: Any, batch: Batch, perturbed: bool = False) -> tuple[Tensor, Tensor]:
         """Logprobs and entropies [B, T] of the tokens of the loss, 0 elsewhere."""
         hidden = hidden_states(
             model,
@@ -208,22 +224,24 @@ class Trainer:
             PackedSequences(batch.lengths, batch.token_ids.device),
         )
         places = loss_positions(batch)
+        noise = self._algorithm.perturbation if perturbed else None
         logprobs, entropy = token_logprobs(
             model,
             hidden.index_select(0, places - 1),
             batch.token_ids[places],
             temperature=self._temperature,
             chunk_tokens=self._config.logprob_chunk_tokens,
+            rows=places - 1 if noise is not None and noise.site == "logits" else None,
         )
         return to_rows(batch, logprobs), to_rows(batch, entropy)
 
     def _perturbed(
-        self, batch: Batch, update: int, measure: bool
+        self, batch: Batch, update: int, draw: int, measure: bool
     ) -> AbstractContextManager[Effect]:
         if self._perturbation is None:
             return contextlib.nullcontext(Effect())
         keys = [NoiseKey(update, uid) for uid in batch.sequence_uids]
-        return self._perturbation.active(keys, batch.lengths, measure=measure)
+        return self._perturbation.active(keys, batch.lengths, draw=draw, measure=measure)
 
     def _clip_gradients(self) -> dict[str, float]:
         """Bound the gradient of the weights and, by itself, log sigma's; return both norms."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tir_alp.batch import Sample, collate, loss_positions, pack, to_rows
+from tir_alp.batch import Sample, collate, loss_positions, pack, sequences_of, to_rows
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn
 
@@ -56,6 +56,18 @@ def test_what_the_loss_reads_is_a_row_a_sequence():
     torch.testing.assert_close(batch.rollout_logprobs, expected)
     assert batch.turn_ids.tolist() == [[-1, -1, 0, 0, -1, 1], [-1, 0, -1, -1, -1, -1]]
     assert (batch.token_ids.dtype, batch.rollout_logprobs.dtype) == (torch.int64, torch.float32)
+
+
+def test_some_sequences_of_a_batch_are_a_batch():
+    three = collate([*TWO, Sample(trajectory(9, (4,), said(2, 2)), 1.5)])
+    some = sequences_of(three, [0, 2])
+    assert some.token_ids.tolist() == [1, 2, 3, 4, 5, 6, 4, 2, 2]
+    assert some.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
+    assert (some.lengths, some.sequence_uids) == ((6, 3), (7, 9))
+    assert some.advantages.tolist() == [0.5, 1.5]
+    assert torch.equal(some.loss_mask, three.loss_mask[[0, 2]])
+    assert torch.equal(some.rollout_logprobs, three.rollout_logprobs[[0, 2]])
+    assert some.proximal_logprobs is None
 
 
 def test_the_places_of_the_loss_are_those_of_its_tokens():

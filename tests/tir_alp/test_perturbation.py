@@ -451,7 +451,7 @@ def test_share_of_bf16_elements_that_the_noise_changes(std, sigma, percent):
     p = perturbed(model := Stack(), init_std=sigma)
     with p.active([NoiseKey(0, 0)], [num_tokens], measure=True) as effect:
         out = model(hidden)
-    share = effect.changed[0].item()
+    share = effect.changed["0"].item()
     assert share == pytest.approx((out != hidden).double().mean().item(), rel=1e-6)
     # The table was made with noise of rounded std, and gives two or three digits.
     error = 4 * math.sqrt(share / (num_tokens * size))
@@ -463,11 +463,13 @@ def test_effect_measures_tokens_and_not_padding():
     p = perturbed(model := Stack(2), init_std=0.1)
     with p.active(KEYS[:2], [6, 3], measure=True) as effect:
         model(hidden)
-    assert [effect.changed[layer].item() for layer in (0, 1)] == [1.0, 1.0]
-    assert effect.relative[0].item() == pytest.approx(0.05, rel=0.1)
+    assert [effect.changed[layer].item() for layer in ("0", "1")] == [1.0, 1.0]
+    assert effect.relative["0"].item() == pytest.approx(0.05, rel=0.1)
     assert effect.metrics() == {
         "alp/effective": 1.0,
         "alp/relative_rms": pytest.approx(0.05, rel=0.1),
+        "alp/relative_rms_0": pytest.approx(0.05, rel=0.1),
+        "alp/relative_rms_1": pytest.approx(0.05, rel=0.1),
     }
     with p.active(KEYS[:2], [6, 3]) as effect:
         model(hidden)
@@ -481,6 +483,104 @@ def test_bf16_noise_is_the_float32_noise_rounded_once():
     with p.active(KEYS[:1], [5]):
         expected = (hidden.float() + p.sigma * eps).bfloat16()
         torch.testing.assert_close(model(hidden), expected, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------- other sites, and several draws
+
+
+def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_noise_on_the_logits_is_on_the_logits_alone(architecture):
+    model, (ids, mask) = tiny(architecture).eval(), batch()
+    p = perturbed(model, site="logits")
+    assert (p.names, p.log_sigma.shape) == (["logits"], (1,))
+    with torch.no_grad():
+        clean = logits_of(model, ids)
+        with p.active(KEYS, LENGTHS, measure=True) as effect:
+            shift = logits_of(model, ids) - clean
+        assert torch.equal(logits_of(model, ids), clean)
+    assert shift[mask].std().item() == pytest.approx(0.1, rel=0.1)
+    assert not shift[~mask].any()
+    assert effect.metrics()["alp/relative_rms_logits"] > 0
+
+
+def test_logits_of_chosen_tokens_get_the_noise_of_those_tokens():
+    model, (ids, mask) = tiny().eval(), batch()
+    p, head = perturbed(model, site="logits"), model.get_output_embeddings()
+    with torch.no_grad(), p.active(KEYS, LENGTHS):
+        whole = logits_of(model, ids)[mask]
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state[mask]
+        rows = torch.tensor([14, 0, 6, 7])
+        chosen = head(hidden[rows], rows=rows)
+        with pytest.raises(ValueError, match=r"head\(hidden, rows=...\)"):
+            head(hidden[rows])
+    torch.testing.assert_close(chosen, whole[rows], rtol=0, atol=1e-5)
+    with pytest.raises(TypeError):  # no noise is on, and who gives rows believes that it is
+        head(hidden[rows], rows=rows)
+
+
+def test_a_logits_sigma_of_zero_is_off():
+    model, (ids, _) = tiny().eval(), batch()
+    p = perturbed(model, site="logits", init_std=0.0)
+    with torch.no_grad():
+        clean = logits_of(model, ids)
+        with p.active(KEYS, LENGTHS):
+            assert torch.equal(logits_of(model, ids), clean)
+
+
+def test_gradient_of_the_logits_sigma_equals_finite_differences():
+    model, (ids, _) = tiny().double(), batch()
+    p = perturbed(model, site="logits")
+    p.log_sigma = nn.Parameter(p.log_sigma.double())
+
+    def loss() -> torch.Tensor:
+        with p.active(KEYS, LENGTHS):
+            return logits_of(model, ids).log_softmax(-1).square().mean()
+
+    loss().backward()
+    step = 1e-5
+    with torch.no_grad():
+        p.log_sigma += step
+        above = loss()
+        p.log_sigma -= 2 * step
+        below = loss()
+    assert gradient_of(p).item() == pytest.approx((above - below).item() / (2 * step), rel=1e-6)
+
+
+def drawn(draw: int, **config) -> torch.Tensor:
+    p = perturbed(model := Stack(), init_std=1.0, **config)
+    with p.active(KEYS, LENGTHS, draw=draw), torch.no_grad():
+        return model(torch.zeros(1, sum(LENGTHS), HIDDEN))
+
+
+def test_draws_of_an_update_are_independent():
+    first, second = drawn(0, draws=2), drawn(1, draws=2)
+    assert torch.equal(first, drawn(0))  # another number of draws does not change the first
+    correlation = torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1]
+    assert abs(correlation.item()) < 4 / math.sqrt(first.numel())
+
+
+def test_antithetic_draws_are_pairs_of_opposites():
+    config = {"draws": 4, "antithetic": True}
+    draws = [drawn(draw, **config) for draw in range(4)]
+    assert torch.equal(draws[1], -draws[0])
+    assert torch.equal(draws[3], -draws[2])
+    assert not torch.equal(draws[2].abs(), draws[0].abs())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"draws": 3, "antithetic": True}, "come in pairs, but draws is 3"),
+        ({"site": "logits", "layers": (0, 1)}, "no meaning with site 'logits'"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        PerturbationConfig.model_validate(config)
 
 
 # ------------------------------------------------------------- finding the layers, and wrong calls

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from tir_alp import trainer as trainer_module
 from tir_alp.attention import PackedSequences
-from tir_alp.batch import Sample, collate, loss_positions, pack
+from tir_alp.batch import Sample, collate, loss_positions, pack, to_rows
 from tir_alp.config import (
     ALGORITHMS,
     AlgorithmConfig,
@@ -343,6 +343,52 @@ def test_the_noise_of_every_update_is_another():
 
 
 # ------------------------------------------------------------------------------ the optimizer
+
+
+def test_the_losses_of_several_draws_are_averaged():
+    groups = make_groups()
+    with_draws = trainer(noisy(draws=2))
+    with_draws.step(groups, 0)
+    policy = model()
+    perturbation = LayerwisePerturbation(policy, noisy(draws=2).perturbation)  # type: ignore[arg-type]
+    samples = flat(groups)
+    batch = collate(samples)
+    num_tokens = int(batch.loss_mask.sum())
+    keys = [NoiseKey(0, uid) for uid in batch.sequence_uids]
+    for draw in range(2):
+        with perturbation.active(keys, batch.lengths, draw=draw):
+            layout = PackedSequences(batch.lengths)
+            hidden = hidden_states(policy, batch.token_ids, batch.position_ids, layout)
+            places = loss_positions(batch)
+            logprobs, _ = token_logprobs(policy, hidden[places - 1], batch.token_ids[places])
+            inputs = LossInputs(
+                logprobs=to_rows(batch, logprobs),
+                rollout_logprobs=batch.rollout_logprobs,
+                advantages=batch.advantages,
+                loss_mask=batch.loss_mask,
+            )
+            loss, _ = policy_loss(inputs, noisy(), num_tokens, len(samples))
+            (loss / 2).backward()
+    assert_close(gradients(with_draws), gradients(perturbation, policy))
+
+
+def test_noise_on_the_logits_does_not_depend_on_how_they_are_made():
+    groups, algorithm = make_groups(), noisy(site="logits")
+    one, other = trainer(algorithm), trainer(algorithm, logprob_chunk_tokens=3)
+    whole = one.step(groups, 0)
+    assert other.step(groups, 0)["ratio/p98"] == pytest.approx(whole["ratio/p98"], rel=1e-5)
+    assert_close(gradients(other), gradients(one))
+    assert whole["alp/sigma_logits"] == pytest.approx(0.1, rel=1e-2)
+
+
+@pytest.mark.parametrize("site", ["hidden", "logits"])
+def test_the_shift_of_the_logprobs_by_the_noise_is_reported(site):
+    shifts = []
+    for std in (1e-4, 1e-3):  # so small that the model is linear in it
+        report = trainer(noisy(init_std=std, site=site)).step(make_groups(), 0)
+        shifts.append(report["alp/logprob_shift"])
+    assert shifts[1] == pytest.approx(10 * shifts[0], rel=0.3)
+    assert trainer(noisy(init_std=0.0)).step(make_groups(), 0).get("alp/logprob_shift") is None
 
 
 def test_log_sigma_has_its_own_learning_rate_and_no_decay():
