@@ -92,6 +92,8 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
             load_policy(path),
             max_cache_tokens=config.engine.max_cache_tokens,
             version=position.policy_version,
+            precision=config.engine.precision,
+            logit_noise=config.engine.logit_noise,
         )
         stack.push_async_callback(engine.close)
         rollout = config.rollout
@@ -138,6 +140,7 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
             tasks.__getitem__,
             groups_per_step=rollout.groups_per_step,
             max_staleness=rollout.max_staleness,
+            hold=rollout.hold,
             next_group=position.group,
         )
         stack.push_async_callback(rollouts.close)

@@ -272,6 +272,9 @@ class RolloutConfig(Section):
     """Trajectories a task."""
     max_staleness: int = Field(default=0, ge=0)
     """Steps by which the weights behind a trajectory may lag; 0 is exactly on-policy rollouts."""
+    hold: bool = False
+    """For studies of staleness: train only when every group in flight has ended, so that weights
+    lag by exactly `max_staleness` steps, fewer in the first. Sampling and training take turns."""
     max_turn_tokens: int = Field(default=2048, ge=1)
     """Limit of one completion."""
     max_context_tokens: int = Field(default=16384, ge=2)
@@ -293,6 +296,12 @@ class EngineConfig(Section):
 
     max_cache_tokens: int = Field(default=131072, ge=1)
     """Bound of its cache of keys and values, in tokens; requests wait for room."""
+    precision: Literal["float32", "bfloat16", "int8", "fp8"] = "float32"
+    """For studies of mismatch: `bfloat16` is all of the engine's arithmetic; `int8` and `fp8`
+    (e4m3) round the matrices of the decoder layers, one scale an output row."""
+    logit_noise: float = Field(default=0.0, ge=0.0)
+    """For studies of mismatch: standard deviation of noise on the logits that are sampled from, at
+    evaluation too. It is a function of run seed, sequence and position."""
 
 
 class TrainerConfig(Section):
@@ -381,10 +390,12 @@ class Config(BaseSettings):
                 f"rollout.max_turn_tokens ({rollout.max_turn_tokens}) leaves no room for a prompt "
                 f"in rollout.max_context_tokens ({rollout.max_context_tokens})"
             )
-        if self.deterministic and rollout.max_staleness:
+        if rollout.hold and not rollout.max_staleness:
+            raise ValueError("rollout.hold needs a rollout.max_staleness to hold rollouts back for")
+        if self.deterministic and rollout.max_staleness and not rollout.hold:
             raise ValueError(
-                "deterministic needs rollout.max_staleness = 0: with rollouts ahead of the weights "
-                "the order of work follows the clock"
+                "deterministic needs rollout.max_staleness = 0 or rollout.hold = true: with "
+                "rollouts ahead of the weights the order of work follows the clock"
             )
         if rollout.groups_per_step % trainer.updates_per_step:
             raise ValueError(

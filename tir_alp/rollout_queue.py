@@ -5,6 +5,9 @@ and they are taken in the order in which they were begun. A slot is freed when t
 trained on its group are live in the engine. So the group that step s trains on was begun after the
 weights of step s - max_staleness were live; with 0, after those of step s itself: exactly
 synchronous, by the same code.
+
+With `hold` nothing is handed out while a group is in flight, so that every token of the group that
+step s trains on was sampled by the weights of step s - max_staleness: exactly so stale.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ class RolloutQueue:
         task_at: The task of a group id; a pure function of it, so that a position is one number.
         groups_per_step: Groups that a step takes.
         max_staleness: Steps that the weights behind a group may lag.
+        hold: Whether they lag by exactly so many, once there are so many.
         next_group: First group id; where a resumed run goes on.
     """
 
@@ -44,8 +48,10 @@ class RolloutQueue:
         *,
         groups_per_step: int,
         max_staleness: int = 0,
+        hold: bool = False,
         next_group: int = 0,
     ) -> None:
+        self._hold = hold
         self._run_group, self._task_at = run_group, task_at
         self._groups_per_step = groups_per_step
         self._free = (max_staleness + 1) * groups_per_step
@@ -70,6 +76,8 @@ class RolloutQueue:
         num_lost = 0
         while len(groups) < self._groups_per_step:
             self._fill()
+            if self._hold:
+                await asyncio.wait(self._in_flight)
             group = await self._in_flight[0]
             self._in_flight.popleft()
             self._taken += 1

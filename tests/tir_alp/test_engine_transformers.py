@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from tir_alp.attention import PACKED, PackedSequences
 from tir_alp.engines.base import Completion, Sampling
 from tir_alp.engines.kv_cache import KVCache
+from tir_alp.engines.precision import layer_matrices, quantised
 from tir_alp.engines.sampling import draws, sample
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.policy import hidden_states, next_token_logits, token_logprobs
@@ -46,9 +47,9 @@ def enlarged(small: Any) -> Any:
 
 
 @asynccontextmanager
-async def opened(of: Any = None, max_cache_tokens: int = 1 << 16, version: int = 0):
+async def opened(of: Any = None, max_cache_tokens: int = 1 << 16, **settings: Any):
     engine = TransformersEngine(
-        model() if of is None else of, max_cache_tokens=max_cache_tokens, version=version
+        model() if of is None else of, max_cache_tokens=max_cache_tokens, **settings
     )
     try:
         yield engine
@@ -637,3 +638,83 @@ def test_a_cache_that_grows_keeps_what_it_holds(more_rows, width):
     assert grown_keys.shape[0] >= 3 + more_rows and grown_keys.shape[2] >= width
     assert torch.equal(grown_keys[:3, :, :100], keys[:3, :, :100])
     assert torch.equal(grown_values[:3, :, :100], values[:3, :, :100])
+
+
+# ----------------------------------------------------------------------- mismatch, on purpose
+
+
+def mismatch(**settings: Any) -> float:
+    """Mean |engine's - trainer's logprob| of a long completion."""
+    completion = one(Sampling(max_tokens=60), of=model().float(), **settings)
+    trainers = trainer_logprobs(model().float(), PROMPT, completion)
+    return torch.tensor(completion.logprobs).sub(trainers).abs().mean().item()
+
+
+def test_fewer_bits_are_a_larger_mismatch():
+    exact, bf16, fp8, int8 = (
+        mismatch(precision=each) for each in ("float32", "bfloat16", "fp8", "int8")
+    )
+    assert exact < 1e-4
+    assert 10 * exact < bf16 < fp8
+    assert 10 * exact < int8 < fp8  # a row has 8 bits and one scale, e4m3 only 3 of mantissa
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8", "fp8"])
+def test_a_quantised_engine_reports_what_it_samples_from(precision):
+    """Its logprobs are those of a forward with its own weights, not with the trainer's."""
+    completion = one(Sampling(max_tokens=40), of=model().float(), precision=precision)
+    own = model().float()
+    if precision == "bfloat16":
+        own = own.bfloat16()
+    else:
+        names = layer_matrices(own)
+        for name, weight in own.state_dict().items():
+            if name in names:
+                weight.copy_(quantised(weight, precision))
+    expected = trainer_logprobs(own, PROMPT, completion)
+    tolerance = 0.2 if precision == "bfloat16" else 1e-4  # bf16 activations differ by the shape
+    assert torch.tensor(completion.logprobs).sub(expected).abs().max() < tolerance
+
+
+def test_new_weights_are_quantised_too():
+    async def run() -> Completion:
+        async with opened(model(1).float(), precision="int8") as engine:
+            await engine.load_weights(model().float().state_dict(), version=1)
+            return await engine.generate(PROMPT, Sampling(max_tokens=20))
+
+    loaded = asyncio.run(run())
+    from_the_start = one(Sampling(max_tokens=20), of=model().float(), precision="int8")
+    assert loaded.token_ids == from_the_start.token_ids
+    assert loaded.logprobs == pytest.approx(from_the_start.logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_quantised_rows_keep_their_largest_weight_and_round_the_others(precision):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 300, generator=generator) * torch.logspace(-3, 1, 5)[:, None]
+    weight[3] = 0
+    rounded = quantised(weight, precision)
+    torch.testing.assert_close(rounded.abs().amax(1), weight.abs().amax(1))
+    error = (rounded - weight).abs()
+    step = weight.abs().amax(1, keepdim=True) / (127 if precision == "int8" else 448)
+    bound = 0.5 * step if precision == "int8" else torch.maximum(weight.abs() / 16, step * 2**-9)
+    assert (error <= bound * 1.0001).all()
+    assert max(len(row.unique()) for row in rounded) <= 255
+
+
+def test_only_matrices_of_the_decoder_layers_are_quantised():
+    names = layer_matrices(make_model(0))
+    assert len(names) == 3 * 7  # four of attention and three of the MLP
+    assert all(name.startswith("model.layers.") and "norm" not in name for name in names)
+
+
+def test_noise_on_the_logits_is_of_the_sequence_and_position():
+    """Neighbours do not change it, another sequence has other noise, and it is of its size."""
+    sampling = Sampling(max_tokens=30, seed=3, sequence_uid=5)
+    alone = one(sampling, logit_noise=0.3)
+    other = Sampling(max_tokens=25, seed=3, sequence_uid=6)
+    crowded = sampled((PROMPT[:3], other), (PROMPT, sampling), logit_noise=0.3)[1]
+    assert crowded.token_ids == alone.token_ids
+    assert crowded.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+    assert 0.05 < mismatch(logit_noise=0.3) < 0.6
+    assert mismatch(logit_noise=0.03) < 0.2 * mismatch(logit_noise=0.3)

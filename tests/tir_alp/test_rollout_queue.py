@@ -50,8 +50,9 @@ class Sampler:
         return self._ends.setdefault(group_id, asyncio.Event())
 
 
-def queue_of(run_group: Any, **settings: int) -> RolloutQueue:
-    return RolloutQueue(run_group, task_at, **{"groups_per_step": 2} | settings)
+def queue_of(run_group: Any, **settings: Any) -> RolloutQueue:
+    all_settings: dict[str, Any] = {"groups_per_step": 2} | settings
+    return RolloutQueue(run_group, task_at, **all_settings)
 
 
 async def settle() -> None:
@@ -224,3 +225,47 @@ def test_closing_cancels_what_is_in_flight():
         assert sampler.cancelled == [2, 3]
 
     run(body)
+
+
+def test_a_queue_that_holds_hands_nothing_out_while_a_group_is_in_flight():
+    async def scenario():
+        sampler = Sampler()
+        queue = queue_of(sampler, max_staleness=1, hold=True)
+        taking = asyncio.create_task(queue.take())
+        await settle()
+        sampler.end(0, 1, 2)
+        await settle()
+        assert not taking.done()  # groups 0 and 1 are there, but 3 would see the next weights
+        sampler.end(3)
+        assert [each.group_id for each in await taking] == [0, 1]
+        queue.release()
+        await settle()
+        assert sampler.begun == [0, 1, 2, 3, 4, 5]
+        taking = asyncio.create_task(queue.take())
+        await settle()
+        assert not taking.done()  # 2 and 3 wait until 4 and 5 have been sampled by these weights
+        sampler.end(4, 5)
+        assert [each.group_id for each in await taking] == [2, 3]
+
+    asyncio.run(scenario())
+
+
+def test_weights_lag_by_exactly_the_staleness_that_is_held():
+    async def scenario() -> list[set[int]]:
+        version = 0
+
+        async def run_group(task: Task, group_id: int) -> TrajectoryGroup:
+            await asyncio.sleep(random.uniform(0, 0.01))
+            return group(task, group_id, version)
+
+        queue, lags = queue_of(run_group, max_staleness=2, hold=True), []
+        for step in range(6):
+            groups = await queue.take()
+            turns = [turn for each in groups for one in each.trajectories for turn in one.turns]
+            lags.append({step - turn.policy_version for turn in turns})
+            version += 1
+            queue.release()
+        await queue.close()
+        return lags
+
+    assert asyncio.run(scenario()) == [{0}, {1}, {2}, {2}, {2}, {2}]

@@ -2,7 +2,10 @@
 
 Requests join and leave the running batch at any token. One coroutine schedules; the forwards run in
 one thread of their own, so that the event loop goes on. It is the default for small models and for
-tests; it has no paging, no prefix reuse and no quantisation.
+tests; it has no paging and no prefix reuse.
+
+It can be made to disagree with the trainer on purpose, by the precision of its weights or by noise
+on its logits. Its logprobs are those of what it samples from all the same.
 
 Invariant: a completion is sampled by one version of the weights. New weights wait until the running
 completions have ended, and nothing is admitted meanwhile.
@@ -24,7 +27,9 @@ from torch import Tensor
 
 from tir_alp.engines.base import Completion, Sampling
 from tir_alp.engines.kv_cache import CachedStep, KVCache
+from tir_alp.engines.precision import layer_matrices, quantised
 from tir_alp.engines.sampling import draws, sample
+from tir_alp.noise import name_hashes, normal, nth_keys
 from tir_alp.policy import hidden_states, load_policy, next_token_logits
 from tir_alp.types import StopReason
 
@@ -40,9 +45,16 @@ class _Request:
     uniforms: np.ndarray
     matches: Callable[[int], bool] | None
     done: asyncio.Future[Completion]
+    noise_key: Tensor
+    """Of the noise on its logits."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stop_reason: StopReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far, the prompt included."""
+        return len(self.prompt) + len(self.token_ids)
 
     @property
     def most_tokens(self) -> int:
@@ -69,13 +81,30 @@ class TransformersEngine:
             weights into it.
         max_cache_tokens: Bound of the cache, rows times width. Requests wait for room.
         version: Policy version of the model's weights.
+        precision: "float32", "bfloat16", or "int8" and "fp8" for the matrices of the decoder
+            layers; see `EngineConfig`.
+        logit_noise: Standard deviation of noise on the logits.
     """
 
-    def __init__(self, model: Any, *, max_cache_tokens: int, version: int = 0) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_cache_tokens: int,
+        version: int = 0,
+        precision: str = "float32",
+        logit_noise: float = 0.0,
+    ) -> None:
         self._model = model.eval().requires_grad_(False)
+        self._precision, self._logit_noise = precision, logit_noise
+        if precision == "bfloat16":
+            self._model = model.to(torch.bfloat16)
+        self._quantised = layer_matrices(model) if precision in ("int8", "fp8") else frozenset()
         self._max_cache_tokens = max_cache_tokens
         self._version = version
         self._cache = KVCache(max_cache_tokens)
+        if self._quantised:
+            self._copy_weights(model.state_dict())
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []  # in the order of the cache's rows
         self._pending_weights: tuple[Mapping[str, Tensor], int, asyncio.Future[None]] | None = None
@@ -102,6 +131,7 @@ class TransformersEngine:
             ),
             matches=sampling.stop_matcher() if sampling.stop_matcher else None,
             done=asyncio.get_running_loop().create_future(),
+            noise_key=name_hashes([f"logits/{sampling.seed}/{sampling.sequence_uid}"])[0],
         )
         if request.most_tokens > self._max_cache_tokens:
             raise ValueError(
@@ -265,7 +295,8 @@ class TransformersEngine:
     @torch.no_grad()
     def _copy_weights(self, source: Mapping[str, Tensor]) -> None:
         for name, tensor in self._model.state_dict().items():
-            tensor.copy_(source[name])
+            new = source[name]
+            tensor.copy_(quantised(new, self._precision) if name in self._quantised else new)
         self._cache.clear()
 
     @torch.inference_mode()
@@ -288,6 +319,11 @@ class TransformersEngine:
         step.commit()
         logits = next_token_logits(self._model, hidden[step.last]).cpu()
         requests = [self._running[row] for row in rows]
+        if self._logit_noise > 0:
+            streams = torch.stack([request.noise_key for request in requests])
+            positions = torch.tensor([request.num_tokens for request in requests])
+            noise = normal(nth_keys(streams, positions), logits.shape[1])
+            logits = logits + self._logit_noise * noise
         sampled, logprobs = sample(
             logits,
             torch.tensor([request.sampling.temperature for request in requests]),
