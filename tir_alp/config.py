@@ -317,6 +317,9 @@ class TrainerConfig(Section):
     """Of AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     """The gradient of the weights is scaled down to it; log sigma's has the same bound alone."""
+    skip_grad_spike: float | None = Field(default=None, gt=1.0)
+    """Skip an update whose gradient norm is more than this many times the median of those before;
+    None: skip none but those that are not finite."""
     updates_per_step: int = Field(default=1, ge=1)
     """Optimizer updates that the groups of a step are divided over."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
@@ -325,6 +328,20 @@ class TrainerConfig(Section):
     """Tokens whose logits stand in memory at a time."""
     gradient_checkpointing: bool = False
     """Compute each layer a second time in the backward pass instead of keeping what it made."""
+
+
+class GuardsConfig(Section):
+    """Bounds that a healthy run keeps. All are off unless set."""
+
+    max_kl: float | None = Field(default=None, gt=0.0)
+    """Bound of |kl/rollout|, in nats a token."""
+    max_ratio_spread: float | None = Field(default=None, gt=1.0)
+    """Bound of P98 over P2 of the sequence ratios."""
+    on_trip: Literal["stop", "roll_back"] = "stop"
+    """End the run, or take up the weights, optimizer and sigma of the newest checkpoint and go on
+    with new groups. `events.jsonl` in the run's folder says when and why."""
+    max_roll_backs: int = Field(default=3, ge=1)
+    """So many times; the next stops the run."""
 
 
 class EvalConfig(Section):
@@ -372,6 +389,7 @@ class Config(BaseSettings):
     rollout: RolloutConfig = RolloutConfig()
     engine: EngineConfig = EngineConfig()
     trainer: TrainerConfig = TrainerConfig()
+    guards: GuardsConfig = GuardsConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 

@@ -27,6 +27,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self._events = path / "events.jsonl"
 
     def create(self, config: Config) -> None:
         """Make the folder of a new run. Raises ValueError if there is one already."""
@@ -43,11 +44,12 @@ class RunFolder:
 
     def reopen(self, step: int) -> None:
         """Open the folder of a run that goes on behind `step`; later rows are taken out."""
-        metrics = self.path / "metrics.jsonl"
-        rows = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
-        aside = self.path / ".metrics.jsonl.part"
-        aside.write_text("".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= step))
-        os.replace(aside, metrics)
+        for file in filter(Path.exists, (self.path / "metrics.jsonl", self._events)):
+            aside = file.with_name(f".{file.name}.part")
+            # A run that begins again at 0 also evaluates again.
+            kept = [row for row in _read_rows(file) if step > 0 and row["step"] <= step]
+            aside.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
+            os.replace(aside, file)
         self._open()
 
     def _open(self) -> None:
@@ -61,6 +63,15 @@ class RunFolder:
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
 
+    def tell(self, step: int, kind: str, reason: str) -> None:
+        """Write down something that happened to the run as a whole, such as a roll-back."""
+        with self._events.open("a") as file:
+            file.write(json.dumps({"step": step, "kind": kind, "reason": reason}) + "\n")
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """What has happened of this kind."""
+        return [event for event in _read_rows(self._events) if event["kind"] == kind]
+
     def record(self, step: int, groups: Sequence[TrajectoryGroup]) -> None:
         """Write the trajectories that a step trained on, one a line."""
         folder = self.path / "trajectories"
@@ -70,7 +81,7 @@ class RunFolder:
                 file.write(json.dumps(asdict(trajectory)) + "\n")
 
     def dump_bad_update(self, update: int, batches: Sequence[Batch]) -> None:
-        """Keep the micro-batches of an update that was not finite, for a post-mortem."""
+        """Keep the micro-batches of an update that was skipped, for a post-mortem."""
         folder = self.path / "bad_updates"
         folder.mkdir(exist_ok=True)
         torch.save([asdict(batch) for batch in batches], folder / f"update_{update}.pt")
@@ -79,6 +90,12 @@ class RunFolder:
         """Write out what is buffered."""
         self._metrics.close()
         self._tensorboard.close()
+
+
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON objects; a torn last one is left out."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def read_run_config(path: Path) -> dict[str, Any]:

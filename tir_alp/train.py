@@ -10,7 +10,7 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -23,8 +23,10 @@ from tir_alp.batch import Sample
 from tir_alp.checkpoint import Position
 from tir_alp.config import AlgorithmConfig, Config, load_config, read_toml
 from tir_alp.evaluate import evaluate
+from tir_alp.guards import Tripped, faint_noise, out_of_bounds
 from tir_alp.metrics import rollout_metrics
 from tir_alp.objective import objective
+from tir_alp.policy import load_policy
 from tir_alp.renderer import PromptTooLong
 from tir_alp.rollout_queue import RolloutsFailed
 from tir_alp.run_folder import read_run_config
@@ -32,7 +34,7 @@ from tir_alp.tiny import TRAIN_CONFIG
 from tir_alp.tools.sandbox import SandboxRefused
 from tir_alp.types import TrajectoryGroup
 
-CHANGEABLE = ("steps", "eval", "checkpoint")
+CHANGEABLE = ("steps", "eval", "checkpoint", "guards")
 """What may differ when a run is resumed."""
 
 
@@ -41,12 +43,15 @@ async def train(run: Run) -> None:
     config, start = run.config, run.position.step
     if start == 0:
         await measure(run, step=0)
+        if config.guards.on_trip == "roll_back":
+            save(run, 0)
     with run.console.training(start, config.steps):
         for step in range(start, config.steps):
             began = time.monotonic()
             groups = await run.rollouts.take()
             rolled_out = time.monotonic()
             metrics = await update(run, groups, step)
+            check_health(run, metrics, step)
             trained = time.monotonic()
             await run.engine.load_weights(run.trainer.weights(), version=step + 1)
             run.rollouts.release()
@@ -82,6 +87,29 @@ def with_advantages(
         [Sample(*pair) for pair in zip(group.trajectories, advantages(group.rewards), strict=True)]
         for group in groups
     ]
+
+
+def check_health(run: Run, metrics: Mapping[str, float], step: int) -> None:
+    """Stop or roll back a run whose update went out of bounds, before the engine gets its weights.
+
+    Raises:
+        Tripped: If it cannot, or shall not, go on.
+    """
+    guards, folder = run.config.guards, run.folder
+    if step == run.position.step and (warning := faint_noise(metrics)):
+        run.console.print(f"warning: {warning}")
+    if not (reason := out_of_bounds(metrics, guards)):
+        return
+    if guards.on_trip == "stop" or len(folder.events("roll_back")) == guards.max_roll_backs:
+        folder.log(step + 1, metrics)
+        folder.tell(step + 1, "stop", reason)
+        raise Tripped(f"stopped in step {step + 1}: {reason}")
+    path, position, _ = checkpoint.newest(folder.checkpoints)
+    run.trainer.load_weights(load_policy(str(path)).state_dict())
+    run.trainer.load_state_dict(checkpoint.load_state(path))
+    reason = f"{reason}; back to the weights of step {position.step}"
+    folder.tell(step + 1, "roll_back", reason)
+    run.console.print(f"step {step + 1}: {reason}")
 
 
 async def measure(run: Run, step: int) -> None:
@@ -167,7 +195,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Config, Path | None]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code, 2 for what the user has to mend."""
+    """Run the command; returns its exit code: 2 for what the user has to mend, 3 for a guard."""
     disable_progress_bar()  # the library's own, for every file it reads or writes
     try:
         try:
@@ -178,6 +206,9 @@ def main(arguments: Sequence[str]) -> int:
     except (CannotStart, PromptTooLong, RolloutsFailed) as error:
         print(f"tir_alp.train: {error}", file=sys.stderr)
         return 2
+    except Tripped as error:
+        print(f"tir_alp.train: {error}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("tir_alp.train: interrupted; --resume goes on from the last checkpoint")
         return 130

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -21,6 +21,7 @@ from torch import Tensor
 from tir_alp.attention import PackedSequences
 from tir_alp.batch import Sample, loss_positions, pack, sequences_of, to_rows
 from tir_alp.config import AlgorithmConfig, TrainerConfig
+from tir_alp.guards import MOST_NORMS, is_spike
 from tir_alp.loss import LossInputs, loss_counts, policy_loss
 from tir_alp.metrics import mismatch_metrics, ratio_quantiles
 from tir_alp.perturbation import Effect, LayerwisePerturbation, NoiseKey
@@ -30,7 +31,7 @@ from tir_alp.types import Batch
 _NUM_PROBED = 256  # tokens, about, whose logprobs are also taken without noise, once a step
 
 OnBadUpdate = Callable[[int, Sequence[Batch]], None]
-"""Told the number and the micro-batches of an update that was not finite."""
+"""Told the number and the micro-batches of an update that was skipped."""
 
 
 class Trainer:
@@ -42,7 +43,8 @@ class Trainer:
         algorithm: The objective.
         reference: The frozen initial model, where the objective has a KL term.
         temperature: At which rollouts sample; the trained distribution has the same.
-        on_bad_update: Called where a loss or gradient is not finite. The update is skipped.
+        on_bad_update: Called where a loss or gradient is not finite, or the gradient a spike. The
+            update is skipped.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Trainer:
                 }
             )
         self._optimizer = torch.optim.AdamW(parameter_groups, betas=config.betas)
+        self._norms: deque[float] = deque(maxlen=MOST_NORMS)
 
     def step(self, groups: Sequence[Sequence[Sample]], step: int) -> dict[str, float]:
         """Make the updates of one step.
@@ -135,16 +138,25 @@ class Trainer:
         """The policy's tensors, shared with the model: what an engine needs. No sigma in it."""
         return self.model.state_dict()
 
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take other weights for the policy, as `weights` gives them."""
+        self.model.load_state_dict(weights)
+
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs beside the model's own folder."""
-        state: dict[str, Any] = {"optimizer": self._optimizer.state_dict()}
+        state: dict[str, Any] = {
+            "optimizer": self._optimizer.state_dict(),
+            "grad_norms": [*self._norms],
+        }
         if self._perturbation is not None:
             state["log_sigma"] = self._perturbation.log_sigma.detach()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` gave; the model's weights are loaded by whoever made it."""
+        """Take up what `state_dict` gave. The model's weights are not part of it."""
         self._optimizer.load_state_dict(state["optimizer"])
+        self._norms.clear()
+        self._norms.extend(state["grad_norms"])
         if self._perturbation is not None:
             with torch.no_grad():
                 self._perturbation.log_sigma.copy_(state["log_sigma"])
@@ -208,10 +220,13 @@ class Trainer:
         report = {name: float(total) for name, total in totals.items()}
         norms = self._clip_gradients()
         report |= norms | effect_metrics
-        if not all(map(_is_finite, (report["loss/value"], *norms.values()))):
+        norm = norms["grad_norm/policy"]
+        is_finite = all(map(_is_finite, (report["loss/value"], *norms.values())))
+        if not is_finite or is_spike(norm, self._norms, self._config.skip_grad_spike):
             self._optimizer.zero_grad(set_to_none=True)
             self._on_bad_update(update, batches)
             return None
+        self._norms.append(norm)
         self._optimizer.step()
         return report | ratio_quantiles(torch.cat(log_ratios))
 

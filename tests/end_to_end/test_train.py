@@ -150,3 +150,19 @@ def test_rollouts_ahead_of_the_weights_stay_within_the_limit(tmp_path):
     training = rows(tmp_path / "runs" / "stale")[1:-1]
     staleness = [row["staleness/mean"] for row in training]
     assert 0 < max(staleness) <= 2
+
+
+def test_a_run_out_of_bounds_rolls_back_and_stops_when_that_does_not_help(tmp_path):
+    guards = ("--guards.max_ratio_spread", "1.000001", "--guards.on_trip", "roll_back")
+    limits = ("--guards.max_roll_backs", "1", "--checkpoint.keep", "3")
+    process = start(tmp_path, "--name", "ill", "--steps", "4", *SMALL, *guards, *limits)
+    said = process.communicate(timeout=240)[0].decode()
+    assert process.returncode == 3, said
+    path = tmp_path / "runs" / "ill"
+    events = [json.loads(line) for line in (path / "events.jsonl").read_text().splitlines()]
+    assert [(event["step"], event["kind"]) for event in events] == [(1, "roll_back"), (2, "stop")]
+    assert "max_ratio_spread = 1" in events[0]["reason"]
+    assert "back to the weights of step 0" in events[0]["reason"]
+    assert f"stopped in step 2: {events[1]['reason']}" in said
+    assert digest(path / "checkpoints/step_1") == digest(path / "checkpoints/step_0")
+    assert [row["step"] for row in rows(path)] == [0, 1, 2]

@@ -574,3 +574,26 @@ def test_a_step_with_nothing_to_learn_makes_no_update():
     before = weights_of(one)
     assert one.step(void, 0)["tokens/loss"] == 0
     assert_same(weights_of(one), before)
+
+
+def test_a_gradient_spike_is_skipped_and_told():
+    """Nothing of it is left, and a trainer that is loaded knows the norms before it."""
+    told: list[int] = []
+    settings: dict[str, Any] = {
+        "skip_grad_spike": 20.0,
+        "bad": lambda update, _: told.append(update),
+    }
+    one = trainer(noisy(init_std=0.01), **settings)
+    groups = make_groups()
+    for step in range(8):
+        assert one.step(groups, step)["train/skipped_updates"] == 0
+    huge = [[replace(sample, advantage=1e4) for sample in group] for group in groups]
+    other = trainer(noisy(init_std=0.01), **settings)
+    other.load_weights(weights_of(one))
+    other.load_state_dict(one.state_dict())
+    for each in (one, other):
+        before = weights_of(each)
+        assert each.step(huge, 8)["train/skipped_updates"] == 1
+        assert_same(weights_of(each), before)
+        assert each.step(groups, 9)["train/skipped_updates"] == 0
+    assert told == [8, 8]
