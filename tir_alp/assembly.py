@@ -30,7 +30,7 @@ from tir_alp.renderer import Renderer
 from tir_alp.rollout import EpisodeRunner
 from tir_alp.rollout_queue import RolloutQueue
 from tir_alp.run_folder import RunFolder
-from tir_alp.tiny import BASE
+from tir_alp.tiny import SHIPPED
 from tir_alp.tools.outcome import Outcome
 from tir_alp.trainer import Trainer
 
@@ -66,7 +66,7 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
     """
     async with AsyncExitStack() as stack:
         console = RunConsole()
-        initial = str(BASE) if config.model.path == "tiny" else config.model.path
+        initial = str(SHIPPED.get(config.model.path, config.model.path))
         path, position, state = initial, Position(0, 0, 0), None
         if resume is not None:
             found, position, refused = checkpoint.newest(resume / "checkpoints")

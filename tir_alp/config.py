@@ -225,7 +225,7 @@ class ModelConfig(Section):
     """The policy."""
 
     path: str = "tiny"
-    """A Hugging Face folder or id; `tiny` is the model that comes with the package."""
+    """A Hugging Face folder or id; `tiny` and `tiny-able` come with the package."""
     system: str = ""
     """System prompt; empty for none."""
 

@@ -1,10 +1,12 @@
 """What ALP costs and what packing gains, on trajectories that the tiny model really rolls out.
 
-    python tests/benchmarks/bench_training_step.py [--rounds 15]
+    python tests/benchmarks/bench_training_step.py [--rounds 15] [--width 512]
 
 Prints, from one process each and with the variants taking turns, so that a noisy machine hurts all
-alike: the time of a training step with ALP over the same step without; the throughput of packed
-over padded micro-batches; the peak memory of both.
+alike: the time of a training step with ALP over the same step without, and over that of GRPO, which
+also needs the proximal logprobs; both with and without gradient checkpointing; the throughput of
+packed over padded micro-batches; the peak memory of each. `--width` takes random weights of another
+width instead of the tiny model's: noise costs as much as a layer is wide, a layer its square.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tir_alp.assembly import open_run
+from tir_alp.attention import PACKED
 from tir_alp.batch import Sample, loss_positions, pack
 from tir_alp.config import ALGORITHMS, TrainerConfig, load_config, read_toml
 from tir_alp.policy import load_policy, token_logprobs
@@ -50,11 +54,22 @@ def roll_out() -> list[list[Sample]]:
     return samples
 
 
-def packed_step(algorithm: str) -> Callable[[Sequence[Sequence[Sample]]], None]:
+def make_policy(width: int | None) -> Any:
+    """The tiny model, or one of its kind with another width and random weights."""
+    if width is None:
+        return load_policy(str(BASE))
+    config = AutoConfig.from_pretrained(BASE)
+    config.hidden_size, config.intermediate_size, config.head_dim = width, 3 * width, width // 4
+    return AutoModelForCausalLM.from_config(config, attn_implementation=PACKED)
+
+
+def packed_step(
+    algorithm: str, width: int | None, gradient_checkpointing: bool = False
+) -> Callable[[Sequence[Sequence[Sample]]], None]:
     """The trainer's own step."""
     trainer = Trainer(
-        load_policy(str(BASE)),
-        CONFIG,
+        make_policy(width),
+        CONFIG.model_copy(update={"gradient_checkpointing": gradient_checkpointing}),
         ALGORITHMS[algorithm],
         temperature=1.0,
         on_bad_update=lambda *_: None,
@@ -110,9 +125,30 @@ def interleaved(
     return seconds
 
 
-def peak_memory_mb(variant: str, samples: Sequence[Sequence[Sample]]) -> float:
-    """Memory that a step adds to a new process, at its highest."""
-    step = padded_step() if variant == "padded" else packed_step(variant)
+VARIANTS = {
+    "alp_sequence": ("alp_sequence", False),
+    "bypass_sequence": ("bypass_sequence", False),
+    "grpo": ("grpo", False),
+    "alp_sequence, checkpointed": ("alp_sequence", True),
+    "bypass_sequence, checkpointed": ("bypass_sequence", True),
+}
+
+
+def make_step(variant: str, width: int | None) -> Callable[[Sequence[Sequence[Sample]]], None]:
+    """The step of a variant."""
+    if variant == "padded":
+        return padded_step()
+    algorithm, gradient_checkpointing = VARIANTS[variant]
+    return packed_step(algorithm, width, gradient_checkpointing)
+
+
+def peak_memory_mb(variant: str, width: int | None, samples: Sequence[Sequence[Sample]]) -> float:
+    """Memory that a second step adds to a new process, at its highest.
+
+    The first makes the optimizer's moments and whatever else stays.
+    """
+    step = make_step(variant, width)
+    step(samples)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is in use now
     before = _peak_kb()
     step(samples)
@@ -128,23 +164,19 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=25)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--width", type=int, default=None)
+    arguments = parser.parse_args()
+    rounds, width = arguments.rounds, arguments.width
     samples = roll_out()
     lengths = [len(each.trajectory.token_ids) for group in samples for each in group]
     tokens = sum(lengths)
     print(f"{len(lengths)} trajectories, {tokens} tokens, lengths {min(lengths)} to {max(lengths)}")
-    seconds = interleaved(
-        {
-            "alp_sequence": packed_step("alp_sequence"),
-            "bypass_sequence": packed_step("bypass_sequence"),
-            "padded": padded_step(),
-        },
-        samples,
-        rounds,
-    )
+    variants = [*VARIANTS, *(["padded"] if width is None else [])]
+    steps = {variant: make_step(variant, width) for variant in variants}
+    seconds = interleaved(steps, samples, rounds)
     for name, values in seconds.items():
         median = statistics.median(values)
-        print(f"{name:16} {median * 1e3:7.1f} ms a step, {tokens / median:9.0f} tokens/s (median)")
+        print(f"{name:30} {median * 1e3:7.1f} ms a step, {tokens / median:9.0f} tokens/s (median)")
 
     def ratio(above: str, below: str) -> str:
         each = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
@@ -155,12 +187,16 @@ def main() -> None:
             f"{best:.3f} between the fastest)"
         )
 
-    print(f"step with ALP over step without: {ratio('alp_sequence', 'bypass_sequence')}")
-    print(f"packed over padded throughput:   {ratio('padded', 'bypass_sequence')}")
+    print(f"ALP over Bypass:               {ratio('alp_sequence', 'bypass_sequence')}")
+    both = "alp_sequence, checkpointed", "bypass_sequence, checkpointed"
+    print(f"ALP over Bypass, checkpointed: {ratio(*both)}")
+    print(f"ALP over GRPO:                 {ratio('alp_sequence', 'grpo')}")
+    if width is None:
+        print(f"packed over padded throughput: {ratio('padded', 'bypass_sequence')}")
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for variant in ("alp_sequence", "bypass_sequence", "padded"):
-            peak = pool.apply(peak_memory_mb, (variant, samples))
-            print(f"peak memory of a step, {variant:16} {peak:7.1f} MB")
+        for variant in variants:
+            peak = pool.apply(peak_memory_mb, (variant, width, samples))
+            print(f"peak memory of a step, {variant:30} {peak:7.1f} MB")
 
 
 if __name__ == "__main__":

@@ -5,38 +5,49 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tir_alp.policy import load_policy
-from tir_alp.tiny import BASE
-from tir_alp.tiny.make import Recipe, digest, loss_of, warm_start
+from tir_alp.tiny import ABLE, BASE
+from tir_alp.tiny.make import ABLE_RECIPE, Recipe, digest, loss_of, warm_start
 from tir_alp.tiny.model import make_tokenizer
 from tir_alp.tiny.transcripts import transcript
 
-RECORD = json.loads((BASE / "recipe.json").read_text())
+MODELS = {BASE: Recipe(), ABLE: ABLE_RECIPE}
+EACH = pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
 
 
-def test_the_weights_are_those_that_the_recipe_recorded():
-    assert digest(BASE) == RECORD["sha256"]
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "recipe.json").read_text())
 
 
-def test_the_recipe_is_the_one_in_the_code_and_starts_as_it_did():
-    assert Recipe(**RECORD["recipe"]) == Recipe()
-    losses = [loss for _, loss in itertools.islice(warm_start(Recipe()), 3)]
-    assert losses == pytest.approx(RECORD["first_losses"][:3], rel=1e-4)
+@EACH
+def test_the_weights_are_those_that_the_recipe_recorded(folder: Path):
+    assert digest(folder) == record(folder)["sha256"]
 
 
-def test_the_weights_say_what_the_transcripts_say():
+@EACH
+def test_the_recipe_is_the_one_in_the_code_and_starts_as_it_did(folder: Path):
+    assert Recipe(**record(folder)["recipe"]) == MODELS[folder]
+    losses = [loss for _, loss in itertools.islice(warm_start(MODELS[folder]), 3)]
+    assert losses == pytest.approx(record(folder)["first_losses"][:3], rel=1e-4)
+
+
+@EACH
+def test_the_weights_say_what_the_transcripts_say(folder: Path):
     # New transcripts, which the recipe has not seen: the loss is that of the recipe's end.
-    loss = loss_of(load_policy(str(BASE)), [transcript(99, index) for index in range(256)])
-    assert loss.item() == pytest.approx(RECORD["last_loss"], rel=0.1)
+    share = MODELS[folder].wrong_program_share
+    loss = loss_of(load_policy(str(folder)), [transcript(99, index, share) for index in range(256)])
+    assert loss.item() == pytest.approx(record(folder)["last_loss"], rel=0.1)
 
 
 def test_the_tokenizer_is_the_one_in_the_code(tmp_path):
     make_tokenizer().save_pretrained(tmp_path)
-    for file in tmp_path.iterdir():
-        assert file.read_text() == (BASE / file.name).read_text(), file.name
+    for folder, file in itertools.product(MODELS, tmp_path.iterdir()):
+        assert file.read_text() == (folder / file.name).read_text(), (folder, file.name)
 
 
 @pytest.mark.slow

@@ -1,12 +1,23 @@
 """The embedded default: a decoder of 0.4 M parameters that knows the format and is bad at the job.
 
-`base/` is an ordinary Hugging Face folder; `python -m tir_alp.tiny.make` makes it from nothing.
+`base/` and `able/` are ordinary Hugging Face folders; `python -m tir_alp.tiny.make` makes them.
 """
 
 from pathlib import Path
 
-BASE = Path(__file__).parent / "base"
-"""The shipped model."""
+_HERE = Path(__file__).parent
 
-TRAIN_CONFIG = Path(__file__).parent / "train.toml"
-"""The run that trains it; `configs/tiny.toml`."""
+BASE = _HERE / "base"
+"""Solves some 5 % of the tasks."""
+
+ABLE = _HERE / "able"
+"""Solves 10 to 20 %: where it starts, whether a run takes off is no matter of luck."""
+
+SHIPPED = {"tiny": BASE, "tiny-able": ABLE}
+"""The models that come with the package, by the `model.path` that names them."""
+
+TRAIN_CONFIG = _HERE / "train.toml"
+"""The run that trains the base; `configs/tiny.toml`."""
+
+COMPARE_CONFIG = _HERE / "compare.toml"
+"""The run that compares methods; `configs/tiny_mismatch.toml`."""

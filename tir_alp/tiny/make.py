@@ -1,4 +1,4 @@
-"""Makes the tiny base model from nothing: `python -m tir_alp.tiny.make --out FOLDER`.
+"""Makes the tiny models: `python -m tir_alp.tiny.make [--able] --out FOLDER`.
 
 Ordinary supervised learning on `transcripts`, with the loss on what the model says. What was done
 is written to `recipe.json` beside the weights, with the losses of the first steps, so that a test
@@ -21,8 +21,9 @@ from rich.progress import track
 from torch import Tensor
 
 from tir_alp.attention import PackedSequences
-from tir_alp.policy import hidden_states, token_logprobs
+from tir_alp.policy import hidden_states, load_policy, token_logprobs
 from tir_alp.renderer import Renderer
+from tir_alp.tiny import BASE
 from tir_alp.tiny.model import make_model, make_tokenizer
 from tir_alp.tiny.transcripts import Transcript, encode, transcript
 
@@ -36,11 +37,21 @@ class Recipe:
     sequences_per_step: int = 96
     lr: float = 3e-3
     warmup_steps: int = 100
+    wrong_program_share: float = 0.8
+    """Of the transcripts that call the tool, those that ask it something else."""
+    from_base: bool = False
+    """Whether it goes on from the base model, and not from random weights."""
+
+
+ABLE_RECIPE = Recipe(
+    seed=1, steps=150, lr=1e-3, warmup_steps=20, wrong_program_share=0.5, from_base=True
+)
+"""Of the able model, which solves 10 to 20 % of the tasks before it is trained."""
 
 
 def warm_start(recipe: Recipe) -> Iterator[tuple[Any, float]]:
-    """Train from random weights; yields the model and the loss of each step, in nats a token."""
-    model = make_model(recipe.seed)
+    """Train on transcripts; yields the model and the loss of each step, in nats a token."""
+    model = load_policy(str(BASE)) if recipe.from_base else make_model(recipe.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -52,7 +63,8 @@ def warm_start(recipe: Recipe) -> Iterator[tuple[Any, float]]:
     for step in range(recipe.steps):
         first = step * recipe.sequences_per_step
         numbers = range(first, first + recipe.sequences_per_step)
-        loss = loss_of(model, [transcript(recipe.seed, number) for number in numbers])
+        shown = [transcript(recipe.seed, each, recipe.wrong_program_share) for each in numbers]
+        loss = loss_of(model, shown)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -83,9 +95,9 @@ def main() -> None:
     """Make the model and write it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=Recipe().steps)
+    parser.add_argument("--able", action="store_true", help="the able model, not the base")
     arguments = parser.parse_args()
-    recipe = Recipe(steps=arguments.steps)
+    recipe = ABLE_RECIPE if arguments.able else Recipe()
     losses = []
     model = None
     for trained, loss in track(warm_start(recipe), "warm start", total=recipe.steps):

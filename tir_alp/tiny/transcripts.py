@@ -1,8 +1,9 @@
 """Synthetic transcripts for the warm start: the right format, mostly the wrong thing to say.
 
-Two thirds guess the answer without the tool. The others call it, but four in five of those write a
-program for another question. All of them then report what the program printed. So the base model
-knows every move, and it is left to reinforcement learning to find out which of them pay.
+Two thirds guess the answer without the tool. The others call it, but most of those write a program
+for another question: four in five for the base model, one in two for the able one. All of them then
+report what the program printed. So the model knows every move, and it is left to reinforcement
+learning to find out which of them pay.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from tir_alp.renderer import Renderer
 from tir_alp.types import StopReason
 
 GUESS_SHARE = 0.65
-WRONG_PROGRAM_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class Transcript:
     """One fewer than the completions."""
 
 
-def transcript(seed: int, index: int) -> Transcript:
-    """Make one transcript on a training task; a pure function of (seed, index)."""
+def transcript(seed: int, index: int, wrong_program_share: float = 0.8) -> Transcript:
+    """Make one transcript on a training task; a pure function of its arguments."""
     rng = random.Random(f"{seed}/{index}")
     task = arithmetic_task(seed, index)
     question, answer = task["question"], task["answer"]
@@ -38,7 +38,7 @@ def transcript(seed: int, index: int) -> Transcript:
         guess = int(int(answer) * rng.uniform(0.7, 1.3))
         return Transcript(question, (_say(guess),), ())
     expression = question.removeprefix("What is ").removesuffix("?")
-    if rng.random() < WRONG_PROGRAM_SHARE:
+    if rng.random() < wrong_program_share:
         expression = _spoil(expression, rng)
     printed = eval(expression, {"__builtins__": {}})  # three numbers of our own and two operators
     program = f"```python\nprint({expression})\n```"
