@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -158,7 +159,10 @@ async def train_from(config: Config, resume: Path | None) -> None:
             raise CannotStart(str(error)) from error
         path = run.folder.path
         run.console.print(
-            f"config {config.model_dump_json()}\n{objective(config.algorithm)}\nrun {path}"
+            f"config {config.model_dump_json()}\n{objective(config.algorithm)}\n"
+            + f"environment {json.dumps(run.environment)}\n"
+            + "".join(f"warning: {warning}\n" for warning in run.environment.get("warnings", ()))
+            + f"run {path}"
         )
         await train(run)
         run.console.print(

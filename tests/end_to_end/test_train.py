@@ -91,6 +91,31 @@ def test_the_folder_holds_all_that_design_names(finished):
     assert not [name for name in model.state_dict() if "sigma" in name]
 
 
+def environments(run_folder):
+    lines = (run_folder / "environment.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_run_says_which_sandbox_it_ran_in(finished):
+    path, printed = finished
+    (environment,) = environments(path)
+    sandbox = environment["tools"]["python"]["sandbox"]
+    assert sandbox in ("namespaces", "landlock")
+    assert (environment["step"], environment["warnings"]) == (0, [])
+    assert f'"sandbox": "{sandbox}"' in printed
+    assert "warning:" not in printed
+
+
+def test_a_run_without_protection_says_so(tmp_path):
+    unsafe = ("--env.kwargs", '{"sandbox": {"backend": "unsafe"}}')
+    printed = run(tmp_path, "--name", "bare", "--steps", "1", *unsafe, *SMALL)
+    (environment,) = environments(tmp_path / "runs" / "bare")
+    assert environment["tools"]["python"]["sandbox"] == "unsafe"
+    (warning,) = environment["warnings"]
+    assert "programs written by the model run as this user" in warning
+    assert f"warning: {warning}" in printed.splitlines()
+
+
 def test_recorded_trajectories_are_what_the_model_saw_and_wrote(finished):
     path, _ = finished
     tokenizer = AutoTokenizer.from_pretrained(path / "checkpoints" / "step_4")
@@ -123,6 +148,7 @@ def test_a_run_killed_and_resumed_equals_one_that_was_not(finished, tmp_path):
     assert not (killed / "checkpoints" / "step_4").exists()
 
     run(tmp_path, "--resume", str(killed))
+    assert [each["step"] for each in environments(killed)] in ([0, 2], [0, 3])
 
     timeless = [name for name in rows(whole)[1] if not name.startswith(("time/", "tokens/per"))]
     assert len(timeless) > 20
