@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import base64
 import binascii
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -84,7 +85,7 @@ async def fetch_files(
     """
     fetched, room = Fetched(), max_bytes
     for path in dict.fromkeys(paths):
-        content = await _read(session, f"{folder}/{path}" if path[0] != "/" else path, room)
+        content = await _read(session, os.path.join(folder, path), room)
         if isinstance(content, str):
             return Fetched(fetched.files, f"not fetched: {path!r}: {content}")
         if content is not None:

@@ -20,7 +20,7 @@ import dataclasses
 import hmac
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -167,7 +167,7 @@ class Service:
                     session, asked.code, stdin=asked.stdin or "", limits=limits
                 )
                 self._metrics.count_call(ended.result)
-                fetched = await self._fetch(session, folder, asked)
+                fetched = await self._fetch(session, folder, asked, [ended.result])
             except SandboxError as error:
                 return web.json_response(compat.fusion_failure(str(error)))
         return web.json_response(compat.fusion_reply(ended, fetched))
@@ -187,13 +187,16 @@ class Service:
                     self._metrics.count_call(results[-1])
                     if results[-1].outcome not in (Outcome.OK, Outcome.TOOL_ERROR):
                         break
-                fetched = await self._fetch(session, folder, asked)
+                fetched = await self._fetch(session, folder, asked, results)
             except SandboxError as error:
                 return web.json_response(compat.notebook_failure(str(error)))
         return web.json_response(compat.notebook_reply(results, fetched))
 
-    async def _fetch(self, session: Session, folder: str, asked: compat.Files) -> Fetched:
-        if not asked.fetch_files:
+    async def _fetch(
+        self, session: Session, folder: str, asked: compat.Files, results: Sequence[RunResult]
+    ) -> Fetched:
+        failed = any(result.outcome.is_infrastructure for result in results)
+        if failed or not asked.fetch_files:
             return Fetched()
         return await fetch_files(session, folder, asked.fetch_files, self._config.max_body_bytes)
 
