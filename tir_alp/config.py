@@ -66,12 +66,24 @@ class PerturbationConfig(Section):
         return self
 
 
+Level = Literal[
+    "token",
+    "sequence",
+    "sequence_geometric",
+    "turn",
+    "turn_geometric",
+    "cumulative",
+    "cumulative_geometric",
+]
+"""Over what a log ratio is summed (`_geometric`: averaged)."""
+
+
 class CorrectionConfig(Section):
     """A detached weight on the loss against the mismatch of trainer and engine (spec 2)."""
 
     type: Literal["tis", "mis", "icepop"]
     """`tis` truncates the weight at `high`; `mis` and `icepop` keep it inside [low, high]."""
-    level: Literal["token", "sequence", "turn"] = "token"
+    level: Level = "token"
     """Where the ratio of proximal over rollout policy is formed."""
     low: float = Field(default=0.0, ge=0.0)
     """Weights below it are rejected; unused by `tis`."""
@@ -87,11 +99,34 @@ class CorrectionConfig(Section):
         return self
 
 
+class RejectionConfig(Section):
+    """Takes out of the loss what trainer and engine disagree on; what stays keeps its weight."""
+
+    level: Level = "token"
+    """Where the ratio of proximal over rollout policy is formed that the window is for."""
+    low: float = Field(default=0.0, ge=0.0)
+    """Lower ratios are rejected."""
+    high: float | None = Field(default=None, gt=0.0)
+    """Higher ratios are rejected; None: none."""
+    veto: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """A token with a lower ratio rejects its whole sequence, whatever the level; 0: none does."""
+    normalise: Literal["all", "kept"] = "kept"
+    """Whether rejected tokens still count in the loss's denominator."""
+
+    @model_validator(mode="after")
+    def _check_window(self) -> RejectionConfig:
+        if self.high is not None and self.low > self.high:
+            raise ValueError(f"low ({self.low}) is above high ({self.high})")
+        return self
+
+
 class KLConfig(Section):
     """A penalty on the distance to the reference policy."""
 
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """With d = reference - current logprob: k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1."""
+    gradient: Literal["estimator", "k2"] = "estimator"
+    """Whose gradient the term has. That of k2 is, on average, that of the distance itself."""
     coefficient: float = Field(default=0.001, ge=0.0)
     """Weight of the term in the loss."""
 
@@ -103,8 +138,8 @@ class AlgorithmConfig(Section):
     """What it is called in reports: the preset it comes from."""
     denominator: Literal["rollout", "proximal"]
     """Whose logprobs are under the ratio: the engine's, or the trainer's at the start of a step."""
-    ratio_level: Literal["token", "sequence", "sequence_geometric", "turn", "cumulative"]
-    """Over what the log ratio is summed (`sequence_geometric`: averaged)."""
+    ratio_level: Level
+    """Over what the log ratio is summed (`_geometric`: averaged)."""
     surrogate: Literal["clip", "cispo", "reinforce"]
     """What is made of ratio and advantage."""
     clip_low: float = Field(default=0.2, ge=0.0)
@@ -115,6 +150,8 @@ class AlgorithmConfig(Section):
     """Bound of the ratio for negative advantages; None: no bound."""
     correction: CorrectionConfig | None = None
     """An extra detached weight; None: none."""
+    rejection: RejectionConfig | None = None
+    """What leaves the loss because trainer and engine disagree on it; None: nothing."""
     aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"] = (
         "token_mean"
     )
@@ -129,7 +166,8 @@ class AlgorithmConfig(Section):
     @property
     def needs_proximal(self) -> bool:
         """Whether an update needs the trainer's own logprobs from the start of the step."""
-        return self.denominator == "proximal" or self.correction is not None
+        corrected = self.correction is not None or self.rejection is not None
+        return self.denominator == "proximal" or corrected
 
     @property
     def needs_reference(self) -> bool:

@@ -83,6 +83,14 @@ def test_a_mistake_on_the_command_line_is_named_too(arguments, message):
             {"algorithm": {"name": "mis_token", "correction": {"low": 3.0}}},
             "low (3.0) is above high (2.0)",
         ),
+        (
+            {"algorithm": {"name": "grpo", "rejection": {"low": 2.0, "high": 1.0}}},
+            "low (2.0) is above high (1.0)",
+        ),
+        (
+            {"algorithm": {"name": "grpo", "rejection": {"veto": 1.0}}},
+            "algorithm.rejection.veto: Input should be less than 1",
+        ),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(below, message):
