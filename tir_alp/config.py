@@ -323,6 +323,15 @@ class RolloutConfig(Section):
     """Of the sampled distribution, which is also the one that is trained."""
     void_turns: Literal["keep", "mask_turn", "mask_trajectory"] = "mask_trajectory"
     """What a turn with neither a code block nor an answer takes out of the loss (spec 3)."""
+    overlong: Literal["keep", "mask_turn", "mask_trajectory", "zero_advantage"] = "keep"
+    """What a limit takes out of the loss: the completion that it cut, or the whole trajectory that
+    it cut or ended; `zero_advantage` lets that count in the loss's denominator."""
+    overlong_buffer_tokens: int = Field(default=0, ge=0)
+    """Over the last so many tokens before max_context_tokens, the reward that counts in advantages
+    falls by up to 1; 0: not."""
+    max_refills: int = Field(default=0, ge=0)
+    """Groups without signal, e.g. with equal rewards, that a step may replace by others; 0: they
+    are trained on, and teach nothing."""
     generate_timeout_s: float = Field(default=600.0, gt=0.0)
     """Deadline of one completion, queueing included."""
     env_timeout_s: float = Field(default=60.0, gt=0.0)
@@ -452,6 +461,16 @@ class Config(BaseSettings):
             raise ValueError(
                 "deterministic needs rollout.max_staleness = 0 or rollout.hold = true: with "
                 "rollouts ahead of the weights the order of work follows the clock"
+            )
+        if self.deterministic and rollout.max_refills:
+            raise ValueError(
+                "deterministic needs rollout.max_refills = 0: when a group turns out to be without "
+                "signal, and so what the one in its place shares a forward with, follows the clock"
+            )
+        if rollout.overlong_buffer_tokens >= rollout.max_context_tokens:
+            raise ValueError(
+                f"rollout.overlong_buffer_tokens ({rollout.overlong_buffer_tokens}) is not less "
+                f"than rollout.max_context_tokens ({rollout.max_context_tokens})"
             )
         if rollout.groups_per_step % trainer.updates_per_step:
             raise ValueError(

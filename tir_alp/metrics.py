@@ -18,6 +18,7 @@ from tir_alp.loss import MAX_LOG_RATIO
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import Trajectory, TrajectoryGroup
 
+_MOST_STALE = 8  # ages from here on are one class
 _QUANTILES = {"ratio/p2": 0.02, "ratio/p50": 0.5, "ratio/p98": 0.98}
 
 
@@ -69,13 +70,22 @@ def _perplexity(rows: Sequence[tuple[Tensor, Tensor]]) -> float:
     return _mean(values)
 
 
-def rollout_metrics(groups: Sequence[TrajectoryGroup], step: int) -> dict[str, float]:
+def rollout_metrics(
+    groups: Sequence[TrajectoryGroup], step: int, dropped: Sequence[TrajectoryGroup] = ()
+) -> dict[str, float]:
     """Describe the trajectories of one step.
 
     `time/generate` and `time/tool` are seconds a trajectory, on average, spent in either.
-    `staleness/mean` is in steps, over turns. `outcome/<name>` count turns.
+    `staleness/*` are in steps, over the turns that are trained on. `outcome/<name>` count turns.
+
+    Args:
+        groups: Those that are trained on.
+        step: Number of the step, from 0.
+        dropped: Groups without signal that others took the place of. They were sampled, so all but
+            the staleness is about them too: without them the reward would look too good or bad.
     """
-    trajectories = [each for group in groups for each in group.trajectories]
+    sampled = [*groups, *dropped]
+    trajectories = [each for group in sampled for each in group.trajectories]
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     outcomes = Counter(turn.outcome for turn in turns)
     return {
@@ -84,13 +94,34 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], step: int) -> dict[str, f
         "rollout/tool_calls": _mean(map(tool_calls, trajectories)),
         "rollout/void_turns": _mean(turn.is_void for turn in turns),
         "rollout/truncated": _mean(trajectory.truncated for trajectory in trajectories),
-        "rollout/zero_signal_groups": sum(len(set(group.rewards)) == 1 for group in groups),
-        "rollout/dropped": sum(group.num_dropped for group in groups),
-        "staleness/mean": _mean(step - turn.policy_version for turn in turns),
+        "rollout/overlong": _mean(trajectory.is_overlong for trajectory in trajectories),
+        "rollout/zero_signal_groups": sum(len(set(group.rewards)) == 1 for group in sampled),
+        "rollout/refills": len(dropped),
+        "rollout/dropped": sum(group.num_dropped for group in sampled),
         "tokens/generated": sum(len(turn.completion) for turn in turns),
         "time/generate": _seconds(trajectories, "generate"),
         "time/tool": _seconds(trajectories, "tool"),
+        **staleness_metrics([each for group in groups for each in group.trajectories], step),
         **{f"outcome/{outcome}": outcomes[outcome] for outcome in Outcome},
+    }
+
+
+def staleness_metrics(trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
+    """How old the weights behind the turns are, in steps, and how they mix.
+
+    `staleness/share_<n>` is the share of turns that are n steps old, for each n that occurs up to
+    7; `share_8` is that of all older ones. `staleness/versions` counts weights, and
+    `staleness/mixed` is the share of trajectories with turns by more than one.
+    """
+    versions = [{turn.policy_version for turn in each.turns} for each in trajectories]
+    ages = [step - turn.policy_version for each in trajectories for turn in each.turns]
+    shares = Counter(min(age, _MOST_STALE) for age in ages)
+    return {
+        "staleness/mean": _mean(ages),
+        "staleness/max": max(ages, default=0),
+        "staleness/versions": len(set().union(*versions)),
+        "staleness/mixed": _mean(len(each) > 1 for each in versions),
+        **{f"staleness/share_{age}": shares[age] / len(ages) for age in sorted(shares)},
     }
 
 

@@ -84,9 +84,16 @@ def test_a_step_is_described_by_its_turns_and_trajectories():
         "rollout/tool_calls": 0.5,
         "rollout/void_turns": 0.5,
         "rollout/truncated": 0.75,
+        "rollout/overlong": 0.75,
         "rollout/zero_signal_groups": 1,
+        "rollout/refills": 0,
         "rollout/dropped": 1,
         "staleness/mean": pytest.approx((2 + 1 + 1 + 3 * 1) / 6),
+        "staleness/max": 2,
+        "staleness/versions": 2,
+        "staleness/mixed": 0.25,
+        "staleness/share_1": pytest.approx(5 / 6),
+        "staleness/share_2": pytest.approx(1 / 6),
         "tokens/generated": 6 + 3 * 4,
         "time/generate": 0.5,
         "time/tool": 0.375,
@@ -98,6 +105,28 @@ def test_a_step_is_described_by_its_turns_and_trajectories():
         "outcome/grader_error": 0,
         "outcome/cancelled": 0,
     }
+
+
+def test_groups_that_were_replaced_count_as_sampled_but_not_as_trained_on():
+    kept = TrajectoryGroup("a", 0, (trajectory(turn(reward=1.0)), trajectory(turn())))
+    stale = turn(3, policy_version=-5)
+    metrics = rollout_metrics(
+        [kept], 0, dropped=[TrajectoryGroup("b", 1, (trajectory(stale),) * 2)]
+    )
+    assert metrics["rollout/reward"] == 0.25
+    assert metrics["tokens/generated"] == 2 + 6
+    assert (metrics["rollout/refills"], metrics["rollout/zero_signal_groups"]) == (1, 1)
+    assert metrics["staleness/max"] == 0
+
+
+def test_very_old_turns_share_one_key():
+    old = trajectory(*(turn(policy_version=version) for version in (0, 1, 30)))
+    metrics = rollout_metrics([TrajectoryGroup("a", 0, (old,))], 30)
+    assert {key: value for key, value in metrics.items() if "share" in key} == {
+        "staleness/share_0": pytest.approx(1 / 3),
+        "staleness/share_8": pytest.approx(2 / 3),
+    }
+    assert metrics["staleness/max"] == 30
 
 
 # ----------------------------------------------------------------------------------- evaluation
