@@ -467,6 +467,11 @@ class Config(BaseSettings):
                 "deterministic needs rollout.max_refills = 0: when a group turns out to be without "
                 "signal, and so what the one in its place shares a forward with, follows the clock"
             )
+        if rollout.hold and rollout.max_refills:
+            raise ValueError(
+                "rollout.hold needs rollout.max_refills = 0: groups in the place of others are "
+                "sampled with younger weights"
+            )
         if rollout.overlong_buffer_tokens >= rollout.max_context_tokens:
             raise ValueError(
                 f"rollout.overlong_buffer_tokens ({rollout.overlong_buffer_tokens}) is not less "

@@ -76,6 +76,10 @@ def test_a_mistake_on_the_command_line_is_named_too(arguments, message):
             "deterministic needs rollout.max_refills = 0",
         ),
         (
+            {"rollout": {"max_staleness": 1, "hold": True, "max_refills": 1}},
+            "rollout.hold needs rollout.max_refills = 0",
+        ),
+        (
             {"rollout": {"overlong_buffer_tokens": 16384}},
             "(16384) is not less than rollout.max_context_tokens (16384)",
         ),
