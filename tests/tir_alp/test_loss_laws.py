@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tir_alp.config import (
-    ALGORITHMS,
     AlgorithmConfig,
     CorrectionConfig,
     KLConfig,
@@ -50,7 +49,7 @@ rejections = st.builds(
     level=levels,
     low=st.sampled_from([0.0, 0.8]),
     high=st.sampled_from([None, 1.3]),
-    veto=st.sampled_from([0.0, 0.7]),
+    veto=st.sampled_from([0.0, 0.9]),
     normalise=st.sampled_from(["all", "kept"]),
 )
 kls = st.builds(
@@ -259,9 +258,8 @@ def test_an_open_window_rejects_nothing(inputs, algorithm):
     assert same(loss_and_gradient(inputs, none), loss_and_gradient(inputs, opened))
 
 
-@given(batches(), st.sampled_from(sorted(ALGORITHMS)))
-def test_clip_fractions_are_the_share_of_the_clipped_tokens(inputs, name):
-    algorithm = ALGORITHMS[name]
+@given(batches(), plain)
+def test_clip_fractions_are_the_share_of_the_clipped_tokens(inputs, algorithm):
     _, _, metrics = loss_and_gradient(inputs, algorithm)
     for side, where in clipped_tokens(inputs, algorithm).items():
         share = where.sum() / inputs.loss_mask.sum().clamp(min=1)
