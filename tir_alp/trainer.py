@@ -130,7 +130,7 @@ class Trainer:
             metrics |= {f"alp/sigma_{name}": each for name, each in each_sigma}
         batches = [batch for part in parts for batch in part]
         if self._algorithm.needs_proximal and batches:
-            mismatch = [summarise(_inputs(batch, batch.proximal_logprobs)) for batch in batches]
+            mismatch = (summarise(_inputs(batch, batch.proximal_logprobs)) for batch in batches)
             metrics |= mismatch_metrics(functools.reduce(operator.add, mismatch))
         metrics["train/skipped_updates"] = len(reports) - len(made)
         metrics["tokens/loss"] = sum(batch.num_loss_tokens for batch in batches)
@@ -199,7 +199,7 @@ class Trainer:
             return None
         self._optimizer.zero_grad(set_to_none=True)
         totals: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-        summaries = []
+        summary = None  # a running sum: one a micro-batch would grow with their number
         effect_metrics: dict[str, float] = {}
         num_draws = self._num_draws
         for index, (batch, draw) in enumerate(itertools.product(batches, range(num_draws))):
@@ -216,7 +216,8 @@ class Trainer:
             for name, part in metrics.items():
                 totals[name] = totals[name] + part / num_draws
             inputs = _inputs(batch, logprobs.detach())
-            summaries.append(summarise(inputs, entropy, clipped_tokens(inputs, self._algorithm)))
+            ratios = summarise(inputs, entropy, clipped_tokens(inputs, self._algorithm))
+            summary = ratios if summary is None else summary + ratios
         report = {name: float(total) for name, total in totals.items()}
         norms = self._clip_gradients()
         report |= norms | effect_metrics
@@ -228,7 +229,8 @@ class Trainer:
             return None
         self._norms.append(norm)
         self._optimizer.step()
-        return report, functools.reduce(operator.add, summaries)
+        assert summary is not None  # there are tokens, so there was a micro-batch
+        return report, summary
 
     def _logprobs(self, model: Any, batch: Batch, perturbed: bool = False) -> tuple[Tensor, Tensor]:
         """Logprobs and entropies [B, T] of the tokens of the loss, 0 elsewhere."""
