@@ -82,7 +82,7 @@ def test_metrics_have_the_public_names_and_evaluation_stands_before_and_after(fi
 
 def documented(name):
     """Whether docs/metrics.md has a metric in a first column; slices have areas and keys apart."""
-    page = Path("docs/metrics.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
     cells = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
     names = {each for cell in cells for each in re.findall("`([^`]+)`", cell)}
     patterns = [re.sub("<[a-z]+>", "[a-z0-9_]+", each) for each in names]
