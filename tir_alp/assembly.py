@@ -19,6 +19,7 @@ from typing import Any
 import gymnasium
 
 from tir_alp import checkpoint
+from tir_alp.advantage import group_advantages, has_signal
 from tir_alp.checkpoint import Position
 from tir_alp.config import AlgorithmConfig, Config
 from tir_alp.console import RunConsole
@@ -145,6 +146,10 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
             max_staleness=rollout.max_staleness,
             hold=rollout.hold,
             next_group=position.group,
+            has_signal=lambda group: has_signal(
+                group, group_advantages(group, config.algorithm, rollout)
+            ),
+            max_refills=rollout.max_refills,
         )
         stack.push_async_callback(rollouts.close)
         yield Run(

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +78,45 @@ def test_metrics_have_the_public_names_and_evaluation_stands_before_and_after(fi
         assert row.keys() >= PUBLIC_METRICS
         assert row["staleness/mean"] == 0
         assert row["train/skipped_updates"] == row["rollout/dropped"] == 0
+
+
+def documented(name):
+    """Whether docs/metrics.md has a metric in a first column; slices have areas and keys apart."""
+    page = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
+    cells = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    names = {each for cell in cells for each in re.findall("`([^`]+)`", cell)}
+    patterns = [re.sub("<[a-z]+>", "[a-z0-9_]+", each) for each in names]
+    area, key = name.split("/")
+    parts = (
+        [name]
+        if any("/" in each and each.startswith(f"{area}/") for each in names)
+        else [area, key]
+    )
+    return all(any(re.fullmatch(pattern, part) for pattern in patterns) for part in parts)
+
+
+def test_every_metric_is_documented(finished):
+    logged = {name for row in rows(finished[0]) for name in row if name != "step"}
+    assert {"turn_0/kl", "ratio/turn_p25", "staleness/share_0"} <= logged
+    assert not documented("ratio/p") and not documented("turn_0/nothing")
+    assert sorted(name for name in logged if not documented(name)) == []
+
+
+def test_groups_without_signal_are_replaced_up_to_the_bound(tmp_path):
+    small = ("--rollout.groups_per_step", "4", "--rollout.group_size", "2", "--eval.num_tasks", "1")
+    run(tmp_path, "--name", "refilled", "--steps", "2", *small, "--rollout.max_refills", "3")
+    path = tmp_path / "runs" / "refilled"
+    _, *training, _ = rows(path)
+    # Two answers of the untrained model are alike more often than not.
+    assert 0 < sum(row["rollout/refills"] for row in training) <= 2 * 3
+    for row in training:
+        assert row["rollout/zero_signal_groups"] >= row["rollout/refills"] <= 3
+    recorded = [
+        json.loads(line)["group_id"]
+        for file in sorted((path / "trajectories").iterdir())
+        for line in file.read_text().splitlines()
+    ]
+    assert len(recorded) == 2 * 4 * 2 and len(set(recorded)) == 2 * 4  # and none is there twice
 
 
 def test_the_folder_holds_all_that_design_names(finished):
