@@ -27,7 +27,7 @@ from tir_alp.envs.grading import Grade
 from tir_alp.envs.parsing import Answer, ToolCall, parse_action
 from tir_alp.envs.spaces import TextSpace
 from tir_alp.envs.tasks import TaskSource
-from tir_alp.tools.base import Tool, ToolResult, ToolSession
+from tir_alp.tools.base import ReportingTool, Tool, ToolResult, ToolSession
 from tir_alp.tools.outcome import Outcome
 
 
@@ -144,6 +144,19 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         if terminated or truncated:
             self._end_episode()
         return observation, reward, terminated, truncated, asdict(info)
+
+    def run_report(self) -> dict[str, Any]:
+        """Say what the tools' calls run in, for a trainer that asks.
+
+        Returns:
+            `{"tools": {name: {...}}, "warnings": [sentence, ...]}`, of the tools that report.
+        """
+        tools = self._tools.items()
+        reports = {name: tool.report() for name, tool in tools if isinstance(tool, ReportingTool)}
+        return {
+            "tools": {name: dict(report.runs_in) for name, report in reports.items()},
+            "warnings": [warning for report in reports.values() for warning in report.warnings],
+        }
 
     def close(self) -> None:
         """Free the sessions of the tools. Closing twice is allowed."""

@@ -19,6 +19,7 @@ from typing import Any
 import gymnasium
 
 from tir_alp import checkpoint
+from tir_alp.advantage import group_advantages, has_signal
 from tir_alp.checkpoint import Position
 from tir_alp.config import AlgorithmConfig, Config
 from tir_alp.console import RunConsole
@@ -45,6 +46,8 @@ class Run:
 
     config: Config
     position: Position
+    environment: dict[str, Any]
+    """What the environment says that it runs in; see `check_environment`."""
     console: RunConsole
     folder: RunFolder
     tokenizer: Any
@@ -86,7 +89,7 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         tasks = TaskOrder(load_source(config.data), config.seed)
         held_out = load_held_out(config.data, config.eval.num_tasks)
         soon = [tasks[position.group + offset] for offset in range(_NUM_CHECKED)]
-        check_environment(config, renderer, [*soon, *held_out])
+        environment = check_environment(config, renderer, [*soon, *held_out])
 
         engine = TransformersEngine(
             load_policy(path),
@@ -119,6 +122,7 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         else:
             folder.create(config)
         stack.enter_context(closing(folder))
+        folder.note_environment(position.step, environment)
 
         order = LogicalOrder(engine.generate) if config.deterministic else None
 
@@ -142,11 +146,16 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
             max_staleness=rollout.max_staleness,
             hold=rollout.hold,
             next_group=position.group,
+            has_signal=lambda group: has_signal(
+                group, group_advantages(group, config.algorithm, rollout)
+            ),
+            max_refills=rollout.max_refills,
         )
         stack.push_async_callback(rollouts.close)
         yield Run(
             config=config,
             position=position,
+            environment=environment,
             console=console,
             folder=folder,
             tokenizer=tokenizer,
@@ -178,19 +187,25 @@ def with_run_seed(config: Config) -> AlgorithmConfig:
     return config.algorithm.model_copy(update={"perturbation": noise})
 
 
-def check_environment(config: Config, renderer: Renderer, tasks: Sequence[Task]) -> None:
+def check_environment(config: Config, renderer: Renderer, tasks: Sequence[Task]) -> dict[str, Any]:
     """See that prompts leave room to write, and that the environment can take an action.
 
     The action is harmless. What it needs, a sandbox for instance, starts or refuses here and not in
     the first step.
+
+    Returns:
+        What the environment's `run_report()` says for people to read, which can go through JSON;
+        empty if it has no such method. `warnings` in it are sentences not to be overlooked.
     """
     with closing(make_environment(config)) as env:
         for task in tasks:
             text, _ = env.reset(options=task.to_options())
             renderer.prompt_within(text, config.rollout.max_context_tokens, task.task_id)
         info = env.step(_HARMLESS)[-1]
-    if Outcome(info.get("outcome", Outcome.OK)).is_infrastructure:
-        raise ValueError(f"{config.env.id!r} cannot work here: {info.get('error')}")
+        if Outcome(info.get("outcome", Outcome.OK)).is_infrastructure:
+            raise ValueError(f"{config.env.id!r} cannot work here: {info.get('error')}")
+        has_report = env.has_wrapper_attr("run_report")
+        return env.get_wrapper_attr("run_report")() if has_report else {}
 
 
 def run_name(config: Config) -> str:

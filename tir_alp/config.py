@@ -66,12 +66,24 @@ class PerturbationConfig(Section):
         return self
 
 
+Level = Literal[
+    "token",
+    "sequence",
+    "sequence_geometric",
+    "turn",
+    "turn_geometric",
+    "cumulative",
+    "cumulative_geometric",
+]
+"""Over what a log ratio is summed (`_geometric`: averaged)."""
+
+
 class CorrectionConfig(Section):
     """A detached weight on the loss against the mismatch of trainer and engine (spec 2)."""
 
     type: Literal["tis", "mis", "icepop"]
     """`tis` truncates the weight at `high`; `mis` and `icepop` keep it inside [low, high]."""
-    level: Literal["token", "sequence", "turn"] = "token"
+    level: Level = "token"
     """Where the ratio of proximal over rollout policy is formed."""
     low: float = Field(default=0.0, ge=0.0)
     """Weights below it are rejected; unused by `tis`."""
@@ -87,11 +99,34 @@ class CorrectionConfig(Section):
         return self
 
 
+class RejectionConfig(Section):
+    """Takes out of the loss what trainer and engine disagree on; what stays keeps its weight."""
+
+    level: Level = "token"
+    """Where the ratio of proximal over rollout policy is formed that the window is for."""
+    low: float = Field(default=0.0, ge=0.0)
+    """Lower ratios are rejected."""
+    high: float | None = Field(default=None, gt=0.0)
+    """Higher ratios are rejected; None: none."""
+    veto: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """A token with a lower ratio rejects its whole sequence, whatever the level; 0: none does."""
+    normalise: Literal["all", "kept"] = "kept"
+    """Whether rejected tokens still count in the loss's denominator."""
+
+    @model_validator(mode="after")
+    def _check_window(self) -> RejectionConfig:
+        if self.high is not None and self.low > self.high:
+            raise ValueError(f"low ({self.low}) is above high ({self.high})")
+        return self
+
+
 class KLConfig(Section):
     """A penalty on the distance to the reference policy."""
 
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """With d = reference - current logprob: k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1."""
+    gradient: Literal["estimator", "k2"] = "estimator"
+    """Whose gradient the term has. That of k2 is, on average, that of the distance itself."""
     coefficient: float = Field(default=0.001, ge=0.0)
     """Weight of the term in the loss."""
 
@@ -103,8 +138,8 @@ class AlgorithmConfig(Section):
     """What it is called in reports: the preset it comes from."""
     denominator: Literal["rollout", "proximal"]
     """Whose logprobs are under the ratio: the engine's, or the trainer's at the start of a step."""
-    ratio_level: Literal["token", "sequence", "sequence_geometric", "turn", "cumulative"]
-    """Over what the log ratio is summed (`sequence_geometric`: averaged)."""
+    ratio_level: Level
+    """Over what the log ratio is summed (`_geometric`: averaged)."""
     surrogate: Literal["clip", "cispo", "reinforce"]
     """What is made of ratio and advantage."""
     clip_low: float = Field(default=0.2, ge=0.0)
@@ -115,6 +150,8 @@ class AlgorithmConfig(Section):
     """Bound of the ratio for negative advantages; None: no bound."""
     correction: CorrectionConfig | None = None
     """An extra detached weight; None: none."""
+    rejection: RejectionConfig | None = None
+    """What leaves the loss because trainer and engine disagree on it; None: nothing."""
     aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"] = (
         "token_mean"
     )
@@ -129,7 +166,8 @@ class AlgorithmConfig(Section):
     @property
     def needs_proximal(self) -> bool:
         """Whether an update needs the trainer's own logprobs from the start of the step."""
-        return self.denominator == "proximal" or self.correction is not None
+        corrected = self.correction is not None or self.rejection is not None
+        return self.denominator == "proximal" or corrected
 
     @property
     def needs_reference(self) -> bool:
@@ -285,6 +323,15 @@ class RolloutConfig(Section):
     """Of the sampled distribution, which is also the one that is trained."""
     void_turns: Literal["keep", "mask_turn", "mask_trajectory"] = "mask_trajectory"
     """What a turn with neither a code block nor an answer takes out of the loss (spec 3)."""
+    overlong: Literal["keep", "mask_turn", "mask_trajectory", "zero_advantage"] = "keep"
+    """What a limit takes out of the loss: the completion that it cut, or the whole trajectory that
+    it cut or ended; `zero_advantage` lets that count in the loss's denominator."""
+    overlong_buffer_tokens: int = Field(default=0, ge=0)
+    """Over the last so many tokens before max_context_tokens, the reward that counts in advantages
+    falls by up to 1; 0: not."""
+    max_refills: int = Field(default=0, ge=0)
+    """Groups without signal, e.g. with equal rewards, that a step may replace by others; 0: they
+    are trained on, and teach nothing."""
     generate_timeout_s: float = Field(default=600.0, gt=0.0)
     """Deadline of one completion, queueing included."""
     env_timeout_s: float = Field(default=60.0, gt=0.0)
@@ -414,6 +461,21 @@ class Config(BaseSettings):
             raise ValueError(
                 "deterministic needs rollout.max_staleness = 0 or rollout.hold = true: with "
                 "rollouts ahead of the weights the order of work follows the clock"
+            )
+        if self.deterministic and rollout.max_refills:
+            raise ValueError(
+                "deterministic needs rollout.max_refills = 0: when a group turns out to be without "
+                "signal, and so what the one in its place shares a forward with, follows the clock"
+            )
+        if rollout.hold and rollout.max_refills:
+            raise ValueError(
+                "rollout.hold needs rollout.max_refills = 0: groups in the place of others are "
+                "sampled with younger weights"
+            )
+        if rollout.overlong_buffer_tokens >= rollout.max_context_tokens:
+            raise ValueError(
+                f"rollout.overlong_buffer_tokens ({rollout.overlong_buffer_tokens}) is not less "
+                f"than rollout.max_context_tokens ({rollout.max_context_tokens})"
             )
         if rollout.groups_per_step % trainer.updates_per_step:
             raise ValueError(

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tir_alp.config import AlgorithmConfig, CorrectionConfig
+from tir_alp.config import AlgorithmConfig, CorrectionConfig, KLConfig, RejectionConfig
 
 MAX_LOG_RATIO = 20.0
 """Log ratios are clamped to +-20 before `exp`; beyond it a token has no gradient."""
@@ -92,19 +92,17 @@ def policy_loss(
         at hand divided by the count of the whole step, so that *adding* those of all micro-batches
         gives the mean over the step. `loss/rejected_tokens` is a count.
     """
-    weights, mask = _correction_weights(inputs, algorithm.correction)
+    weights, mask = _weights(inputs, algorithm)
     counts = _counts(mask)
     num_tokens = _at_least_one(
         counts.num_loss_tokens if num_loss_tokens is None else num_loss_tokens
     )
     num_sequences = _at_least_one(counts.num_sequences if num_sequences is None else num_sequences)
 
-    token_log_ratios = log_ratios(inputs, algorithm)
-    level_log_ratios = RATIO_LEVELS[algorithm.ratio_level](token_log_ratios, inputs)
-    ratios = level_log_ratios.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    level_log_ratios = _level_log_ratios(inputs, algorithm)
     logprobs = _fill(inputs.logprobs, mask)
     token_losses, clipped = SURROGATES[algorithm.surrogate](
-        ratios, logprobs, _token_advantages(inputs, mask), algorithm
+        _exp(level_log_ratios), logprobs, _token_advantages(inputs, mask), algorithm
     )
     token_losses = weights * token_losses
 
@@ -120,10 +118,11 @@ def policy_loss(
     }
     if algorithm.correction is not None:
         metrics["loss/correction_mean"] = mean(weights)
+    if algorithm.correction is not None or algorithm.rejection is not None:
         metrics["loss/rejected_tokens"] = (inputs.loss_mask & (weights == 0)).sum()
     if algorithm.kl is not None:
         reference = _fill(_required(inputs.reference_logprobs, "reference_logprobs"), mask)
-        kl = KL_ESTIMATORS[algorithm.kl.estimator](reference - logprobs)
+        kl = _kl(reference - logprobs, algorithm.kl)
         token_losses = token_losses + algorithm.kl.coefficient * kl
         metrics["kl/reference"] = mean(kl)
 
@@ -135,11 +134,11 @@ def policy_loss(
 def loss_counts(inputs: LossInputs, algorithm: AlgorithmConfig) -> LossCounts:
     """Count what `policy_loss` divides by; add the counts of a step up and pass the sums to it.
 
-    These are the tokens of the mask, less those that a correction with `normalise="kept"` rejects.
-    Only `loss_mask`, and with such a correction the rollout and proximal logprobs and `turn_ids`,
-    are read: no forward of the current policy is needed first.
+    These are the tokens of the mask, less those that a correction or rejection with
+    `normalise="kept"` takes out. Only `loss_mask`, and with one of these the rollout and proximal
+    logprobs and `turn_ids`, are read: no forward of the current policy is needed first.
     """
-    return _counts(_correction_weights(inputs, algorithm.correction)[1])
+    return _counts(_weights(inputs, algorithm)[1])
 
 
 def log_ratios(inputs: LossInputs, algorithm: AlgorithmConfig) -> Tensor:
@@ -148,9 +147,20 @@ def log_ratios(inputs: LossInputs, algorithm: AlgorithmConfig) -> Tensor:
     return _fill(inputs.logprobs, mask) - _fill(_denominator(inputs, algorithm), mask)
 
 
-def sequence_log_ratios(inputs: LossInputs, algorithm: AlgorithmConfig) -> Tensor:
-    """Log ratio of each whole sequence, R = sum_t l_t; [B], 0 for one without loss tokens."""
-    return log_ratios(inputs, algorithm).sum(-1)
+@torch.no_grad()
+def clipped_tokens(inputs: LossInputs, algorithm: AlgorithmConfig) -> dict[str, Tensor]:
+    """The loss tokens whose ratio is beyond a bound, by side (`low`, `high`, `dual`); [B, T] each.
+
+    The sides are those that the surrogate has. What a correction rejects is not looked at.
+    """
+    mask = inputs.loss_mask
+    clipped = SURROGATES[algorithm.surrogate](
+        _exp(_level_log_ratios(inputs, algorithm)),
+        _fill(inputs.logprobs, mask),
+        _token_advantages(inputs, mask),
+        algorithm,
+    )[1]
+    return {side: where & mask for side, where in clipped.items()}
 
 
 # ------------------------------------------------------------------ levels: over what is the ratio?
@@ -183,9 +193,22 @@ def _turn(log_ratios: Tensor, inputs: LossInputs) -> Tensor:
     return _straight_through(sums.gather(-1, index), log_ratios)
 
 
+def _turn_geometric(log_ratios: Tensor, inputs: LossInputs) -> Tensor:
+    """The mean over the tokens of the same turn."""
+    mask = inputs.loss_mask.to(log_ratios.dtype)
+    lengths = _turn(mask, inputs).clamp(min=1)
+    return _straight_through(_turn(log_ratios, inputs) / lengths, log_ratios)
+
+
 def _cumulative(log_ratios: Tensor, inputs: LossInputs) -> Tensor:
     """The sum over the tokens up to and with t."""
     return _straight_through(log_ratios.cumsum(-1), log_ratios)
+
+
+def _cumulative_geometric(log_ratios: Tensor, inputs: LossInputs) -> Tensor:
+    """The mean over the tokens up to and with t."""
+    lengths = inputs.loss_mask.cumsum(-1).clamp(min=1)
+    return _straight_through(log_ratios.cumsum(-1) / lengths, log_ratios)
 
 
 def _straight_through(values: Tensor, log_ratios: Tensor) -> Tensor:
@@ -233,7 +256,8 @@ def _reinforce(
 
 # ----------------------------------------------- corrections: a weight against engine mismatch
 #
-# Each takes weights w = proximal / rollout, at the correction's level, to the weights in use.
+# Each takes weights w = proximal / rollout, at the correction's level, to the weights in use. A
+# rejection takes tokens out besides, by a window of its own and by a veto.
 
 
 def _truncate(weights: Tensor, correction: CorrectionConfig) -> Tensor:
@@ -247,20 +271,36 @@ def _reject(weights: Tensor, correction: CorrectionConfig) -> Tensor:
     return torch.where(inside, weights, 0)
 
 
+def _is_kept(token_ratios: Tensor, level_ratios: Tensor, rejection: RejectionConfig) -> Tensor:
+    """Inside [low, high] at the level, both included, in a sequence that no token vetoes."""
+    kept = level_ratios >= rejection.low
+    if rejection.high is not None:
+        kept = kept & (level_ratios <= rejection.high)
+    return kept & ~(token_ratios < rejection.veto).any(-1, keepdim=True)
+
+
 @torch.no_grad()
-def _correction_weights(
-    inputs: LossInputs, correction: CorrectionConfig | None
-) -> tuple[Tensor, Tensor]:
+def _weights(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
     """The weight of each token, and the mask of the tokens that count in the mean; both [B, T]."""
-    mask = inputs.loss_mask
-    if correction is None:
-        return torch.ones_like(inputs.rollout_logprobs), mask
+    mask = counted = inputs.loss_mask
+    weights = torch.ones_like(inputs.rollout_logprobs)
+    correction, rejection = algorithm.correction, algorithm.rejection
+    if correction is None and rejection is None:
+        return weights, counted
     proximal = _required(inputs.proximal_logprobs, "proximal_logprobs")
-    token_log_weights = _fill(proximal, mask) - _fill(inputs.rollout_logprobs, mask)
-    log_weights = RATIO_LEVELS[correction.level](token_log_weights, inputs)
-    weights = log_weights.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    weights = CORRECTIONS[correction.type](weights, correction)
-    return weights, mask & (weights > 0) if correction.normalise == "kept" else mask
+    mismatch = _fill(proximal, mask) - _fill(inputs.rollout_logprobs, mask)
+    if correction is not None:
+        ratios = _exp(RATIO_LEVELS[correction.level](mismatch, inputs))
+        weights = CORRECTIONS[correction.type](ratios, correction)
+        if correction.normalise == "kept":
+            counted = counted & (weights > 0)
+    if rejection is not None:
+        ratios = _exp(RATIO_LEVELS[rejection.level](mismatch, inputs))
+        kept = _is_kept(_exp(mismatch), ratios, rejection)
+        weights = torch.where(kept, weights, 0)
+        if rejection.normalise == "kept":
+            counted = counted & kept
+    return weights, counted
 
 
 # ------------------------------------------------------ aggregations: from tokens to one number
@@ -304,7 +344,16 @@ def _k2(difference: Tensor) -> Tensor:
 
 def _k3(difference: Tensor) -> Tensor:
     """e^d - d - 1: unbiased, and never negative."""
-    return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() - difference - 1
+    return _exp(difference) - difference - 1
+
+
+def _kl(difference: Tensor, config: KLConfig) -> Tensor:
+    """The value of the estimator, with its own gradient or with that of k2."""
+    value = KL_ESTIMATORS[config.estimator](difference)
+    if config.gradient == "estimator":
+        return value
+    k2 = _k2(difference)
+    return value.detach() + (k2 - k2.detach())
 
 
 # ----------------------------------------------------------------------------------------- helpers
@@ -313,6 +362,16 @@ def _k3(difference: Tensor) -> Tensor:
 def _fill(values: Tensor, mask: Tensor) -> Tensor:
     """Values, 0 outside the mask; whatever stood there touches neither value nor gradient."""
     return torch.where(mask, values, 0)
+
+
+def _exp(log_ratios: Tensor) -> Tensor:
+    """Ratios, between e^-20 and e^20."""
+    return log_ratios.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _level_log_ratios(inputs: LossInputs, algorithm: AlgorithmConfig) -> Tensor:
+    """Log ratio that stands at each token, at the algorithm's level; [B, T]."""
+    return RATIO_LEVELS[algorithm.ratio_level](log_ratios(inputs, algorithm), inputs)
 
 
 def _token_advantages(inputs: LossInputs, mask: Tensor) -> Tensor:
@@ -349,7 +408,9 @@ RATIO_LEVELS: Mapping[str, RatioLevel] = {
     "sequence": _sequence,
     "sequence_geometric": _sequence_geometric,
     "turn": _turn,
+    "turn_geometric": _turn_geometric,
     "cumulative": _cumulative,
+    "cumulative_geometric": _cumulative_geometric,
 }
 SURROGATES: Mapping[str, Surrogate] = {"clip": _clip, "cispo": _cispo, "reinforce": _reinforce}
 CORRECTIONS: Mapping[str, Callable[[Tensor, CorrectionConfig], Tensor]] = {

@@ -1,37 +1,76 @@
 """What a step is described by: pure functions from what happened to `area/name` numbers.
 
 Ratios here are always those of the policy that is trained (under ALP: the perturbed one) over the
-policy that sampled, a product over the loss's tokens of a whole sequence: so that methods with
-different denominators can be compared.
+policy that sampled, whatever the denominator of the loss: so that methods with different
+denominators can be compared. `docs/metrics.md` says what each name means.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tir_alp.loss import MAX_LOG_RATIO
+from tir_alp.quantile_sketch import quantiles
+from tir_alp.ratio_summary import MAX_TURNS, RatioSummary, TokenSlice
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import Trajectory, TrajectoryGroup
 
-_QUANTILES = {"ratio/p2": 0.02, "ratio/p50": 0.5, "ratio/p98": 0.98}
+PERCENTILES = (2, 5, 25, 50, 75, 95, 98)
+"""Of ratios, at each level."""
+
+_ENVELOPE = (2, 50, 98)  # of ratios in a slice of the tokens
+_MOST_STALE = 8  # ages from here on are one class
 
 
-def ratio_quantiles(log_ratios: Tensor) -> dict[str, float]:
-    """The P2-P98 envelope of the sequence ratios.
+def ratio_metrics(summary: RatioSummary) -> dict[str, float]:
+    """Describe the ratios of a step: by sequence, by turn, by token, and by slices of the tokens.
 
-    Args:
-        log_ratios: [B] summed over each sequence.
+    `ratio/p<n>` are percentiles of the sequence ratios, `ratio/turn_p<n>` of the turn ratios and
+    `ratio/token_p<n>` of the token ratios. The slices are `turn_<n>` for the turns that occur,
+    `positive` and `negative` by advantage, and these two again among the first tokens after an
+    observation.
+
+    Returns:
+        Nothing, if there were no tokens.
     """
-    ratios = log_ratios.double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    return {name: float(torch.quantile(ratios, q)) for name, q in _QUANTILES.items()}
+    tokens = summary.tokens()
+    if not tokens.num_tokens:
+        return {}
+    slices = {
+        **{f"turn_{turn}": summary.tokens(turn=turn) for turn in range(MAX_TURNS)},
+        **{sign: summary.tokens(sign=sign) for sign in ("positive", "negative")},
+        **{
+            f"after_tool_{sign}": summary.tokens(sign=sign, is_first=True)
+            for sign in ("positive", "negative")
+        },
+    }
+    perplexities = (-summary.sequence_logprobs).exp().mean(0).tolist()
+    metrics = {
+        **ratio_quantiles(summary.sequence_log_ratios),
+        **ratio_quantiles(summary.turn_log_ratios, "ratio/turn_p"),
+        **_token_quantiles(tokens, PERCENTILES, "ratio/token_p"),
+        "ratio/token_chi2": _chi2(tokens),
+        "ratio/token_ess": _ess(tokens),
+        "ratio/sequence_chi2": _exact_chi2(summary.sequence_log_ratios),
+        "ratio/sequence_ess": _exact_ess(summary.sequence_log_ratios),
+        "kl/rollout": -tokens.mean("log_ratio"),
+        "kl/rollout_k3": tokens.mean("k3"),
+        "perplexity/policy": perplexities[0],
+        "perplexity/rollout": perplexities[1],
+        "entropy/mean": tokens.mean("entropy"),
+    }
+    for name, part in slices.items():
+        if part.num_tokens:
+            metrics |= {f"{name}/{key}": value for key, value in _slice_metrics(part).items()}
+    return metrics
 
 
-def mismatch_metrics(rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, float]:
+def mismatch_metrics(summary: RatioSummary) -> dict[str, float]:
     """How far the trainer's own forward is from the engine's (spec 1.9).
 
     With d = proximal - rollout logprob of a token and w = e^d: `mismatch/kl` = mean(-d),
@@ -40,42 +79,102 @@ def mismatch_metrics(rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str,
     sequence, averaged over sequences.
 
     Args:
-        rows: Of each micro-batch, proximal logprobs, rollout logprobs and loss mask, [B, T] each.
-            The mask may be empty in a row, but not in all.
+        summary: Of the proximal over the rollout policy.
+
+    Returns:
+        Nothing, if there were no tokens.
     """
-    pairs = [(proximal[mask], rollout[mask]) for proximal, rollout, mask in rows]
-    proximal, rollout = (torch.cat(parts).double() for parts in zip(*pairs, strict=True))
-    difference = proximal - rollout
-    weights = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    second_moment = weights.square().mean()
+    tokens = summary.tokens()
+    if not tokens.num_tokens:
+        return {}
+    proximal, rollout = (-summary.sequence_logprobs).exp().mean(0).tolist()
     return {
-        "mismatch/kl": float(-difference.mean()),
-        "mismatch/k3": float((weights - difference - 1).mean()),
-        "mismatch/chi2": float(second_moment - 1),
-        "mismatch/ess": float(weights.mean().square() / second_moment),
-        "mismatch/proximal_perplexity": _perplexity([(row[0], row[2]) for row in rows]),
-        "mismatch/rollout_perplexity": _perplexity([(row[1], row[2]) for row in rows]),
+        "mismatch/kl": -tokens.mean("log_ratio"),
+        "mismatch/k3": tokens.mean("k3"),
+        "mismatch/chi2": _chi2(tokens),
+        "mismatch/ess": _ess(tokens),
+        "mismatch/sequence_chi2": _exact_chi2(summary.sequence_log_ratios),
+        "mismatch/sequence_ess": _exact_ess(summary.sequence_log_ratios),
+        "mismatch/proximal_perplexity": proximal,
+        "mismatch/rollout_perplexity": rollout,
+        **ratio_quantiles(summary.sequence_log_ratios, "mismatch/p"),
+        **_token_quantiles(tokens, PERCENTILES, "mismatch/token_p"),
     }
 
 
-def _perplexity(rows: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Mean over sequences with loss tokens of e^(-mean logprob)."""
-    values = [
-        float((-logprobs[mask].double().mean()).exp())
-        for batch, masks in rows
-        for logprobs, mask in zip(batch, masks, strict=True)
-        if mask.any()
-    ]
-    return _mean(values)
+def ratio_quantiles(log_ratios: Tensor, prefix: str = "ratio/p") -> dict[str, float]:
+    """Percentiles of ratios, exactly: the P2-P98 envelope and what lies in it.
+
+    Args:
+        log_ratios: [S] at least one, e.g. summed over each sequence.
+        prefix: Of the names, before the number.
+    """
+    ratios = _ratios(log_ratios).numpy()
+    found = np.quantile(ratios, [percent / 100 for percent in PERCENTILES]).tolist()
+    return {f"{prefix}{each}": value for each, value in zip(PERCENTILES, found, strict=True)}
 
 
-def rollout_metrics(groups: Sequence[TrajectoryGroup], step: int) -> dict[str, float]:
+def _slice_metrics(tokens: TokenSlice) -> dict[str, float]:
+    return {
+        "tokens": tokens.num_tokens,
+        "kl": -tokens.mean("log_ratio"),
+        "k3": tokens.mean("k3"),
+        "chi2": _chi2(tokens),
+        "ess": _ess(tokens),
+        "log_perplexity": -tokens.mean("logprob"),
+        "rollout_log_perplexity": -tokens.mean("rollout_logprob"),
+        "entropy": tokens.mean("entropy"),
+        "clip_low": tokens.mean("clip_low"),
+        "clip_high": tokens.mean("clip_high"),
+        "clip_dual": tokens.mean("clip_dual"),
+        **_token_quantiles(tokens, _ENVELOPE, "ratio_p"),
+    }
+
+
+def _token_quantiles(
+    tokens: TokenSlice, percentiles: Sequence[int], prefix: str
+) -> dict[str, float]:
+    found = quantiles(tokens.histogram, [percent / 100 for percent in percentiles])
+    return {f"{prefix}{p}": math.exp(value) for p, value in zip(percentiles, found, strict=True)}
+
+
+def _chi2(tokens: TokenSlice) -> float:
+    return tokens.mean("ratio_squared") - 1
+
+
+def _ess(tokens: TokenSlice) -> float:
+    return tokens.mean("ratio") ** 2 / tokens.mean("ratio_squared")
+
+
+def _exact_chi2(log_ratios: Tensor) -> float:
+    return float(_ratios(log_ratios).square().mean() - 1)
+
+
+def _exact_ess(log_ratios: Tensor) -> float:
+    ratios = _ratios(log_ratios)
+    return float(ratios.mean().square() / ratios.square().mean())
+
+
+def _ratios(log_ratios: Tensor) -> Tensor:
+    return log_ratios.double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def rollout_metrics(
+    groups: Sequence[TrajectoryGroup], step: int, dropped: Sequence[TrajectoryGroup] = ()
+) -> dict[str, float]:
     """Describe the trajectories of one step.
 
     `time/generate` and `time/tool` are seconds a trajectory, on average, spent in either.
-    `staleness/mean` is in steps, over turns. `outcome/<name>` count turns.
+    `staleness/*` are in steps, over the turns that are trained on. `outcome/<name>` count turns.
+
+    Args:
+        groups: Those that are trained on.
+        step: Number of the step, from 0.
+        dropped: Groups without signal that others took the place of. They were sampled, so all but
+            the staleness is about them too: without them the reward would look too good or bad.
     """
-    trajectories = [each for group in groups for each in group.trajectories]
+    sampled = [*groups, *dropped]
+    trajectories = [each for group in sampled for each in group.trajectories]
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     outcomes = Counter(turn.outcome for turn in turns)
     return {
@@ -84,13 +183,34 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], step: int) -> dict[str, f
         "rollout/tool_calls": _mean(map(tool_calls, trajectories)),
         "rollout/void_turns": _mean(turn.is_void for turn in turns),
         "rollout/truncated": _mean(trajectory.truncated for trajectory in trajectories),
-        "rollout/zero_signal_groups": sum(len(set(group.rewards)) == 1 for group in groups),
-        "rollout/dropped": sum(group.num_dropped for group in groups),
-        "staleness/mean": _mean(step - turn.policy_version for turn in turns),
+        "rollout/overlong": _mean(trajectory.is_overlong for trajectory in trajectories),
+        "rollout/zero_signal_groups": sum(len(set(group.rewards)) == 1 for group in sampled),
+        "rollout/refills": len(dropped),
+        "rollout/dropped": sum(group.num_dropped for group in sampled),
         "tokens/generated": sum(len(turn.completion) for turn in turns),
         "time/generate": _seconds(trajectories, "generate"),
         "time/tool": _seconds(trajectories, "tool"),
+        **staleness_metrics([each for group in groups for each in group.trajectories], step),
         **{f"outcome/{outcome}": outcomes[outcome] for outcome in Outcome},
+    }
+
+
+def staleness_metrics(trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
+    """How old the weights behind the turns are, in steps, and how they mix.
+
+    `staleness/share_<n>` is the share of turns that are n steps old, for each n that occurs up to
+    7; `share_8` is that of all older ones. `staleness/versions` counts weights, and
+    `staleness/mixed` is the share of trajectories with turns by more than one.
+    """
+    versions = [{turn.policy_version for turn in each.turns} for each in trajectories]
+    ages = [step - turn.policy_version for each in trajectories for turn in each.turns]
+    shares = Counter(min(age, _MOST_STALE) for age in ages)
+    return {
+        "staleness/mean": _mean(ages),
+        "staleness/max": max(ages, default=0),
+        "staleness/versions": len(set().union(*versions)),
+        "staleness/mixed": _mean(len(each) > 1 for each in versions),
+        **{f"staleness/share_{age}": shares[age] / len(ages) for age in sorted(shares)},
     }
 
 

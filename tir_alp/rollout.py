@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -133,11 +133,13 @@ class EpisodeRunner:
             turns, terminated, truncated = await self._play(env, prompt, sampling, episode)
         finally:
             self.threads.submit(env.close)
+        turns = mask_void_turns(turns, self.limits.void_turns)
+        turns = mask_overlong(turns, self.limits.overlong, truncated)
         return Trajectory(
             task_id=task.task_id,
             group_id=group_id,
             prompt=prompt,
-            turns=mask_void_turns(turns, self.limits.void_turns),
+            turns=turns,
             terminated=terminated,
             truncated=truncated,
             sequence_uid=sequence_uid,
@@ -228,11 +230,32 @@ def mask_void_turns(turns: tuple[Turn, ...], policy: str) -> tuple[Turn, ...]:
         turns: Of one trajectory.
         policy: `keep`, `mask_turn` or `mask_trajectory`.
     """
-    if policy == "keep" or not any(turn.is_void for turn in turns):
+    is_void = [turn.is_void for turn in turns]
+    if policy == "keep":
         return turns
+    return _mask(turns, is_void if policy == "mask_turn" else [any(is_void)] * len(turns))
+
+
+def mask_overlong(turns: tuple[Turn, ...], policy: str, truncated: bool) -> tuple[Turn, ...]:
+    """Take completions that a limit cut, or all turns of an over-long trajectory, out of the loss.
+
+    For whole trajectories this is the overlong filtering of DAPO: what a limit ended was not
+    finished, and its reward says little.
+
+    Args:
+        turns: Of one trajectory.
+        policy: `mask_turn` or `mask_trajectory`; the others leave the turns as they are.
+        truncated: Whether a limit ended the trajectory.
+    """
+    is_cut = [turn.is_cut for turn in turns]
+    if policy not in ("mask_turn", "mask_trajectory"):
+        return turns
+    whole = [truncated or any(is_cut)] * len(turns)
+    return _mask(turns, is_cut if policy == "mask_turn" else whole)
+
+
+def _mask(turns: tuple[Turn, ...], is_out: Sequence[bool]) -> tuple[Turn, ...]:
     return tuple(
-        replace(turn, completion=replace(turn.completion, trainable=False))
-        if turn.is_void or policy == "mask_trajectory"
-        else turn
-        for turn in turns
+        replace(turn, completion=replace(turn.completion, trainable=False)) if out else turn
+        for turn, out in zip(turns, is_out, strict=True)
     )

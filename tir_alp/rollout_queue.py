@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable
 from tir_alp.data import Task
 from tir_alp.types import TrajectoryGroup
 
+HasSignal = Callable[[TrajectoryGroup], bool]
 RunGroup = Callable[[Task, int], Awaitable[TrajectoryGroup]]
 
 
@@ -39,7 +40,12 @@ class RolloutQueue:
         max_staleness: Steps that the weights behind a group may lag.
         hold: Whether they lag by exactly so many, once there are so many.
         next_group: First group id; where a resumed run goes on.
+        has_signal: Whether a group can teach anything.
+        max_refills: Groups without signal that a step may replace by others.
     """
+
+    dropped: tuple[TrajectoryGroup, ...]
+    """Groups without signal that the last `take` replaced."""
 
     def __init__(
         self,
@@ -50,6 +56,8 @@ class RolloutQueue:
         max_staleness: int = 0,
         hold: bool = False,
         next_group: int = 0,
+        has_signal: HasSignal = lambda _: True,
+        max_refills: int = 0,
     ) -> None:
         self._hold = hold
         self._run_group, self._task_at = run_group, task_at
@@ -57,6 +65,8 @@ class RolloutQueue:
         self._free = (max_staleness + 1) * groups_per_step
         self._in_flight: deque[asyncio.Task[TrajectoryGroup]] = deque()
         self._started = self._taken = next_group
+        self._has_signal, self._max_refills = has_signal, max_refills
+        self.dropped = ()
 
     @property
     def position(self) -> int:
@@ -67,12 +77,15 @@ class RolloutQueue:
         """Return the next `groups_per_step` groups, in order.
 
         Consumes free slots and tasks; waits for the oldest groups in flight. A group that lost all
-        its episodes is skipped: its slot is used again at once.
+        its episodes, and as long as `max_refills` allows one without signal, is skipped: its slot
+        is used again at once, for another task. So the weights behind a group lag no more than
+        without skipping. When no more may be replaced, groups without signal are returned too.
 
         Raises:
             RolloutsFailed: If so many groups in a row are lost that it cannot be their tasks.
         """
         groups: list[TrajectoryGroup] = []
+        self.dropped = ()
         num_lost = 0
         while len(groups) < self._groups_per_step:
             self._fill()
@@ -82,8 +95,12 @@ class RolloutQueue:
             self._in_flight.popleft()
             self._taken += 1
             if group.trajectories:
-                groups.append(group)
                 num_lost = 0
+                if len(self.dropped) == self._max_refills or self._has_signal(group):
+                    groups.append(group)
+                else:
+                    self.dropped += (group,)
+                    self._free += 1
                 continue
             self._free += 1
             num_lost += 1

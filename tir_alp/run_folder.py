@@ -72,6 +72,11 @@ class RunFolder:
         """What has happened of this kind."""
         return [event for event in _read_rows(self._events) if event["kind"] == kind]
 
+    def note_environment(self, step: int, report: Mapping[str, Any]) -> None:
+        """Write what the environment runs in from `step` on; a line for each start of the run."""
+        with (self.path / "environment.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **report}) + "\n")
+
     def record(self, step: int, groups: Sequence[TrajectoryGroup]) -> None:
         """Write the trajectories that a step trained on, one a line."""
         folder = self.path / "trajectories"

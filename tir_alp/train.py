@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,11 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from tir_alp import checkpoint
-from tir_alp.advantage import ADVANTAGES
+from tir_alp.advantage import group_advantages
 from tir_alp.assembly import Run, open_run
 from tir_alp.batch import Sample
 from tir_alp.checkpoint import Position
-from tir_alp.config import AlgorithmConfig, Config, load_config, read_toml
+from tir_alp.config import Config, load_config, read_toml
 from tir_alp.evaluate import evaluate
 from tir_alp.guards import Tripped, faint_noise, out_of_bounds
 from tir_alp.metrics import rollout_metrics
@@ -56,7 +57,7 @@ async def train(run: Run) -> None:
             await run.engine.load_weights(run.trainer.weights(), version=step + 1)
             run.rollouts.release()
 
-            metrics |= rollout_metrics(groups, step)
+            metrics |= rollout_metrics(groups, step, run.rollouts.dropped)
             ended = time.monotonic()
             metrics["time/rollout"] = rolled_out - began
             metrics["time/train"] = trained - rolled_out
@@ -73,20 +74,18 @@ async def train(run: Run) -> None:
 
 async def update(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> dict[str, float]:
     """Let the trainer learn from groups, in a thread, so that rollouts go on meanwhile."""
-    samples = with_advantages(groups, run.config.algorithm)
+    samples = with_advantages(groups, run.config)
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(run.trainer_thread, run.trainer.step, samples, step)
 
 
-def with_advantages(
-    groups: Sequence[TrajectoryGroup], algorithm: AlgorithmConfig
-) -> list[list[Sample]]:
+def with_advantages(groups: Sequence[TrajectoryGroup], config: Config) -> list[list[Sample]]:
     """Give each trajectory of each group its advantage."""
-    advantages = ADVANTAGES[algorithm.advantage]
-    return [
-        [Sample(*pair) for pair in zip(group.trajectories, advantages(group.rewards), strict=True)]
-        for group in groups
-    ]
+    samples = []
+    for group in groups:
+        advantages = group_advantages(group, config.algorithm, config.rollout)
+        samples.append([Sample(*pair) for pair in zip(group.trajectories, advantages, strict=True)])
+    return samples
 
 
 def check_health(run: Run, metrics: Mapping[str, float], step: int) -> None:
@@ -158,7 +157,10 @@ async def train_from(config: Config, resume: Path | None) -> None:
             raise CannotStart(str(error)) from error
         path = run.folder.path
         run.console.print(
-            f"config {config.model_dump_json()}\n{objective(config.algorithm)}\nrun {path}"
+            f"config {config.model_dump_json()}\n{objective(config.algorithm)}\n"
+            + f"environment {json.dumps(run.environment)}\n"
+            + "".join(f"warning: {warning}\n" for warning in run.environment.get("warnings", ()))
+            + f"run {path}"
         )
         await train(run)
         run.console.print(

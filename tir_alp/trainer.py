@@ -8,7 +8,9 @@ they share one denominator. Not here: where samples come from, and who gets the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import operator
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,10 +24,11 @@ from tir_alp.attention import PackedSequences
 from tir_alp.batch import Sample, loss_positions, pack, sequences_of, to_rows
 from tir_alp.config import AlgorithmConfig, TrainerConfig
 from tir_alp.guards import MOST_NORMS, is_spike
-from tir_alp.loss import LossInputs, loss_counts, policy_loss
-from tir_alp.metrics import mismatch_metrics, ratio_quantiles
+from tir_alp.loss import LossInputs, clipped_tokens, loss_counts, policy_loss
+from tir_alp.metrics import mismatch_metrics, ratio_metrics
 from tir_alp.perturbation import Effect, LayerwisePerturbation, NoiseKey
 from tir_alp.policy import hidden_states, token_logprobs
+from tir_alp.ratio_summary import RatioSummary, summarise
 from tir_alp.types import Batch
 
 _NUM_PROBED = 256  # tokens, about, whose logprobs are also taken without noise, once a step
@@ -93,7 +96,8 @@ class Trainer:
             step: Number of the step, from 0; the noise of its updates follows from it.
 
         Returns:
-            Means over the updates, `train/skipped_updates` being a count.
+            Means over the updates that were made; ratios are those of all their tokens, turns and
+            sequences together, and `train/skipped_updates` is a count.
         """
         per_update = len(groups) // self._config.updates_per_step
         parts = [
@@ -110,12 +114,14 @@ class Trainer:
             for index, part in enumerate(parts)
         ]
         made = [report for report in reports if report is not None]
-        names = {name for report in made for name in report}
+        names = {name for report, _ in made for name in report}
         metrics = {
-            name: sum(report[name] for report in made if name in report)
-            / sum(name in report for report in made)
+            name: sum(report[name] for report, _ in made if name in report)
+            / sum(name in report for report, _ in made)
             for name in names
         }
+        if made:
+            metrics |= ratio_metrics(functools.reduce(operator.add, [part for _, part in made]))
         if self._perturbation is not None:
             sigma = self._perturbation.sigma
             metrics["alp/sigma_mean"] = sigma.mean().item()
@@ -123,13 +129,9 @@ class Trainer:
             each_sigma = zip(names, sigma.tolist(), strict=True)
             metrics |= {f"alp/sigma_{name}": each for name, each in each_sigma}
         batches = [batch for part in parts for batch in part]
-        compared = [
-            (batch.proximal_logprobs, batch.rollout_logprobs, batch.loss_mask)
-            for batch in batches
-            if batch.proximal_logprobs is not None
-        ]
-        if compared:
-            metrics |= mismatch_metrics(compared)
+        if self._algorithm.needs_proximal and batches:
+            mismatch = (summarise(_inputs(batch, batch.proximal_logprobs)) for batch in batches)
+            metrics |= mismatch_metrics(functools.reduce(operator.add, mismatch))
         metrics["train/skipped_updates"] = len(reports) - len(made)
         metrics["tokens/loss"] = sum(batch.num_loss_tokens for batch in batches)
         return metrics
@@ -185,7 +187,7 @@ class Trainer:
 
     def _update(
         self, batches: Sequence[Batch], update: int, measure: bool
-    ) -> dict[str, float] | None:
+    ) -> tuple[dict[str, float], RatioSummary] | None:
         """One optimizer update; None if it had nothing finite to offer and was skipped.
 
         With `measure`, what the noise does is looked at in the first micro-batch.
@@ -197,7 +199,7 @@ class Trainer:
             return None
         self._optimizer.zero_grad(set_to_none=True)
         totals: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-        log_ratios = []
+        summary = None  # a running sum: one a micro-batch would grow with their number
         effect_metrics: dict[str, float] = {}
         num_draws = self._num_draws
         for index, (batch, draw) in enumerate(itertools.product(batches, range(num_draws))):
@@ -213,10 +215,9 @@ class Trainer:
                 effect_metrics = {**measured, "alp/logprob_shift": shift}
             for name, part in metrics.items():
                 totals[name] = totals[name] + part / num_draws
-            mean_entropy = entropy.sum() / num_tokens
-            totals["entropy/mean"] = totals["entropy/mean"] + mean_entropy / num_draws
-            token_ratios = torch.where(batch.loss_mask, logprobs - batch.rollout_logprobs, 0.0)
-            log_ratios.append(token_ratios.detach().sum(-1))
+            inputs = _inputs(batch, logprobs.detach())
+            ratios = summarise(inputs, entropy, clipped_tokens(inputs, self._algorithm))
+            summary = ratios if summary is None else summary + ratios
         report = {name: float(total) for name, total in totals.items()}
         norms = self._clip_gradients()
         report |= norms | effect_metrics
@@ -228,7 +229,8 @@ class Trainer:
             return None
         self._norms.append(norm)
         self._optimizer.step()
-        return report | ratio_quantiles(torch.cat(log_ratios))
+        assert summary is not None  # there are tokens, so there was a micro-batch
+        return report, summary
 
     def _logprobs(self, model: Any, batch: Batch, perturbed: bool = False) -> tuple[Tensor, Tensor]:
         """Logprobs and entropies [B, T] of the tokens of the loss, 0 elsewhere."""

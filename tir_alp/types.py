@@ -99,6 +99,11 @@ class Turn:
     """Seconds by part: `generate` (queueing included) and `tool`."""
 
     @property
+    def is_cut(self) -> bool:
+        """True where a limit of tokens ended the completion."""
+        return self.stop_reason is StopReason.LENGTH
+
+    @property
     def is_void(self) -> bool:
         """True where the completion held neither a complete code block nor an answer."""
         return bool(self.info.get("void", False))
@@ -160,6 +165,11 @@ class Trajectory:
         for index, turn in enumerate(self.turns):
             ids += [index] * len(turn.completion) + [-1] * len(turn.observation)
         return tuple(ids)
+
+    @property
+    def is_overlong(self) -> bool:
+        """True where a limit ended the trajectory or cut one of its completions."""
+        return self.truncated or any(turn.is_cut for turn in self.turns)
 
     @property
     def reward(self) -> float:

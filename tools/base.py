@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tir_alp.tools.outcome import Outcome
 
@@ -23,6 +23,19 @@ class ToolResult:
     """Wall-clock seconds from the call to the answer, queueing included."""
     error: str = ""
     """For people: what failed, in the words of the part that failed. Empty when nothing did."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolReport:
+    """What the calls of a tool run in.
+
+    Example: `ToolReport(runs_in={"sandbox": "namespaces", "refused": {}})`.
+    """
+
+    runs_in: Mapping[str, Any]
+    """For people; goes through JSON."""
+    warnings: tuple[str, ...] = ()
+    """What must not be overlooked, in sentences."""
 
 
 class ToolSession(Protocol):
@@ -51,4 +64,13 @@ class Tool(Protocol):
 
     def run(self, arguments: Mapping[str, Any], session: ToolSession) -> ToolResult:
         """Call the tool once. Blocking; called from a thread of the rollout's own pool."""
+        ...
+
+
+@runtime_checkable
+class ReportingTool(Protocol):
+    """A tool that can say what its calls run in."""
+
+    def report(self) -> ToolReport:
+        """What a run should print and keep. Starts what a first call would start."""
         ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tir_alp.tools.base import ToolResult, ToolSession
+from tir_alp.tools.base import ToolReport, ToolResult, ToolSession
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.sandbox import Limits, RunResult, SandboxConfig, SandboxError, SandboxRefused
 from tir_alp.tools.sandbox.blocking import BlockingSession, shared_sandbox
@@ -72,6 +72,18 @@ class PythonTool:
     def open_session(self) -> PythonToolSession:
         """An interpreter that is not started yet."""
         return PythonToolSession()
+
+    def report(self) -> ToolReport:
+        """Which sandbox backend was taken, and why none that is stronger.
+
+        Raises:
+            SandboxError: There is no sandbox.
+        """
+        report = shared_sandbox(self._config).report
+        return ToolReport(
+            runs_in={"sandbox": report.backend, "refused": report.refused},
+            warnings=report.warnings,
+        )
 
     def run(self, arguments: Mapping[str, Any], session: ToolSession) -> ToolResult:
         """Run `arguments["code"]`.

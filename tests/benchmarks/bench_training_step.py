@@ -44,7 +44,7 @@ def roll_out() -> list[list[Sample]]:
     async def take() -> list[list[Sample]]:
         config = load_config(["--name", "bench"], read_toml(TRAIN_CONFIG))
         async with open_run(config) as run:
-            return with_advantages(await run.rollouts.take(), config.algorithm)
+            return with_advantages(await run.rollouts.take(), config)
 
     home = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:

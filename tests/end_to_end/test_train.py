@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +80,45 @@ def test_metrics_have_the_public_names_and_evaluation_stands_before_and_after(fi
         assert row["train/skipped_updates"] == row["rollout/dropped"] == 0
 
 
+def documented(name):
+    """Whether docs/metrics.md has a metric in a first column; slices have areas and keys apart."""
+    page = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
+    cells = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    names = {each for cell in cells for each in re.findall("`([^`]+)`", cell)}
+    patterns = [re.sub("<[a-z]+>", "[a-z0-9_]+", each) for each in names]
+    area, key = name.split("/")
+    parts = (
+        [name]
+        if any("/" in each and each.startswith(f"{area}/") for each in names)
+        else [area, key]
+    )
+    return all(any(re.fullmatch(pattern, part) for pattern in patterns) for part in parts)
+
+
+def test_every_metric_is_documented(finished):
+    logged = {name for row in rows(finished[0]) for name in row if name != "step"}
+    assert {"turn_0/kl", "ratio/turn_p25", "staleness/share_0"} <= logged
+    assert not documented("ratio/p") and not documented("turn_0/nothing")
+    assert sorted(name for name in logged if not documented(name)) == []
+
+
+def test_groups_without_signal_are_replaced_up_to_the_bound(tmp_path):
+    small = ("--rollout.groups_per_step", "4", "--rollout.group_size", "2", "--eval.num_tasks", "1")
+    run(tmp_path, "--name", "refilled", "--steps", "2", *small, "--rollout.max_refills", "3")
+    path = tmp_path / "runs" / "refilled"
+    _, *training, _ = rows(path)
+    # Two answers of the untrained model are alike more often than not.
+    assert 0 < sum(row["rollout/refills"] for row in training) <= 2 * 3
+    for row in training:
+        assert row["rollout/zero_signal_groups"] >= row["rollout/refills"] <= 3
+    recorded = [
+        json.loads(line)["group_id"]
+        for file in sorted((path / "trajectories").iterdir())
+        for line in file.read_text().splitlines()
+    ]
+    assert len(recorded) == 2 * 4 * 2 and len(set(recorded)) == 2 * 4  # and none is there twice
+
+
 def test_the_folder_holds_all_that_design_names(finished):
     path, _ = finished
     config = json.loads((path / "config.json").read_text())
@@ -89,6 +130,31 @@ def test_the_folder_holds_all_that_design_names(finished):
     assert list((path / "tensorboard").glob("events.*"))
     model = AutoModelForCausalLM.from_pretrained(path / "checkpoints" / "step_4")
     assert not [name for name in model.state_dict() if "sigma" in name]
+
+
+def environments(run_folder):
+    lines = (run_folder / "environment.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_run_says_which_sandbox_it_ran_in(finished):
+    path, printed = finished
+    (environment,) = environments(path)
+    sandbox = environment["tools"]["python"]["sandbox"]
+    assert sandbox in ("namespaces", "landlock")
+    assert (environment["step"], environment["warnings"]) == (0, [])
+    assert f'"sandbox": "{sandbox}"' in printed
+    assert "warning:" not in printed
+
+
+def test_a_run_without_protection_says_so(tmp_path):
+    unsafe = ("--env.kwargs", '{"sandbox": {"backend": "unsafe"}}')
+    printed = run(tmp_path, "--name", "bare", "--steps", "1", *unsafe, *SMALL)
+    (environment,) = environments(tmp_path / "runs" / "bare")
+    assert environment["tools"]["python"]["sandbox"] == "unsafe"
+    (warning,) = environment["warnings"]
+    assert "programs written by the model run as this user" in warning
+    assert f"warning: {warning}" in printed.splitlines()
 
 
 def test_recorded_trajectories_are_what_the_model_saw_and_wrote(finished):
@@ -123,6 +189,7 @@ def test_a_run_killed_and_resumed_equals_one_that_was_not(finished, tmp_path):
     assert not (killed / "checkpoints" / "step_4").exists()
 
     run(tmp_path, "--resume", str(killed))
+    assert [each["step"] for each in environments(killed)] in ([0, 2], [0, 3])
 
     timeless = [name for name in rows(whole)[1] if not name.startswith(("time/", "tokens/per"))]
     assert len(timeless) > 20

@@ -7,7 +7,7 @@ from gymnasium.error import ResetNeeded
 
 from tir_alp.envs.grading import Grade
 from tir_alp.envs.tool_env import ToolEnv
-from tir_alp.tools.base import ToolResult
+from tir_alp.tools.base import ToolReport, ToolResult
 from tir_alp.tools.outcome import Outcome
 
 CODE = "```python\nprint(42)\n```"
@@ -260,3 +260,19 @@ def test_an_episode_needs_a_turn_and_a_task():
         quiz(max_turns=0)
     with pytest.raises(ValueError, match="not one task"):
         quiz(tasks=[])
+
+
+class ReportingScript(Script):
+    def report(self):
+        return ToolReport(runs_in={"host": "there"}, warnings=("mind the gap",))
+
+
+def test_tools_that_can_say_what_they_run_in_are_asked():
+    env, silent = quiz()
+    assert env.run_report() == {"tools": {}, "warnings": []}
+    speaking = ReportingScript(silent.result, name="speaking")
+    env = Quiz(tools=[silent, speaking], tasks=TASKS, max_turns=3)
+    assert env.run_report() == {
+        "tools": {"speaking": {"host": "there"}},
+        "warnings": ["mind the gap"],
+    }

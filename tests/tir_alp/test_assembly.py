@@ -1,7 +1,32 @@
 """What a run is put together from."""
 
-from tir_alp.assembly import run_name, with_run_seed
+import gymnasium
+
+from tir_alp.assembly import check_environment, run_name, with_run_seed
 from tir_alp.config import load_config
+from tir_alp.data import Task
+from tir_alp.envs.spaces import TextSpace
+from tir_alp.policy import load_tokenizer
+from tir_alp.renderer import Renderer
+from tir_alp.tiny import BASE
+
+TASK = Task("task", question="1+1?", answer="2")
+
+
+class Echo(gymnasium.Env[str, str]):
+    observation_space = action_space = TextSpace()
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return "say", {}
+
+    def step(self, action):
+        return action, 0.0, True, False, {}
+
+
+class ReportingEcho(Echo):
+    def run_report(self):
+        return {"host": "here", "warnings": ["mind the gap"]}
 
 
 def noise_seed(*arguments):
@@ -22,3 +47,18 @@ def test_a_run_is_named_by_its_method_and_seed_unless_it_has_a_name():
     assert run_name(load_config(["--name", "mine"], {})) == "mine"
     made = run_name(load_config(["--algorithm", "gspo", "--seed", "5"], {}))
     assert made.startswith("gspo-seed5-")
+
+
+def report_of(environment):
+    gymnasium.register("Echo-v0", entry_point=environment)
+    try:
+        config = load_config(["--env.id", "Echo-v0", "--env.kwargs", "{}"], {})
+        return check_environment(config, Renderer(load_tokenizer(str(BASE))), [TASK])
+    finally:
+        del gymnasium.registry["Echo-v0"]
+
+
+def test_any_environment_may_say_what_it_runs_in_and_none_must():
+    gymnasium_only, reporting = report_of(Echo), report_of(ReportingEcho)
+    assert gymnasium_only == {}
+    assert reporting == {"host": "here", "warnings": ["mind the gap"]}

@@ -72,6 +72,18 @@ def test_a_mistake_on_the_command_line_is_named_too(arguments, message):
             "(64) leaves no room for a prompt in rollout.max_context_tokens (64)",
         ),
         (
+            {"deterministic": True, "rollout": {"max_refills": 1}},
+            "deterministic needs rollout.max_refills = 0",
+        ),
+        (
+            {"rollout": {"max_staleness": 1, "hold": True, "max_refills": 1}},
+            "rollout.hold needs rollout.max_refills = 0",
+        ),
+        (
+            {"rollout": {"overlong_buffer_tokens": 16384}},
+            "(16384) is not less than rollout.max_context_tokens (16384)",
+        ),
+        (
             {"rollout": {"groups_per_step": 5}, "trainer": {"updates_per_step": 2}},
             "(5) cannot be divided evenly over trainer.updates_per_step (2)",
         ),
@@ -82,6 +94,14 @@ def test_a_mistake_on_the_command_line_is_named_too(arguments, message):
         (
             {"algorithm": {"name": "mis_token", "correction": {"low": 3.0}}},
             "low (3.0) is above high (2.0)",
+        ),
+        (
+            {"algorithm": {"name": "grpo", "rejection": {"low": 2.0, "high": 1.0}}},
+            "low (2.0) is above high (1.0)",
+        ),
+        (
+            {"algorithm": {"name": "grpo", "rejection": {"veto": 1.0}}},
+            "algorithm.rejection.veto: Input should be less than 1",
         ),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PURE = [
-    *("types", "config", "advantage", "batch", "loss", "renderer", "metrics"),
+    *("types", "config", "advantage", "batch", "loss", "renderer", "metrics", "ratio_summary"),
     *("envs.grading", "envs.parsing", "tools"),
 ]
 OPTIONAL = ["ray", "sglang", "wandb", "tensorboard", "trackio"]

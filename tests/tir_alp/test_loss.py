@@ -6,14 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tir_alp.config import ALGORITHMS, AlgorithmConfig, CorrectionConfig, KLConfig
-from tir_alp.loss import (
-    LossInputs,
-    log_ratios,
-    loss_counts,
-    policy_loss,
-    sequence_log_ratios,
-)
+from tir_alp.config import ALGORITHMS, AlgorithmConfig, CorrectionConfig, KLConfig, RejectionConfig
+from tir_alp.loss import RATIO_LEVELS, LossInputs, log_ratios, loss_counts, policy_loss
 
 NAN = math.nan
 TRAIN = [[-0.10, -1.20, -0.50, -2.00], [-0.70, -0.30, NAN, NAN]]
@@ -114,10 +108,10 @@ def test_golden_ratios():
     assert log_ratios(inputs, bypass).exp()[mask].tolist() == pytest.approx(
         [1.2214027582, 0.8187307531, 1.8221188004, 2.2255409285, 1.8221188004], rel=1e-6
     )
-    assert sequence_log_ratios(inputs, bypass).exp().tolist() == pytest.approx(
+    assert log_ratios(inputs, bypass).sum(-1).exp().tolist() == pytest.approx(
         [1.8221188004, 4.0551999668], rel=1e-6
     )
-    geometric = sequence_log_ratios(inputs, bypass) / mask.sum(-1)
+    geometric = log_ratios(inputs, bypass).sum(-1) / mask.sum(-1)
     assert geometric.exp().tolist() == pytest.approx([1.2214027582, 2.0137527075], rel=1e-6)
     assert log_ratios(inputs, ALGORITHMS["grpo"]).exp()[mask].tolist() == pytest.approx(
         [1.0512710964, 0.9048374180, 0.8187307531, 0.9048374180, 1.1618342427], rel=1e-6
@@ -131,7 +125,7 @@ def test_golden_weights():
     assert log_ratios(weights, bypass).exp()[weights.loss_mask].tolist() == pytest.approx(
         [1.1618342427, 0.9048374180, 2.2255409285, 2.4596031112, 1.5683121855], rel=1e-6
     )
-    assert sequence_log_ratios(weights, bypass).exp().tolist() == pytest.approx(
+    assert log_ratios(weights, bypass).sum(-1).exp().tolist() == pytest.approx(
         [2.3396468519, 3.8574255307], rel=1e-6
     )
 
@@ -205,10 +199,7 @@ def test_alp_is_its_bypass_twin_but_for_the_perturbation(level):
 
 def test_levels_agree_on_one_token():
     inputs = inputs_of([[0.3], [-0.4]], [1, -1])
-    losses = {
-        value(inputs, variant("bypass_token", ratio_level=level))
-        for level in ("token", "sequence", "sequence_geometric", "turn", "cumulative")
-    }
+    losses = {value(inputs, variant("bypass_token", ratio_level=level)) for level in RATIO_LEVELS}
     assert len(losses) == 1
 
 
@@ -217,11 +208,12 @@ def test_a_constant_log_ratio_has_product_and_geometric_mean():
     inputs = inputs_of([[delta] * length], [1])
     loss = {
         level: value(inputs, variant("bypass_token", ratio_level=level, clip_high=9.0))
-        for level in ("sequence", "sequence_geometric", "cumulative", "turn")
+        for level in RATIO_LEVELS
     }
     assert loss["sequence"] == pytest.approx(-math.exp(length * delta))
     assert loss["turn"] == pytest.approx(-math.exp(length * delta))
-    assert loss["sequence_geometric"] == pytest.approx(-math.exp(delta))
+    for level in ("sequence_geometric", "turn_geometric", "cumulative_geometric"):
+        assert loss[level] == pytest.approx(-math.exp(delta))
     partial = [math.exp(t * delta) for t in range(1, length + 1)]
     assert loss["cumulative"] == pytest.approx(-sum(partial) / length)
 
@@ -340,6 +332,46 @@ def test_a_turn_level_correction_weighs_by_turn():
     torch.testing.assert_close(gradient(golden(), turn), expected)
 
 
+# Log ratios of proximal over rollout: .15, -.1, (masked), .8 | .9, .45.
+WINDOWS = [
+    (RejectionConfig(low=0.95, high=1.6), [[1, 0, 0, 0], [0, 1, 0, 0]]),
+    (RejectionConfig(level="sequence", high=3.0), [[1, 1, 0, 1], [0, 0, 0, 0]]),
+    (RejectionConfig(level="sequence_geometric", low=1.5), [[0, 0, 0, 0], [1, 1, 0, 0]]),
+    (RejectionConfig(level="turn", high=2.0), [[1, 1, 0, 0], [0, 0, 0, 0]]),
+    (RejectionConfig(level="turn_geometric", high=1.2), [[1, 1, 0, 0], [0, 0, 0, 0]]),
+    (RejectionConfig(veto=0.95), [[0, 0, 0, 0], [1, 1, 0, 0]]),
+    (RejectionConfig(level="sequence", high=3.0, veto=0.95), [[0, 0, 0, 0], [0, 0, 0, 0]]),
+]
+
+
+@pytest.mark.parametrize(("rejection", "kept"), WINDOWS)
+def test_what_a_window_or_a_veto_rejects_has_no_gradient(rejection, kept):
+    reinforce = variant("bypass_token", surrogate="reinforce", rejection=rejection)
+    expected = -tensor(kept) * tensor([[1.0], [-1.0]]) / max(1, sum(map(sum, kept)))
+    torch.testing.assert_close(gradient(golden(), reinforce), expected)
+    _, metrics = policy_loss(golden(), reinforce)
+    assert metrics["loss/rejected_tokens"].item() == 5 - sum(map(sum, kept))
+
+
+def test_what_is_rejected_is_counted_where_that_is_asked_for():
+    window = RejectionConfig(low=0.95, high=1.6, normalise="all")  # rejects 3 of the 5 tokens
+    everyone, kept = (
+        variant("grpo", rejection=window.model_copy(update={"normalise": name}))
+        for name in ("all", "kept")
+    )
+    assert value(golden(), kept) == pytest.approx(value(golden(), everyone) * 5 / 2)
+    assert [count.item() for count in loss_counts(golden(), everyone)] == [5, 2]
+    assert [count.item() for count in loss_counts(golden(), kept)] == [2, 2]
+
+
+def test_a_rejection_goes_with_a_weight_and_with_alp():
+    tis = CorrectionConfig(type="tis", high=2.0)
+    both = variant("alp_token", correction=tis, rejection=RejectionConfig(veto=0.95))
+    both = both.model_copy(update={"surrogate": "reinforce"})
+    w = [[0, 0, 0, 0], [2.0, math.exp(0.45), 0, 0]]
+    torch.testing.assert_close(gradient(golden(), both), -tensor(w) * tensor([[1.0], [-1.0]]) / 2)
+
+
 def test_weights_carry_no_gradient():
     inputs = golden()
     assert inputs.proximal_logprobs is not None
@@ -369,11 +401,45 @@ def test_kl_to_the_reference(estimator, expected):
     assert loss.item() == pytest.approx(0.1 * mean)
 
 
+def test_the_gradient_of_k2_is_on_average_that_of_the_distance():
+    """Over all tokens of a vocabulary, each weighed by its probability: a sum, no sampling."""
+    logits = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits.requires_grad_()
+    reference = tensor([0.3, -1.0, 0.5, 0.0, 0.2, -0.4, 1.0]).log_softmax(-1)
+    current = logits.log_softmax(-1)
+    (true,) = torch.autograd.grad((current.exp() * (current - reference)).sum(), logits)
+
+    def mean_gradient(kl: KLConfig) -> torch.Tensor:
+        logprobs = logits.log_softmax(-1)
+        losses = [
+            policy_loss(
+                LossInputs(
+                    logprobs=logprobs[word].view(1, 1),
+                    rollout_logprobs=logprobs[word].detach().view(1, 1),
+                    advantages=tensor([0.0]),
+                    loss_mask=torch.ones(1, 1, dtype=torch.bool),
+                    reference_logprobs=reference[word].view(1, 1),
+                ),
+                variant("bypass_token", kl=kl),
+            )[0]
+            for word in range(7)
+        ]
+        mean = (logprobs.detach().exp() * torch.stack(losses)).sum()
+        return torch.autograd.grad(mean, logits)[0]
+
+    for estimator in ("k1", "k2", "k3"):
+        found = mean_gradient(KLConfig(estimator=estimator, gradient="k2", coefficient=1.0))
+        torch.testing.assert_close(found, true)
+    own = mean_gradient(KLConfig(estimator="k1", coefficient=1.0))
+    torch.testing.assert_close(own, torch.zeros_like(own))  # k1 as a loss pulls nowhere
+
+
 @pytest.mark.parametrize(
     ("algorithm", "name"),
     [
         (ALGORITHMS["grpo"], "proximal_logprobs"),
         (ALGORITHMS["tis_token"], "proximal_logprobs"),
+        (variant("bypass_token", rejection=RejectionConfig(veto=0.5)), "proximal_logprobs"),
         (variant("bypass_token", kl=KLConfig()), "reference_logprobs"),
         (variant("bypass_token", ratio_level="turn"), "turn_ids"),
     ],

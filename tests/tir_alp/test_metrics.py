@@ -1,12 +1,16 @@
 """Metrics by hand, and against numpy."""
 
+import functools
 import math
+import operator
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
 
+from tir_alp.loss import LossInputs
 from tir_alp.metrics import (
     evaluation_metrics,
     is_correct,
@@ -14,6 +18,7 @@ from tir_alp.metrics import (
     ratio_quantiles,
     rollout_metrics,
 )
+from tir_alp.ratio_summary import summarise
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn
 
@@ -84,9 +89,16 @@ def test_a_step_is_described_by_its_turns_and_trajectories():
         "rollout/tool_calls": 0.5,
         "rollout/void_turns": 0.5,
         "rollout/truncated": 0.75,
+        "rollout/overlong": 0.75,
         "rollout/zero_signal_groups": 1,
+        "rollout/refills": 0,
         "rollout/dropped": 1,
         "staleness/mean": pytest.approx((2 + 1 + 1 + 3 * 1) / 6),
+        "staleness/max": 2,
+        "staleness/versions": 2,
+        "staleness/mixed": 0.25,
+        "staleness/share_1": pytest.approx(5 / 6),
+        "staleness/share_2": pytest.approx(1 / 6),
         "tokens/generated": 6 + 3 * 4,
         "time/generate": 0.5,
         "time/tool": 0.375,
@@ -98,6 +110,28 @@ def test_a_step_is_described_by_its_turns_and_trajectories():
         "outcome/grader_error": 0,
         "outcome/cancelled": 0,
     }
+
+
+def test_groups_that_were_replaced_count_as_sampled_but_not_as_trained_on():
+    kept = TrajectoryGroup("a", 0, (trajectory(turn(reward=1.0)), trajectory(turn())))
+    stale = turn(3, policy_version=-5)
+    metrics = rollout_metrics(
+        [kept], 0, dropped=[TrajectoryGroup("b", 1, (trajectory(stale),) * 2)]
+    )
+    assert metrics["rollout/reward"] == 0.25
+    assert metrics["tokens/generated"] == 2 + 6
+    assert (metrics["rollout/refills"], metrics["rollout/zero_signal_groups"]) == (1, 1)
+    assert metrics["staleness/max"] == 0
+
+
+def test_very_old_turns_share_one_key():
+    old = trajectory(*(turn(policy_version=version) for version in (0, 1, 30)))
+    metrics = rollout_metrics([TrajectoryGroup("a", 0, (old,))], 30)
+    assert {key: value for key, value in metrics.items() if "share" in key} == {
+        "staleness/share_0": pytest.approx(1 / 3),
+        "staleness/share_8": pytest.approx(2 / 3),
+    }
+    assert metrics["staleness/max"] == 30
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -158,28 +192,37 @@ ROLLOUT = [[-0.30, -1.00, -0.40, -2.60], [-1.50, -0.90, math.nan, math.nan]]
 MASK = [[True, True, False, True], [True, True, False, False]]
 
 
-def golden_mismatch(*sequences: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    proximal, rollout, mask = map(torch.tensor, (PROXIMAL, ROLLOUT, MASK))
-    return proximal[[*sequences]], rollout[[*sequences]], mask[[*sequences]]
+def golden_mismatch(*sequences: int) -> LossInputs:
+    proximal, rollout = (torch.tensor(rows, dtype=torch.float64) for rows in (PROXIMAL, ROLLOUT))
+    rows = [*sequences]
+    return LossInputs(
+        logprobs=proximal[rows],
+        rollout_logprobs=rollout[rows],
+        advantages=torch.tensor([1.0, -1.0])[rows],
+        loss_mask=torch.tensor(MASK)[rows],
+        turn_ids=torch.tensor([[0, 0, -1, 1], [0, 0, -1, -1]])[rows],
+    )
 
 
 @pytest.mark.parametrize("split", [[(0, 1)], [(0,), (1,)]])
 def test_mismatch_of_the_golden_vector_however_it_is_split(split):
-    metrics = mismatch_metrics([golden_mismatch(*sequences) for sequences in split])
-    assert metrics == pytest.approx(
-        {
-            "mismatch/kl": -0.44,
-            "mismatch/k3": 0.2240255772,
-            "mismatch/chi2": 2.1261745121,
-            "mismatch/ess": 0.8857410585,
-            "mismatch/proximal_perplexity": (2.7639661710 + 1.6904588484) / 2,
-            "mismatch/rollout_perplexity": (3.6692966676 + 3.3201169227) / 2,
-        },
-        rel=1e-6,
-    )
+    summaries = [summarise(golden_mismatch(*sequences)) for sequences in split]
+    metrics = mismatch_metrics(functools.reduce(operator.add, summaries))
+    expected = {
+        "mismatch/kl": -0.44,
+        "mismatch/k3": 0.2240255772,
+        "mismatch/chi2": 2.1261745121,
+        "mismatch/ess": 0.8857410585,
+        "mismatch/proximal_perplexity": (2.7639661710 + 1.6904588484) / 2,
+        "mismatch/rollout_perplexity": (3.6692966676 + 3.3201169227) / 2,
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    weights = np.array([2.3396468519, 3.8574255307])
+    assert metrics["mismatch/p98"] == pytest.approx(np.quantile(weights, 0.98), rel=1e-6)
+    assert metrics["mismatch/sequence_chi2"] == pytest.approx((weights**2).mean() - 1, rel=1e-6)
 
 
 def test_equal_policies_have_no_mismatch():
-    _, rollout, mask = golden_mismatch(0, 1)
-    metrics = mismatch_metrics([(rollout, rollout, mask)])
+    inputs = golden_mismatch(0, 1)
+    metrics = mismatch_metrics(summarise(replace(inputs, logprobs=inputs.rollout_logprobs)))
     assert (metrics["mismatch/kl"], metrics["mismatch/chi2"], metrics["mismatch/ess"]) == (0, 0, 1)

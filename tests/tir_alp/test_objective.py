@@ -1,4 +1,4 @@
-from tir_alp.config import ALGORITHMS, KLConfig
+from tir_alp.config import ALGORITHMS, KLConfig, RejectionConfig
 from tir_alp.objective import objective
 
 
@@ -25,6 +25,21 @@ def test_a_correction_and_a_penalty_are_written_too():
         "  L_t is multiplied by w = min(token ratio pi_proximal / pi_rollout, 2) "
         "(tis, no gradient)",
         "  + 0.5 k3(pi, pi_reference)",
+    ]
+
+
+def test_a_rejection_and_a_borrowed_gradient_are_written_too():
+    algorithm = ALGORITHMS["grpo"].model_copy(
+        update={
+            "rejection": RejectionConfig(level="sequence_geometric", low=0.99, veto=1e-4),
+            "kl": KLConfig(estimator="k3", gradient="k2"),
+        }
+    )
+    assert objective(algorithm).splitlines()[-3:] == [
+        "  rejected, not counted: tokens whose sequence_geometric ratio pi_proximal / pi_rollout "
+        "is outside [0.99, inf]",
+        "  rejected, not counted: sequences with a token whose ratio is below 0.0001",
+        "  + 0.001 k3(pi, pi_reference), with the gradient of k2",
     ]
 
 

@@ -15,7 +15,7 @@ from tir_alp.config import RolloutConfig
 from tir_alp.data import Task
 from tir_alp.engines.base import Completion, Sampling
 from tir_alp.renderer import PromptTooLong, Renderer
-from tir_alp.rollout import EpisodeFailed, EpisodeRunner, mask_void_turns
+from tir_alp.rollout import EpisodeFailed, EpisodeRunner, mask_overlong, mask_void_turns
 from tir_alp.tiny.model import make_tokenizer
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn
@@ -269,6 +269,44 @@ def test_the_policy_for_void_turns_reaches_the_trajectory(policy, learnt):
     script = (GO_ON, ("", 0.0, True, False, {"void": True}))
     generate = Policy(completion(A, END), completion(END))
     assert sum(episode(generate, Scripted(*script), void_turns=policy).loss_mask) == learnt
+
+
+# ------------------------------------------------------------------------------------ over-long
+
+
+@pytest.mark.parametrize(
+    ("policy", "truncated", "trainable"),
+    [
+        ("keep", True, [True, True]),
+        ("zero_advantage", True, [True, True]),
+        ("mask_turn", True, [False, True]),
+        ("mask_turn", False, [False, True]),
+        ("mask_trajectory", True, [False, False]),
+        ("mask_trajectory", False, [False, False]),
+    ],
+)
+def test_a_completion_that_a_limit_cut_leaves_the_loss_as_configured(policy, truncated, trainable):
+    cut, whole = turns(False, False)
+    played = (replace(cut, stop_reason=StopReason.LENGTH), whole)
+    masked = mask_overlong(played, policy, truncated)
+    assert [turn.completion.trainable for turn in masked] == trainable
+
+
+@pytest.mark.parametrize(("policy", "learnt"), [("mask_turn", True), ("mask_trajectory", False)])
+def test_a_trajectory_that_ran_out_of_turns_is_over_long_but_no_turn_of_it(policy, learnt):
+    masked = mask_overlong(turns(False), policy, truncated=True)
+    assert [turn.completion.trainable for turn in masked] == [learnt]
+    assert mask_overlong(turns(False), policy, truncated=False) == turns(False)
+
+
+@pytest.mark.parametrize(
+    ("policy", "learnt"), [("keep", 3), ("mask_turn", 1), ("mask_trajectory", 0)]
+)
+def test_the_policy_for_over_long_turns_reaches_the_trajectory(policy, learnt):
+    cut = completion(A, B, reason=StopReason.LENGTH)
+    played = episode(Policy(cut, completion(END)), Scripted(GO_ON, ANSWERED), overlong=policy)
+    assert sum(played.loss_mask) == learnt
+    assert played.is_overlong and not played.truncated
 
 
 # ------------------------------------------------------------------------------------ failures

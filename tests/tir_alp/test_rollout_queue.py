@@ -199,6 +199,92 @@ def test_a_run_goes_on_with_the_groups_that_were_not_taken():
     run(body)
 
 
+# ------------------------------------------------------------------------ groups without signal
+
+
+def signal_in(*group_ids: int) -> Callable[[TrajectoryGroup], bool]:
+    return lambda group: group.group_id in group_ids
+
+
+def test_a_group_without_signal_is_replaced_by_another_task_and_not_by_a_copy():
+    async def body() -> None:
+        sampler = Sampler()
+        sampler.end(*range(100))
+        queue = queue_of(sampler, has_signal=signal_in(1, 4, 5, 6), max_refills=3)
+        assert ids(await queue.take()) == [1, 4]
+        assert [group.group_id for group in queue.dropped] == [0, 2, 3]
+        assert queue.position == 5
+        assert sampler.begun == [0, 1, 2, 3, 4]
+        queue.release()
+        assert ids(await queue.take()) == [5, 6]
+        assert queue.dropped == ()
+
+    run(body)
+
+
+@pytest.mark.parametrize("max_refills", [0, 1, 5])
+def test_when_nothing_has_signal_the_step_ends_all_the_same(max_refills):
+    async def body() -> None:
+        sampler = Sampler()
+        sampler.end(*range(100))
+        queue = queue_of(sampler, has_signal=signal_in(), max_refills=max_refills)
+        assert ids(await queue.take()) == [max_refills, max_refills + 1]
+        assert len(queue.dropped) == max_refills
+
+    run(body)
+
+
+def test_groups_that_lost_all_their_episodes_use_up_no_refill():
+    async def body() -> None:
+        sampler = Sampler(dead=frozenset({0, 2}))
+        sampler.end(*range(100))
+        queue = queue_of(sampler, has_signal=signal_in(3, 4), max_refills=1)
+        assert ids(await queue.take()) == [3, 4]
+        assert [group.group_id for group in queue.dropped] == [1]
+
+    run(body)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 3])
+def test_refilling_makes_no_group_staler_and_puts_no_more_in_flight(max_staleness):
+    rng = random.Random(max_staleness)
+    version = 0
+    most_in_flight = in_flight = 0
+
+    async def run_group(task: Task, group_id: int) -> TrajectoryGroup:
+        nonlocal in_flight, most_in_flight
+        begun_with = version
+        in_flight += 1
+        most_in_flight = max(most_in_flight, in_flight)
+        await asyncio.sleep(rng.choice([0, 0, 0.001, 0.005]))
+        in_flight -= 1
+        return group(task, group_id, begun_with)
+
+    async def body() -> tuple[list[int], int]:
+        nonlocal version
+        staleness, num_dropped = [], 0
+        queue = queue_of(
+            run_group,
+            max_staleness=max_staleness,
+            groups_per_step=3,
+            has_signal=lambda group: group.group_id % 3 == 0,
+            max_refills=4,
+        )
+        for step in range(12):
+            groups = await queue.take()
+            staleness += [step - each.trajectories[0].turns[0].policy_version for each in groups]
+            num_dropped += len(queue.dropped)
+            version = step + 1
+            queue.release()
+        await queue.close()
+        return staleness, num_dropped
+
+    staleness, num_dropped = run(body)
+    assert max(staleness) <= max_staleness
+    assert most_in_flight <= (max_staleness + 1) * 3
+    assert num_dropped > 12
+
+
 # ------------------------------------------------------------------------------ failure and end
 
 

@@ -282,6 +282,44 @@ def test_loss_and_gradients_do_not_depend_on_how_an_update_is_computed(split):
     assert "log_sigma" in gradients(whole)
 
 
+@pytest.mark.parametrize("name", ["alp_sequence", "tis_token"])
+def test_what_is_logged_does_not_depend_on_how_an_update_is_computed_either(name):
+    groups = make_groups()
+    whole, other = trainer(ALGORITHMS[name]), trainer(ALGORITHMS[name], micro_batch_tokens=50)
+    expected, metrics = whole.step(groups, 0), other.step(groups, 0)
+    # A histogram knows a log ratio to within 1 %, and at its bins' edges the last bit can be that.
+    of_some_tokens = ("alp/effective", "alp/relative_rms", "alp/logprob_shift")
+    assert metrics.keys() == expected.keys() > {"turn_0/kl", "turn_1/kl", "after_tool_positive/kl"}
+    for key in (key for key in expected if not key.startswith(of_some_tokens)):
+        assert math.isfinite(expected[key])
+        assert metrics[key] == pytest.approx(expected[key], rel=1e-2, abs=1e-4), key
+
+
+def test_ratios_are_those_of_all_updates_of_a_step_together():
+    groups = make_groups(4)
+    # With next to no learning rate, two updates see what one sees.
+    halves, whole = (
+        trainer(ALGORITHMS["bypass_token"], lr=1e-30, weight_decay=0.0, updates_per_step=number)
+        for number in (2, 1)
+    )
+    found, expected = halves.step(groups, 0), whole.step(groups, 0)
+    names = [name for name in expected if name.startswith("ratio/")]
+    assert {name: found[name] for name in names} == pytest.approx(
+        {name: expected[name] for name in names}, rel=1e-5
+    )
+    assert found["turn_0/tokens"] + found["turn_1/tokens"] == found["tokens/loss"]
+
+
+def test_only_methods_with_a_proximal_pass_report_the_mismatch():
+    logged = {
+        name: trainer(ALGORITHMS[name]).step(make_groups(2), 0)
+        for name in ("grpo", "bypass_sequence")
+    }
+    assert "mismatch/kl" in logged["grpo"] and "mismatch/p98" in logged["grpo"]
+    assert not [key for key in logged["bypass_sequence"] if key.startswith("mismatch/")]
+    assert len(logged["grpo"]) < 150
+
+
 def test_the_order_of_the_samples_does_not_matter():
     groups = make_groups()
     one, other = trainer(noisy()), trainer(noisy())

@@ -1,4 +1,10 @@
-from collections.abc import Iterator
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 
@@ -24,3 +30,29 @@ def neighbour(sandbox: BlockingSandbox) -> Iterator[BlockingSession]:
     session = sandbox.session()
     yield session
     session.close()
+
+
+Serving = Callable[..., AbstractContextManager[str]]
+
+
+@pytest.fixture(scope="session")
+def serving() -> Serving:
+    """`with serving(*arguments, **environment) as address`: the command as a user starts it."""
+
+    @contextlib.contextmanager
+    def start(*arguments: str, **environment: str) -> Iterator[str]:
+        command = [sys.executable, "-m", "tir_alp.sandbox", "serve", "--port", "0"]
+        server = subprocess.Popen(
+            [*command, "--preload", "", *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        assert server.stderr is not None
+        try:
+            yield server.stderr.readline().split()[-1]
+        finally:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(60) == 0
+
+    return start

@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
-import os
-import signal
+import json
+import socket
 import subprocess
 import sys
 import time
@@ -314,17 +314,11 @@ def test_remote_refuses_without_a_host():
         run(scenario)
 
 
-def test_command_serves_with_a_token_and_ends_on_sigterm(monkeypatch):
-    command = [sys.executable, "-m", "tir_alp.sandbox", "serve", "--port", "18642", "--preload", ""]
-    environment = {**os.environ, TOKEN_VARIABLE: "secret"}
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    assert server.stderr is not None
-    try:
-        assert "at http://127.0.0.1:18642" in server.stderr.readline()
-        time.sleep(0.3)
+def test_command_serves_with_a_token_and_ends_on_sigterm(serving, monkeypatch):
+    with serving(**{TOKEN_VARIABLE: "secret"}) as address:
 
         async def scenario():
-            config = SandboxConfig(backend="remote", hosts=("http://127.0.0.1:18642",))
+            config = SandboxConfig(backend="remote", hosts=(address,))
             async with create_sandbox(config) as sandbox, sandbox.session() as python:
                 return (await python.run("6 * 7")).value
 
@@ -332,6 +326,64 @@ def test_command_serves_with_a_token_and_ends_on_sigterm(monkeypatch):
             run(scenario)
         monkeypatch.setenv(TOKEN_VARIABLE, "secret")
         assert run(scenario) == "42"
-    finally:
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(10) == 0
+
+
+def test_command_says_that_an_address_is_taken():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "tir_alp.sandbox", "serve", "--preload", "", "--no-token"]
+        ended = subprocess.run(
+            [*command, "--port", port], capture_output=True, text=True, timeout=60
+        )
+    assert ended.returncode == 69
+    assert f"cannot listen on 127.0.0.1:{port}" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_clients_that_hang_up_leave_no_session_in_use(serving):
+    with serving("--no-token", "--max-sessions", "6") as address:
+        host, port = address.removeprefix("http://").split(":")
+        body = json.dumps({"code": "while True: pass", "limits": {"wall_s": 110}}).encode()
+        request = b"POST /v1/run HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b"
+        for moment_s in (0, 0, 0, 0.005, 0.02, 0.1):  # while it opens a session, or runs
+            with socket.create_connection((host, int(port))) as client:
+                client.sendall(request % (len(body), body))
+                time.sleep(moment_s)
+
+        async def scenario():
+            url = f"{address}/v1/run"
+            async with (
+                aiohttp.ClientSession() as client,
+                client.post(url, json={"code": "6 * 7"}) as response,
+            ):
+                return (await response.json())["value"]
+
+        assert run(scenario) == "42"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        (b"{", 400, "Invalid JSON"),
+        (b"\xff\xfe", 400, "Invalid JSON"),
+        (b"[" * 100_000, 400, "recursion"),
+        (b"[]", 400, "should be an object"),
+        (b'{"language": "python"}', 400, "code: Field required"),
+        (b'{"code": "1", "language": "cpp"}', 400, "language: Input should be 'python'"),
+        (b'{"code": "1", "language": "python", "run_timeout": -1}', 400, "run_timeout"),
+        (b'{"code": "1", "language": "python", "run_timeout": 1e9}', 400, "at most 120 s"),
+        (b'{"code": "1", "language": "python", "files": {"../x": ""}}', 400, "working folder"),
+        (b'{"code": "1", "language": "python", "fetch_files": ["/etc/x"]}', 400, "working folder"),
+        (b'{"code": "1", "language": "python", "files": {"x": "a"}}', 400, "Base64"),
+        (b" " * (5 << 20), 413, "exceeded"),
+    ],
+)
+def test_a_bad_body_gets_a_status_and_a_reason(body: bytes, status: int, reason: str):
+    async def scenario():
+        async with client_of() as client:
+            async with client.post("/run_code", data=body) as response:
+                text = await response.text()
+                assert response.status == status and reason.lower() in text.lower(), text
+            assert (await post(client, "/v1/run", code="1"))[0] == 200
+
+    run(scenario)

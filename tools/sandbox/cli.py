@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = verbs.add_parser("serve", parents=[common], help="the HTTP service")
     serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8080)
+    serve.add_argument("--port", type=int, default=8080, help="0: any that is free")
     serve.add_argument("--no-token", action="store_true", help="let every local process in")
     serve.add_argument("--max-sessions", type=int, default=defaults.max_sessions)
     serve.set_defaults(do=_serve)
@@ -121,10 +121,12 @@ async def _serve(config: SandboxConfig, arguments: argparse.Namespace) -> int:
     config = config.model_copy(update={"max_sessions": arguments.max_sessions})
     async with create_sandbox(config) as sandbox:
         service = Service(sandbox, ServiceConfig(token=token))
-        where = f"http://{arguments.host}:{arguments.port}"
-        print(f"sandbox backend {sandbox.report.backend} at {where}", file=sys.stderr)
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await serve(service.application(), arguments.host, arguments.port, stop)
+
+        def announce(address: str) -> None:
+            print(f"sandbox backend {sandbox.report.backend} at {address}", file=sys.stderr)
+
+        await serve(service.application(), arguments.host, arguments.port, stop, announce)
     return 0

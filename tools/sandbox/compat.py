@@ -6,32 +6,53 @@ first ALP release call answers `/faas/sandbox/`. Only Python is spoken here.
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Literal
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, Base64Bytes, BaseModel, Field
 
 from tir_alp.tools.outcome import Outcome
+from tir_alp.tools.sandbox.files import Fetched
 from tir_alp.tools.sandbox.result import RunResult
 from tir_alp.tools.sandbox.script import ScriptResult
 
 _LIMITED = (Outcome.TOOL_TIMEOUT, Outcome.RESOURCE_LIMIT)
 
 
-class _Files(BaseModel):
-    """The part of a request that moves files, which this service does not do."""
+def _inside(path: str) -> str:
+    """Refuse what is no path of a file in the working folder, or below /tmp."""
+    parts = PurePosixPath(path).parts
+    leaves = ".." in parts or (path.startswith("/") and parts[:2] != ("/", "tmp"))
+    if not path or path.endswith("/") or "\0" in path or leaves:
+        raise ValueError("a path of a file in the working folder, or below /tmp, is needed")
+    return path
 
-    files: dict[str, str | None] = {}
-    fetch_files: list[str] = []
+
+_Path = Annotated[str, Field(max_length=1000), AfterValidator(_inside)]
+
+
+class Files(BaseModel):
+    """The part of a request that moves files."""
+
+    files: dict[_Path, Base64Bytes | None] = {}
+    """Content of files that the program finds; None: nothing, as SandboxFusion takes it."""
+    fetch_files: list[_Path] = Field(default=[], max_length=100)
 
     @property
-    def unsupported(self) -> str:
-        """Why it cannot be served; empty if it can."""
-        asked = [name for name in ("files", "fetch_files") if getattr(self, name)]
-        return f"not supported by this service: {', '.join(asked)}" if asked else ""
+    def moves_files(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.files or self.fetch_files)
+
+    @property
+    def contents(self) -> dict[str, bytes]:
+        """The files to write."""
+        return {path: content for path, content in self.files.items() if content is not None}
 
 
-class FusionRequest(_Files):
+class FusionRequest(Files):
     """`/run_code` of SandboxFusion."""
 
     code: str
@@ -42,7 +63,7 @@ class FusionRequest(_Files):
     run_timeout: float = Field(default=10.0, gt=0)
 
 
-class FusionNotebook(_Files):
+class FusionNotebook(Files):
     """`/run_jupyter` of SandboxFusion."""
 
     cells: list[str]
@@ -63,18 +84,18 @@ class FaasRequest(BaseModel):
     run_timeout: float = Field(default=3.0, gt=0)
 
 
-def fusion_reply(script: ScriptResult) -> dict[str, Any]:
+def fusion_reply(script: ScriptResult, fetched: Fetched) -> dict[str, Any]:
     """What SandboxFusion says of a program."""
     result = script.result
     if result.outcome.is_infrastructure:
         return fusion_failure(result.stderr)
     return {
         "status": "Failed" if script.exit_status else "Success",
-        "message": "",
+        "message": fetched.problem,
         "compile_result": None,
         "run_result": _command(result, script.exit_status),
         "executor_pod_name": None,
-        "files": {},
+        "files": _encoded(fetched.files),
     }
 
 
@@ -90,25 +111,33 @@ def fusion_failure(message: str) -> dict[str, Any]:
     }
 
 
-def notebook_reply(results: list[RunResult]) -> dict[str, Any]:
+def notebook_reply(results: list[RunResult], fetched: Fetched) -> dict[str, Any]:
     """What SandboxFusion says of a notebook, whose cells ran until one was stopped."""
     last = results[-1] if results else None
     if last is not None and last.outcome.is_infrastructure:
-        failure = fusion_failure(last.stderr)
-        return {k: failure[k] for k in ("status", "message", "files")} | _NO_CELLS
+        return notebook_failure(last.stderr)
     stopped = last is not None and last.outcome in _LIMITED
     driver = _command(last, 0) if last else None
     return {
         "status": "Failed" if stopped else "Success",
-        "message": "",
+        "message": fetched.problem,
         "driver": driver,
         "cells": [_cell(result) for result in results],
         "executor_pod_name": None,
-        "files": {},
+        "files": _encoded(fetched.files),
     }
 
 
-_NO_CELLS: dict[str, Any] = {"driver": None, "cells": [], "executor_pod_name": None}
+def notebook_failure(message: str) -> dict[str, Any]:
+    """What SandboxFusion says when it could not run a notebook."""
+    return {
+        "status": "SandboxError",
+        "message": message,
+        "driver": None,
+        "cells": [],
+        "executor_pod_name": None,
+        "files": {},
+    }
 
 
 def faas_reply(script: ScriptResult) -> dict[str, Any]:
@@ -130,10 +159,15 @@ def _command(result: RunResult, exit_status: int) -> dict[str, Any]:
     return {
         "status": "TimeLimitExceeded" if timed_out else "Finished",
         "execution_time": result.duration_s,
+        "cpu_time": result.cpu_s,
         "return_code": None if timed_out else exit_status,
         "stdout": result.stdout,
         "stderr": result.stderr,
     }
+
+
+def _encoded(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {path: base64.b64encode(content).decode() for path, content in files.items()}
 
 
 def _cell(result: RunResult) -> dict[str, Any]:

@@ -70,7 +70,9 @@ class LocalSandbox:
     async def _admit(self, make_process: MakeProcess) -> PythonSession:
         """Wait for a free slot; the session gives it back when it closes."""
         try:
-            await asyncio.wait_for(self._free_slots.acquire(), self._config.max_wait_s)
+            # Not `wait_for`: before Python 3.12 it can swallow a cancellation.
+            async with asyncio.timeout(self._config.max_wait_s):
+                await self._free_slots.acquire()
         except TimeoutError:
             count = self._config.max_sessions
             raise SandboxError(

@@ -20,7 +20,7 @@ import dataclasses
 import hmac
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.sandbox import compat
 from tir_alp.tools.sandbox.base import Sandbox, Session
 from tir_alp.tools.sandbox.config import Limits
+from tir_alp.tools.sandbox.files import Fetched, fetch_files, put_files
 from tir_alp.tools.sandbox.metrics import ServiceMetrics
 from tir_alp.tools.sandbox.result import RunResult, SandboxError
 from tir_alp.tools.sandbox.script import ScriptResult, run_script
@@ -157,29 +158,47 @@ class Service:
 
     async def _fusion(self, request: web.Request) -> web.Response:
         asked = await _body(request, compat.FusionRequest)
-        if asked.unsupported:
-            return web.json_response(compat.fusion_failure(asked.unsupported))
         limits = Limits(wall_s=asked.run_timeout)
-        return web.json_response(
-            compat.fusion_reply(await self._script(asked.code, asked.stdin or "", limits))
-        )
+        self._check_wall(limits.wall_s)
+        async with await self._admitted(self._sandbox.open_session()) as session:
+            try:
+                folder = await _put(session, asked)
+                ended = await run_script(
+                    session, asked.code, stdin=asked.stdin or "", limits=limits
+                )
+                self._metrics.count_call(ended.result)
+                fetched = await self._fetch(session, folder, asked, [ended.result])
+            except SandboxError as error:
+                return web.json_response(compat.fusion_failure(str(error)))
+        return web.json_response(compat.fusion_reply(ended, fetched))
 
     async def _fusion_notebook(self, request: web.Request) -> web.Response:
         asked = await _body(request, compat.FusionNotebook)
-        if asked.unsupported:
-            return web.json_response(compat.fusion_failure(asked.unsupported))
         self._check_wall(asked.total_timeout)
-        deadline = time.monotonic() + asked.total_timeout
         results: list[RunResult] = []
         async with await self._admitted(self._sandbox.open_session()) as session:
-            for code in asked.cells:
-                left_s = max(0.001, deadline - time.monotonic())
-                wall_s = min(left_s, asked.cell_timeout or left_s)
-                results.append(await session.run(code, Limits(wall_s=wall_s)))
-                self._metrics.count_call(results[-1])
-                if results[-1].outcome not in (Outcome.OK, Outcome.TOOL_ERROR):
-                    break
-        return web.json_response(compat.notebook_reply(results))
+            try:
+                folder = await _put(session, asked)
+                deadline = time.monotonic() + asked.total_timeout
+                for code in asked.cells:
+                    left_s = max(0.001, deadline - time.monotonic())
+                    wall_s = min(left_s, asked.cell_timeout or left_s)
+                    results.append(await session.run(code, Limits(wall_s=wall_s)))
+                    self._metrics.count_call(results[-1])
+                    if results[-1].outcome not in (Outcome.OK, Outcome.TOOL_ERROR):
+                        break
+                fetched = await self._fetch(session, folder, asked, results)
+            except SandboxError as error:
+                return web.json_response(compat.notebook_failure(str(error)))
+        return web.json_response(compat.notebook_reply(results, fetched))
+
+    async def _fetch(
+        self, session: Session, folder: str, asked: compat.Files, results: Sequence[RunResult]
+    ) -> Fetched:
+        failed = any(result.outcome.is_infrastructure for result in results)
+        if failed or not asked.fetch_files:
+            return Fetched()
+        return await fetch_files(session, folder, asked.fetch_files, self._config.max_body_bytes)
 
     async def _faas(self, request: web.Request) -> web.Response:
         asked = await _body(request, compat.FaasRequest)
@@ -205,7 +224,9 @@ class Service:
             raise self._refusal(429, f"{self._num_waiting} requests are waiting already")
         self._num_waiting += 1
         try:
-            return await asyncio.wait_for(opening, self._config.max_wait_s)
+            # Not `wait_for`: cancelled in the wrong moment, it would lose the session that it has.
+            async with asyncio.timeout(self._config.max_wait_s):
+                return await opening
         except TimeoutError:
             wait_s = self._config.max_wait_s
             raise self._refusal(503, f"no session became free within {wait_s:g} s") from None
@@ -278,21 +299,49 @@ async def _report_bad_requests(request: web.Request, handler: Handler) -> web.St
     try:
         return await handler(request)
     except ValidationError as error:
-        return web.Response(status=400, text=str(error))
+        faults = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
+        text = "; ".join(f"{place}: {fault}" if place else fault for place, fault in faults)
+        return web.Response(status=400, text=text)
+
+
+async def _put(session: Session, asked: compat.Files) -> str:
+    """Returns the working folder; nothing is asked of the session where no file moves."""
+    return await put_files(session, asked.contents) if asked.moves_files else ""
 
 
 async def _body(request: web.Request, model: type[_Model]) -> _Model:
     return model.model_validate_json(await request.read())
 
 
-async def serve(app: web.Application, host: str, port: int, stop: asyncio.Event) -> None:
-    """Serve until `stop` is set. A client that goes away takes its call with it."""
+async def serve(
+    app: web.Application,
+    host: str,
+    port: int,
+    stop: asyncio.Event,
+    announce: Callable[[str], None],
+) -> None:
+    """Serve until `stop` is set. A client that goes away takes its call with it.
+
+    Args:
+        app: What to serve.
+        host: Where to listen.
+        port: 0 takes any that is free.
+        stop: Ends it.
+        announce: Called with the address as soon as clients can connect.
+
+    Raises:
+        SandboxError: The address cannot be had.
+    """
     runner = web.AppRunner(
         app, handler_cancellation=True, access_log=None, shutdown_timeout=_SHUTDOWN_S
     )
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            raise SandboxError(f"cannot listen on {host}:{port}: {error}") from error
+        announce(f"http://{host}:{runner.addresses[0][1]}")
         await stop.wait()
     finally:
         await runner.cleanup()

@@ -15,6 +15,7 @@ async def readable(descriptor: int, timeout_s: float) -> None:
     ready: asyncio.Future[None] = loop.create_future()
     loop.add_reader(descriptor, lambda: ready.done() or ready.set_result(None))
     try:
-        await asyncio.wait_for(ready, timeout_s)
+        async with asyncio.timeout(timeout_s):  # `wait_for` can swallow a cancellation
+            await ready
     finally:
         loop.remove_reader(descriptor)

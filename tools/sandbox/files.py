@@ -1,0 +1,124 @@
+"""Files that a program finds in its working folder, and files that it leaves there.
+
+Both ways lead through the session: a cell writes, a cell reads, with the rights of the program and
+within its limits, so that a path or a link that leads out of the sandbox leads nowhere. What comes
+back is what the program wants us to see, like everything that it prints.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tir_alp.tools.outcome import Outcome
+from tir_alp.tools.sandbox.base import Session
+from tir_alp.tools.sandbox.config import Limits
+from tir_alp.tools.sandbox.result import SandboxError
+
+_CHUNK_BYTES = 720_000  # in base64 less than the most that a value may hold
+_LIMITS = Limits(wall_s=10.0, output_chars=1_000_000)
+
+# Each runs in a namespace of its own, and so leaves nothing behind in the program's.
+_PUT = """
+import base64, os, sys
+for path, content in files:
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(base64.b64decode(content))
+sys.path.insert(0, "")  # as for `python FILE`, so that modules among the files can be imported
+answer = os.getcwd()
+"""
+_FETCH = """
+import base64, contextlib, gc, io, os
+for each in gc.get_objects():  # a program that ends flushes what it has not closed
+    if issubclass(type(each), io.IOBase):
+        with contextlib.suppress(Exception):
+            each.flush()
+answer = None
+if os.path.isfile(path):
+    with open(path, "rb") as file:
+        file.seek(start)
+        answer = base64.b64encode(file.read(length)).decode()
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What was found of the files that were asked for."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    """Path, as it was asked for, to content. What does not exist is missing here."""
+    problem: str = ""
+    """Why a file that does exist is missing; empty if none is."""
+
+
+async def put_files(session: Session, files: Mapping[str, bytes]) -> str:
+    """Write files into a session that has run nothing yet, making the folders that they lie in.
+
+    Returns:
+        The working folder, which paths are relative to.
+
+    Raises:
+        SandboxError: One cannot be written there: no room, or no right.
+    """
+    encoded = [(path, base64.b64encode(content).decode()) for path, content in files.items()]
+    result = await session.run(_cell(_PUT, files=encoded), _LIMITS)
+    if result.outcome is not Outcome.OK or result.value is None:
+        lines = result.stderr.splitlines() or ["no reason was given"]
+        raise SandboxError(f"the files cannot be written: {lines[-1]}")
+    return ast.literal_eval(result.value)
+
+
+async def fetch_files(
+    session: Session, folder: str, paths: Sequence[str], max_bytes: int
+) -> Fetched:
+    """Read files that a program has left behind; `folder` is what `put_files` returned.
+
+    All files together may have `max_bytes`. What the program broke is a `problem`.
+
+    Raises:
+        SandboxError: The sandbox failed.
+    """
+    fetched, room = Fetched(), max_bytes
+    for path in dict.fromkeys(paths):
+        content = await _read(session, os.path.join(folder, path), room)
+        if isinstance(content, str):
+            return Fetched(fetched.files, f"not fetched: {path!r}: {content}")
+        if content is not None:
+            fetched.files[path] = content
+            room -= len(content)
+    return fetched
+
+
+async def _read(session: Session, path: str, room: int) -> bytes | str | None:
+    """The content; or why it cannot be had; or None if there is no such file."""
+    content = b""
+    while True:
+        cell = _cell(_FETCH, path=path, start=len(content), length=_CHUNK_BYTES)
+        result = await session.run(cell, _LIMITS)
+        if result.outcome.is_infrastructure:
+            raise SandboxError(result.stderr)
+        if result.outcome is not Outcome.OK:
+            return (result.stderr.splitlines() or [result.outcome.value])[-1]
+        if result.note:
+            return "it is gone with the interpreter"
+        if result.value is None:
+            return None
+        try:
+            chunk = base64.b64decode(result.value.strip("'"), validate=True)
+        except (binascii.Error, ValueError):
+            return "the program has broken its interpreter"
+        content += chunk
+        if len(content) > room:
+            return f"it has more than the {room} bytes that may still be fetched"
+        if len(chunk) < _CHUNK_BYTES:
+            return content
+
+
+def _cell(source: str, **names: object) -> str:
+    """Source of an expression whose value is what `source` leaves in `answer`."""
+    return f"(lambda names: exec({source!r}, names) or names['answer'])({names!r})"
