@@ -18,7 +18,6 @@ PERCENTILES = (2, 5, 25, 50, 75, 95, 98)
 class Line:
     """One metric in a panel, or with a `*` at its end one a layer or age; see `matching`."""
 
-
     metric: str
     label: str
 
