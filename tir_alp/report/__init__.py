@@ -8,7 +8,7 @@
     page.py       figures and numbers -> one HTML file that needs nothing beside it
     write.py      what is written where
 
-A report only reads what a run wrote, so it can be drawn of a run that is still going, was killed, or
+A report only reads what a run wrote, so it can be drawn of a run that still goes on, was killed, or
 comes from another version: a metric that is not there is left out.
 """
 

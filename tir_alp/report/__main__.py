@@ -1,4 +1,4 @@
-"""`python -m tir_alp.report RUN [RUN ...] [--out FOLDER]`: draw a run, or several in one picture."""
+"""`python -m tir_alp.report RUN [RUN ...] [--out FOLDER]`: draw a run, or compare several."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ PICTURES = (
         "ratio",
         "Ratio of the trained policy over the rollout policy",
         "Percentiles over the sequences (turns, tokens) of a step; the outer band is P2 to P98. A "
-        "band that widens warns before reward falls. Dotted: where the objective clips, if it clips "
+        "band that widens warns before reward falls. Dotted: where the loss clips, if it clips "
         "this ratio.",
         (
             Panel("Sequences", "ratio", (Line("ratio/p", ""),), "envelope"),
@@ -141,7 +141,7 @@ PICTURES = (
     Picture(
         "sigma",
         "Noise of ALP, by layer",
-        "Sigma is the standard deviation of the noise on the state that enters a layer; the noise on "
+        "Sigma is the standard deviation of the noise on the state that enters a layer; noise on "
         "the logits has one of its own.",
         (
             Panel(
@@ -155,9 +155,9 @@ PICTURES = (
     Picture(
         "perturbation",
         "Effective perturbation",
-        "What the noise does in the compute dtype: the share of hidden elements that it changes, how "
-        "large it is beside the hidden state, and by how much it moves a token's logprob. Elements "
-        "far below 100 % mean that rounding swallows sigma.",
+        "What the noise does in the compute dtype: the share of hidden elements that it changes, "
+        "how large it is beside the hidden state, and by how much it moves a token's logprob. "
+        "Elements far below 100 % mean that rounding swallows sigma.",
         (
             Panel("Hidden elements changed", "%", (Line("alp/effective", "mean of the layers"),)),
             Panel(
@@ -176,7 +176,7 @@ PICTURES = (
     Picture(
         "gradients",
         "Gradient norms",
-        "Before clipping, mean of the updates of a step. Dotted: the norm that a gradient is scaled "
+        "Before clipping, mean of the updates of a step. Dotted: the norm that one is scaled "
         "down to. Skipped updates were not finite, or spikes.",
         (
             Panel("Weights", "norm", (Line("grad_norm/policy", "policy"),), scale="log"),
@@ -245,8 +245,8 @@ PICTURES = (
     Picture(
         "rollouts",
         "Trajectories",
-        "Turns and tool calls of a trajectory; void turns have neither a complete code block nor an "
-        "answer; a group without signal has equal rewards and teaches nothing.",
+        "Turns and tool calls of a trajectory; void turns have neither a complete code block nor "
+        "an answer; a group without signal has equal rewards and teaches nothing.",
         (
             Panel(
                 "A trajectory",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from tir_alp.report.catalogue import PERCENTILES, PICTURES, Panel, Picture, matching
 from tir_alp.report.methods import Method, colour_of
@@ -22,11 +24,19 @@ from tir_alp.report.read import Record, Series
 
 _PANEL_SIZE = (4.6, 3.5)  # inches
 _PANELS_A_ROW = 3
+_LEGEND_BELOW = 0.52  # inches under the axes, past the numbers and the label of the steps
 _SPREAD = 30.0  # values that differ by this factor are drawn on a log axis
 _MANY = 8  # lines; more are told apart by a colour bar
+_TITLE_WIDTH = 44  # characters
 _FEW_POINTS = 40  # lines with so many are drawn with a dot at each
 _BAND = {"alpha": 0.18, "linewidth": 0}
-_SIDE_LINES = (("#555555", (0, (5, 2))), ("#888888", (0, (1.5, 1.5))), ("#AAAAAA", "-"))
+_SIDE_LINES = (
+    ("#555555", (0, (5, 2))),
+    ("#888888", (0, (1.5, 1.5))),
+    ("#AAAAAA", "-"),
+    ("#555555", (0, (6, 2, 1, 2))),
+    ("#222222", (0, (1, 3))),
+)
 
 
 @dataclass(frozen=True)
@@ -60,8 +70,8 @@ def pictures_of_methods(methods: Sequence[Method]) -> list[Drawn]:
         if any(panel.kind == "envelope" for panel in picture.panels):
             figure = _envelopes(picture.panels[0], methods)
             caption = (
-                "P2 to P98 of the sequence ratios of a step: thin lines are runs, the band is their "
-                "median. Last, the factor between P98 and P2."
+                "P2 to P98 of the sequence ratios of a step: thin lines are runs, the band is "
+                "their median. Last, the factor between P98 and P2."
             )
         else:
             figure = _comparison(picture, methods)
@@ -157,10 +167,7 @@ def _draw_run(axes: Axes, panel: Panel, record: Record) -> None:
     _finish(axes, panel, values, panel.title)
     for event in record.events:
         axes.axvline(event["step"], color="#B00000", linestyle=":", linewidth=1.2)
-    if len(lines) <= _MANY or panel.kind == "envelope":
-        _legend(axes)
-    elif axes.get_legend_handles_labels()[0]:
-        _legend(axes)
+    _legend(axes)
 
 
 def _draw_lines(axes: Axes, lines: Mapping[str, Series], colour: str) -> None:
@@ -202,7 +209,7 @@ def _draw_band(axes: Axes, lines: Mapping[str, Series], colour: str) -> None:
 def _draw_stack(axes: Axes, lines: Mapping[str, Series]) -> None:
     steps = sorted(set().union(*(series.steps for series in lines.values())))
     rows = [[series.at().get(step, 0.0) for step in steps] for series in lines.values()]
-    heights = np.nan_to_num(np.array(rows), nan=0.0, posinf=0.0)
+    heights = np.nan_to_num(np.array(rows), nan=0.0, posinf=0.0, neginf=0.0)
     whole = heights.sum()
     labels = [
         f"{label}, {100 * part.sum() / whole:.3g} %" if whole else label
@@ -280,8 +287,9 @@ def _draw_method(axes: Axes, series: Sequence[Series], method: Method) -> None:
             _plot(axes, each, color=method.colour, linewidth=0.8, alpha=0.5, marker=None)
     middle = median_of(series)
     style: dict[str, Any] = {"color": method.colour, "linestyle": method.dash, "linewidth": 2.0}
+    style["marker"] = method.marker or ("o" if len(middle.steps) == 1 else "")
     if method.marker:
-        style |= {"marker": method.marker, "markersize": 5, "markevery": 0.12}
+        style |= {"markersize": 5, "markevery": 0.12}
     _plot(axes, middle, label=method.label, **style)
 
 
@@ -315,8 +323,6 @@ def _envelopes(panel: Panel, methods: Sequence[Method]) -> Figure | None:
         factors = [factor for each in method.records if (factor := spread(each)) is not None]
         widths += [value for each in factors for value in each.finite]
         _draw_method(all_axes[-1], factors, method)
-    for axes in all_axes[1:-1]:
-        axes.sharey(all_axes[0])
     width = Panel("Width: P98 over P2", "factor", (), scale="log")
     _finish(all_axes[-1], width, widths, width.title)
     _shared_legend(figure, all_axes[-1:])
@@ -353,22 +359,24 @@ def _plot(axes: Axes, series: Series, *, label: str | None = None, **style: Any)
 
 
 def _finish(axes: Axes, panel: Panel, values: Sequence[float], title: str) -> None:
-    """Label and scale the axes.
-
-    Args:
-        values: All that are drawn and finite.
-    """
-    axes.set_title(plain(title), loc="left", fontsize=11, fontweight="bold")
+    """Label and scale the axes for `values`, all that are drawn and finite."""
+    axes.set_title(
+        "\n".join(textwrap.wrap(plain(title), _TITLE_WIDTH)),
+        loc="left",
+        fontsize=11,
+        fontweight="bold",
+    )
     axes.set_xlabel("step")
     axes.set_ylabel(panel.unit)
     axes.grid(True, color="#E3E3E3", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
     wanted = "log" if panel.kind == "envelope" else panel.scale
     scale = scale_for(values, wanted)
     if scale == "log":
         axes.set_yscale("log")
+        axes.set_ylim(min(values) / 1.25, max(values) * 1.25)
         in_decades = max(values) > 100 * min(values)
         ticks = (1.0,) if in_decades else (1.0, 2.0, 5.0)
         axes.yaxis.set_major_locator(LogLocator(subs=ticks, numticks=9))
@@ -379,9 +387,13 @@ def _finish(axes: Axes, panel: Panel, values: Sequence[float], title: str) -> No
         threshold = max(near, max(map(abs, values)) / 1e4)
         axes.set_yscale("symlog", linthresh=threshold, linscale=0.4)
         axes.axhline(0.0, color="#999999", linewidth=0.8, zorder=0)
-    elif min(values, default=0.0) >= 0:
-        # A share that never leaves 0 is a line on the ground, not noise around it.
-        axes.set_ylim(bottom=0, top=None if max(values, default=0.0) > 0 else 1)
+    elif panel.kind in ("stack", "shares"):
+        axes.set_ylim(bottom=0)
+    elif min(values, default=0.0) >= 0 and panel.scale != "auto":
+        # Something that never leaves 0 is a line on the ground, not noise around it.
+        axes.set_ylim(0, 1.06 * max(values, default=0.0) or 1)
+    if scale == "linear":
+        axes.ticklabel_format(axis="y", useOffset=False)
 
 
 def scale_for(values: Sequence[float], wanted: str) -> str:
@@ -403,12 +415,14 @@ def scale_for(values: Sequence[float], wanted: str) -> str:
 def _legend(axes: Axes) -> None:
     """Below the axes, where it hides nothing; one line that the title explains needs none."""
     handles, labels = _unique([axes])
-    if len(labels) > 1:
+    if len(labels) > 1 and (figure := axes.get_figure(root=True)) is not None:
+        below = ScaledTranslation(0, -_LEGEND_BELOW, figure.dpi_scale_trans)
         axes.legend(
             handles,
             labels,
             loc="upper left",
-            bbox_to_anchor=(0.0, -0.16),
+            bbox_to_anchor=(0.0, 0.0),
+            bbox_transform=axes.transAxes + below,
             ncols=2,
             fontsize=8.5,
             frameon=False,
@@ -445,4 +459,5 @@ def _common(one: Series, other: Series) -> tuple[list[int], list[float], list[fl
 
 def plain(text: str) -> str:
     """Text as it is: no formula between dollars, and no label hidden for its underscore."""
-    return text.replace("$", r"\$").removeprefix("_") if text[:1] != "_" else plain(" " + text)
+    escaped = text.replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped

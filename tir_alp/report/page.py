@@ -31,7 +31,8 @@ h1 {{ font-size: 1.6rem; margin: 0 0 .3rem; }}
 h2 {{ font-size: 1.2rem; margin: 2.2rem 0 .4rem; border-bottom: 1px solid #ddd; }}
 table {{ border-collapse: collapse; font-size: .9rem; }}
 th, td {{ text-align: left; vertical-align: top; padding: .2rem .9rem .2rem 0;
-  border-bottom: 1px solid #eee; overflow-wrap: anywhere; }}
+  border-bottom: 1px solid #eee; }}
+td {{ overflow-wrap: anywhere; }}
 td.number {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
 pre, code {{ font-family: ui-monospace, monospace; font-size: .85rem; }}
 pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto; white-space: pre-wrap; }}
@@ -53,6 +54,7 @@ def page_of_run(record: Record, drawn: Sequence[Drawn], pictures: Mapping[str, b
     """The page of one run.
 
     Args:
+        record: The run.
         drawn: The pictures in their order.
         pictures: PNG of each, by name.
     """
@@ -104,8 +106,8 @@ def page_of_methods(
     parts = [
         f"<h1>{title}</h1>",
         '<p class="note">Runs that differ in their seed alone are one method: thin lines are runs, '
-        "thick ones the median. Means stand with their range over the seeds; tails and KL are those "
-        "of the worst seed.</p>",
+        "thick ones the median. Means stand with their range over the seeds; tails and KL are "
+        "those of the worst seed.</p>",
         f'<div class="wide">{_table(COLUMNS, cells)}</div>',
         *(_warning(f"{each.name}: {text}") for each in records for text in _warnings(each)),
         *_figures(drawn, pictures),

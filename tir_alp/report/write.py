@@ -51,9 +51,7 @@ def write_comparison(paths: Sequence[Path], out: Path) -> Path:
     return _write(out, drawn, lambda pictures: page_of_methods(methods, drawn, pictures))
 
 
-def _write(
-    out: Path, drawn: Sequence[Drawn], page: Callable[[Mapping[str, bytes]], str]
-) -> Path:
+def _write(out: Path, drawn: Sequence[Drawn], page: Callable[[Mapping[str, bytes]], str]) -> Path:
     pictures = {each.name: _png(each) for each in drawn}
     figures = out / "figures"
     figures.mkdir(parents=True, exist_ok=True)
