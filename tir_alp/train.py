@@ -29,6 +29,7 @@ from tir_alp.metrics import rollout_metrics
 from tir_alp.objective import objective
 from tir_alp.policy import load_policy
 from tir_alp.renderer import PromptTooLong
+from tir_alp.report import write_run_report
 from tir_alp.rollout_queue import RolloutsFailed
 from tir_alp.run_folder import read_run_config
 from tir_alp.tiny import TRAIN_CONFIG
@@ -155,6 +156,7 @@ async def train_from(config: Config, resume: Path | None) -> None:
             run = await stack.enter_async_context(open_run(config, resume))
         except (ValueError, SandboxRefused) as error:
             raise CannotStart(str(error)) from error
+        stack.callback(draw, run)  # however training ends
         path = run.folder.path
         run.console.print(
             f"config {config.model_dump_json()}\n{objective(config.algorithm)}\n"
@@ -168,6 +170,21 @@ async def train_from(config: Config, resume: Path | None) -> None:
             f"{path}/metrics.jsonl\n"
             f"next: tensorboard --logdir {path}  |  go on: python -m tir_alp.train --resume {path} "
             f"--steps {config.steps * 2}"
+        )
+
+
+def draw(run: Run) -> None:
+    """Write the report of a run. One that cannot be drawn is said so, and takes nothing else down.
+
+    It can be drawn again at any time: all that it needs is in the run's folder.
+    """
+    path = run.folder.path
+    try:
+        run.console.print(f"report: {write_run_report(path)}")
+    except Exception as error:  # a picture is not worth a run's end
+        run.console.print(
+            f"the report could not be drawn ({type(error).__name__}: {error}); the run itself is "
+            f"whole. Draw it, and see where it fails: python -m tir_alp.report {path}"
         )
 
 

@@ -66,6 +66,8 @@ def test_a_run_says_what_it_minimises_and_how_it_ended(finished):
     assert "step 0: accuracy" in printed
     assert "step 4: accuracy" in printed
     assert f"--resume runs/{path.name}" in printed
+    assert printed.splitlines()[-1] == f"report: runs/{path.name}/report.html"
+    assert (path / "report.html").is_file() and (path / "figures" / "ratio.png").is_file()
 
 
 def test_metrics_have_the_public_names_and_evaluation_stands_before_and_after(finished):

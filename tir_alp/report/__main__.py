@@ -1,0 +1,39 @@
+"""`python -m tir_alp.report RUN [RUN ...] [--out FOLDER]`: draw a run, or compare several."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tir_alp.report import write_comparison, write_run_report
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the report and print its path; 2 if a folder is none of a run."""
+    parser = argparse.ArgumentParser("tir_alp.report", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="where to write; a run's own folder, or report-TIME beside the first of several runs",
+    )
+    options = parser.parse_args(arguments)
+    runs: list[Path] = options.runs
+    try:
+        if len(runs) == 1:
+            page = write_run_report(runs[0], options.out)
+        else:
+            beside = runs[0].parent / f"report-{time.strftime('%Y%m%d-%H%M%S')}"
+            page = write_comparison(runs, options.out or beside)
+    except (ValueError, OSError) as error:
+        print(f"tir_alp.report: {error}", file=sys.stderr)
+        return 2
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,463 @@
+"""Records -> matplotlib figures. Object-oriented throughout: no pyplot, no global state."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
+
+from tir_alp.report.catalogue import PERCENTILES, PICTURES, Panel, Picture, matching
+from tir_alp.report.methods import Method, colour_of
+from tir_alp.report.read import Record, Series
+
+_PANEL_SIZE = (4.6, 3.5)  # inches
+_PANELS_A_ROW = 3
+_LEGEND_BELOW = 0.52  # inches under the axes, past the numbers and the label of the steps
+_SPREAD = 30.0  # values that differ by this factor are drawn on a log axis
+_MANY = 8  # lines; more are told apart by a colour bar
+_TITLE_WIDTH = 44  # characters
+_FEW_POINTS = 40  # lines with so many are drawn with a dot at each
+_BAND = {"alpha": 0.18, "linewidth": 0}
+_SIDE_LINES = (
+    ("#555555", (0, (5, 2))),
+    ("#888888", (0, (1.5, 1.5))),
+    ("#AAAAAA", "-"),
+    ("#555555", (0, (6, 2, 1, 2))),
+    ("#222222", (0, (1, 3))),
+)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture that has been drawn."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+def pictures_of_run(record: Record) -> list[Drawn]:
+    """Draw every picture that the run has metrics for."""
+    drawn = []
+    for picture in PICTURES:
+        panels = [panel for panel in picture.panels if _lines(record, panel)]
+        if not panels:
+            continue
+        figure, axes = _canvas(len(panels))
+        for panel, each in zip(panels, axes, strict=True):
+            _draw_run(each, panel, record)
+        drawn.append(Drawn(picture.name, picture.title, picture.caption, figure))
+    return drawn
+
+
+def pictures_of_methods(methods: Sequence[Method]) -> list[Drawn]:
+    """Draw every picture that some run has metrics for, a line a run and one a method."""
+    drawn = []
+    for picture in PICTURES:
+        if any(panel.kind == "envelope" for panel in picture.panels):
+            figure = _envelopes(picture.panels[0], methods)
+            caption = (
+                "P2 to P98 of the sequence ratios of a step: thin lines are runs, the band is "
+                "their median. Last, the factor between P98 and P2."
+            )
+        else:
+            figure = _comparison(picture, methods)
+            caption = picture.caption
+        if figure is not None:
+            drawn.append(Drawn(picture.name, picture.title, caption, figure))
+    return drawn
+
+
+# ------------------------------------------------------------------------------- what is drawn
+
+
+def _lines(record: Record, panel: Panel) -> dict[str, Series]:
+    """Label -> values of the lines of a panel that are there, in their order and unit."""
+    if panel.kind == "envelope":
+        return envelope(record, panel.lines[0].metric)
+    found: dict[str, Series] = {}
+    for line in panel.lines:
+        for metric in matching(line.metric, record.series):
+            rest = metric.removeprefix(line.metric.removesuffix("*"))
+            label = f"{line.label} {rest}" if "*" in line.metric else line.label
+            found[label] = record.series[metric]
+    if panel.kind == "shares":
+        found = shares(found)
+    if panel.unit == "%":
+        found = {
+            label: Series(series.steps, tuple(100 * value for value in series.values))
+            for label, series in found.items()
+        }
+    return found
+
+
+def envelope(record: Record, prefix: str) -> dict[str, Series]:
+    """Label -> values of the percentiles that are there; empty without P2 and P98."""
+    names = {f"P{each}": f"{prefix}{each}" for each in PERCENTILES}
+    if not record.series.keys() >= {names["P2"], names["P98"]}:
+        return {}
+    return {label: record.series[name] for label, name in names.items() if name in record.series}
+
+
+def shares(parts: Mapping[str, Series]) -> dict[str, Series]:
+    """Divide by the sum at each step; a part that is never there vanishes."""
+    points = {label: series.at() for label, series in parts.items()}
+    steps = sorted(set().union(*points.values()))
+    sums = {step: sum(each.get(step, 0.0) for each in points.values()) for step in steps}
+    steps = [step for step in steps if sums[step] > 0]
+    return {
+        label: Series(tuple(steps), tuple(each.get(step, 0.0) / sums[step] for step in steps))
+        for label, each in points.items()
+        if any(each.get(step, 0.0) for step in steps)
+    }
+
+
+def spread(record: Record) -> Series | None:
+    """P98 over P2 of the sequence ratios; None where they are not there."""
+    found = envelope(record, "ratio/p")
+    if not found:
+        return None
+    low, high = found["P2"].at(), found["P98"].at()
+    steps = [step for step in high if step in low]
+    values = (high[step] / low[step] if low[step] else math.inf for step in steps)
+    return Series(tuple(steps), tuple(values))
+
+
+def median_of(series: Sequence[Series]) -> Series:
+    """The median of several runs, at the steps that at least half of them have."""
+    points = [each.at() for each in series]
+    steps = [
+        step
+        for step in sorted(set().union(*points))
+        if 2 * sum(step in each for each in points) >= len(points)
+    ]
+    medians = (float(np.median([each[step] for each in points if step in each])) for step in steps)
+    return Series(tuple(steps), tuple(medians))
+
+
+# ------------------------------------------------------------------------------------- one run
+
+
+def _draw_run(axes: Axes, panel: Panel, record: Record) -> None:
+    lines, colour = _lines(record, panel), colour_of(record.algorithm)
+    if panel.kind == "envelope":
+        _draw_band(axes, lines, colour)
+        if panel.lines[0].metric == "ratio/p":
+            _rule(axes, _clip_window(record), "clip")
+    elif panel.kind in ("stack", "shares"):
+        _draw_stack(axes, lines)
+    else:
+        _draw_lines(axes, lines, colour)
+    if panel.unit == "norm":
+        _rule(axes, _bounds(record.settings.get("trainer.max_grad_norm")), "bound")
+    values = [value for series in lines.values() for value in series.finite]
+    _finish(axes, panel, values, panel.title)
+    for event in record.events:
+        axes.axvline(event["step"], color="#B00000", linestyle=":", linewidth=1.2)
+    _legend(axes)
+
+
+def _draw_lines(axes: Axes, lines: Mapping[str, Series], colour: str) -> None:
+    """The first line has the colour of the method, layers those of a scale, the rest are grey."""
+    numbered = [label for label in lines if label.rpartition(" ")[2].isdigit()]
+    layers = colormaps["viridis"](np.linspace(0, 0.92, max(2, len(numbered))))
+    side = 0
+    for number, (label, series) in enumerate(lines.items()):
+        style: dict[str, Any] = {"color": colour, "linewidth": 2.0, "zorder": 3}
+        if label in numbered:
+            style = {"color": layers[numbered.index(label)], "linewidth": 1.3}
+        elif number:
+            shade, dash = _SIDE_LINES[side % len(_SIDE_LINES)]
+            side += 1
+            style = {"color": shade, "linestyle": dash, "linewidth": 1.6, "zorder": 4}
+        in_bar = label in numbered and len(numbered) > _MANY
+        _plot(axes, series, label=None if in_bar else label, **style)
+    if len(numbered) > _MANY and axes.figure is not None:
+        first, last = (int(label.rpartition(" ")[2]) for label in (numbered[0], numbered[-1]))
+        bar = ScalarMappable(Normalize(first, last), colormaps["viridis"].resampled(256))
+        axes.figure.colorbar(bar, ax=axes, label=numbered[0].rpartition(" ")[0])
+
+
+def _draw_band(axes: Axes, lines: Mapping[str, Series], colour: str) -> None:
+    for low, high in (("P2", "P98"), ("P5", "P95"), ("P25", "P75")):
+        if low in lines and high in lines:
+            below, above = lines[low], lines[high]
+            edge = {"color": colour, "linewidth": 0.9, "alpha": 0.9}
+            steps, bottom, top = _common(below, above)
+            axes.fill_between(steps, bottom, top, color=colour, label=f"{low} to {high}", **_BAND)
+            if low == "P2":
+                _plot(axes, below, **edge)
+                _plot(axes, above, **edge)
+    if "P50" in lines:
+        _plot(axes, lines["P50"], label="P50", color=colour, linewidth=2.0)
+    axes.axhline(1.0, color="#999999", linewidth=0.8, zorder=0)
+
+
+def _draw_stack(axes: Axes, lines: Mapping[str, Series]) -> None:
+    steps = sorted(set().union(*(series.steps for series in lines.values())))
+    rows = [[series.at().get(step, 0.0) for step in steps] for series in lines.values()]
+    heights = np.nan_to_num(np.array(rows), nan=0.0, posinf=0.0, neginf=0.0)
+    whole = heights.sum()
+    labels = [
+        f"{label}, {100 * part.sum() / whole:.3g} %" if whole else label
+        for label, part in zip(lines, heights, strict=True)
+    ]
+    if len(steps) == 1:  # an area would have no width
+        steps, heights = [steps[0] - 0.4, steps[0] + 0.4], heights.repeat(2, axis=1)
+    colours = colormaps["cividis"](np.linspace(0.25, 1, len(lines)))
+    axes.stackplot(steps, heights, labels=labels, colors=colours, edgecolor="white", linewidth=0.3)
+    axes.set_ylim(bottom=0)
+
+
+def _clip_window(record: Record) -> list[float]:
+    """Bounds of the ratio in the objective, if it is the sequence ratio over the rollout policy."""
+    settings = record.settings
+    if settings.get("algorithm.ratio_level") != "sequence":
+        return []
+    if settings.get("algorithm.denominator") != "rollout":
+        return []
+    low, high = settings.get("algorithm.clip_low"), settings.get("algorithm.clip_high")
+    if not isinstance(low, int | float) or not isinstance(high, int | float):
+        return []
+    return [bound for bound in (1 - low, 1 + high) if bound > 0]
+
+
+def _bounds(value: Any) -> list[float]:
+    return [float(value)] if isinstance(value, int | float) else []
+
+
+def _rule(axes: Axes, bounds: Sequence[float], name: str) -> None:
+    """Draw level lines, which do not widen the axis."""
+    axes.autoscale_view()
+    for number, bound in enumerate(bounds):
+        label = f"{name} {' and '.join(f'{each:g}' for each in bounds)}" if not number else None
+        line = axes.axhline(bound, color="#333333", linestyle=":", linewidth=1.0, label=label)
+        line.set_in_layout(False)
+
+
+# -------------------------------------------------------------------------------- several runs
+
+
+def _comparison(picture: Picture, methods: Sequence[Method]) -> Figure | None:
+    """A panel for each quantity that is compared; None if no run has one."""
+    panels = []
+    for panel in picture.panels:
+        for line in panel.lines[: panel.compared]:
+            found = [
+                [series for series in (_lines(record, panel).get(line.label),) if series]
+                for record in [record for method in methods for record in method.records]
+            ]
+            if any(found):
+                is_one = len(panel.lines) == 1
+                panels.append((panel, line, panel.title if is_one else None))
+    if not panels:
+        return None
+    figure, all_axes = _canvas(len(panels), legend=True)
+    for (panel, line, title), axes in zip(panels, all_axes, strict=True):
+        values: list[float] = []
+        for method in methods:
+            found = [_lines(record, panel).get(line.label) for record in method.records]
+            series = [each for each in found if each is not None]
+            values += [value for each in series for value in each.finite]
+            _draw_method(axes, series, method)
+        _finish(axes, panel, values, title or f"{panel.title}: {line.label}")
+    _shared_legend(figure, all_axes)
+    return figure
+
+
+def _draw_method(axes: Axes, series: Sequence[Series], method: Method) -> None:
+    """Thin lines for runs, a thick one for their median."""
+    if not series:
+        return
+    if len(series) > 1:
+        for each in series:
+            _plot(axes, each, color=method.colour, linewidth=0.8, alpha=0.5, marker=None)
+    middle = median_of(series)
+    style: dict[str, Any] = {"color": method.colour, "linestyle": method.dash, "linewidth": 2.0}
+    style["marker"] = method.marker or ("o" if len(middle.steps) == 1 else "")
+    if method.marker:
+        style |= {"markersize": 5, "markevery": 0.12}
+    _plot(axes, middle, label=method.label, **style)
+
+
+def _envelopes(panel: Panel, methods: Sequence[Method]) -> Figure | None:
+    """Small multiples with one vertical axis, an envelope each, and the width of all."""
+    prefix = panel.lines[0].metric
+    shown = [
+        (method, found)
+        for method in methods
+        if (found := [bands for each in method.records if (bands := envelope(each, prefix))])
+    ]
+    if not shown:
+        return None
+    figure, all_axes = _canvas(len(shown) + 1, legend=True)
+    values = [
+        value
+        for _, found in shown
+        for bands in found
+        for edge in ("P2", "P98")
+        for value in bands[edge].finite
+    ]
+    widths: list[float] = []
+    for (method, found), axes in zip(shown, all_axes[:-1], strict=True):
+        for bands in found if len(found) > 1 else ():
+            for edge in ("P2", "P98"):
+                _plot(axes, bands[edge], color=method.colour, linewidth=0.7, alpha=0.6, marker=None)
+        labels = [label for label in ("P2", "P50", "P98") if all(label in each for each in found)]
+        middle = {label: median_of([bands[label] for bands in found]) for label in labels}
+        _draw_band(axes, middle, method.colour)
+        _finish(axes, panel, values, method.label)
+        factors = [factor for each in method.records if (factor := spread(each)) is not None]
+        widths += [value for each in factors for value in each.finite]
+        _draw_method(all_axes[-1], factors, method)
+    width = Panel("Width: P98 over P2", "factor", (), scale="log")
+    _finish(all_axes[-1], width, widths, width.title)
+    _shared_legend(figure, all_axes[-1:])
+    return figure
+
+
+# ------------------------------------------------------------------------------------- drawing
+
+
+def _canvas(num_panels: int, *, legend: bool = False) -> tuple[Figure, list[Axes]]:
+    columns = min(num_panels, _PANELS_A_ROW)
+    rows = math.ceil(num_panels / columns)
+    width = max(columns, 1.5) * _PANEL_SIZE[0]
+    figure = Figure((width, rows * _PANEL_SIZE[1] + 0.5 * legend), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    return figure, [figure.add_subplot(rows, columns, 1 + index) for index in range(num_panels)]
+
+
+def _plot(axes: Axes, series: Series, *, label: str | None = None, **style: Any) -> None:
+    """Draw a line with gaps where a value is not finite, and a cross at the bottom there."""
+    values = np.array(series.values, dtype=float)
+    is_finite = np.isfinite(values)
+    marker = {"marker": "o", "markersize": 3} if len(values) <= _FEW_POINTS else {}
+    shown = np.where(is_finite, values, np.nan)
+    name = None if label is None else plain(label)
+    axes.plot(series.steps, shown, label=name, **marker | style)
+    lost = np.array(series.steps)[~is_finite]
+    if len(lost):
+        bottom = np.zeros(len(lost))
+        across = axes.get_xaxis_transform()
+        axes.plot(
+            lost, bottom, "x", color="#B00000", clip_on=False, transform=across, label="not finite"
+        )
+
+
+def _finish(axes: Axes, panel: Panel, values: Sequence[float], title: str) -> None:
+    """Label and scale the axes for `values`, all that are drawn and finite."""
+    axes.set_title(
+        "\n".join(textwrap.wrap(plain(title), _TITLE_WIDTH)),
+        loc="left",
+        fontsize=11,
+        fontweight="bold",
+    )
+    axes.set_xlabel("step")
+    axes.set_ylabel(panel.unit)
+    axes.grid(True, color="#E3E3E3", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
+    wanted = "log" if panel.kind == "envelope" else panel.scale
+    scale = scale_for(values, wanted)
+    if scale == "log":
+        axes.set_yscale("log")
+        axes.set_ylim(min(values) / 1.25, max(values) * 1.25)
+        in_decades = max(values) > 100 * min(values)
+        ticks = (1.0,) if in_decades else (1.0, 2.0, 5.0)
+        axes.yaxis.set_major_locator(LogLocator(subs=ticks, numticks=9))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif scale == "symlog":
+        near = min(abs(value) for value in values if value)
+        threshold = max(near, max(map(abs, values)) / 1e4)
+        axes.set_yscale("symlog", linthresh=threshold, linscale=0.4)
+        axes.axhline(0.0, color="#999999", linewidth=0.8, zorder=0)
+    elif panel.kind in ("stack", "shares"):
+        axes.set_ylim(bottom=0)
+    elif min(values, default=0.0) >= 0 and panel.scale != "auto":
+        # Something that never leaves 0 is a line on the ground, not noise around it.
+        axes.set_ylim(0, 1.06 * max(values, default=0.0) or 1)
+    if scale == "linear":
+        axes.ticklabel_format(axis="y", useOffset=False)
+
+
+def scale_for(values: Sequence[float], wanted: str) -> str:
+    """The scale of an axis: what is wanted, where the values allow it.
+
+    A log axis needs values above 0. For `auto` they also have to differ by orders of magnitude;
+    those of either sign get a log axis with a linear piece around 0.
+    """
+    sizes = [abs(value) for value in values if value]
+    if wanted == "linear" or not sizes:
+        return "linear"
+    if min(values) > 0 and (wanted == "log" or max(sizes) > _SPREAD * min(sizes)):
+        return "log"
+    if max(sizes) <= _SPREAD * float(np.median(sizes)):
+        return "linear"
+    return "symlog"
+
+
+def _legend(axes: Axes) -> None:
+    """Below the axes, where it hides nothing; one line that the title explains needs none."""
+    handles, labels = _unique([axes])
+    if len(labels) > 1 and (figure := axes.get_figure(root=True)) is not None:
+        below = ScaledTranslation(0, -_LEGEND_BELOW, figure.dpi_scale_trans)
+        axes.legend(
+            handles,
+            labels,
+            loc="upper left",
+            bbox_to_anchor=(0.0, 0.0),
+            bbox_transform=axes.transAxes + below,
+            ncols=2,
+            fontsize=8.5,
+            frameon=False,
+            borderaxespad=0.0,
+        )
+
+
+def _shared_legend(figure: Figure, axes: Iterable[Axes]) -> None:
+    handles, labels = _unique(axes)
+    if labels:
+        longest = max(map(len, labels))
+        columns = max(1, min(len(labels), int(figure.get_figwidth() * 11 / (longest + 8))))
+        figure.legend(
+            handles, labels, loc="outside lower left", ncols=columns, fontsize=9.5, frameon=False
+        )
+
+
+def _unique(all_axes: Iterable[Axes]) -> tuple[list[Any], list[str]]:
+    found: dict[str, Any] = {}
+    for axes in all_axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return [*found.values()], [*found]
+
+
+def _common(one: Series, other: Series) -> tuple[list[int], list[float], list[float]]:
+    """The finite values at the steps that two series share."""
+    first, second = one.at(), other.at()
+    steps = [step for step in first if step in second]
+    values = [[points[step] for step in steps] for points in (first, second)]
+    bottom, top = ([v if math.isfinite(v) else math.nan for v in row] for row in values)
+    return steps, bottom, top
+
+
+def plain(text: str) -> str:
+    """Text as it is: no formula between dollars, and no label hidden for its underscore."""
+    escaped = text.replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
