@@ -9,7 +9,6 @@ was interrupted goes on where it was. The table and the pictures are those of `t
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import shutil
 import subprocess
@@ -64,7 +63,8 @@ def main(arguments: Sequence[str]) -> int:
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = [
             pool.submit(train, options.name, algorithm, seed, words, threads)
-            for seed, algorithm in itertools.product(range(options.seeds), options.algorithms)
+            for seed in range(options.seeds)
+            for algorithm in options.algorithms
         ]
         try:
             paths = [run.result() for run in runs]
