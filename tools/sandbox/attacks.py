@@ -87,7 +87,7 @@ ctypes.CFUNCTYPE(ctypes.c_int)(address)()
 }
 
 
-_SOCKETS = ("seccomp", "namespaces")
+_SOCKETS = ("seccomp", "namespaces", "container")
 _FILES = ("Landlock", "namespaces")
 
 
@@ -103,11 +103,11 @@ def intrusions(config: SandboxConfig, canary: Canary) -> tuple[Attack, ...]:
         ("unix sockets", *_SOCKETS): "socket.socket(socket.AF_UNIX)",
         ("netlink", *_SOCKETS): "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
         ("vsock", "seccomp"): "socket.socket(40)",
-        ("host files", *_FILES): f"open({canary.path!r}).read()",
+        ("host files", *_FILES, "container"): f"open({canary.path!r}).read()",
         ("system files", *_FILES): "open('/etc/passwd').read()",
         ("/proc", *_FILES): "os.listdir('/proc') and open('/proc/self/environ').read()",
         ("other files", "Landlock"): "os.listdir('/')",
-        ("read-only libraries", *_FILES): "open(os.__file__ + '.x', 'w')",
+        ("read-only libraries", *_FILES, "container"): "open(os.__file__ + '.x', 'w')",
         ("neighbour's files", *_FILES): f"open({canary.neighbour_path!r}).read()",
         ("signals", "seccomp", "Landlock", "namespaces"): "os.kill(1, 9)",
         ("signals to all", "seccomp", "Landlock", "namespaces"): "os.kill(-1, 0)",

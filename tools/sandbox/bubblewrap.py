@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from tir_alp.tools.sandbox import jails
 from tir_alp.tools.sandbox.config import SandboxConfig
-from tir_alp.tools.sandbox.jail import kernel
+from tir_alp.tools.sandbox.jail import kernel, paths
 from tir_alp.tools.sandbox.jail.room_namespaces import SCRATCH, SCRATCH_ROOT
 from tir_alp.tools.sandbox.jail.spec import JailSpec
 from tir_alp.tools.sandbox.result import SandboxRefused
@@ -33,7 +35,8 @@ class NamespacesJail:
     name = "namespaces"
     locks = frozenset({"seccomp", "Landlock", "rlimit", "namespaces", "NPROC", "tmpfs", "launcher"})
     max_threads = None
-    environment = {}  # noqa: RUF012 (of the launcher, which needs none)
+    namespaces = ("user", "pid", "mnt", "net", "ipc", "uts")
+    one_session = False
 
     bwrap: str
     """Path of the bubblewrap binary."""
@@ -43,15 +46,19 @@ class NamespacesJail:
     """Of bubblewrap, the binds left out."""
     spec: JailSpec
 
-    def command(self, requests_fd: int, obituaries_fd: int) -> list[str]:
-        """The launcher, which becomes bubblewrap, which starts the fork server."""
+    async def start(
+        self, requests: socket.socket, obituaries: socket.socket, errors: IO[bytes]
+    ) -> jails.ChildProcess:
+        """Start the launcher, which becomes bubblewrap, which starts the fork server."""
+        theirs = (requests.fileno(), obituaries.fileno())
         job = {
             "bwrap": self.bwrap,
             "binds": self.binds,
             "arguments": self.arguments,
-            "command": jails.python_command("/jail", requests_fd, obituaries_fd),
+            "command": jails.python_command("/jail", "fork_server", *theirs),
         }
-        return [sys.executable, "-I", "-S", str(LAUNCHER), json.dumps(job)]
+        command = [sys.executable, "-I", "-S", str(LAUNCHER), json.dumps(job)]
+        return jails.ChildProcess(command, {}, theirs, errors)
 
 
 def plan_namespaces(config: SandboxConfig) -> NamespacesJail:
@@ -60,11 +67,10 @@ def plan_namespaces(config: SandboxConfig) -> NamespacesJail:
     Raises:
         SandboxRefused: bubblewrap or libseccomp is not installed.
     """
-    libraries = jails.library_folders()
+    libraries = paths.library_folders()
     links = {p: os.readlink(p) for p in libraries if os.path.islink(p)}
-    files = [p for p in (jails.python(), jails.LINKER_CACHE) if os.path.exists(p)]
-    own_paths = jails.outermost([*(p for p in libraries if p not in links), *files])
-    packages = {p: f"/packages/{i}" for i, p in enumerate(jails.package_folders())}
+    own_paths = paths.outermost([*(p for p in libraries if p not in links), *paths.files()])
+    packages = {p: f"/packages/{i}" for i, p in enumerate(paths.package_folders())}
     jail_folder = (str(jails.JAIL_FOLDER), "/jail/jail")
     return NamespacesJail(
         bwrap=_find_bwrap(),

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tir_alp.tools.sandbox.config import TOKEN_VARIABLE, Limits, SandboxConfig
-from tir_alp.tools.sandbox.create import BACKENDS, create_sandbox, examine
+from tir_alp.tools.sandbox.create import AUTOMATIC, BACKENDS, create_sandbox, examine
 from tir_alp.tools.sandbox.result import SandboxError, SandboxRefused
 from tir_alp.tools.sandbox.script import run_script
 
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 async def _probe(config: SandboxConfig, arguments: argparse.Namespace) -> int:
     """Print a table of backend and protection; status 1 if no backend can be used."""
     console = Console()
-    names = [n for n in BACKENDS if n != "unsafe"] if config.backend == "auto" else [config.backend]
+    names = AUTOMATIC if config.backend == "auto" else (config.backend,)
     usable = []
     for name in names:
         table = Table("protection", "enforced", "by", title=f"backend {name}", title_justify="left")

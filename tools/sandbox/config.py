@@ -27,15 +27,39 @@ class Limits(_Section):
     """A program that prints more than this is killed."""
 
 
+class DockerConfig(_Section):
+    """The containers of backend `docker`."""
+
+    address: str | None = None
+    """The engine's own socket, such as "unix:///run/podman/podman.sock". None: DOCKER_HOST, or
+    Docker's usual place."""
+    image: str = "tir-alp-sandbox"
+    """Built from docker/sandbox.Dockerfile by the version that uses it."""
+    container_per: Literal["sandbox", "session"] = "sandbox"
+    """`sandbox`: one container for all sessions. `session`: each session and its branches have one
+    of their own, which takes about a second to start."""
+    runtime: str | None = None
+    """Such as "runc" or "runsc", one that the engine knows. None: the one that it takes itself."""
+    cpus: float = Field(default=2.0, gt=0)
+    """Of a container; its processes get no more than that together."""
+    memory_mb: int = Field(default=4096, ge=256)
+    """Of a container, its sessions' files included."""
+    processes: int = Field(default=4096, ge=16)
+    """Of a container, threads included."""
+
+
 class SandboxConfig(_Section):
     """One sandbox: a warm fork server, and the sessions that it forks.
 
     The bounds below `limits` hold for a session as long as it lives.
     """
 
-    backend: Literal["auto", "namespaces", "landlock", "remote", "unsafe"] = "auto"
-    """`auto`: the strongest backend whose probes all pass on this machine, or none. `remote`: the
-    services at `hosts`. `unsafe`: no protection."""
+    backend: Literal["auto", "namespaces", "landlock", "docker", "remote", "unsafe"] = "auto"
+    """`auto`: the first of `namespaces` and `landlock` whose probes all pass on this machine, or
+    none. `docker`: containers, as `docker` says. `remote`: the services at `hosts`. `unsafe`: no
+    protection."""
+    docker: DockerConfig = DockerConfig()
+    """Of backend `docker`."""
     hosts: tuple[str, ...] = ()
     """Of `remote`: addresses such as "http://10.0.0.7:8080"; the token comes from the environment,
     as TIR_ALP_SANDBOX_TOKEN. The rest of this config is what each service was started with, but for

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tir_alp.tools.sandbox.base import Sandbox
 from tir_alp.tools.sandbox.bubblewrap import plan_namespaces
 from tir_alp.tools.sandbox.config import SandboxConfig
+from tir_alp.tools.sandbox.containers import plan_docker
 from tir_alp.tools.sandbox.jails import Jail
 from tir_alp.tools.sandbox.plain import plan_landlock, plan_unsafe
 from tir_alp.tools.sandbox.probes import Finding, probe, refuse_if_weak
@@ -23,9 +24,13 @@ if TYPE_CHECKING:
 BACKENDS: dict[str, Callable[[SandboxConfig], Jail]] = {
     "namespaces": plan_namespaces,
     "landlock": plan_landlock,
+    "docker": plan_docker,
     "unsafe": plan_unsafe,
 }
-"""The strongest first. `auto` never chooses the last."""
+"""What runs on this machine."""
+
+AUTOMATIC = ("namespaces", "landlock")
+"""What `auto` chooses from, the strongest first."""
 
 UNSAFE_WARNING = (
     "sandbox backend 'unsafe': programs written by the model run as this user, with its files, "
@@ -76,12 +81,11 @@ async def _start(
     if config.backend != "auto":
         return await _start_backend(config.backend, config, alter_jail, {})
     refused: dict[str, str] = {}
-    for name in BACKENDS:
-        if name != "unsafe":
-            try:
-                return await _start_backend(name, config, alter_jail, refused)
-            except SandboxRefused as refusal:
-                refused[name] = str(refusal)
+    for name in AUTOMATIC:
+        try:
+            return await _start_backend(name, config, alter_jail, refused)
+        except SandboxRefused as refusal:
+            refused[name] = str(refusal)
     listing = "".join(f"\n  {name}: {reason}" for name, reason in refused.items())
     raise SandboxRefused(f"no sandbox backend holds on this machine:{listing}")
 

@@ -8,11 +8,10 @@ import dataclasses
 import itertools
 import json
 import socket
-import subprocess
 import tempfile
 from dataclasses import dataclass
 
-from tir_alp.tools.sandbox.jails import Jail
+from tir_alp.tools.sandbox.jails import Jail, Started
 from tir_alp.tools.sandbox.result import SandboxError
 
 _START_TIMEOUT_S = 120.0
@@ -52,8 +51,10 @@ class ForkServer:
         self._answers: dict[int, asyncio.Future[str]] = {}
         self._deaths: dict[tuple[int, int], asyncio.Future[Death]] = {}
         self._started: asyncio.Future[None] | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._running: Started | None = None
         self._all_gone: asyncio.Future[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
+        self._num_tenants = 0
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `stop`)
         self._requests, self._their_requests = _socket_pair()
         self._obituaries, self._their_obituaries = _socket_pair()
@@ -66,22 +67,13 @@ class ForkServer:
         """
         loop = asyncio.get_running_loop()
         self._started, self._all_gone = loop.create_future(), loop.create_future()
-        theirs = (self._their_requests.fileno(), self._their_obituaries.fileno())
-        self._process = subprocess.Popen(
-            self.jail.command(*theirs),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self._errors,
-            env=self.jail.environment,
-            pass_fds=theirs,
-            start_new_session=True,
-        )
-        self._their_requests.close()
-        self._their_obituaries.close()
-        loop.add_reader(self._requests, self._on_answer)
-        loop.add_reader(self._obituaries, self._on_obituary)
-        self._requests.send(json.dumps(dataclasses.asdict(self.jail.spec)).encode())
+        theirs = self._their_requests, self._their_obituaries
         try:
+            self._running = await self.jail.start(*theirs, self._errors)
+            self._close_their_ends()
+            loop.add_reader(self._requests, self._on_answer)
+            loop.add_reader(self._obituaries, self._on_obituary)
+            self._requests.send(json.dumps(dataclasses.asdict(self.jail.spec)).encode())
             await asyncio.wait_for(asyncio.shield(self._started), _START_TIMEOUT_S)
         except BaseException:
             await self.stop()
@@ -126,23 +118,43 @@ class ForkServer:
                 self._deaths[key].set_result(SERVER_DIED)
         return self._deaths[key]
 
-    def forget(self, family: int, pid: int) -> None:
-        """Nobody asks for this death any more."""
+    def move_in(self) -> None:
+        """Count an interpreter, from before its birth."""
+        self._num_tenants += 1
+
+    def move_out(self, family: int, pid: int) -> None:
+        """Count it no more, and forget its death. The last one ends a server of one session."""
         self._deaths.pop((family, pid), None)
+        self._num_tenants -= 1
+        if self._num_tenants == 0 and self.jail.one_session:
+            self._mark_dead("its session is over")
+            self._begin_to_stop()
 
     async def stop(self) -> None:
         """End the fork server and with it every session; wait until none of them is left."""
+        await asyncio.shield(self._begin_to_stop())
+
+    def _begin_to_stop(self) -> asyncio.Task[None]:
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop())
+        return self._stopping
+
+    async def _stop(self) -> None:
         self._mark_dead("it was stopped")
-        if self._errors.closed:
-            return
-        if self._process is not None and self._all_gone is not None:
-            self._process.kill()  # keepers end with it, and the obituaries with the last of them
+        self._close_their_ends()
+        if self._running is not None and self._all_gone is not None:
+            await (
+                self._running.end()
+            )  # keepers end with it, and the obituaries with the last of them
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(self._all_gone), _STOP_TIMEOUT_S)
-            self._process.wait()
             asyncio.get_running_loop().remove_reader(self._obituaries)
         self._obituaries.close()
         self._errors.close()
+
+    def _close_their_ends(self) -> None:
+        self._their_requests.close()
+        self._their_obituaries.close()
 
     def _send(self, message: dict[str, object], descriptors: list[int]) -> None:
         if self.dead:
@@ -193,6 +205,7 @@ class ForkServer:
         error = SandboxError(f"the fork server died: {reason}")
         if self._started is not None and not self._started.done():
             self._started.set_exception(error)
+            self._started.exception()  # seen, even if nobody waits any more
         for death in self._deaths.values():
             if not death.done():
                 death.set_result(SERVER_DIED)

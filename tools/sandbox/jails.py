@@ -5,17 +5,16 @@ Everything above, from the fork server's protocol to the typed outcomes, is the 
 
 from __future__ import annotations
 
-import os
-import sys
+import socket
+import subprocess
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from tir_alp.tools.sandbox.config import SandboxConfig
+from tir_alp.tools.sandbox.jail import paths
 from tir_alp.tools.sandbox.jail.spec import JailSpec
 
 JAIL_FOLDER = Path(__file__).parent / "jail"
-LINKER_CACHE = "/etc/ld.so.cache"
-_SYSTEM_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 ENVIRONMENT = {
     "HOME": "/tmp",
     "TMPDIR": "/tmp",
@@ -35,9 +34,17 @@ import sys, types
 for name in ("tir_alp", "tir_alp.tools", "tir_alp.tools.sandbox"):
     sys.modules[name] = types.ModuleType(name)
 sys.modules[name].__path__ = [{folder!r}]
-from tir_alp.tools.sandbox.jail.fork_server import main
-main({requests}, {obituaries})
+from tir_alp.tools.sandbox.jail.{module} import main
+main({arguments})
 """
+
+
+class Started(Protocol):
+    """A fork server that has been started."""
+
+    async def end(self) -> None:
+        """Kill it, and wait until it is dead. What it has forked may outlive it by moments."""
+        ...
 
 
 class Jail(Protocol):
@@ -64,19 +71,65 @@ class Jail(Protocol):
         ...
 
     @property
-    def environment(self) -> dict[str, str]:
-        """Of the process that the host starts."""
+    def namespaces(self) -> tuple[str, ...]:
+        """The kinds, as in /proc/PID/ns, in which a session is apart from the host."""
         ...
 
-    def command(self, requests_fd: int, obituaries_fd: int) -> list[str]:
-        """Of the process that the host starts; it becomes the fork server."""
+    @property
+    def one_session(self) -> bool:
+        """Whether each session gets a fork server of its own."""
+        ...
+
+    async def start(
+        self, requests: socket.socket, obituaries: socket.socket, errors: IO[bytes]
+    ) -> Started:
+        """Start a fork server on its ends of two sockets; what goes wrong, it writes to `errors`.
+
+        Raises:
+            SandboxError: It could not be started.
+        """
         ...
 
 
-def python_command(jail_parent: str, requests_fd: int, obituaries_fd: int) -> list[str]:
-    """The command of a fork server that finds the `jail` folder in `jail_parent`."""
-    start = _START.format(folder=jail_parent, requests=requests_fd, obituaries=obituaries_fd)
-    return [python(), "-I", "-u", "-c", start]
+class ChildProcess:
+    """A fork server that is a child of the host."""
+
+    def __init__(
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        descriptors: tuple[int, int],
+        errors: IO[bytes],
+    ) -> None:
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env=environment,
+            pass_fds=descriptors,
+            start_new_session=True,
+        )
+
+    async def end(self) -> None:
+        """See `Started`."""
+        self._process.kill()
+        self._process.wait()
+
+
+def python_command(
+    folder: str, module: str, *arguments: object, python: str | None = None
+) -> list[str]:
+    """The command of a Python that calls the `main` of a module of the `jail` folder.
+
+    Args:
+        folder: Where the `jail` folder is.
+        module: Its name in there.
+        arguments: Of `main`.
+        python: Path of the interpreter; None: this one.
+    """
+    start = _START.format(folder=folder, module=module, arguments=", ".join(map(repr, arguments)))
+    return [python or paths.python(), "-I", "-u", "-c", start]
 
 
 def session_limits(config: SandboxConfig) -> dict[str, int]:
@@ -89,26 +142,3 @@ def session_limits(config: SandboxConfig) -> dict[str, int]:
         "RLIMIT_MEMLOCK": 0,
         "RLIMIT_MSGQUEUE": 0,
     }
-
-
-def python() -> str:
-    """The interpreter itself, not the link to it in a virtual environment."""
-    return os.path.realpath(sys.executable)
-
-
-def library_folders() -> list[str]:
-    """Where the interpreter, its compiled modules and what they link to look for libraries."""
-    folders = (*_SYSTEM_LIBRARIES, f"{sys.base_prefix}/lib")
-    return [p for p in folders if os.path.isdir(p)]
-
-
-def package_folders() -> list[str]:
-    """Where packages are installed."""
-    names = ("site-packages", "dist-packages")
-    return [p for p in sys.path if os.path.basename(p) in names and os.path.isdir(p)]
-
-
-def outermost(paths: list[str]) -> list[str]:
-    """Drop every path that lies below another."""
-    unique = list(dict.fromkeys(paths))
-    return [p for p in unique if not any(p.startswith(q + "/") for q in unique)]

@@ -9,14 +9,15 @@ nothing apart from anything.
 from __future__ import annotations
 
 import json
-import os
+import socket
 import sys
 from dataclasses import dataclass, field
+from typing import IO
 
 from tir_alp.tools.sandbox import jails
 from tir_alp.tools.sandbox.bubblewrap import LAUNCHER
 from tir_alp.tools.sandbox.config import SandboxConfig
-from tir_alp.tools.sandbox.jail import kernel, landlock
+from tir_alp.tools.sandbox.jail import kernel, landlock, paths
 from tir_alp.tools.sandbox.jail.spec import JailSpec
 from tir_alp.tools.sandbox.result import SandboxRefused
 from tir_alp.tools.sandbox.seccomp import compile_filter
@@ -29,6 +30,9 @@ _NO_COMPILED_FILTER = ""
 class PlainJail:
     """A fork server that is a child of the host like any other; see `jails.Jail`."""
 
+    namespaces = ()
+    one_session = False
+
     name: str
     locks: frozenset[str]
     max_threads: int | None
@@ -37,13 +41,16 @@ class PlainJail:
     """What the fork server must be able to read, should it have to become an ordinary user."""
     environment: dict[str, str] = field(default_factory=lambda: dict(jails.ENVIRONMENT))
 
-    def command(self, requests_fd: int, obituaries_fd: int) -> list[str]:
-        """The launcher, which becomes the fork server."""
-        command = jails.python_command(str(jails.JAIL_FOLDER.parent), requests_fd, obituaries_fd)
-        if not self.visible:
-            return command
-        job = {"visible": self.visible, "command": command}
-        return [sys.executable, "-I", "-S", str(LAUNCHER), json.dumps(job)]
+    async def start(
+        self, requests: socket.socket, obituaries: socket.socket, errors: IO[bytes]
+    ) -> jails.ChildProcess:
+        """Start the launcher, which becomes the fork server."""
+        theirs = (requests.fileno(), obituaries.fileno())
+        command = jails.python_command(str(jails.JAIL_FOLDER.parent), "fork_server", *theirs)
+        if self.visible:
+            job = {"visible": self.visible, "command": command}
+            command = [sys.executable, "-I", "-S", str(LAUNCHER), json.dumps(job)]
+        return jails.ChildProcess(command, self.environment, theirs, errors)
 
 
 def plan_landlock(config: SandboxConfig) -> PlainJail:
@@ -52,11 +59,9 @@ def plan_landlock(config: SandboxConfig) -> PlainJail:
     Raises:
         SandboxRefused: The kernel has no Landlock that keeps signals in, or libseccomp is missing.
     """
-    if (version := landlock.abi()) < _MIN_LANDLOCK:
-        raise SandboxRefused(f"Landlock ABI {version}; {_MIN_LANDLOCK} is needed (Linux 6.12)")
-    packages = jails.package_folders()
-    files = [p for p in (jails.python(), jails.LINKER_CACHE) if os.path.exists(p)]
-    readable = jails.outermost([*jails.library_folders(), *packages, *files])
+    demand_landlock()
+    packages = paths.package_folders()
+    readable = paths.outermost([*paths.library_folders(), *packages, *paths.files()])
     spec = _spec(config, packages)
     spec.update(
         readable=tuple(readable),
@@ -71,13 +76,23 @@ def plan_landlock(config: SandboxConfig) -> PlainJail:
     )
 
 
+def demand_landlock() -> None:
+    """Check that the kernel can keep apart, by Landlock alone, sessions of the same user.
+
+    Raises:
+        SandboxRefused: It cannot.
+    """
+    if (version := landlock.abi()) < _MIN_LANDLOCK:
+        raise SandboxRefused(f"Landlock ABI {version}; {_MIN_LANDLOCK} is needed (Linux 6.12)")
+
+
 def plan_unsafe(config: SandboxConfig) -> PlainJail:
     """No protection at all: programs are run as the user that the host is."""
     return PlainJail(
         name="unsafe",
         locks=frozenset(),
         max_threads=None,
-        spec=JailSpec(**_spec(config, jails.package_folders()), landlock=False),
+        spec=JailSpec(**_spec(config, paths.package_folders()), landlock=False),
         visible=(),
     )
 

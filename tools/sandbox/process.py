@@ -75,6 +75,7 @@ class InterpreterProcess:
         self._control.setblocking(False)
         self._out, self._their_out = _pipe()
         self._err, self._their_err = _pipe()
+        server.move_in()
 
     # ------------------------------------------------------------------ birth
 
@@ -331,7 +332,7 @@ class InterpreterProcess:
                 os.close(self._pidfd)
         if self._status_fd >= 0:
             os.close(self._status_fd)
-        self._server.forget(self._family, self._pid_in_family)
+        self._server.move_out(self._family, self._pid_in_family)
 
     async def cause_of_death(self) -> Lost:
         """Why it was lost; what a crash was, its keeper tells."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -27,6 +28,7 @@ class LocalSandbox:
         self.report = report
         self._config = config
         self._server = ForkServer(jail)
+        self._servers_of_one: weakref.WeakSet[ForkServer] = weakref.WeakSet()
         self._restart = asyncio.Lock()
         self._free_slots = asyncio.Semaphore(config.max_sessions)
         self._sessions: set[PythonSession] = set()
@@ -40,6 +42,8 @@ class LocalSandbox:
         Raises:
             SandboxRefused: It does not come up on this machine.
         """
+        if self.jail.one_session:  # each session starts its own
+            return
         try:
             await self._server.start()
         except SandboxError as error:
@@ -48,7 +52,8 @@ class LocalSandbox:
     async def stop(self) -> None:
         """End every session and the fork server."""
         await asyncio.gather(*(session.close() for session in list(self._sessions)))
-        await self._server.stop()
+        servers = (self._server, *self._servers_of_one)
+        await asyncio.gather(*(server.stop() for server in servers))
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[PythonSession]:
@@ -100,6 +105,8 @@ class LocalSandbox:
         self._free_slots.release()
 
     async def _start_process(self) -> InterpreterProcess:
+        if self.jail.one_session:
+            return await self._start_alone()
         server = await self._live_server()
         try:
             return await InterpreterProcess.start(server)
@@ -108,6 +115,18 @@ class LocalSandbox:
             if not server.dead:
                 raise
         return await InterpreterProcess.start(await self._live_server())
+
+    async def _start_alone(self) -> InterpreterProcess:
+        """An interpreter whose fork server has no other, and ends with it and its branches."""
+        server = ForkServer(self.jail)
+        self._servers_of_one.add(server)
+        try:
+            await server.start()
+            process = await InterpreterProcess.start(server)
+        except BaseException:
+            await server.stop()
+            raise
+        return process
 
     async def _live_server(self) -> ForkServer:
         async with self._restart:

@@ -49,8 +49,8 @@ ALLOWED = (
 # clone is allowed for threads. clone3 hides its flags behind a pointer: it must look missing, so
 # that the C library falls back.
 CLONE_THREAD = 0x00010000
-_CLONE_NEW_ANY = 0x7E020080
-_LOOKS_MISSING = ("clone3",)
+CLONE_NEW_ANY = 0x7E020080
+LOOKS_MISSING = ("clone3",)
 
 _PR_SET_NAME, _PR_GET_NAME = 15, 16
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
@@ -83,9 +83,9 @@ def compile_filter(branch_flags: int, *, ask_for_threads: bool = False) -> bytes
 
     for name in ALLOWED:
         add(seccomp.ALLOW, name)
-    for name in _LOOKS_MISSING:
+    for name in LOOKS_MISSING:
         add(seccomp.ERRNO(errno.ENOSYS), name)
-    thread = seccomp.Arg(0, seccomp.MASKED_EQ, CLONE_THREAD | _CLONE_NEW_ANY, CLONE_THREAD)
+    thread = seccomp.Arg(0, seccomp.MASKED_EQ, CLONE_THREAD | CLONE_NEW_ANY, CLONE_THREAD)
     add(seccomp.NOTIFY if ask_for_threads else seccomp.ALLOW, "clone", thread)
     add(seccomp.NOTIFY, "clone", seccomp.Arg(0, seccomp.EQ, branch_flags))
     add(seccomp.ALLOW, "socketpair", seccomp.Arg(0, seccomp.EQ, socket.AF_UNIX))

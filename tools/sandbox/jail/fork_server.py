@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import dataclasses
 import fcntl
 import gc
 import importlib
@@ -21,6 +22,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tir_alp.tools.sandbox.jail import confine, frames, kernel
@@ -68,11 +70,18 @@ class Room(Protocol):
         ...
 
 
-def main(requests_fd: int, obituaries_fd: int) -> None:
-    """Serve until the host closes its end; that also ends every session."""
+def main(requests_fd: int, obituaries_fd: int, readable: Sequence[str] = ()) -> None:
+    """Serve until the host closes its end; that also ends every session.
+
+    Args:
+        requests_fd: The host's socket.
+        obituaries_fd: The socket on which keepers tell the host of deaths.
+        readable: What a program may read here, beside what the host says.
+    """
     requests = socket.socket(fileno=requests_fd)
     fields = json.loads(requests.recv(_MAX_REQUEST))
     spec = JailSpec(**fields)
+    spec = dataclasses.replace(spec, readable=(*spec.readable, *readable))
     sys.path[:] = [p for p in sys.path if p != "/jail"] + list(spec.import_paths)
     for name in spec.preload:
         importlib.import_module(name)

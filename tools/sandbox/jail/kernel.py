@@ -80,6 +80,11 @@ def enter_namespaces(pidfd: int, kinds: int) -> None:
     _check(_libc.setns(pidfd, kinds))
 
 
+def unshare(kinds: int) -> None:
+    """Move this process into new namespaces."""
+    _check(_libc.unshare(kinds))
+
+
 def prctl(option: int, value: int) -> None:
     """Set one attribute of this process."""
     _check(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0))

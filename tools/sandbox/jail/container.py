@@ -1,0 +1,95 @@
+"""The first thing that runs in a container: calls the host, and becomes the fork server.
+
+Before it does, it tries what no container of ours may, since later each session has locks of its
+own behind which a weak container would not be noticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tir_alp.tools.sandbox.jail import fork_server, kernel, paths
+
+DOOR = "/sandbox/door/socket"
+"""Where the host waits for the call."""
+PACKAGES = "/sandbox/packages"
+"""Where the image has its packages, beside those of its Python."""
+_AF_VSOCK = 40
+_NR_IO_URING_SETUP = 425
+_MAX_LIMIT = 1 << 50
+_LIMITS = {
+    "memory": ("memory.max", "memory/memory.limit_in_bytes"),
+    "processes": ("pids.max", "pids/pids.max"),
+}
+"""Files below /sys/fs/cgroup, of version 2 and of version 1."""
+
+
+def main() -> None:
+    """Tell the host what this container is; take over what it gives, or end."""
+    call = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    call.connect(DOOR)
+    call.send(json.dumps({"code": fingerprint(), "breaches": dict(breaches())}).encode())
+    _, descriptors, _, _ = socket.recv_fds(call, 1, 3)
+    if not descriptors:  # the host does not want it
+        return
+    requests, obituaries, errors = descriptors
+    os.dup2(errors, 2)
+    os.close(errors)
+    call.close()
+    sys.path.append(PACKAGES)
+    readable = [*paths.library_folders(), *paths.package_folders(), PACKAGES, *paths.files()]
+    fork_server.main(requests, obituaries, paths.outermost(readable))
+
+
+def fingerprint() -> str:
+    """Of the code that runs in the jail: an image must have the same as the host."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def breaches() -> Iterator[tuple[str, str]]:
+    """What this container could do and must not, each with what it got."""
+    tries: dict[str, Callable[[], object]] = {
+        "container's network": lambda: socket.socket(socket.AF_INET),
+        "container's vsock": lambda: socket.socket(_AF_VSOCK),
+        "container's io_uring": lambda: kernel.syscall(
+            _NR_IO_URING_SETUP, 1, ctypes.create_string_buffer(120)
+        ),
+        "container's user namespaces": lambda: kernel.unshare(kernel.CLONE_NEWUSER),
+    }
+    for promise, attempt in tries.items():
+        with contextlib.suppress(OSError):
+            yield promise, f"got {attempt()!r:.100}"
+    lines = (line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = {key: value.strip() for key, value in lines}
+    names = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+    if kept := {name: status[name] for name in names if int(status[name], 16)}:
+        yield "container's capabilities", str(kept)
+    if status["NoNewPrivs"] != "1":
+        yield "container's privileges", "an exec may gain some"
+    if os.geteuid() == 0:
+        yield "container's user", "is root"
+    if not os.statvfs("/").f_flag & os.ST_RDONLY:
+        yield "container's root file system", "is writable"
+    for resource, files in _LIMITS.items():
+        if (limit := _limit(files)) is None or limit > _MAX_LIMIT:
+            yield f"container's {resource}", "no limit"
+
+
+def _limit(files: tuple[str, str]) -> int | None:
+    for file in files:
+        path = Path("/sys/fs/cgroup", file)
+        if path.exists():
+            text = path.read_text().strip()
+            return None if text == "max" else int(text)
+    return None
