@@ -8,8 +8,18 @@ from contextlib import AbstractContextManager
 
 import pytest
 
+from tests.tools.docker_engine import (
+    Engine,
+    EngineUnavailable,
+    build_sandbox_image,
+    docker_engine,
+    leftovers,
+    make_base_image,
+)
 from tir_alp.tools.sandbox import BlockingSandbox, BlockingSession, SandboxConfig, shared_sandbox
 
+ENGINE_VARIABLE = "TIR_ALP_TEST_ENGINE"
+"""Address of an engine with the image, for tests that start others as an ordinary user."""
 BARE = SandboxConfig(preload=(), memory_mb=512, tmp_mb=8, tmp_files=64, max_processes=16)
 
 
@@ -56,3 +66,23 @@ def serving() -> Serving:
             assert server.wait(60) == 0
 
     return start
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Engine]:
+    """A Docker engine of our own, with the image of the sandbox."""
+    with contextlib.ExitStack() as stack:
+        try:
+            engine = stack.enter_context(docker_engine())
+            make_base_image(engine)
+            build_sandbox_image(engine)
+        except EngineUnavailable as error:
+            pytest.skip(f"no Docker engine: {error}")
+        yield engine
+        stack.close()
+        assert leftovers(engine) == []
+
+
+@pytest.fixture(scope="session")
+def engine_address(request: pytest.FixtureRequest) -> str:
+    return os.environ.get(ENGINE_VARIABLE) or request.getfixturevalue("engine").address

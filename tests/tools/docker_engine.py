@@ -1,8 +1,9 @@
 """A Docker engine of the tests' own: its own folder, socket, control groups; nothing is left of it.
 
-    with docker_engine() as engine:        # EngineUnavailable where there cannot be one
-        base_image(engine)                 # Debian packages, from the mirror that apt uses here
-        docker.DockerClient(engine.address)
+    with docker_engine() as engine:      # EngineUnavailable where there cannot be one
+        make_base_image(engine)          # Debian packages, from the mirror that apt uses here
+        build_sandbox_image(engine)      # with no network
+        engine.client()
 
 `python tests/tools/docker_engine.py` installs the Debian packages that it needs. It needs root, and
 no registry of images.
@@ -11,12 +12,14 @@ no registry of images.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +35,12 @@ _IN_BASE_IMAGE = (
     "dash,coreutils,libc-bin,python3-minimal,python3,python3-pip,libpython3-stdlib,libstdc++6,"
     "libgcc-s1,libseccomp2,ca-certificates"
 )
+_REPOSITORY = Path(__file__).parents[2]
+_SERVICE = ("pydantic>=2.11,<3", "pyseccomp", "rich>=14,<16", "aiohttp>=3.11,<4")
+_WHEELS = {
+    "sandbox": ("numpy", "sympy"),
+    "service": ("numpy", "sympy", "prometheus-client>=0.21,<1", *_SERVICE),
+}
 _POLICY = Path("/usr/sbin/policy-rc.d")
 _MAX_GB = 4
 _START_TIMEOUT_S = 60.0
@@ -76,7 +85,7 @@ def docker_engine(runtimes: dict[str, dict] | None = None) -> Iterator[Engine]:
     install_packages()
     folder = Path(tempfile.mkdtemp(prefix="engine-"))
     # In memory: an image is thousands of small files, written once and removed soon after.
-    _run(["mount", "-t", "tmpfs", "-o", f"size={_MAX_GB}g", "engine", str(folder)])
+    _run(["mount", "-t", "tmpfs", "-o", f"mode=0711,size={_MAX_GB}g", "engine", str(folder)])
     engine = Engine(folder, f"/{folder.name}", _start(folder, runtimes or {}))
     try:
         _wait_until_it_answers(engine)
@@ -110,31 +119,53 @@ def install_packages() -> None:
             _POLICY.unlink()
 
 
-def base_image(engine: Engine) -> str:
-    """Make an image with Python from the Debian packages of this machine's mirror; its name.
+def make_base_image(engine: Engine, tarball: Path | None = None) -> Path:
+    """Make `BASE_IMAGE`, with Python, from the Debian packages of this machine's mirror.
+
+    Args:
+        engine: Which gets it.
+        tarball: What this function returned for another engine; saves the download.
 
     Raises:
         EngineUnavailable: The mirror cannot be reached.
     """
-    tarball = engine.folder / "base.tar"
-    import_base_image(engine, _make_tarball(tarball))
-    return BASE_IMAGE
-
-
-def import_base_image(engine: Engine, tarball: Path) -> None:
-    """Give an engine the base image of another."""
+    if tarball is None:
+        tarball = engine.folder / "base.tar"
+        mirror, suite = _mirror()
+        command = ["mmdebstrap", "--quiet", "--mode=root", "--variant=extract"]
+        _run([*command, f"--include={_IN_BASE_IMAGE}", suite, str(tarball), mirror])
     repository, tag = BASE_IMAGE.split(":")
-    engine.client().api.import_image_from_file(str(tarball), repository=repository, tag=tag)
+    with contextlib.closing(engine.client()) as client:
+        client.api.import_image_from_file(str(tarball), repository=repository, tag=tag)
+    return tarball
 
 
-def download_wheels(folder: Path, *requirements: str) -> None:
-    """Fill a folder with wheels of packages and what they need, as pip here gets them.
+def build_sandbox_image(engine: Engine, target: str = "sandbox") -> str:
+    """Build an image of docker/sandbox.Dockerfile from wheels, with no network; returns its name.
 
     Raises:
-        EngineUnavailable: They cannot be downloaded.
+        EngineUnavailable: The wheels cannot be downloaded.
+        docker.errors.BuildError: The image cannot be built.
     """
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"]
-    _run([*command, "--dest", str(folder), *requirements])
+    context = engine.folder / "context"
+    if not context.exists():
+        for name in ("docker", "tools"):
+            caches = shutil.ignore_patterns("__pycache__", "wheels")
+            shutil.copytree(_REPOSITORY / name, context / name, ignore=caches)
+        (context / "tir_alp").mkdir()
+        for name in ("__init__.py", "sandbox.py"):
+            shutil.copy(_REPOSITORY / "tir_alp" / name, context / "tir_alp")
+    _download_wheels(engine, context / "docker" / "wheels", _WHEELS[target])
+    with contextlib.closing(engine.client()) as client:
+        client.images.build(
+            path=str(context),
+            dockerfile="docker/sandbox.Dockerfile",
+            target=target,
+            tag=f"tir-alp-{target}:test",
+            network_mode="none",
+            buildargs={"BASE_IMAGE": BASE_IMAGE},
+        )
+    return f"tir-alp-{target}:test"
 
 
 def leftovers(engine: Engine) -> list[str]:
@@ -231,12 +262,17 @@ def _cgroups_of(engine: Engine) -> list[Path]:
     return [folder for group in own for folder in (group, *group.rglob("*")) if folder.is_dir()]
 
 
-def _make_tarball(tarball: Path) -> Path:
-    if not tarball.exists():
-        mirror, suite = _mirror()
-        command = ["mmdebstrap", "--quiet", "--mode=root", "--variant=extract"]
-        _run([*command, f"--include={_IN_BASE_IMAGE}", suite, str(tarball), mirror])
-    return tarball
+def _download_wheels(engine: Engine, folder: Path, requirements: tuple[str, ...]) -> None:
+    """For the Python of the base image, which may be another than this one."""
+    with contextlib.closing(engine.client()) as client:
+        container = client.containers.create(BASE_IMAGE, ["true"])
+        archive, _ = container.get_archive("/usr/bin/python3")
+        container.remove()
+    with tarfile.open(fileobj=io.BytesIO(b"".join(archive))) as members:
+        link = members.getmembers()[0].linkname  # such as python3.11
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"]
+    command += ["--python-version", link.removeprefix("python"), "--dest", str(folder)]
+    _run([*command, *requirements])
 
 
 def _mirror() -> tuple[str, str]:

@@ -286,7 +286,7 @@ def _let_in(
     errors: IO[bytes],
 ) -> None:
     """Start a container, look at it when it calls, and give it the fork server's descriptors."""
-    attached = container.attach_socket(params={"stderr": 1, "stream": 1})
+    attached: Any = container.attach_socket(params={"stderr": 1, "stream": 1})
     with contextlib.closing(attached):
         container.start()
         with door.wait(attached.fileno()) as call:

@@ -16,18 +16,19 @@ from pathlib import Path
 import pytest
 
 from tir_alp.tools.sandbox import (
+    BlockingSandbox,
     BlockingSession,
     Limits,
     Outcome,
     RunResult,
     SandboxConfig,
-    shared_sandbox,
 )
 
 pytestmark = pytest.mark.sandbox
 
 PROGRAMS = tomllib.loads((Path(__file__).parent / "programs.toml").read_text())
-BACKENDS = ("namespaces", "landlock")
+A_CONTAINER_A_SESSION = "docker, a container a session"
+BACKENDS = ("namespaces", "landlock", "docker", A_CONTAINER_A_SESSION)
 DENIAL = re.compile(
     r"Errno (1|2|13|18|30|38)\]|PermissionError|Operation not permitted|BrokenProcessPool"
 )
@@ -47,6 +48,7 @@ mark = 1
 class World:
     """A backend with two sessions, and what belongs to the host."""
 
+    sandbox: BlockingSandbox
     neighbour: BlockingSession
     facts: str
     canaries: list[socket.socket]
@@ -56,7 +58,7 @@ class World:
 
     def open_session(self) -> BlockingSession:
         if self.session is None:
-            self.session = shared_sandbox(config_of(self.backend)).session()
+            self.session = self.sandbox.session()
             assert self.session.run(PRELUDE + self.facts).outcome is Outcome.OK
         return self.session
 
@@ -72,10 +74,18 @@ class World:
         assert not touched, "a canary of the host was reached"
 
 
-def config_of(backend: str) -> SandboxConfig:
+def config_of(backend: str, request: pytest.FixtureRequest) -> SandboxConfig:
+    docker = {}
+    if "docker" in backend:
+        docker = {
+            "address": request.getfixturevalue("engine_address"),
+            "image": "tir-alp-sandbox:test",
+            "container_per": "session" if backend == A_CONTAINER_A_SESSION else "sandbox",
+        }
     return SandboxConfig.model_validate(
         {
-            "backend": backend,
+            "backend": backend.partition(",")[0],
+            "docker": docker,
             "preload": (),
             "memory_mb": 512,
             "tmp_mb": 8,
@@ -90,10 +100,13 @@ def config_of(backend: str) -> SandboxConfig:
 def world(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[World]:
     secret = tmp_path_factory.mktemp("host") / "canary"
     secret.write_text("canary")
-    neighbour = shared_sandbox(config_of(request.param)).session()
+    sandbox = BlockingSandbox(config_of(request.param, request))
+    neighbour = sandbox.session()
     neighbour.run("import os; count = 0; n = open('own', 'w').write('neighbour')")
     own_file = neighbour.run("os.path.abspath('own')").value
     pid = neighbour.run("os.getpid()").value
+    if request.param == A_CONTAINER_A_SESSION:  # where it has no number, but the fork server has
+        pid = "1"
     tcp, udp = socket.create_server(("127.0.0.1", 0)), socket.socket(type=socket.SOCK_DGRAM)
     port = tcp.getsockname()[1]
     udp.bind(("127.0.0.1", port))
@@ -105,12 +118,12 @@ def world(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[World]:
         facts += f"CANARY_FILE, NEIGHBOUR_FILE = {str(secret)!r}, '/tmp/own'\n"
     else:
         facts += f"CANARY_FILE, NEIGHBOUR_FILE = {str(secret)!r}, {own_file}\n"
-    world = World(neighbour, facts, [tcp, udp, abstract], request.param)
+    world = World(sandbox, neighbour, facts, [tcp, udp, abstract], request.param)
     yield world
     world.drop_session()
     assert secret.read_text() == "canary"
     assert neighbour.run("open('own').read()").value == "'neighbour'"
-    neighbour.close()
+    sandbox.close()
     for canary in world.canaries:
         canary.close()
 
@@ -142,7 +155,10 @@ def was_denied(result: RunResult) -> bool:
 
 @programs("denied")
 def test_denied(world: World, program: str):
-    result = attempt(world, program)
+    if world.backend != A_CONTAINER_A_SESSION:  # which take long to start
+        world.drop_session()
+    result = world.open_session().run(program)
+    world.check()
     assert was_denied(result), result
     assert survives(world)
 
