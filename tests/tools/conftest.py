@@ -18,8 +18,6 @@ from tests.tools.docker_engine import (
 )
 from tir_alp.tools.sandbox import BlockingSandbox, BlockingSession, SandboxConfig, shared_sandbox
 
-ENGINE_VARIABLE = "TIR_ALP_TEST_ENGINE"
-"""Address of an engine with the image, for tests that start others as an ordinary user."""
 BARE = SandboxConfig(preload=(), memory_mb=512, tmp_mb=8, tmp_files=64, max_processes=16)
 
 
@@ -84,5 +82,5 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
-def engine_address(request: pytest.FixtureRequest) -> str:
-    return os.environ.get(ENGINE_VARIABLE) or request.getfixturevalue("engine").address
+def engine_address(engine: Engine) -> str:
+    return engine.address

@@ -35,7 +35,6 @@ class NamespacesJail:
     name = "namespaces"
     locks = frozenset({"seccomp", "Landlock", "rlimit", "namespaces", "NPROC", "tmpfs", "launcher"})
     max_threads = None
-    namespaces = ("user", "pid", "mnt", "net", "ipc", "uts")
     one_session = False
 
     bwrap: str

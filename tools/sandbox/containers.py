@@ -57,7 +57,6 @@ class ContainerJail:
 
     name = "docker"
     locks = frozenset({"seccomp", "Landlock", "rlimit", "keeper", "host", "launcher", "container"})
-    namespaces = ("pid", "mnt", "net", "ipc", "uts")
 
     address: str
     """Of the engine."""
@@ -270,7 +269,10 @@ class _Door:
             if ready:
                 data = os.read(last_words, _MAX_MESSAGE)
                 if not data:
-                    raise SandboxError(f"the container ended: {_last_line(words)}")
+                    raise SandboxError(
+                        f"the container ended: {_last_line(words)} (was its image built from "
+                        "docker/sandbox.Dockerfile?)"
+                    )
                 words += data
         raise SandboxError(
             f"the container did not call within {_CALL_TIMEOUT_S:g} s: does the engine see "
@@ -287,7 +289,8 @@ def _let_in(
 ) -> None:
     """Start a container, look at it when it calls, and give it the fork server's descriptors."""
     attached: Any = container.attach_socket(params={"stderr": 1, "stream": 1})
-    with contextlib.closing(attached):
+    # The SDK gives a file upon the connection, which would otherwise wait to be collected.
+    with contextlib.closing(attached._sock), contextlib.closing(attached):
         container.start()
         with door.wait(attached.fileno()) as call:
             call.settimeout(_CALL_TIMEOUT_S)
@@ -297,7 +300,12 @@ def _let_in(
                 raise SandboxRefused(
                     f"the image {image} was built from another version of this code: build it again"
                 )
-            if breaches := hello["breaches"]:
+            shared = {
+                f"{kind} namespace": "is the host's"
+                for kind, name in hello["namespaces"].items()
+                if name == os.readlink(f"/proc/self/ns/{kind}")
+            }
+            if breaches := hello["breaches"] | shared:
                 listing = "; ".join(f"{promise} ({got})" for promise, got in breaches.items())
                 raise SandboxRefused(f"the container does not hold: {listing}")
             descriptors = [requests.fileno(), obituaries.fileno(), errors.fileno()]
@@ -312,7 +320,7 @@ def _last_line(output: bytes) -> str:
         end = 8 + int.from_bytes(output[4:8], "big")
         text, output = text + output[8:end], output[end:]
     lines = text.decode("utf-8", "backslashreplace").strip().splitlines()
-    return lines[-1] if lines else "no message; was its image built from docker/sandbox.Dockerfile?"
+    return lines[-1] if lines else "no message"
 
 
 def _remove(engine: docker.DockerClient, container_id: str) -> None:

@@ -71,11 +71,6 @@ class Jail(Protocol):
         ...
 
     @property
-    def namespaces(self) -> tuple[str, ...]:
-        """The kinds, as in /proc/PID/ns, in which a session is apart from the host."""
-        ...
-
-    @property
     def one_session(self) -> bool:
         """Whether each session gets a fork server of its own."""
         ...

@@ -30,7 +30,6 @@ _NO_COMPILED_FILTER = ""
 class PlainJail:
     """A fork server that is a child of the host like any other; see `jails.Jail`."""
 
-    namespaces = ()
     one_session = False
 
     name: str

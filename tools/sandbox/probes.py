@@ -132,10 +132,14 @@ async def _forged_reply(sandbox: LocalSandbox) -> list[Finding]:
 
 async def _look_from_outside(session: PythonSession, jail: Jail) -> list[Finding]:
     """What the kernel says about an interpreter: the locks that no attack can tell apart."""
-    failures = dict(_process_state(session.pid, jail.namespaces))
+    namespaces = _NAMESPACES if "namespaces" in jail.locks else ()
+    failures = dict(_process_state(session.pid, namespaces))
     promises = ["capabilities", "no new privileges", "seccomp", "root"]
-    promises += [f"{kind} namespace" for kind in jail.namespaces]
+    promises += [f"{kind} namespace" for kind in namespaces]
     return [Finding(promise, "seen in /proc", failures.get(promise, "")) for promise in promises]
+
+
+_NAMESPACES = ("user", "pid", "mnt", "net", "ipc", "uts")
 
 
 def _process_state(pid: int, namespaces: Iterable[str]) -> Iterator[tuple[str, str]]:
