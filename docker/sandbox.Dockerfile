@@ -34,7 +34,7 @@ RUN set -- --target /service --no-cache-dir ${SERVICE_PACKAGES}; \
 
 FROM ${BASE_IMAGE} AS service
 # The system call filter is compiled by libseccomp.
-RUN ldconfig; ldconfig -p | grep -q libseccomp.so.2 || \
+RUN ldconfig; python3 -c "import ctypes; ctypes.CDLL('libseccomp.so.2')" || \
     (apt-get update && apt-get install -y --no-install-recommends libseccomp2 && rm -rf /var/lib/apt/lists/*)
 COPY --from=packages /packages /app/site-packages
 COPY --from=service-packages /service /app/site-packages

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import docker
 import pytest
+import yaml
 
 from tests.tools.docker_engine import (
     BASE_IMAGE,
     Engine,
+    build_sandbox_image,
     docker_engine,
     leftovers,
     make_base_image,
@@ -349,6 +351,58 @@ asyncio.run(main())
     assert (result.stdout, result.stderr) == ("1001\n", "")
 
 
+def test_service_of_the_compose_file_holds_in_its_container(engine: Engine):
+    """Its settings, in the words of the SDK; there is no network to publish a port on."""
+    service = yaml.safe_load((REPOSITORY / "docker" / "compose.yaml").read_text())
+    service = service["services"]["sandbox"]
+    security = [option.partition("=") for option in service["security_opt"]]
+    check = service["healthcheck"]
+    client = engine.client()
+    container = client.containers.run(
+        build_sandbox_image(engine, "service"),
+        detach=True,
+        network_mode="none",
+        environment={"TIR_ALP_SANDBOX_TOKEN": "secret"},
+        user=service["user"],
+        read_only=service["read_only"],
+        tmpfs=dict([service["tmpfs"][0].split(":", 1)]),
+        cap_drop=service["cap_drop"],
+        security_opt=[
+            f"seccomp={(REPOSITORY / 'docker' / path).read_text()}" if path else name
+            for name, _, path in security
+        ],
+        ipc_mode=service["ipc"],
+        init=service["init"],
+        pids_limit=service["pids_limit"],
+        mem_limit=service["mem_limit"],
+        memswap_limit=service["memswap_limit"],
+        nano_cpus=int(service["cpus"] * 1e9),
+        healthcheck={"test": check["test"], "interval": 10**9, "timeout": 10**10},
+        log_config={"Type": "json-file"},
+    )
+    try:
+        wait_until(
+            lambda: (
+                client.api.inspect_container(container.id)["State"]["Health"]["Status"] == "healthy"
+            )
+        )
+        request = """
+import json, sys, urllib.request
+headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
+body = json.dumps({"code": "print(6 * 7)"}).encode()
+request = urllib.request.Request("http://127.0.0.1:8080/v1/run", body, headers)
+print(json.load(urllib.request.urlopen(request))["stdout"])
+"""
+        output = container.exec_run(["python3", "-c", request]).output.decode()
+        assert output.strip() == "42", output
+    except AssertionError:
+        print(container.logs().decode())
+        raise
+    finally:
+        container.remove(force=True)
+        client.close()
+
+
 def test_engine_leaves_nothing(engine: Engine):
     with docker_engine() as other:
         make_base_image(other, engine.folder / "base.tar")
@@ -360,7 +414,7 @@ def test_engine_leaves_nothing(engine: Engine):
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
