@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from tir_alp.tools.sandbox import jails
@@ -63,6 +64,8 @@ class ContainerJail:
     options: dict[str, Any]
     """What the engine is asked for, in the words of the SDK."""
     one_session: bool
+    reads_profiles: bool
+    """Whether the engine wants the path of a system call profile, as Podman does."""
     max_threads: int
     spec: JailSpec
     environment: dict[str, str] = field(default_factory=lambda: dict(jails.ENVIRONMENT))
@@ -83,6 +86,9 @@ class ContainerJail:
         command = jails.python_command("/sandbox", "container", python="/sandbox/python")
         variables = [f"{name}={value}" for name, value in self.environment.items()]
         with _engine(self.address) as engine, _Door(self.options["user"]) as door:
+            options = self.options
+            if self.reads_profiles:
+                options = options | {"security_opt": door.store(options["security_opt"])}
             folder = Mount(os.path.dirname(entry.DOOR), door.folder, type="bind", read_only=True)
             container = None
             try:
@@ -90,7 +96,7 @@ class ContainerJail:
                     entrypoint=["/usr/bin/env", "-i", *variables],
                     command=command,
                     mounts=[folder],
-                    **self.options,
+                    **options,
                 )
                 _let_in(door, container, requests, obituaries, errors)
                 return RunningContainer(self.address, str(container.id))
@@ -126,11 +132,14 @@ def plan_docker(config: SandboxConfig) -> ContainerJail:
     """
     chosen = config.docker
     address = chosen.address or os.environ.get("DOCKER_HOST") or _USUAL_ADDRESS
-    _check_engine(config, address)
+    is_podman = _check_engine(config, address)
     demand_landlock()
     one_session = chosen.container_per == "session"
     tmp_mb = config.tmp_mb if one_session else chosen.memory_mb // 2
     tmp_files = _OWN_FILES + config.tmp_files * (1 if one_session else config.max_sessions)
+    tmp_options = f"rw,noexec,nosuid,nodev,mode=1777,size={tmp_mb}m"
+    if not is_podman:  # which has no word for this; the keepers count as well
+        tmp_options += f",nr_inodes={tmp_files}"
     return ContainerJail(
         address=address,
         options={
@@ -147,14 +156,13 @@ def plan_docker(config: SandboxConfig) -> ContainerJail:
             "mem_limit": f"{chosen.memory_mb}m",
             "memswap_limit": f"{chosen.memory_mb}m",
             "nano_cpus": int(chosen.cpus * 1e9),
-            "tmpfs": {
-                "/tmp": f"rw,noexec,nosuid,nodev,mode=1777,size={tmp_mb}m,nr_inodes={tmp_files}"
-            },
+            "tmpfs": {"/tmp": tmp_options},
             "ulimits": _ulimits(config),
             "log_config": {"Type": "none"},
             "auto_remove": True,
         },
         one_session=one_session,
+        reads_profiles=is_podman,
         max_threads=config.max_processes,
         spec=JailSpec(
             room="folder",
@@ -187,7 +195,8 @@ def _user() -> tuple[int, int]:
     return (_NOBODY, _NOBODY) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
 
 
-def _check_engine(config: SandboxConfig, address: str) -> None:
+def _check_engine(config: SandboxConfig, address: str) -> bool:
+    """Whether the engine, which has all that is asked for, is Podman."""
     if not address.startswith(_LOCAL):
         raise SandboxRefused(
             f"the engine at {address!r} (DOCKER_HOST or docker.address) may be another machine, "
@@ -203,6 +212,7 @@ def _check_engine(config: SandboxConfig, address: str) -> None:
         with _engine(address) as engine:
             runtimes = engine.info().get("Runtimes") or {}
             engine.images.get(image)
+            components = engine.version().get("Components") or []
     except ImageNotFound as error:
         fix = _BUILD.format(image=image)
         raise SandboxRefused(f"no image {image!r} at {address}: {fix}") from error
@@ -216,6 +226,7 @@ def _check_engine(config: SandboxConfig, address: str) -> None:
             f"the engine at {address} knows no runtime {runtime!r}, but {sorted(runtimes)}: "
             "add it to the engine's configuration"
         )
+    return any("podman" in component["Name"].lower() for component in components)
 
 
 @contextlib.contextmanager
@@ -251,6 +262,18 @@ class _Door:
     def __exit__(self, *exc_info: object) -> None:
         self._listener.close()
         self._temporary.cleanup()
+
+    def store(self, security_options: list[str]) -> list[str]:
+        """Put system call profiles into files, and their paths in place of them."""
+        paths = []
+        for option in security_options:
+            name, _, profile = option.partition("=")
+            if profile.startswith("{"):
+                path = Path(self.folder, f"{name}.json")
+                path.write_text(profile)
+                option = f"{name}={path}"
+            paths.append(option)
+        return paths
 
     def wait(self, last_words: int) -> socket.socket:
         """Wait for the call.
@@ -294,7 +317,10 @@ def _let_in(
         container.start()
         with door.wait(attached.fileno()) as call:
             call.settimeout(_CALL_TIMEOUT_S)
-            hello = json.loads(call.recv(_MAX_MESSAGE))
+            message = call.recv(_MAX_MESSAGE)
+            if not message:  # it ended meanwhile, and this raises its last words
+                door.wait(attached.fileno())
+            hello = json.loads(message)
             if hello["code"] != entry.fingerprint():
                 image = container.image.tags if container.image else "?"
                 raise SandboxRefused(
