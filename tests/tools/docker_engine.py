@@ -314,4 +314,7 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 
 
 if __name__ == "__main__":
-    install_packages()
+    try:
+        install_packages()
+    except EngineUnavailable as error:
+        print(f"no Docker engine: {error}")

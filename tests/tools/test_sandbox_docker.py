@@ -11,10 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import docker
 import pytest
 import yaml
+from docker.types import LogConfig
 
 from tests.tools.docker_engine import (
     BASE_IMAGE,
@@ -358,7 +360,7 @@ def test_service_of_the_compose_file_holds_in_its_container(engine: Engine):
     security = [option.partition("=") for option in service["security_opt"]]
     check = service["healthcheck"]
     client = engine.client()
-    container = client.containers.run(
+    container: Any = client.containers.run(
         build_sandbox_image(engine, "service"),
         detach=True,
         network_mode="none",
@@ -378,7 +380,7 @@ def test_service_of_the_compose_file_holds_in_its_container(engine: Engine):
         memswap_limit=service["memswap_limit"],
         nano_cpus=int(service["cpus"] * 1e9),
         healthcheck={"test": check["test"], "interval": 10**9, "timeout": 10**10},
-        log_config={"Type": "json-file"},
+        log_config=LogConfig(type="json-file"),
     )
     try:
         wait_until(

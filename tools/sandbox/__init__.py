@@ -9,7 +9,7 @@ async with create_sandbox(SandboxConfig()) as sandbox:
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.sandbox.base import Sandbox, Session
 from tir_alp.tools.sandbox.blocking import BlockingSandbox, BlockingSession, shared_sandbox
-from tir_alp.tools.sandbox.config import Limits, SandboxConfig
+from tir_alp.tools.sandbox.config import DockerConfig, Limits, SandboxConfig
 from tir_alp.tools.sandbox.create import create_sandbox
 from tir_alp.tools.sandbox.report import SandboxReport
 from tir_alp.tools.sandbox.result import RunResult, SandboxError, SandboxRefused
@@ -17,6 +17,7 @@ from tir_alp.tools.sandbox.result import RunResult, SandboxError, SandboxRefused
 __all__ = [
     "BlockingSandbox",
     "BlockingSession",
+    "DockerConfig",
     "Limits",
     "Outcome",
     "RunResult",

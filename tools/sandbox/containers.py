@@ -86,9 +86,9 @@ class ContainerJail:
         command = jails.python_command("/sandbox", "container", python="/sandbox/python")
         variables = [f"{name}={value}" for name, value in self.environment.items()]
         with _engine(self.address) as engine, _Door(self.options["user"]) as door:
-            options = self.options
+            options = dict(self.options)
             if self.reads_profiles:
-                options = options | {"security_opt": door.store(options["security_opt"])}
+                options["security_opt"] = door.store(options["security_opt"])
             folder = Mount(os.path.dirname(entry.DOOR), door.folder, type="bind", read_only=True)
             container = None
             try:
