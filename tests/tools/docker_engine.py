@@ -71,11 +71,8 @@ class Engine:
 
 
 @contextlib.contextmanager
-def docker_engine(runtimes: dict[str, dict] | None = None) -> Iterator[Engine]:
+def docker_engine() -> Iterator[Engine]:
     """Start an engine; end it, its containers and all that they were made of.
-
-    Args:
-        runtimes: More of them, as in the engine's own configuration.
 
     Raises:
         EngineUnavailable: It cannot be started here.
@@ -85,8 +82,13 @@ def docker_engine(runtimes: dict[str, dict] | None = None) -> Iterator[Engine]:
     install_packages()
     folder = Path(tempfile.mkdtemp(prefix="engine-"))
     # In memory: an image is thousands of small files, written once and removed soon after.
-    _run(["mount", "-t", "tmpfs", "-o", f"mode=0711,size={_MAX_GB}g", "engine", str(folder)])
-    engine = Engine(folder, f"/{folder.name}", _start(folder, runtimes or {}))
+    options = f"mode=0711,size={_MAX_GB}g"
+    try:
+        _run(["mount", "-t", "tmpfs", "-o", options, "engine", str(folder)])
+    except EngineUnavailable:
+        folder.rmdir()
+        raise
+    engine = Engine(folder, f"/{folder.name}", _start(folder))
     try:
         _wait_until_it_answers(engine)
         yield engine
@@ -176,7 +178,7 @@ def leftovers(engine: Engine) -> list[str]:
     return found + [f"control group {folder}" for folder in _cgroups_of(engine)]
 
 
-def _start(folder: Path, runtimes: dict[str, dict]) -> subprocess.Popen[bytes]:
+def _start(folder: Path) -> subprocess.Popen[bytes]:
     settings = {
         "data-root": f"{folder}/data",
         "exec-root": f"{folder}/exec",
@@ -189,7 +191,6 @@ def _start(folder: Path, runtimes: dict[str, dict]) -> subprocess.Popen[bytes]:
         "bridge": "none",
         "log-driver": "none",
         "cgroup-parent": f"/{folder.name}",
-        "runtimes": runtimes,
     }
     file = folder / "daemon.json"
     file.write_text(json.dumps(settings))

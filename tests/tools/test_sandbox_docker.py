@@ -35,7 +35,7 @@ from tir_alp.tools.sandbox import (
     create_sandbox,
 )
 from tir_alp.tools.sandbox.container_profile import write_profiles
-from tir_alp.tools.sandbox.containers import ContainerJail
+from tir_alp.tools.sandbox.containers import ContainerJail, RunningContainer
 
 pytestmark = pytest.mark.sandbox
 
@@ -209,6 +209,16 @@ def test_engine_that_does_not_answer_is_refused(tmp_path: Path):
     message = refusal(config(f"unix://{tmp_path}/none.sock"))
     assert f"no engine answers at unix://{tmp_path}/none.sock" in message
     assert "DOCKER_HOST" in message
+
+
+def test_engine_that_dies_later_is_a_failure_of_the_sandbox(engine_address: str, tmp_path: Path):
+    def with_dead_engine(jail: ContainerJail) -> ContainerJail:
+        return dataclasses.replace(jail, address=address)
+
+    address = f"unix://{tmp_path}/none.sock"
+    message = refusal(config(engine_address), with_dead_engine)
+    assert "the container does not start" in message
+    asyncio.run(RunningContainer(address, "any").end())  # nothing to do, and no error
 
 
 def test_missing_sdk_is_named(monkeypatch):

@@ -81,30 +81,33 @@ class ContainerJail:
         self, requests: socket.socket, obituaries: socket.socket, errors: IO[bytes]
     ) -> RunningContainer:
         from docker.errors import DockerException
+
+        try:
+            with _engine(self.address) as engine, _Door(self.options["user"]) as door:
+                container = self._create(engine, door)
+                try:
+                    _let_in(door, container, requests, obituaries, errors)
+                finally:
+                    if not door.was_opened:
+                        _remove(engine, str(container.id))
+                return RunningContainer(self.address, str(container.id))
+        except (DockerException, OSError, ValueError) as error:
+            raise SandboxError(f"the container does not start: {error}") from error
+
+    def _create(self, engine: docker.DockerClient, door: _Door) -> Container:
         from docker.types import Mount
 
-        command = jails.python_command("/sandbox", "container", python="/sandbox/python")
+        options = dict(self.options)
+        if self.reads_profiles:
+            options["security_opt"] = door.store(options["security_opt"])
         variables = [f"{name}={value}" for name, value in self.environment.items()]
-        with _engine(self.address) as engine, _Door(self.options["user"]) as door:
-            options = dict(self.options)
-            if self.reads_profiles:
-                options["security_opt"] = door.store(options["security_opt"])
-            folder = Mount(os.path.dirname(entry.DOOR), door.folder, type="bind", read_only=True)
-            container = None
-            try:
-                container = engine.containers.create(
-                    entrypoint=["/usr/bin/env", "-i", *variables],
-                    command=command,
-                    mounts=[folder],
-                    **options,
-                )
-                _let_in(door, container, requests, obituaries, errors)
-                return RunningContainer(self.address, str(container.id))
-            except (DockerException, OSError, ValueError) as error:
-                raise SandboxError(f"the container does not start: {error}") from error
-            finally:
-                if container is not None and not door.was_opened:
-                    _remove(engine, str(container.id))
+        folder = Mount(os.path.dirname(entry.DOOR), door.folder, type="bind", read_only=True)
+        return engine.containers.create(
+            entrypoint=["/usr/bin/env", "-i", *variables],
+            command=jails.python_command("/sandbox", "container", python="/sandbox/python"),
+            mounts=[folder],
+            **options,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,10 @@ class RunningContainer:
         await asyncio.to_thread(self._end)
 
     def _end(self) -> None:
-        with _engine(self.address) as engine:
+        from docker.errors import DockerException
+
+        # If the engine is gone, the container ends all the same: its host has closed its sockets.
+        with contextlib.suppress(DockerException, OSError), _engine(self.address) as engine:
             _remove(engine, self.container_id)
 
 
