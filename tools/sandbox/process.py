@@ -329,17 +329,18 @@ class InterpreterProcess:
             self._gate.release()
         if self._grace is not None:
             self._grace.cancel()
-        if self._pidfd >= 0:
-            self._send_kill()
-            try:
+        try:
+            if self._pidfd >= 0:
+                self._send_kill()
                 await readable(self._pidfd, _DEATH_TIMEOUT_S)
-            except TimeoutError:
-                self._kill_family()
-            finally:
+        except TimeoutError:
+            self._kill_family()
+        finally:  # even if whoever waits is cancelled
+            if self._pidfd >= 0:
                 os.close(self._pidfd)
-        if self._status is not None:
-            self._status.close()
-        self._server.move_out(self._family, self._pid_in_family)
+            if self._status is not None:
+                self._status.close()
+            self._server.move_out(self._family, self._pid_in_family)
 
     async def cause_of_death(self) -> Lost:
         """Why it was lost; what a crash was, its keeper tells."""

@@ -132,9 +132,11 @@ class PythonSession:
         """Kill the interpreter. Closing twice is allowed."""
         if not self._closed:
             self._closed = True
-            await self._process.kill()
-            self._budget.settle(self, NOTHING)
-            self._on_close(self)
+            try:
+                await self._process.kill()
+            finally:  # even if whoever waits is cancelled
+                self._budget.settle(self, NOTHING)
+                self._on_close(self)
 
     async def __aenter__(self) -> PythonSession:
         return self
