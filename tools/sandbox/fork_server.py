@@ -7,9 +7,9 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import socket
 import subprocess
-import tempfile
 from dataclasses import dataclass
 
 from tir_alp.tools.sandbox.config import Lifetime
@@ -63,7 +63,8 @@ class ForkServer:
         self._started: asyncio.Future[None] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._all_gone: asyncio.Future[None] | None = None
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `stop`)
+        # In memory: a full disk must not keep a jail from starting. Closed by `stop`.
+        self._errors = open(os.memfd_create("errors"), "w+b")  # noqa: SIM115
         self._requests, self._their_requests = _socket_pair()
         self._requests.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._obituaries, self._their_obituaries = _socket_pair()
@@ -77,25 +78,33 @@ class ForkServer:
         loop = asyncio.get_running_loop()
         self._started, self._all_gone = loop.create_future(), loop.create_future()
         theirs = (self._their_requests.fileno(), self._their_obituaries.fileno())
-        self._process = subprocess.Popen(
-            self.jail.command(*theirs),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self._errors,
-            env=self.jail.environment,
-            pass_fds=theirs,
-            start_new_session=True,
-        )
-        self._their_requests.close()
-        self._their_obituaries.close()
+        try:
+            self._process = subprocess.Popen(
+                self.jail.command(*theirs),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                env=self.jail.environment,
+                pass_fds=theirs,
+                start_new_session=True,
+            )
+        except OSError as error:
+            await self.stop()
+            raise SandboxError(f"the fork server did not start: {error}") from error
+        finally:
+            self._their_requests.close()
+            self._their_obituaries.close()
         loop.add_reader(self._requests, self._on_answer)
         loop.add_reader(self._obituaries, self._on_obituary)
         with contextlib.suppress(OSError):  # dead already; `_on_answer` reads its last words
             self._requests.send(json.dumps(dataclasses.asdict(self.jail.spec)).encode())
         try:
             await asyncio.wait_for(asyncio.shield(self._started), _START_TIMEOUT_S)
-        except BaseException:
+        except BaseException as error:
             await self.stop()
+            if isinstance(error, TimeoutError):
+                late = f"the fork server was not ready within {_START_TIMEOUT_S:g} s"
+                raise SandboxError(late) from None
             raise
 
     def poll(self) -> None:
@@ -236,6 +245,7 @@ class ForkServer:
         error = SandboxError(f"the fork server died: {reason}")
         if self._started is not None and not self._started.done():
             self._started.set_exception(error)
+            self._started.exception()  # seen, even if nobody waits any more
         for death in self._deaths.values():
             if not death.done():
                 death.set_result(SERVER_DIED)

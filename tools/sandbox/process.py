@@ -10,6 +10,7 @@ import array
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import socket
 import time
@@ -31,7 +32,7 @@ from tir_alp.tools.sandbox.waiting import readable
 
 _GREETING_TIMEOUT_S = 20.0
 _DEATH_TIMEOUT_S = 5.0
-_OBITUARY_TIMEOUT_S = 1.0
+_OBITUARY_TIMEOUT_S = 5.0
 _CHUNK = 1 << 16
 _MAX_REPLY = 16 << 20
 _GRACE_S = 0.25
@@ -279,28 +280,37 @@ class InterpreterProcess:
             self.lose(Outcome.TOOL_ERROR, f"it wrote to the sandbox's own channel: {error}")
 
     def _on_output(self, pipe: FileIO) -> None:
+        if self._take_output(pipe):
+            self.lose(Outcome.RESOURCE_LIMIT, self._flood)
+
+    def _take_output(self, pipe: FileIO) -> bool:
+        """Read what is there; whether it was too much, after which the rest stays unread."""
         sink = self.stdout if pipe is self._out else self.stderr
         while self.lost is None:
             data = pipe.read(_CHUNK)
             if data is None:  # nothing more for now
-                return
+                return False
             if not data:
                 asyncio.get_running_loop().remove_reader(pipe)
-                return
+                return False
             sink.feed(data)
             if self.stdout.total_bytes + self.stderr.total_bytes > self._max_output_bytes:
-                self.lose(
-                    Outcome.RESOURCE_LIMIT, f"it printed more than {self._max_output_bytes} bytes"
-                )
+                return True
+        return False
+
+    @property
+    def _flood(self) -> str:
+        return f"it printed more than {self._max_output_bytes} bytes"
 
     # ------------------------------------------------------------------ death
 
     def lose(self, outcome: Outcome, reason: str) -> None:
         """Give it up: it is killed, and whoever waits for a reply gets `Lost`."""
-        if self.lost is None and self._pidfd >= 0:
-            self.drain()  # its last words; they may themselves be too many
         if self.lost is not None:
             return
+        # Its last words, which may themselves be too many.
+        if self._pidfd >= 0 and any(map(self._take_output, (self._out, self._err))):
+            outcome, reason = Outcome.RESOURCE_LIMIT, self._flood
         self.measure()
         self.cpu_s()
         self.lost = Lost(outcome, reason)
@@ -309,7 +319,7 @@ class InterpreterProcess:
             loop.remove_reader(end)
         if self._pidfd >= 0:
             if reason == _CRASHED:  # dead or dying, unless it has only closed its channel
-                self._grace = loop.call_later(_GRACE_S, self._send_kill)
+                self._grace = loop.call_later(_GRACE_S, self._end_grace)
             else:
                 self._send_kill()
         if self._reply is not None and not self._reply.done():
@@ -351,8 +361,8 @@ class InterpreterProcess:
         outcome = Outcome.TOOL_ERROR
         try:
             end = await asyncio.wait_for(asyncio.shield(death), _OBITUARY_TIMEOUT_S)
-        except TimeoutError:
-            reason = _CLOSED_CHANNEL
+        except TimeoutError:  # no program can keep it from telling
+            outcome, reason = Outcome.INFRA_ERROR, "its keeper died"
         else:
             if end is SERVER_DIED:
                 outcome, reason = Outcome.INFRA_ERROR, "the fork server died"
@@ -373,6 +383,10 @@ class InterpreterProcess:
     def _cannot_send_signals(self) -> bool:
         """Whether a SIGKILL cannot be its own: the machine is out of memory, or a keeper ended."""
         return self._server.jail.spec.seccomp != ""
+
+    def _end_grace(self) -> None:
+        if not select.select([self._pidfd], [], [], 0)[0]:  # it lives: it has closed its channel
+            self._send_kill()
 
     def _send_kill(self) -> None:
         self._was_killed = True

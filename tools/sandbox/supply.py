@@ -127,7 +127,10 @@ class InterpreterSupply:
         await self._end(server)
 
     def _new_server(self) -> ForkServer:
-        server = ForkServer(self._jail)
+        try:
+            server = ForkServer(self._jail)
+        except OSError as error:
+            raise SandboxError(f"no descriptors for another fork server: {error}") from error
         self._servers.add(server)
         return server
 
