@@ -226,7 +226,9 @@ def test_death_of_the_fork_server_ends_what_was_ready_and_the_next_is_served():
         async with unprobed_sandbox(config_of(ready_sessions=2)) as sandbox:
             await until(lambda: sandbox.num_ready_sessions == 2)
             (server,) = fork_servers(others)
+            within = descendants(server.pid)
             os.kill(server.pid, signal.SIGKILL)
+            await until(lambda: not any(map(is_running, within)))
             async with sandbox.session() as python:
                 result = await python.run("1")
             await until(lambda: sandbox.num_ready_sessions == 2)
