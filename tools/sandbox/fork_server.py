@@ -7,12 +7,15 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import socket
 import subprocess
-import tempfile
 from dataclasses import dataclass
 
+from tir_alp.tools.sandbox.config import Lifetime
+from tir_alp.tools.sandbox.credentials import CREDENTIALS_SPACE, sender
 from tir_alp.tools.sandbox.jails import Jail
+from tir_alp.tools.sandbox.process_status import ProcessStatus
 from tir_alp.tools.sandbox.result import SandboxError
 
 _START_TIMEOUT_S = 120.0
@@ -48,14 +51,22 @@ class ForkServer:
         self.dead = False
         self.births = asyncio.Semaphore(_BIRTHS_AT_ONCE)
         """Hold it while an interpreter is born."""
+        self.num_sessions = 0
+        """That it has been asked for so far."""
+        self._num_residents = 0
+        self._vacant = asyncio.Event()
+        self._vacant.set()
+        self._status: ProcessStatus | None = None
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[str]] = {}
         self._deaths: dict[tuple[int, int], asyncio.Future[Death]] = {}
         self._started: asyncio.Future[None] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._all_gone: asyncio.Future[None] | None = None
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `stop`)
+        # In memory: a full disk must not keep a jail from starting. Closed by `stop`.
+        self._errors = open(os.memfd_create("errors"), "w+b")  # noqa: SIM115
         self._requests, self._their_requests = _socket_pair()
+        self._requests.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._obituaries, self._their_obituaries = _socket_pair()
 
     async def start(self) -> None:
@@ -67,24 +78,33 @@ class ForkServer:
         loop = asyncio.get_running_loop()
         self._started, self._all_gone = loop.create_future(), loop.create_future()
         theirs = (self._their_requests.fileno(), self._their_obituaries.fileno())
-        self._process = subprocess.Popen(
-            self.jail.command(*theirs),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self._errors,
-            env=self.jail.environment,
-            pass_fds=theirs,
-            start_new_session=True,
-        )
-        self._their_requests.close()
-        self._their_obituaries.close()
+        try:
+            self._process = subprocess.Popen(
+                self.jail.command(*theirs),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                env=self.jail.environment,
+                pass_fds=theirs,
+                start_new_session=True,
+            )
+        except OSError as error:
+            await self.stop()
+            raise SandboxError(f"the fork server did not start: {error}") from error
+        finally:
+            self._their_requests.close()
+            self._their_obituaries.close()
         loop.add_reader(self._requests, self._on_answer)
         loop.add_reader(self._obituaries, self._on_obituary)
-        self._requests.send(json.dumps(dataclasses.asdict(self.jail.spec)).encode())
+        with contextlib.suppress(OSError):  # dead already; `_on_answer` reads its last words
+            self._requests.send(json.dumps(dataclasses.asdict(self.jail.spec)).encode())
         try:
             await asyncio.wait_for(asyncio.shield(self._started), _START_TIMEOUT_S)
-        except BaseException:
+        except BaseException as error:
             await self.stop()
+            if isinstance(error, TimeoutError):
+                late = f"the fork server was not ready within {_START_TIMEOUT_S:g} s"
+                raise SandboxError(late) from None
             raise
 
     def poll(self) -> None:
@@ -100,6 +120,7 @@ class ForkServer:
         """
         number = next(self._numbers)
         self._send({"op": "session", "id": number}, descriptors)
+        self.num_sessions += 1
         return number
 
     async def furnish_branch(self, pidfd: int) -> None:
@@ -126,9 +147,28 @@ class ForkServer:
                 self._deaths[key].set_result(SERVER_DIED)
         return self._deaths[key]
 
-    def forget(self, family: int, pid: int) -> None:
-        """Nobody asks for this death any more."""
+    def move_in(self) -> None:
+        """Count one interpreter that depends on this fork server, born or about to be."""
+        self._num_residents += 1
+        self._vacant.clear()
+
+    def move_out(self, family: int, pid: int) -> None:
+        """Count one less; nobody asks for its death any more."""
         self._deaths.pop((family, pid), None)
+        self._num_residents -= 1
+        if not self._num_residents:
+            self._vacant.set()
+
+    def worn_out(self, lifetime: Lifetime) -> str:
+        """Why it should not be used any longer; empty if it may."""
+        if self.dead or self._status is None:
+            return ""
+        self._status.measure()
+        return lifetime.exceeded(self.num_sessions, "sessions", self._status)
+
+    async def vacated(self) -> None:
+        """Wait until no interpreter depends on it any more."""
+        await self._vacant.wait()
 
     async def stop(self) -> None:
         """End the fork server and with it every session; wait until none of them is left."""
@@ -143,6 +183,8 @@ class ForkServer:
             asyncio.get_running_loop().remove_reader(self._obituaries)
         self._obituaries.close()
         self._errors.close()
+        if self._status is not None:
+            self._status.close()
 
     def _send(self, message: dict[str, object], descriptors: list[int]) -> None:
         if self.dead:
@@ -154,20 +196,30 @@ class ForkServer:
 
     def _on_answer(self) -> None:
         try:
-            data = self._requests.recv(_MAX_MESSAGE)
+            data, ancillary, _, _ = self._requests.recvmsg(_MAX_MESSAGE, CREDENTIALS_SPACE)
         except BlockingIOError:
             return
         except OSError:
-            data = b""
+            data, ancillary = b"", []
         if not data:
             self._mark_dead(self._last_words())
             return
         message = json.loads(data)
         if message.get("ready"):
-            if self._started is not None and not self._started.done():
-                self._started.set_result(None)
+            self._on_ready(sender(ancillary))
         elif (answer := self._answers.get(message["id"])) is not None and not answer.done():
             answer.set_result(message["error"])
+
+    def _on_ready(self, pid: int) -> None:
+        self._requests.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+        if self._started is None or self._started.done():
+            return
+        try:
+            self._status = ProcessStatus(pid)
+        except OSError as error:
+            self._started.set_exception(SandboxError(f"the fork server is gone: {error}"))
+        else:
+            self._started.set_result(None)
 
     def _on_obituary(self) -> None:
         try:
@@ -193,6 +245,7 @@ class ForkServer:
         error = SandboxError(f"the fork server died: {reason}")
         if self._started is not None and not self._started.done():
             self._started.set_exception(error)
+            self._started.exception()  # seen, even if nobody waits any more
         for death in self._deaths.values():
             if not death.done():
                 death.set_result(SERVER_DIED)
