@@ -251,7 +251,11 @@ def test_several_runs_go_beside_the_first(tmp_path, capsys):
     runs = [str(make_run(tmp_path / name, seed=seed)) for seed, name in enumerate("ab")]
     assert main(runs) == 0
     (folder,) = tmp_path.glob("report-*")
-    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    table, _, last_line = capsys.readouterr().out.strip().rpartition("\n")
+    assert last_line == str(folder / "report.html")
+    assert table.strip() == (folder / "table.md").read_text().strip()
+    titles, *rows = ([*line.split(" | ")] for line in table.strip().splitlines())
+    assert {len(row) for row in rows} == {len(titles)}
 
 
 def test_the_module_is_a_command(tmp_path):

@@ -18,7 +18,10 @@ from tests.tools.docker_engine import (
 )
 from tir_alp.tools.sandbox import BlockingSandbox, BlockingSession, SandboxConfig, shared_sandbox
 
-BARE = SandboxConfig(preload=(), memory_mb=512, tmp_mb=8, tmp_files=64, max_processes=16)
+# No sessions ahead: some tests count the children of this process, from which these would differ.
+BARE = SandboxConfig(
+    preload=(), memory_mb=512, tmp_mb=8, tmp_files=64, max_processes=16, ready_sessions=0
+)
 
 
 @pytest.fixture(scope="session")

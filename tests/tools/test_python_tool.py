@@ -102,6 +102,9 @@ def test_nothing_starts_before_the_first_call():
 
 
 def test_dead_sandbox_is_an_infrastructure_error(session: PythonToolSession, monkeypatch):
+    tool = PythonTool(BARE.model_copy(update={"ready_sessions": 0}))  # what is ready needs no more
+    assert tool.run({"code": "1"}, session).outcome is Outcome.OK
+    session.close()
     monkeypatch.setattr(os, "pipe", lambda: (_ for _ in ()).throw(OSError(24, "no descriptors")))
-    result = TOOL.run({"code": "1"}, session)
+    result = tool.run({"code": "1"}, session)
     assert result.outcome is Outcome.INFRA_ERROR and "no descriptors" in result.error

@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.tools.processes import descendants, is_running, wait_until
 from tir_alp.tools.sandbox import (
     BlockingSession,
     Limits,
@@ -19,10 +19,12 @@ from tir_alp.tools.sandbox import (
     SandboxConfig,
     SandboxError,
     SandboxRefused,
+    Session,
     create_sandbox,
 )
 from tir_alp.tools.sandbox.bubblewrap import NamespacesJail
 from tir_alp.tools.sandbox.plain import PlainJail
+from tir_alp.tools.sandbox.sandbox import LocalSandbox
 
 pytestmark = pytest.mark.sandbox
 
@@ -153,8 +155,8 @@ def test_death_of_the_fork_server_is_an_infrastructure_error(backend: str):
             await idle.run("x = 1")
             call = asyncio.create_task(busy.run("import time; time.sleep(30)"))
             await asyncio.sleep(0.2)
-            mine = [pid for pid in _descendants(os.getpid()) if pid not in others]
-            os.kill(mine[0], signal.SIGKILL)  # my own child, and with it all of its own
+            mine = [process for process in descendants(os.getpid()) if process not in others]
+            os.kill(mine[0].pid, signal.SIGKILL)  # my own child, and with it all of its own
             yield await asyncio.wait_for(call, 10)
             yield await idle.run("x")
             yield await idle.run("'x' in globals()")
@@ -163,7 +165,7 @@ def test_death_of_the_fork_server_is_an_infrastructure_error(backend: str):
     async def collect():
         return [result async for result in scenario()]
 
-    others = set(_descendants(os.getpid()))
+    others = set(descendants(os.getpid()))
     busy, idle, idle_again, busy_again = asyncio.run(collect())
     assert busy.outcome is Outcome.INFRA_ERROR
     assert idle.outcome is Outcome.INFRA_ERROR  # its variables are gone, and it is not to blame
@@ -187,42 +189,59 @@ def test_cancelled_call_costs_only_the_interpreter(backend: str):
 
 @ON_EACH_BACKEND
 def test_nothing_is_left_when_the_sandbox_is_closed(backend: str):
-    folders = set(Path("/tmp").glob("sandbox-*"))
-
-    async def scenario() -> tuple[int, int]:
-        before = len(os.listdir("/proc/self/fd"))
+    async def scenario() -> list[Path]:
         async with create_sandbox(bare(backend)) as sandbox:
             sessions = [await sandbox.open_session() for _ in range(5)]
+            folders = [await _folder_of(session) for session in sessions]
             await sessions[0].fork()
             await sessions[1].run("import os; os.abort()")
             await sessions[2].run("while True: pass", Limits(wall_s=0.1))
-            assert len(_descendants(os.getpid())) > 8
-        return before, len(os.listdir("/proc/self/fd"))
+            assert len(set(descendants(os.getpid())) - mine) > 8
+            return folders
 
-    mine = set(_descendants(os.getpid()))
-    before, after = asyncio.run(scenario())
-    assert set(_descendants(os.getpid())) == mine
-    assert not set(Path("/tmp").glob("sandbox-*")) - folders
-    assert before == after
+    mine, files = set(descendants(os.getpid())), len(os.listdir("/proc/self/fd"))
+    folders = asyncio.run(scenario())
+    assert set(descendants(os.getpid())) == mine
+    assert len(os.listdir("/proc/self/fd")) == files
+    assert backend == "namespaces" or not any(folder.exists() for folder in folders)
 
 
 @ON_EACH_BACKEND
 def test_closed_sessions_leave_no_process_and_no_descriptor(backend: str):
-    async def scenario() -> tuple[list[int], list[int]]:
-        async with create_sandbox(bare(backend)) as sandbox:
-            counts = []
+    async def scenario() -> None:
+        config = bare(backend)
+        async with create_sandbox(config) as sandbox:
+            assert isinstance(sandbox, LocalSandbox)
+            counts = set()
             for _ in range(2):
                 for _ in range(20):
                     async with sandbox.session() as python:
                         branch = await python.fork()
                         await branch.close()
-                await asyncio.sleep(0.2)
-                files = len(os.listdir("/proc/self/fd"))
-                counts.append([files, len(_descendants(os.getpid()))])
-            return counts[0], counts[1]
+                # A keeper ends a moment after its interpreter; those that are ready come and stay.
+                num_processes = num_others + NUM_PROCESSES[backend] + 2 * config.ready_sessions
+                await _until(lambda: sandbox.num_ready_sessions == config.ready_sessions)
+                await _until(lambda: len(descendants(os.getpid())) == num_processes)  # noqa: B023
+                counts.add(len(os.listdir("/proc/self/fd")))
+            assert len(counts) == 1
 
-    first, second = asyncio.run(scenario())
-    assert first == second
+    num_others = len(descendants(os.getpid()))
+    asyncio.run(scenario())
+
+
+NUM_PROCESSES = {"namespaces": 3, "landlock": 1}
+"""Of a jail without sessions: bubblewrap's two and the fork server."""
+
+
+async def _folder_of(session: Session) -> Path:
+    result = await session.run("import os; os.path.dirname(os.getcwd())")
+    return Path((result.value or "").strip("'"))
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.02)
 
 
 @ON_EACH_BACKEND
@@ -231,33 +250,35 @@ def test_end_of_the_host_is_the_end_of_the_jail(backend: str, end: signal.Signal
     program = (
         f"backend = {backend!r}"
         + """
-import sys, threading
+import signal, sys, threading
 from tir_alp.tools.sandbox import SandboxConfig, shared_sandbox
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 session = shared_sandbox(SandboxConfig(backend=backend, preload=())).session()
 branch = session.fork()
+folder = session.run("import os; os.path.dirname(os.getcwd())").value
 threading.Thread(target=branch.run, args=("while True: pass",), daemon=True).start()
 threading.Thread(target=session.run, args=("while True: pass",), daemon=True).start()
-print("up", flush=True)
+print(folder, flush=True)
 sys.stdin.read()
 """
     )
-    folders = set(Path("/tmp").glob("sandbox-*"))
     host = subprocess.Popen(
         [sys.executable, "-c", program],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
-    assert host.stdin and host.stdout and host.stdout.readline() == b"up\n"
-    jailed = _descendants(host.pid)
+    assert host.stdin and host.stdout
+    folder = Path(host.stdout.readline().decode().strip("'\n"))
+    jailed = descendants(host.pid)
     assert len(jailed) >= 4
     if end is None:
         host.stdin.close()
     else:
         host.send_signal(end)
-    host.wait(20)
-    _wait_until(lambda: not any(map(_is_running, jailed)))
-    _wait_until(lambda: not set(Path("/tmp").glob("sandbox-*")) - folders)
+    host.wait(60)
+    wait_until(lambda: not any(map(is_running, jailed)))
+    assert backend == "namespaces" or not folder.exists()
 
 
 Jail = NamespacesJail | PlainJail
@@ -388,30 +409,3 @@ def test_module_that_is_not_installed_is_named():
 
     with pytest.raises(SandboxRefused, match="no_such_module"):
         asyncio.run(start())
-
-
-def _descendants(pid: int) -> list[int]:
-    """Children first, then theirs."""
-    children: dict[int, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-        except OSError:
-            continue
-        if state != "Z":
-            children.setdefault(int(parent), []).append(int(folder.name))
-    found = list(children.get(pid, []))
-    for child in found:
-        found += children.get(child, [])
-    return found
-
-
-def _is_running(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

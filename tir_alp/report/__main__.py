@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tir_alp.report import write_comparison, write_run_report
+from tir_alp.report.write import TABLE
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str]) -> int:
         else:
             beside = runs[0].parent / f"report-{time.strftime('%Y%m%d-%H%M%S')}"
             page = write_comparison(runs, options.out or beside)
+            print((page.parent / TABLE).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         print(f"tir_alp.report: {error}", file=sys.stderr)
         return 2

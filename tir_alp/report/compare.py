@@ -77,6 +77,13 @@ def row(method: Method) -> list[str]:
     ]
 
 
+def markdown(methods: Iterable[Method]) -> str:
+    """The table as text, a line a method."""
+    titles = [title.replace("|", r"\|") for title in COLUMNS]
+    lines = [titles, ["---"] * len(titles), *map(row, methods)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
 def _num_not_finite(record: Record) -> int:
     """Steps in which some metric was NaN or infinite."""
     return len(

@@ -1,4 +1,7 @@
-"""What a report is on the disk: `report.html`, and its pictures again in `figures/`."""
+"""What a report is on the disk: `report.html`, and its pictures again in `figures/`.
+
+A comparison also has its table as text, `table.md`.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tir_alp.report.catalogue import PICTURES
+from tir_alp.report.compare import markdown
 from tir_alp.report.figures import Drawn, pictures_of_methods, pictures_of_run
 from tir_alp.report.methods import by_method
 from tir_alp.report.page import page_of_methods, page_of_run
 from tir_alp.report.read import Record, read_run
+
+TABLE = "table.md"
+"""The numbers that compare runs, beside the page."""
 
 
 def write_run_report(path: Path, out: Path | None = None) -> Path:
@@ -48,6 +55,8 @@ def write_comparison(paths: Sequence[Path], out: Path) -> Path:
         raise ValueError(f"{out} is the folder of a run, whose own report would be lost")
     methods = by_method([*records.values()])
     drawn = pictures_of_methods(methods)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / TABLE).write_text(markdown(methods), encoding="utf-8")
     return _write(out, drawn, lambda pictures: page_of_methods(methods, drawn, pictures))
 
 

@@ -45,19 +45,22 @@ class NamespacesJail:
     """Of bubblewrap, the binds left out."""
     spec: JailSpec
 
-    async def start(
-        self, requests: socket.socket, obituaries: socket.socket, errors: IO[bytes]
-    ) -> jails.ChildProcess:
-        """Start the launcher, which becomes bubblewrap, which starts the fork server."""
-        theirs = (requests.fileno(), obituaries.fileno())
+    def command(self, requests_fd: int, obituaries_fd: int) -> list[str]:
+        """Of the launcher, which becomes bubblewrap, which starts the fork server."""
         job = {
             "bwrap": self.bwrap,
             "binds": self.binds,
             "arguments": self.arguments,
-            "command": jails.python_command("/jail", "fork_server", *theirs),
+            "command": jails.python_command("/jail", "fork_server", requests_fd, obituaries_fd),
         }
-        command = [sys.executable, "-I", "-S", str(LAUNCHER), json.dumps(job)]
-        return jails.ChildProcess(command, {}, theirs, errors)
+        return [sys.executable, "-I", "-S", str(LAUNCHER), json.dumps(job)]
+
+    async def start(
+        self, requests: socket.socket, obituaries: socket.socket, errors: IO[bytes]
+    ) -> jails.ChildProcess:
+        """Start the launcher."""
+        theirs = (requests.fileno(), obituaries.fileno())
+        return jails.ChildProcess(self.command(*theirs), {}, theirs, errors)
 
 
 def plan_namespaces(config: SandboxConfig) -> NamespacesJail:

@@ -6,6 +6,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tir_alp.tools.sandbox.process_status import ProcessStatus
+
 TOKEN_VARIABLE = "TIR_ALP_SANDBOX_TOKEN"
 """The environment variable that holds the token of the service, on both sides."""
 
@@ -48,6 +50,26 @@ class DockerConfig(_Section):
     """Of a container, threads included."""
 
 
+class Lifetime(_Section):
+    """How long something is used before a fresh one takes its place. A bound of None is none."""
+
+    max_uses: int | None = Field(default=None, gt=0)
+    """Calls of an interpreter; sessions of a fork server."""
+    max_age_s: float | None = Field(default=None, gt=0)
+    max_grown_mb: float | None = Field(default=None, gt=0)
+    """Memory taken since its birth."""
+
+    def exceeded(self, uses: int, unit: str, status: ProcessStatus) -> str:
+        """Which bound it has come to, in words; empty if none."""
+        if self.max_uses is not None and uses >= self.max_uses:
+            return f"it has served {uses} {unit}"
+        if self.max_age_s is not None and status.age_s >= self.max_age_s:
+            return f"it is older than {self.max_age_s:g} s"
+        if self.max_grown_mb is not None and status.grown_mb > self.max_grown_mb:
+            return f"it has grown by more than {self.max_grown_mb:g} MB"
+        return ""
+
+
 class SandboxConfig(_Section):
     """One sandbox: a warm fork server, and the sessions that it forks.
 
@@ -74,8 +96,20 @@ class SandboxConfig(_Section):
     """Memory for all sessions together: each call that runs counts with the whole of `memory_mb`,
     each idle interpreter with what it has grown by; a call that does not fit waits. None: three
     quarters of what the machine has free when the sandbox starts."""
+    process_budget: int | None = Field(default=None, gt=0)
+    """Processes and threads for all sessions together: each call that runs, and each birth, counts
+    with the whole of `max_processes`, each idle interpreter with the threads that it keeps and with
+    its keeper; what does not fit waits. None: three quarters of what the kernel, the limit of the
+    user and the control groups leave when the sandbox starts."""
     max_wait_s: float = Field(default=600.0, gt=0)
     """How long a session or a call waits for its turn before it is an error."""
+    ready_sessions: int = Field(default=2, ge=0)
+    """Idle interpreters that wait, beside `max_sessions`, for a session to open: it gets one at
+    once, and the next is forked in the background."""
+    interpreter_lifetime: Lifetime = Lifetime(max_uses=10_000, max_age_s=86_400, max_grown_mb=512)
+    """Checked after each call. The variables end with it, and the note of the call says so."""
+    fork_server_lifetime: Lifetime = Lifetime(max_uses=10_000, max_age_s=86_400, max_grown_mb=256)
+    """Checked when a session opens. Open ones stay with the old one, which ends with the last."""
     memory_mb: int = Field(default=1024, ge=64)
     """Address space of a session, the interpreter and its libraries included."""
     max_processes: int = Field(default=64, ge=4)

@@ -102,10 +102,10 @@ async def _read(session: Session, path: str, room: int) -> bytes | str | None:
         result = await session.run(cell, _LIMITS)
         if result.outcome.is_infrastructure:
             raise SandboxError(result.stderr)
+        if result.note:  # first: the old folder may still stand, closed to the new interpreter
+            return "it is gone with the interpreter"
         if result.outcome is not Outcome.OK:
             return (result.stderr.splitlines() or [result.outcome.value])[-1]
-        if result.note:
-            return "it is gone with the interpreter"
         if result.value is None:
             return None
         try:

@@ -7,11 +7,14 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import socket
-import tempfile
 from dataclasses import dataclass
 
+from tir_alp.tools.sandbox.config import Lifetime
+from tir_alp.tools.sandbox.credentials import CREDENTIALS_SPACE, sender
 from tir_alp.tools.sandbox.jails import Jail, Started
+from tir_alp.tools.sandbox.process_status import ProcessStatus
 from tir_alp.tools.sandbox.result import SandboxError
 
 _START_TIMEOUT_S = 120.0
@@ -47,6 +50,12 @@ class ForkServer:
         self.dead = False
         self.births = asyncio.Semaphore(_BIRTHS_AT_ONCE)
         """Hold it while an interpreter is born."""
+        self.num_sessions = 0
+        """That it has been asked for so far."""
+        self._num_residents = 0
+        self._vacant = asyncio.Event()
+        self._vacant.set()
+        self._status: ProcessStatus | None = None
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[str]] = {}
         self._deaths: dict[tuple[int, int], asyncio.Future[Death]] = {}
@@ -54,9 +63,10 @@ class ForkServer:
         self._running: Started | None = None
         self._all_gone: asyncio.Future[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
-        self._num_tenants = 0
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `stop`)
+        # In memory: a full disk must not keep a jail from starting. Closed by `stop`.
+        self._errors = open(os.memfd_create("errors"), "w+b")  # noqa: SIM115
         self._requests, self._their_requests = _socket_pair()
+        self._requests.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._obituaries, self._their_obituaries = _socket_pair()
 
     async def start(self) -> None:
@@ -73,10 +83,16 @@ class ForkServer:
             self._close_their_ends()
             loop.add_reader(self._requests, self._on_answer)
             loop.add_reader(self._obituaries, self._on_obituary)
-            self._requests.send(json.dumps(dataclasses.asdict(self.jail.spec)).encode())
+            with contextlib.suppress(OSError):  # dead already; `_on_answer` reads its last words
+                self._requests.send(json.dumps(dataclasses.asdict(self.jail.spec)).encode())
             await asyncio.wait_for(asyncio.shield(self._started), _START_TIMEOUT_S)
-        except BaseException:
+        except BaseException as error:
             await self.stop()
+            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                raise SandboxError(f"the fork server did not start: {error}") from error
+            if isinstance(error, TimeoutError):
+                late = f"the fork server was not ready within {_START_TIMEOUT_S:g} s"
+                raise SandboxError(late) from None
             raise
 
     def poll(self) -> None:
@@ -92,6 +108,7 @@ class ForkServer:
         """
         number = next(self._numbers)
         self._send({"op": "session", "id": number}, descriptors)
+        self.num_sessions += 1
         return number
 
     async def furnish_branch(self, pidfd: int) -> None:
@@ -119,16 +136,36 @@ class ForkServer:
         return self._deaths[key]
 
     def move_in(self) -> None:
-        """Count an interpreter, from before its birth."""
-        self._num_tenants += 1
+        """Count one interpreter that depends on this fork server, born or about to be."""
+        self._num_residents += 1
+        self._vacant.clear()
 
     def move_out(self, family: int, pid: int) -> None:
-        """Count it no more, and forget its death. The last one ends a server of one session."""
+        """Count one less, and forget its death. The last one ends a server of one session."""
         self._deaths.pop((family, pid), None)
-        self._num_tenants -= 1
-        if self._num_tenants == 0 and self.jail.one_session:
+        self._num_residents -= 1
+        if self._num_residents:
+            return
+        self._vacant.set()
+        if self.jail.one_session:
             self._mark_dead("its session is over")
             self._begin_to_stop()
+
+    def worn_out(self, lifetime: Lifetime) -> str:
+        """Why it should not be used any longer; empty if it may."""
+        if self.dead or self._status is None:
+            return ""
+        self._status.measure()
+        return lifetime.exceeded(self.num_sessions, "sessions", self._status)
+
+    async def vacated(self) -> None:
+        """Wait until no interpreter depends on it any more."""
+        await self._vacant.wait()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing of it is left."""
+        return self._errors.closed
 
     async def stop(self) -> None:
         """End the fork server and with it every session; wait until none of them is left."""
@@ -143,14 +180,14 @@ class ForkServer:
         self._mark_dead("it was stopped")
         self._close_their_ends()
         if self._running is not None and self._all_gone is not None:
-            await (
-                self._running.end()
-            )  # keepers end with it, and the obituaries with the last of them
+            await self._running.end()  # with it the keepers, with the last of them the obituaries
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(self._all_gone), _STOP_TIMEOUT_S)
             asyncio.get_running_loop().remove_reader(self._obituaries)
         self._obituaries.close()
         self._errors.close()
+        if self._status is not None:
+            self._status.close()
 
     def _close_their_ends(self) -> None:
         self._their_requests.close()
@@ -166,20 +203,30 @@ class ForkServer:
 
     def _on_answer(self) -> None:
         try:
-            data = self._requests.recv(_MAX_MESSAGE)
+            data, ancillary, _, _ = self._requests.recvmsg(_MAX_MESSAGE, CREDENTIALS_SPACE)
         except BlockingIOError:
             return
         except OSError:
-            data = b""
+            data, ancillary = b"", []
         if not data:
             self._mark_dead(self._last_words())
             return
         message = json.loads(data)
         if message.get("ready"):
-            if self._started is not None and not self._started.done():
-                self._started.set_result(None)
+            self._on_ready(sender(ancillary))
         elif (answer := self._answers.get(message["id"])) is not None and not answer.done():
             answer.set_result(message["error"])
+
+    def _on_ready(self, pid: int) -> None:
+        self._requests.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+        if self._started is None or self._started.done():
+            return
+        try:
+            self._status = ProcessStatus(pid)
+        except OSError as error:
+            self._started.set_exception(SandboxError(f"the fork server is gone: {error}"))
+        else:
+            self._started.set_result(None)
 
     def _on_obituary(self) -> None:
         try:

@@ -10,25 +10,29 @@ import array
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import socket
-import struct
 import time
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from tir_alp.tools.outcome import Outcome
+from tir_alp.tools.sandbox.budget import NOTHING, Resources
+from tir_alp.tools.sandbox.config import Lifetime
+from tir_alp.tools.sandbox.credentials import CREDENTIALS_SPACE, sender
 from tir_alp.tools.sandbox.fork_gate import ForkGate
 from tir_alp.tools.sandbox.fork_server import SERVER_DIED, ForkServer
 from tir_alp.tools.sandbox.jail import frames
 from tir_alp.tools.sandbox.output import HeadTail
+from tir_alp.tools.sandbox.process_status import ProcessStatus
 from tir_alp.tools.sandbox.result import SandboxError
 from tir_alp.tools.sandbox.waiting import readable
 
 _GREETING_TIMEOUT_S = 20.0
 _DEATH_TIMEOUT_S = 5.0
-_OBITUARY_TIMEOUT_S = 1.0
+_OBITUARY_TIMEOUT_S = 5.0
 _CHUNK = 1 << 16
 _MAX_REPLY = 16 << 20
 _GRACE_S = 0.25
@@ -36,8 +40,6 @@ _GRACE_S = 0.25
 _CLOSED_CHANNEL = "it closed the sandbox's own channel"
 _CRASHED = ""
 """The reason until the keeper has told a better one."""
-_STATUS_SIZE = 4096
-_CREDENTIALS = struct.Struct("iII")
 
 
 class Lost(Exception):
@@ -62,9 +64,9 @@ class InterpreterProcess:
         self._pid_in_family = 0
         self.pid = 0
         self._pidfd = -1
-        self._status_fd = -1
+        self._status: ProcessStatus | None = None
         self._cpu_s = 0.0
-        self._born_mb = self._resident_mb = self.peak_memory_mb = 0.0
+        self.num_calls = 0
         self._grace: asyncio.TimerHandle | None = None
         self._was_killed = False
         self._closed = False
@@ -154,21 +156,17 @@ class InterpreterProcess:
             await readable(self._control.fileno(), _GREETING_TIMEOUT_S)
         except TimeoutError:
             raise SandboxError(f"no session within {_GREETING_TIMEOUT_S} s") from None
-        space = socket.CMSG_SPACE(_CREDENTIALS.size)
-        space += socket.CMSG_SPACE(4) if with_questions else 0
+        space = CREDENTIALS_SPACE + (socket.CMSG_SPACE(4) if with_questions else 0)
         data, ancillary, _, _ = self._control.recvmsg(_CHUNK, space)
         if not data:
             raise SandboxError(f"the session did not start: {self._last_words()}")
+        self.pid = sender(ancillary)
         for _, kind, payload in ancillary:
-            if kind == socket.SCM_CREDENTIALS:
-                self.pid = _CREDENTIALS.unpack(payload)[0]
-            elif kind == socket.SCM_RIGHTS:
+            if kind == socket.SCM_RIGHTS:
                 (questions,) = array.array("i", payload)
                 self._gate = ForkGate(questions, self._server.jail.max_threads).retain()
         self._pidfd = os.pidfd_open(self.pid)
-        self._status_fd = os.open(f"/proc/{self.pid}/status", os.O_RDONLY | os.O_CLOEXEC)
-        self.measure_memory()
-        self._born_mb = self._resident_mb
+        self._status = ProcessStatus(self.pid)
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
         loop.add_reader(self._control, self._on_control)
         loop.add_reader(self._out, self._on_output, self._out)
@@ -199,6 +197,7 @@ class InterpreterProcess:
             Lost: There will be no reply.
         """
         reply = self._expect_reply()
+        self.num_calls += 1
         await self._send(frames.encode(message))
         return await reply
 
@@ -225,20 +224,29 @@ class InterpreterProcess:
                 self._cpu_s = time.clock_gettime(~self.pid << 3 | 2)
         return self._cpu_s
 
-    def measure_memory(self) -> None:
-        """Update `peak_memory_mb` and `grown_mb`; leaves them as they are once it is dead."""
-        try:
-            status = os.pread(self._status_fd, _STATUS_SIZE, 0)
-        except OSError:
-            return
-        if b"VmHWM:" in status:
-            self.peak_memory_mb = _megabytes(status, b"VmHWM:")
-            self._resident_mb = _megabytes(status, b"VmRSS:")
+    def measure(self) -> None:
+        """Update what is known of its memory and its threads; the last known once it is dead."""
+        if self._status is not None:
+            self._status.measure()
 
     @property
-    def grown_mb(self) -> float:
-        """The memory that it has taken since its birth, by the last measurement."""
-        return 0.0 if self.lost else max(0.0, self._resident_mb - self._born_mb)
+    def peak_memory_mb(self) -> float:
+        """The most that it has held since its birth, by the last measurement."""
+        return self._status.peak_memory_mb if self._status else 0.0
+
+    @property
+    def holds(self) -> Resources:
+        """What it has taken since its birth, by the last measurement; its keeper counts."""
+        if self.lost is not None or self._status is None:
+            return NOTHING
+        status = self._status
+        return Resources(memory_mb=round(status.grown_mb), processes=status.num_threads + 1)
+
+    def worn_out(self, lifetime: Lifetime) -> str:
+        """Why it should not be used any longer; empty if it may."""
+        if self.lost is not None or self._status is None:
+            return ""
+        return lifetime.exceeded(self.num_calls, "calls", self._status)
 
     def _expect_reply(self) -> asyncio.Future[dict[str, Any]]:
         self.poll()
@@ -272,29 +280,38 @@ class InterpreterProcess:
             self.lose(Outcome.TOOL_ERROR, f"it wrote to the sandbox's own channel: {error}")
 
     def _on_output(self, pipe: FileIO) -> None:
+        if self._take_output(pipe):
+            self.lose(Outcome.RESOURCE_LIMIT, self._flood)
+
+    def _take_output(self, pipe: FileIO) -> bool:
+        """Read what is there; whether it was too much, after which the rest stays unread."""
         sink = self.stdout if pipe is self._out else self.stderr
         while self.lost is None:
             data = pipe.read(_CHUNK)
             if data is None:  # nothing more for now
-                return
+                return False
             if not data:
                 asyncio.get_running_loop().remove_reader(pipe)
-                return
+                return False
             sink.feed(data)
             if self.stdout.total_bytes + self.stderr.total_bytes > self._max_output_bytes:
-                self.lose(
-                    Outcome.RESOURCE_LIMIT, f"it printed more than {self._max_output_bytes} bytes"
-                )
+                return True
+        return False
+
+    @property
+    def _flood(self) -> str:
+        return f"it printed more than {self._max_output_bytes} bytes"
 
     # ------------------------------------------------------------------ death
 
     def lose(self, outcome: Outcome, reason: str) -> None:
         """Give it up: it is killed, and whoever waits for a reply gets `Lost`."""
-        if self.lost is None and self._pidfd >= 0:
-            self.drain()  # its last words; they may themselves be too many
         if self.lost is not None:
             return
-        self.measure_memory()
+        # Its last words, which may themselves be too many.
+        if self._pidfd >= 0 and any(map(self._take_output, (self._out, self._err))):
+            outcome, reason = Outcome.RESOURCE_LIMIT, self._flood
+        self.measure()
         self.cpu_s()
         self.lost = Lost(outcome, reason)
         loop = asyncio.get_running_loop()
@@ -302,7 +319,7 @@ class InterpreterProcess:
             loop.remove_reader(end)
         if self._pidfd >= 0:
             if reason == _CRASHED:  # dead or dying, unless it has only closed its channel
-                self._grace = loop.call_later(_GRACE_S, self._send_kill)
+                self._grace = loop.call_later(_GRACE_S, self._end_grace)
             else:
                 self._send_kill()
         if self._reply is not None and not self._reply.done():
@@ -322,17 +339,18 @@ class InterpreterProcess:
             self._gate.release()
         if self._grace is not None:
             self._grace.cancel()
-        if self._pidfd >= 0:
-            self._send_kill()
-            try:
+        try:
+            if self._pidfd >= 0:
+                self._send_kill()
                 await readable(self._pidfd, _DEATH_TIMEOUT_S)
-            except TimeoutError:
-                self._kill_family()
-            finally:
+        except TimeoutError:
+            self._kill_family()
+        finally:  # even if whoever waits is cancelled
+            if self._pidfd >= 0:
                 os.close(self._pidfd)
-        if self._status_fd >= 0:
-            os.close(self._status_fd)
-        self._server.move_out(self._family, self._pid_in_family)
+            if self._status is not None:
+                self._status.close()
+            self._server.move_out(self._family, self._pid_in_family)
 
     async def cause_of_death(self) -> Lost:
         """Why it was lost; what a crash was, its keeper tells."""
@@ -343,8 +361,8 @@ class InterpreterProcess:
         outcome = Outcome.TOOL_ERROR
         try:
             end = await asyncio.wait_for(asyncio.shield(death), _OBITUARY_TIMEOUT_S)
-        except TimeoutError:
-            reason = _CLOSED_CHANNEL
+        except TimeoutError:  # no program can keep it from telling
+            outcome, reason = Outcome.INFRA_ERROR, "its keeper died"
         else:
             if end is SERVER_DIED:
                 outcome, reason = Outcome.INFRA_ERROR, "the fork server died"
@@ -366,6 +384,10 @@ class InterpreterProcess:
         """Whether a SIGKILL cannot be its own: the machine is out of memory, or a keeper ended."""
         return self._server.jail.spec.seccomp != ""
 
+    def _end_grace(self) -> None:
+        if not select.select([self._pidfd], [], [], 0)[0]:  # it lives: it has closed its channel
+            self._send_kill()
+
     def _send_kill(self) -> None:
         self._was_killed = True
         with contextlib.suppress(ProcessLookupError):
@@ -382,10 +404,6 @@ class InterpreterProcess:
             stat = Path(f"/proc/{self.pid}/stat").read_text()
             keeper = int(stat.rpartition(")")[2].split()[1])
             os.kill(keeper, signal.SIGKILL if in_namespaces else signal.SIGTERM)
-
-
-def _megabytes(status: bytes, field: bytes) -> float:
-    return int(status.partition(field)[2].split(None, 1)[0]) / 1024
 
 
 def _pipe() -> tuple[FileIO, FileIO]:

@@ -36,7 +36,9 @@ class RunResult:
     """The most memory that the interpreter has held since its birth, modules that it shares with
     others included; what was last seen of it where a crash left none to read."""
     note: str = ""
-    """Set where earlier variables were lost, so that this call began in a fresh interpreter."""
+    """Set where variables were lost other than by the call's own outcome: earlier ones, so that it
+    began in a fresh interpreter, or its own, because the interpreter had come to the end of its
+    `Lifetime`."""
 
 
 def failed_result(error: Exception, duration_s: float) -> RunResult:

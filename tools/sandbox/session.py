@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from tir_alp.tools.outcome import Outcome
-from tir_alp.tools.sandbox.budget import MemoryBudget
+from tir_alp.tools.sandbox.budget import NOTHING, Budget, Resources
 from tir_alp.tools.sandbox.config import Limits, SandboxConfig
 from tir_alp.tools.sandbox.output import HeadTail, cut_middle
 from tir_alp.tools.sandbox.process import InterpreterProcess, Lost
@@ -32,7 +32,7 @@ class PythonSession:
         self,
         process: InterpreterProcess,
         config: SandboxConfig,
-        budget: MemoryBudget,
+        budget: Budget,
         *,
         restart: MakeProcess,
         admit: Callable[[MakeProcess], Awaitable[PythonSession]],
@@ -45,6 +45,7 @@ class PythonSession:
         self._admit = admit
         self._on_close = on_close
         self._lock = asyncio.Lock()
+        self._worst = Resources(memory_mb=config.memory_mb, processes=config.max_processes)
         self._has_state = False
         self._told_of: Lost | None = None
         self._closed = False
@@ -67,7 +68,7 @@ class PythonSession:
         note, reply, began, cpu_s_before = "", _NO_REPLY, None, 0.0
         async with self._lock:
             try:
-                await self._budget.reserve(self, self._config.memory_mb)
+                await self._budget.reserve(self, self._worst)
                 note = await self._ensure_interpreter()
                 began = time.perf_counter()
                 self._process.collect(stdout, stderr, limits.output_bytes)
@@ -86,9 +87,10 @@ class PythonSession:
                 self._told_of = self._process.lost
                 raise
             finally:
-                self._process.measure_memory()
+                self._process.measure()
                 cpu_s = 0.0 if began is None else self._process.cpu_s() - cpu_s_before
-                self._budget.settle(self, self._process.grown_mb)
+                note = " ".join(filter(None, (note, self._end_if_worn_out())))
+                self._budget.settle(self, self._process.holds)
             ended = time.perf_counter()
         out, out_cut = stdout.text()
         err, err_cut = stderr.text()
@@ -130,9 +132,11 @@ class PythonSession:
         """Kill the interpreter. Closing twice is allowed."""
         if not self._closed:
             self._closed = True
-            await self._process.kill()
-            self._budget.settle(self, 0.0)
-            self._on_close(self)
+            try:
+                await self._process.kill()
+            finally:  # even if whoever waits is cancelled
+                self._budget.settle(self, NOTHING)
+                self._on_close(self)
 
     async def __aenter__(self) -> PythonSession:
         return self
@@ -161,6 +165,19 @@ class PythonSession:
         if had_state and lost.outcome.is_infrastructure and lost is not self._told_of:
             raise SandboxError(f"the variables were lost: {lost.reason}")
         return "The interpreter was restarted: earlier variables are lost." if had_state else ""
+
+    def _end_if_worn_out(self) -> str:
+        """Give up an interpreter that has come to its bounds, lest it grow further.
+
+        Returns:
+            A note for whoever reads the result, if variables are lost.
+        """
+        worn_out = self._process.worn_out(self._config.interpreter_lifetime)
+        if not worn_out:
+            return ""
+        self._process.lose(Outcome.RESOURCE_LIMIT, worn_out)
+        self._told_of = self._process.lost
+        return f"The interpreter ended after this call, since {worn_out}: its variables are lost."
 
     async def _call(self, code: str, value_chars: int) -> _Reply:
         self._has_state = True

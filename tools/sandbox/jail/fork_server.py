@@ -105,6 +105,7 @@ def main(requests_fd: int, obituaries_fd: int, readable: Sequence[str] = ()) -> 
                 os.write(descriptors[2], str(error).encode())
             else:
                 if pid == 0:
+                    requests.close()  # else its end, and what waits in it, outlived the fork server
                     _keep(spec, room, message["id"], descriptors, obituaries_fd)
         elif message["op"] == "furnish_branch" and os.fork() == 0:
             _furnish_branch(requests, message["id"], descriptors[0], room)

@@ -45,7 +45,8 @@ class FolderRoom:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         _die_with(self._fork_server, signal.SIGTERM)
         self._keeper = os.getpid()
-        self._folder = tempfile.mkdtemp(prefix="sandbox-")
+        # Named, since Python would look for another place where this one is full.
+        self._folder = tempfile.mkdtemp(prefix="sandbox-", dir=os.environ["TMPDIR"])
         self._enter_folder(os.path.join(self._folder, "0"))
 
     def enter(self) -> int | None:
@@ -61,6 +62,8 @@ class FolderRoom:
 
     def wait(self, interpreter: int) -> tuple[int, int, str]:
         """In the keeper: wait for a death, and see to it that the folder does not grow too full."""
+        with contextlib.suppress(OSError):  # it does so itself, but may be killed before
+            os.setpgid(interpreter, interpreter)
         while True:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid:

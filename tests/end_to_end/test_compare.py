@@ -1,0 +1,49 @@
+"""Every method trains on the same stale, mismatched rollouts; one command, one table."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tir_alp.config import ALGORITHMS
+
+SMALL = (
+    *("--steps", "2", "--rollout.groups_per_step", "2", "--rollout.group_size", "2"),
+    *("--eval.num_tasks", "2", "--rollout.max_staleness", "1"),
+)
+
+
+def compare(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tir_alp.tiny.compare", *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=290,
+    )
+
+
+@pytest.mark.slow
+def test_every_method_is_trained_once_and_stands_in_the_table(tmp_path: Path):
+    result = compare(tmp_path, "--seeds", "1", "--", *SMALL)
+    assert result.returncode == 0, result.stdout + result.stderr
+    table = result.stdout.partition("method")[2]
+    assert [name for name in ALGORITHMS if name not in table] == []
+    runs = tmp_path / "runs" / "compare"
+    assert (runs / "report" / "report.html").is_file()
+    metrics = runs / "gspo-seed0" / "metrics.jsonl"
+    written = metrics.stat().st_mtime_ns
+
+    again = compare(tmp_path, "--seeds", "1", "--algorithms", "gspo", "alp_token", "--", *SMALL)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert metrics.stat().st_mtime_ns == written  # it had ended, and is kept
+
+
+def test_a_run_that_fails_is_told_with_its_last_words(tmp_path: Path):
+    result = compare(tmp_path, "--algorithms", "grpo", "--seeds", "1", "--", "--steps", "few")
+    assert result.returncode == 1
+    assert "compare/grpo-seed0 failed with status 2" in result.stderr
+    assert "steps: Input should be a valid integer" in result.stderr

@@ -1,0 +1,50 @@
+"""Which processes there are, for tests that count them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Process(NamedTuple):
+    """One process; its start tells it from another that gets the same number later."""
+
+    pid: int
+    started: str
+
+
+def descendants(pid: int) -> list[Process]:
+    """Children first, then theirs; without the dead ones that nobody has reaped."""
+    children: dict[int, list[Process]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        if (found := _look(int(folder.name))) is not None:
+            process, parent = found
+            children.setdefault(parent, []).append(process)
+    line = list(children.get(pid, []))
+    for process in line:
+        line += children.get(process.pid, [])
+    return line
+
+
+def is_running(process: Process) -> bool:
+    """Whether it still lives."""
+    found = _look(process.pid)
+    return found is not None and found[0] == process
+
+
+def wait_until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
+    """Wait for what has to happen sooner or later; a loaded machine may take its time."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {within_s:g} s"
+        time.sleep(0.02)
+
+
+def _look(pid: int) -> tuple[Process, int] | None:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else (Process(pid, fields[19]), int(fields[1]))
