@@ -47,7 +47,29 @@ REPOSITORY = Path(__file__).parents[2]
 def config(address: str, **settings: object) -> SandboxConfig:
     settings = {"address": address, "image": IMAGE} | settings
     small = {"preload": (), "memory_mb": 512, "tmp_mb": 8, "tmp_files": 64, "max_processes": 16}
+    # Containers are counted, and ready sessions would be more of them.
+    small |= {"ready_sessions": 0}
     return SandboxConfig.model_validate({"backend": "docker", "docker": settings, **small})
+
+
+@IN_BOTH_MODES
+def test_ready_sessions_are_used_and_end_with_the_sandbox(engine_address: str, container_per: str):
+    ready = config(engine_address, container_per=container_per)
+    ready = ready.model_copy(update={"ready_sessions": 1})
+
+    async def scenario():
+        async with create_sandbox(ready) as sandbox:
+            for _ in range(3):
+                async with sandbox.session() as python:
+                    yield await python.run("'x' in globals()")
+                    await python.run("x = 1")
+
+    async def collect():
+        return [result.value async for result in scenario()]
+
+    before = containers(engine_address)
+    assert asyncio.run(collect()) == ["False"] * 3
+    assert containers(engine_address) == before
 
 
 def containers(address: str) -> dict[str, int]:

@@ -20,7 +20,7 @@ _FORK_SERVER = """
     landlock_restrict_self prctl prlimit64 sched_setaffinity seccomp setpgid setrlimit tgkill vfork
 """
 _SERVICE = """
-    accept4 bind listen pidfd_open pidfd_send_signal recvmmsg sendmmsg setsid
+    accept4 bind listen memfd_create pidfd_open pidfd_send_signal recvmmsg sendmmsg setsid
 """
 _SERVICE_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
 
