@@ -21,6 +21,7 @@ from docker.types import LogConfig
 from tests.tools.docker_engine import (
     BASE_IMAGE,
     Engine,
+    EngineUnavailable,
     build_sandbox_image,
     docker_engine,
     leftovers,
@@ -391,9 +392,13 @@ def test_service_of_the_compose_file_holds_in_its_container(engine: Engine):
     service = service["services"]["sandbox"]
     security = [option.partition("=") for option in service["security_opt"]]
     check = service["healthcheck"]
+    try:
+        image = build_sandbox_image(engine, "service")
+    except EngineUnavailable as error:
+        pytest.skip(str(error))
     client = engine.client()
     container: Any = client.containers.run(
-        build_sandbox_image(engine, "service"),
+        image,
         detach=True,
         network_mode="none",
         environment={"TIR_ALP_SANDBOX_TOKEN": "secret"},
