@@ -1,6 +1,7 @@
 """Backend `docker`: what is not the same as for a fork server that is a child of the host."""
 
 import asyncio
+import contextlib
 import dataclasses
 import io
 import json
@@ -16,6 +17,7 @@ from typing import Any
 import docker
 import pytest
 import yaml
+from docker.errors import NotFound
 from docker.types import LogConfig
 
 from tests.tools.docker_engine import (
@@ -76,9 +78,13 @@ def test_ready_sessions_are_used_and_end_with_the_sandbox(engine_address: str, c
 def containers(address: str) -> dict[str, int]:
     """Id -> pid of its fork server, as the host numbers it."""
     client = docker.DockerClient(base_url=address)
-    details = [client.api.inspect_container(c["Id"]) for c in client.api.containers(all=True)]
+    found = {}
+    for container in client.api.containers(all=True):
+        with contextlib.suppress(NotFound):  # it has been removed meanwhile
+            detail = client.api.inspect_container(container["Id"])
+            found[detail["Id"]] = detail["State"]["Pid"]
     client.close()
-    return {detail["Id"]: detail["State"]["Pid"] for detail in details}
+    return found
 
 
 @IN_BOTH_MODES

@@ -140,7 +140,7 @@ class ForkServer:
         self._num_residents += 1
         self._vacant.clear()
 
-    def move_out(self, family: int, pid: int) -> None:
+    async def move_out(self, family: int, pid: int) -> None:
         """Count one less, and forget its death. The last one ends a server of one session."""
         self._deaths.pop((family, pid), None)
         self._num_residents -= 1
@@ -149,7 +149,7 @@ class ForkServer:
         self._vacant.set()
         if self.jail.one_session:
             self._mark_dead("its session is over")
-            self._begin_to_stop()
+            await self.stop()
 
     def worn_out(self, lifetime: Lifetime) -> str:
         """Why it should not be used any longer; empty if it may."""

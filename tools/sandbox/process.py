@@ -350,7 +350,7 @@ class InterpreterProcess:
                 os.close(self._pidfd)
             if self._status is not None:
                 self._status.close()
-            self._server.move_out(self._family, self._pid_in_family)
+            await self._server.move_out(self._family, self._pid_in_family)
 
     async def cause_of_death(self) -> Lost:
         """Why it was lost; what a crash was, its keeper tells."""
