@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from tests.tools.docker_engine import (
     make_base_image,
 )
 from tests.tools.ordinary_user import run_python_as_user
+from tests.tools.processes import wait_until
 from tir_alp.tools.sandbox import (
     Limits,
     Outcome,
@@ -456,10 +456,3 @@ def test_engine_leaves_nothing(engine: Engine):
         client.close()
         assert {what.split()[0] for what in leftovers(other)} >= {"process", "mount", "control"}
     assert leftovers(other) == []
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
