@@ -50,6 +50,22 @@ class Sampler:
         return self._ends.setdefault(group_id, asyncio.Event())
 
 
+class TimedSampler:
+    """Ends its groups after random pauses; each is as old as the version at its beginning."""
+
+    def __init__(self, seed: int, pauses: list[float]):
+        self.version = self.most_in_flight = self._in_flight = 0
+        self._rng, self._pauses = random.Random(seed), pauses
+
+    async def __call__(self, task: Task, group_id: int) -> TrajectoryGroup:
+        begun_with = self.version
+        self._in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self._in_flight)
+        await asyncio.sleep(self._rng.choice(self._pauses))
+        self._in_flight -= 1
+        return group(task, group_id, begun_with)
+
+
 def queue_of(run_group: Any, **settings: Any) -> RolloutQueue:
     all_settings: dict[str, Any] = {"groups_per_step": 2} | settings
     return RolloutQueue(run_group, task_at, **all_settings)
@@ -113,34 +129,23 @@ def test_with_staleness_zero_nothing_begins_before_the_weights_are_live():
 def test_no_group_is_staler_than_allowed_whatever_the_durations(max_staleness):
     """The policy version advances by one a step; a group is as old as when it was begun."""
     rng = random.Random(max_staleness)
-    version = 0
-    most_in_flight = in_flight = 0
-
-    async def run_group(task: Task, group_id: int) -> TrajectoryGroup:
-        nonlocal in_flight, most_in_flight
-        begun_with = version
-        in_flight += 1
-        most_in_flight = max(most_in_flight, in_flight)
-        await asyncio.sleep(rng.choice([0, 0, 0.001, 0.01]))
-        in_flight -= 1
-        return group(task, group_id, begun_with)
+    sampler = TimedSampler(max_staleness, [0, 0, 0.001, 0.01])
 
     async def body() -> list[int]:
-        nonlocal version
         staleness = []
-        queue = queue_of(run_group, max_staleness=max_staleness, groups_per_step=3)
+        queue = queue_of(sampler, max_staleness=max_staleness, groups_per_step=3)
         for step in range(12):
             groups = await queue.take()
             staleness += [step - each.trajectories[0].turns[0].policy_version for each in groups]
             await asyncio.sleep(rng.choice([0, 0.005]))
-            version = step + 1
+            sampler.version = step + 1
             queue.release()
         await queue.close()
         return staleness
 
     staleness = run(body)
     assert max(staleness) == max_staleness
-    assert most_in_flight <= (max_staleness + 1) * 3
+    assert sampler.most_in_flight <= (max_staleness + 1) * 3
 
 
 # --------------------------------------------------------------------------------------- order
@@ -247,24 +252,12 @@ def test_groups_that_lost_all_their_episodes_use_up_no_refill():
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
 def test_refilling_makes_no_group_staler_and_puts_no_more_in_flight(max_staleness):
-    rng = random.Random(max_staleness)
-    version = 0
-    most_in_flight = in_flight = 0
-
-    async def run_group(task: Task, group_id: int) -> TrajectoryGroup:
-        nonlocal in_flight, most_in_flight
-        begun_with = version
-        in_flight += 1
-        most_in_flight = max(most_in_flight, in_flight)
-        await asyncio.sleep(rng.choice([0, 0, 0.001, 0.005]))
-        in_flight -= 1
-        return group(task, group_id, begun_with)
+    sampler = TimedSampler(max_staleness, [0, 0, 0.001, 0.005])
 
     async def body() -> tuple[list[int], int]:
-        nonlocal version
         staleness, num_dropped = [], 0
         queue = queue_of(
-            run_group,
+            sampler,
             max_staleness=max_staleness,
             groups_per_step=3,
             has_signal=lambda group: group.group_id % 3 == 0,
@@ -274,14 +267,14 @@ def test_refilling_makes_no_group_staler_and_puts_no_more_in_flight(max_stalenes
             groups = await queue.take()
             staleness += [step - each.trajectories[0].turns[0].policy_version for each in groups]
             num_dropped += len(queue.dropped)
-            version = step + 1
+            sampler.version = step + 1
             queue.release()
         await queue.close()
         return staleness, num_dropped
 
     staleness, num_dropped = run(body)
     assert max(staleness) <= max_staleness
-    assert most_in_flight <= (max_staleness + 1) * 3
+    assert sampler.most_in_flight <= (max_staleness + 1) * 3
     assert num_dropped > 12
 
 
