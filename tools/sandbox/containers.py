@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import select
 import socket
 import tempfile
@@ -48,6 +49,8 @@ _MIN_OPEN_FILES = 1024
 _OWN_FILES = 16
 """Folders in a /tmp that are not a program's."""
 _MAX_MESSAGE = 1 << 16
+_MAX_NPROC = 32_768
+"""Of a user; what Podman gives its own service on a machine with as many pids."""
 _GVISOR = "runsc"
 """What its program is called."""
 _BUILD = "docker build -f docker/sandbox.Dockerfile --target sandbox -t {image} ."
@@ -161,7 +164,7 @@ def plan_docker(config: SandboxConfig) -> ContainerJail | GuestJail:
         "memswap_limit": f"{chosen.memory_mb}m",
         "nano_cpus": int(chosen.cpus * 1e9),
         "tmpfs": {"/tmp": tmp_options},
-        "ulimits": _ulimits(config),
+        "ulimits": _ulimits(config, engine),
         "log_config": {"Type": "none"},
         "auto_remove": True,
     }
@@ -216,12 +219,15 @@ def _security_options() -> list[str]:
     return ["no-new-privileges", f"seccomp={json.dumps(container_profile())}"]
 
 
-def _ulimits(config: SandboxConfig) -> list[dict[str, Any]]:
+def _ulimits(config: SandboxConfig, engine: _Kind) -> list[dict[str, Any]]:
     limits = {
         "nofile": max(_MIN_OPEN_FILES, config.open_files),
         "fsize": config.tmp_mb << 20,
         "core": 0,
     }
+    if engine.is_podman:  # whose own default is more than it may set on some machines
+        _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+        limits["nproc"] = min(_MAX_NPROC, hard) if hard > 0 else _MAX_NPROC
     return [{"Name": name, "Soft": value, "Hard": value} for name, value in limits.items()]
 
 

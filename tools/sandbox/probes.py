@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tir_alp.tools.sandbox.sandbox import LocalSandbox
     from tir_alp.tools.sandbox.session import PythonSession
 
-_LIMITS = Limits(wall_s=20.0)
+_LIMITS = Limits(wall_s=60.0)
 
 
 @dataclass(frozen=True, slots=True)
