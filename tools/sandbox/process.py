@@ -1,8 +1,4 @@
-"""The host's end of one live interpreter: its control socket, its output, its life.
-
-Everything that arrives here is suspect, for the program can write to the control socket as well as
-the interpreter can. Whatever breaks the protocol ends the interpreter.
-"""
+"""An interpreter that is a process of this machine: its control socket, its pipes, its pidfd."""
 
 from __future__ import annotations
 
@@ -20,47 +16,34 @@ from typing import Any
 
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.sandbox.budget import NOTHING, Resources
-from tir_alp.tools.sandbox.config import Lifetime
 from tir_alp.tools.sandbox.credentials import CREDENTIALS_SPACE, sender
 from tir_alp.tools.sandbox.fork_gate import ForkGate
 from tir_alp.tools.sandbox.fork_server import ForkServer
+from tir_alp.tools.sandbox.interpreter import DEATH_TIMEOUT_S, GREETING_TIMEOUT_S, Interpreter
 from tir_alp.tools.sandbox.jail import frames
 from tir_alp.tools.sandbox.lost import CRASHED, SERVER_DIED, Lost, lost_by
-from tir_alp.tools.sandbox.output import HeadTail
 from tir_alp.tools.sandbox.process_status import ProcessStatus
 from tir_alp.tools.sandbox.result import SandboxError
 from tir_alp.tools.sandbox.waiting import readable
 
-_GREETING_TIMEOUT_S = 20.0
-_DEATH_TIMEOUT_S = 5.0
 _OBITUARY_TIMEOUT_S = 5.0
 _CHUNK = 1 << 16
-_MAX_REPLY = 16 << 20
-_GRACE_S = 0.25
-"""After the end of its channel: to die, if that is what it was doing."""
 
 
-class InterpreterProcess:
-    """One interpreter, from its greeting to its death. Made by `start` or `branch`."""
+class InterpreterProcess(Interpreter):
+    """Made by `start` or `branch`."""
 
     def __init__(self, server: ForkServer, family: int = 0, gate: ForkGate | None = None) -> None:
-        self.lost: Lost | None = None
-        self.stdout = self.stderr = HeadTail(1)
-        self._max_output_bytes = 1 << 20
+        super().__init__()
         self._server = server
         self._family = family
         self._gate = gate.retain() if gate else None
         self._pid_in_family = 0
-        self.pid = 0
+        self._pid = 0
         self._pidfd = -1
         self._status: ProcessStatus | None = None
         self._cpu_s = 0.0
-        self.num_calls = 0
         self._grace: asyncio.TimerHandle | None = None
-        self._was_killed = False
-        self._closed = False
-        self._frames = frames.FrameReader(_MAX_REPLY)
-        self._reply: asyncio.Future[dict[str, Any]] | None = None
         self._control, self._their_control = socket.socketpair()
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._control.setblocking(False)
@@ -93,18 +76,13 @@ class InterpreterProcess:
         return process
 
     async def branch(self) -> InterpreterProcess:
-        """An independent copy of this interpreter, which must be idle.
-
-        Raises:
-            Lost: The interpreter died before it could be copied.
-            SandboxError: It lives, but cannot be copied.
-        """
+        """See `Interpreter`."""
         child = self._create(self._server, self._family, self._gate)
         if self._gate is not None:
             self._gate.permit(self.pid)
         try:
             async with self._server.births:
-                async with asyncio.timeout(_GREETING_TIMEOUT_S):
+                async with asyncio.timeout(GREETING_TIMEOUT_S):
                     await self._fork_into(child)
         except BaseException as error:
             has_forked = self._gate is None or not self._gate.withdraw(self.pid)
@@ -125,7 +103,7 @@ class InterpreterProcess:
 
     async def _fork_into(self, child: InterpreterProcess) -> None:
         reply = self._expect_reply()
-        await self._send(frames.encode({"id": 0, "op": "branch"}))
+        await self._send({"id": 0, "op": "branch"})
         socket.send_fds(self._control, [b"\0"], child._their_ends())
         child._close_their_ends()
         answer = await reply
@@ -137,31 +115,31 @@ class InterpreterProcess:
         if child.pid == self.pid:
             raise SandboxError("the interpreter posed as its own branch")
         await self._server.furnish_branch(child._pidfd)
-        await child._send(frames.encode({"op": "go"}))
+        await child._send({"op": "go"})
 
     async def _greet(self, with_questions: bool) -> list[dict[str, Any]]:
         """Wait for the first frame. The kernel vouches for the pid that comes with it."""
         loop = asyncio.get_running_loop()
         try:
-            await readable(self._control.fileno(), _GREETING_TIMEOUT_S)
+            await readable(self._control.fileno(), GREETING_TIMEOUT_S)
         except TimeoutError:
-            raise SandboxError(f"no session within {_GREETING_TIMEOUT_S} s") from None
+            raise SandboxError(f"no session within {GREETING_TIMEOUT_S} s") from None
         space = CREDENTIALS_SPACE + (socket.CMSG_SPACE(4) if with_questions else 0)
         data, ancillary, _, _ = self._control.recvmsg(_CHUNK, space)
         if not data:
             raise SandboxError(f"the session did not start: {self._last_words()}")
-        self.pid = sender(ancillary)
+        self._pid = sender(ancillary)
         for _, kind, payload in ancillary:
             if kind == socket.SCM_RIGHTS:
                 (questions,) = array.array("i", payload)
                 self._gate = ForkGate(questions, self._server.jail.max_threads).retain()
         self._pidfd = os.pidfd_open(self.pid)
-        self._status = ProcessStatus(self.pid)
+        self._usage = self._status = ProcessStatus(self.pid)
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
         loop.add_reader(self._control, self._on_control)
         loop.add_reader(self._out, self._on_output, self._out)
         loop.add_reader(self._err, self._on_output, self._err)
-        return frames.FrameReader(_MAX_REPLY).feed(data)
+        return frames.FrameReader(_CHUNK).feed(data)
 
     def _their_ends(self) -> list[int]:
         return [end.fileno() for end in (self._their_control, self._their_out, self._their_err)]
@@ -176,23 +154,13 @@ class InterpreterProcess:
 
     # ------------------------------------------------------------------ life
 
-    def collect(self, stdout: HeadTail, stderr: HeadTail, max_bytes: int) -> None:
-        """Where output goes from now on, and how much of it is too much."""
-        self.stdout, self.stderr, self._max_output_bytes = stdout, stderr, max_bytes
-
-    async def call(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Send a request and wait for its reply. Bring your own deadline.
-
-        Raises:
-            Lost: There will be no reply.
-        """
-        reply = self._expect_reply()
-        self.num_calls += 1
-        await self._send(frames.encode(message))
-        return await reply
+    @property
+    def pid(self) -> int:
+        """See `Interpreter`."""
+        return self._pid
 
     def poll(self) -> None:
-        """Notice what happened while nothing was asked: a death, or a frame sent unasked."""
+        """See `Interpreter`."""
         self._server.poll()
         if self.lost is None and self._server.dead:
             self.lose(Outcome.INFRA_ERROR, "the fork server died")  # it may outlive it by moments
@@ -200,54 +168,28 @@ class InterpreterProcess:
             self._on_control()
 
     def drain(self) -> None:
-        """Take what is printed but not yet read."""
+        """See `Interpreter`."""
         self._on_output(self._out)
         self._on_output(self._err)
 
     def cpu_s(self) -> float:
-        """Processor seconds since its birth, by the kernel's count; the last known once it is dead.
-
-        A crash leaves none to be read between its last call's start and its end.
-        """
+        """See `Interpreter`."""
         if self.lost is None:  # otherwise the pid may be another's by now
             with contextlib.suppress(OSError):
                 self._cpu_s = time.clock_gettime(~self.pid << 3 | 2)
         return self._cpu_s
 
-    def measure(self) -> None:
-        """Update what is known of its memory and its threads; the last known once it is dead."""
-        if self._status is not None:
-            self._status.measure()
-
-    @property
-    def peak_memory_mb(self) -> float:
-        """The most that it has held since its birth, by the last measurement."""
-        return self._status.peak_memory_mb if self._status else 0.0
-
     @property
     def holds(self) -> Resources:
-        """What it has taken since its birth, by the last measurement; its keeper counts."""
+        """See `Interpreter`; its keeper counts."""
         if self.lost is not None or self._status is None:
             return NOTHING
         status = self._status
         return Resources(memory_mb=round(status.grown_mb), processes=status.num_threads + 1)
 
-    def worn_out(self, lifetime: Lifetime) -> str:
-        """Why it should not be used any longer; empty if it may."""
-        if self.lost is not None or self._status is None:
-            return ""
-        return lifetime.exceeded(self.num_calls, "calls", self._status)
-
-    def _expect_reply(self) -> asyncio.Future[dict[str, Any]]:
-        self.poll()
-        if self.lost is not None:
-            raise self.lost
-        self._reply = asyncio.get_running_loop().create_future()
-        return self._reply
-
-    async def _send(self, data: bytes) -> None:
+    async def _send(self, message: dict[str, Any]) -> None:
         try:
-            await asyncio.get_running_loop().sock_sendall(self._control, data)
+            await asyncio.get_running_loop().sock_sendall(self._control, frames.encode(message))
         except OSError:
             self.lose(Outcome.TOOL_ERROR, CRASHED)
 
@@ -258,24 +200,15 @@ class InterpreterProcess:
             return
         except OSError:
             data = b""
-        if not data:
-            self.lose(Outcome.TOOL_ERROR, CRASHED)
-            return
-        try:
-            for frame in self._frames.feed(data):
-                if self._reply is None or self._reply.done() or self._frames.has_rest:
-                    raise ValueError("a frame that nobody asked for")
-                self._reply.set_result(frame)
-        except ValueError as error:
-            self.lose(Outcome.TOOL_ERROR, f"it wrote to the sandbox's own channel: {error}")
+        self._take_control(data)
 
     def _on_output(self, pipe: FileIO) -> None:
-        if self._take_output(pipe):
+        if self._floods(pipe):
             self.lose(Outcome.RESOURCE_LIMIT, self._flood)
 
-    def _take_output(self, pipe: FileIO) -> bool:
+    def _floods(self, pipe: FileIO) -> bool:
         """Read what is there; whether it was too much, after which the rest stays unread."""
-        sink = self.stdout if pipe is self._out else self.stderr
+        sink = self._stdout if pipe is self._out else self._stderr
         while self.lost is None:
             data = pipe.read(_CHUNK)
             if data is None:  # nothing more for now
@@ -283,45 +216,27 @@ class InterpreterProcess:
             if not data:
                 asyncio.get_running_loop().remove_reader(pipe)
                 return False
-            sink.feed(data)
-            if self.stdout.total_bytes + self.stderr.total_bytes > self._max_output_bytes:
+            if self._take_output(sink, data):
                 return True
         return False
 
-    @property
-    def _flood(self) -> str:
-        return f"it printed more than {self._max_output_bytes} bytes"
-
     # ------------------------------------------------------------------ death
 
-    def lose(self, outcome: Outcome, reason: str) -> None:
-        """Give it up: it is killed, and whoever waits for a reply gets `Lost`."""
-        if self.lost is not None:
-            return
-        # Its last words, which may themselves be too many.
-        if self._pidfd >= 0 and any(map(self._take_output, (self._out, self._err))):
-            outcome, reason = Outcome.RESOURCE_LIMIT, self._flood
-        self.measure()
-        self.cpu_s()
-        self.lost = Lost(outcome, reason)
+    def _last_words_are_too_many(self) -> bool:
+        return self._pidfd >= 0 and any(map(self._floods, (self._out, self._err)))
+
+    def _end_after(self, grace_s: float) -> None:
         loop = asyncio.get_running_loop()
         for end in (self._control, self._out, self._err):
             loop.remove_reader(end)
-        if self._pidfd >= 0:
-            if reason == CRASHED:  # dead or dying, unless it has only closed its channel
-                self._grace = loop.call_later(_GRACE_S, self._end_grace)
-            else:
-                self._send_kill()
-        if self._reply is not None and not self._reply.done():
-            self._reply.set_exception(self.lost)
-            self._reply.exception()  # seen, even if nobody waits any more
-
-    async def kill(self) -> None:
-        """End it, wait until it is dead, free everything. Killing twice is allowed."""
-        if self._closed:
+        if self._pidfd < 0:
             return
-        self._closed = True
-        self.lose(Outcome.CANCELLED, "the session was closed")
+        if grace_s:
+            self._grace = loop.call_later(grace_s, self._end_grace)
+        else:
+            self._send_kill()
+
+    async def _bury(self) -> None:
         self._close_their_ends()
         for end in (self._control, self._out, self._err):
             end.close()
@@ -332,7 +247,7 @@ class InterpreterProcess:
         try:
             if self._pidfd >= 0:
                 self._send_kill()
-                await readable(self._pidfd, _DEATH_TIMEOUT_S)
+                await readable(self._pidfd, DEATH_TIMEOUT_S)
         except TimeoutError:
             self._kill_family()
         finally:  # even if whoever waits is cancelled
@@ -342,24 +257,17 @@ class InterpreterProcess:
                 self._status.close()
             await self._server.move_out(self._family, self._pid_in_family)
 
-    async def cause_of_death(self) -> Lost:
-        """Why it was lost; what a crash was, its keeper tells."""
-        assert self.lost is not None
-        if self.lost.reason != CRASHED:
-            return self.lost
+    async def _cause_of_crash(self) -> Lost:
         death = self._server.death(self._family, self._pid_in_family)
         try:
             async with asyncio.timeout(_OBITUARY_TIMEOUT_S):
                 end = await asyncio.shield(death)
         except TimeoutError:  # no program can keep it from telling
-            self.lost = Lost(Outcome.INFRA_ERROR, "its keeper died")
-        else:
-            if end is SERVER_DIED:
-                self.lost = Lost(Outcome.INFRA_ERROR, "the fork server died")
-            else:
-                is_filtered = self._server.jail.spec.seccomp != ""
-                self.lost = lost_by(end, we_killed=self._was_killed, kills_itself=not is_filtered)
-        return self.lost
+            return Lost(Outcome.INFRA_ERROR, "its keeper died")
+        if end is SERVER_DIED:
+            return Lost(Outcome.INFRA_ERROR, "the fork server died")
+        is_filtered = self._server.jail.spec.seccomp != ""
+        return lost_by(end, we_killed=self._was_killed, kills_itself=not is_filtered)
 
     def _end_grace(self) -> None:
         death = select.poll()  # not `select`, which takes no descriptor above 1023

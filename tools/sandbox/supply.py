@@ -16,11 +16,9 @@ from tir_alp.tools.sandbox.fork_server import ForkServer
 from tir_alp.tools.sandbox.guest import Guest
 from tir_alp.tools.sandbox.guest_process import GuestProcess
 from tir_alp.tools.sandbox.gvisor import AnyJail, GuestJail
+from tir_alp.tools.sandbox.interpreter import Interpreter
 from tir_alp.tools.sandbox.process import InterpreterProcess
 from tir_alp.tools.sandbox.result import SandboxError
-
-Interpreter = InterpreterProcess | GuestProcess
-"""A process of this machine, or of the kernel in a container."""
 
 _NEWS_S = 0.05
 """How long the death of a fork server may go unnoticed after it has left a request unanswered."""
