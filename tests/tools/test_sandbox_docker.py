@@ -6,10 +6,11 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import docker
 import pytest
 import yaml
 from docker.errors import NotFound
-from docker.types import LogConfig
 
 from tests.tools.docker_engine import (
     BASE_IMAGE,
@@ -400,60 +400,62 @@ def test_sandbox_of_an_ordinary_user(engine: Engine, container_per: str):
     assert run_as_a_user_of(engine, chosen) == ("1001\n", "")
 
 
-def test_service_of_the_compose_file_holds_in_its_container(engine: Engine):
-    """Its settings, in the words of the SDK; there is no network to publish a port on."""
-    service = yaml.safe_load((REPOSITORY / "docker" / "compose.yaml").read_text())
-    service = service["services"]["sandbox"]
-    security = [option.partition("=") for option in service["security_opt"]]
-    check = service["healthcheck"]
-    try:
-        image = build_sandbox_image(engine, "service")
-    except EngineUnavailable as error:
-        pytest.skip(str(error))
-    client = engine.client()
-    container: Any = client.containers.run(
-        image,
-        detach=True,
-        network_mode="none",
-        environment={"TIR_ALP_SANDBOX_TOKEN": "secret"},
-        user=service["user"],
-        read_only=service["read_only"],
-        tmpfs=dict([service["tmpfs"][0].split(":", 1)]),
-        cap_drop=service["cap_drop"],
-        security_opt=[
-            f"seccomp={(REPOSITORY / 'docker' / path).read_text()}" if path else name
-            for name, _, path in security
-        ],
-        ipc_mode=service["ipc"],
-        init=service["init"],
-        pids_limit=service["pids_limit"],
-        mem_limit=service["mem_limit"],
-        memswap_limit=service["memswap_limit"],
-        nano_cpus=int(service["cpus"] * 1e9),
-        healthcheck={"test": check["test"], "interval": 10**9, "timeout": 10**10},
-        log_config=LogConfig(type="json-file"),
-    )
-    try:
-        wait_until(
-            lambda: (
-                client.api.inspect_container(container.id)["State"]["Health"]["Status"] == "healthy"
-            )
-        )
-        request = """
-import json, sys, urllib.request
+ASK_THE_SERVICE = """
+import json, urllib.request
 headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
 body = json.dumps({"code": "print(6 * 7)"}).encode()
 request = urllib.request.Request("http://127.0.0.1:8080/v1/run", body, headers)
 print(json.load(urllib.request.urlopen(request))["stdout"])
 """
-        output = container.exec_run(["python3", "-c", request]).output.decode()
+
+
+@contextlib.contextmanager
+def composed(engine: Engine, image: str, folder: Path) -> Iterator[Any]:
+    """The container of the compose file, with no network to publish a port on."""
+    service = {"image": image, "network_mode": "none"}
+    own = folder / "own.yaml"
+    own.write_text(yaml.safe_dump({"version": "3.9", "services": {"sandbox": service}}))
+    command = ["docker-compose", "-p", "tir-alp-test", "-f", "compose.yaml", "-f", str(own)]
+    environment = os.environ | {"DOCKER_HOST": engine.address, "TIR_ALP_SANDBOX_TOKEN": "secret"}
+
+    def compose(*arguments: str) -> None:
+        done = subprocess.run(
+            [*command, *arguments],
+            cwd=REPOSITORY / "docker",
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+
+    with contextlib.closing(engine.client()) as client:
+        try:
+            compose("up", "--detach", "--no-build")
+            label = "com.docker.compose.project=tir-alp-test"
+            (container,) = client.containers.list(all=True, filters={"label": label})
+            yield container
+        finally:
+            compose("down", "--timeout", "30")
+
+
+@pytest.mark.skipif(not shutil.which("docker-compose"), reason="docker-compose is not installed")
+def test_service_of_the_compose_file_answers(engine: Engine, tmp_path: Path):
+    try:
+        image = build_sandbox_image(engine, "service")
+    except EngineUnavailable as error:
+        pytest.skip(str(error))
+
+    def is_healthy() -> bool:
+        container.reload()
+        return container.attrs["State"]["Health"]["Status"] == "healthy"
+
+    with composed(engine, image, tmp_path) as container:
+        try:
+            wait_until(is_healthy, within_s=120)
+        except AssertionError as error:
+            raise AssertionError(container.logs().decode()) from error
+        output = container.exec_run(["python3", "-c", ASK_THE_SERVICE]).output.decode()
         assert output.strip() == "42", output
-    except AssertionError:
-        print(container.logs().decode())
-        raise
-    finally:
-        container.remove(force=True)
-        client.close()
 
 
 def test_engine_leaves_nothing(engine: Engine):
