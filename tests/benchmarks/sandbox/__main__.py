@@ -50,6 +50,14 @@ RIVALS = (
         True,
         lambda: start_ours(backend="docker", docker={"container_per": "session"}),
     ),
+    Rival(
+        "ours, docker, gVisor",
+        "",
+        True,
+        lambda: start_ours(
+            backend="docker", docker={"container_per": "session", "runtime": "runsc"}
+        ),
+    ),
     Rival("python -I -c", f"no isolation, no limits, {_NO_STATE}", False, Python.start),
     Rival(
         "bubblewrap, python -I -c",
