@@ -25,10 +25,11 @@ from tir_alp.config import AlgorithmConfig, Config
 from tir_alp.console import RunConsole
 from tir_alp.data import Task, TaskOrder, load_held_out, load_source
 from tir_alp.engines.transformers import TransformersEngine
+from tir_alp.ledger import Ledger
 from tir_alp.logical_order import LogicalOrder
 from tir_alp.policy import load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
-from tir_alp.rollout import EpisodeRunner
+from tir_alp.rollout import EpisodeRunner, Watch
 from tir_alp.rollout_queue import RolloutQueue
 from tir_alp.run_folder import RunFolder
 from tir_alp.tiny import SHIPPED
@@ -54,6 +55,7 @@ class Run:
     engine: TransformersEngine
     trainer: Trainer
     rollouts: RolloutQueue
+    ledger: Ledger
     evaluation: EpisodeRunner
     held_out: Sequence[Task]
     trainer_thread: ThreadPoolExecutor
@@ -108,6 +110,7 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         stack.callback(trainer_thread.shutdown)
 
         folder = RunFolder(resume or Path("runs") / run_name(config))
+        ledger = Ledger(rollout.group_size, config.seed)
         trainer = Trainer(
             load_policy(path),
             config.trainer,
@@ -115,6 +118,7 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
             reference=load_policy(initial) if config.algorithm.needs_reference else None,
             temperature=rollout.temperature,
             on_bad_update=folder.dump_bad_update,
+            on_update=ledger.updated,
         )
         if state is not None:
             trainer.load_state_dict(state)
@@ -124,12 +128,13 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         stack.enter_context(closing(folder))
         folder.note_environment(position.step, environment)
 
-        order = LogicalOrder(engine.generate) if config.deterministic else None
+        generate = ledger.engine(engine.generate)
+        order = LogicalOrder(generate) if config.deterministic else None
 
-        def runner(seed: int) -> EpisodeRunner:
+        def runner(seed: int, watch: Watch = lambda env, uid: env) -> EpisodeRunner:
             return EpisodeRunner(
                 make_env=lambda: make_environment(config),
-                generate=engine.generate if order is None else order.generate,
+                generate=generate if order is None else order.generate,
                 renderer=renderer,
                 limits=rollout,
                 threads=env_threads,
@@ -137,10 +142,11 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
                 seed=seed,
                 on_failure=lambda failure: console.print(f"episode failed: {failure}"),
                 admission=contextlib.nullcontext if order is None else order.episode,
+                watch=watch,
             )
 
         rollouts = RolloutQueue(
-            runner(config.seed).run_group,
+            runner(config.seed, ledger.watch).run_group,
             tasks.__getitem__,
             groups_per_step=rollout.groups_per_step,
             max_staleness=rollout.max_staleness,
@@ -162,6 +168,7 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
             engine=engine,
             trainer=trainer,
             rollouts=rollouts,
+            ledger=ledger,
             evaluation=runner(config.seed + _EVALUATION),
             held_out=held_out,
             trainer_thread=trainer_thread,
