@@ -18,7 +18,7 @@ from typing import Any
 
 import gymnasium
 
-from tir_alp import checkpoint
+from tir_alp import checkpoint, doctor
 from tir_alp.advantage import group_advantages, has_signal
 from tir_alp.checkpoint import Position
 from tir_alp.config import AlgorithmConfig, Config
@@ -93,13 +93,12 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         soon = [tasks[position.group + offset] for offset in range(_NUM_CHECKED)]
         environment = check_environment(config, renderer, [*soon, *held_out])
 
-        engine = TransformersEngine(
-            load_policy(path),
-            max_cache_tokens=config.engine.max_cache_tokens,
-            version=position.policy_version,
-            precision=config.engine.precision,
-            logit_noise=config.engine.logit_noise,
-        )
+        with closing(make_environment(config)) as env:
+            findings = doctor.examine_config(config, path, tokenizer, renderer, env, soon[0])
+            prompts = [env.reset(options=task.to_options())[0] for task in soon[:2]]
+        ignored = doctor.demand(findings, config.doctor.ignore)
+
+        engine = make_engine(config, path, position.policy_version)
         stack.push_async_callback(engine.close)
         rollout = config.rollout
         num_episodes = (rollout.max_staleness + 1) * rollout.groups_per_step * rollout.group_size
@@ -122,6 +121,13 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         )
         if state is not None:
             trainer.load_state_dict(state)
+        findings = await doctor.examine_engine(
+            *(config, engine, trainer.model, trainer.weights, position.policy_version),
+            *(tokenizer, renderer, prompts),
+        )
+        ignored += doctor.demand(findings, config.doctor.ignore)
+        console.print("".join(f"warning: {each}\n" for each in ignored) + "doctor: all is well")
+        if resume is not None:
             folder.reopen(position.step)
         else:
             folder.create(config)
@@ -173,6 +179,17 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
             held_out=held_out,
             trainer_thread=trainer_thread,
         )
+
+
+def make_engine(config: Config, path: str, version: int) -> TransformersEngine:
+    """Start the engine that a config asks for, with the weights at `path`."""
+    return TransformersEngine(
+        load_policy(path),
+        max_cache_tokens=config.engine.max_cache_tokens,
+        version=version,
+        precision=config.engine.precision,
+        logit_noise=config.engine.logit_noise,
+    )
 
 
 def make_environment(config: Config) -> gymnasium.Env[str, str]:

@@ -36,7 +36,7 @@ from tir_alp.tiny import TRAIN_CONFIG
 from tir_alp.tools.sandbox import SandboxRefused
 from tir_alp.types import TrajectoryGroup
 
-CHANGEABLE = ("steps", "eval", "checkpoint", "guards")
+CHANGEABLE = ("steps", "eval", "checkpoint", "guards", "doctor")
 """What may differ when a run is resumed."""
 
 

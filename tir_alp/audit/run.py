@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 
@@ -26,8 +27,12 @@ from tir_alp.tiny import SHIPPED
 _METRICS = "metrics.jsonl"
 
 
-def audit_run(path: Path) -> Findings:
+def audit_run(path: Path, tokenizer: Any = None) -> Findings:
     """Audit the folder of a run.
+
+    Args:
+        path: The folder.
+        tokenizer: Of the run; None: that of its newest checkpoint, or of its model.
 
     Raises:
         ValueError: If it cannot be audited: it is no run, one of another version, or its tasks or
@@ -47,7 +52,9 @@ def audit_run(path: Path) -> Findings:
     last = _last_step(path, config, rows, evaluated, findings)
     starts = [row.get("step", 0) for _, row in rows_of(path, "environment.jsonl", findings)]
     with closing(make_environment(config)) as env:
-        audit = _RunAudit(path, config, env, findings)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(_tokenizer_folder(path, config))
+        audit = _RunAudit(path, config, env, tokenizer, findings)
         for number in range(1, last + 1):
             audit.step(number, rows.get(number, (Place(_METRICS), None)), starts)
     return findings
@@ -117,12 +124,17 @@ class _RunAudit:
     """What all steps of a run share."""
 
     def __init__(
-        self, path: Path, config: Config, env: gymnasium.Env[str, str], findings: Findings
+        self,
+        path: Path,
+        config: Config,
+        env: gymnasium.Env[str, str],
+        tokenizer: Any,
+        findings: Findings,
     ) -> None:
         self._path, self._config, self._env, self._findings = path, config, env, findings
         self._tasks = TaskOrder(load_source(config.data), config.seed)
         self._renderer = Renderer(
-            load_tokenizer(_tokenizer_folder(path, config)),
+            tokenizer,
             system=config.model.system,
             max_observation_tokens=config.rollout.max_observation_tokens,
         )
