@@ -151,7 +151,13 @@ def test_a_run_says_which_sandbox_it_ran_in(finished):
 
 def test_a_run_without_protection_says_so(tmp_path):
     unsafe = ("--env.kwargs", '{"sandbox": {"backend": "unsafe"}}')
-    printed = run(tmp_path, "--name", "bare", "--steps", "1", *unsafe, *SMALL)
+    words = ("--name", "bare", "--steps", "1", *unsafe, *SMALL)
+    refused = start(tmp_path, *words)
+    said = refused.communicate(timeout=240)[0].decode()
+    assert refused.returncode == 2
+    assert "sandbox: a program reached a file of the host" in said
+    assert not (tmp_path / "runs").exists()
+    printed = run(tmp_path, *words, "--doctor.ignore", "sandbox")
     (environment,) = environments(tmp_path / "runs" / "bare")
     assert environment["tools"]["python"]["sandbox"] == "unsafe"
     (warning,) = environment["warnings"]

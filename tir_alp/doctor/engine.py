@@ -117,12 +117,14 @@ class EngineCheck:
         mean, most, num_tokens = self._distance(sampled)
         figure = f"mean |difference| {mean:.2g}, largest {most:.2g} over {num_tokens} tokens"
         holds = mean <= self.tolerance and most <= _MAX_OVER_MEAN * self.tolerance
+        distances = {name: self._distance(sampled, at)[0] for name, at in _MISTAKES.items()}
+        nearest = min(distances, key=lambda name: distances[name])
         fix = "the engine computes with other weights, another temperature or other tokens"
-        if not holds:
-            for what, judged_at in _MISTAKES.items():
-                if self._distance(sampled, judged_at)[0] <= self.tolerance:
-                    fix = f"the engine's logprobs are {what}: let it return those of the "
-                    fix += "distribution that it samples from"
+        if distances[nearest] <= self.tolerance:
+            fix = (
+                f"the engine's logprobs are {nearest}: let it return those of the distribution "
+                "that it samples from"
+            )
         return Finding("logprobs", holds, f"{figure}; tolerance {self.tolerance:g}", fix)
 
     def _distance(

@@ -28,11 +28,11 @@ attacks = {{
     "a file of the host": lambda: open({file!r}).read() == "canary",
     "a folder of the host, to write": lambda: open({file!r} + ".x", "w").write("x"),
     "the network": lambda: socket.create_connection(("127.0.0.1", {port}), 2),
-    "other programs": lambda: subprocess.run([sys.executable, "-V"]).returncode == 0,
+    "other programs": lambda: subprocess.run([sys.executable, "-c", ""]).returncode == 0,
 }}
 print("reached:", *[name for name, attack in attacks.items() if reaches(attack)], sep="; ")
 ```"""
-_NOTHING = "reached:"
+_ANSWER = "reached:"
 
 
 def check_sandbox(env: gymnasium.Env[str, str], task: Task) -> Finding:
@@ -45,11 +45,16 @@ def check_sandbox(env: gymnasium.Env[str, str], task: Task) -> Finding:
         canary.write_text("canary")
         env.reset(options=task.to_options())
         program = _PROGRAM.format(file=str(canary), port=server.getsockname()[1])
-        observation, *_ = env.step(program)
-    said = observation.strip()
-    if not said.startswith(_NOTHING):
-        return Finding("sandbox", True, "the environment ran no program")
-    reached = said.removeprefix(_NOTHING).strip("; ")
+        observation, *_, info = env.step(program)
+    _, answered, reached = observation.partition(_ANSWER)
+    if not answered:
+        return Finding(
+            "sandbox",
+            not info.get("tool_calls"),
+            f"the environment ran no program, and said {observation[-100:]!r}",
+            "a program that tries to get out has to be able to run: see why this one did not",
+        )
+    reached = reached.strip("; \n")
     return Finding(
         "sandbox",
         not reached,
