@@ -8,16 +8,15 @@ from pathlib import Path
 
 from tir_alp.assembly import open_run
 from tir_alp.audit import audit_run
-from tir_alp.config import load_config, read_toml
-from tir_alp.tiny import TRAIN_CONFIG
+from tir_alp.config import Config
 from tir_alp.train import train
 
 
-def train_in(folder: Path, *words: str, config: Path = TRAIN_CONFIG) -> Path:
-    """Train in this process, without a report; returns the folder of the run."""
+def train_with(folder: Path, config: Config) -> Path:
+    """Train in this process, below a folder, without a report; returns the folder of the run."""
 
     async def main() -> Path:
-        async with open_run(load_config(words, read_toml(config))) as run:
+        async with open_run(config) as run:
             await train(run)
             return run.folder.path.resolve()
 

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium
-
 from tir_alp import checkpoint, doctor
 from tir_alp.advantage import group_advantages, has_signal
 from tir_alp.checkpoint import Position
@@ -25,6 +23,7 @@ from tir_alp.config import AlgorithmConfig, Config
 from tir_alp.console import RunConsole
 from tir_alp.data import Task, TaskOrder, load_held_out, load_source
 from tir_alp.engines.transformers import TransformersEngine
+from tir_alp.environments import make_environment
 from tir_alp.ledger import Ledger
 from tir_alp.logical_order import LogicalOrder
 from tir_alp.policy import load_policy, load_tokenizer
@@ -190,16 +189,6 @@ def make_engine(config: Config, path: str, version: int) -> TransformersEngine:
         precision=config.engine.precision,
         logit_noise=config.engine.logit_noise,
     )
-
-
-def make_environment(config: Config) -> gymnasium.Env[str, str]:
-    """Make one environment. Raises ValueError if there is none of that name, or it refuses."""
-    try:
-        return gymnasium.make(config.env.id, disable_env_checker=True, **config.env.kwargs)
-    except (gymnasium.error.Error, ImportError) as error:
-        raise ValueError(f"cannot make the environment {config.env.id!r}: {error}") from error
-    except TypeError as error:
-        raise ValueError(f"{config.env.id!r} does not take env.kwargs: {error}") from error
 
 
 def with_run_seed(config: Config) -> AlgorithmConfig:

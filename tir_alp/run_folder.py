@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from tir_alp.config import Config
 from tir_alp.objective import objective
@@ -61,6 +60,8 @@ class RunFolder:
         self._open()
 
     def _open(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # only who writes a run needs it
+
         self._metrics = (self.path / "metrics.jsonl").open("a")
         self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
 

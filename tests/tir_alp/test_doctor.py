@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tir_alp.assembly import make_environment
 from tir_alp.config import Config, Section, TrainerConfig, load_config, read_toml
 from tir_alp.data import Task
 from tir_alp.doctor import Finding, Refused, demand, examine_engine
@@ -22,6 +21,7 @@ from tir_alp.doctor.machine import check_disk, check_memory, memory_needed, shap
 from tir_alp.doctor.sandbox import check_sandbox
 from tir_alp.engines.base import Completion, Sampling
 from tir_alp.engines.transformers import TransformersEngine
+from tir_alp.environments import make_environment
 from tir_alp.policy import load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.tiny import ABLE, TRAIN_CONFIG

@@ -10,7 +10,6 @@ from typing import Any
 import gymnasium
 
 from tir_alp import checkpoint
-from tir_alp.assembly import make_environment
 from tir_alp.audit import step as steps
 from tir_alp.audit.findings import Findings, Place
 from tir_alp.audit.records import Recorded, Row, read_ledger, read_trajectories, rows_of
@@ -19,6 +18,7 @@ from tir_alp.audit.step import StepFiles
 from tir_alp.audit.trajectory import TrajectoryCheck
 from tir_alp.config import Config, parse_config
 from tir_alp.data import TaskOrder, load_source
+from tir_alp.environments import make_environment
 from tir_alp.policy import load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.run_folder import STEP_FOLDERS, read_run_config, step_file

@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from tir_alp.assembly import check_environment, make_engine, make_environment
+from tir_alp.assembly import check_environment, make_engine
 from tir_alp.config import Config, load_config, read_toml
 from tir_alp.data import TaskOrder, load_source
 from tir_alp.doctor.examine import examine_config, examine_engine
 from tir_alp.doctor.finding import Finding
+from tir_alp.environments import make_environment
 from tir_alp.policy import load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.tiny import SHIPPED, TRAIN_CONFIG
