@@ -21,9 +21,10 @@ import gymnasium
 from tir_alp import checkpoint
 from tir_alp.advantage import group_advantages, has_signal
 from tir_alp.checkpoint import Position
-from tir_alp.config import AlgorithmConfig, Config
+from tir_alp.config import AlgorithmConfig, Config, SGLangConfig
 from tir_alp.console import RunConsole
 from tir_alp.data import Task, TaskOrder, load_held_out, load_source
+from tir_alp.engines.base import Engine
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.logical_order import LogicalOrder
 from tir_alp.policy import load_policy, load_tokenizer
@@ -51,7 +52,7 @@ class Run:
     console: RunConsole
     folder: RunFolder
     tokenizer: Any
-    engine: TransformersEngine
+    engine: Engine
     trainer: Trainer
     rollouts: RolloutQueue
     evaluation: EpisodeRunner
@@ -91,14 +92,6 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         soon = [tasks[position.group + offset] for offset in range(_NUM_CHECKED)]
         environment = check_environment(config, renderer, [*soon, *held_out])
 
-        engine = TransformersEngine(
-            load_policy(path),
-            max_cache_tokens=config.engine.max_cache_tokens,
-            version=position.policy_version,
-            precision=config.engine.precision,
-            logit_noise=config.engine.logit_noise,
-        )
-        stack.push_async_callback(engine.close)
         rollout = config.rollout
         num_episodes = (rollout.max_staleness + 1) * rollout.groups_per_step * rollout.group_size
         env_threads = ThreadPoolExecutor(num_episodes, thread_name_prefix="env")
@@ -115,6 +108,9 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
             reference=load_policy(initial) if config.algorithm.needs_reference else None,
             temperature=rollout.temperature,
             on_bad_update=folder.dump_bad_update,
+        )
+        engine = await stack.enter_async_context(
+            open_engine(config, path, position.policy_version, trainer, trainer_thread, console)
         )
         if state is not None:
             trainer.load_state_dict(state)
@@ -166,6 +162,58 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
             held_out=held_out,
             trainer_thread=trainer_thread,
         )
+
+
+@asynccontextmanager
+async def open_engine(
+    config: Config,
+    path: str,
+    version: int,
+    trainer: Trainer,
+    trainer_thread: ThreadPoolExecutor,
+    console: RunConsole,
+) -> AsyncIterator[Engine]:
+    """Open the engine that the config names, with the weights of a folder.
+
+    Raises:
+        ValueError: If it cannot start.
+    """
+    settings = config.engine
+    if isinstance(settings, SGLangConfig):
+        try:
+            from tir_alp.engines.sglang import open_sglang
+        except ImportError as error:
+            raise ValueError(
+                'engine.type = "sglang" needs aiohttp: install it as docs/sglang.md says'
+            ) from error
+        loop = asyncio.get_running_loop()
+
+        async def reference(token_ids: tuple[int, ...]) -> Sequence[float]:
+            call = (trainer.sequence_logprobs, token_ids)
+            return await loop.run_in_executor(trainer_thread, *call)
+
+        async with open_sglang(
+            settings,
+            model_path=path,
+            version=version,
+            vocab_size=trainer.model.config.get_text_config().vocab_size,
+            seed=config.seed,
+            reference=reference,
+            say=console.print,
+        ) as engine:
+            yield engine
+        return
+    engine = TransformersEngine(
+        load_policy(path),
+        max_cache_tokens=settings.max_cache_tokens,
+        version=version,
+        precision=settings.precision,
+        logit_noise=settings.logit_noise,
+    )
+    try:
+        yield engine
+    finally:
+        await engine.close()
 
 
 def make_environment(config: Config) -> gymnasium.Env[str, str]:

@@ -57,11 +57,13 @@ async def train(run: Run) -> None:
             trained = time.monotonic()
             await run.engine.load_weights(run.trainer.weights(), version=step + 1)
             run.rollouts.release()
+            synced = time.monotonic()
 
             metrics |= rollout_metrics(groups, step, run.rollouts.dropped)
             ended = time.monotonic()
             metrics["time/rollout"] = rolled_out - began
             metrics["time/train"] = trained - rolled_out
+            metrics["time/weights"] = synced - trained
             metrics["tokens/per_second"] = metrics["tokens/generated"] / (ended - began)
             run.folder.record(step + 1, groups)
             run.folder.log(step + 1, metrics)
