@@ -19,9 +19,10 @@ from typing import Any
 from tir_alp import checkpoint, doctor
 from tir_alp.advantage import group_advantages, has_signal
 from tir_alp.checkpoint import Position
-from tir_alp.config import AlgorithmConfig, Config
+from tir_alp.config import AlgorithmConfig, Config, SGLangConfig
 from tir_alp.console import RunConsole
 from tir_alp.data import Task, TaskOrder, load_held_out, load_source
+from tir_alp.engines.base import Engine
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.environments import make_environment
 from tir_alp.ledger import Ledger
@@ -51,7 +52,7 @@ class Run:
     console: RunConsole
     folder: RunFolder
     tokenizer: Any
-    engine: TransformersEngine
+    engine: Engine
     trainer: Trainer
     rollouts: RolloutQueue
     ledger: Ledger
@@ -97,8 +98,6 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
             prompts = [env.reset(options=task.to_options())[0] for task in soon[:2]]
         ignored = doctor.demand(findings, config.doctor.ignore)
 
-        engine = make_engine(config, path, position.policy_version)
-        stack.push_async_callback(engine.close)
         rollout = config.rollout
         num_episodes = (rollout.max_staleness + 1) * rollout.groups_per_step * rollout.group_size
         env_threads = ThreadPoolExecutor(num_episodes, thread_name_prefix="env")
@@ -118,6 +117,9 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
             on_bad_update=folder.dump_bad_update,
             on_update=ledger.updated,
         )
+        engine = await stack.enter_async_context(
+            open_engine(config, path, position.policy_version, trainer, trainer_thread, console)
+        )
         if state is not None:
             trainer.load_state_dict(state)
         findings = await doctor.examine_engine(
@@ -125,7 +127,8 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
             *(tokenizer, renderer, prompts),
         )
         ignored += doctor.demand(findings, config.doctor.ignore)
-        console.print("".join(f"warning: {each}\n" for each in ignored) + "doctor: all is well")
+        for each in ignored:
+            console.print(f"warning: {each}")
         if resume is not None:
             folder.reopen(position.step)
         else:
@@ -180,15 +183,56 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         )
 
 
-def make_engine(config: Config, path: str, version: int) -> TransformersEngine:
-    """Start the engine that a config asks for, with the weights at `path`."""
-    return TransformersEngine(
+@asynccontextmanager
+async def open_engine(
+    config: Config,
+    path: str,
+    version: int,
+    trainer: Trainer,
+    trainer_thread: ThreadPoolExecutor,
+    console: RunConsole,
+) -> AsyncIterator[Engine]:
+    """Open the engine that the config names, with the weights of a folder.
+
+    Raises:
+        ValueError: If it cannot start.
+    """
+    settings = config.engine
+    if isinstance(settings, SGLangConfig):
+        try:
+            from tir_alp.engines.sglang import open_sglang
+        except ImportError as error:
+            raise ValueError(
+                'engine.type = "sglang" needs aiohttp: install it as docs/sglang.md says'
+            ) from error
+        loop = asyncio.get_running_loop()
+
+        async def reference(token_ids: tuple[int, ...]) -> Sequence[float]:
+            call = (trainer.sequence_logprobs, token_ids)
+            return await loop.run_in_executor(trainer_thread, *call)
+
+        async with open_sglang(
+            settings,
+            model_path=path,
+            version=version,
+            vocab_size=trainer.model.config.get_text_config().vocab_size,
+            seed=config.seed,
+            reference=reference,
+            say=console.print,
+        ) as engine:
+            yield engine
+        return
+    engine = TransformersEngine(
         load_policy(path),
-        max_cache_tokens=config.engine.max_cache_tokens,
+        max_cache_tokens=settings.max_cache_tokens,
         version=version,
-        precision=config.engine.precision,
-        logit_noise=config.engine.logit_noise,
+        precision=settings.precision,
+        logit_noise=settings.logit_noise,
     )
+    try:
+        yield engine
+    finally:
+        await engine.close()
 
 
 def with_run_seed(config: Config) -> AlgorithmConfig:

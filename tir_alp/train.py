@@ -53,16 +53,18 @@ async def train(run: Run) -> None:
             groups = await run.rollouts.take()
             rolled_out = time.monotonic()
             metrics = await update(run, groups, step)
+            trained = time.monotonic()
             metrics |= rollout_metrics(groups, step, run.rollouts.dropped)
             record(run, groups, step)
             check_health(run, metrics, step)
-            trained = time.monotonic()
+            recorded = time.monotonic()
             await run.engine.load_weights(run.trainer.weights(), version=step + 1)
             run.rollouts.release()
 
             ended = time.monotonic()
             metrics["time/rollout"] = rolled_out - began
             metrics["time/train"] = trained - rolled_out
+            metrics["time/weights"] = ended - recorded
             metrics["tokens/per_second"] = metrics["tokens/generated"] / (ended - began)
             run.folder.log(step + 1, metrics)
             run.console.step(step + 1, metrics)

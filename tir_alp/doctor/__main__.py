@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from tir_alp.assembly import check_environment, make_engine
+from tir_alp.assembly import check_environment, open_engine
 from tir_alp.config import Config, load_config, read_toml
+from tir_alp.console import RunConsole
 from tir_alp.data import TaskOrder, load_source
 from tir_alp.doctor.examine import examine_config, examine_engine
 from tir_alp.doctor.finding import Finding
@@ -23,6 +25,7 @@ from tir_alp.policy import load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.tiny import SHIPPED, TRAIN_CONFIG
 from tir_alp.tools.sandbox import SandboxRefused
+from tir_alp.trainer import Trainer
 
 
 async def examine(config: Config) -> list[Finding]:
@@ -43,14 +46,18 @@ async def examine(config: Config) -> list[Finding]:
     with closing(make_environment(config)) as env:
         findings = examine_config(config, path, tokenizer, renderer, env, tasks[0])
         prompts = [env.reset(options=tasks[each].to_options())[0] for each in range(2)]
-    model = load_policy(path)
-    engine = make_engine(config, path, version=0)
-    try:
-        return findings + await examine_engine(
-            config, engine, model, model.state_dict, 0, tokenizer, renderer, prompts
-        )
-    finally:
-        await engine.close()
+    trainer = Trainer(
+        load_policy(path),
+        config.trainer,
+        config.algorithm,
+        temperature=config.rollout.temperature,
+        on_bad_update=lambda update, batches: None,
+    )
+    with ThreadPoolExecutor(1) as thread:
+        async with open_engine(config, path, 0, trainer, thread, RunConsole()) as engine:
+            return findings + await examine_engine(
+                config, engine, trainer.model, trainer.weights, 0, tokenizer, renderer, prompts
+            )
 
 
 def main(arguments: Sequence[str]) -> int:

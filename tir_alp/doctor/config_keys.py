@@ -47,9 +47,15 @@ def _keys(
     section: type[BaseModel], prefix: str = ""
 ) -> Iterator[tuple[tuple[type[BaseModel], str], str]]:
     for name, field in section.model_fields.items():
-        yield (section, name), prefix + name
+        if not _is_tag(field.annotation):
+            yield (section, name), prefix + name
         for inner in _sections_in(field.annotation):
             yield from _keys(inner, f"{prefix}{name}.")
+
+
+def _is_tag(annotation: object) -> bool:
+    """Whether a field has one value only: it says which section was meant."""
+    return typing.get_origin(annotation) is typing.Literal and len(typing.get_args(annotation)) == 1
 
 
 def _sections_in(annotation: object) -> Iterator[type[BaseModel]]:
@@ -68,43 +74,49 @@ def _names_of(section: type[BaseModel]) -> Iterator[str]:
             yield base.__name__
 
 
+Classes = frozenset[str]
+"""Names of the classes that a value may be of; empty: not known."""
+_UNKNOWN: Classes = frozenset()
+
+
 class _Types:
-    """What is known of the types of a program's names: all are names of classes."""
+    """What is known of the types of a program's names."""
 
     def __init__(self, sections: dict[str, type[BaseModel]]) -> None:
         self.sections = sections
-        self.members: defaultdict[str, dict[str, str]] = defaultdict(dict)
-        """Class -> attribute -> class."""
-        self.results: dict[str, str] = {}
-        """Function -> class of what it returns."""
+        self.members: defaultdict[str, dict[str, Classes]] = defaultdict(dict)
+        """Class -> attribute -> its classes."""
+        self.results: dict[str, Classes] = {}
+        """Function -> classes of what it returns."""
         for name, section in sections.items():
             for field, info in section.model_fields.items():
-                for inner in _sections_in(info.annotation):
-                    self.members[name][field] = inner.__name__
+                inner = _sections_in(info.annotation)
+                if classes := frozenset(each.__name__ for each in inner):
+                    self.members[name][field] = classes
 
-    def of_annotation(self, annotation: ast.expr | None) -> str | None:
+    def of_annotation(self, annotation: ast.expr | None) -> Classes:
         if annotation is None:
-            return None
-        known = (self.sections.keys() | self.members.keys()) & {*_words(annotation)}
-        return next(iter(sorted(known)), None)
+            return _UNKNOWN
+        return frozenset(_words(annotation)) & (self.sections.keys() | self.members.keys())
 
-    def of(self, node: ast.expr, scope: dict[str, str]) -> str | None:
-        """Class of an expression's value; None: not known."""
+    def of(self, node: ast.expr, scope: dict[str, Classes]) -> Classes:
+        """Classes of an expression's value."""
         match node:
             case ast.Name(id=name):
-                return scope.get(name)
+                return scope.get(name, _UNKNOWN)
             case ast.Attribute(value=value, attr=attr):
-                owner = self.of(value, scope)
-                return None if owner is None else self.members[owner].get(attr)
+                owners = self.of(value, scope)
+                return _UNKNOWN.union(*(self.members[o].get(attr, _UNKNOWN) for o in owners))
             case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)):
-                return self.results.get(name) or (name if name in self.members else None)
+                made = frozenset({name}) if name in self.members else _UNKNOWN
+                return self.results.get(name, made)
             case ast.IfExp(body=body, orelse=orelse):
-                return self.of(body, scope) or self.of(orelse, scope)
+                return self.of(body, scope) | self.of(orelse, scope)
             case ast.BoolOp(values=values):
-                return next(filter(None, (self.of(value, scope) for value in values)), None)
+                return _UNKNOWN.union(*(self.of(value, scope) for value in values))
             case ast.Await(value=value) | ast.NamedExpr(value=value):
                 return self.of(value, scope)
-        return None
+        return _UNKNOWN
 
 
 def _words(annotation: ast.expr) -> Iterable[str]:
@@ -124,7 +136,7 @@ def _reads(
         for node in ast.walk(module):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
-            if (result := known.of_annotation(node.returns)) is not None:
+            if result := known.of_annotation(node.returns):
                 known.results[node.name] = result
     reads: set[tuple[type[BaseModel], str]] = set()
     for _ in range(2):  # the second time with the attributes that the first has found
@@ -138,7 +150,7 @@ class _Reader(ast.NodeVisitor):
 
     def __init__(self, known: _Types, reads: set[tuple[type[BaseModel], str]]) -> None:
         self._known, self._reads = known, reads
-        self._scope: dict[str, str] = {}
+        self._scope: dict[str, Classes] = {}
         self._class: str | None = None
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
@@ -146,8 +158,8 @@ class _Reader(ast.NodeVisitor):
         for statement in node.body:
             match statement:
                 case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation):
-                    if (kind := self._known.of_annotation(annotation)) is not None:
-                        self._known.members[node.name][name] = kind
+                    if classes := self._known.of_annotation(annotation):
+                        self._known.members[node.name][name] = classes
         self.generic_visit(node)
         self._class = outer
 
@@ -155,10 +167,10 @@ class _Reader(ast.NodeVisitor):
         outer, self._scope = self._scope, dict(self._scope)
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         for argument in arguments:
-            kind = self._known.of_annotation(argument.annotation)
+            classes = self._known.of_annotation(argument.annotation)
             if argument.arg == "self" and self._class is not None:
-                kind = self._class
-            self._name(argument.arg, kind)
+                classes = frozenset({self._class})
+            self._name(argument.arg, classes)
         self.generic_visit(node)
         self._scope = outer
 
@@ -184,24 +196,23 @@ class _Reader(ast.NodeVisitor):
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         self.generic_visit(node)
-        section = self._known.sections.get(self._known.of(node.value, self._scope) or "")
-        if section is None or not isinstance(node.ctx, ast.Load):
+        if not isinstance(node.ctx, ast.Load):
             return
-        fields = section.model_fields if node.attr == "model_dump" else (node.attr,)
-        for field in fields:
-            if field in section.model_fields:
-                self._reads.add((section, field))
+        for name in self._known.of(node.value, self._scope) & self._known.sections.keys():
+            section = self._known.sections[name]
+            fields = section.model_fields if node.attr == "model_dump" else (node.attr,)
+            self._reads.update((section, each) for each in fields if each in section.model_fields)
 
     def _assign(self, target: ast.expr, value: ast.expr) -> None:
-        kind = self._known.of(value, self._scope)
+        classes = self._known.of(value, self._scope)
         match target:
             case ast.Name(id=name):
-                self._name(name, kind)
-            case ast.Attribute(value=owner, attr=attr) if kind is not None:
-                if (owned_by := self._known.of(owner, self._scope)) is not None:
-                    self._known.members[owned_by].setdefault(attr, kind)
+                self._name(name, classes)
+            case ast.Attribute(value=owner, attr=attr):
+                for each in self._known.of(owner, self._scope) if classes else ():
+                    self._known.members[each].setdefault(attr, classes)
 
-    def _name(self, name: str, kind: str | None) -> None:
+    def _name(self, name: str, classes: Classes) -> None:
         self._scope.pop(name, None)
-        if kind is not None:
-            self._scope[name] = kind
+        if classes:
+            self._scope[name] = classes

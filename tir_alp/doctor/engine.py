@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tir_alp.attention import PackedSequences
-from tir_alp.config import EngineConfig
+from tir_alp.config import SGLangConfig, TransformersConfig
 from tir_alp.doctor.finding import Finding
 from tir_alp.engines.base import Completion, Engine, Sampling
 from tir_alp.policy import hidden_states, next_token_logits
@@ -26,15 +26,17 @@ from tir_alp.types import StopReason
 
 _NUM_TOKENS = 16  # of a completion that is sampled for a check
 _DEADLINE_S = 300.0
-_MEAN_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.1, "fp8": 0.3}
+_MEAN_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.05, "int8": 0.1, "fp8": 0.3}
 _MAX_OVER_MEAN = 20  # a single token may be off by so many times the tolerance of the mean
 _NOISE_TOLERANCE = 1.5  # a unit of noise on the logits
 _NUM_NUDGED = 8  # tensors, evenly spaced, that are changed to see whether a sync takes all
 _SHIFT = 10  # a change of the weights has to move logprobs by so many tolerances
 
 
-def tolerance_of(engine: EngineConfig) -> float:
+def tolerance_of(engine: TransformersConfig | SGLangConfig) -> float:
     """By how much the mean |difference of logprobs| may be off, in nats."""
+    if isinstance(engine, SGLangConfig):
+        return _MEAN_TOLERANCE[engine.dtype]
     return _MEAN_TOLERANCE[engine.precision] + _NOISE_TOLERANCE * engine.logit_noise
 
 

@@ -58,7 +58,8 @@ def memory_needed(config: Config, shape: Shape) -> dict[str, int]:
     """Bytes by what takes them: a run in one process, at its widest."""
     rollout, trainer = config.rollout, config.trainer
     num_episodes = (rollout.max_staleness + 1) * rollout.groups_per_step * rollout.group_size
-    cached = min(config.engine.max_cache_tokens, num_episodes * rollout.max_context_tokens)
+    most_cached = num_episodes * rollout.max_context_tokens
+    cached = min(config.engine.max_cache_tokens or most_cached, most_cached)
     most = max(trainer.micro_batch_tokens, rollout.max_context_tokens)
     packed = min(most, num_episodes * rollout.max_context_tokens)
     of_hidden, of_inner = _KEPT_A_LAYER
