@@ -150,7 +150,11 @@ def test_episodes_that_infrastructure_broke_are_accounted_for(tmp_path):
     assert attempts > trajectories
 
 
-TINY_CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("tiny*.toml"))
+TINY_CONFIGS = [  # those with servers are audited where the tests have one
+    file
+    for file in sorted((Path(__file__).parents[2] / "configs").glob("tiny*.toml"))
+    if "sglang" not in file.stem
+]
 FEW = (
     *("--name", "few", "--steps", "3", "--eval.num_tasks", "1"),
     *("--rollout.groups_per_step", "2", "--rollout.group_size", "4"),

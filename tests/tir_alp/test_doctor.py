@@ -11,7 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tir_alp.config import Config, Section, TrainerConfig, load_config, read_toml
+from tir_alp.config import (
+    Config,
+    Section,
+    TrainerConfig,
+    TransformersConfig,
+    load_config,
+    read_toml,
+)
 from tir_alp.data import Task
 from tir_alp.doctor import Finding, Refused, demand, examine_engine
 from tir_alp.doctor.config_keys import unread_keys
@@ -45,6 +52,7 @@ def examined(
 
     async def main() -> list[Finding]:
         settings = config(*words)
+        assert isinstance(settings.engine, TransformersConfig)
         tokenizer, model = load_tokenizer(str(ABLE)), load_policy(str(ABLE))
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         engine = kind(
