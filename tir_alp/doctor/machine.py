@@ -42,13 +42,14 @@ def shape_of(path: str) -> Shape:
         raise ValueError(f"cannot load the config of the model {path!r}: {error}") from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    config = config.get_text_config()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Shape(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        inner=config.intermediate_size,
+        inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocabulary=config.vocab_size,
         cache_width=2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim,
     )
