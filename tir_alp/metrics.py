@@ -165,7 +165,8 @@ def rollout_metrics(
     """Describe the trajectories of one step.
 
     `time/generate` and `time/tool` are seconds a trajectory, on average, spent in either.
-    `staleness/*` are in steps, over the turns that are trained on. `outcome/<name>` count turns.
+    `staleness/*` are in steps, over the sampled tokens that are trained on. `outcome/<name>` count
+    turns.
 
     Args:
         groups: Those that are trained on.
@@ -196,21 +197,29 @@ def rollout_metrics(
 
 
 def staleness_metrics(trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
-    """How old the weights behind the turns are, in steps, and how they mix.
+    """How old the weights behind the sampled tokens are, in steps, and how they mix.
 
-    `staleness/share_<n>` is the share of turns that are n steps old, for each n that occurs up to
-    7; `share_8` is that of all older ones. `staleness/versions` counts weights, and
-    `staleness/mixed` is the share of trajectories with turns by more than one.
+    `staleness/share_<n>` is the share of tokens that are n steps old, for each n that occurs up to
+    7; `share_8` is that of all older ones. `staleness/versions` counts weights, `staleness/mixed`
+    is the share of trajectories with tokens by more than one, and `staleness/mixed_turns` that of
+    turns: weights that were loaded while a completion was sampled.
     """
-    versions = [{turn.policy_version for turn in each.turns} for each in trajectories]
-    ages = [step - turn.policy_version for each in trajectories for turn in each.turns]
-    shares = Counter(min(age, _MOST_STALE) for age in ages)
+    turns = [[turn.versions for turn in each.turns] for each in trajectories]
+    behind = [{span.version for spans in each for span in spans} for each in turns]
+    ages: Counter[int] = Counter()
+    for span in (span for each in turns for spans in each for span in spans):
+        ages[step - span.version] += span.stop - span.start
+    shares: Counter[int] = Counter()
+    for age, count in ages.items():
+        shares[min(age, _MOST_STALE)] += count
+    num_tokens = max(ages.total(), 1)
     return {
-        "staleness/mean": _mean(ages),
+        "staleness/mean": sum(age * count for age, count in ages.items()) / num_tokens,
         "staleness/max": max(ages, default=0),
-        "staleness/versions": len(set().union(*versions)),
-        "staleness/mixed": _mean(len(each) > 1 for each in versions),
-        **{f"staleness/share_{age}": shares[age] / len(ages) for age in sorted(shares)},
+        "staleness/versions": len(set().union(*behind)),
+        "staleness/mixed": _mean(len(versions) > 1 for versions in behind),
+        "staleness/mixed_turns": _mean(len(spans) > 1 for each in turns for spans in each),
+        **{f"staleness/share_{age}": shares[age] / num_tokens for age in sorted(shares)},
     }
 
 

@@ -16,7 +16,7 @@ from tokenizers.decoders import DecodeStream
 
 from tir_alp.engines.base import Completion
 from tir_alp.tools.fenced import code_blocks
-from tir_alp.types import StopReason, TokenSpan
+from tir_alp.types import StopReason, TokenSpan, cut_version_spans
 
 # Stand-ins for contents, to find out what a chat template puts around them.
 _USER, _ASSISTANT, _TOOL = "\u2068user\u2069", "\u2068assistant\u2069", "\u2068tool\u2069"
@@ -129,7 +129,7 @@ class Renderer:
         return feed
 
     def cut(self, completion: Completion) -> Completion:
-        """Drop what an engine sampled behind the closing fence, ids and logprobs alike."""
+        """Drop what an engine sampled behind the closing fence: ids, logprobs and versions."""
         matches = self.fence_matcher()
         for index, token_id in enumerate(completion.token_ids):
             if matches(token_id):
@@ -138,6 +138,7 @@ class Renderer:
                     token_ids=completion.token_ids[: index + 1],
                     logprobs=completion.logprobs[: index + 1],
                     stop_reason=StopReason.STOP,
+                    version_spans=cut_version_spans(completion.version_spans, index + 1),
                 )
         return completion
 

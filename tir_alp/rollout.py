@@ -183,6 +183,7 @@ class EpisodeRunner:
                     reward=float(reward),
                     info={**info, "observation": text},
                     timing={"generate": generated - began, "tool": stepped - generated},
+                    version_spans=completion.version_spans,
                 )
             )
             if terminated or truncated:

@@ -9,7 +9,7 @@ Axis letters in comments: B sequences, T tokens of the longest sequence, N token
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -74,6 +74,60 @@ class TokenSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens [start, stop) of one completion, which the same weights sampled.
+
+    Example, new weights were loaded when two of five tokens had been sampled:
+
+        (VersionSpan(version=3, start=0, stop=2), VersionSpan(version=4, start=2, stop=5))
+    """
+
+    version: int
+    """Training steps behind the weights."""
+    start: int
+    stop: int
+
+
+def check_version_spans(spans: Sequence[VersionSpan], num_tokens: int, policy_version: int) -> None:
+    """See that spans cover a completion without gaps, with versions that only grow.
+
+    No spans mean that `policy_version` sampled all tokens.
+
+    Args:
+        spans: Of the completion.
+        num_tokens: Of the completion.
+        policy_version: Version of its first token.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if not spans:
+        return
+    starts = [0, *(span.stop for span in spans[:-1])]
+    are_whole = (
+        [span.start for span in spans] == starts
+        and all(span.start < span.stop for span in spans)
+        and spans[-1].stop == num_tokens
+    )
+    if not are_whole:
+        raise ValueError(f"version spans do not cover the {num_tokens} tokens once each: {spans}")
+    versions = [span.version for span in spans]
+    if versions[0] != policy_version:
+        raise ValueError(f"the first token has version {versions[0]}, not {policy_version}")
+    if versions != sorted(set(versions)):
+        raise ValueError(f"versions must grow from span to span; they are {versions}")
+
+
+def cut_version_spans(spans: Sequence[VersionSpan], num_tokens: int) -> tuple[VersionSpan, ...]:
+    """The spans of the first `num_tokens` tokens."""
+    return tuple(
+        VersionSpan(span.version, span.start, min(span.stop, num_tokens))
+        for span in spans
+        if span.start < num_tokens
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """The policy writes a completion, the environment answers with an observation.
 
@@ -88,7 +142,7 @@ class Turn:
     observation: TokenSpan
     """What the environment answered; empty after the last turn."""
     policy_version: int
-    """Training steps behind the weights that sampled the completion."""
+    """Training steps behind the weights that sampled the completion's first token."""
     stop_reason: StopReason
     outcome: Outcome
     """What became of the turn's tool call or grading; `OK` where there was none."""
@@ -97,6 +151,17 @@ class Turn:
     """What the environment reports beside the reward, e.g. `tool_calls`, `void`, `answer`."""
     timing: Mapping[str, float] = field(default_factory=dict)
     """Seconds by part: `generate` (queueing included) and `tool`."""
+    version_spans: tuple[VersionSpan, ...] = ()
+    """Which weights sampled which tokens; empty: those of `policy_version` sampled all."""
+
+    def __post_init__(self) -> None:
+        check_version_spans(self.version_spans, len(self.completion), self.policy_version)
+
+    @property
+    def versions(self) -> tuple[VersionSpan, ...]:
+        """The version spans, written out also where one version sampled all."""
+        whole = VersionSpan(self.policy_version, 0, len(self.completion))
+        return self.version_spans or ((whole,) if len(self.completion) else ())
 
     @property
     def is_cut(self) -> bool:

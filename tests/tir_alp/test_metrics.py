@@ -17,10 +17,11 @@ from tir_alp.metrics import (
     mismatch_metrics,
     ratio_quantiles,
     rollout_metrics,
+    staleness_metrics,
 )
 from tir_alp.ratio_summary import summarise
 from tir_alp.tools.outcome import Outcome
-from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn
+from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn, VersionSpan
 
 
 def turn(num_tokens: int = 1, **changes) -> Turn:
@@ -93,12 +94,13 @@ def test_a_step_is_described_by_its_turns_and_trajectories():
         "rollout/zero_signal_groups": 1,
         "rollout/refills": 0,
         "rollout/dropped": 1,
-        "staleness/mean": pytest.approx((2 + 1 + 1 + 3 * 1) / 6),
+        "staleness/mean": pytest.approx((3 * 2 + (2 + 1 + 3 * 4) * 1) / 18),
         "staleness/max": 2,
         "staleness/versions": 2,
         "staleness/mixed": 0.25,
-        "staleness/share_1": pytest.approx(5 / 6),
-        "staleness/share_2": pytest.approx(1 / 6),
+        "staleness/mixed_turns": 0,
+        "staleness/share_1": pytest.approx(15 / 18),
+        "staleness/share_2": pytest.approx(3 / 18),
         "tokens/generated": 6 + 3 * 4,
         "time/generate": 0.5,
         "time/tool": 0.375,
@@ -124,7 +126,22 @@ def test_groups_that_were_replaced_count_as_sampled_but_not_as_trained_on():
     assert metrics["staleness/max"] == 0
 
 
-def test_very_old_turns_share_one_key():
+def test_staleness_counts_the_tokens_of_each_version_in_a_turn():
+    spans = (VersionSpan(4, 0, 1), VersionSpan(6, 1, 4))
+    mixed = trajectory(turn(4, policy_version=4, version_spans=spans), turn(4, policy_version=6))
+    metrics = staleness_metrics([mixed, trajectory(turn(2, policy_version=6))], step=7)
+    assert metrics == {
+        "staleness/mean": pytest.approx((1 * 3 + (3 + 4 + 2) * 1) / 10),
+        "staleness/max": 3,
+        "staleness/versions": 2,
+        "staleness/mixed": 0.5,
+        "staleness/mixed_turns": pytest.approx(1 / 3),
+        "staleness/share_1": pytest.approx(0.9),
+        "staleness/share_3": pytest.approx(0.1),
+    }
+
+
+def test_very_old_tokens_share_one_key():
     old = trajectory(*(turn(policy_version=version) for version in (0, 1, 30)))
     metrics = rollout_metrics([TrajectoryGroup("a", 0, (old,))], 30)
     assert {key: value for key, value in metrics.items() if "share" in key} == {

@@ -18,7 +18,7 @@ from tir_alp.renderer import PromptTooLong, Renderer
 from tir_alp.rollout import EpisodeFailed, EpisodeRunner, mask_overlong, mask_void_turns
 from tir_alp.tiny.model import make_tokenizer
 from tir_alp.tools.outcome import Outcome
-from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn
+from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn, VersionSpan
 
 END, USER, ASSISTANT, TOOL = 1, 2, 3, 4
 A, B = 70, 71  # the tokens of "a" and "b"
@@ -124,8 +124,9 @@ def failure(generate: Any, env: Scripted, **settings: Any) -> EpisodeFailed:
 
 
 def test_an_episode_of_two_turns_token_by_token():
+    spans = (VersionSpan(3, 0, 2), VersionSpan(4, 2, len(CALL) + 2))
     sampled = completion(*CALL, A, A, reason=StopReason.LENGTH, version=3)
-    policy = Policy(sampled, completion(A, END, version=4))
+    policy = Policy(replace(sampled, version_spans=spans), completion(A, END, version=4))
     env = Scripted(("b", 0.25, False, False, {"tool_calls": 1}), ANSWERED)
     trajectory = episode(policy, env)
 
@@ -139,6 +140,7 @@ def test_an_episode_of_two_turns_token_by_token():
     assert trajectory.token_ids == PROMPT + CALL + shown + (A, END)
     assert trajectory.loss_mask == (False,) * 5 + (True,) * len(CALL) + (False,) * 5 + (True,) * 2
     assert [turn.policy_version for turn in trajectory.turns] == [3, 4]
+    assert first.version_spans == (VersionSpan(3, 0, 2), VersionSpan(4, 2, len(CALL)))
     assert [turn.stop_reason for turn in trajectory.turns] == [StopReason.STOP, StopReason.EOS]
     assert [turn.outcome for turn in trajectory.turns] == [Outcome.OK, Outcome.OK]
     assert (trajectory.reward, trajectory.terminated, trajectory.truncated) == (1.25, True, False)

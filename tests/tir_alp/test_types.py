@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from tir_alp.tools.outcome import Outcome
-from tir_alp.types import Batch, StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn
+from tir_alp.types import (
+    Batch,
+    StopReason,
+    TokenSpan,
+    Trajectory,
+    TrajectoryGroup,
+    Turn,
+    VersionSpan,
+    cut_version_spans,
+)
 
 
 def turn(completion: TokenSpan, observation: tuple[int, ...] = (), **changes) -> Turn:
@@ -65,6 +74,44 @@ def test_a_span_whose_logprobs_do_not_match_its_tokens_is_refused(logprobs):
 def test_spans_cannot_be_changed():
     with pytest.raises(FrozenInstanceError):
         TokenSpan((7, 8)).trainable = False  # type: ignore[misc]
+
+
+# -------------------------------------------------------------------------------- versions
+
+FIVE = TokenSpan((1, 2, 3, 4, 5), (-0.1,) * 5)
+
+
+def test_a_turn_knows_which_weights_sampled_which_tokens():
+    spans = (VersionSpan(3, 0, 2), VersionSpan(7, 2, 5))
+    assert turn(FIVE, version_spans=spans).versions == spans
+    assert turn(FIVE).versions == (VersionSpan(3, 0, 5),)
+    assert turn(TokenSpan((), ())).versions == ()
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [
+        ([(3, 0, 4)], "do not cover the 5 tokens"),
+        ([(3, 0, 6)], "do not cover the 5 tokens"),
+        ([(3, 1, 5)], "do not cover the 5 tokens"),
+        ([(3, 0, 2), (4, 3, 5)], "do not cover the 5 tokens"),
+        ([(3, 0, 2), (4, 1, 5)], "do not cover the 5 tokens"),
+        ([(3, 0, 5), (4, 5, 5)], "do not cover the 5 tokens"),
+        ([(4, 0, 5)], "the first token has version 4, not 3"),
+        ([(3, 0, 2), (2, 2, 5)], r"versions must grow from span to span; they are \[3, 2\]"),
+        ([(3, 0, 2), (3, 2, 5)], "versions must grow"),
+    ],
+)
+def test_version_spans_that_do_not_fit_a_completion_are_refused(spans, message):
+    with pytest.raises(ValueError, match=message):
+        turn(FIVE, version_spans=tuple(VersionSpan(*span) for span in spans))
+
+
+def test_version_spans_are_cut_with_the_tokens():
+    spans = (VersionSpan(3, 0, 2), VersionSpan(7, 2, 5))
+    assert cut_version_spans(spans, 4) == (VersionSpan(3, 0, 2), VersionSpan(7, 2, 4))
+    assert cut_version_spans(spans, 2) == (VersionSpan(3, 0, 2),)
+    assert cut_version_spans((), 2) == ()
 
 
 # ---------------------------------------------------------------------------- trajectories

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tir_alp.types import StopReason
+from tir_alp.types import StopReason, VersionSpan, check_version_spans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,16 @@ class Completion:
     """Of the distribution actually sampled from: temperature and truncation applied."""
     stop_reason: StopReason
     policy_version: int
-    """Training steps behind the weights that sampled all of it."""
+    """Training steps behind the weights that sampled its first token."""
+    version_spans: tuple[VersionSpan, ...] = ()
+    """Which weights sampled which tokens; empty: those of `policy_version` sampled all."""
+
+    def __post_init__(self) -> None:
+        if len(self.logprobs) != len(self.token_ids):
+            raise ValueError(
+                f"a completion of {len(self.token_ids)} tokens has {len(self.logprobs)} logprobs"
+            )
+        check_version_spans(self.version_spans, len(self.token_ids), self.policy_version)
 
 
 class Engine(Protocol):

@@ -295,7 +295,9 @@ PICTURES = (
                 "steps",
                 (Line("staleness/mean", "mean"), Line("staleness/max", "oldest")),
             ),
-            Panel("Turns by age", "%", (Line("staleness/share_*", "steps"),), "shares", compared=0),
+            Panel(
+                "Tokens by age", "%", (Line("staleness/share_*", "steps"),), "shares", compared=0
+            ),
         ),
     ),
     Picture(
@@ -382,11 +384,12 @@ _MEANINGS = {  # metric -> meaning, unit; the first that fits
     "grad_norm/policy": ("gradient norm of the weights before clipping", "norm"),
     "grad_norm/log_sigma": ("gradient norm of log sigma before clipping", "norm"),
     "train/skipped_updates": ("updates not made: not finite, or a spike", "updates"),
-    "staleness/mean": ("steps that weights behind a turn lag, mean", "steps"),
-    "staleness/max": ("the most steps that weights behind a turn lag", "steps"),
+    "staleness/mean": ("steps that weights behind a token lag, mean", "steps"),
+    "staleness/max": ("the most steps that weights behind a token lag", "steps"),
     "staleness/versions": ("versions of the weights in one batch", "versions"),
     "staleness/mixed": ("trajectories by more than one version", "share"),
-    "staleness/share_*": ("turns of this age; the last class takes in all older", "share"),
+    "staleness/mixed_turns": ("completions by more than one version", "share"),
+    "staleness/share_*": ("tokens of this age; the last class takes in all older", "share"),
     "time/rollout": ("waiting for the rollouts of a step", "s"),
     "time/train": ("training of a step", "s"),
     "time/generate": ("a trajectory waiting for tokens, mean", "s"),
