@@ -38,4 +38,4 @@ class NaughtyEnv(gymnasium.Env):
         return "printed", 0.0, False, False, {}
 
 
-gymnasium.register(id="Naughty-v0", entry_point=NaughtyEnv)
+gymnasium.register(id="Naughty-v0", entry_point=f"{__name__}:NaughtyEnv")
