@@ -16,7 +16,7 @@ from tir_alp.attention import PackedSequences
 from tir_alp.config import SGLangConfig
 from tir_alp.engines.base import Completion, Engine
 from tir_alp.engines.transformers import TransformersEngine
-from tir_alp.policy import hidden_states, next_token_logits
+from tir_alp.policy import end_token_ids, hidden_states, next_token_logits
 from tir_alp.tiny import BASE
 from tir_alp.tiny.model import make_model
 
@@ -108,6 +108,12 @@ async def served_by(
     config = SGLangConfig.model_validate(
         {"type": "sglang", "urls": urls, "device": "cpu", "dtype": "float32"} | settings
     )
-    async with open_sglang(config, model_path=str(BASE), vocab_size=VOCABULARY, say=say) as engine:
+    async with open_sglang(
+        config,
+        model_path=str(BASE),
+        vocab_size=VOCABULARY,
+        end_token_ids=end_token_ids(of),
+        say=say,
+    ) as engine:
         await engine.load_weights(of.state_dict(), 0)
         yield engine

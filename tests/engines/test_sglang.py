@@ -345,7 +345,11 @@ def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weight
 
     async def work():
         async with open_sglang(
-            config, model_path=str(BASE), vocab_size=VOCABULARY, say=said.append
+            config,
+            model_path=str(BASE),
+            vocab_size=VOCABULARY,
+            end_token_ids=frozenset({1}),
+            say=said.append,
         ) as engine:
             await engine.load_weights(NEW.state_dict(), 1)
             for which in (signal.SIGKILL, signal.SIGSTOP):
