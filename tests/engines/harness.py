@@ -16,12 +16,14 @@ from tir_alp.attention import PackedSequences
 from tir_alp.config import SGLangConfig
 from tir_alp.engines.base import Completion, Engine
 from tir_alp.engines.transformers import TransformersEngine
-from tir_alp.policy import end_token_ids, hidden_states, next_token_logits
+from tir_alp.policy import hidden_states, next_token_logits
 from tir_alp.tiny import BASE
 from tir_alp.tiny.model import make_model
 
 if TYPE_CHECKING:
     from tir_alp.engines.sglang import SGLangEngine
+
+torch.set_num_threads(1)
 
 VOCABULARY = 262
 PROMPTS = [(2, 45, 78, 33, 1, 3), (2, 60, 61), tuple(range(40, 90)), (7,)]
@@ -101,7 +103,10 @@ def served(url: str, of: Any, **settings: Any) -> AbstractAsyncContextManager[SG
 
 @asynccontextmanager
 async def served_by(
-    urls: Sequence[str], of: Any, say: Callable[[str], None] = lambda _: None, **settings: Any
+    urls: Sequence[str],
+    of: Any | None,
+    say: Callable[[str], None] = lambda _: None,
+    **settings: Any,
 ) -> AsyncIterator[SGLangEngine]:
     from tir_alp.engines.sglang import open_sglang
 
@@ -112,8 +117,9 @@ async def served_by(
         config,
         model_path=str(BASE),
         vocab_size=VOCABULARY,
-        end_token_ids=end_token_ids(of),
+        end_token_ids=frozenset({1}),
         say=say,
     ) as engine:
-        await engine.load_weights(of.state_dict(), 0)
+        if of is not None:
+            await engine.load_weights(of.state_dict(), 0)
         yield engine

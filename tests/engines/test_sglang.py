@@ -215,7 +215,7 @@ def test_turns_of_a_sequence_and_samples_of_a_prompt_stay_on_one_server(sglang_u
         async with (
             proxy_of(sglang_url) as first,
             proxy_of(sglang_url) as second,
-            served_by((first.url, second.url), OLD) as engine,
+            served_by((first.url, second.url), None) as engine,
         ):
             homes = []
             for uid, prompt in enumerate([PROMPTS[0]] * 3 + [PROMPTS[1]] * 3):
