@@ -116,6 +116,7 @@ class EpisodeRunner:
         self, task: Task, group_id: int, sequence_uid: int, temperature: float | None
     ) -> Trajectory:
         episode = f"task {task.task_id}, sequence {sequence_uid}"
+        began = time.monotonic()
         env = await self._in_thread(self.make_env, f"{episode}: making the environment")
         try:
             text, _ = await self._in_thread(
@@ -130,10 +131,12 @@ class EpisodeRunner:
                 seed=self.seed,
                 sequence_uid=sequence_uid,
             )
+            prepare_s = time.monotonic() - began
             turns, terminated, truncated = await self._play(env, prompt, sampling, episode)
         finally:
             self.threads.submit(env.close)
-        turns = mask_void_turns(turns, self.limits.void_turns)
+        first = replace(turns[0], timing={**turns[0].timing, "prepare": prepare_s})
+        turns = mask_void_turns((first, *turns[1:]), self.limits.void_turns)
         turns = mask_overlong(turns, self.limits.overlong, truncated)
         return Trajectory(
             task_id=task.task_id,
@@ -182,7 +185,11 @@ class EpisodeRunner:
                     outcome=outcome,
                     reward=float(reward),
                     info={**info, "observation": text},
-                    timing={"generate": generated - began, "tool": stepped - generated},
+                    timing={
+                        "begin": began,
+                        "generate": generated - began,
+                        "tool": stepped - generated,
+                    },
                     version_spans=completion.version_spans,
                 )
             )

@@ -157,7 +157,8 @@ class Turn:
     info: Mapping[str, Any] = field(default_factory=dict)
     """What the environment reports beside the reward, e.g. `tool_calls`, `void`, `answer`."""
     timing: Mapping[str, float] = field(default_factory=dict)
-    """Seconds by part: `generate` (queueing included) and `tool`."""
+    """Seconds by part: `generate` (queueing included), `tool`, and in the first turn `prepare`, the
+    environment's making and reset; `begin` is when `generate` began, on the host's own clock."""
     version_spans: tuple[VersionSpan, ...] = ()
     """Which weights sampled which tokens; empty: those of `policy_version` sampled all."""
 
