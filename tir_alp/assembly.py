@@ -27,7 +27,7 @@ from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.environments import make_environment
 from tir_alp.ledger import Ledger
 from tir_alp.logical_order import LogicalOrder
-from tir_alp.policy import load_policy, load_tokenizer
+from tir_alp.policy import end_token_ids, load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.rollout import EpisodeRunner, Watch
 from tir_alp.rollout_queue import RolloutQueue
@@ -216,6 +216,7 @@ async def open_engine(
             model_path=path,
             version=version,
             vocab_size=trainer.model.config.get_text_config().vocab_size,
+            end_token_ids=end_token_ids(trainer.model),
             seed=config.seed,
             reference=reference,
             say=console.print,

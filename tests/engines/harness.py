@@ -23,6 +23,8 @@ from tir_alp.tiny.model import make_model
 if TYPE_CHECKING:
     from tir_alp.engines.sglang import SGLangEngine
 
+torch.set_num_threads(1)
+
 VOCABULARY = 262
 PROMPTS = [(2, 45, 78, 33, 1, 3), (2, 60, 61), tuple(range(40, 90)), (7,)]
 
@@ -101,13 +103,23 @@ def served(url: str, of: Any, **settings: Any) -> AbstractAsyncContextManager[SG
 
 @asynccontextmanager
 async def served_by(
-    urls: Sequence[str], of: Any, say: Callable[[str], None] = lambda _: None, **settings: Any
+    urls: Sequence[str],
+    of: Any | None,
+    say: Callable[[str], None] = lambda _: None,
+    **settings: Any,
 ) -> AsyncIterator[SGLangEngine]:
     from tir_alp.engines.sglang import open_sglang
 
     config = SGLangConfig.model_validate(
         {"type": "sglang", "urls": urls, "device": "cpu", "dtype": "float32"} | settings
     )
-    async with open_sglang(config, model_path=str(BASE), vocab_size=VOCABULARY, say=say) as engine:
-        await engine.load_weights(of.state_dict(), 0)
+    async with open_sglang(
+        config,
+        model_path=str(BASE),
+        vocab_size=VOCABULARY,
+        end_token_ids=frozenset({1}),
+        say=say,
+    ) as engine:
+        if of is not None:
+            await engine.load_weights(of.state_dict(), 0)
         yield engine

@@ -215,7 +215,7 @@ def test_turns_of_a_sequence_and_samples_of_a_prompt_stay_on_one_server(sglang_u
         async with (
             proxy_of(sglang_url) as first,
             proxy_of(sglang_url) as second,
-            served_by((first.url, second.url), OLD) as engine,
+            served_by((first.url, second.url), None) as engine,
         ):
             homes = []
             for uid, prompt in enumerate([PROMPTS[0]] * 3 + [PROMPTS[1]] * 3):
@@ -345,7 +345,11 @@ def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weight
 
     async def work():
         async with open_sglang(
-            config, model_path=str(BASE), vocab_size=VOCABULARY, say=said.append
+            config,
+            model_path=str(BASE),
+            vocab_size=VOCABULARY,
+            end_token_ids=frozenset({1}),
+            say=said.append,
         ) as engine:
             await engine.load_weights(NEW.state_dict(), 1)
             for which in (signal.SIGKILL, signal.SIGSTOP):

@@ -91,6 +91,7 @@ class SGLangEngine:
         model_path: Folder or Hugging Face id that servers start from.
         version: Policy version of those weights.
         vocab_size: Tokens have ids below it.
+        end_token_ids: At which the model's own config ends a sequence.
         seed: Of the servers' draws.
         folder: For logs, and for weights if the config names no other.
         reference: What the servers are checked against; None: sampled tensors alone.
@@ -104,12 +105,14 @@ class SGLangEngine:
         model_path: str,
         version: int,
         vocab_size: int,
+        end_token_ids: frozenset[int],
         seed: int,
         folder: Path,
         reference: Reference | None,
         say: Callable[[str], None],
     ) -> None:
         self._config, self._model_path, self._vocab_size = config, model_path, vocab_size
+        self._end_token_ids = end_token_ids
         self._seed, self._folder, self._reference, self._say = seed, folder, reference, say
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout()
@@ -150,7 +153,7 @@ class SGLangEngine:
             EngineFailed: If the server that sampled it was lost.
         """
         self._check(token_ids, sampling)
-        request = SGLangRequest(token_ids, sampling)
+        request = SGLangRequest(token_ids, sampling, self._end_token_ids)
         self._requests.add(request)
         try:
             async with self._room:
@@ -527,6 +530,7 @@ async def open_sglang(
     model_path: str,
     version: int = 0,
     vocab_size: int,
+    end_token_ids: frozenset[int],
     seed: int = 0,
     reference: Reference | None = None,
     say: Callable[[str], None] = print,
@@ -544,6 +548,7 @@ async def open_sglang(
             model_path=model_path,
             version=version,
             vocab_size=vocab_size,
+            end_token_ids=end_token_ids,
             seed=seed,
             folder=Path(folder),
             reference=reference,

@@ -26,12 +26,20 @@ class SGLangRequest:
     Args:
         token_ids: What is continued.
         sampling: How.
+        end_token_ids: Tokens at which the server ends a completion of its own accord. Where they
+            are no stop tokens it is told to go on, and its stop tokens are left to us.
     """
 
-    def __init__(self, token_ids: tuple[int, ...], sampling: Sampling) -> None:
+    def __init__(
+        self,
+        token_ids: tuple[int, ...],
+        sampling: Sampling,
+        end_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
         self.id = uuid.uuid4().hex
         self.token_ids, self.sampling = token_ids, sampling
         self.is_aborted = False
+        self._goes_on = not end_token_ids <= sampling.stop_token_ids
         self._matches = sampling.stop_matcher() if sampling.stop_matcher else None
         self._sampled: list[int] = []
         self._logprobs: list[float] = []
@@ -65,6 +73,7 @@ class SGLangRequest:
             "max_new_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "stop_token_ids": sorted(sampling.stop_token_ids),
+            "ignore_eos": self._goes_on,
         }
         payload = {
             "rid": self.id,
@@ -135,8 +144,6 @@ class SGLangRequest:
         match reason["type"]:
             case "length":
                 return StopReason.LENGTH
-            case "stop":  # an end-of-sequence token of the model's own, which we did not name
-                return StopReason.EOS
             case "abort" if self.is_aborted:
                 return StopReason.ABORT
         refused = reason.get("status_code") == 400

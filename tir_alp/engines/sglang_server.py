@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import runpy
 import signal
 import sys
 from types import ModuleType
@@ -88,10 +89,6 @@ if __name__ in ("__main__", "__mp_main__") and "cpu" in sys.argv:
 
 if __name__ == "__main__":
     die_with_parent()
-    from sglang.launch_server import run_server
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import prepare_server_args
-
-    load_plugins()
-    key = os.environ.pop(KEY_VARIABLE, None)
-    run_server(prepare_server_args([*sys.argv[1:], *(["--api-key", key] if key else [])]))
+    if key := os.environ.pop(KEY_VARIABLE, None):
+        sys.argv += ["--api-key", key]
+    runpy.run_module("sglang.launch_server", run_name="__main__")
