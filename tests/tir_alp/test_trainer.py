@@ -429,6 +429,13 @@ def test_the_shift_of_the_logprobs_by_the_noise_is_reported(site):
     assert trainer(noisy(init_std=0.0)).step(make_groups(), 0).get("alp/logprob_shift") is None
 
 
+def test_the_shift_of_the_logprobs_is_looked_at_in_every_eighth_step():
+    one = trainer(noisy())
+    reports = [one.step(make_groups(), step) for step in (7, 8, 9)]
+    assert [("alp/logprob_shift" in report) for report in reports] == [False, True, False]
+    assert all(report["alp/effective"] > 0.9 for report in reports)
+
+
 def test_log_sigma_has_its_own_learning_rate_and_no_decay():
     one = trainer(noisy(), perturbation_lr=0.125, weight_decay=0.5)
     one.step(make_groups(), 0)
