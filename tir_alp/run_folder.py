@@ -54,7 +54,7 @@ class RunFolder:
         for file in filter(Path.exists, (self.path / "metrics.jsonl", self._events)):
             aside = file.with_name(f".{file.name}.part")
             # A run that begins again at 0 also evaluates again.
-            kept = [row for row in _read_rows(file) if step > 0 and row["step"] <= step]
+            kept = [row for row in read_rows(file)[0] if step > 0 and row["step"] <= step]
             aside.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
             os.replace(aside, file)
         self._open()
@@ -79,7 +79,7 @@ class RunFolder:
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """What has happened of this kind."""
-        return [event for event in _read_rows(self._events) if event["kind"] == kind]
+        return [event for event in read_rows(self._events)[0] if event.get("kind") == kind]
 
     def note_environment(self, step: int, report: Mapping[str, Any]) -> None:
         """Write what the environment runs in from `step` on; a line for each start of the run."""
@@ -136,10 +136,27 @@ def _trajectories(groups: Iterable[TrajectoryGroup]) -> Iterator[Trajectory]:
     return (each for group in groups for each in group.trajectories)
 
 
-def _read_rows(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON objects; a torn last one is left out."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+def read_rows(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """Read a file of JSON objects, a line each, as a run leaves it behind; it may be missing.
+
+    Returns:
+        The rows that have an int `step`, and how many lines are none. A last line without its end
+        is not counted: that is how a file looks while the run goes on, or after it was killed.
+    """
+    lines = file.read_text(errors="replace").split("\n") if file.is_file() else []
+    rows = []
+    num_unreadable = 0
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            num_unreadable += bool(line.strip()) and number < len(lines)
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
+        else:
+            num_unreadable += 1
+    return rows, num_unreadable
 
 
 def read_run_config(path: Path) -> dict[str, Any]:

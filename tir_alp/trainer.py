@@ -31,7 +31,8 @@ from tir_alp.policy import hidden_states, token_logprobs
 from tir_alp.ratio_summary import RatioSummary, summarise
 from tir_alp.types import Batch
 
-_NUM_PROBED = 256  # tokens, about, whose logprobs are taken once more, without noise, once a step
+_NUM_PROBED = 256  # tokens, about, whose logprobs are now and then also taken without noise
+_PROBE_EVERY = 8  # steps: a forward more in each would cost as much as the noise itself
 
 OnBadUpdate = Callable[[int, Sequence[Batch]], None]
 """Told the number and the micro-batches of an update that was skipped."""
@@ -92,7 +93,7 @@ class Trainer:
                 }
             )
         self._optimizer = torch.optim.AdamW(parameter_groups, betas=config.betas)
-        self._norms: deque[float] = deque(maxlen=MOST_NORMS)
+        self._norms: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=MOST_NORMS))
 
     def step(self, groups: Sequence[Sequence[Sample]], step: int) -> dict[str, float]:
         """Make the updates of one step.
@@ -116,7 +117,12 @@ class Trainer:
         parts = [[self._prepare(batch) for batch in part] for part in parts]
         first = step * self._config.updates_per_step
         reports = [
-            self._update(part, first + index, measure=index == 0)
+            self._update(
+                part,
+                first + index,
+                measure=index == 0,
+                probe=index == 0 and step % _PROBE_EVERY == 0,
+            )
             for index, part in enumerate(parts)
         ]
         for index, (part, report) in enumerate(zip(parts, reports, strict=True)):
@@ -165,7 +171,7 @@ class Trainer:
         """What a resume needs beside the model's own folder."""
         state: dict[str, Any] = {
             "optimizer": self._optimizer.state_dict(),
-            "grad_norms": [*self._norms],
+            "grad_norms": {name: [*norms] for name, norms in self._norms.items()},
         }
         if self._perturbation is not None:
             state["log_sigma"] = self._perturbation.log_sigma.detach()
@@ -175,7 +181,8 @@ class Trainer:
         """Take up what `state_dict` gave. The model's weights are not part of it."""
         self._optimizer.load_state_dict(state["optimizer"])
         self._norms.clear()
-        self._norms.extend(state["grad_norms"])
+        for name, norms in state["grad_norms"].items():
+            self._norms[name].extend(norms)
         if self._perturbation is not None:
             with torch.no_grad():
                 self._perturbation.log_sigma.copy_(state["log_sigma"])
@@ -221,11 +228,12 @@ class Trainer:
         return metrics
 
     def _update(
-        self, batches: Sequence[Batch], update: int, measure: bool
+        self, batches: Sequence[Batch], update: int, measure: bool, probe: bool
     ) -> tuple[dict[str, float], RatioSummary] | None:
         """One optimizer update; None if it had nothing finite to offer and was skipped.
 
-        With `measure`, what noise and engine do is looked at in the first micro-batch.
+        With `measure`, what the noise does to the states of the first micro-batch is looked at;
+        with `probe`, what noise and engine each do to its logprobs.
         """
         counts = [loss_counts(_inputs(batch), self._algorithm) for batch in batches]
         num_tokens = sum(float(count.num_loss_tokens) for count in counts)
@@ -245,9 +253,11 @@ class Trainer:
                     _inputs(batch, logprobs), self._algorithm, num_tokens, num_sequences
                 )
                 (loss / num_draws).backward()
-            if index == 0 and measure:
-                noise = effect.metrics()
-                effect_metrics = noise | self._probe(batch, logprobs if noise else None)
+            if index == 0:
+                effect_metrics = effect.metrics()
+                if probe:
+                    noisy = logprobs if effect_metrics else None
+                    effect_metrics |= self._probe(batch, noisy)
             for name, part in metrics.items():
                 totals[name] = totals[name] + part / num_draws
             inputs = _inputs(batch, logprobs.detach())
@@ -256,13 +266,15 @@ class Trainer:
         report = {name: float(total) for name, total in totals.items()}
         norms = self._clip_gradients()
         report |= norms | effect_metrics
-        norm = norms["grad_norm/policy"]
         is_finite = all(map(_is_finite, (report["loss/value"], *norms.values())))
-        if not is_finite or is_spike(norm, self._norms, self._config.skip_grad_spike):
+        factor = self._config.skip_grad_spike
+        has_spike = any(is_spike(norms[name], self._norms[name], factor) for name in norms)
+        if not is_finite or has_spike:
             self._optimizer.zero_grad(set_to_none=True)
             self._on_bad_update(update, batches)
             return None
-        self._norms.append(norm)
+        for name, norm in norms.items():
+            self._norms[name].append(norm)
         self._optimizer.step()
         assert summary is not None  # there are tokens, so there was a micro-batch
         return report, summary

@@ -429,6 +429,13 @@ def test_the_shift_of_the_logprobs_by_the_noise_is_reported(site):
     assert trainer(noisy(init_std=0.0)).step(make_groups(), 0).get("alp/logprob_shift") is None
 
 
+def test_the_shift_of_the_logprobs_is_looked_at_in_every_eighth_step():
+    one = trainer(noisy())
+    reports = [one.step(make_groups(), step) for step in (7, 8, 9)]
+    assert [("alp/logprob_shift" in report) for report in reports] == [False, True, False]
+    assert all(report["alp/effective"] > 0.9 for report in reports)
+
+
 def test_log_sigma_has_its_own_learning_rate_and_no_decay():
     one = trainer(noisy(), perturbation_lr=0.125, weight_decay=0.5)
     one.step(make_groups(), 0)
@@ -635,3 +642,13 @@ def test_a_gradient_spike_is_skipped_and_told():
         assert_same(weights_of(each), before)
         assert each.step(groups, 9)["train/skipped_updates"] == 0
     assert told == [8, 8]
+
+
+@pytest.mark.parametrize("name", ["grad_norm/policy", "grad_norm/log_sigma"])
+def test_the_gradients_of_weights_and_sigma_are_each_compared_with_their_own(name):
+    one = trainer(noisy(), skip_grad_spike=20.0)
+    usual = {"grad_norm/policy": [1e9] * 8, "grad_norm/log_sigma": [1e9] * 8}
+    one.load_state_dict(one.state_dict() | {"grad_norms": usual})
+    assert one.step(make_groups(), 0)["train/skipped_updates"] == 0
+    one.load_state_dict(one.state_dict() | {"grad_norms": usual | {name: [1e-12] * 8}})
+    assert one.step(make_groups(), 1)["train/skipped_updates"] == 1
