@@ -646,9 +646,11 @@ def test_a_gradient_spike_is_skipped_and_told():
 
 @pytest.mark.parametrize("name", ["grad_norm/policy", "grad_norm/log_sigma"])
 def test_the_gradients_of_weights_and_sigma_are_each_compared_with_their_own(name):
-    one = trainer(noisy(), skip_grad_spike=20.0)
+    told: list[int] = []
+    one = trainer(noisy(), skip_grad_spike=20.0, bad=lambda update, _: told.append(update))
     usual = {"grad_norm/policy": [1e9] * 8, "grad_norm/log_sigma": [1e9] * 8}
     one.load_state_dict(one.state_dict() | {"grad_norms": usual})
     assert one.step(make_groups(), 0)["train/skipped_updates"] == 0
     one.load_state_dict(one.state_dict() | {"grad_norms": usual | {name: [1e-12] * 8}})
     assert one.step(make_groups(), 1)["train/skipped_updates"] == 1
+    assert told == [1]
