@@ -78,6 +78,7 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         self._max_turns = max_turns
         self._sessions: dict[str, ToolSession] = {}
         self._task: dict[str, Any] | None = None  # None: no episode is under way
+        self._recorded: Sequence[Mapping[str, Any] | None] | None = None
         self._num_turns = 0
 
     @abstractmethod
@@ -95,7 +96,9 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
 
         Args:
             seed: seeds the draw of tasks.
-            options: `{"task": {...}}` to set the task; without it one is drawn.
+            options: `{"task": {...}}` to set the task; without it one is drawn. To play a recorded
+                episode again, `tool_results` has one entry a turn: None where no tool was called,
+                else the fields of a `ToolResult`, which answers instead of the tool.
 
         Returns:
             The prompt, and `{"task": {...}}` with the whole task, its answer included.
@@ -108,6 +111,7 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         prompt = self.prompt(task)
         self._task = dict(task)
         self._num_turns = 0
+        self._recorded = (options or {}).get("tool_results")
         return prompt, {"task": copy.deepcopy(self._task)}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -169,9 +173,20 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
             return ToolResult(
                 outcome=Outcome.TOOL_ERROR, text=f"Error: {error}", duration_s=0.0, error=error
             )
+        if self._recorded is not None:
+            return self._recorded_result()
         if call.name not in self._sessions:
             self._sessions[call.name] = tool.open_session()
         return tool.run(call.arguments, self._sessions[call.name])
+
+    def _recorded_result(self) -> ToolResult:
+        """What the record says that a tool answered in this turn."""
+        assert self._recorded is not None
+        turn = self._num_turns - 1
+        result = self._recorded[turn] if turn < len(self._recorded) else None
+        if result is None:
+            raise ValueError(f"turn {turn} calls a tool, and tool_results has no result of it")
+        return ToolResult(**{**result, "outcome": Outcome(result["outcome"])})
 
     def _end_episode(self) -> None:
         self._task = None

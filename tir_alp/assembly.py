@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium
-
-from tir_alp import checkpoint
+from tir_alp import checkpoint, doctor
 from tir_alp.advantage import group_advantages, has_signal
 from tir_alp.checkpoint import Position
 from tir_alp.config import AlgorithmConfig, Config, SGLangConfig
@@ -26,10 +24,12 @@ from tir_alp.console import RunConsole
 from tir_alp.data import Task, TaskOrder, load_held_out, load_source
 from tir_alp.engines.base import Engine
 from tir_alp.engines.transformers import TransformersEngine
+from tir_alp.environments import make_environment
+from tir_alp.ledger import Ledger
 from tir_alp.logical_order import LogicalOrder
 from tir_alp.policy import end_token_ids, load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
-from tir_alp.rollout import EpisodeRunner
+from tir_alp.rollout import EpisodeRunner, Watch
 from tir_alp.rollout_queue import RolloutQueue
 from tir_alp.run_folder import RunFolder
 from tir_alp.tiny import SHIPPED
@@ -55,6 +55,7 @@ class Run:
     engine: Engine
     trainer: Trainer
     rollouts: RolloutQueue
+    ledger: Ledger
     evaluation: EpisodeRunner
     held_out: Sequence[Task]
     trainer_thread: ThreadPoolExecutor
@@ -92,6 +93,11 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         soon = [tasks[position.group + offset] for offset in range(_NUM_CHECKED)]
         environment = check_environment(config, renderer, [*soon, *held_out])
 
+        with closing(make_environment(config)) as env:
+            findings = doctor.examine_config(config, path, tokenizer, renderer, env, soon[0])
+            prompts = [env.reset(options=task.to_options())[0] for task in soon[:2]]
+        ignored = doctor.demand(findings, config.doctor.ignore)
+
         rollout = config.rollout
         num_episodes = (rollout.max_staleness + 1) * rollout.groups_per_step * rollout.group_size
         env_threads = ThreadPoolExecutor(num_episodes, thread_name_prefix="env")
@@ -101,6 +107,7 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         stack.callback(trainer_thread.shutdown)
 
         folder = RunFolder(resume or Path("runs") / run_name(config))
+        ledger = Ledger(rollout.group_size, config.seed)
         trainer = Trainer(
             load_policy(path),
             config.trainer,
@@ -108,24 +115,34 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
             reference=load_policy(initial) if config.algorithm.needs_reference else None,
             temperature=rollout.temperature,
             on_bad_update=folder.dump_bad_update,
+            on_update=ledger.updated,
         )
         engine = await stack.enter_async_context(
             open_engine(config, path, position.policy_version, trainer, trainer_thread, console)
         )
         if state is not None:
             trainer.load_state_dict(state)
+        findings = await doctor.examine_engine(
+            *(config, engine, trainer.model, trainer.weights, position.policy_version),
+            *(tokenizer, renderer, prompts),
+        )
+        ignored += doctor.demand(findings, config.doctor.ignore)
+        for each in ignored:
+            console.print(f"warning: {each}")
+        if resume is not None:
             folder.reopen(position.step)
         else:
             folder.create(config)
         stack.enter_context(closing(folder))
         folder.note_environment(position.step, environment)
 
-        order = LogicalOrder(engine.generate) if config.deterministic else None
+        generate = ledger.engine(engine.generate)
+        order = LogicalOrder(generate) if config.deterministic else None
 
-        def runner(seed: int) -> EpisodeRunner:
+        def runner(seed: int, watch: Watch = lambda env, uid: env) -> EpisodeRunner:
             return EpisodeRunner(
                 make_env=lambda: make_environment(config),
-                generate=engine.generate if order is None else order.generate,
+                generate=generate if order is None else order.generate,
                 renderer=renderer,
                 limits=rollout,
                 threads=env_threads,
@@ -133,10 +150,11 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
                 seed=seed,
                 on_failure=lambda failure: console.print(f"episode failed: {failure}"),
                 admission=contextlib.nullcontext if order is None else order.episode,
+                watch=watch,
             )
 
         rollouts = RolloutQueue(
-            runner(config.seed).run_group,
+            runner(config.seed, ledger.watch).run_group,
             tasks.__getitem__,
             groups_per_step=rollout.groups_per_step,
             max_staleness=rollout.max_staleness,
@@ -158,6 +176,7 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
             engine=engine,
             trainer=trainer,
             rollouts=rollouts,
+            ledger=ledger,
             evaluation=runner(config.seed + _EVALUATION),
             held_out=held_out,
             trainer_thread=trainer_thread,
@@ -215,16 +234,6 @@ async def open_engine(
         yield engine
     finally:
         await engine.close()
-
-
-def make_environment(config: Config) -> gymnasium.Env[str, str]:
-    """Make one environment. Raises ValueError if there is none of that name, or it refuses."""
-    try:
-        return gymnasium.make(config.env.id, disable_env_checker=True, **config.env.kwargs)
-    except (gymnasium.error.Error, ImportError) as error:
-        raise ValueError(f"cannot make the environment {config.env.id!r}: {error}") from error
-    except TypeError as error:
-        raise ValueError(f"{config.env.id!r} does not take env.kwargs: {error}") from error
 
 
 def with_run_seed(config: Config) -> AlgorithmConfig:

@@ -436,6 +436,21 @@ class TrainerConfig(Section):
     """Compute each layer a second time in the backward pass instead of keeping what it made."""
 
 
+DoctorCheck = Literal[
+    "config",
+    "memory",
+    "disk",
+    "template",
+    "sandbox",
+    "tokenizer",
+    "ids",
+    "logprobs",
+    "stop",
+    "sync",
+]
+"""What is checked before a run starts; `docs/audit.md` says how."""
+
+
 class GuardsConfig(Section):
     """Bounds that a healthy run keeps. All are off unless set."""
 
@@ -472,6 +487,13 @@ class CheckpointConfig(Section):
     """So many newest checkpoints stay."""
 
 
+class DoctorConfig(Section):
+    """The checks at the start of a run."""
+
+    ignore: tuple[DoctorCheck, ...] = ()
+    """Those that may fail; the run says so and starts all the same."""
+
+
 class Config(BaseSettings):
     """A whole run."""
 
@@ -498,6 +520,7 @@ class Config(BaseSettings):
     guards: GuardsConfig = GuardsConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    doctor: DoctorConfig = DoctorConfig()
 
     @classmethod
     def settings_customise_sources(

@@ -36,6 +36,10 @@ _NUM_PROBED = 256  # tokens, about, whose logprobs are taken once more, without 
 OnBadUpdate = Callable[[int, Sequence[Batch]], None]
 """Told the number and the micro-batches of an update that was skipped."""
 
+OnUpdate = Callable[[int, Sequence[Batch], bool], None]
+"""Told, behind an update, its number, the micro-batches as the loss got them, and whether it was
+made or skipped."""
+
 
 class Trainer:
     """Trains a causal LM in place.
@@ -48,6 +52,7 @@ class Trainer:
         temperature: At which rollouts sample; the trained distribution has the same.
         on_bad_update: Called where a loss or gradient is not finite, or the gradient a spike. The
             update is skipped.
+        on_update: Called behind every update.
     """
 
     def __init__(
@@ -59,11 +64,12 @@ class Trainer:
         reference: Any | None = None,
         temperature: float,
         on_bad_update: OnBadUpdate,
+        on_update: OnUpdate = lambda update, batches, made: None,
     ) -> None:
         self.model = model
         self._config, self._algorithm = config, algorithm
         self._temperature = temperature
-        self._on_bad_update = on_bad_update
+        self._on_bad_update, self._on_update = on_bad_update, on_update
         self._reference = reference
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -113,6 +119,8 @@ class Trainer:
             self._update(part, first + index, measure=index == 0)
             for index, part in enumerate(parts)
         ]
+        for index, (part, report) in enumerate(zip(parts, reports, strict=True)):
+            self._on_update(first + index, part, report is not None)
         made = [report for report in reports if report is not None]
         names = {name for report, _ in made for name in report}
         metrics = {

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PURE = [
     *("types", "config", "advantage", "batch", "loss", "renderer", "metrics", "ratio_summary"),
+    "audit",
     *("envs.grading", "envs.parsing", "tools"),
 ]
 OPTIONAL = ["ray", "sglang", "wandb", "tensorboard", "trackio"]

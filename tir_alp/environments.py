@@ -1,0 +1,17 @@
+"""Environments by the name that the config gives them: the trainer's only way to one."""
+
+from __future__ import annotations
+
+import gymnasium
+
+from tir_alp.config import Config
+
+
+def make_environment(config: Config) -> gymnasium.Env[str, str]:
+    """Make one environment. Raises ValueError if there is none of that name, or it refuses."""
+    try:
+        return gymnasium.make(config.env.id, disable_env_checker=True, **config.env.kwargs)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise ValueError(f"cannot make the environment {config.env.id!r}: {error}") from error
+    except TypeError as error:
+        raise ValueError(f"{config.env.id!r} does not take env.kwargs: {error}") from error
