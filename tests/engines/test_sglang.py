@@ -336,9 +336,12 @@ def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weight
         await until(lambda: len(tokens) > 2)
         for pid in session_of(old) if which is signal.SIGSTOP else [old]:
             os.kill(pid, which)
-        with pytest.raises(EngineFailed, match=r"was lost|sent no event"):
+        with pytest.raises(EngineFailed, match=r"was lost|sent no event|broke off"):
             await running
-        completion = await engine.generate(PROMPT, Sampling(max_tokens=30))
+        completion = None
+        while completion is None:
+            with contextlib.suppress(EngineFailed):  # sent before the loss was noticed
+                completion = await engine.generate(PROMPT, Sampling(max_tokens=30))
         assert completion.policy_version == 1
         assert distance({1: NEW}, PROMPT, completion) < 1e-4
         return old

@@ -8,6 +8,9 @@ server reports them, equal to the last bit; and the logprobs of a probe sequence
 Not here: who pauses the server, and what becomes of one that fails a check.
 """
 
+# torch.distributed exports its stores and groups without saying so:
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import asyncio
@@ -25,9 +28,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 from tir_alp.engines.sglang_client import ServerFailed, SGLangClient
 
@@ -200,7 +203,7 @@ class DistributedTransfer:
 
     def __init__(self, backend: str, host: str = "127.0.0.1", num_ranks: int = 1) -> None:
         self._backend, self._host, self._num_ranks = backend, host, num_ranks
-        self._groups: dict[str, tuple[distributed_c10d.TCPStore, _Group]] = {}
+        self._groups: dict[str, tuple[dist.TCPStore, _Group]] = {}
         self._num_groups = 0
 
     async def send(self, client: SGLangClient, snapshot: WeightSnapshot) -> None:
@@ -241,15 +244,15 @@ class DistributedTransfer:
         """Make a group of us, rank 0, and the ranks of a server."""
         size = 1 + self._num_ranks
         limit = timedelta(seconds=client.load_timeout_s)
-        store = distributed_c10d.TCPStore(
+        store = dist.TCPStore(
             self._host, 0, size, is_master=True, timeout=limit, wait_for_workers=False
         )
         name = f"{_GROUP}_{store.port}"
         # The keys that torch gives a group of this name: so does the server.
         device = "cuda" if self._backend == "nccl" else "cpu"
-        keys: distributed_c10d.Store = store
+        keys: dist.Store = store
         for prefix in (name, f"{name}/", f"{device}/"):
-            keys = distributed_c10d.PrefixStore(prefix, keys)
+            keys = dist.PrefixStore(prefix, keys)
         told = client.call(
             "/init_weights_update_group",
             client.load_timeout_s,
@@ -263,12 +266,12 @@ class DistributedTransfer:
         _, group = await asyncio.gather(told, asyncio.to_thread(self._connect, keys, size, limit))
         self._groups[client.url] = (store, group)
 
-    def _connect(self, keys: distributed_c10d.Store, size: int, limit: timedelta) -> _Group:
+    def _connect(self, keys: dist.Store, size: int, limit: timedelta) -> _Group:
         if self._backend == "nccl":
-            options = distributed_c10d.ProcessGroupNCCL.Options()
+            options = dist.ProcessGroupNCCL.Options()
             options._timeout = limit
-            return distributed_c10d.ProcessGroupNCCL(keys, 0, size, options)
-        return distributed_c10d.ProcessGroupGloo(keys, 0, size, limit)
+            return dist.ProcessGroupNCCL(keys, 0, size, options)
+        return dist.ProcessGroupGloo(keys, 0, size, limit)
 
 
 def buckets(
