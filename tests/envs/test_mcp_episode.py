@@ -1,6 +1,7 @@
 """An MCP server from PyPI answers tool calls in an episode, and is killed in one."""
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -55,7 +56,7 @@ class InAFence:
         return self.inner.open_session()
 
     def run(self, arguments, session):
-        return self.inner.run(eval(arguments["code"], {}), session)
+        return self.inner.run(json.loads(arguments["code"]), session)
 
 
 class Clock(ToolEnv):

@@ -27,7 +27,7 @@ LIMITS = RolloutConfig(
     max_turn_tokens=24,
     max_context_tokens=2048,
     max_observation_tokens=400,
-    env_timeout_s=280,
+    env_timeout_s=600,
 )
 
 
