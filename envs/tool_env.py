@@ -24,10 +24,11 @@ import gymnasium
 from gymnasium.error import ResetNeeded
 
 from tir_alp.envs.grading import Grade
-from tir_alp.envs.parsing import Answer, ToolCall, parse_action
+from tir_alp.envs.parsing import Answer, parse_action
 from tir_alp.envs.spaces import TextSpace
 from tir_alp.envs.tasks import TaskSource
 from tir_alp.tools.base import ReportingTool, Tool, ToolResult, ToolSession
+from tir_alp.tools.calls import ToolCall
 from tir_alp.tools.outcome import Outcome
 
 

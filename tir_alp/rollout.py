@@ -126,7 +126,7 @@ class EpisodeRunner:
                 max_tokens=self.limits.max_turn_tokens,
                 temperature=self.limits.temperature if temperature is None else temperature,
                 stop_token_ids=self.renderer.stop_token_ids,
-                stop_matcher=self.renderer.fence_matcher,
+                stop_matcher=self.renderer.stop_matcher,
                 seed=self.seed,
                 sequence_uid=sequence_uid,
             )
