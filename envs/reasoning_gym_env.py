@@ -40,19 +40,8 @@ EVALUATING = frozenset(
 _FUNCTIONS = frozenset(
     {
         *("sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh"),
-        *(
-            "asinh",
-            "acosh",
-            "atanh",
-            "exp",
-            "log",
-            "ln",
-            "sqrt",
-            "Abs",
-            "Rational",
-            "Integer",
-            "erf",
-        ),
+        *("asinh", "acosh", "atanh", "exp", "log", "ln", "sqrt", "erf"),
+        *("Abs", "Rational", "Integer"),
     }
 )
 _MOST_CHARS = 10_000  # of an answer that is evaluated
@@ -106,7 +95,7 @@ nothing else between them."""
         **settings: Unpack[EnvSettings],
     ):
         if tasks is None:
-            tasks = ReasoningGymTasks(dataset, seed=seed, size=100_000, split=None)
+            tasks = ReasoningGymTasks(dataset, seed=seed, size=1000, split=None)
         super().__init__(tools=[PythonTool(sandbox=sandbox)], tasks=tasks, **settings)
 
     def answer_in(self, action: str) -> str | None:

@@ -84,16 +84,16 @@ class ReasoningGymTasks:
 
     def __init__(self, name: str, *, seed: int, size: int, split: Split | None = "train"):
         self._name, self._seed, self._size, self._split = name, seed, size, split
-        # Task i is the first of the draws i, i + size, i + 2 size, ... that is in the split.
-        self._draws = _reasoning_gym(name, seed, size * _MAX_DRAWS)
+        self._draws = _reasoning_gym(name, seed, size)
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
         check_index(index, self._size)
+        # The first of the draws index, index + size, index + 2 size, ... that is in the split.
         for draw in range(index, self._size * _MAX_DRAWS, self._size):
-            row = self._draws[draw]
+            row = self._draw(draw)
             if self._split in (None, "held_out" if is_held_out(row["question"]) else "train"):
                 return {
                     "task_id": f"reasoning_gym/{self._name}/{self._seed}/{draw}",
@@ -106,6 +106,14 @@ class ReasoningGymTasks:
             f"reasoning-gym's {self._name!r} has too few different questions for a "
             f"{self._split} split: none in {_MAX_DRAWS} draws"
         )
+
+    def _draw(self, draw: int) -> Mapping[str, Any]:
+        """Row `draw` of the data set, were it endless: it makes each from seed plus index."""
+        try:
+            return self._draws[draw]
+        except IndexError:  # one of those that make all their rows at once
+            block, place = divmod(draw, self._size)
+            return _reasoning_gym(self._name, self._seed + block * self._size, self._size)[place]
 
 
 @functools.lru_cache(maxsize=32)  # environments of one run ask for the same, and some take seconds

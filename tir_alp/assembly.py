@@ -23,7 +23,7 @@ from tir_alp.advantage import group_advantages, has_signal
 from tir_alp.checkpoint import Position
 from tir_alp.config import AlgorithmConfig, Config
 from tir_alp.console import RunConsole
-from tir_alp.data import Task, TaskOrder, load_held_out, load_source
+from tir_alp.data import Task, left_out, load_held_out, load_order
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.logical_order import LogicalOrder
 from tir_alp.policy import load_policy, load_tokenizer
@@ -37,6 +37,7 @@ from tir_alp.trainer import Trainer
 
 _EVALUATION = 1 << 32  # evaluation draws from seeds of its own
 _NUM_CHECKED = 256  # tasks whose prompts are measured before a run begins
+_NUM_NAMED = 20  # rows that were left out
 _HARMLESS = "```python\nprint(1)\n```"
 
 
@@ -81,13 +82,12 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
                 )
 
         tokenizer = load_tokenizer(path)
-        renderer = Renderer(
-            tokenizer,
-            system=config.model.system,
-            max_observation_tokens=config.rollout.max_observation_tokens,
-        )
-        tasks = TaskOrder(load_source(config.data), config.seed)
+        renderer = make_renderer(config, tokenizer)
+        tasks = load_order(config.data, config.seed)
         held_out = load_held_out(config.data, config.eval.num_tasks)
+        not_taken = left_out(config.data)
+        if not_taken:
+            console.print(describe_left_out(not_taken))
         soon = [tasks[position.group + offset] for offset in range(_NUM_CHECKED)]
         environment = check_environment(config, renderer, [*soon, *held_out])
 
@@ -122,6 +122,7 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         else:
             folder.create(config)
         stack.enter_context(closing(folder))
+        folder.note_left_out(not_taken)
         folder.note_environment(position.step, environment)
 
         order = LogicalOrder(engine.generate) if config.deterministic else None
@@ -178,6 +179,30 @@ def make_environment(config: Config) -> gymnasium.Env[str, str]:
         raise ValueError(f"{config.env.id!r} does not take env.kwargs: {error}") from error
 
 
+def make_renderer(config: Config, tokenizer: Any) -> Renderer:
+    """Make the renderer that fits tokenizer and environment.
+
+    The environment says how it reads calls (`call_format`, else fenced code) and which tools the
+    chat template has to show (`tool_schemas`, else none).
+
+    Raises:
+        ValueError: They do not fit together.
+    """
+    with closing(make_environment(config)) as env:
+        turns = {
+            name: env.get_wrapper_attr(attribute)
+            for name, attribute in (("call_format", "call_format"), ("tools", "tool_schemas"))
+            if env.has_wrapper_attr(attribute)
+        }
+    return Renderer(
+        tokenizer,
+        system=config.model.system,
+        max_observation_tokens=config.rollout.max_observation_tokens,
+        rewritten_history=config.model.rewritten_history,
+        **turns,
+    )
+
+
 def with_run_seed(config: Config) -> AlgorithmConfig:
     """The run's algorithm, with noise that differs from seed to seed of the run."""
     noise = config.algorithm.perturbation
@@ -199,13 +224,22 @@ def check_environment(config: Config, renderer: Renderer, tasks: Sequence[Task])
     """
     with closing(make_environment(config)) as env:
         for task in tasks:
-            text, _ = env.reset(options=task.to_options())
+            text, _ = env.reset(**task.to_reset())
             renderer.prompt_within(text, config.rollout.max_context_tokens, task.task_id)
         info = env.step(_HARMLESS)[-1]
         if Outcome(info.get("outcome", Outcome.OK)).is_infrastructure:
             raise ValueError(f"{config.env.id!r} cannot work here: {info.get('error')}")
         has_report = env.has_wrapper_attr("run_report")
         return env.get_wrapper_attr("run_report")() if has_report else {}
+
+
+def describe_left_out(sentences: Sequence[str]) -> str:
+    """Say which rows of the data were left out, or at least how many."""
+    some = "".join(f"  {sentence}\n" for sentence in sentences[:_NUM_NAMED])
+    more = len(sentences) - _NUM_NAMED
+    return f"left out of the data:\n{some}" + (
+        f"  and {more} more, in left_out.txt\n" if more > 0 else ""
+    )
 
 
 def run_name(config: Config) -> str:

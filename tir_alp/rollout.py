@@ -119,7 +119,7 @@ class EpisodeRunner:
         env = await self._in_thread(self.make_env, f"{episode}: making the environment")
         try:
             text, _ = await self._in_thread(
-                lambda: env.reset(options=task.to_options()), f"{episode}: env.reset"
+                lambda: env.reset(**task.to_reset()), f"{episode}: env.reset"
             )
             prompt = self.renderer.prompt_within(text, self.limits.max_context_tokens, task.task_id)
             sampling = Sampling(

@@ -89,7 +89,8 @@ def f(x):
         except BaseException:
             pass
     text = "".join(seen)
-    return {secret - 1} + ("{str(secret)[:5]}" "{str(secret)[5:]}" in text)
+    secret = {secret - 1} + x
+    return secret if str(secret) in text else 0
 """
     assert submit(env, search, task) == (0.0, "test 0 returned something else")
 

@@ -46,7 +46,7 @@ def test_several_tools_serve_one_episode(env):
         ("<tool_call>[1]</tool_call>", "a call is a JSON object"),
         ('<tool_call>{"name": "python", "arguments": "x"}</tool_call>', "must be a JSON object"),
         (
-            '<tool_call>{"name": "python", "arguments": {"code": NaN}}</tool_call>',
+            '<tool_call>{"name": "python", "arguments": {"c": NaN}}</tool_call>',
             "NaN is not JSON",
         ),
         (f"<tool_call>{'[' * 100_000}</tool_call>", "the call is not JSON"),

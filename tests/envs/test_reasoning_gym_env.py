@@ -25,10 +25,9 @@ def data_sets():
     return DATASETS
 
 
-def plays_gold(name):
-    env = gymnasium.make(ID, dataset=name, instruction="", disable_env_checker=True)
-    prompt, info = env.reset(seed=0)
-    task = info["task"]
+def plays_gold(env, name):
+    task = ReasoningGymTasks(name, seed=0, size=2, split=None)[1]
+    prompt, _ = env.reset(options={"task": task})
     _, reward, terminated, _, step = env.step(env.unwrapped.gold_action(task))  # type: ignore[attr-defined]
     fine = prompt == task["question"] and prompt and terminated and reward == 1.0
     return None if fine else f"{name}: {reward} {step['error']} for {task['answer']!r:.80}"
@@ -38,7 +37,8 @@ def test_every_data_set_with_a_textual_answer_takes_its_own(monkeypatch):
     monkeypatch.setattr(reasoning_gym_env._pool, "deadline_s", 60.0)  # on a loaded machine
     assert not (NO_TEXT | OF_OTHERS) - set(data_sets())
     names = sorted(set(data_sets()) - NO_TEXT - OF_OTHERS)
-    failures = [failure for failure in map(plays_gold, names) if failure]
+    env = gymnasium.make(ID, instruction="", tasks=[{}], disable_env_checker=True)
+    failures = [failure for name in names if (failure := plays_gold(env, name))]
     print(f"{len(names) - len(failures)} of {len(names)} data sets take their own answer")
     assert failures == []
     assert len(names) == 100
@@ -72,7 +72,7 @@ def test_no_other_scorer_evaluates_its_answer():
         "exec ('x')",
         "[exec][0]('x')",
         "(exec)('x')",
-        "ｅｘｅｃ('x')",
+        "\uff45\uff58\uff45\uff43('x')",
         "(exec#\n('x'))",
         "(exec\\\n('x'))",
         "x.__class__",

@@ -27,9 +27,11 @@ def test_it_is_exact(expression, text):
 
 @pytest.mark.parametrize(
     "expression",
-    ["", "x", "1 +", "9**9**9", "1/0", "True", "'a'*3", "f(1)", "(" * 999, "-" * 999 + "1", "1" * 1001,
-     "2**0.5", "1e999999999", "[1]", "1; 2", "\ud800", "10**1200 * 10**1200"],
-)  # fmt: skip
+    [
+        *("", "x", "1 +", "9**9**9", "1/0", "True", "'a'*3", "f(1)", "(" * 999, "-" * 999 + "1"),
+        *("1" * 1001, "2**0.5", "1e999999999", "[1]", "1; 2", "\ud800", "10**1200 * 10**1200"),
+    ],
+)
 def test_what_it_cannot_do_is_an_error_that_is_told(expression):
     result = CalculatorTool().run({"expression": expression}, NoSession())
     assert result.outcome is Outcome.TOOL_ERROR
