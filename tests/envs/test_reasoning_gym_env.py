@@ -33,6 +33,8 @@ def plays_gold(env, name):
     return None if fine else f"{name}: {reward} {step['error']} for {task['answer']!r:.80}"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_every_data_set_with_a_textual_answer_takes_its_own(monkeypatch):
     monkeypatch.setattr(reasoning_gym_env._pool, "deadline_s", 60.0)  # on a loaded machine
     assert not (NO_TEXT | OF_OTHERS) - set(data_sets())
