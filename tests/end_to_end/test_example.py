@@ -42,10 +42,7 @@ def test_a_third_party_environment_is_installed_and_trained(tmp_path):
         env=os.environ | {"PYTHONPATH": os.pathsep.join(lent)},
     )
     assert "step 1: accuracy" in said
-    (line,) = (
-        (tmp_path / "runs/example/trajectories/step_000001.jsonl").read_text().splitlines()[:1]
-    )
-    trajectory = json.loads(line)
-    assert trajectory["task_id"].startswith("env/train/0/")
+    recorded = tmp_path / "runs/example/trajectories/step_000001.jsonl"
+    assert json.loads(recorded.read_text().splitlines()[0])["task_id"].startswith("env/train/0/")
     rows = [json.loads(each) for each in (tmp_path / "runs/example/metrics.jsonl").open()]
     assert rows[1]["outcome/infra_error"] == 0 and "reward/answer" in rows[1]
