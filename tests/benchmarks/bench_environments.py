@@ -23,7 +23,8 @@ PlayEpisode = Callable[[int], float]
 CALLS = {
     "PythonMath-v0": "```python\nprint({expression})\n```",
     "MultiTool-v0": (
-        '<tool_call>{{"name": "calculator", "arguments": {{"expression": "{expression}"}}}}</tool_call>'
+        '<tool_call>{{"name": "calculator", '
+        '"arguments": {{"expression": "{expression}"}}}}</tool_call>'
     ),
     "SingleTurnMath-v0": None,
     "PythonCode-v0": "```python\nprint(6*7)\n```",
