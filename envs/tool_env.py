@@ -156,6 +156,7 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         self._observation = observation
         self._sessions: dict[str, ToolSession] = {}
         self._task: dict[str, Any] | None = None  # None: no episode is under way
+        self._recorded: Sequence[Mapping[str, Any] | None] | None = None
         self._num_turns = self._num_chars = self._good_calls = 0
 
     def prompt(self, task: Mapping[str, Any]) -> str:
@@ -186,7 +187,9 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         Args:
             seed: seeds the draw of tasks.
             options: `{"task": {...}}` to set the task; without it one is drawn, with
-                `{"split": "train"}` or "held_out" one of that split.
+                `{"split": "train"}` or "held_out" one of that split. To play a recorded episode
+                again, `tool_results` has one entry a turn: None where no tool was called, else the
+                fields of a `ToolResult`, which answers instead of the tool.
 
         Returns:
             The prompt, and `{"task": {...}}` with the whole task, its answer included.
@@ -206,6 +209,7 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         prompt = self.prompt(task)
         self._task = dict(task)
         self._num_turns = self._num_chars = self._good_calls = 0
+        self._recorded = options.get("tool_results")
         return prompt, {"task": copy.deepcopy(self._task)}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -218,9 +222,13 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         call = find_call(action, self.call_format)
         answer = self.answer_in(action) if call is None else None
         if call is not None:
-            result = self._run_tool(call)
+            if self._recorded is None:
+                result = self._run_tool(call)
+                observation = self._observation.replace("{output}", result.text)
+            else:
+                result = self._recorded_result()
+                observation = result.text
             self._good_calls += result.outcome is Outcome.OK
-            observation = self._observation.replace("{output}", result.text)
             truncated = result.outcome.is_infrastructure or self._num_turns >= self._max_turns
             info = StepInfo(
                 outcome=result.outcome.value,
@@ -292,6 +300,15 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         if call.name not in self._sessions:
             self._sessions[call.name] = tool.open_session()
         return tool.run(call.arguments, self._sessions[call.name])
+
+    def _recorded_result(self) -> ToolResult:
+        """What the record says that a tool answered in this turn."""
+        assert self._recorded is not None
+        turn = self._num_turns - 1
+        result = self._recorded[turn] if turn < len(self._recorded) else None
+        if result is None:
+            raise ValueError(f"turn {turn} calls a tool, and tool_results has no result of it")
+        return ToolResult(**{**result, "outcome": Outcome(result["outcome"])})
 
     def _end_episode(self) -> None:
         self._task = None

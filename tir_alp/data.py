@@ -43,12 +43,12 @@ class Task:
         three = {name: metadata.pop(name) for name in ("task_id", "question", "answer")}
         return cls(**three, metadata=metadata, seed=metadata.pop(EnvTasks.SEED, None))
 
-    def to_reset(self) -> dict[str, Any]:
-        """Return the arguments of `env.reset`: the row as it was, or the seed to draw one by."""
+    def to_options(self) -> dict[str, Any]:
+        """Return the `options` of `env.reset`, beside `seed`: the row as it was, if it is ours."""
         if self.seed is not None:
-            return {"seed": self.seed, "options": dict(self.metadata)}
+            return dict(self.metadata)
         row = {"task_id": self.task_id, "question": self.question, "answer": self.answer}
-        return {"options": {"task": {**self.metadata, **row}}}
+        return {"task": {**self.metadata, **row}}
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,11 +61,11 @@ class Renderer:
             raise ValueError(f"tokenizer {name!r} has no chat template; add chat_template.jinja")
         self._tokenizer = tokenizer
         self._max_observation_tokens = max_observation_tokens
-        self._call_format: CallFormat = call_format
+        self.call_format: CallFormat = call_format
         template = ChatTemplate(tokenizer, system, tuple(tools))
-        self._marks = template.call_marks() if call_format == "tool_call" else HERMES
+        self.marks = template.call_marks() if call_format == "tool_call" else HERMES
         self._prompt_frame = self._encode_frame(template.prompt_frame())
-        frame = template.observation_frame(self._marks if call_format == "tool_call" else None)
+        frame = template.observation_frame(self.marks if call_format == "tool_call" else None)
         self._observation_frame = self._encode_frame(frame)
         self._observation_as_json = frame.as_json
         rewrites = check_prefix_stability(tokenizer, system=system, tools=tools)
@@ -125,7 +125,7 @@ class Renderer:
         if token_ids and token_ids[-1] in self.stop_token_ids:
             token_ids = token_ids[:-1]
         text = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
-        return canonical(text, self._marks)
+        return canonical(text, self.marks)
 
     def stop_matcher(self) -> Callable[[int], bool]:
         """Make a matcher to feed token by token: True at the token that completes a call.
@@ -133,7 +133,7 @@ class Renderer:
         The end of a call may be spread over several tokens, and a token may reach past it; the
         token that makes the call complete is the last one to keep.
         """
-        last = {"fenced": "`", "tool_call": self._marks.closing[-1:], "none": ""}[self._call_format]
+        last = {"fenced": "`", "tool_call": self.marks.closing[-1:], "none": ""}[self.call_format]
         stream = DecodeStream(skip_special_tokens=False)
         text = ""
 
@@ -143,7 +143,7 @@ class Renderer:
             if piece is None:  # part of a character
                 return False
             text += piece
-            return bool(last) and last in piece and has_call(text, self._call_format, self._marks)
+            return bool(last) and last in piece and has_call(text, self.call_format, self.marks)
 
         return feed
 

@@ -29,7 +29,11 @@ T = TypeVar("T")
 Generate = Callable[[tuple[int, ...], Sampling], Awaitable[Completion]]
 """What an episode knows of the engine."""
 
-_ATTEMPTS = 2  # an episode that infrastructure broke gets one more, in a fresh environment
+Watch = Callable[[gymnasium.Env[str, str], int], gymnasium.Env[str, str]]
+"""Given an environment and the uid of the sequence that is to be played in it."""
+
+MAX_ATTEMPTS = 2
+"""An episode that infrastructure broke gets one more, in a fresh environment."""
 
 
 class EpisodeFailed(Exception):
@@ -64,6 +68,8 @@ class EpisodeRunner:
     """Told of every failed attempt."""
     admission: Callable[[], AbstractContextManager[None]] = nullcontext
     """Held by each episode from its first moment to its last."""
+    watch: Watch = lambda env, uid: env
+    """Wraps the environment of each attempt at an episode, e.g. to write down what it says."""
 
     async def run_group(self, task: Task, group_id: int) -> TrajectoryGroup:
         """Sample a group of episodes of one task; one that fails twice is dropped, and counted.
@@ -86,7 +92,7 @@ class EpisodeRunner:
         )
 
     async def _run_stubborn(self, task: Task, group_id: int, uid: int) -> Trajectory | None:
-        for _ in range(_ATTEMPTS):
+        for _ in range(MAX_ATTEMPTS):
             try:
                 return await self.run_episode(task, group_id, uid)
             except EpisodeFailed as failure:
@@ -116,10 +122,13 @@ class EpisodeRunner:
         self, task: Task, group_id: int, sequence_uid: int, temperature: float | None
     ) -> Trajectory:
         episode = f"task {task.task_id}, sequence {sequence_uid}"
+        began = time.monotonic()
         env = await self._in_thread(self.make_env, f"{episode}: making the environment")
+        env = self.watch(env, sequence_uid)
         try:
             text, _ = await self._in_thread(
-                lambda: env.reset(**task.to_reset()), f"{episode}: env.reset"
+                lambda: env.reset(seed=task.seed, options=task.to_options()),
+                f"{episode}: env.reset",
             )
             prompt = self.renderer.prompt_within(text, self.limits.max_context_tokens, task.task_id)
             sampling = Sampling(
@@ -130,10 +139,12 @@ class EpisodeRunner:
                 seed=self.seed,
                 sequence_uid=sequence_uid,
             )
+            prepare_s = time.monotonic() - began
             turns, terminated, truncated = await self._play(env, prompt, sampling, episode)
         finally:
             self.threads.submit(env.close)
-        turns = mask_void_turns(turns, self.limits.void_turns)
+        first = replace(turns[0], timing={**turns[0].timing, "prepare": prepare_s})
+        turns = mask_void_turns((first, *turns[1:]), self.limits.void_turns)
         turns = mask_overlong(turns, self.limits.overlong, truncated)
         return Trajectory(
             task_id=task.task_id,
@@ -182,7 +193,11 @@ class EpisodeRunner:
                     outcome=outcome,
                     reward=float(reward),
                     info={**info, "observation": text},
-                    timing={"generate": generated - began, "tool": stepped - generated},
+                    timing={
+                        "begin": began,
+                        "generate": generated - began,
+                        "tool": stepped - generated,
+                    },
                     version_spans=completion.version_spans,
                 )
             )

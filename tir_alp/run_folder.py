@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from tir_alp.config import Config
 from tir_alp.objective import objective
-from tir_alp.types import Batch, TrajectoryGroup
+from tir_alp.trajectory_rows import to_row
+from tir_alp.types import Batch, Trajectory, TrajectoryGroup
+
+STEP_FOLDERS = ("trajectories", "replaced", "ledger")
+"""With one file a step."""
 
 
 class RunFolder:
@@ -43,7 +46,11 @@ class RunFolder:
         self._open()
 
     def reopen(self, step: int) -> None:
-        """Open the folder of a run that goes on behind `step`; later rows are taken out."""
+        """Open the folder of a run that goes on behind `step`; what came later is taken out."""
+        for name in STEP_FOLDERS:
+            for file in (self.path / name).glob("step_*.jsonl"):
+                if file.name > step_file(step):
+                    file.unlink()
         for file in filter(Path.exists, (self.path / "metrics.jsonl", self._events)):
             aside = file.with_name(f".{file.name}.part")
             # A run that begins again at 0 also evaluates again.
@@ -53,6 +60,8 @@ class RunFolder:
         self._open()
 
     def _open(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # only who writes a run needs it
+
         self._metrics = (self.path / "metrics.jsonl").open("a")
         self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
 
@@ -82,13 +91,34 @@ class RunFolder:
         with (self.path / "environment.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **report}) + "\n")
 
-    def record(self, step: int, groups: Sequence[TrajectoryGroup]) -> None:
-        """Write the trajectories that a step trained on, one a line."""
-        folder = self.path / "trajectories"
+    def record(
+        self,
+        step: int,
+        groups: Sequence[TrajectoryGroup],
+        replaced: Sequence[TrajectoryGroup],
+        ledger: Iterable[Mapping[str, Any]],
+    ) -> None:
+        """Write the trajectories of a step, and what the others say about them.
+
+        Args:
+            step: Steps behind it, this one included.
+            groups: Those that it trained on.
+            replaced: Groups without signal that others took the place of.
+            ledger: Rows of the ledger.
+        """
+        self._write_rows("trajectories", step, map(to_row, _trajectories(groups)))
+        if replaced:
+            self._write_rows("replaced", step, map(to_row, _trajectories(replaced)))
+        self._write_rows("ledger", step, ledger)
+
+    def _write_rows(self, name: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write one file of a step: it is there whole, or not there."""
+        folder = self.path / name
         folder.mkdir(exist_ok=True)
-        with (folder / f"step_{step:06d}.jsonl").open("w") as file:
-            for trajectory in (each for group in groups for each in group.trajectories):
-                file.write(json.dumps(asdict(trajectory)) + "\n")
+        aside = folder / ".part"
+        with aside.open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        os.replace(aside, folder / step_file(step))
 
     def dump_bad_update(self, update: int, batches: Sequence[Batch]) -> None:
         """Keep the micro-batches of an update that was skipped, for a post-mortem."""
@@ -100,6 +130,15 @@ class RunFolder:
         """Write out what is buffered."""
         self._metrics.close()
         self._tensorboard.close()
+
+
+def step_file(step: int) -> str:
+    """Name of a step's file in `trajectories`, `replaced` and `ledger`."""
+    return f"step_{step:06d}.jsonl"
+
+
+def _trajectories(groups: Iterable[TrajectoryGroup]) -> Iterator[Trajectory]:
+    return (each for group in groups for each in group.trajectories)
 
 
 def _read_rows(file: Path) -> list[dict[str, Any]]:

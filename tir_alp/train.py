@@ -36,7 +36,7 @@ from tir_alp.tiny import TRAIN_CONFIG
 from tir_alp.tools.sandbox import SandboxRefused
 from tir_alp.types import TrajectoryGroup
 
-CHANGEABLE = ("steps", "eval", "checkpoint", "guards")
+CHANGEABLE = ("steps", "eval", "checkpoint", "guards", "doctor")
 """What may differ when a run is resumed."""
 
 
@@ -53,17 +53,19 @@ async def train(run: Run) -> None:
             groups = await run.rollouts.take()
             rolled_out = time.monotonic()
             metrics = await update(run, groups, step)
-            check_health(run, metrics, step)
             trained = time.monotonic()
+            metrics |= rollout_metrics(groups, step, run.rollouts.dropped)
+            record(run, groups, step)
+            check_health(run, metrics, step)
+            recorded = time.monotonic()
             await run.engine.load_weights(run.trainer.weights(), version=step + 1)
             run.rollouts.release()
 
-            metrics |= rollout_metrics(groups, step, run.rollouts.dropped)
             ended = time.monotonic()
             metrics["time/rollout"] = rolled_out - began
             metrics["time/train"] = trained - rolled_out
+            metrics["time/weights"] = ended - recorded
             metrics["tokens/per_second"] = metrics["tokens/generated"] / (ended - began)
-            run.folder.record(step + 1, groups)
             run.folder.log(step + 1, metrics)
             run.console.step(step + 1, metrics)
             if due(step + 1, config.eval.every) and step + 1 < config.steps:
@@ -87,6 +89,12 @@ def with_advantages(groups: Sequence[TrajectoryGroup], config: Config) -> list[l
         advantages = group_advantages(group, config.algorithm, config.rollout)
         samples.append([Sample(*pair) for pair in zip(group.trajectories, advantages, strict=True)])
     return samples
+
+
+def record(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> None:
+    """Write down what a step trained on, and who says so."""
+    replaced, lost = run.rollouts.dropped, run.rollouts.lost
+    run.folder.record(step + 1, groups, replaced, run.ledger.take(groups, replaced, lost))
 
 
 def check_health(run: Run, metrics: Mapping[str, float], step: int) -> None:

@@ -31,10 +31,14 @@ from tir_alp.policy import hidden_states, token_logprobs
 from tir_alp.ratio_summary import RatioSummary, summarise
 from tir_alp.types import Batch
 
-_NUM_PROBED = 256  # tokens, about, whose logprobs are also taken without noise, once a step
+_NUM_PROBED = 256  # tokens, about, whose logprobs are taken once more, without noise, once a step
 
 OnBadUpdate = Callable[[int, Sequence[Batch]], None]
 """Told the number and the micro-batches of an update that was skipped."""
+
+OnUpdate = Callable[[int, Sequence[Batch], bool], None]
+"""Told, behind an update, its number, the micro-batches as the loss got them, and whether it was
+made or skipped."""
 
 
 class Trainer:
@@ -48,6 +52,7 @@ class Trainer:
         temperature: At which rollouts sample; the trained distribution has the same.
         on_bad_update: Called where a loss or gradient is not finite, or the gradient a spike. The
             update is skipped.
+        on_update: Called behind every update.
     """
 
     def __init__(
@@ -59,11 +64,12 @@ class Trainer:
         reference: Any | None = None,
         temperature: float,
         on_bad_update: OnBadUpdate,
+        on_update: OnUpdate = lambda update, batches, made: None,
     ) -> None:
         self.model = model
         self._config, self._algorithm = config, algorithm
         self._temperature = temperature
-        self._on_bad_update = on_bad_update
+        self._on_bad_update, self._on_update = on_bad_update, on_update
         self._reference = reference
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -113,6 +119,8 @@ class Trainer:
             self._update(part, first + index, measure=index == 0)
             for index, part in enumerate(parts)
         ]
+        for index, (part, report) in enumerate(zip(parts, reports, strict=True)):
+            self._on_update(first + index, part, report is not None)
         made = [report for report in reports if report is not None]
         names = {name for report, _ in made for name in report}
         metrics = {
@@ -135,6 +143,15 @@ class Trainer:
         metrics["train/skipped_updates"] = len(reports) - len(made)
         metrics["tokens/loss"] = sum(batch.num_loss_tokens for batch in batches)
         return metrics
+
+    @torch.no_grad()
+    def sequence_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Logprob of each token of a sequence but the first, without noise, at temperature 1."""
+        ids = torch.tensor(token_ids, device=self.model.device)
+        layout = PackedSequences((len(ids),), ids.device)
+        places = torch.arange(len(ids), device=ids.device)
+        hidden = hidden_states(self.model, ids, places, layout)
+        return token_logprobs(self.model, hidden[:-1], ids[1:])[0].tolist()
 
     def weights(self) -> dict[str, Tensor]:
         """The policy's tensors, shared with the model: what an engine needs. No sigma in it."""
@@ -178,19 +195,37 @@ class Trainer:
     def _frozen_logprobs(self, model: Any, batch: Batch) -> Tensor:
         return self._logprobs(model, batch)[0]
 
-    def _logprob_shift(self, batch: Batch, perturbed: Tensor) -> float:
-        """Mean |change of logprob| by the noise, on the loss tokens of evenly spaced sequences."""
+    def _probe(self, batch: Batch, noisy: Tensor | None) -> dict[str, float]:
+        """What the engine and the noise each make of a few sequences, evenly spaced.
+
+        `mismatch/probe_*` are |trainer's logprob without noise - rollout logprob|, and
+        `alp/logprob_shift` is the mean |change of logprob| by the noise, on loss tokens.
+
+        Args:
+            batch: A micro-batch.
+            noisy: [B, T] logprobs of the forward that is trained on; None: it has no noise.
+        """
         rows = range(0, len(batch.lengths), -(-sum(batch.lengths) // _NUM_PROBED))
         probe = sequences_of(batch, rows)
-        shift = perturbed.detach()[list(rows)] - self._frozen_logprobs(self.model, probe)
-        return float(shift[probe.loss_mask].abs().mean())
+        if not probe.num_loss_tokens:
+            return {}
+        own = self._frozen_logprobs(self.model, probe)
+        mismatch = (own - probe.rollout_logprobs)[probe.loss_mask].abs()
+        metrics = {
+            "mismatch/probe_mean": float(mismatch.mean()),
+            "mismatch/probe_max": float(mismatch.max()),
+        }
+        if noisy is not None:
+            shift = (noisy.detach()[list(rows)] - own)[probe.loss_mask].abs()
+            metrics["alp/logprob_shift"] = float(shift.mean())
+        return metrics
 
     def _update(
         self, batches: Sequence[Batch], update: int, measure: bool
     ) -> tuple[dict[str, float], RatioSummary] | None:
         """One optimizer update; None if it had nothing finite to offer and was skipped.
 
-        With `measure`, what the noise does is looked at in the first micro-batch.
+        With `measure`, what noise and engine do is looked at in the first micro-batch.
         """
         counts = [loss_counts(_inputs(batch), self._algorithm) for batch in batches]
         num_tokens = sum(float(count.num_loss_tokens) for count in counts)
@@ -210,9 +245,9 @@ class Trainer:
                     _inputs(batch, logprobs), self._algorithm, num_tokens, num_sequences
                 )
                 (loss / num_draws).backward()
-            if index == 0 and (measured := effect.metrics()):
-                shift = self._logprob_shift(batch, logprobs)
-                effect_metrics = {**measured, "alp/logprob_shift": shift}
+            if index == 0 and measure:
+                noise = effect.metrics()
+                effect_metrics = noise | self._probe(batch, logprobs if noise else None)
             for name, part in metrics.items():
                 totals[name] = totals[name] + part / num_draws
             inputs = _inputs(batch, logprobs.detach())

@@ -118,6 +118,13 @@ def check_version_spans(spans: Sequence[VersionSpan], num_tokens: int, policy_ve
         raise ValueError(f"versions must grow from span to span; they are {versions}")
 
 
+def written_out(
+    spans: tuple[VersionSpan, ...], num_tokens: int, policy_version: int
+) -> tuple[VersionSpan, ...]:
+    """Version spans of a completion, also where one version sampled all; none without tokens."""
+    return spans or ((VersionSpan(policy_version, 0, num_tokens),) if num_tokens else ())
+
+
 def cut_version_spans(spans: Sequence[VersionSpan], num_tokens: int) -> tuple[VersionSpan, ...]:
     """The spans of the first `num_tokens` tokens."""
     return tuple(
@@ -150,7 +157,8 @@ class Turn:
     info: Mapping[str, Any] = field(default_factory=dict)
     """What the environment reports beside the reward, e.g. `tool_calls`, `void`, `answer`."""
     timing: Mapping[str, float] = field(default_factory=dict)
-    """Seconds by part: `generate` (queueing included) and `tool`."""
+    """Seconds by part: `generate` (queueing included), `tool`, and in the first turn `prepare`, the
+    environment's making and reset; `begin` is when `generate` began, on the host's own clock."""
     version_spans: tuple[VersionSpan, ...] = ()
     """Which weights sampled which tokens; empty: those of `policy_version` sampled all."""
 
@@ -160,8 +168,7 @@ class Turn:
     @property
     def versions(self) -> tuple[VersionSpan, ...]:
         """The version spans, written out also where one version sampled all."""
-        whole = VersionSpan(self.policy_version, 0, len(self.completion))
-        return self.version_spans or ((whole,) if len(self.completion) else ())
+        return written_out(self.version_spans, len(self.completion), self.policy_version)
 
     @property
     def is_cut(self) -> bool:

@@ -1,93 +1,169 @@
-"""How many episodes a second does the environment layer play, when the policy costs nothing?
+"""Episodes a second of the environment layer alone: ours, and the same tasks in GEM and SkyRL-Gym.
 
-    python -m tests.benchmarks.bench_environments [--episodes 200] [--threads 1 8]
+    python tests/benchmarks/bench_environments.py [--seconds 5] [--threads 8]
 
-A canned policy calls the tool once and then gives the right answer. `RIVALS` has the same task in
-other libraries: a function that prepares, and returns one that plays the episode of an index.
+A canned policy plays, so there is no model in it. Two tasks: one turn that answers, and two turns,
+of which the first runs a small program. Each contestant has a process of its own, one after the
+other; a library that is not installed is left out. SkyRL-Gym ships no environment that runs
+programs without a server of its own.
+
+GEM and SkyRL-Gym are measured bare, in their own interpreter, and through our pipe.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import gymnasium
+Play = Callable[[int], float]
+"""Plays the episode of a number and returns the reward."""
 
-PlayEpisode = Callable[[int], float]
-"""Plays the episode of an index; returns its reward."""
-
-CALLS = {
-    "PythonMath-v0": "```python\nprint({expression})\n```",
-    "MultiTool-v0": (
-        '<tool_call>{{"name": "calculator", '
-        '"arguments": {{"expression": "{expression}"}}}}</tool_call>'
-    ),
-    "SingleTurnMath-v0": None,
-    "PythonCode-v0": "```python\nprint(6*7)\n```",
-    "ReasoningGym-v0": "```python\nprint(6*7)\n```",
-}
-"""What the canned policy says before its answer."""
-
-RIVALS: dict[str, Callable[[], PlayEpisode]] = {}
-"""Other libraries by name, e.g. `"gem": prepare_gem`."""
+PROGRAM = "```python\nprint(6*7)\n```"
+WRONG = r"It is \boxed{41}."
+EXTRAS = {"reward_spec": {"ground_truth": "42"}, "extra_info": {}}
 
 
-def ours(id: str) -> PlayEpisode:
-    """The episodes of one of our environments, a fresh instance each, as a rollout makes them."""
-    more: dict[str, Any] = {}
-    if id != "SingleTurnMath-v0":
-        more["sandbox"] = {"preload": []}
+def ours(env_id: str, *actions: str, **kwargs: object) -> Play:
+    """A new environment an episode, as in training."""
+    import gymnasium
 
-    def play(index: int) -> float:
-        env = gymnasium.make(f"tir_alp.envs:{id}", disable_env_checker=True, **more)
-        _, info = env.reset(seed=index)
-        task, call = info["task"], CALLS[id]
-        if call is not None:
-            expression = task["question"].removeprefix("What is ").removesuffix("?")
-            env.step(call.format(expression=expression))
-        answer = env.get_wrapper_attr("gold_action")(task)
-        reward = float(env.step(answer)[1])
+    import tir_alp.envs  # noqa: F401
+
+    def play(number: int) -> float:
+        env = gymnasium.make(f"tir_alp.envs:{env_id}", disable_env_checker=True, **kwargs)
+        task = {"task_id": str(number), "question": "What is 6*7?", "answer": "42"}
+        env.reset(options={"task": task})
+        reward = sum(float(env.step(action)[1]) for action in actions)
         env.close()
         return reward
 
     return play
 
 
-def episodes_per_second(play: PlayEpisode, num_episodes: int, num_threads: int) -> float:
-    """Play episodes in threads, after a few to warm up.
-
-    Raises:
-        RuntimeError: One of them did not get its reward, so that the figure would mean nothing.
-    """
-    with ThreadPoolExecutor(num_threads) as threads:
-        list(threads.map(play, range(num_threads)))
-        began = time.perf_counter()
-        rewards = list(threads.map(play, range(num_episodes)))
-        took = time.perf_counter() - began
-    if rewards != [1.0] * num_episodes:
-        raise RuntimeError(f"{rewards.count(1.0)} of {num_episodes} episodes were rewarded")
-    return num_episodes / took
+def our_answer() -> Play:
+    """One turn, graded."""
+    return ours("PythonMath-v0", WRONG)
 
 
-def main() -> int:
-    """Measure, and print a table."""
+def our_program() -> Play:
+    """A program in the sandbox, then the answer."""
+    return ours("PythonMath-v0", PROGRAM, WRONG, sandbox={"preload": []})
+
+
+def gem_piped() -> Play:
+    """GEM in a process of its own, as we train on it."""
+    return ours("Gem-v0", WRONG, name="rg:gcd")
+
+
+def skyrl_piped() -> Play:
+    """SkyRL-Gym in a process of its own, as we train on it."""
+    return ours("SkyRLGym-v0", "#### 41", name="gsm8k")
+
+
+def gem_answer() -> Play:
+    """GEM, bare: one turn, graded."""
+    import gem
+
+    def play(number: int) -> float:
+        env = gem.make("rg:gcd")
+        env.reset(seed=number)
+        return float(env.step(WRONG)[1])
+
+    return play
+
+
+def gem_program() -> Play:
+    """GEM, bare: a program in a new process without a sandbox, its default, then the answer."""
+    import gem
+    from gem.tools.python_code_tool import PythonCodeTool
+    from gem.tools.tool_env_wrapper import ToolEnvWrapper
+
+    def play(number: int) -> float:
+        env = ToolEnvWrapper(gem.make("rg:gcd"), tools=[PythonCodeTool(timeout=60)])
+        env.reset(seed=number)
+        assert "42" in env.step(PROGRAM)[0]
+        return float(env.step(WRONG)[1])
+
+    return play
+
+
+def skyrl_answer() -> Play:
+    """SkyRL-Gym, bare: one turn, graded by a regular expression."""
+    import skyrl_gym
+
+    def play(number: int) -> float:
+        env = skyrl_gym.make("gsm8k", env_config=None, extras=EXTRAS)
+        env.init([{"role": "user", "content": "What is 6*7?"}])
+        return float(env.step("#### 41")["reward"])
+
+    return play
+
+
+CONTESTANTS: dict[str, tuple[str, str, Callable[[], Play]]] = {
+    "our_answer": ("answer", "", our_answer),
+    "gem_answer": ("answer", "gem", gem_answer),
+    "gem_piped": ("answer", "", gem_piped),
+    "skyrl_answer": ("answer", "skyrl-gym", skyrl_answer),
+    "skyrl_piped": ("answer", "", skyrl_piped),
+    "our_program": ("program, answer", "", our_program),
+    "gem_program": ("program, answer", "gem", gem_program),
+}
+"""Name: task, library whose interpreter runs it (none: ours), what makes its player."""
+
+
+def episodes_per_second(play: Play, seconds: float, threads: int) -> float:
+    """Play from some threads until the time is over; what starts once is started before."""
+    play(0)
+    began = time.monotonic()
+
+    def work(thread: int) -> int:
+        count = 0
+        while time.monotonic() < began + seconds:
+            play(thread + threads * count)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(threads) as pool:
+        total = sum(pool.map(work, range(threads)))
+    return total / (time.monotonic() - began)
+
+
+def main() -> None:
+    """Measure all that can be measured here, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--episodes", type=int, default=200)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--only", nargs="+", default=[*CALLS, *RIVALS])
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--one", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    print("| environment | threads | episodes/s |\n|---|---|---|")
-    for name in options.only:
-        play = ours(name) if name in CALLS else RIVALS[name]()
-        for num_threads in options.threads:
-            rate = episodes_per_second(play, options.episodes, num_threads)
-            print(f"| {name} | {num_threads} | {rate:.0f} |", flush=True)
-    return 0
+    if options.one:
+        play = CONTESTANTS[options.one][2]()
+        rates = [episodes_per_second(play, options.seconds, n) for n in (1, options.threads)]
+        print(json.dumps(rates), flush=True)
+        os._exit(0)  # without the libraries' last words
+    from tir_alp.envs.interop.libraries import find_python
+
+    print(f"{'':16}{'task':18}{'1 thread':>12}{f'{options.threads} threads':>12}")
+    for name, (task, library, _) in CONTESTANTS.items():
+        try:
+            python = find_python(library) if library else sys.executable
+        except ValueError:
+            print(f"{name:16}{task:18} {library} is not installed")
+            continue
+        command = [python, __file__, "--one", name, "--seconds", str(options.seconds)]
+        command += ["--threads", str(options.threads)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=600)
+        if done.returncode:
+            print(f"{name:16}{task:18} failed")
+            continue
+        single, many = json.loads(done.stdout.splitlines()[-1])
+        print(f"{name:16}{task:18}{single:12.1f}{many:12.1f}", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

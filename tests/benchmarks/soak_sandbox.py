@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import os
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -275,8 +274,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--open", type=int, default=0, help="open so many sessions instead")
     arguments = parser.parse_args()
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     config = SandboxConfig.model_validate(
         {
             "backend": arguments.backend,

@@ -283,3 +283,28 @@ def test_tools_that_can_say_what_they_run_in_are_asked():
         "tools": {"speaking": {"host": "there"}},
         "warnings": ["mind the gap"],
     }
+
+
+def test_a_recorded_episode_is_played_again_without_its_tools():
+    env, tool = quiz()
+    recorded = [{"outcome": "tool_error", "text": "boom", "duration_s": 0.5, "error": "boom"}, None]
+    env.reset(options={"task": TASKS[3], "tool_results": recorded})
+    played = env.step(CODE)
+    assert played == (
+        "boom",
+        0.0,
+        False,
+        False,
+        info(outcome="tool_error", tool_calls=1, error="boom", tool_s=0.5),
+    )
+    assert env.step(r"\boxed{3}")[1:4] == (1.0, True, False)
+    assert tool.calls == tool.sessions == []
+    env.reset(options={"task": TASKS[3]})  # the record is for one episode
+    assert env.step(CODE)[0] == "42"
+
+
+def test_a_call_that_the_record_does_not_have_is_refused():
+    env, _ = quiz()
+    env.reset(options={"task": TASKS[3], "tool_results": [None]})
+    with pytest.raises(ValueError, match="turn 0 calls a tool, and tool_results has no result"):
+        env.step(CODE)

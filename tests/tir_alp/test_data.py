@@ -60,7 +60,7 @@ def test_a_task_reaches_the_environment_as_the_row_it_was():
     row = {"task_id": "a", "question": "1+1?", "answer": "2", "level": 3}
     task = Task.from_row(row)
     assert task == Task("a", question="1+1?", answer="2", metadata={"level": 3})
-    assert task.to_reset() == {"options": {"task": row}}
+    assert task.to_options() == {"task": row}
 
 
 # --------------------------------------------------------------------------------- sources
@@ -329,5 +329,5 @@ def test_an_environment_draws_by_seeds_that_the_splits_do_not_share():
     train = [Task.from_row(load_source(config)[index]) for index in range(50)]
     held_out = load_held_out(config, 50)
     assert len({task.seed for task in train + held_out}) == 100
-    assert train[0].to_reset() == {"seed": train[0].seed, "options": {"split": "train"}}
-    assert held_out[0].to_reset()["options"] == {"split": "held_out"}
+    assert train[0].to_options() == {"split": "train"}
+    assert held_out[0].to_options() == {"split": "held_out"}

@@ -31,6 +31,8 @@ import docker.errors
 
 BASE_IMAGE = "tir-alp-base:test"
 PACKAGES = {"dockerd": "docker.io", "mmdebstrap": "mmdebstrap"}
+EXTRAS = {"runsc": "runsc", "podman": "podman"}
+"""Without these, some tests are skipped."""
 _IN_BASE_IMAGE = (
     "dash,coreutils,libc-bin,python3-minimal,python3,python3-pip,libpython3-stdlib,libstdc++6,"
     "libgcc-s1,libseccomp2,ca-certificates"
@@ -61,6 +63,12 @@ class Engine:
     cgroup: str
     """The name of the control group above those of its containers, in every hierarchy."""
     process: subprocess.Popen[bytes]
+
+    @property
+    def runtimes(self) -> dict[str, object]:
+        """What containers may run on, by name."""
+        with contextlib.closing(self.client()) as client:
+            return client.info()["Runtimes"]
 
     @property
     def address(self) -> str:
@@ -103,22 +111,35 @@ def install_packages() -> None:
         EngineUnavailable: It cannot be installed here.
     """
     missing = [package for name, package in PACKAGES.items() if shutil.which(name) is None]
-    if not missing:
-        return
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+    extras = [package for name, package in EXTRAS.items() if shutil.which(name) is None]
+    if missing and (os.geteuid() != 0 or shutil.which("apt-get") is None):
         raise EngineUnavailable(f"not installed, and root with apt-get is needed for: {missing}")
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing]
+    if missing:
+        with _services_not_started():
+            _apt_get("update")
+            _apt_get("install", *missing)
+            for package in extras:
+                with contextlib.suppress(EngineUnavailable):  # not in this release
+                    _apt_get("install", package)
+
+
+@contextlib.contextmanager
+def _services_not_started() -> Iterator[None]:
     had_policy = _POLICY.exists()
     if not had_policy:
-        _POLICY.write_text("#!/bin/sh\nexit 101\n")  # services are not started
+        _POLICY.write_text("#!/bin/sh\nexit 101\n")
         _POLICY.chmod(0o755)
     try:
-        for command in (["apt-get", "update", "-qq"], install):
-            _run(command, env=environment)
+        yield
     finally:
         if not had_policy:
             _POLICY.unlink()
+
+
+def _apt_get(verb: str, *packages: str) -> None:
+    options = ["-y", "-qq", "--no-install-recommends"] if packages else ["-qq"]
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    _run(["apt-get", verb, *options, *packages], env=environment)
 
 
 def make_base_image(engine: Engine, tarball: Path | None = None) -> Path:
@@ -191,12 +212,22 @@ def _start(folder: Path) -> subprocess.Popen[bytes]:
         "bridge": "none",
         "log-driver": "none",
         "cgroup-parent": f"/{folder.name}",
+        "runtimes": _runtimes(),
     }
     file = folder / "daemon.json"
     file.write_text(json.dumps(settings))
     with open(folder / "dockerd.log", "wb") as log:
         command = ["dockerd", "--config-file", str(file)]
         return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def _runtimes() -> dict[str, dict[str, object]]:
+    """Beside runc: gVisor, where it is installed."""
+    path = shutil.which("runsc")
+    if path is None:
+        return {}
+    # With no bridge there is no network that gVisor could take over, and it has to be told.
+    return {"runsc": {"path": path, "runtimeArgs": ["--network=none"]}}
 
 
 def _wait_until_it_answers(engine: Engine) -> None:

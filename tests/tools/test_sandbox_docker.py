@@ -370,10 +370,7 @@ def test_profile_allows_what_a_session_may_call_and_no_way_out():
     assert families == [1]  # AF_UNIX
 
 
-def test_sandbox_of_an_ordinary_user(engine: Engine):
-    """One that is in the engine's group, as far as the engine can tell."""
-    socket_path = Path(engine.address.removeprefix("unix://"))
-    program = """
+AS_A_USER = """
 import asyncio, os, sys
 from tir_alp.tools.sandbox import SandboxConfig, create_sandbox
 async def main():
@@ -384,12 +381,23 @@ async def main():
             print((await python.run("import os; os.getuid()")).value)
 asyncio.run(main())
 """
+
+
+def run_as_a_user_of(engine: Engine, chosen: SandboxConfig) -> tuple[str, str]:
+    """Output of a program of somebody in the engine's group, as far as the engine can tell."""
+    socket_path = Path(engine.address.removeprefix("unix://"))
     socket_path.chmod(0o666)
     try:
-        result = run_python_as_user("-c", program, config(engine.address).model_dump_json())
+        result = run_python_as_user("-c", AS_A_USER, chosen.model_dump_json())
     finally:
         socket_path.chmod(0o660)
-    assert (result.stdout, result.stderr) == ("1001\n", "")
+    return result.stdout, result.stderr
+
+
+@IN_BOTH_MODES
+def test_sandbox_of_an_ordinary_user(engine: Engine, container_per: str):
+    chosen = config(engine.address, container_per=container_per)
+    assert run_as_a_user_of(engine, chosen) == ("1001\n", "")
 
 
 def test_service_of_the_compose_file_holds_in_its_container(engine: Engine):

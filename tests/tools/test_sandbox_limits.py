@@ -146,4 +146,4 @@ def test_calls_are_accounted_for(python: BlockingSession):
 def test_killed_calls_are_accounted_for(python: BlockingSession):
     result = python.run("x = bytearray(100 << 20)\nwhile True: pass", Limits(wall_s=0.5))
     assert result.outcome is Outcome.TOOL_TIMEOUT
-    assert result.peak_memory_mb > 100 and 0.1 < result.cpu_s < 2
+    assert result.peak_memory_mb > 100 and 0.01 < result.cpu_s < 2

@@ -59,7 +59,8 @@ class Budget:
         place = (owner, amount, turn)
         self._waiting.append(place)
         try:
-            await asyncio.wait_for(turn, self._max_wait_s)
+            async with asyncio.timeout(self._max_wait_s):  # `wait_for` can swallow a cancellation
+                await turn
         except TimeoutError:
             lack = self._lack(owner, amount) or "room for those who came earlier"
             raise SandboxError(f"{lack} did not become free in {self._max_wait_s:g} s") from None

@@ -85,6 +85,7 @@ async def _probe(config: SandboxConfig, arguments: argparse.Namespace) -> int:
             continue
         for finding in findings:
             held = f"[red]NO: {finding.failure}" if finding.failure else "yes"
+            held = held if finding.promised else "not promised"
             table.add_row(finding.promise, held, finding.mechanism)
         console.print(table)
         if not any(finding.failure for finding in findings):

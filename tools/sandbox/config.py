@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from tir_alp.tools.sandbox.process_status import ProcessStatus
 
 TOKEN_VARIABLE = "TIR_ALP_SANDBOX_TOKEN"
 """The environment variable that holds the token of the service, on both sides."""
@@ -50,6 +48,20 @@ class DockerConfig(_Section):
     """Of a container, threads included."""
 
 
+class Growth(Protocol):
+    """What ages: a process, a container."""
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was first seen."""
+        ...
+
+    @property
+    def grown_mb(self) -> float:
+        """The memory that it has taken since then."""
+        ...
+
+
 class Lifetime(_Section):
     """How long something is used before a fresh one takes its place. A bound of None is none."""
 
@@ -59,7 +71,7 @@ class Lifetime(_Section):
     max_grown_mb: float | None = Field(default=None, gt=0)
     """Memory taken since its birth."""
 
-    def exceeded(self, uses: int, unit: str, status: ProcessStatus) -> str:
+    def exceeded(self, uses: int, unit: str, status: Growth) -> str:
         """Which bound it has come to, in words; empty if none."""
         if self.max_uses is not None and uses >= self.max_uses:
             return f"it has served {uses} {unit}"

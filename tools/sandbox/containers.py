@@ -15,11 +15,11 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import select
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ from typing import IO, TYPE_CHECKING, Any
 from tir_alp.tools.sandbox import jails
 from tir_alp.tools.sandbox.config import SandboxConfig
 from tir_alp.tools.sandbox.container_profile import container_profile
+from tir_alp.tools.sandbox.engine import engine_at, remove_container
+from tir_alp.tools.sandbox.gvisor import GuestJail
 from tir_alp.tools.sandbox.jail import container as entry
 from tir_alp.tools.sandbox.jail import kernel
 from tir_alp.tools.sandbox.jail.spec import JailSpec
@@ -40,15 +42,17 @@ if TYPE_CHECKING:
 
 _LOCAL = "unix://"
 _USUAL_ADDRESS = "unix:///var/run/docker.sock"
-_ENGINE_TIMEOUT_S = 60
 _CALL_TIMEOUT_S = 60.0
-_REMOVAL_TIMEOUT_S = 20.0
 _NOBODY = 65534
 _MIN_OPEN_FILES = 1024
 """Of a container: a fork server holds what is on its way to many sessions."""
 _OWN_FILES = 16
 """Folders in a /tmp that are not a program's."""
 _MAX_MESSAGE = 1 << 16
+_MAX_NPROC = 32_768
+"""Of a user; what Podman gives its own service on a machine with as many pids."""
+_GVISOR = "runsc"
+"""What its program is called."""
 _BUILD = "docker build -f docker/sandbox.Dockerfile --target sandbox -t {image} ."
 
 
@@ -83,13 +87,13 @@ class ContainerJail:
         from docker.errors import DockerException
 
         try:
-            with _engine(self.address) as engine, _Door(self.options["user"]) as door:
+            with engine_at(self.address) as engine, _Door(self.options["user"]) as door:
                 container = self._create(engine, door)
                 try:
                     _let_in(door, container, requests, obituaries, errors)
                 finally:
                     if not door.was_opened:
-                        _remove(engine, str(container.id))
+                        remove_container(engine, str(container.id))
                 return RunningContainer(self.address, str(container.id))
         except (DockerException, OSError, ValueError) as error:
             raise SandboxError(f"the container does not start: {error}") from error
@@ -125,11 +129,11 @@ class RunningContainer:
         from docker.errors import DockerException
 
         # If the engine is gone, the container ends all the same: its host has closed its sockets.
-        with contextlib.suppress(DockerException, OSError), _engine(self.address) as engine:
-            _remove(engine, self.container_id)
+        with contextlib.suppress(DockerException, OSError), engine_at(self.address) as engine:
+            remove_container(engine, self.container_id)
 
 
-def plan_docker(config: SandboxConfig) -> ContainerJail:
+def plan_docker(config: SandboxConfig) -> ContainerJail | GuestJail:
     """Find the engine, and lock away the rest.
 
     Raises:
@@ -138,48 +142,76 @@ def plan_docker(config: SandboxConfig) -> ContainerJail:
     """
     chosen = config.docker
     address = chosen.address or os.environ.get("DOCKER_HOST") or _USUAL_ADDRESS
-    is_podman = _check_engine(config, address)
-    demand_landlock()
+    engine = _check_engine(config, address)
     one_session = chosen.container_per == "session"
     tmp_mb = config.tmp_mb if one_session else chosen.memory_mb // 2
     tmp_files = _OWN_FILES + config.tmp_files * (1 if one_session else config.max_sessions)
     tmp_options = f"rw,noexec,nosuid,nodev,mode=1777,size={tmp_mb}m"
-    if not is_podman:  # which has no word for this; the keepers count as well
+    if not engine.is_podman:  # which has no word for this; the keepers count as well
         tmp_options += f",nr_inodes={tmp_files}"
+    options: dict[str, Any] = {
+        "image": chosen.image,
+        "runtime": chosen.runtime,
+        "user": "{}:{}".format(*_user()),
+        "network_mode": "none",
+        "read_only": True,
+        "cap_drop": ["ALL"],
+        "security_opt": _security_options(),
+        "ipc_mode": "none",
+        "hostname": "sandbox",
+        "pids_limit": chosen.processes,
+        "mem_limit": f"{chosen.memory_mb}m",
+        "memswap_limit": f"{chosen.memory_mb}m",
+        "nano_cpus": int(chosen.cpus * 1e9),
+        "tmpfs": {"/tmp": tmp_options},
+        "ulimits": _ulimits(config, engine),
+        "log_config": {"Type": "none"},
+        "auto_remove": True,
+    }
+    if engine.has_own_kernels:
+        if not one_session:
+            raise SandboxRefused(
+                f"docker.runtime {chosen.runtime!r} has no Landlock, which keeps the sessions of "
+                'one container apart: set docker.container_per = "session"'
+            )
+        return GuestJail(address=address, options=options, spec=_spec_of_guest(config))
+    demand_landlock()
     return ContainerJail(
         address=address,
-        options={
-            "image": chosen.image,
-            "runtime": chosen.runtime,
-            "user": "{}:{}".format(*_user()),
-            "network_mode": "none",
-            "read_only": True,
-            "cap_drop": ["ALL"],
-            "security_opt": _security_options(),
-            "ipc_mode": "none",
-            "hostname": "sandbox",
-            "pids_limit": chosen.processes,
-            "mem_limit": f"{chosen.memory_mb}m",
-            "memswap_limit": f"{chosen.memory_mb}m",
-            "nano_cpus": int(chosen.cpus * 1e9),
-            "tmpfs": {"/tmp": tmp_options},
-            "ulimits": _ulimits(config),
-            "log_config": {"Type": "none"},
-            "auto_remove": True,
-        },
+        options=options,
         one_session=one_session,
-        reads_profiles=is_podman,
+        reads_profiles=engine.is_podman,
         max_threads=config.max_processes,
         spec=JailSpec(
             room="folder",
-            preload=config.preload,
-            import_paths=(),
-            readable=(),  # the container knows where its Python is
             seccomp=compile_filter(kernel.BRANCH_IN_PLACE, ask_for_threads=True).hex(),
             rlimits=jails.session_limits(config),
-            scratch_mb=config.tmp_mb,
-            scratch_files=config.tmp_files,
+            **_spec(config),
         ),
+    )
+
+
+def _spec(config: SandboxConfig) -> dict[str, Any]:
+    return {
+        "preload": config.preload,
+        "import_paths": (),
+        "readable": (),  # the container knows where its Python is
+        "scratch_mb": config.tmp_mb,
+        "scratch_files": config.tmp_files,
+    }
+
+
+def _spec_of_guest(config: SandboxConfig) -> JailSpec:
+    limits = jails.session_limits(config)
+    del limits["RLIMIT_MSGQUEUE"]  # may not be set there, nor are there any queues
+    return JailSpec(
+        room="guest",
+        landlock=False,
+        seccomp=compile_filter(kernel.BRANCH_IN_PLACE, asks_host=False).hex(),
+        asks_host=False,
+        rlimits=limits,
+        max_threads=config.max_processes,
+        **_spec(config),
     )
 
 
@@ -187,12 +219,15 @@ def _security_options() -> list[str]:
     return ["no-new-privileges", f"seccomp={json.dumps(container_profile())}"]
 
 
-def _ulimits(config: SandboxConfig) -> list[dict[str, Any]]:
+def _ulimits(config: SandboxConfig, engine: _Kind) -> list[dict[str, Any]]:
     limits = {
         "nofile": max(_MIN_OPEN_FILES, config.open_files),
         "fsize": config.tmp_mb << 20,
         "core": 0,
     }
+    if engine.is_podman:  # whose own default is more than it may set on some machines
+        _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+        limits["nproc"] = min(_MAX_NPROC, hard) if hard > 0 else _MAX_NPROC
     return [{"Name": name, "Soft": value, "Hard": value} for name, value in limits.items()]
 
 
@@ -201,8 +236,17 @@ def _user() -> tuple[int, int]:
     return (_NOBODY, _NOBODY) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
 
 
-def _check_engine(config: SandboxConfig, address: str) -> bool:
-    """Whether the engine, which has all that is asked for, is Podman."""
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What is particular about an engine."""
+
+    is_podman: bool
+    has_own_kernels: bool
+    """Whether the runtime gives each container one, as gVisor's does."""
+
+
+def _check_engine(config: SandboxConfig, address: str) -> _Kind:
+    """What kind of engine this is, which has all that is asked for."""
     if not address.startswith(_LOCAL):
         raise SandboxRefused(
             f"the engine at {address!r} (DOCKER_HOST or docker.address) may be another machine, "
@@ -215,8 +259,9 @@ def _check_engine(config: SandboxConfig, address: str) -> bool:
         raise SandboxRefused(f"{error}; `docker` needs: pip install 'tir_alp[docker]'") from error
     image, runtime = config.docker.image, config.docker.runtime
     try:
-        with _engine(address) as engine:
-            runtimes = engine.info().get("Runtimes") or {}
+        with engine_at(address) as engine:
+            info = engine.info()
+            runtimes = info.get("Runtimes") or {}
             engine.images.get(image)
             components = engine.version().get("Components") or []
     except ImageNotFound as error:
@@ -232,19 +277,12 @@ def _check_engine(config: SandboxConfig, address: str) -> bool:
             f"the engine at {address} knows no runtime {runtime!r}, but {sorted(runtimes)}: "
             "add it to the engine's configuration"
         )
-    return any("podman" in component["Name"].lower() for component in components)
-
-
-@contextlib.contextmanager
-def _engine(address: str) -> Iterator[docker.DockerClient]:
-    """A client for one thread."""
-    import docker  # optional, and slow to import
-
-    client = docker.DockerClient(base_url=address, version="auto", timeout=_ENGINE_TIMEOUT_S)
-    try:
-        yield client
-    finally:
-        client.close()
+    name = runtime or info.get("DefaultRuntime") or ""
+    path = (runtimes.get(name) or {}).get("path") or name
+    return _Kind(
+        is_podman=any("podman" in component["Name"].lower() for component in components),
+        has_own_kernels=os.path.basename(path).startswith(_GVISOR),
+    )
 
 
 class _Door:
@@ -291,9 +329,12 @@ class _Door:
             SandboxError: It ended, or it does not call.
         """
         words, deadline = b"", time.monotonic() + _CALL_TIMEOUT_S
+        events = select.poll()  # not `select`, which takes no descriptor above 1023
+        for source in (self._listener.fileno(), last_words):
+            events.register(source, select.POLLIN)
         while (left_s := deadline - time.monotonic()) > 0:
-            ready, _, _ = select.select([self._listener, last_words], [], [], left_s)
-            if self._listener in ready:
+            ready = [source for source, _ in events.poll(1000 * left_s)]
+            if self._listener.fileno() in ready:
                 return self._listener.accept()[0]
             if ready:
                 data = os.read(last_words, _MAX_MESSAGE)
@@ -353,18 +394,3 @@ def _last_line(output: bytes) -> str:
         text, output = text + output[8:end], output[end:]
     lines = text.decode("utf-8", "backslashreplace").strip().splitlines()
     return lines[-1] if lines else "no message"
-
-
-def _remove(engine: docker.DockerClient, container_id: str) -> None:
-    """Kill and remove a container, which may be ending by itself; wait until it is gone."""
-    from docker.errors import APIError, NotFound
-
-    deadline = time.monotonic() + _REMOVAL_TIMEOUT_S
-    while time.monotonic() < deadline:
-        try:
-            engine.api.remove_container(container_id, force=True)
-        except NotFound:
-            return
-        except APIError:  # it is being removed already
-            time.sleep(0.02)
-    raise SandboxError(f"the container {container_id[:12]} cannot be removed")

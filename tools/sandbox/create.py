@@ -11,7 +11,7 @@ from tir_alp.tools.sandbox.base import Sandbox
 from tir_alp.tools.sandbox.bubblewrap import plan_namespaces
 from tir_alp.tools.sandbox.config import SandboxConfig
 from tir_alp.tools.sandbox.containers import plan_docker
-from tir_alp.tools.sandbox.jails import Jail
+from tir_alp.tools.sandbox.gvisor import AnyJail
 from tir_alp.tools.sandbox.plain import plan_landlock, plan_unsafe
 from tir_alp.tools.sandbox.probes import Finding, probe, refuse_if_weak
 from tir_alp.tools.sandbox.report import SandboxReport
@@ -21,7 +21,7 @@ from tir_alp.tools.sandbox.sandbox import LocalSandbox
 if TYPE_CHECKING:
     from tir_alp.tools.sandbox.remote import RemoteSandbox
 
-BACKENDS: dict[str, Callable[[SandboxConfig], Jail]] = {
+BACKENDS: dict[str, Callable[[SandboxConfig], AnyJail]] = {
     "namespaces": plan_namespaces,
     "landlock": plan_landlock,
     "docker": plan_docker,
@@ -40,7 +40,7 @@ UNSAFE_WARNING = (
 
 @asynccontextmanager
 async def create_sandbox(
-    config: SandboxConfig | None = None, *, alter_jail: Callable[..., Jail] | None = None
+    config: SandboxConfig | None = None, *, alter_jail: Callable[..., AnyJail] | None = None
 ) -> AsyncIterator[Sandbox]:
     """A sandbox that has tried to break out of itself and failed; `unsafe` has not tried.
 
@@ -74,7 +74,7 @@ async def examine(name: str, config: SandboxConfig) -> list[Finding]:
 
 
 async def _start(
-    config: SandboxConfig, alter_jail: Callable[..., Jail]
+    config: SandboxConfig, alter_jail: Callable[..., AnyJail]
 ) -> LocalSandbox | RemoteSandbox:
     if config.backend == "remote":
         return await _start_remote(config)
@@ -105,7 +105,7 @@ async def _start_remote(config: SandboxConfig) -> RemoteSandbox:
 
 
 async def _start_backend(
-    name: str, config: SandboxConfig, alter_jail: Callable[..., Jail], refused: dict[str, str]
+    name: str, config: SandboxConfig, alter_jail: Callable[..., AnyJail], refused: dict[str, str]
 ) -> LocalSandbox:
     warnings = (UNSAFE_WARNING,) if name == "unsafe" else ()
     for warning in warnings:

@@ -9,11 +9,11 @@ import itertools
 import json
 import os
 import socket
-from dataclasses import dataclass
 
 from tir_alp.tools.sandbox.config import Lifetime
 from tir_alp.tools.sandbox.credentials import CREDENTIALS_SPACE, sender
 from tir_alp.tools.sandbox.jails import Jail, Started
+from tir_alp.tools.sandbox.lost import SERVER_DIED, Death
 from tir_alp.tools.sandbox.process_status import ProcessStatus
 from tir_alp.tools.sandbox.result import SandboxError
 
@@ -21,20 +21,6 @@ _START_TIMEOUT_S = 120.0
 _REQUEST_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 10.0
 _MAX_MESSAGE = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class Death:
-    """How an interpreter ended, as its keeper saw it."""
-
-    status: int
-    """As wait(2) gives it."""
-    limit: str = ""
-    """The limit that its keeper killed it for, if it did."""
-
-
-SERVER_DIED = Death(-1)
-"""The whole jail is gone."""
 
 
 # Descriptors that are on their way through a socket count against the limit of open files of any
@@ -85,7 +71,8 @@ class ForkServer:
             loop.add_reader(self._obituaries, self._on_obituary)
             with contextlib.suppress(OSError):  # dead already; `_on_answer` reads its last words
                 self._requests.send(json.dumps(dataclasses.asdict(self.jail.spec)).encode())
-            await asyncio.wait_for(asyncio.shield(self._started), _START_TIMEOUT_S)
+            async with asyncio.timeout(_START_TIMEOUT_S):  # `wait_for` can swallow a cancellation
+                await asyncio.shield(self._started)
         except BaseException as error:
             await self.stop()
             if isinstance(error, OSError) and not isinstance(error, TimeoutError):
@@ -118,7 +105,8 @@ class ForkServer:
         self._answers[number] = answer
         try:
             self._send({"op": "furnish_branch", "id": number}, [pidfd])
-            error = await asyncio.wait_for(answer, _REQUEST_TIMEOUT_S)
+            async with asyncio.timeout(_REQUEST_TIMEOUT_S):
+                error = await answer
         except TimeoutError:
             error = f"no answer within {_REQUEST_TIMEOUT_S} s"
         finally:
@@ -182,7 +170,8 @@ class ForkServer:
         if self._running is not None and self._all_gone is not None:
             await self._running.end()  # with it the keepers, with the last of them the obituaries
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self._all_gone), _STOP_TIMEOUT_S)
+                async with asyncio.timeout(_STOP_TIMEOUT_S):
+                    await asyncio.shield(self._all_gone)
             asyncio.get_running_loop().remove_reader(self._obituaries)
         self._obituaries.close()
         self._errors.close()

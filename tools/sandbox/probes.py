@@ -27,14 +27,14 @@ from tir_alp.tools.sandbox.attacks import (
     intrusions,
 )
 from tir_alp.tools.sandbox.config import Limits, SandboxConfig
-from tir_alp.tools.sandbox.jails import Jail
+from tir_alp.tools.sandbox.gvisor import AnyJail
 from tir_alp.tools.sandbox.result import RunResult, SandboxError, SandboxRefused
 
 if TYPE_CHECKING:
     from tir_alp.tools.sandbox.sandbox import LocalSandbox
     from tir_alp.tools.sandbox.session import PythonSession
 
-_LIMITS = Limits(wall_s=20.0)
+_LIMITS = Limits(wall_s=60.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,9 @@ class Finding:
     mechanism: str
     """The locks that stop it, each of which would be enough."""
     failure: str
-    """What the attack got; empty if it was stopped."""
+    """What the attack got; empty if it was stopped, or not tried."""
+    promised: bool = True
+    """False if the backend does not keep a program from this."""
 
 
 async def refuse_if_weak(sandbox: LocalSandbox, config: SandboxConfig) -> None:
@@ -72,7 +74,7 @@ async def probe(sandbox: LocalSandbox, config: SandboxConfig) -> list[Finding]:
             reports = await asyncio.gather(
                 _attack(sandbox, jail, intrusions(config, canary)),
                 _attack(sandbox, jail, exhaustions(config)),
-                _foreign_abis(sandbox),
+                _foreign_abis(sandbox, jail),
                 _forged_reply(sandbox),
                 _look_from_outside(neighbour, jail),
             )
@@ -94,29 +96,35 @@ async def _canary(neighbour: PythonSession) -> AsyncIterator[Canary]:
         yield Canary(path=file.name, port=port, neighbour_path=path.strip("'"))
 
 
-async def _attack(sandbox: LocalSandbox, jail: Jail, attacks: Iterable[Attack]) -> list[Finding]:
+async def _attack(sandbox: LocalSandbox, jail: AnyJail, attacks: Iterable[Attack]) -> list[Finding]:
     async with sandbox.session() as session:
         await session.run(PRELUDE, _LIMITS)
         findings = []
         for attack in attacks:
+            locks = [lock for lock in attack.locks if lock.split()[0] in jail.locks]
+            if not locks:
+                findings.append(Finding(attack.promise, "", "", promised=False))
+                continue
             result = await session.run(attack.program, _LIMITS)
-            was_ended = "keeper" in attack.locks and result.outcome is Outcome.RESOURCE_LIMIT
+            may_be_ended = any(lock.endswith("keeper") for lock in locks)
+            was_ended = may_be_ended and result.outcome is Outcome.RESOURCE_LIMIT
             failure = "" if result.value == "'held'" or was_ended else _summary(result)
-            locks = ", ".join(lock for lock in attack.locks if lock.split()[0] in jail.locks)
-            findings.append(Finding(attack.promise, locks, failure))
+            findings.append(Finding(attack.promise, ", ".join(locks), failure))
             if result.value != "'held'":  # the attack may have cost the interpreter
                 await session.run(PRELUDE, _LIMITS)
         return findings
 
 
-async def _foreign_abis(sandbox: LocalSandbox) -> list[Finding]:
+async def _foreign_abis(sandbox: LocalSandbox, jail: AnyJail) -> list[Finding]:
     if platform.machine() != "x86_64":
         return []
     findings = []
     for name, attack in KILLED_BY_ABI.items():
         async with sandbox.session() as session:
             result = await session.run(PRELUDE + attack, _LIMITS)
-            failure = "" if "SIGSYS" in result.stderr else _summary(result)
+            # gVisor has no such ABI: the call is taken for another, native one.
+            is_error = "gVisor" in jail.locks and (result.value or "").startswith("-")
+            failure = "" if is_error or "SIGSYS" in result.stderr else _summary(result)
             findings.append(Finding(f"{name} system calls", "seccomp", failure))
     return findings
 
@@ -130,16 +138,32 @@ async def _forged_reply(sandbox: LocalSandbox) -> list[Finding]:
         return [Finding("forged reply", "host", "" if held else _summary(result))]
 
 
-async def _look_from_outside(session: PythonSession, jail: Jail) -> list[Finding]:
-    """What the kernel says about an interpreter: the locks that no attack can tell apart."""
-    namespaces = _NAMESPACES if "namespaces" in jail.locks else ()
+async def _look_from_outside(session: PythonSession, jail: AnyJail) -> list[Finding]:
+    """What the kernel says about an interpreter, or about the kernel that it has instead of it.
+
+    These are the locks that no attack can tell apart.
+    """
+    if "gVisor" in jail.locks:  # which needs some capabilities, in its own user namespace
+        prefix, promises, namespaces = "gVisor's ", [], _visible_namespaces(session.pid)
+    else:
+        prefix, promises = "", ["capabilities"]
+        namespaces = _NAMESPACES if "namespaces" in jail.locks else ()
+    promises += ["no new privileges", "seccomp", "root", *(f"{n} namespace" for n in namespaces)]
     failures = dict(_process_state(session.pid, namespaces))
-    promises = ["capabilities", "no new privileges", "seccomp", "root"]
-    promises += [f"{kind} namespace" for kind in namespaces]
-    return [Finding(promise, "seen in /proc", failures.get(promise, "")) for promise in promises]
+    return [Finding(prefix + p, "seen in /proc", failures.get(p, "")) for p in promises]
 
 
 _NAMESPACES = ("user", "pid", "mnt", "net", "ipc", "uts")
+_NAMESPACES_OF_GVISOR = ("user", "mnt", "net", "ipc", "uts")
+
+
+def _visible_namespaces(pid: int) -> tuple[str, ...]:
+    """Those of gVisor; none if it runs as another user, whose processes only root may look at."""
+    try:
+        os.readlink(f"/proc/{pid}/ns/net")
+    except PermissionError:
+        return ()
+    return _NAMESPACES_OF_GVISOR
 
 
 def _process_state(pid: int, namespaces: Iterable[str]) -> Iterator[tuple[str, str]]:

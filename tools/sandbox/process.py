@@ -23,8 +23,9 @@ from tir_alp.tools.sandbox.budget import NOTHING, Resources
 from tir_alp.tools.sandbox.config import Lifetime
 from tir_alp.tools.sandbox.credentials import CREDENTIALS_SPACE, sender
 from tir_alp.tools.sandbox.fork_gate import ForkGate
-from tir_alp.tools.sandbox.fork_server import SERVER_DIED, ForkServer
+from tir_alp.tools.sandbox.fork_server import ForkServer
 from tir_alp.tools.sandbox.jail import frames
+from tir_alp.tools.sandbox.lost import CRASHED, SERVER_DIED, Lost, lost_by
 from tir_alp.tools.sandbox.output import HeadTail
 from tir_alp.tools.sandbox.process_status import ProcessStatus
 from tir_alp.tools.sandbox.result import SandboxError
@@ -37,18 +38,6 @@ _CHUNK = 1 << 16
 _MAX_REPLY = 16 << 20
 _GRACE_S = 0.25
 """After the end of its channel: to die, if that is what it was doing."""
-_CLOSED_CHANNEL = "it closed the sandbox's own channel"
-_CRASHED = ""
-"""The reason until the keeper has told a better one."""
-
-
-class Lost(Exception):
-    """The interpreter is gone, with its state."""
-
-    def __init__(self, outcome: Outcome, reason: str) -> None:
-        super().__init__(reason)
-        self.outcome = outcome
-        self.reason = reason
 
 
 class InterpreterProcess:
@@ -115,7 +104,8 @@ class InterpreterProcess:
             self._gate.permit(self.pid)
         try:
             async with self._server.births:
-                await asyncio.wait_for(self._fork_into(child), _GREETING_TIMEOUT_S)
+                async with asyncio.timeout(_GREETING_TIMEOUT_S):
+                    await self._fork_into(child)
         except BaseException as error:
             has_forked = self._gate is None or not self._gate.withdraw(self.pid)
             if has_forked and not child._pidfd >= 0:
@@ -259,7 +249,7 @@ class InterpreterProcess:
         try:
             await asyncio.get_running_loop().sock_sendall(self._control, data)
         except OSError:
-            self.lose(Outcome.TOOL_ERROR, _CRASHED)
+            self.lose(Outcome.TOOL_ERROR, CRASHED)
 
     def _on_control(self) -> None:
         try:
@@ -269,7 +259,7 @@ class InterpreterProcess:
         except OSError:
             data = b""
         if not data:
-            self.lose(Outcome.TOOL_ERROR, _CRASHED)
+            self.lose(Outcome.TOOL_ERROR, CRASHED)
             return
         try:
             for frame in self._frames.feed(data):
@@ -318,7 +308,7 @@ class InterpreterProcess:
         for end in (self._control, self._out, self._err):
             loop.remove_reader(end)
         if self._pidfd >= 0:
-            if reason == _CRASHED:  # dead or dying, unless it has only closed its channel
+            if reason == CRASHED:  # dead or dying, unless it has only closed its channel
                 self._grace = loop.call_later(_GRACE_S, self._end_grace)
             else:
                 self._send_kill()
@@ -355,37 +345,26 @@ class InterpreterProcess:
     async def cause_of_death(self) -> Lost:
         """Why it was lost; what a crash was, its keeper tells."""
         assert self.lost is not None
-        if self.lost.reason != _CRASHED:
+        if self.lost.reason != CRASHED:
             return self.lost
         death = self._server.death(self._family, self._pid_in_family)
-        outcome = Outcome.TOOL_ERROR
         try:
-            end = await asyncio.wait_for(asyncio.shield(death), _OBITUARY_TIMEOUT_S)
+            async with asyncio.timeout(_OBITUARY_TIMEOUT_S):
+                end = await asyncio.shield(death)
         except TimeoutError:  # no program can keep it from telling
-            outcome, reason = Outcome.INFRA_ERROR, "its keeper died"
+            self.lost = Lost(Outcome.INFRA_ERROR, "its keeper died")
         else:
             if end is SERVER_DIED:
-                outcome, reason = Outcome.INFRA_ERROR, "the fork server died"
-            elif end.limit:
-                outcome, reason = Outcome.RESOURCE_LIMIT, end.limit
-            elif end.status == signal.SIGKILL and self._was_killed:
-                reason = _CLOSED_CHANNEL
-            elif end.status == signal.SIGKILL and self._cannot_send_signals:
-                outcome, reason = Outcome.INFRA_ERROR, "it was killed from outside"
-            elif os.WIFSIGNALED(end.status):
-                reason = f"it died of {signal.Signals(os.WTERMSIG(end.status)).name}"
+                self.lost = Lost(Outcome.INFRA_ERROR, "the fork server died")
             else:
-                reason = f"it exited with status {os.WEXITSTATUS(end.status)}"
-        self.lost = Lost(outcome, reason)
+                is_filtered = self._server.jail.spec.seccomp != ""
+                self.lost = lost_by(end, we_killed=self._was_killed, kills_itself=not is_filtered)
         return self.lost
 
-    @property
-    def _cannot_send_signals(self) -> bool:
-        """Whether a SIGKILL cannot be its own: the machine is out of memory, or a keeper ended."""
-        return self._server.jail.spec.seccomp != ""
-
     def _end_grace(self) -> None:
-        if not select.select([self._pidfd], [], [], 0)[0]:  # it lives: it has closed its channel
+        death = select.poll()  # not `select`, which takes no descriptor above 1023
+        death.register(self._pidfd, select.POLLIN)
+        if not death.poll(0):  # it lives: it has closed its channel
             self._send_kill()
 
     def _send_kill(self) -> None:

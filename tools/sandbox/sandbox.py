@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 
 from tir_alp.tools.sandbox.budget import NOTHING, Budget, Resources
 from tir_alp.tools.sandbox.config import SandboxConfig
-from tir_alp.tools.sandbox.jails import Jail
+from tir_alp.tools.sandbox.gvisor import AnyJail
 from tir_alp.tools.sandbox.machine import share_of_free_memory_mb, share_of_free_processes
+from tir_alp.tools.sandbox.open_files import provide_open_files
 from tir_alp.tools.sandbox.report import SandboxReport
 from tir_alp.tools.sandbox.result import SandboxError, SandboxRefused
 from tir_alp.tools.sandbox.session import MakeProcess, PythonSession
@@ -19,7 +20,7 @@ from tir_alp.tools.sandbox.supply import InterpreterSupply
 class LocalSandbox:
     """Sessions on this machine, in one kind of jail. See `base.Sandbox`."""
 
-    def __init__(self, config: SandboxConfig, jail: Jail, report: SandboxReport) -> None:
+    def __init__(self, config: SandboxConfig, jail: AnyJail, report: SandboxReport) -> None:
         self.jail = jail
         self.report = report
         self._config = config
@@ -42,8 +43,11 @@ class LocalSandbox:
         """Start the fork server.
 
         Raises:
-            SandboxRefused: It does not come up on this machine.
+            SandboxRefused: It does not come up on this machine, or has too few open files there.
         """
+        num_interpreters = self._config.max_sessions + self._config.ready_sessions
+        # With the fork server in use, there can be a retired one, and one that starts.
+        provide_open_files(num_interpreters, num_interpreters if self.jail.one_session else 3)
         try:
             await self._supply.start()
         except SandboxError as error:

@@ -59,12 +59,15 @@ _FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)
 """Duplicates, flags and locks. Not F_SETOWN and F_SETSIG: they make the kernel send signals."""
 
 
-def compile_filter(branch_flags: int, *, ask_for_threads: bool = False) -> bytes:
+def compile_filter(
+    branch_flags: int, *, ask_for_threads: bool = False, asks_host: bool = True
+) -> bytes:
     """The filter for this machine's architecture, as the kernel wants it.
 
     Args:
         branch_flags: Of the one clone(2) that is no thread; the kernel asks the host about it.
         ask_for_threads: Whether the kernel asks the host about every new thread, too.
+        asks_host: False where the kernel cannot ask: the one form of clone(2) is then allowed.
 
     Raises:
         SandboxRefused: libseccomp is not installed.
@@ -87,7 +90,8 @@ def compile_filter(branch_flags: int, *, ask_for_threads: bool = False) -> bytes
         add(seccomp.ERRNO(errno.ENOSYS), name)
     thread = seccomp.Arg(0, seccomp.MASKED_EQ, CLONE_THREAD | CLONE_NEW_ANY, CLONE_THREAD)
     add(seccomp.NOTIFY if ask_for_threads else seccomp.ALLOW, "clone", thread)
-    add(seccomp.NOTIFY, "clone", seccomp.Arg(0, seccomp.EQ, branch_flags))
+    branch = seccomp.Arg(0, seccomp.EQ, branch_flags)
+    add(seccomp.NOTIFY if asks_host else seccomp.ALLOW, "clone", branch)
     add(seccomp.ALLOW, "socketpair", seccomp.Arg(0, seccomp.EQ, socket.AF_UNIX))
     for request in _IOCTLS:
         add(seccomp.ALLOW, "ioctl", seccomp.Arg(1, seccomp.EQ, request))

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.sandbox.budget import NOTHING, Budget, Resources
 from tir_alp.tools.sandbox.config import Limits, SandboxConfig
+from tir_alp.tools.sandbox.lost import Lost
 from tir_alp.tools.sandbox.output import HeadTail, cut_middle
-from tir_alp.tools.sandbox.process import InterpreterProcess, Lost
 from tir_alp.tools.sandbox.result import RunResult, SandboxError
+from tir_alp.tools.sandbox.supply import Interpreter
 
-MakeProcess = Callable[[], Awaitable[InterpreterProcess]]
+MakeProcess = Callable[[], Awaitable[Interpreter]]
 
 _CORES = os.cpu_count() or 1
 _MIN_PAUSE_S = 0.005
@@ -30,7 +31,7 @@ class PythonSession:
 
     def __init__(
         self,
-        process: InterpreterProcess,
+        process: Interpreter,
         config: SandboxConfig,
         budget: Budget,
         *,
@@ -222,7 +223,7 @@ def _outcome_of(reply: _Reply) -> Outcome:
 class _Watch:
     """Ends the interpreter when its call has used up its wall-clock or its processor time."""
 
-    def __init__(self, process: InterpreterProcess, limits: Limits) -> None:
+    def __init__(self, process: Interpreter, limits: Limits) -> None:
         self._process = process
         self._limits = limits
         self._cpu_s_before = process.cpu_s()

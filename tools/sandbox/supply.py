@@ -13,9 +13,14 @@ from collections import deque
 
 from tir_alp.tools.sandbox.config import SandboxConfig
 from tir_alp.tools.sandbox.fork_server import ForkServer
-from tir_alp.tools.sandbox.jails import Jail
+from tir_alp.tools.sandbox.guest import Guest
+from tir_alp.tools.sandbox.guest_process import GuestProcess
+from tir_alp.tools.sandbox.gvisor import AnyJail, GuestJail
 from tir_alp.tools.sandbox.process import InterpreterProcess
 from tir_alp.tools.sandbox.result import SandboxError
+
+Interpreter = InterpreterProcess | GuestProcess
+"""A process of this machine, or of the kernel in a container."""
 
 _NEWS_S = 0.05
 """How long the death of a fork server may go unnoticed after it has left a request unanswered."""
@@ -24,14 +29,14 @@ _NEWS_S = 0.05
 class InterpreterSupply:
     """Gives out fresh interpreters, in which nothing has run yet."""
 
-    def __init__(self, jail: Jail, config: SandboxConfig) -> None:
+    def __init__(self, jail: AnyJail, config: SandboxConfig) -> None:
         self._jail = jail
         self._config = config
-        self._servers: set[ForkServer] = set()
+        self._servers: set[ForkServer | Guest] = set()
         """All that are not stopped: the one in use, one that is starting, one that is retired."""
         self._server = self._new_server()
         self._replacing = asyncio.Lock()
-        self._ready: deque[InterpreterProcess] = deque()
+        self._ready: deque[Interpreter] = deque()
         self._upkeep: asyncio.Task[None] | None = None
         self._retirement: asyncio.Task[None] | None = None
         self._stopped = False
@@ -61,7 +66,7 @@ class InterpreterSupply:
         await self._drop_ready()
         await asyncio.gather(*map(self._end, tuple(self._servers)))
 
-    async def take(self) -> InterpreterProcess:
+    async def take(self) -> Interpreter:
         """An interpreter for whoever asks: one that is ready, or a new one.
 
         Raises:
@@ -72,7 +77,7 @@ class InterpreterSupply:
         finally:
             self._start_upkeep()
 
-    async def _take_ready(self) -> InterpreterProcess | None:
+    async def _take_ready(self) -> Interpreter | None:
         while self._ready:
             process = self._ready.popleft()
             process.poll()
@@ -81,19 +86,19 @@ class InterpreterSupply:
             await process.kill()
         return None
 
-    async def _fork(self) -> InterpreterProcess:
+    async def _fork(self) -> Interpreter:
         if self._jail.one_session:
             return await self._fork_alone()
         server = await self._live_server()
         try:
-            return await InterpreterProcess.start(server)
+            return await _born_of(server)
         except SandboxError:
             await asyncio.sleep(_NEWS_S)
             if not server.dead:
                 raise
-        return await InterpreterProcess.start(await self._live_server())
+        return await _born_of(await self._live_server())
 
-    async def _fork_alone(self) -> InterpreterProcess:
+    async def _fork_alone(self) -> Interpreter:
         """An interpreter whose fork server has no other, and ends with it and its branches."""
         if self._stopped:
             raise SandboxError("the sandbox is closed")
@@ -101,12 +106,12 @@ class InterpreterSupply:
         server = self._new_server()
         try:
             await server.start()
-            return await InterpreterProcess.start(server)
+            return await _born_of(server)
         except BaseException:
             await self._end(server)
             raise
 
-    async def _live_server(self) -> ForkServer:
+    async def _live_server(self) -> ForkServer | Guest:
         async with self._replacing:
             if self._stopped:
                 raise SandboxError("the sandbox is closed")
@@ -139,22 +144,29 @@ class InterpreterSupply:
         self._retirement = asyncio.create_task(self._retire(worn))
         await self._drop_ready()
 
-    async def _retire(self, server: ForkServer) -> None:
+    async def _retire(self, server: ForkServer | Guest) -> None:
         await server.vacated()
         await self._end(server)
 
-    def _new_server(self) -> ForkServer:
+    def _new_server(self) -> ForkServer | Guest:
         try:
-            server = ForkServer(self._jail)
+            jail = self._jail
+            server = Guest(jail) if isinstance(jail, GuestJail) else ForkServer(jail)
         except OSError as error:
             raise SandboxError(f"no descriptors for another fork server: {error}") from error
         self._servers.add(server)
         return server
 
-    async def _end(self, server: ForkServer) -> None:
+    async def _end(self, server: ForkServer | Guest) -> None:
         await server.stop()
         self._servers.discard(server)
 
     async def _drop_ready(self) -> None:
         while self._ready:
             await self._ready.popleft().kill()
+
+
+async def _born_of(server: ForkServer | Guest) -> Interpreter:
+    if isinstance(server, Guest):
+        return await GuestProcess.start(server)
+    return await InterpreterProcess.start(server)

@@ -26,4 +26,6 @@ def confine(spec: JailSpec, ruleset: int | None) -> int | None:
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     if ruleset is not None:
         kernel.landlock_restrict_self(ruleset)
-    return kernel.install_seccomp(bytes.fromhex(spec.seccomp)) if spec.seccomp else None
+    if not spec.seccomp:
+        return None
+    return kernel.install_seccomp(bytes.fromhex(spec.seccomp), asks=spec.asks_host)

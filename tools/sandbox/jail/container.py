@@ -39,7 +39,8 @@ def main() -> None:
     call = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     call.connect(DOOR)
     namespaces = {kind: os.readlink(f"/proc/self/ns/{kind}") for kind in _NAMESPACES}
-    hello = {"code": fingerprint(), "breaches": dict(breaches()), "namespaces": namespaces}
+    found = dict(breaches()) | dict(breaches_of_rights())
+    hello = {"code": fingerprint(), "breaches": found, "namespaces": namespaces}
     call.send(json.dumps(hello).encode())
     _, descriptors, _, _ = socket.recv_fds(call, 1, 3)
     if not descriptors:  # the host does not want it
@@ -48,6 +49,11 @@ def main() -> None:
     os.dup2(errors, 2)
     os.close(errors)
     call.close()
+    become_fork_server(requests, obituaries)
+
+
+def become_fork_server(requests: int, obituaries: int) -> None:
+    """Serve on these sockets, with the packages of the image."""
     sys.path.append(PACKAGES)
     readable = [*paths.library_folders(), *paths.package_folders(), PACKAGES, *paths.files()]
     fork_server.main(requests, obituaries, paths.outermost(readable))
@@ -62,7 +68,7 @@ def fingerprint() -> str:
 
 
 def breaches() -> Iterator[tuple[str, str]]:
-    """What this container could do and must not, each with what it got."""
+    """What this container's kernel lets it do and must not, each with what it got."""
     tries: dict[str, Callable[[], object]] = {
         "container's network": lambda: socket.socket(socket.AF_INET),
         "container's vsock": lambda: socket.socket(_AF_VSOCK),
@@ -74,20 +80,25 @@ def breaches() -> Iterator[tuple[str, str]]:
     for promise, attempt in tries.items():
         with contextlib.suppress(OSError):
             yield promise, f"got {attempt()!r:.100}"
-    lines = (line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    status = {key: value.strip() for key, value in lines}
-    names = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
-    if kept := {name: status[name] for name in names if int(status[name], 16)}:
-        yield "container's capabilities", str(kept)
-    if status["NoNewPrivs"] != "1":
-        yield "container's privileges", "an exec may gain some"
-    if os.geteuid() == 0:
-        yield "container's user", "is root"
-    if not os.statvfs("/").f_flag & os.ST_RDONLY:
-        yield "container's root file system", "is writable"
     for resource, files in _LIMITS.items():
         if (limit := _limit(files)) is None or limit > _MAX_LIMIT:
             yield f"container's {resource}", "no limit"
+
+
+def breaches_of_rights() -> Iterator[tuple[str, str]]:
+    """What this container was given and must not have, whatever its kernel."""
+    lines = (line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = {key: value.strip() for key, value in lines}
+    names = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+    if kept := {n: status[n] for n in names if int(status.get(n, "0"), 16)}:
+        yield "container's capabilities", str(kept)
+    if not kernel.prctl(kernel.PR_GET_NO_NEW_PRIVS):
+        yield "container's privileges", "an exec may gain some"
+    if os.geteuid() == 0:
+        yield "container's user", "is root"
+    mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    if not any(m[4] == "/" and "ro" in m[5].split(",") for m in mounts):
+        yield "container's root file system", "is writable"
 
 
 def _limit(files: tuple[str, str]) -> int | None:

@@ -28,13 +28,14 @@ from typing import Any, Protocol
 from tir_alp.tools.sandbox.jail import confine, frames, kernel
 from tir_alp.tools.sandbox.jail.interpreter import Interpreter
 from tir_alp.tools.sandbox.jail.room_folder import FolderRoom
+from tir_alp.tools.sandbox.jail.room_guest import GuestRoom
 from tir_alp.tools.sandbox.jail.room_namespaces import NamespacesRoom
 from tir_alp.tools.sandbox.jail.spec import JailSpec
 
 _CONTROL = 3
 _MAX_DESCRIPTORS = 1 << 16
 _MAX_REQUEST = 1 << 18
-_ROOMS = {"namespaces": NamespacesRoom, "folder": FolderRoom}
+_ROOMS = {"namespaces": NamespacesRoom, "folder": FolderRoom, "guest": GuestRoom}
 
 
 class Room(Protocol):

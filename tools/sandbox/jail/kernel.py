@@ -21,7 +21,8 @@ other fork."""
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_MOVE = 1, 2, 4, 8, 8192
 
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP = 1, 4, 24
+PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 38, 39
 
 _X86_64 = platform.machine() == "x86_64"
 _NR_CLONE = 56 if _X86_64 else 220
@@ -85,9 +86,9 @@ def unshare(kinds: int) -> None:
     _check(_libc.unshare(kinds))
 
 
-def prctl(option: int, value: int) -> None:
-    """Set one attribute of this process."""
-    _check(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0))
+def prctl(option: int, value: int = 0) -> int:
+    """Set or get one attribute of this process."""
+    return _check(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0))
 
 
 def drop_capabilities() -> None:
@@ -108,12 +109,14 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def install_seccomp(program: bytes) -> int:
-    """Install a compiled filter; returns the descriptor on which its NOTIFY rules ask the host."""
+def install_seccomp(program: bytes, *, asks: bool) -> int | None:
+    """Install a compiled filter; returns the descriptor on which its NOTIFY rules ask the host.
+
+    Args:
+        program: In the kernel's form.
+        asks: Whether it has such rules; if not, there is no descriptor.
+    """
     arguments = _Program(len(program) // 8, program)
-    return syscall(
-        _NR_SECCOMP,
-        _SECCOMP_SET_MODE_FILTER,
-        _SECCOMP_FILTER_FLAG_NEW_LISTENER,
-        ctypes.byref(arguments),
-    )
+    flags = _SECCOMP_FILTER_FLAG_NEW_LISTENER if asks else 0
+    result = syscall(_NR_SECCOMP, _SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(arguments))
+    return result if asks else None

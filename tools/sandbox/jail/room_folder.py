@@ -65,14 +65,14 @@ class FolderRoom:
         with contextlib.suppress(OSError):  # it does so itself, but may be killed before
             os.setpgid(interpreter, interpreter)
         while True:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            pid, status = self._reap(interpreter)
             if pid:
                 return pid, status, self._limit
             told = signal.sigtimedwait(_SIGNALS, self._pause_s)
             if told is not None and told.si_signo == signal.SIGTERM:
                 _kill_group(interpreter)
-            elif told is None and self._is_too_full():
-                self._limit = "its files took more space than it may use"
+            elif told is None and (limit := self._exceeded(interpreter)):
+                self._limit = limit
                 _kill_group(interpreter)
 
     def leave(self) -> None:
@@ -100,6 +100,14 @@ class FolderRoom:
         for name in ("HOME", "TMPDIR", "PWD"):
             os.environ[name] = folder
         tempfile.tempdir = None  # remembered by the fork server
+
+    def _reap(self, interpreter: int) -> tuple[int, int]:
+        """A death as (pid, wait status), or zeros; `ChildProcessError` if there will be none."""
+        return os.waitpid(-1, os.WNOHANG)
+
+    def _exceeded(self, interpreter: int) -> str:
+        """The limit that the session has gone beyond; empty if none."""
+        return "its files took more space than it may use" if self._is_too_full() else ""
 
     def _is_too_full(self) -> bool:
         use = _measure(self._folder)

@@ -1,0 +1,59 @@
+"""How an interpreter is lost: what its keeper saw, and what that says to whoever called it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+
+from tir_alp.tools.outcome import Outcome
+
+CLOSED_CHANNEL = "it closed the sandbox's own channel"
+CRASHED = ""
+"""The reason until the keeper has told a better one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """How an interpreter ended, as its keeper saw it."""
+
+    status: int | None
+    """As wait(2) gives it; None where nobody could wait for it."""
+    limit: str = ""
+    """The limit that its keeper killed it for, if it did."""
+
+
+SERVER_DIED = Death(-1)
+"""The whole jail is gone."""
+
+
+class Lost(Exception):
+    """The interpreter is gone, with its state."""
+
+    def __init__(self, outcome: Outcome, reason: str) -> None:
+        super().__init__(reason)
+        self.outcome = outcome
+        self.reason = reason
+
+
+def lost_by(death: Death, *, we_killed: bool, kills_itself: bool) -> Lost:
+    """What a death says that came to a crashed interpreter.
+
+    Args:
+        death: Not that of the whole jail.
+        we_killed: Whether the host has killed it, for it had closed its channel and lived on.
+        kills_itself: Whether a program can send a SIGKILL; if not, the machine is out of memory, or
+            somebody outside has sent it.
+    """
+    if death.limit:
+        return Lost(Outcome.RESOURCE_LIMIT, death.limit)
+    if death.status is None:
+        return Lost(Outcome.TOOL_ERROR, CLOSED_CHANNEL if we_killed else "it died")
+    if death.status == signal.SIGKILL and we_killed:
+        return Lost(Outcome.TOOL_ERROR, CLOSED_CHANNEL)
+    if death.status == signal.SIGKILL and not kills_itself:
+        return Lost(Outcome.INFRA_ERROR, "it was killed from outside")
+    if os.WIFSIGNALED(death.status):
+        name = signal.Signals(os.WTERMSIG(death.status)).name
+        return Lost(Outcome.TOOL_ERROR, f"it died of {name}")
+    return Lost(Outcome.TOOL_ERROR, f"it exited with status {os.WEXITSTATUS(death.status)}")
