@@ -8,6 +8,12 @@ Importing this package registers them:
 import gymnasium
 
 gymnasium.register(id="PythonMath-v0", entry_point="tir_alp.envs.math_env:PythonMathEnv")
+gymnasium.register(id="SingleTurnMath-v0", entry_point="tir_alp.envs.math_env:SingleTurnMathEnv")
+gymnasium.register(id="MultiTool-v0", entry_point="tir_alp.envs.multi_tool_env:MultiToolEnv")
+gymnasium.register(id="PythonCode-v0", entry_point="tir_alp.envs.code_env:PythonCodeEnv")
+gymnasium.register(
+    id="ReasoningGym-v0", entry_point="tir_alp.envs.reasoning_gym_env:ReasoningGymEnv"
+)
 
 for _id, _library in (
     ("Hosted-v0", "gymnasium"),

@@ -21,10 +21,10 @@ from tir_alp.advantage import group_advantages, has_signal
 from tir_alp.checkpoint import Position
 from tir_alp.config import AlgorithmConfig, Config, SGLangConfig
 from tir_alp.console import RunConsole
-from tir_alp.data import Task, TaskOrder, load_held_out, load_source
+from tir_alp.data import Task, left_out, load_held_out, load_order
 from tir_alp.engines.base import Engine
 from tir_alp.engines.transformers import TransformersEngine
-from tir_alp.environments import make_environment
+from tir_alp.environments import make_environment, make_renderer
 from tir_alp.ledger import Ledger
 from tir_alp.logical_order import LogicalOrder
 from tir_alp.policy import end_token_ids, load_policy, load_tokenizer
@@ -38,6 +38,7 @@ from tir_alp.trainer import Trainer
 
 _EVALUATION = 1 << 32  # evaluation draws from seeds of its own
 _NUM_CHECKED = 256  # tasks whose prompts are measured before a run begins
+_NUM_NAMED = 20  # rows that were left out
 _HARMLESS = "```python\nprint(1)\n```"
 
 
@@ -83,19 +84,19 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
                 )
 
         tokenizer = load_tokenizer(path)
-        renderer = Renderer(
-            tokenizer,
-            system=config.model.system,
-            max_observation_tokens=config.rollout.max_observation_tokens,
-        )
-        tasks = TaskOrder(load_source(config.data), config.seed)
+        with closing(make_environment(config)) as env:
+            renderer = make_renderer(config, tokenizer, env)
+        tasks = load_order(config.data, config.seed)
         held_out = load_held_out(config.data, config.eval.num_tasks)
+        not_taken = left_out(config.data)
+        if not_taken:
+            console.print(describe_left_out(not_taken))
         soon = [tasks[position.group + offset] for offset in range(_NUM_CHECKED)]
         environment = check_environment(config, renderer, [*soon, *held_out])
 
         with closing(make_environment(config)) as env:
             findings = doctor.examine_config(config, path, tokenizer, renderer, env, soon[0])
-            prompts = [env.reset(options=task.to_options())[0] for task in soon[:2]]
+            prompts = [env.reset(seed=task.seed, options=task.to_options())[0] for task in soon[:2]]
         ignored = doctor.demand(findings, config.doctor.ignore)
 
         rollout = config.rollout
@@ -134,6 +135,7 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         else:
             folder.create(config)
         stack.enter_context(closing(folder))
+        folder.note_left_out(not_taken)
         folder.note_environment(position.step, environment)
 
         generate = ledger.engine(engine.generate)
@@ -257,13 +259,22 @@ def check_environment(config: Config, renderer: Renderer, tasks: Sequence[Task])
     """
     with closing(make_environment(config)) as env:
         for task in tasks:
-            text, _ = env.reset(options=task.to_options())
+            text, _ = env.reset(seed=task.seed, options=task.to_options())
             renderer.prompt_within(text, config.rollout.max_context_tokens, task.task_id)
         info = env.step(_HARMLESS)[-1]
         if Outcome(info.get("outcome", Outcome.OK)).is_infrastructure:
             raise ValueError(f"{config.env.id!r} cannot work here: {info.get('error')}")
         has_report = env.has_wrapper_attr("run_report")
         return env.get_wrapper_attr("run_report")() if has_report else {}
+
+
+def describe_left_out(sentences: Sequence[str]) -> str:
+    """Say which rows of the data were left out, or at least how many."""
+    some = "".join(f"  {sentence}\n" for sentence in sentences[:_NUM_NAMED])
+    more = len(sentences) - _NUM_NAMED
+    return f"left out of the data:\n{some}" + (
+        f"  and {more} more, in left_out.txt\n" if more > 0 else ""
+    )
 
 
 def run_name(config: Config) -> str:

@@ -266,6 +266,9 @@ class ModelConfig(Section):
     """A Hugging Face folder or id; `tiny` and `tiny-able` come with the package."""
     system: str = ""
     """System prompt; empty for none."""
+    rewritten_history: Literal["refuse", "append"] = "refuse"
+    """What to do with a chat template that rewrites what was said, e.g. drops thinking: refuse it,
+    or append all the same, so that the history is what was sampled."""
 
 
 class EnvConfig(Section):
@@ -277,28 +280,81 @@ class EnvConfig(Section):
     """Passed to the environment."""
 
 
-class DataConfig(Section):
-    """Which tasks a run trains on. One question in eight is held out, by its hash."""
+class SourceConfig(Section):
+    """Where tasks come from. One question in eight is held out, by its hash."""
 
-    source: Literal["arithmetic", "reasoning_gym", "jsonl"] = "arithmetic"
-    """Our own arithmetic, a data set of reasoning-gym, or a file."""
+    source: Literal["arithmetic", "code", "reasoning_gym", "jsonl", "parquet", "hub", "env"] = (
+        "arithmetic"
+    )
+    """Our own arithmetic or small functions to write, a data set of reasoning-gym, a file, a data
+    set of the Hugging Face hub, or what the environment draws itself."""
     dataset: str | None = None
-    """Name of the data set of reasoning-gym, e.g. "gcd"."""
+    """Name of the data set of reasoning-gym, e.g. "gcd"; id or folder of the one of the hub."""
+    subset: str | None = None
+    """Of a data set of the hub that has several."""
+    split: str = "train"
+    """Of a data set of the hub: what to take of it."""
     path: Path | None = None
-    """A file with one JSON object a line, each with `question` and `answer`."""
+    """A file with one JSON object a line, or a parquet file; see `tir_alp.rows`."""
+    question_column: str = "question"
+    """Of a file's or the hub's rows; dots lead into objects."""
+    answer_column: str = "answer"
+    """The same for the answer."""
+    broken_rows: Literal["fatal", "skip"] = "fatal"
+    """What becomes of a row that cannot be read: it is named either way."""
+    min_question_chars: int = Field(default=0, ge=0)
+    """Rows with a shorter question are left out."""
+    max_question_chars: int | None = Field(default=None, ge=1)
+    """Rows with a longer question are left out; None: none are."""
     num_tasks: int = Field(default=100_000, ge=1)
     """Tasks in an epoch, where they are generated; a file has as many as it has."""
     seed: int = Field(default=0, ge=0)
     """Which tasks are generated. Their order follows the seed of the run."""
 
     @model_validator(mode="after")
-    def _check_source(self) -> DataConfig:
-        needed = {"reasoning_gym": "dataset", "jsonl": "path"}.get(self.source)
+    def _check_source(self) -> SourceConfig:
+        needs = {"reasoning_gym": "dataset", "hub": "dataset", "jsonl": "path", "parquet": "path"}
+        needed = needs.get(self.source)
         for name in ("dataset", "path"):
             if (getattr(self, name) is None) == (name == needed):
                 verb = "needs" if name == needed else "does not take"
                 raise ValueError(f"the source {self.source!r} {verb} a {name}")
+        of_rows = {"question_column", "answer_column", "broken_rows"}
+        of_rows |= {"min_question_chars", "max_question_chars"}
+        changed = _changed(self)
+        foreign = set() if self.source == "hub" else changed & {"subset", "split"}
+        if self.source not in ("jsonl", "parquet", "hub"):
+            foreign |= changed & of_rows
+        if foreign:
+            raise ValueError(f"the source {self.source!r} does not take a {sorted(foreign)[0]}")
         return self
+
+
+class MixedSource(SourceConfig):
+    """One source of a mixture."""
+
+    weight: float = Field(default=1.0, gt=0.0)
+    """Its share of the tasks, over the sum of all weights."""
+
+
+class DataConfig(SourceConfig):
+    """Which tasks a run trains on."""
+
+    mix: tuple[MixedSource, ...] = ()
+    """Several sources, mixed by weight; instead of the settings of one."""
+
+    @model_validator(mode="after")
+    def _check_mix(self) -> DataConfig:
+        beside = sorted(_changed(self) - {"mix"})
+        if self.mix and beside:
+            raise ValueError(f"{beside[0]} belongs into each source of mix, not beside it")
+        return self
+
+
+def _changed(section: Section) -> set[str]:
+    """Keys with another value than their default: a saved config has every key in it."""
+    fields = type(section).model_fields
+    return {name for name, field in fields.items() if getattr(section, name) != field.default}
 
 
 class RolloutConfig(Section):

@@ -127,14 +127,15 @@ class EpisodeRunner:
         env = self.watch(env, sequence_uid)
         try:
             text, _ = await self._in_thread(
-                lambda: env.reset(options=task.to_options()), f"{episode}: env.reset"
+                lambda: env.reset(seed=task.seed, options=task.to_options()),
+                f"{episode}: env.reset",
             )
             prompt = self.renderer.prompt_within(text, self.limits.max_context_tokens, task.task_id)
             sampling = Sampling(
                 max_tokens=self.limits.max_turn_tokens,
                 temperature=self.limits.temperature if temperature is None else temperature,
                 stop_token_ids=self.renderer.stop_token_ids,
-                stop_matcher=self.renderer.fence_matcher,
+                stop_matcher=self.renderer.stop_matcher,
                 seed=self.seed,
                 sequence_uid=sequence_uid,
             )

@@ -72,6 +72,11 @@ class RunFolder:
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
 
+    def note_left_out(self, sentences: Sequence[str]) -> None:
+        """Write down which rows of the data were left out, a line each, if any were."""
+        if sentences:
+            (self.path / "left_out.txt").write_text("".join(f"{each}\n" for each in sentences))
+
     def tell(self, step: int, kind: str, reason: str) -> None:
         """Write down something that happened to the run as a whole, such as a roll-back."""
         with self._events.open("a") as file:

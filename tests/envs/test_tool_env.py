@@ -68,6 +68,7 @@ def info(**changes):
         "correct": None,
         "error": "",
         "tool_s": 0.0,
+        "rewards": {},
     }
     return nothing | changes
 
@@ -89,13 +90,13 @@ def test_a_block_runs_in_the_tool_and_its_text_is_the_observation():
 def test_a_right_answer_terminates_with_reward_one():
     env, _ = quiz()
     step = begin(env).step(r"\boxed{42}")
-    assert step == ("", 1.0, True, False, info(answer="42", correct=True))
+    assert step == ("", 1.0, True, False, info(answer="42", correct=True, rewards={"answer": 1.0}))
 
 
 def test_a_wrong_answer_terminates_with_reward_zero():
     env, _ = quiz()
     step = begin(env).step(r"\boxed{41}")
-    assert step == ("", 0.0, True, False, info(answer="41", correct=False))
+    assert step == ("", 0.0, True, False, info(answer="41", correct=False, rewards={"answer": 0.0}))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,13 @@ def test_a_wrong_answer_terminates_with_reward_zero():
 )
 def test_a_void_turn_terminates_with_reward_zero(action):
     env, tool = quiz()
-    assert begin(env).step(action) == ("", 0.0, True, False, info(void=True))
+    assert begin(env).step(action) == (
+        "",
+        0.0,
+        True,
+        False,
+        info(void=True, rewards={"answer": 0.0}),
+    )
     assert tool.calls == []
 
 

@@ -23,7 +23,7 @@ def replay(
     `tir_alp.envs.tool_env.ToolEnv.reset`.
     """
     options = task.to_options() | {"tool_results": [_tool_result(t) for t in trajectory.turns]}
-    prompt, _ = env.reset(options=options)
+    prompt, _ = env.reset(seed=task.seed, options=options)
     answers: list[Answer] = []
     for turn in trajectory.turns:
         try:

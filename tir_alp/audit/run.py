@@ -17,10 +17,9 @@ from tir_alp.audit.replay import replay
 from tir_alp.audit.step import StepFiles
 from tir_alp.audit.trajectory import TrajectoryCheck
 from tir_alp.config import Config, parse_config
-from tir_alp.data import TaskOrder, load_source
-from tir_alp.environments import make_environment
+from tir_alp.data import load_order
+from tir_alp.environments import make_environment, make_renderer
 from tir_alp.policy import load_tokenizer
-from tir_alp.renderer import Renderer
 from tir_alp.run_folder import STEP_FOLDERS, read_run_config, step_file
 from tir_alp.tiny import SHIPPED
 
@@ -132,12 +131,8 @@ class _RunAudit:
         findings: Findings,
     ) -> None:
         self._path, self._config, self._env, self._findings = path, config, env, findings
-        self._tasks = TaskOrder(load_source(config.data), config.seed)
-        self._renderer = Renderer(
-            tokenizer,
-            system=config.model.system,
-            max_observation_tokens=config.rollout.max_observation_tokens,
-        )
+        self._tasks = load_order(config.data, config.seed)
+        self._renderer = make_renderer(config, tokenizer, env)
         self._check = TrajectoryCheck(self._renderer, config.rollout, findings)
         self._next_group = 0
 

@@ -165,10 +165,10 @@ class TrajectoryCheck:
             f"the reason is {turn.stop_reason} at {len(ids)} tokens; the limit is {most}",
         )
         if turn.stop_reason is StopReason.STOP:
-            matches = self.renderer.fence_matcher()
+            matches = self.renderer.stop_matcher()
             closes = [index for index, token in enumerate(ids) if matches(token)]
             findings.expect(
-                closes[:1] == [len(ids) - 1], "stop reasons", place, "no code block ends here"
+                closes[:1] == [len(ids) - 1], "stop reasons", place, "no call ends here"
             )
 
     def _observation(

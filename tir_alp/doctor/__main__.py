@@ -17,12 +17,11 @@ from transformers.utils.logging import disable_progress_bar
 from tir_alp.assembly import check_environment, open_engine
 from tir_alp.config import Config, load_config, read_toml
 from tir_alp.console import RunConsole
-from tir_alp.data import TaskOrder, load_source
+from tir_alp.data import load_order
 from tir_alp.doctor.examine import examine_config, examine_engine
 from tir_alp.doctor.finding import Finding
-from tir_alp.environments import make_environment
+from tir_alp.environments import make_environment, make_renderer
 from tir_alp.policy import load_policy, load_tokenizer
-from tir_alp.renderer import Renderer
 from tir_alp.tiny import SHIPPED, TRAIN_CONFIG
 from tir_alp.tools.sandbox import SandboxRefused
 from tir_alp.trainer import Trainer
@@ -36,16 +35,15 @@ async def examine(config: Config) -> list[Finding]:
     """
     path = str(SHIPPED.get(config.model.path, config.model.path))
     tokenizer = load_tokenizer(path)
-    renderer = Renderer(
-        tokenizer,
-        system=config.model.system,
-        max_observation_tokens=config.rollout.max_observation_tokens,
-    )
-    tasks = TaskOrder(load_source(config.data), config.seed)
+    with closing(make_environment(config)) as env:
+        renderer = make_renderer(config, tokenizer, env)
+    tasks = load_order(config.data, config.seed)
     check_environment(config, renderer, [tasks[0]])
     with closing(make_environment(config)) as env:
         findings = examine_config(config, path, tokenizer, renderer, env, tasks[0])
-        prompts = [env.reset(options=tasks[each].to_options())[0] for each in range(2)]
+        prompts = [
+            env.reset(seed=task.seed, options=task.to_options())[0] for task in (tasks[0], tasks[1])
+        ]
     trainer = Trainer(
         load_policy(path),
         config.trainer,

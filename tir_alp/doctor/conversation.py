@@ -6,7 +6,7 @@ from typing import Any
 
 from tir_alp.doctor.finding import Finding
 from tir_alp.renderer import Renderer
-from tir_alp.tools.fenced import code_blocks
+from tir_alp.tools.calls import has_call
 
 _THOUGHT = "<think>\nLet me try {0}.\n</think>\n\nI compute:\n```python\nprint({0})\n```"
 _SENTENCE = "Let x² ≈ 3.14·10⁻³; print('ok')\n\tThe answer is \\boxed{42}.\n"
@@ -55,17 +55,28 @@ def check_template(tokenizer: Any, system: str) -> Finding:
 
 
 def check_fence(tokenizer: Any, renderer: Renderer) -> Finding:
-    """The stop rule on text: generation stops with the token that completes a code block."""
-    text = "So:\n```python\nprint(6*7)\n```\nand more"
+    """The stop rule on text: generation stops with the token that completes a call."""
+    call_format, marks = renderer.call_format, renderer.marks
+    call = {
+        "fenced": "So:\n```python\nprint(6*7)\n```",
+        "tool_call": f'{marks.opening}{{"name": "python", "arguments": {{}}}}{marks.closing}',
+        "none": "",
+    }[call_format]
+    if not has_call(call, call_format, marks):
+        return Finding("template", True, "a call ends with the turn: there is no stop rule")
+    text = f"{call}\nand more"
     ids = tokenizer.encode(text, add_special_tokens=False)
-    matches = renderer.fence_matcher()
+    matches = renderer.stop_matcher()
     end = next((index + 1 for index, token in enumerate(ids) if matches(token)), 0)
-    is_whole = [_has_block(tokenizer.decode(ids[:stop])) for stop in (end, max(end - 1, 0))]
+    is_whole = [
+        has_call(tokenizer.decode(ids[:stop]), call_format, marks)
+        for stop in (end, max(end - 1, 0))
+    ]
     return Finding(
         "template",
         is_whole == [True, False],
         f"stops behind {end} of {len(ids)} tokens: {tokenizer.decode(ids[:end])[-12:]!r}",
-        "the tokenizer does not decode code fences token by token; it needs another one",
+        "the tokenizer does not decode the end of a call token by token; it needs another one",
     )
 
 
@@ -110,10 +121,6 @@ def _common(left: Any, right: Any) -> int:
             break
         length += 1
     return length
-
-
-def _has_block(text: str) -> bool:
-    return any(block.is_python for block in code_blocks(text))
 
 
 def _ids(value: Any) -> set[int]:

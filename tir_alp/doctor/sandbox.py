@@ -43,7 +43,7 @@ def check_sandbox(env: gymnasium.Env[str, str], task: Task) -> Finding:
     ):
         canary = Path(folder, "canary")
         canary.write_text("canary")
-        env.reset(options=task.to_options())
+        env.reset(seed=task.seed, options=task.to_options())
         program = _PROGRAM.format(file=str(canary), port=server.getsockname()[1])
         observation, *_, info = env.step(program)
     _, answered, reached = observation.partition(_ANSWER)
