@@ -29,6 +29,12 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
+# SGLang without a GPU: its own list of dependencies is for CUDA, so ours takes its place.
+.venv/ready-sglang: .venv/ready-dev requirements-sglang-cpu.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-sglang-cpu.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps sglang==0.5.21
+	touch $@
+
 .venv/ready-dev: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@

@@ -1,7 +1,8 @@
-"""A few processes that run math-verify, each killed and replaced when it is over its deadline."""
+"""A few processes that grade, each killed and replaced when it is over its deadline."""
 
 from __future__ import annotations
 
+import json
 import queue
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-_WORKER_FILE = Path(__file__).with_name("grading_worker.py")
+_MATH_WORKER = Path(__file__).with_name("grading_worker.py")
+_MOST_BYTES = 1 << 16  # of a verdict
 
 
 class GraderError(Exception):
@@ -21,17 +23,26 @@ class GraderPool:
 
     Processes start when they are first needed. A slot in the queue is the right to use one of
     them: it holds an idle worker, or None where it has yet to be started or was killed.
+
+    Args:
+        num_workers: Processes at a time.
+        worker_file: What they run; see `grading_worker`.
+        deadline_s: Of one verdict.
+        start_deadline_s: Of a worker's start.
+        queue_deadline_s: Of the wait for a free worker.
     """
 
     def __init__(
         self,
         num_workers: int = 2,
         *,
+        worker_file: Path = _MATH_WORKER,
         deadline_s: float = 5.0,
         start_deadline_s: float = 60.0,
         queue_deadline_s: float = 60.0,
     ):
         self.num_workers = num_workers
+        self.worker_file = worker_file
         self.deadline_s = deadline_s
         self.start_deadline_s = start_deadline_s
         self.queue_deadline_s = queue_deadline_s
@@ -39,11 +50,14 @@ class GraderPool:
         for _ in range(num_workers):
             self._slots.put(None)
 
-    def verify(self, answer: str, truth: str) -> bool:
-        """Return whether math-verify takes the two for equal.
+    def verify(self, *request: Any) -> Any:
+        """Return a worker's verdict: by the default one, whether math-verify takes two for equal.
+
+        Args:
+            request: What the worker wants: by default an answer and the truth.
 
         Raises:
-            GraderError: it did not say so in time, crashed, or cannot read the truth.
+            GraderError: it did not say so in time, crashed, or cannot say.
         """
         try:
             worker = self._slots.get(timeout=self.queue_deadline_s)
@@ -53,8 +67,8 @@ class GraderPool:
             ) from None
         try:
             if worker is None:
-                worker = _Worker(self.start_deadline_s)
-            verdict = worker.ask((answer, truth, self.deadline_s), self.deadline_s)
+                worker = _Worker(self.worker_file, self.start_deadline_s)
+            verdict = worker.ask((*request, self.deadline_s), self.deadline_s)
         except BaseException:
             if worker is not None:
                 worker.kill()
@@ -83,12 +97,12 @@ class GraderPool:
 class _Worker:
     """One process, which answers one request at a time."""
 
-    def __init__(self, start_deadline_s: float):
+    def __init__(self, file: Path, start_deadline_s: float):
         self._pipe, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
                 # -P: the folder of the file, with our `parsing` and `tasks`, stays off the path
-                [sys.executable, "-P", str(_WORKER_FILE), str(theirs.fileno())],
+                [sys.executable, "-P", str(file), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -101,7 +115,7 @@ class _Worker:
             self.kill()
             raise
 
-    def ask(self, request: tuple[str, str, float], deadline_s: float) -> Any:
+    def ask(self, request: tuple[Any, ...], deadline_s: float) -> Any:
         """Send a request and return its answer, or raise `GraderError`."""
         try:
             self._pipe.send(request)
@@ -118,7 +132,8 @@ class _Worker:
         if not self._pipe.poll(deadline_s):
             raise GraderError(f"the grader {failure} within {deadline_s:g} s and was killed")
         try:
-            return self._pipe.recv()
+            # JSON: what comes back was in one process with a model's answer, so it is no pickle.
+            return json.loads(self._pipe.recv_bytes(_MOST_BYTES))
         except (EOFError, OSError):
             status = self._process.wait()
             raise GraderError(f"the grader {failure}: it ended with status {status}") from None

@@ -47,6 +47,13 @@ class Grade:
     """`OK` or `GRADER_ERROR`."""
     error: str = ""
     """For people: why there is no verdict, or what made a right value a wrong answer."""
+    score: float | None = None
+    """What the answer earns; None: 1 if it is correct, else 0."""
+
+    @property
+    def reward(self) -> float:
+        """What the answer earns."""
+        return float(bool(self.correct)) if self.score is None else self.score
 
 
 def grade(answer: str, truth: str) -> Grade:

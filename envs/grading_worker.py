@@ -7,6 +7,7 @@ Neither of math-verify's own time limits is used: they raise from a signal handl
 
 from __future__ import annotations
 
+import json
 import logging
 import resource
 import signal
@@ -47,7 +48,7 @@ def _verdict(answer: str, truth: str) -> bool | str:
 def _serve(requests: Connection) -> None:
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    requests.send("ready")
+    requests.send_bytes(b'"ready"')
     while True:
         try:
             answer, truth, deadline_s = requests.recv()
@@ -57,7 +58,7 @@ def _serve(requests: Connection) -> None:
         signal.setitimer(signal.ITIMER_REAL, deadline_s + ORPHAN_GRACE_S)
         verdict = _verdict(answer, truth)
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-        requests.send(verdict)
+        requests.send_bytes(json.dumps(verdict).encode())
 
 
 if __name__ == "__main__":

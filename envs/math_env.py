@@ -1,23 +1,21 @@
-"""`PythonMath-v0`: one mathematical question, a Python tool, one answer."""
+"""`PythonMath-v0` and `SingleTurnMath-v0`: one mathematical question, one answer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Unpack
 
 from tir_alp.envs.grading import Grade, grade
 from tir_alp.envs.tasks import ArithmeticTasks, TaskSource
-from tir_alp.envs.tool_env import ToolEnv
+from tir_alp.envs.tool_env import EnvSettings, ToolEnv
 from tir_alp.tools.python_tool import PythonTool
 
-INSTRUCTION = """\
-Solve the problem step by step. You may write Python code in a block that begins with a line \
-```python and ends with a line ```. The block is run as soon as it is complete, and you are shown \
-what it prints; then go on. When you know the answer, write it in \\boxed{}."""
+ENDLESS_ARITHMETIC = ArithmeticTasks(seed=0, size=2**31)
+"""Where `reset` draws from when it is given neither a task nor a source of them."""
 
 
 class PythonMathEnv(ToolEnv):
-    r"""A question whose answer is a number or an expression; reward 1 if it is right, else 0.
+    r"""A question whose answer is a number or an expression, and a Python tool.
 
     Example:
         >>> import gymnasium
@@ -31,37 +29,65 @@ class PythonMathEnv(ToolEnv):
         1.0
 
     Args:
-        instruction: text before the question, which says what the model may do; "" for none.
         sandbox: settings of the sandbox that runs the code; None for the defaults.
-        max_turns: turns after which an episode without an answer is truncated.
+        stateful: whether variables are kept between the calls of an episode.
         tasks: where `reset` draws from when it is not given a task; default: endless arithmetic.
+        settings: those of `ToolEnv`.
     """
+
+    instruction: ClassVar[str] = """\
+Solve the problem step by step. You may write Python code in a block that begins with a line \
+```python and ends with a line ```. The block is run as soon as it is complete, and you are shown \
+what it prints; then go on. When you know the answer, write it in \\boxed{}."""
 
     def __init__(
         self,
         *,
-        instruction: str = INSTRUCTION,
         sandbox: Mapping[str, Any] | None = None,
-        max_turns: int = 5,
+        stateful: bool = True,
         tasks: TaskSource | None = None,
+        **settings: Unpack[EnvSettings],
+    ):
+        tools = [PythonTool(sandbox=sandbox, stateful=stateful)]
+        super().__init__(
+            tools=tools, tasks=ENDLESS_ARITHMETIC if tasks is None else tasks, **settings
+        )
+
+    def grade(self, task: Mapping[str, Any], answer: str) -> Grade:
+        """Compare with the task's answer, as mathematics."""
+        return grade(answer, str(task["answer"]))
+
+
+class SingleTurnMathEnv(ToolEnv):
+    r"""A question whose answer is a number or an expression, and no tool: one turn.
+
+    Code is not run, and a box inside a code block is no answer.
+
+    Args:
+        tasks: where `reset` draws from when it is not given a task; default: endless arithmetic.
+        instruction: text before the question; "" for none.
+        shaping: as of `ToolEnv`.
+    """
+
+    instruction: ClassVar[str] = (
+        "Solve the problem step by step, and write the answer in \\boxed{}."
+    )
+
+    def __init__(
+        self,
+        *,
+        tasks: TaskSource | None = None,
+        instruction: str | None = None,
+        shaping: Mapping[str, float] | None = None,
     ):
         super().__init__(
-            tools=[PythonTool(sandbox=sandbox)],
-            tasks=ArithmeticTasks(seed=0, size=2**31) if tasks is None else tasks,
-            max_turns=max_turns,
+            tools=[],
+            tasks=ENDLESS_ARITHMETIC if tasks is None else tasks,
+            instruction=instruction,
+            max_turns=1,
+            call_format="none",
+            shaping=shaping,
         )
-        self._instruction = instruction
-
-    def prompt(self, task: Mapping[str, Any]) -> str:
-        """Return the instruction and the question."""
-        missing = [key for key in ("question", "answer") if key not in task]
-        if missing:
-            raise ValueError(
-                f"a task of PythonMath needs {' and '.join(map(repr, missing))}; "
-                f"this one has only {sorted(task)}"
-            )
-        question = task["question"]
-        return f"{self._instruction}\n\n{question}" if self._instruction else question
 
     def grade(self, task: Mapping[str, Any], answer: str) -> Grade:
         """Compare with the task's answer, as mathematics."""

@@ -1,27 +1,17 @@
 r"""What a model's text asks for: a tool call, an answer, or nothing. Pure, and linear in the text.
 
 One rule keeps scores honest: *an answer is `\boxed{...}` in the model's own prose*. A box inside a
-code block, complete or not, is program text.
+code block or a tool call, complete or not, is program text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from tir_alp.tools.fenced import code_blocks
+from tir_alp.tools.calls import BadCall, CallFormat, ToolCall, find_call, prose
 
 _BRACE = re.compile(r"(?P<box>\\boxed\s*\{)|(?P<open>\{)|(?P<close>\})|\\.", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """The model wants a tool to run."""
-
-    name: str
-    arguments: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +44,22 @@ def extract_boxed(text: str) -> str | None:
     return None if last is None else text[last[0] : last[1]].strip()
 
 
-def parse_action(text: str) -> ToolCall | Answer | None:
-    r"""Read one action of a model: its first Python block, else its answer, else None (void).
+def boxed_answer(text: str, call_format: CallFormat = "fenced") -> str | None:
+    """Return what is in the last box of a text's prose, or None."""
+    boxed = [box for box in map(extract_boxed, prose(text, call_format)) if box is not None]
+    return boxed[-1] if boxed else None
 
-    A Python block wins over every box, also over one behind it: in training the completion stops
-    at the closing fence, so what follows was written without having seen the tool's output.
+
+def parse_action(
+    text: str, call_format: CallFormat = "fenced"
+) -> ToolCall | BadCall | Answer | None:
+    """Read one action of a model: its first call, else its answer, else None (void).
+
+    A call wins over every box, also over one behind it: in training the completion stops where the
+    call ends, so what follows was written without having seen the tool's output.
     """
-    prose = []
-    position = 0
-    for block in code_blocks(text):
-        if block.is_python:
-            return ToolCall("python", {"code": block.code})
-        prose.append(text[position : block.start])
-        position = block.end
-    prose.append(text[position:])
-    boxed = [box for box in map(extract_boxed, prose) if box is not None]
-    return Answer(boxed[-1]) if boxed else None
+    call = find_call(text, call_format)
+    if call is not None:
+        return call
+    answer = boxed_answer(text, call_format)
+    return None if answer is None else Answer(answer)

@@ -1,7 +1,8 @@
 """Where tasks come from: our own arithmetic, and reasoning-gym by the name of a data set.
 
-A task is a dict with `task_id`, `question` and `answer`, all texts. Every source is a pure function
-of its arguments and an index: nothing is stored, and any task can be made again from its index.
+A task is a dict with `task_id`, `question` and `answer`, all texts; those of reasoning-gym also
+have `dataset` and `metadata`, for its scorers. Every source is a pure function of its arguments and
+an index: nothing is stored, and any task can be made again from its index.
 
 One rule divides every source in two: `is_held_out(question)`. It looks at nothing but the question,
 so that no question is in both splits, whatever the seeds and sizes.
@@ -9,6 +10,7 @@ so that no question is in both splits, whatever the seeds and sizes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,48 +71,65 @@ class ArithmeticTasks:
         return self.size
 
     def __getitem__(self, index: int, /) -> dict[str, str]:
-        _check_index(index, self.size)
+        check_index(index, self.size)
         return arithmetic_task(self.seed, index, self.split)
 
 
 class ReasoningGymTasks:
     """Tasks of one data set of reasoning-gym, e.g. "gcd" or "basic_arithmetic".
 
-    Answers are graded as mathematics, so only data sets with such answers make sense.
+    `ReasoningGym-v0` asks the data set's own scorer; other environments grade answers as
+    mathematics, for which only data sets with such answers make sense. `split` None is both.
     """
 
-    def __init__(self, name: str, *, seed: int, size: int, split: Split = "train"):
-        import reasoning_gym  # takes seconds: only for those who use it
-        from reasoning_gym.factory import DATASETS
-
-        if name not in DATASETS:
-            raise ValueError(
-                f"reasoning-gym has no data set {name!r}; it has: {', '.join(sorted(DATASETS))}"
-            )
+    def __init__(self, name: str, *, seed: int, size: int, split: Split | None = "train"):
         self._name, self._seed, self._size, self._split = name, seed, size, split
-        # Task i is the first of the draws i, i + size, i + 2 size, ... that is in the split.
-        self._draws = reasoning_gym.create_dataset(name, seed=seed, size=size * _MAX_DRAWS)
+        self._draws = _reasoning_gym(name, seed, size)
 
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, index: int, /) -> dict[str, str]:
-        _check_index(index, self._size)
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        check_index(index, self._size)
+        # The first of the draws index, index + size, index + 2 size, ... that is in the split.
         for draw in range(index, self._size * _MAX_DRAWS, self._size):
-            row = self._draws[draw]
-            if is_held_out(row["question"]) == (self._split == "held_out"):
+            row = self._draw(draw)
+            if self._split in (None, "held_out" if is_held_out(row["question"]) else "train"):
                 return {
                     "task_id": f"reasoning_gym/{self._name}/{self._seed}/{draw}",
                     "question": row["question"],
                     "answer": str(row["answer"]),
+                    "dataset": self._name,
+                    "metadata": row["metadata"],
                 }
         raise ValueError(
             f"reasoning-gym's {self._name!r} has too few different questions for a "
             f"{self._split} split: none in {_MAX_DRAWS} draws"
         )
 
+    def _draw(self, draw: int) -> Mapping[str, Any]:
+        """Row `draw` of the data set, were it endless: it makes each from seed plus index."""
+        try:
+            return self._draws[draw]
+        except IndexError:  # one of those that make all their rows at once
+            block, place = divmod(draw, self._size)
+            return _reasoning_gym(self._name, self._seed + block * self._size, self._size)[place]
 
-def _check_index(index: int, size: int) -> None:
+
+@functools.lru_cache(maxsize=32)  # environments of one run ask for the same, and some take seconds
+def _reasoning_gym(name: str, seed: int, size: int) -> Any:
+    import reasoning_gym  # takes seconds: only for those who use it
+    from reasoning_gym.factory import DATASETS
+
+    if name not in DATASETS:
+        raise ValueError(
+            f"reasoning-gym has no data set {name!r}; it has: {', '.join(sorted(DATASETS))}"
+        )
+    return reasoning_gym.create_dataset(name, seed=seed, size=size)
+
+
+def check_index(index: int, size: int) -> None:
+    """Raise IndexError for an index outside of a source, so that a loop over it ends."""
     if not 0 <= index < size:
         raise IndexError(f"task {index} of {size}")
 

@@ -3,8 +3,9 @@ r"""The base of our environments: an environment is a source of tasks, a prompt,
 Text in, text out. One `step` is one turn of the model, and what ends it is one of three:
 
 * it calls a tool: the observation is the tool's text, and the episode goes on;
-* it answers in `\boxed{...}`: the answer is graded, and the episode terminates;
-* neither: the turn is void, and the episode terminates with reward 0.
+* it answers, in `\boxed{...}` unless an environment says otherwise: the answer is graded, and the
+  episode terminates;
+* neither: the turn is void, and the episode terminates with nothing for an answer.
 
 A call wins over an answer in the same text (`parsing.parse_action` says why). Answers terminate;
 limits truncate, never both. Every `info` of a step holds exactly the fields of `StepInfo`. When its
@@ -15,20 +16,42 @@ the episode is truncated and its reward of 0 means nothing: retry the task, or d
 from __future__ import annotations
 
 import copy
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, TypedDict
 
 import gymnasium
 from gymnasium.error import ResetNeeded
 
 from tir_alp.envs.grading import Grade
-from tir_alp.envs.parsing import Answer, ToolCall, parse_action
+from tir_alp.envs.parsing import boxed_answer
+from tir_alp.envs.reward_shaping import EpisodeFacts, RewardShaping, reward_parts
 from tir_alp.envs.spaces import TextSpace
-from tir_alp.envs.tasks import TaskSource
-from tir_alp.tools.base import ReportingTool, Tool, ToolResult, ToolSession
+from tir_alp.envs.tasks import TaskSource, is_held_out
+from tir_alp.tools.arguments import ArgumentCheck
+from tir_alp.tools.base import (
+    ReportingTool,
+    Tool,
+    ToolResult,
+    ToolSession,
+    function_schema,
+    refused_call,
+)
+from tir_alp.tools.calls import CALL_FORMATS, BadCall, CallFormat, ToolCall, find_call
 from tir_alp.tools.outcome import Outcome
+
+CODE_EXECUTION_RESULT = "\nCode execution result: {output}\n"
+"""The wording of observations in SimpleTIR, as a value of `observation`."""
+
+_MAX_DRAWS = 256  # of a task for a split that has one question in eight
+_TOOLS_TEXT = """\
+You may call these tools:
+{schemas}
+To call one, write
+<tool_call>{{"name": "NAME", "arguments": {{...}}}}</tool_call>
+and stop; you are shown the result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,41 +75,109 @@ class StepInfo:
     """For people: what failed."""
     tool_s: float = 0.0
     """Seconds the tool took, queueing included."""
+    rewards: dict[str, float] = field(default_factory=dict)
+    """The parts that the reward of an episode's last step is the sum of; empty before it, and where
+    infrastructure failed."""
+
+
+class EnvSettings(TypedDict, total=False):
+    """The settings that every `ToolEnv` takes; its docstring says what they mean."""
+
+    instruction: str | None
+    max_turns: int
+    call_format: CallFormat
+    tools_in_prompt: bool
+    observation: str
+    shaping: Mapping[str, float] | None
 
 
 class ToolEnv(gymnasium.Env[str, str], ABC):
     """A Gymnasium environment of tasks that a model answers, with tools at hand.
 
-    A subclass says what the model reads (`prompt`) and whether an answer is right (`grade`).
+    A subclass says what the model is told (`instruction`) and whether an answer is right (`grade`).
     An environment is used by one thread at a time, but not always by the same one.
 
     Args:
         tools: what the model can call. A Python block calls the one named `python`.
         tasks: where `reset` draws a task from when it is not given one.
+        instruction: text before the question; "" for none, None for that of the class.
         max_turns: turns after which an episode without an answer is truncated.
+        call_format: how calls are written; see `tir_alp.tools.calls`.
+        tools_in_prompt: describe the tools, and how to call them, in the prompt. Else that is left
+            to the chat template, which finds them in `tool_schemas`.
+        observation: what the model reads of a tool's output, which stands for `{output}` in it.
+        shaping: values of `RewardShaping`, by name; None for none.
     """
 
-    def __init__(self, *, tools: Sequence[Tool], tasks: TaskSource, max_turns: int):
+    instruction: ClassVar[str] = ""
+    """Text before the question, unless the setting of that name says another."""
+    task_keys: ClassVar[tuple[str, ...]] = ("question", "answer")
+    """What every task must have."""
+
+    def __init__(
+        self,
+        *,
+        tools: Sequence[Tool],
+        tasks: TaskSource,
+        instruction: str | None = None,
+        max_turns: int = 5,
+        call_format: CallFormat = "fenced",
+        tools_in_prompt: bool = False,
+        observation: str = "{output}",
+        shaping: Mapping[str, float] | None = None,
+    ):
         if max_turns < 1:
             raise ValueError(f"max_turns is {max_turns}: an episode needs at least one turn")
         if not len(tasks):
             raise ValueError("there is not one task to draw from")
+        if call_format not in CALL_FORMATS:
+            raise ValueError(f"call_format is {call_format!r}; it is one of {CALL_FORMATS}")
+        if "{output}" not in observation:
+            raise ValueError(f"observation is {observation!r}: nothing in it stands for {{output}}")
+        try:
+            self._shaping = RewardShaping(**(shaping or {}))  # pyright: ignore[reportArgumentType]
+        except TypeError as error:
+            raise ValueError(f"env.kwargs.shaping: {error}") from None
         self.observation_space = TextSpace()
         self.action_space = TextSpace()
+        self.call_format: CallFormat = call_format
+        schemas = [function_schema(tool) for tool in tools]
+        shown = call_format == "tool_call" and not tools_in_prompt
+        self.tool_schemas: tuple[dict[str, Any], ...] = tuple(schemas) if shown else ()
+        """What a chat template has to tell the model; empty where the prompt does, or need not."""
+        self._preamble = [self.instruction if instruction is None else instruction]
+        if tools_in_prompt:
+            lines = "\n".join(json.dumps(schema["function"]) for schema in schemas)
+            self._preamble.append(_TOOLS_TEXT.format(schemas=lines))
         self._tools = {tool.name: tool for tool in tools}
+        self._checks = {tool.name: ArgumentCheck(tool.name, tool.parameters) for tool in tools}
         self._tasks = tasks
         self._max_turns = max_turns
+        self._observation = observation
         self._sessions: dict[str, ToolSession] = {}
         self._task: dict[str, Any] | None = None  # None: no episode is under way
-        self._num_turns = 0
+        self._recorded: Sequence[Mapping[str, Any] | None] | None = None
+        self._num_turns = self._num_chars = self._good_calls = 0
 
-    @abstractmethod
     def prompt(self, task: Mapping[str, Any]) -> str:
-        """Return what the model is asked."""
+        """Return what the model is asked: the instruction, the tools, the question."""
+        return "\n\n".join(part for part in (*self._preamble, task["question"]) if part)
 
     @abstractmethod
     def grade(self, task: Mapping[str, Any], answer: str) -> Grade:
         """Compare an answer with the task's truth. Blocking, within a deadline of its own."""
+
+    def answer_in(self, action: str) -> str | None:
+        """Return the answer that a turn without a call gives, or None."""
+        return boxed_answer(action, self.call_format)
+
+    def gold_action(self, task: Mapping[str, Any]) -> str:
+        """Return a turn that answers right; `python -m tir_alp.envs check` plays it."""
+        return f"\\boxed{{{task['answer']}}}"
+
+    def wrong_action(self, task: Mapping[str, Any]) -> str:
+        """Return a turn that answers wrong."""
+        return r"\boxed{-1000001}"
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -95,19 +186,30 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
 
         Args:
             seed: seeds the draw of tasks.
-            options: `{"task": {...}}` to set the task; without it one is drawn.
+            options: `{"task": {...}}` to set the task; without it one is drawn, with
+                `{"split": "train"}` or "held_out" one of that split. To play a recorded episode
+                again, `tool_results` has one entry a turn: None where no tool was called, else the
+                fields of a `ToolResult`, which answers instead of the tool.
 
         Returns:
             The prompt, and `{"task": {...}}` with the whole task, its answer included.
         """
         super().reset(seed=seed)
         self._end_episode()
-        task = (options or {}).get("task")
+        options = options or {}
+        task = options.get("task")
         if task is None:
-            task = self._tasks[int(self.np_random.integers(len(self._tasks)))]
+            task = self._draw(options.get("split"))
+        missing = [key for key in self.task_keys if key not in task]
+        if missing:
+            raise ValueError(
+                f"a task of {type(self).__name__} needs {' and '.join(map(repr, missing))}; "
+                f"this one has only {sorted(task)}"
+            )
         prompt = self.prompt(task)
         self._task = dict(task)
-        self._num_turns = 0
+        self._num_turns = self._num_chars = self._good_calls = 0
+        self._recorded = options.get("tool_results")
         return prompt, {"task": copy.deepcopy(self._task)}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -115,35 +217,47 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         if self._task is None:
             raise ResetNeeded("no episode is under way: call reset() before step()")
         self._num_turns += 1
-        observation, reward, terminated, truncated = "", 0.0, False, False
-        match parse_action(action):
-            case ToolCall() as call:
+        self._num_chars += len(action)
+        observation, answer_reward, terminated, truncated = "", 0.0, False, False
+        call = find_call(action, self.call_format)
+        answer = self.answer_in(action) if call is None else None
+        if call is not None:
+            if self._recorded is None:
                 result = self._run_tool(call)
+                observation = self._observation.replace("{output}", result.text)
+            else:
+                result = self._recorded_result()
                 observation = result.text
-                truncated = result.outcome.is_infrastructure or self._num_turns >= self._max_turns
-                info = StepInfo(
-                    outcome=result.outcome.value,
-                    tool_calls=1,
-                    error=result.error,
-                    tool_s=result.duration_s,
-                )
-            case Answer(text=answer):
-                grade = self.grade(self._task, answer)
-                reward = 1.0 if grade.correct else 0.0
-                truncated = grade.outcome.is_infrastructure
-                terminated = not truncated
-                info = StepInfo(
-                    outcome=grade.outcome.value,
-                    answer=answer,
-                    correct=grade.correct,
-                    error=grade.error,
-                )
-            case None:
-                terminated = True
-                info = StepInfo(void=True)
+            self._good_calls += result.outcome is Outcome.OK
+            truncated = result.outcome.is_infrastructure or self._num_turns >= self._max_turns
+            info = StepInfo(
+                outcome=result.outcome.value,
+                tool_calls=1,
+                error=result.error,
+                tool_s=result.duration_s,
+            )
+        elif answer is not None:
+            grade = self.grade(self._task, answer)
+            answer_reward = grade.reward
+            truncated = grade.outcome.is_infrastructure
+            terminated = not truncated
+            info = StepInfo(
+                outcome=grade.outcome.value,
+                answer=answer,
+                correct=grade.correct,
+                error=grade.error,
+            )
+        else:
+            terminated = True
+            info = StepInfo(void=True)
+        rewards: dict[str, float] = {}
         if terminated or truncated:
+            if not Outcome(info.outcome).is_infrastructure:
+                facts = EpisodeFacts(answer is not None, self._good_calls, self._num_chars)
+                rewards = reward_parts(answer_reward, self._shaping, facts)
             self._end_episode()
-        return observation, reward, terminated, truncated, asdict(info)
+        info = asdict(info) | {"rewards": rewards}
+        return observation, sum(rewards.values()), terminated, truncated, info
 
     def run_report(self) -> dict[str, Any]:
         """Say what the tools' calls run in, for a trainer that asks.
@@ -162,16 +276,39 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         """Free the sessions of the tools. Closing twice is allowed."""
         self._end_episode()
 
-    def _run_tool(self, call: ToolCall) -> ToolResult:
+    def _draw(self, split: str | None) -> Mapping[str, Any]:
+        """Draw a task, of one of the two splits if one is asked for."""
+        for _ in range(_MAX_DRAWS):
+            task = self._tasks[int(self.np_random.integers(len(self._tasks)))]
+            if split is None or is_held_out(str(task["question"])) == (split == "held_out"):
+                return task
+        raise ValueError(
+            f"{type(self).__name__} has too few different questions for a {split} split: none in "
+            f"{_MAX_DRAWS} draws"
+        )
+
+    def _run_tool(self, call: ToolCall | BadCall) -> ToolResult:
+        if isinstance(call, BadCall):
+            return refused_call(call.error)
         tool = self._tools.get(call.name)
         if tool is None:
-            error = f"there is no tool named {call.name!r}; there are: {sorted(self._tools)}"
-            return ToolResult(
-                outcome=Outcome.TOOL_ERROR, text=f"Error: {error}", duration_s=0.0, error=error
+            return refused_call(
+                f"there is no tool named {call.name[:100]!r}; there are: {sorted(self._tools)}"
             )
+        if error := self._checks[call.name].error(call.arguments):
+            return refused_call(f"the arguments of {call.name!r} do not fit: {error}")
         if call.name not in self._sessions:
             self._sessions[call.name] = tool.open_session()
         return tool.run(call.arguments, self._sessions[call.name])
+
+    def _recorded_result(self) -> ToolResult:
+        """What the record says that a tool answered in this turn."""
+        assert self._recorded is not None
+        turn = self._num_turns - 1
+        result = self._recorded[turn] if turn < len(self._recorded) else None
+        if result is None:
+            raise ValueError(f"turn {turn} calls a tool, and tool_results has no result of it")
+        return ToolResult(**{**result, "outcome": Outcome(result["outcome"])})
 
     def _end_episode(self) -> None:
         self._task = None

@@ -16,19 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium
-
-from tir_alp import checkpoint
+from tir_alp import checkpoint, doctor
 from tir_alp.advantage import group_advantages, has_signal
 from tir_alp.checkpoint import Position
-from tir_alp.config import AlgorithmConfig, Config
+from tir_alp.config import AlgorithmConfig, Config, SGLangConfig
 from tir_alp.console import RunConsole
-from tir_alp.data import Task, TaskOrder, load_held_out, load_source
+from tir_alp.data import Task, left_out, load_held_out, load_order
+from tir_alp.engines.base import Engine
 from tir_alp.engines.transformers import TransformersEngine
+from tir_alp.environments import make_environment, make_renderer
+from tir_alp.ledger import Ledger
 from tir_alp.logical_order import LogicalOrder
-from tir_alp.policy import load_policy, load_tokenizer
+from tir_alp.policy import end_token_ids, load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
-from tir_alp.rollout import EpisodeRunner
+from tir_alp.rollout import EpisodeRunner, Watch
 from tir_alp.rollout_queue import RolloutQueue
 from tir_alp.run_folder import RunFolder
 from tir_alp.tiny import SHIPPED
@@ -37,6 +38,7 @@ from tir_alp.trainer import Trainer
 
 _EVALUATION = 1 << 32  # evaluation draws from seeds of its own
 _NUM_CHECKED = 256  # tasks whose prompts are measured before a run begins
+_NUM_NAMED = 20  # rows that were left out
 _HARMLESS = "```python\nprint(1)\n```"
 
 
@@ -51,9 +53,10 @@ class Run:
     console: RunConsole
     folder: RunFolder
     tokenizer: Any
-    engine: TransformersEngine
+    engine: Engine
     trainer: Trainer
     rollouts: RolloutQueue
+    ledger: Ledger
     evaluation: EpisodeRunner
     held_out: Sequence[Task]
     trainer_thread: ThreadPoolExecutor
@@ -81,24 +84,21 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
                 )
 
         tokenizer = load_tokenizer(path)
-        renderer = Renderer(
-            tokenizer,
-            system=config.model.system,
-            max_observation_tokens=config.rollout.max_observation_tokens,
-        )
-        tasks = TaskOrder(load_source(config.data), config.seed)
+        with closing(make_environment(config)) as env:
+            renderer = make_renderer(config, tokenizer, env)
+        tasks = load_order(config.data, config.seed)
         held_out = load_held_out(config.data, config.eval.num_tasks)
+        not_taken = left_out(config.data)
+        if not_taken:
+            console.print(describe_left_out(not_taken))
         soon = [tasks[position.group + offset] for offset in range(_NUM_CHECKED)]
         environment = check_environment(config, renderer, [*soon, *held_out])
 
-        engine = TransformersEngine(
-            load_policy(path),
-            max_cache_tokens=config.engine.max_cache_tokens,
-            version=position.policy_version,
-            precision=config.engine.precision,
-            logit_noise=config.engine.logit_noise,
-        )
-        stack.push_async_callback(engine.close)
+        with closing(make_environment(config)) as env:
+            findings = doctor.examine_config(config, path, tokenizer, renderer, env, soon[0])
+            prompts = [env.reset(seed=task.seed, options=task.to_options())[0] for task in soon[:2]]
+        ignored = doctor.demand(findings, config.doctor.ignore)
+
         rollout = config.rollout
         num_episodes = (rollout.max_staleness + 1) * rollout.groups_per_step * rollout.group_size
         env_threads = ThreadPoolExecutor(num_episodes, thread_name_prefix="env")
@@ -108,6 +108,7 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         stack.callback(trainer_thread.shutdown)
 
         folder = RunFolder(resume or Path("runs") / run_name(config))
+        ledger = Ledger(rollout.group_size, config.seed)
         trainer = Trainer(
             load_policy(path),
             config.trainer,
@@ -115,21 +116,35 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
             reference=load_policy(initial) if config.algorithm.needs_reference else None,
             temperature=rollout.temperature,
             on_bad_update=folder.dump_bad_update,
+            on_update=ledger.updated,
+        )
+        engine = await stack.enter_async_context(
+            open_engine(config, path, position.policy_version, trainer, trainer_thread, console)
         )
         if state is not None:
             trainer.load_state_dict(state)
+        findings = await doctor.examine_engine(
+            *(config, engine, trainer.model, trainer.weights, position.policy_version),
+            *(tokenizer, renderer, prompts),
+        )
+        ignored += doctor.demand(findings, config.doctor.ignore)
+        for each in ignored:
+            console.print(f"warning: {each}")
+        if resume is not None:
             folder.reopen(position.step)
         else:
             folder.create(config)
         stack.enter_context(closing(folder))
+        folder.note_left_out(not_taken)
         folder.note_environment(position.step, environment)
 
-        order = LogicalOrder(engine.generate) if config.deterministic else None
+        generate = ledger.engine(engine.generate)
+        order = LogicalOrder(generate) if config.deterministic else None
 
-        def runner(seed: int) -> EpisodeRunner:
+        def runner(seed: int, watch: Watch = lambda env, uid: env) -> EpisodeRunner:
             return EpisodeRunner(
                 make_env=lambda: make_environment(config),
-                generate=engine.generate if order is None else order.generate,
+                generate=generate if order is None else order.generate,
                 renderer=renderer,
                 limits=rollout,
                 threads=env_threads,
@@ -137,10 +152,11 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
                 seed=seed,
                 on_failure=lambda failure: console.print(f"episode failed: {failure}"),
                 admission=contextlib.nullcontext if order is None else order.episode,
+                watch=watch,
             )
 
         rollouts = RolloutQueue(
-            runner(config.seed).run_group,
+            runner(config.seed, ledger.watch).run_group,
             tasks.__getitem__,
             groups_per_step=rollout.groups_per_step,
             max_staleness=rollout.max_staleness,
@@ -162,20 +178,64 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
             engine=engine,
             trainer=trainer,
             rollouts=rollouts,
+            ledger=ledger,
             evaluation=runner(config.seed + _EVALUATION),
             held_out=held_out,
             trainer_thread=trainer_thread,
         )
 
 
-def make_environment(config: Config) -> gymnasium.Env[str, str]:
-    """Make one environment. Raises ValueError if there is none of that name, or it refuses."""
+@asynccontextmanager
+async def open_engine(
+    config: Config,
+    path: str,
+    version: int,
+    trainer: Trainer,
+    trainer_thread: ThreadPoolExecutor,
+    console: RunConsole,
+) -> AsyncIterator[Engine]:
+    """Open the engine that the config names, with the weights of a folder.
+
+    Raises:
+        ValueError: If it cannot start.
+    """
+    settings = config.engine
+    if isinstance(settings, SGLangConfig):
+        try:
+            from tir_alp.engines.sglang import open_sglang
+        except ImportError as error:
+            raise ValueError(
+                'engine.type = "sglang" needs aiohttp: install it as docs/sglang.md says'
+            ) from error
+        loop = asyncio.get_running_loop()
+
+        async def reference(token_ids: tuple[int, ...]) -> Sequence[float]:
+            call = (trainer.sequence_logprobs, token_ids)
+            return await loop.run_in_executor(trainer_thread, *call)
+
+        async with open_sglang(
+            settings,
+            model_path=path,
+            version=version,
+            vocab_size=trainer.model.config.get_text_config().vocab_size,
+            end_token_ids=end_token_ids(trainer.model),
+            seed=config.seed,
+            reference=reference,
+            say=console.print,
+        ) as engine:
+            yield engine
+        return
+    engine = TransformersEngine(
+        load_policy(path),
+        max_cache_tokens=settings.max_cache_tokens,
+        version=version,
+        precision=settings.precision,
+        logit_noise=settings.logit_noise,
+    )
     try:
-        return gymnasium.make(config.env.id, disable_env_checker=True, **config.env.kwargs)
-    except (gymnasium.error.Error, ImportError) as error:
-        raise ValueError(f"cannot make the environment {config.env.id!r}: {error}") from error
-    except TypeError as error:
-        raise ValueError(f"{config.env.id!r} does not take env.kwargs: {error}") from error
+        yield engine
+    finally:
+        await engine.close()
 
 
 def with_run_seed(config: Config) -> AlgorithmConfig:
@@ -199,13 +259,22 @@ def check_environment(config: Config, renderer: Renderer, tasks: Sequence[Task])
     """
     with closing(make_environment(config)) as env:
         for task in tasks:
-            text, _ = env.reset(options=task.to_options())
+            text, _ = env.reset(seed=task.seed, options=task.to_options())
             renderer.prompt_within(text, config.rollout.max_context_tokens, task.task_id)
         info = env.step(_HARMLESS)[-1]
         if Outcome(info.get("outcome", Outcome.OK)).is_infrastructure:
             raise ValueError(f"{config.env.id!r} cannot work here: {info.get('error')}")
         has_report = env.has_wrapper_attr("run_report")
         return env.get_wrapper_attr("run_report")() if has_report else {}
+
+
+def describe_left_out(sentences: Sequence[str]) -> str:
+    """Say which rows of the data were left out, or at least how many."""
+    some = "".join(f"  {sentence}\n" for sentence in sentences[:_NUM_NAMED])
+    more = len(sentences) - _NUM_NAMED
+    return f"left out of the data:\n{some}" + (
+        f"  and {more} more, in left_out.txt\n" if more > 0 else ""
+    )
 
 
 def run_name(config: Config) -> str:

@@ -266,6 +266,9 @@ class ModelConfig(Section):
     """A Hugging Face folder or id; `tiny` and `tiny-able` come with the package."""
     system: str = ""
     """System prompt; empty for none."""
+    rewritten_history: Literal["refuse", "append"] = "refuse"
+    """What to do with a chat template that rewrites what was said, e.g. drops thinking: refuse it,
+    or append all the same, so that the history is what was sampled."""
 
 
 class EnvConfig(Section):
@@ -277,28 +280,81 @@ class EnvConfig(Section):
     """Passed to the environment."""
 
 
-class DataConfig(Section):
-    """Which tasks a run trains on. One question in eight is held out, by its hash."""
+class SourceConfig(Section):
+    """Where tasks come from. One question in eight is held out, by its hash."""
 
-    source: Literal["arithmetic", "reasoning_gym", "jsonl"] = "arithmetic"
-    """Our own arithmetic, a data set of reasoning-gym, or a file."""
+    source: Literal["arithmetic", "code", "reasoning_gym", "jsonl", "parquet", "hub", "env"] = (
+        "arithmetic"
+    )
+    """Our own arithmetic or small functions to write, a data set of reasoning-gym, a file, a data
+    set of the Hugging Face hub, or what the environment draws itself."""
     dataset: str | None = None
-    """Name of the data set of reasoning-gym, e.g. "gcd"."""
+    """Name of the data set of reasoning-gym, e.g. "gcd"; id or folder of the one of the hub."""
+    subset: str | None = None
+    """Of a data set of the hub that has several."""
+    split: str = "train"
+    """Of a data set of the hub: what to take of it."""
     path: Path | None = None
-    """A file with one JSON object a line, each with `question` and `answer`."""
+    """A file with one JSON object a line, or a parquet file; see `tir_alp.rows`."""
+    question_column: str = "question"
+    """Of a file's or the hub's rows; dots lead into objects."""
+    answer_column: str = "answer"
+    """The same for the answer."""
+    broken_rows: Literal["fatal", "skip"] = "fatal"
+    """What becomes of a row that cannot be read: it is named either way."""
+    min_question_chars: int = Field(default=0, ge=0)
+    """Rows with a shorter question are left out."""
+    max_question_chars: int | None = Field(default=None, ge=1)
+    """Rows with a longer question are left out; None: none are."""
     num_tasks: int = Field(default=100_000, ge=1)
     """Tasks in an epoch, where they are generated; a file has as many as it has."""
     seed: int = Field(default=0, ge=0)
     """Which tasks are generated. Their order follows the seed of the run."""
 
     @model_validator(mode="after")
-    def _check_source(self) -> DataConfig:
-        needed = {"reasoning_gym": "dataset", "jsonl": "path"}.get(self.source)
+    def _check_source(self) -> SourceConfig:
+        needs = {"reasoning_gym": "dataset", "hub": "dataset", "jsonl": "path", "parquet": "path"}
+        needed = needs.get(self.source)
         for name in ("dataset", "path"):
             if (getattr(self, name) is None) == (name == needed):
                 verb = "needs" if name == needed else "does not take"
                 raise ValueError(f"the source {self.source!r} {verb} a {name}")
+        of_rows = {"question_column", "answer_column", "broken_rows"}
+        of_rows |= {"min_question_chars", "max_question_chars"}
+        changed = _changed(self)
+        foreign = set() if self.source == "hub" else changed & {"subset", "split"}
+        if self.source not in ("jsonl", "parquet", "hub"):
+            foreign |= changed & of_rows
+        if foreign:
+            raise ValueError(f"the source {self.source!r} does not take a {sorted(foreign)[0]}")
         return self
+
+
+class MixedSource(SourceConfig):
+    """One source of a mixture."""
+
+    weight: float = Field(default=1.0, gt=0.0)
+    """Its share of the tasks, over the sum of all weights."""
+
+
+class DataConfig(SourceConfig):
+    """Which tasks a run trains on."""
+
+    mix: tuple[MixedSource, ...] = ()
+    """Several sources, mixed by weight; instead of the settings of one."""
+
+    @model_validator(mode="after")
+    def _check_mix(self) -> DataConfig:
+        beside = sorted(_changed(self) - {"mix"})
+        if self.mix and beside:
+            raise ValueError(f"{beside[0]} belongs into each source of mix, not beside it")
+        return self
+
+
+def _changed(section: Section) -> set[str]:
+    """Keys with another value than their default: a saved config has every key in it."""
+    fields = type(section).model_fields
+    return {name for name, field in fields.items() if getattr(section, name) != field.default}
 
 
 class RolloutConfig(Section):
@@ -338,9 +394,10 @@ class RolloutConfig(Section):
     """Deadline of one call of the environment."""
 
 
-class EngineConfig(Section):
+class TransformersConfig(Section):
     """The embedded engine."""
 
+    type: Literal["transformers"] = "transformers"
     max_cache_tokens: int = Field(default=131072, ge=1)
     """Bound of its cache of keys and values, in tokens; requests wait for room."""
     precision: Literal["float32", "bfloat16", "int8", "fp8"] = "float32"
@@ -349,6 +406,64 @@ class EngineConfig(Section):
     logit_noise: float = Field(default=0.0, ge=0.0)
     """For studies of mismatch: standard deviation of noise on the logits that are sampled from, at
     evaluation too. It is a function of run seed, sequence and position."""
+
+
+class SGLangConfig(Section):
+    """SGLang servers: started by the run, or there already."""
+
+    type: Literal["sglang"]
+    urls: tuple[str, ...] = ()
+    """Addresses of servers that run already; empty: the run starts its own. The key that they ask
+    for is read from the environment variable TIR_ALP_SGLANG_KEY."""
+    num_servers: int = Field(default=1, ge=1)
+    """Servers that the run starts."""
+    device: Literal["cpu", "cuda"] = "cuda"
+    """Where the servers compute."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of the servers' arithmetic."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs that a server is spread over."""
+    first_gpu: int = Field(default=0, ge=0)
+    """The servers take the GPUs from this one on."""
+    max_running: int = Field(default=64, ge=1)
+    """Completions that a server samples at a time; more wait in the trainer."""
+    max_cache_tokens: int | None = Field(default=None, ge=1)
+    """Bound of a server's cache of keys and values, in tokens; None: what memory there is."""
+    weights: Literal["disk", "tensor", "distributed"] = "disk"
+    """How new weights get into the servers: a folder that both sides see, tensors in the request,
+    or a broadcast, by NCCL between GPUs and gloo between CPUs."""
+    weights_folder: Path | None = None
+    """For `disk`: a folder that the servers see, too; None: one below the system's own for
+    temporary files."""
+    start_timeout_s: float = Field(default=600.0, gt=0.0)
+    """Deadline of a server's start, the loading of the model included."""
+    load_timeout_s: float = Field(default=300.0, gt=0.0)
+    """Deadline of each call that moves weights."""
+    stall_timeout_s: float = Field(default=120.0, gt=0.0)
+    """A server that is silent for so long, in a completion or when asked for its health, is taken
+    for lost: it is ended and started again."""
+    arguments: tuple[str, ...] = ()
+    """More arguments of `sglang.launch_server`, word by word."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SGLangConfig:
+        if self.urls and self.num_servers != 1:
+            raise ValueError(
+                f"engine.num_servers ({self.num_servers}) is for servers that the run starts, and "
+                "engine.urls names some that run already: leave one of them out"
+            )
+        return self
+
+
+def _with_engine_type(value: Any) -> Any:
+    """The embedded engine is meant where none is named."""
+    return {"type": "transformers", **value} if isinstance(value, Mapping) else value
+
+
+EngineConfig = Annotated[
+    Annotated[TransformersConfig | SGLangConfig, Field(discriminator="type")],
+    BeforeValidator(_with_engine_type),
+]
 
 
 class TrainerConfig(Section):
@@ -375,6 +490,21 @@ class TrainerConfig(Section):
     """Tokens whose logits stand in memory at a time."""
     gradient_checkpointing: bool = False
     """Compute each layer a second time in the backward pass instead of keeping what it made."""
+
+
+DoctorCheck = Literal[
+    "config",
+    "memory",
+    "disk",
+    "template",
+    "sandbox",
+    "tokenizer",
+    "ids",
+    "logprobs",
+    "stop",
+    "sync",
+]
+"""What is checked before a run starts; `docs/audit.md` says how."""
 
 
 class GuardsConfig(Section):
@@ -413,6 +543,13 @@ class CheckpointConfig(Section):
     """So many newest checkpoints stay."""
 
 
+class DoctorConfig(Section):
+    """The checks at the start of a run."""
+
+    ignore: tuple[DoctorCheck, ...] = ()
+    """Those that may fail; the run says so and starts all the same."""
+
+
 class Config(BaseSettings):
     """A whole run."""
 
@@ -434,11 +571,12 @@ class Config(BaseSettings):
     env: EnvConfig = EnvConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = TransformersConfig()
     trainer: TrainerConfig = TrainerConfig()
     guards: GuardsConfig = GuardsConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    doctor: DoctorConfig = DoctorConfig()
 
     @classmethod
     def settings_customise_sources(
@@ -457,6 +595,11 @@ class Config(BaseSettings):
             )
         if rollout.hold and not rollout.max_staleness:
             raise ValueError("rollout.hold needs a rollout.max_staleness to hold rollouts back for")
+        if self.deterministic and isinstance(self.engine, SGLangConfig):
+            raise ValueError(
+                'deterministic needs engine.type = "transformers": what SGLang draws is not a '
+                "function of the run's seed"
+            )
         if self.deterministic and rollout.max_staleness and not rollout.hold:
             raise ValueError(
                 "deterministic needs rollout.max_staleness = 0 or rollout.hold = true: with "
@@ -526,7 +669,10 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         lines = []
         for mistake in error.errors():
-            key = ".".join(map(str, mistake["loc"])) or "config"
+            place = mistake["loc"]
+            if place[:1] == ("engine",):  # behind it stands which of the engines was meant
+                place = (place[0], *place[2:])
+            key = ".".join(map(str, place)) or "config"
             if mistake["type"] == "extra_forbidden":
                 lines.append(f"{key}: there is no such key")
             else:

@@ -180,6 +180,7 @@ def rollout_metrics(
     outcomes = Counter(turn.outcome for turn in turns)
     return {
         "rollout/reward": _mean(trajectory.reward for trajectory in trajectories),
+        **reward_part_metrics(trajectories),
         "rollout/turns": len(turns) / len(trajectories),
         "rollout/tool_calls": _mean(map(tool_calls, trajectories)),
         "rollout/void_turns": _mean(turn.is_void for turn in turns),
@@ -187,12 +188,37 @@ def rollout_metrics(
         "rollout/overlong": _mean(trajectory.is_overlong for trajectory in trajectories),
         "rollout/zero_signal_groups": sum(len(set(group.rewards)) == 1 for group in sampled),
         "rollout/refills": len(dropped),
+        **difficulty_metrics(sampled),
         "rollout/dropped": sum(group.num_dropped for group in sampled),
         "tokens/generated": sum(len(turn.completion) for turn in turns),
         "time/generate": _seconds(trajectories, "generate"),
         "time/tool": _seconds(trajectories, "tool"),
         **staleness_metrics([each for group in groups for each in group.trajectories], step),
         **{f"outcome/{outcome}": outcomes[outcome] for outcome in Outcome},
+    }
+
+
+def reward_part_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """`reward/<part>`: what each part of the rewards is on average, where environments say so."""
+    parts: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        for turn in trajectory.turns:
+            for name, value in turn.info.get("rewards", {}).items():
+                parts.setdefault(name, []).append(value)
+    return {f"reward/{name}": sum(values) / len(trajectories) for name, values in parts.items()}
+
+
+def difficulty_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
+    """How hard the tasks of a step were: shares of groups by how many of their answers were right.
+
+    `difficulty/solved` is the mean share of right answers of a group.
+    """
+    shares = [_mean(map(is_correct, group.trajectories)) for group in groups]
+    return {
+        "difficulty/none": _mean(share == 0 for share in shares),
+        "difficulty/some": _mean(0 < share < 1 for share in shares),
+        "difficulty/all": _mean(share == 1 for share in shares),
+        "difficulty/solved": _mean(shares),
     }
 
 

@@ -5,14 +5,15 @@ and at every recomputation, and there is no state to save.
 
 SplitMix64 (Steele, Lea, Flood 2014): stepping a 64-bit counter by an odd constant and scrambling it
 gives a random word. It is used twice: the key of a stream and a position give the key of a token,
-and that with the number of a word gives four 16-bit indices into a table of Gaussian quantiles.
+and that with the number of a word gives four 16-bit indices into a table of pairs of Gaussian
+quantiles, for eight channels.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ def _signed(word: int) -> int:
 
 _STEP = _signed(0x9E3779B97F4A7C15)
 _MULTIPLIERS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+_LATTICE = 27549
 
 
 def name_hashes(names: Iterable[str]) -> Tensor:
@@ -43,22 +45,27 @@ def nth_keys(keys: Tensor, numbers: Tensor) -> Tensor:
 
 
 def normal(token_keys: Tensor, num_channels: int) -> Tensor:
-    """Standard normal noise: [N, num_channels] float32, a row a key of `token_keys` [N].
+    """Standard normal noise: [N, num_channels] float32, a row a key of `token_keys` [N]."""
+    return torch.cat([noise for _, noise in normal_pieces(token_keys, num_channels)])
 
-    On a CPU it is made in pieces so small that the work on them stays in the cache, and most of it
-    on one thread: waking threads for a hundred short operations costs dearly on a busy machine.
+
+def normal_pieces(token_keys: Tensor, num_channels: int) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of `normal`, some at a time: which they are, and their noise.
+
+    On a CPU the pieces are so small that the work on them stays in the cache, and most of it on one
+    thread: waking threads for a hundred short operations costs dearly on a busy machine.
     """
     device = token_keys.device
-    num_words = -(-num_channels // 4)
+    num_words = -(-num_channels // 8)
     counters = torch.arange(num_words, device=device) * _STEP
-    quantiles = _normal_quantiles(device)
-    noise = torch.empty(len(token_keys), num_words * 4, device=device)
-    num_at_once = max(1, (1 << 15 if device.type == "cpu" else 1 << 22) // num_words)
-    for keys, rows in zip(token_keys.split(num_at_once), noise.split(num_at_once), strict=True):
-        words = _scramble(keys[:, None] + counters)
-        indices = words.view(torch.uint16).to(torch.int32).flatten()
-        torch.index_select(quantiles, 0, indices, out=rows.view(-1))
-    return noise[:, :num_channels]
+    pairs = _normal_pairs(device)
+    num_at_once = max(1, (1 << 14 if device.type == "cpu" else 1 << 22) // num_words)
+    for start in range(0, len(token_keys), num_at_once):
+        piece = slice(start, start + num_at_once)
+        words = _scramble(token_keys[piece, None] + counters)
+        indices = words.view(torch.uint16).to(torch.int32)
+        noise = pairs.index_select(0, indices.flatten()).view(torch.float32)
+        yield piece, noise.view(-1, num_words * 8)[:, :num_channels]
 
 
 def _scramble(words: Tensor) -> Tensor:
@@ -74,11 +81,18 @@ def _xor_shift(words: Tensor, shift: int) -> Tensor:
 
 
 @functools.cache
-def _normal_quantiles(device: torch.device) -> Tensor:
-    """[65536] float32: the quantiles of N(0, 1) at (i + 1/2) / 65536, scaled to variance exactly 1.
+def _normal_pairs(device: torch.device) -> Tensor:
+    """[65536] int64 that hold two float32 each: quantiles of N(0, 1), all of them in either place.
 
-    A step function for the Gaussian: their distribution functions differ by at most 2^-17, and no
-    value exceeds 4.4. It is what makes the noise cheap, and the same everywhere.
+    The quantiles are those at (i + 1/2) / 65536, scaled to variance exactly 1: a step function for
+    the Gaussian, whose distribution function is off by at most 2^-17, and no value exceeds 4.4. The
+    pairs are points of a rank-1 lattice, which fills the unit square far more evenly than chance
+    does. Of all odd multipliers this one is among those that come closest to independence: the
+    correlation of a pair is 2e-5, and any linear combination has a distribution function that is
+    off by less than 6e-4.
     """
-    quantiles = torch.special.ndtri((torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16))
-    return (quantiles / quantiles.square().mean().sqrt()).float().to(device)
+    index = torch.arange(1 << 16)
+    quantiles = torch.special.ndtri((index.double() + 0.5) / (1 << 16))
+    quantiles = (quantiles / quantiles.square().mean().sqrt()).float()
+    pairs = torch.stack([quantiles, quantiles[index * _LATTICE % (1 << 16)]], dim=-1)
+    return pairs.view(torch.int64).squeeze(-1).to(device)

@@ -34,11 +34,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from tir_alp.config import PerturbationConfig
-from tir_alp.noise import name_hashes, normal, nth_keys
+from tir_alp.noise import name_hashes, normal_pieces, nth_keys
 
 PaddingSide = Literal["left", "right"]
 
-_NUM_MEASURED = 1024  # tokens that an `Effect` looks at: a sample, since it costs time
+_NUM_MEASURED = 256  # tokens that an `Effect` looks at: a sample, since it costs time
 _LOGITS = "logits"
 
 
@@ -196,10 +196,10 @@ class LayerwisePerturbation:
         """The states with noise of the sigma at `row`."""
         if self.config.init_std == 0:  # the hooks of a head are there all the same, for its `rows`
             return hidden
-        noise = place.noise(row, hidden.shape[-1])
         log_sigma = self.log_sigma[row].to(hidden.device)
         units = _units(hidden.detach(), self.config.scale, place.is_token)
-        perturbed = _AddNoise.apply(hidden, log_sigma, noise, units)
+        token_keys = place.token_keys(row)
+        perturbed = _AddNoise.apply(hidden, log_sigma, token_keys, units, place.sign)
         if effect is not None:
             effect.record(name, hidden.detach(), perturbed.detach(), place)
         return perturbed
@@ -294,8 +294,8 @@ class _AddNoise(torch.autograd.Function):
     """h + sigma * unit * eps, added in float32 (or wider) and rounded once, to the dtype of h.
 
     Backward, with g the gradient of h': dh = g, and dlog_sigma = sigma * sum(unit * eps * g),
-    equation (6). Where sigma learns, the noise is kept for that: 4 bytes an element of h, which
-    with gradient checkpointing is one layer's at a time.
+    equation (6). The noise is made in pieces that are used up at once, and made again for backward:
+    what is kept of it is 8 bytes a token.
 
     `log_sigma` is saved on purpose even where it is fixed: a checkpointed layer that is recomputed
     without its hook then saves one tensor less, which torch reports.
@@ -303,22 +303,35 @@ class _AddNoise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, log_sigma: Tensor, noise: Tensor, units: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        log_sigma: Tensor,
+        token_keys: Tensor,
+        units: Tensor | None,
+        sign: int,
     ) -> Tensor:
-        ctx.save_for_backward(log_sigma, units, noise if ctx.needs_input_grad[1] else None)
-        scale = log_sigma.exp() if units is None else log_sigma.exp() * units
-        wide = _wide(_rows(hidden))
-        return torch.addcmul(wide, noise.to(wide.dtype), scale).to(hidden.dtype).view_as(hidden)
+        ctx.save_for_backward(log_sigma, units, token_keys if ctx.needs_input_grad[1] else None)
+        ctx.sign = sign
+        sigma = sign * log_sigma.exp()
+        perturbed = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        rows, result = _rows(hidden), _rows(perturbed)
+        for piece, noise in normal_pieces(token_keys, hidden.shape[-1]):
+            wide = _wide(rows[piece])
+            scale = sigma if units is None else sigma * units[piece]
+            result[piece] = torch.addcmul(wide, noise.to(wide.dtype), scale)
+        return perturbed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        log_sigma, units, noise = ctx.saved_tensors
-        if noise is None:
-            return grad, None, None, None
-        wide = _wide(_rows(grad)) if units is None else _wide(_rows(grad)) * units
-        total = torch.dot(wide.flatten(), noise.flatten().to(wide.dtype))
-        return grad, log_sigma.exp() * total, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        log_sigma, units, token_keys = ctx.saved_tensors
+        if token_keys is None:
+            return grad, None, None, None, None
+        rows, total = _rows(grad), log_sigma.new_zeros((), dtype=_wide_dtype(grad))
+        for piece, noise in normal_pieces(token_keys, grad.shape[-1]):
+            wide = _wide(rows[piece]) if units is None else _wide(rows[piece]) * units[piece]
+            total += torch.dot(wide.flatten(), noise.flatten().to(wide.dtype))
+        return grad, ctx.sign * log_sigma.exp() * total, None, None, None
 
 
 def _units(hidden: Tensor, scale: str, is_token: Tensor | None) -> Tensor | None:
@@ -362,11 +375,9 @@ class _Place(NamedTuple):
     sign: int
     """+1, or -1 for the negative of the noise."""
 
-    def noise(self, row: int, num_channels: int) -> Tensor:
-        """[N, num_channels] float32 of one layer, a row a token or place; any in the padding."""
-        token_keys = nth_keys(self.stream_keys[row][self.sequence], self.position)
-        noise = normal(token_keys.flatten(), num_channels)
-        return noise if self.sign == 1 else noise.neg_()
+    def token_keys(self, row: int) -> Tensor:
+        """[N] int64 of one layer, a row a token or place: what its noise is made of."""
+        return nth_keys(self.stream_keys[row][self.sequence], self.position).flatten()
 
 
 @dataclass(slots=True)

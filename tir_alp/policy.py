@@ -51,6 +51,15 @@ def load_tokenizer(path: str) -> Any:
         raise ValueError(f"cannot load the tokenizer of {path!r}: {error}") from error
 
 
+def end_token_ids(model: Any) -> frozenset[int]:
+    """Tokens at which the model's own config and generation config end a sequence."""
+    found: set[int] = set()
+    for config in (model.config, getattr(model, "generation_config", None)):
+        ids = getattr(config, "eos_token_id", None)
+        found |= set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+    return frozenset(found)
+
+
 def _check_folder(path: str) -> None:
     looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
     if looks_local and not Path(path).expanduser().is_dir():

@@ -7,19 +7,17 @@ shown, never a second tokenisation of their text. Text from outside cannot becom
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 
+from tir_alp.chat_template import ChatTemplate, Frame, check_prefix_stability
 from tir_alp.engines.base import Completion
-from tir_alp.tools.fenced import code_blocks
+from tir_alp.tools.calls import HERMES, CallFormat, canonical, has_call
 from tir_alp.types import StopReason, TokenSpan, cut_version_spans
-
-# Stand-ins for contents, to find out what a chat template puts around them.
-_USER, _ASSISTANT, _TOOL = "\u2068user\u2069", "\u2068assistant\u2069", "\u2068tool\u2069"
 
 
 class PromptTooLong(ValueError):
@@ -33,14 +31,26 @@ class Renderer:
         tokenizer: A fast Hugging Face tokenizer with a chat template that knows the role `tool`.
         system: System prompt; empty for none.
         max_observation_tokens: Longer tool outputs lose tokens in their middle.
+        call_format: How the environment reads calls; see `tir_alp.tools.calls`.
+        tools: JSON schemas that the template shows to the model, for native calls; the form in
+            which the model writes calls is then the template's.
+        rewritten_history: What to do with a template that rewrites what was said, e.g. drops
+            thinking: "refuse" it, or "append" all the same: the history is what was sampled.
 
     Raises:
         ValueError: If the tokenizer is slow, has no end-of-sequence token or no chat template, or
-            if the template refuses, drops or changes what it is given.
+            if the template refuses, drops, changes or rewrites what it is given.
     """
 
     def __init__(
-        self, tokenizer: Any, *, system: str = "", max_observation_tokens: int = 512
+        self,
+        tokenizer: Any,
+        *,
+        system: str = "",
+        max_observation_tokens: int = 512,
+        call_format: CallFormat = "fenced",
+        tools: Sequence[Mapping[str, Any]] = (),
+        rewritten_history: Literal["refuse", "append"] = "refuse",
     ) -> None:
         name = tokenizer.name_or_path
         if not getattr(tokenizer, "is_fast", False):
@@ -51,18 +61,20 @@ class Renderer:
             raise ValueError(f"tokenizer {name!r} has no chat template; add chat_template.jinja")
         self._tokenizer = tokenizer
         self._max_observation_tokens = max_observation_tokens
-        opening = [{"role": "system", "content": system}] if system else []
-        opening.append({"role": "user", "content": _USER})
-        self._prompt_frame = self._frame(opening, _USER)
-        self._observation_frame = self._frame(
-            [
-                *opening,
-                {"role": "assistant", "content": _ASSISTANT},
-                {"role": "tool", "content": _TOOL},
-            ],
-            _TOOL,
-            behind=_ASSISTANT,
-        )
+        self.call_format: CallFormat = call_format
+        template = ChatTemplate(tokenizer, system, tuple(tools))
+        self.marks = template.call_marks() if call_format == "tool_call" else HERMES
+        self._prompt_frame = self._encode_frame(template.prompt_frame())
+        frame = template.observation_frame(self.marks if call_format == "tool_call" else None)
+        self._observation_frame = self._encode_frame(frame)
+        self._observation_as_json = frame.as_json
+        rewrites = check_prefix_stability(tokenizer, system=system, tools=tools)
+        if rewrites and rewritten_history == "refuse":
+            raise ValueError(
+                f"the chat template of {name!r} rewrites history: {'; '.join(rewrites)}. Use a "
+                'template that only appends, or set model.rewritten_history = "append" to train '
+                "on the history as it was sampled"
+            )
         end_of_turn = self._observation_frame[0][:1]
         self.stop_token_ids = frozenset({tokenizer.eos_token_id, *end_of_turn})
         """A completion ends with the first of these that is sampled."""
@@ -97,6 +109,8 @@ class Renderer:
         before, behind = self._observation_frame
         if after is StopReason.EOS:
             before = before[1:]
+        if self._observation_as_json:
+            text = json.dumps(text, ensure_ascii=False)[1:-1]
         ids = self._encode_plain(text)
         if len(ids) > self._max_observation_tokens:
             head = self._max_observation_tokens // 2
@@ -104,17 +118,22 @@ class Renderer:
         return TokenSpan((*before, *ids, *behind))
 
     def action(self, token_ids: Sequence[int]) -> str:
-        """Decode a completion for the environment, without its end-of-turn token."""
+        """Decode a completion for the environment, without its end-of-turn token.
+
+        A call in the model's own form becomes one in the form that environments read.
+        """
         if token_ids and token_ids[-1] in self.stop_token_ids:
             token_ids = token_ids[:-1]
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return canonical(text, self.marks)
 
-    def fence_matcher(self) -> Callable[[int], bool]:
-        """Make a matcher to feed token by token: True at the token that closes a Python block.
+    def stop_matcher(self) -> Callable[[int], bool]:
+        """Make a matcher to feed token by token: True at the token that completes a call.
 
-        A fence may be spread over several tokens, and a token may reach past the fence; the token
-        that makes the block complete is the last one to keep.
+        The end of a call may be spread over several tokens, and a token may reach past it; the
+        token that makes the call complete is the last one to keep.
         """
+        last = {"fenced": "`", "tool_call": self.marks.closing[-1:], "none": ""}[self.call_format]
         stream = DecodeStream(skip_special_tokens=False)
         text = ""
 
@@ -124,13 +143,13 @@ class Renderer:
             if piece is None:  # part of a character
                 return False
             text += piece
-            return "`" in piece and any(block.is_python for block in code_blocks(text))
+            return bool(last) and last in piece and has_call(text, self.call_format, self.marks)
 
         return feed
 
     def cut(self, completion: Completion) -> Completion:
-        """Drop what an engine sampled behind the closing fence: ids, logprobs and versions."""
-        matches = self.fence_matcher()
+        """Drop what an engine sampled behind the first call: ids, logprobs and versions."""
+        matches = self.stop_matcher()
         for index, token_id in enumerate(completion.token_ids):
             if matches(token_id):
                 return replace(
@@ -148,27 +167,10 @@ class Renderer:
             self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         )
 
-    def _frame(
-        self, messages: list[dict[str, str]], content: str, behind: str = ""
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ids that the template puts before and after `content`, the former from `behind` on."""
-        name = self._tokenizer.name_or_path
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise ValueError(f"the chat template of {name!r} refuses a message: {error}") from error
-        if text.count(content) != 1 or behind not in text:
-            role = messages[-1]["role"]
-            raise ValueError(
-                f"the chat template of {name!r} does not keep the content of a {role!r} message as "
-                "it is; use a template that does"
-            )
-        start = text.index(behind) + len(behind) if behind else 0
-        before, after = text[start:].split(content)
+    def _encode_frame(self, frame: Frame) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids of what the template puts before and behind a content, its special tokens as such."""
         encode = self._tokenizer.encode
         return (
-            tuple(encode(before, add_special_tokens=False)),
-            tuple(encode(after, add_special_tokens=False)),
+            tuple(encode(frame.before, add_special_tokens=False)),
+            tuple(encode(frame.after, add_special_tokens=False)),
         )

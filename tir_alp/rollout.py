@@ -29,7 +29,11 @@ T = TypeVar("T")
 Generate = Callable[[tuple[int, ...], Sampling], Awaitable[Completion]]
 """What an episode knows of the engine."""
 
-_ATTEMPTS = 2  # an episode that infrastructure broke gets one more, in a fresh environment
+Watch = Callable[[gymnasium.Env[str, str], int], gymnasium.Env[str, str]]
+"""Given an environment and the uid of the sequence that is to be played in it."""
+
+MAX_ATTEMPTS = 2
+"""An episode that infrastructure broke gets one more, in a fresh environment."""
 
 
 class EpisodeFailed(Exception):
@@ -64,6 +68,8 @@ class EpisodeRunner:
     """Told of every failed attempt."""
     admission: Callable[[], AbstractContextManager[None]] = nullcontext
     """Held by each episode from its first moment to its last."""
+    watch: Watch = lambda env, uid: env
+    """Wraps the environment of each attempt at an episode, e.g. to write down what it says."""
 
     async def run_group(self, task: Task, group_id: int) -> TrajectoryGroup:
         """Sample a group of episodes of one task; one that fails twice is dropped, and counted.
@@ -86,7 +92,7 @@ class EpisodeRunner:
         )
 
     async def _run_stubborn(self, task: Task, group_id: int, uid: int) -> Trajectory | None:
-        for _ in range(_ATTEMPTS):
+        for _ in range(MAX_ATTEMPTS):
             try:
                 return await self.run_episode(task, group_id, uid)
             except EpisodeFailed as failure:
@@ -118,16 +124,18 @@ class EpisodeRunner:
         episode = f"task {task.task_id}, sequence {sequence_uid}"
         began = time.monotonic()
         env = await self._in_thread(self.make_env, f"{episode}: making the environment")
+        env = self.watch(env, sequence_uid)
         try:
             text, _ = await self._in_thread(
-                lambda: env.reset(options=task.to_options()), f"{episode}: env.reset"
+                lambda: env.reset(seed=task.seed, options=task.to_options()),
+                f"{episode}: env.reset",
             )
             prompt = self.renderer.prompt_within(text, self.limits.max_context_tokens, task.task_id)
             sampling = Sampling(
                 max_tokens=self.limits.max_turn_tokens,
                 temperature=self.limits.temperature if temperature is None else temperature,
                 stop_token_ids=self.renderer.stop_token_ids,
-                stop_matcher=self.renderer.fence_matcher,
+                stop_matcher=self.renderer.stop_matcher,
                 seed=self.seed,
                 sequence_uid=sequence_uid,
             )

@@ -46,6 +46,8 @@ class RolloutQueue:
 
     dropped: tuple[TrajectoryGroup, ...]
     """Groups without signal that the last `take` replaced."""
+    lost: tuple[TrajectoryGroup, ...]
+    """Groups that the last `take` skipped, since all their episodes had failed."""
 
     def __init__(
         self,
@@ -66,7 +68,7 @@ class RolloutQueue:
         self._in_flight: deque[asyncio.Task[TrajectoryGroup]] = deque()
         self._started = self._taken = next_group
         self._has_signal, self._max_refills = has_signal, max_refills
-        self.dropped = ()
+        self.dropped = self.lost = ()
 
     @property
     def position(self) -> int:
@@ -85,7 +87,7 @@ class RolloutQueue:
             RolloutsFailed: If so many groups in a row are lost that it cannot be their tasks.
         """
         groups: list[TrajectoryGroup] = []
-        self.dropped = ()
+        self.dropped = self.lost = ()
         num_lost = 0
         while len(groups) < self._groups_per_step:
             self._fill()
@@ -103,6 +105,7 @@ class RolloutQueue:
                     self._free += 1
                 continue
             self._free += 1
+            self.lost += (group,)
             num_lost += 1
             if num_lost > max(_MOST_LOST, self._groups_per_step):
                 raise RolloutsFailed(

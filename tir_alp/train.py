@@ -36,7 +36,7 @@ from tir_alp.tiny import TRAIN_CONFIG
 from tir_alp.tools.sandbox import SandboxRefused
 from tir_alp.types import TrajectoryGroup
 
-CHANGEABLE = ("steps", "eval", "checkpoint", "guards")
+CHANGEABLE = ("steps", "eval", "checkpoint", "guards", "doctor")
 """What may differ when a run is resumed."""
 
 
@@ -53,17 +53,19 @@ async def train(run: Run) -> None:
             groups = await run.rollouts.take()
             rolled_out = time.monotonic()
             metrics = await update(run, groups, step)
-            check_health(run, metrics, step)
             trained = time.monotonic()
+            metrics |= rollout_metrics(groups, step, run.rollouts.dropped)
+            record(run, groups, step)
+            await check_health(run, metrics, step)
+            recorded = time.monotonic()
             await run.engine.load_weights(run.trainer.weights(), version=step + 1)
             run.rollouts.release()
 
-            metrics |= rollout_metrics(groups, step, run.rollouts.dropped)
             ended = time.monotonic()
             metrics["time/rollout"] = rolled_out - began
             metrics["time/train"] = trained - rolled_out
+            metrics["time/weights"] = ended - recorded
             metrics["tokens/per_second"] = metrics["tokens/generated"] / (ended - began)
-            run.folder.record(step + 1, groups)
             run.folder.log(step + 1, metrics)
             run.console.step(step + 1, metrics)
             if due(step + 1, config.eval.every) and step + 1 < config.steps:
@@ -89,7 +91,13 @@ def with_advantages(groups: Sequence[TrajectoryGroup], config: Config) -> list[l
     return samples
 
 
-def check_health(run: Run, metrics: Mapping[str, float], step: int) -> None:
+def record(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> None:
+    """Write down what a step trained on, and who says so."""
+    replaced, lost = run.rollouts.dropped, run.rollouts.lost
+    run.folder.record(step + 1, groups, replaced, run.ledger.take(groups, replaced, lost))
+
+
+async def check_health(run: Run, metrics: Mapping[str, float], step: int) -> None:
     """Stop or roll back a run whose update went out of bounds, before the engine gets its weights.
 
     Raises:
@@ -104,12 +112,22 @@ def check_health(run: Run, metrics: Mapping[str, float], step: int) -> None:
         folder.log(step + 1, metrics)
         folder.tell(step + 1, "stop", reason)
         raise Tripped(f"stopped in step {step + 1}: {reason}")
-    path, position, _ = checkpoint.newest(folder.checkpoints)
-    run.trainer.load_weights(load_policy(str(path)).state_dict())
-    run.trainer.load_state_dict(checkpoint.load_state(path))
-    reason = f"{reason}; back to the weights of step {position.step}"
+    loop = asyncio.get_running_loop()
+    good = await loop.run_in_executor(run.trainer_thread, roll_back, run)
+    reason = f"{reason}; back to the weights of step {good.step}"
     folder.tell(step + 1, "roll_back", reason)
     run.console.print(f"step {step + 1}: {reason}")
+
+
+def roll_back(run: Run) -> Position:
+    """Give the trainer the newest checkpoint's weights and state; returns where that run stood.
+
+    It reads and checks the whole checkpoint, so it belongs in the trainer's thread.
+    """
+    path, position, _ = checkpoint.newest(run.folder.checkpoints)
+    run.trainer.load_weights(load_policy(str(path)).state_dict())
+    run.trainer.load_state_dict(checkpoint.load_state(path))
+    return position
 
 
 async def measure(run: Run, step: int) -> None:

@@ -31,10 +31,15 @@ from tir_alp.policy import hidden_states, token_logprobs
 from tir_alp.ratio_summary import RatioSummary, summarise
 from tir_alp.types import Batch
 
-_NUM_PROBED = 256  # tokens, about, whose logprobs are also taken without noise, once a step
+_NUM_PROBED = 256  # tokens, about, whose logprobs are now and then also taken without noise
+_PROBE_EVERY = 8  # steps: a forward more in each would cost as much as the noise itself
 
 OnBadUpdate = Callable[[int, Sequence[Batch]], None]
 """Told the number and the micro-batches of an update that was skipped."""
+
+OnUpdate = Callable[[int, Sequence[Batch], bool], None]
+"""Told, behind an update, its number, the micro-batches as the loss got them, and whether it was
+made or skipped."""
 
 
 class Trainer:
@@ -48,6 +53,7 @@ class Trainer:
         temperature: At which rollouts sample; the trained distribution has the same.
         on_bad_update: Called where a loss or gradient is not finite, or the gradient a spike. The
             update is skipped.
+        on_update: Called behind every update.
     """
 
     def __init__(
@@ -59,11 +65,12 @@ class Trainer:
         reference: Any | None = None,
         temperature: float,
         on_bad_update: OnBadUpdate,
+        on_update: OnUpdate = lambda update, batches, made: None,
     ) -> None:
         self.model = model
         self._config, self._algorithm = config, algorithm
         self._temperature = temperature
-        self._on_bad_update = on_bad_update
+        self._on_bad_update, self._on_update = on_bad_update, on_update
         self._reference = reference
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -86,7 +93,7 @@ class Trainer:
                 }
             )
         self._optimizer = torch.optim.AdamW(parameter_groups, betas=config.betas)
-        self._norms: deque[float] = deque(maxlen=MOST_NORMS)
+        self._norms: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=MOST_NORMS))
 
     def step(self, groups: Sequence[Sequence[Sample]], step: int) -> dict[str, float]:
         """Make the updates of one step.
@@ -110,9 +117,16 @@ class Trainer:
         parts = [[self._prepare(batch) for batch in part] for part in parts]
         first = step * self._config.updates_per_step
         reports = [
-            self._update(part, first + index, measure=index == 0)
+            self._update(
+                part,
+                first + index,
+                measure=index == 0,
+                probe=index == 0 and step % _PROBE_EVERY == 0,
+            )
             for index, part in enumerate(parts)
         ]
+        for index, (part, report) in enumerate(zip(parts, reports, strict=True)):
+            self._on_update(first + index, part, report is not None)
         made = [report for report in reports if report is not None]
         names = {name for report, _ in made for name in report}
         metrics = {
@@ -136,6 +150,15 @@ class Trainer:
         metrics["tokens/loss"] = sum(batch.num_loss_tokens for batch in batches)
         return metrics
 
+    @torch.no_grad()
+    def sequence_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Logprob of each token of a sequence but the first, without noise, at temperature 1."""
+        ids = torch.tensor(token_ids, device=self.model.device)
+        layout = PackedSequences((len(ids),), ids.device)
+        places = torch.arange(len(ids), device=ids.device)
+        hidden = hidden_states(self.model, ids, places, layout)
+        return token_logprobs(self.model, hidden[:-1], ids[1:])[0].tolist()
+
     def weights(self) -> dict[str, Tensor]:
         """The policy's tensors, shared with the model: what an engine needs. No sigma in it."""
         return self.model.state_dict()
@@ -148,7 +171,7 @@ class Trainer:
         """What a resume needs beside the model's own folder."""
         state: dict[str, Any] = {
             "optimizer": self._optimizer.state_dict(),
-            "grad_norms": [*self._norms],
+            "grad_norms": {name: [*norms] for name, norms in self._norms.items()},
         }
         if self._perturbation is not None:
             state["log_sigma"] = self._perturbation.log_sigma.detach()
@@ -158,7 +181,8 @@ class Trainer:
         """Take up what `state_dict` gave. The model's weights are not part of it."""
         self._optimizer.load_state_dict(state["optimizer"])
         self._norms.clear()
-        self._norms.extend(state["grad_norms"])
+        for name, norms in state["grad_norms"].items():
+            self._norms[name].extend(norms)
         if self._perturbation is not None:
             with torch.no_grad():
                 self._perturbation.log_sigma.copy_(state["log_sigma"])
@@ -178,19 +202,38 @@ class Trainer:
     def _frozen_logprobs(self, model: Any, batch: Batch) -> Tensor:
         return self._logprobs(model, batch)[0]
 
-    def _logprob_shift(self, batch: Batch, perturbed: Tensor) -> float:
-        """Mean |change of logprob| by the noise, on the loss tokens of evenly spaced sequences."""
+    def _probe(self, batch: Batch, noisy: Tensor | None) -> dict[str, float]:
+        """What the engine and the noise each make of a few sequences, evenly spaced.
+
+        `mismatch/probe_*` are |trainer's logprob without noise - rollout logprob|, and
+        `alp/logprob_shift` is the mean |change of logprob| by the noise, on loss tokens.
+
+        Args:
+            batch: A micro-batch.
+            noisy: [B, T] logprobs of the forward that is trained on; None: it has no noise.
+        """
         rows = range(0, len(batch.lengths), -(-sum(batch.lengths) // _NUM_PROBED))
         probe = sequences_of(batch, rows)
-        shift = perturbed.detach()[list(rows)] - self._frozen_logprobs(self.model, probe)
-        return float(shift[probe.loss_mask].abs().mean())
+        if not probe.num_loss_tokens:
+            return {}
+        own = self._frozen_logprobs(self.model, probe)
+        mismatch = (own - probe.rollout_logprobs)[probe.loss_mask].abs()
+        metrics = {
+            "mismatch/probe_mean": float(mismatch.mean()),
+            "mismatch/probe_max": float(mismatch.max()),
+        }
+        if noisy is not None:
+            shift = (noisy.detach()[list(rows)] - own)[probe.loss_mask].abs()
+            metrics["alp/logprob_shift"] = float(shift.mean())
+        return metrics
 
     def _update(
-        self, batches: Sequence[Batch], update: int, measure: bool
+        self, batches: Sequence[Batch], update: int, measure: bool, probe: bool
     ) -> tuple[dict[str, float], RatioSummary] | None:
         """One optimizer update; None if it had nothing finite to offer and was skipped.
 
-        With `measure`, what the noise does is looked at in the first micro-batch.
+        With `measure`, what the noise does to the states of the first micro-batch is looked at;
+        with `probe`, what noise and engine each do to its logprobs.
         """
         counts = [loss_counts(_inputs(batch), self._algorithm) for batch in batches]
         num_tokens = sum(float(count.num_loss_tokens) for count in counts)
@@ -210,9 +253,11 @@ class Trainer:
                     _inputs(batch, logprobs), self._algorithm, num_tokens, num_sequences
                 )
                 (loss / num_draws).backward()
-            if index == 0 and (measured := effect.metrics()):
-                shift = self._logprob_shift(batch, logprobs)
-                effect_metrics = {**measured, "alp/logprob_shift": shift}
+            if index == 0:
+                effect_metrics = effect.metrics()
+                if probe:
+                    noisy = logprobs if effect_metrics else None
+                    effect_metrics |= self._probe(batch, noisy)
             for name, part in metrics.items():
                 totals[name] = totals[name] + part / num_draws
             inputs = _inputs(batch, logprobs.detach())
@@ -221,13 +266,15 @@ class Trainer:
         report = {name: float(total) for name, total in totals.items()}
         norms = self._clip_gradients()
         report |= norms | effect_metrics
-        norm = norms["grad_norm/policy"]
         is_finite = all(map(_is_finite, (report["loss/value"], *norms.values())))
-        if not is_finite or is_spike(norm, self._norms, self._config.skip_grad_spike):
+        factor = self._config.skip_grad_spike
+        has_spike = any(is_spike(norms[name], self._norms[name], factor) for name in norms)
+        if not is_finite or has_spike:
             self._optimizer.zero_grad(set_to_none=True)
             self._on_bad_update(update, batches)
             return None
-        self._norms.append(norm)
+        for name, norm in norms.items():
+            self._norms[name].append(norm)
         self._optimizer.step()
         assert summary is not None  # there are tokens, so there was a micro-batch
         return report, summary

@@ -118,6 +118,13 @@ def check_version_spans(spans: Sequence[VersionSpan], num_tokens: int, policy_ve
         raise ValueError(f"versions must grow from span to span; they are {versions}")
 
 
+def written_out(
+    spans: tuple[VersionSpan, ...], num_tokens: int, policy_version: int
+) -> tuple[VersionSpan, ...]:
+    """Version spans of a completion, also where one version sampled all; none without tokens."""
+    return spans or ((VersionSpan(policy_version, 0, num_tokens),) if num_tokens else ())
+
+
 def cut_version_spans(spans: Sequence[VersionSpan], num_tokens: int) -> tuple[VersionSpan, ...]:
     """The spans of the first `num_tokens` tokens."""
     return tuple(
@@ -161,8 +168,7 @@ class Turn:
     @property
     def versions(self) -> tuple[VersionSpan, ...]:
         """The version spans, written out also where one version sampled all."""
-        whole = VersionSpan(self.policy_version, 0, len(self.completion))
-        return self.version_spans or ((whole,) if len(self.completion) else ())
+        return written_out(self.version_spans, len(self.completion), self.policy_version)
 
     @property
     def is_cut(self) -> bool:

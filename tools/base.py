@@ -46,6 +46,13 @@ class ToolSession(Protocol):
         ...
 
 
+class NoSession:
+    """The session of a tool that keeps nothing between calls."""
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
 class Tool(Protocol):
     """One thing that a model can call.
 
@@ -65,6 +72,23 @@ class Tool(Protocol):
     def run(self, arguments: Mapping[str, Any], session: ToolSession) -> ToolResult:
         """Call the tool once. Blocking; called from a thread of the rollout's own pool."""
         ...
+
+
+def refused_call(error: str) -> ToolResult:
+    """The result of a call that could not be made: the model reads why, and may do better."""
+    return ToolResult(
+        outcome=Outcome.TOOL_ERROR, text=f"Error: {error}", duration_s=0.0, error=error
+    )
+
+
+def function_schema(tool: Tool) -> dict[str, Any]:
+    """Describe a tool as chat templates want their `tools`."""
+    function = {
+        "name": tool.name,
+        "description": tool.description,
+        "parameters": dict(tool.parameters),
+    }
+    return {"type": "function", "function": function}
 
 
 @runtime_checkable

@@ -35,15 +35,15 @@ class PythonToolSession:
 
 
 class PythonTool:
-    """Runs Python in the sandbox; variables live as long as the episode.
+    """Runs Python in the sandbox; variables live as long as the episode, or as the call.
 
     All tools of a process with the same sandbox config share one sandbox.
     """
 
     name = "python"
     description = (
-        "Runs Python code in a stateful interpreter and returns what it prints, and the value of "
-        "its last expression. Variables are kept between calls. There is no network."
+        "Runs Python code in a sandboxed interpreter and returns what it prints, and the value of "
+        "its last expression. There is no network. "
     )
     parameters: Mapping[str, Any] = {
         "type": "object",
@@ -57,6 +57,7 @@ class PythonTool:
         *,
         limits: Limits | Mapping[str, Any] | None = None,
         max_output_chars: int = 4096,
+        stateful: bool = True,
     ) -> None:
         """Check the settings; nothing is started before the first call.
 
@@ -64,10 +65,15 @@ class PythonTool:
             sandbox: Which sandbox; None takes the defaults.
             limits: Of each call; None takes those of `sandbox`.
             max_output_chars: How long the text that the model reads may become.
+            stateful: Whether variables are kept between the calls of an episode; else each call
+                has a fresh interpreter.
         """
         self._config = SandboxConfig.model_validate(sandbox or {})
         self._limits = self._config.limits if limits is None else Limits.model_validate(limits)
         self._max_output_chars = max_output_chars
+        self._stateful = stateful
+        kept = "kept" if stateful else "not kept"
+        self.description = f"{PythonTool.description}Variables are {kept} between calls."
 
     def open_session(self) -> PythonToolSession:
         """An interpreter that is not started yet."""
@@ -107,6 +113,8 @@ class PythonTool:
                 outcome=Outcome.INFRA_ERROR, text=text, duration_s=0.0, error=str(error)
             )
         result = session.interpreter.run(code, self._limits)
+        if not self._stateful:
+            session.close()
         text, _ = cut_middle(_as_text(result), self._max_output_chars)
         return ToolResult(
             outcome=result.outcome,

@@ -1,18 +1,23 @@
 """What ALP costs and what packing gains, on trajectories that the tiny model really rolls out.
 
-    python tests/benchmarks/bench_training_step.py [--rounds 15] [--width 512]
+    python tests/benchmarks/bench_training_step.py [--rounds 25] [--width 512] [--cpu-time]
 
 Prints, from one process each and with the variants taking turns, so that a noisy machine hurts all
-alike: the time of a training step with ALP over the same step without, and over that of GRPO, which
-also needs the proximal logprobs; both with and without gradient checkpointing; the throughput of
+alike: the time of a training step with ALP over the same step without, with and without gradient
+checkpointing, and over that of GRPO, which also needs the proximal logprobs; the throughput of
 packed over padded micro-batches; the peak memory of each. `--width` takes random weights of another
 width instead of the tiny model's: noise costs as much as a layer is wide, a layer its square.
+`--cpu-time` counts the seconds that one thread computes instead of those that pass, for a machine
+with other work. The steps are told to be numbers 1 to 7 over and over: every eighth step of a run
+looks at the logprobs without noise as well, which is measured by itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -64,9 +69,9 @@ def make_policy(width: int | None) -> Any:
 
 
 def packed_step(
-    algorithm: str, width: int | None, gradient_checkpointing: bool = False
+    algorithm: str, width: int | None, gradient_checkpointing: bool = False, probe: bool = False
 ) -> Callable[[Sequence[Sequence[Sample]]], None]:
-    """The trainer's own step."""
+    """The trainer's own step; with `probe` one that looks at the logprobs without noise, too."""
     trainer = Trainer(
         make_policy(width),
         CONFIG.model_copy(update={"gradient_checkpointing": gradient_checkpointing}),
@@ -74,8 +79,8 @@ def packed_step(
         temperature=1.0,
         on_bad_update=lambda *_: None,
     )
-    steps = iter(range(10**9))
-    return lambda samples: (trainer.step(samples, next(steps)), None)[1]
+    numbers = itertools.cycle(range(1, 8))
+    return lambda samples: (trainer.step(samples, 0 if probe else next(numbers)), None)[1]
 
 
 def padded_step() -> Callable[[Sequence[Sequence[Sample]]], None]:
@@ -113,24 +118,26 @@ def interleaved(
     steps: dict[str, Callable[[Sequence[Sequence[Sample]]], None]],
     samples: Sequence[Sequence[Sample]],
     rounds: int,
+    clock: Callable[[], float],
 ) -> dict[str, list[float]]:
     """Seconds of each variant, which take turns; the first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):
         for name, step in steps.items():
-            began = time.perf_counter()
+            began = clock()
             step(samples)
             if turn:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(clock() - began)
     return seconds
 
 
 VARIANTS = {
-    "alp_sequence": ("alp_sequence", False),
-    "bypass_sequence": ("bypass_sequence", False),
-    "grpo": ("grpo", False),
+    "alp_sequence": ("alp_sequence",),
+    "bypass_sequence": ("bypass_sequence",),
     "alp_sequence, checkpointed": ("alp_sequence", True),
     "bypass_sequence, checkpointed": ("bypass_sequence", True),
+    "alp_sequence, every 8th step": ("alp_sequence", False, True),
+    "grpo": ("grpo",),
 }
 
 
@@ -138,26 +145,29 @@ def make_step(variant: str, width: int | None) -> Callable[[Sequence[Sequence[Sa
     """The step of a variant."""
     if variant == "padded":
         return padded_step()
-    algorithm, gradient_checkpointing = VARIANTS[variant]
-    return packed_step(algorithm, width, gradient_checkpointing)
+    algorithm, *how = VARIANTS[variant]
+    return packed_step(algorithm, width, *how)
 
 
 def peak_memory_mb(variant: str, width: int | None, samples: Sequence[Sequence[Sample]]) -> float:
-    """Memory that a second step adds to a new process, at its highest.
+    """Bytes of all tensors at the highest point of a second step, weights and moments included.
 
-    The first makes the optimizer's moments and whatever else stays.
+    They are counted, not read from the process: what the allocator keeps, and how it cuts it, is
+    chance. The first step makes the moments and whatever else stays.
     """
     step = make_step(variant, width)
     step(samples)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is in use now
-    before = _peak_kb()
-    step(samples)
-    return (_peak_kb() - before) / 1024
-
-
-def _peak_kb() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+    gc.collect()
+    found = [each.untyped_storage() for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    before = sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step(samples)
+    recorded: Any = profile.profiler
+    events = [each for each in recorded.kineto_results.events() if each.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return (before + max(itertools.accumulate(event.nbytes() for event in events))) / 2**20
 
 
 def main() -> None:
@@ -165,6 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--width", type=int, default=None)
+    parser.add_argument("--cpu-time", action="store_true")
     arguments = parser.parse_args()
     rounds, width = arguments.rounds, arguments.width
     samples = roll_out()
@@ -173,7 +184,11 @@ def main() -> None:
     print(f"{len(lengths)} trajectories, {tokens} tokens, lengths {min(lengths)} to {max(lengths)}")
     variants = [*VARIANTS, *(["padded"] if width is None else [])]
     steps = {variant: make_step(variant, width) for variant in variants}
-    seconds = interleaved(steps, samples, rounds)
+    clock = time.perf_counter
+    if arguments.cpu_time:
+        torch.set_num_threads(1)
+        clock = time.process_time
+    seconds = interleaved(steps, samples, rounds, clock)
     for name, values in seconds.items():
         median = statistics.median(values)
         print(f"{name:30} {median * 1e3:7.1f} ms a step, {tokens / median:9.0f} tokens/s (median)")
@@ -190,13 +205,20 @@ def main() -> None:
     print(f"ALP over Bypass:               {ratio('alp_sequence', 'bypass_sequence')}")
     both = "alp_sequence, checkpointed", "bypass_sequence, checkpointed"
     print(f"ALP over Bypass, checkpointed: {ratio(*both)}")
+    print(
+        f"the same, every 8th step:      {ratio('alp_sequence, every 8th step', 'bypass_sequence')}"
+    )
     print(f"ALP over GRPO:                 {ratio('alp_sequence', 'grpo')}")
     if width is None:
         print(f"packed over padded throughput: {ratio('padded', 'bypass_sequence')}")
+    peaks: dict[str, float] = {}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for variant in variants:
-            peak = pool.apply(peak_memory_mb, (variant, width, samples))
-            print(f"peak memory of a step, {variant:30} {peak:7.1f} MB")
+            peaks[variant] = pool.apply(peak_memory_mb, (variant, width, samples))
+            print(f"peak memory of a step, {variant:30} {peaks[variant]:7.1f} MB")
+    for kind in ("", ", checkpointed"):
+        share = peaks[f"alp_sequence{kind}"] / peaks[f"bypass_sequence{kind}"]
+        print(f"peak memory, ALP over Bypass{kind}: {share:.3f}")
 
 
 if __name__ == "__main__":

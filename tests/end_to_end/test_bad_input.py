@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.tir_alp.test_doctor import FORGETFUL
 from tir_alp import train
 from tir_alp.tiny import BASE
 
@@ -83,6 +84,14 @@ def test_a_tokenizer_without_an_end_token(refusal, tmp_path):
     del settings["eos_token"]
     file.write_text(json.dumps(settings))
     assert "has no eos token" in refusal("--model.path", str(folder))
+
+
+def test_a_template_that_drops_thinking(refusal, tmp_path):
+    folder = copy_of_the_tiny_model(tmp_path)
+    (folder / "chat_template.jinja").write_text(FORGETFUL)
+    said = refusal("--model.path", str(folder))
+    assert "template: after turn 0, '<think>" in said
+    assert "--doctor.ignore template" in said
 
 
 @pytest.mark.parametrize("name", ["tir_alp.envs:Nothing-v0", "no_such_package:Env-v0"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs import assert_honest
 from tir_alp.config import ALGORITHMS
 
 SMALL = (
@@ -34,6 +35,8 @@ def test_every_method_is_trained_once_and_stands_in_the_table(tmp_path: Path):
     assert [name for name in ALGORITHMS if name not in table] == []
     runs = tmp_path / "runs" / "compare"
     assert (runs / "report" / "report.html").is_file()
+    for run in runs.glob("*-seed0"):
+        assert_honest(run)
     metrics = runs / "gspo-seed0" / "metrics.jsonl"
     written = metrics.stat().st_mtime_ns
 

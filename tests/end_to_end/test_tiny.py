@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.runs import assert_honest
 from tir_alp.policy import load_policy
 from tir_alp.tiny import ABLE, BASE
 from tir_alp.tiny.make import ABLE_RECIPE, Recipe, digest, loss_of, warm_start
@@ -55,6 +56,7 @@ def test_the_default_run_learns_to_use_the_tool(tmp_path):
     command = [sys.executable, "-m", "tir_alp.train", "--name", "learns", "--steps", "30"]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=280)
+    assert_honest(tmp_path / "runs" / "learns")
     lines = (tmp_path / "runs" / "learns" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     before, after = rows[0], rows[-1]

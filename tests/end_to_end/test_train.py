@@ -14,6 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.runs import assert_honest
+
 SMALL = (
     *("--rollout.groups_per_step", "4", "--rollout.group_size", "4"),
     *("--eval.num_tasks", "8", "--checkpoint.every", "1", "--deterministic", "true"),
@@ -54,6 +56,7 @@ def finished(tmp_path_factory):
     """A run of four steps that nothing disturbed."""
     folder = tmp_path_factory.mktemp("finished")
     printed = run(folder, "--name", "whole", "--steps", "4", *SMALL)
+    assert_honest(folder / "runs" / "whole")
     return folder / "runs" / "whole", printed
 
 
@@ -108,6 +111,7 @@ def test_groups_without_signal_are_replaced_up_to_the_bound(tmp_path):
     small = ("--rollout.groups_per_step", "4", "--rollout.group_size", "2", "--eval.num_tasks", "1")
     run(tmp_path, "--name", "refilled", "--steps", "2", *small, "--rollout.max_refills", "3")
     path = tmp_path / "runs" / "refilled"
+    assert_honest(path)
     _, *training, _ = rows(path)
     # Two answers of the untrained model are alike more often than not.
     assert 0 < sum(row["rollout/refills"] for row in training) <= 2 * 3
@@ -151,7 +155,14 @@ def test_a_run_says_which_sandbox_it_ran_in(finished):
 
 def test_a_run_without_protection_says_so(tmp_path):
     unsafe = ("--env.kwargs", '{"sandbox": {"backend": "unsafe"}}')
-    printed = run(tmp_path, "--name", "bare", "--steps", "1", *unsafe, *SMALL)
+    words = ("--name", "bare", "--steps", "1", *unsafe, *SMALL)
+    refused = start(tmp_path, *words)
+    said = refused.communicate(timeout=240)[0].decode()
+    assert refused.returncode == 2
+    assert "sandbox: a program reached a file of the host" in said
+    assert not (tmp_path / "runs").exists()
+    printed = run(tmp_path, *words, "--doctor.ignore", "sandbox")
+    assert_honest(tmp_path / "runs" / "bare")
     (environment,) = environments(tmp_path / "runs" / "bare")
     assert environment["tools"]["python"]["sandbox"] == "unsafe"
     (warning,) = environment["warnings"]
@@ -191,6 +202,7 @@ def test_a_run_killed_and_resumed_equals_one_that_was_not(finished, tmp_path):
     assert not (killed / "checkpoints" / "step_4").exists()
 
     run(tmp_path, "--resume", str(killed))
+    assert_honest(killed)
     assert [each["step"] for each in environments(killed)] in ([0, 2], [0, 3])
 
     timeless = [name for name in rows(whole)[1] if not name.startswith(("time/", "tokens/per"))]
@@ -216,6 +228,7 @@ def test_what_a_resume_may_not_change_is_refused(finished):
 def test_rollouts_ahead_of_the_weights_stay_within_the_limit(tmp_path):
     stale = ("--name", "stale", "--steps", "4", "--rollout.max_staleness", "2")
     run(tmp_path, *stale, *SMALL, "--deterministic", "false")
+    assert_honest(tmp_path / "runs" / "stale")
     training = rows(tmp_path / "runs" / "stale")[1:-1]
     staleness = [row["staleness/mean"] for row in training]
     assert 0 < max(staleness) <= 2
@@ -230,6 +243,7 @@ def test_a_run_out_of_bounds_rolls_back_and_stops_when_that_does_not_help(tmp_pa
     path = tmp_path / "runs" / "ill"
     events = [json.loads(line) for line in (path / "events.jsonl").read_text().splitlines()]
     assert [(event["step"], event["kind"]) for event in events] == [(1, "roll_back"), (2, "stop")]
+    assert_honest(path)
     assert "max_ratio_spread = 1" in events[0]["reason"]
     assert "back to the weights of step 0" in events[0]["reason"]
     assert f"stopped in step 2: {events[1]['reason']}" in said

@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tir_alp.envs.parsing import Answer, ToolCall, code_blocks, extract_boxed, parse_action
+from tir_alp.envs.parsing import Answer, extract_boxed, parse_action
+from tir_alp.tools.calls import ToolCall
+from tir_alp.tools.fenced import code_blocks
 
 
 def call(code: str) -> ToolCall:

@@ -61,7 +61,8 @@ def test_an_index_outside_is_an_index_error():
 def test_reasoning_gym_gives_its_own_questions_and_answers():
     task = ReasoningGymTasks("gcd", seed=3, size=10)[4]
     assert task == ReasoningGymTasks("gcd", seed=3, size=10)[4]
-    assert set(task) == {"task_id", "question", "answer"}
+    assert set(task) == {"task_id", "question", "answer", "dataset", "metadata"}
+    assert task["dataset"] == "gcd"
     assert task["task_id"].startswith("reasoning_gym/gcd/3/")
     assert "Greatest Common Divisor" in task["question"]
     assert task["answer"].isdigit()

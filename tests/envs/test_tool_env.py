@@ -68,6 +68,7 @@ def info(**changes):
         "correct": None,
         "error": "",
         "tool_s": 0.0,
+        "rewards": {},
     }
     return nothing | changes
 
@@ -89,13 +90,13 @@ def test_a_block_runs_in_the_tool_and_its_text_is_the_observation():
 def test_a_right_answer_terminates_with_reward_one():
     env, _ = quiz()
     step = begin(env).step(r"\boxed{42}")
-    assert step == ("", 1.0, True, False, info(answer="42", correct=True))
+    assert step == ("", 1.0, True, False, info(answer="42", correct=True, rewards={"answer": 1.0}))
 
 
 def test_a_wrong_answer_terminates_with_reward_zero():
     env, _ = quiz()
     step = begin(env).step(r"\boxed{41}")
-    assert step == ("", 0.0, True, False, info(answer="41", correct=False))
+    assert step == ("", 0.0, True, False, info(answer="41", correct=False, rewards={"answer": 0.0}))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,13 @@ def test_a_wrong_answer_terminates_with_reward_zero():
 )
 def test_a_void_turn_terminates_with_reward_zero(action):
     env, tool = quiz()
-    assert begin(env).step(action) == ("", 0.0, True, False, info(void=True))
+    assert begin(env).step(action) == (
+        "",
+        0.0,
+        True,
+        False,
+        info(void=True, rewards={"answer": 0.0}),
+    )
     assert tool.calls == []
 
 
@@ -276,3 +283,28 @@ def test_tools_that_can_say_what_they_run_in_are_asked():
         "tools": {"speaking": {"host": "there"}},
         "warnings": ["mind the gap"],
     }
+
+
+def test_a_recorded_episode_is_played_again_without_its_tools():
+    env, tool = quiz()
+    recorded = [{"outcome": "tool_error", "text": "boom", "duration_s": 0.5, "error": "boom"}, None]
+    env.reset(options={"task": TASKS[3], "tool_results": recorded})
+    played = env.step(CODE)
+    assert played == (
+        "boom",
+        0.0,
+        False,
+        False,
+        info(outcome="tool_error", tool_calls=1, error="boom", tool_s=0.5),
+    )
+    assert env.step(r"\boxed{3}")[1:4] == (1.0, True, False)
+    assert tool.calls == tool.sessions == []
+    env.reset(options={"task": TASKS[3]})  # the record is for one episode
+    assert env.step(CODE)[0] == "42"
+
+
+def test_a_call_that_the_record_does_not_have_is_refused():
+    env, _ = quiz()
+    env.reset(options={"task": TASKS[3], "tool_results": [None]})
+    with pytest.raises(ValueError, match="turn 0 calls a tool, and tool_results has no result"):
+        env.step(CODE)

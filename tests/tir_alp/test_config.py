@@ -9,6 +9,8 @@ from tir_alp.config import (
     ALGORITHMS,
     Config,
     PerturbationConfig,
+    SGLangConfig,
+    TransformersConfig,
     load_config,
     merge,
     parse_config,
@@ -235,3 +237,40 @@ def test_what_was_taken_out_of_a_preset_stays_out_when_it_comes_back():
     config = load_config([], {"algorithm": {"name": "alp_token", "perturbation": None}})
     assert config.algorithm.perturbation is None
     assert parse_config(json.loads(config.model_dump_json())) == config
+
+
+# ------------------------------------------------------------------------------------ the engine
+
+
+def test_the_embedded_engine_is_meant_where_none_is_named():
+    assert load_config([], {}).engine == TransformersConfig()
+    named = load_config(["--engine.precision", "int8"], {"engine": {"max_cache_tokens": 512}})
+    assert named.engine == TransformersConfig(precision="int8", max_cache_tokens=512)
+
+
+def test_sglang_is_chosen_by_its_type():
+    words = ["--engine.device", "cpu", "--engine.weights", "tensor", "--engine.max_running", "8"]
+    config = load_config(words, {"engine": {"type": "sglang", "dtype": "float32"}})
+    assert config.engine == SGLangConfig(
+        type="sglang", device="cpu", dtype="float32", weights="tensor", max_running=8
+    )
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"wrong": 1}, r"^engine\.wrong: there is no such key$"),
+        ({"type": "sglang", "precision": "int8"}, r"^engine\.precision: there is no such key$"),
+        ({"type": "sglang", "max_running": 0}, r"^engine\.max_running: Input should be greater"),
+        ({"type": "other"}, "^engine: Input tag 'other'"),
+        ({"type": "sglang", "urls": ["http://a"], "num_servers": 2}, "leave one of them out"),
+    ],
+)
+def test_what_an_engine_does_not_know_is_told_by_its_own_name(engine, message):
+    with pytest.raises(ValueError, match=message):
+        load_config([], {"engine": engine})
+
+
+def test_a_deterministic_run_needs_the_embedded_engine():
+    with pytest.raises(ValueError, match=r'deterministic needs engine\.type = "transformers"'):
+        load_config(["--deterministic", "true"], {"engine": {"type": "sglang"}})

@@ -16,6 +16,7 @@ from tir_alp.metrics import (
     is_correct,
     mismatch_metrics,
     ratio_quantiles,
+    reward_part_metrics,
     rollout_metrics,
     staleness_metrics,
 )
@@ -94,6 +95,10 @@ def test_a_step_is_described_by_its_turns_and_trajectories():
         "rollout/zero_signal_groups": 1,
         "rollout/refills": 0,
         "rollout/dropped": 1,
+        "difficulty/none": 0.5,
+        "difficulty/some": 0.5,
+        "difficulty/all": 0,
+        "difficulty/solved": 0.25,
         "staleness/mean": pytest.approx((3 * 2 + (2 + 1 + 3 * 4) * 1) / 18),
         "staleness/max": 2,
         "staleness/versions": 2,
@@ -124,6 +129,13 @@ def test_groups_that_were_replaced_count_as_sampled_but_not_as_trained_on():
     assert metrics["tokens/generated"] == 2 + 6
     assert (metrics["rollout/refills"], metrics["rollout/zero_signal_groups"]) == (1, 1)
     assert metrics["staleness/max"] == 0
+
+
+def test_each_part_of_the_rewards_is_averaged_over_trajectories():
+    shaped = trajectory(turn(), turn(info={"rewards": {"answer": 1.0, "format": 0.1}}))
+    metrics = reward_part_metrics([shaped, trajectory(turn(info={"rewards": {"answer": 0.0}}))])
+    assert metrics == {"reward/answer": 0.5, "reward/format": 0.05}
+    assert reward_part_metrics([trajectory(turn())]) == {}
 
 
 def test_staleness_counts_the_tokens_of_each_version_in_a_turn():

@@ -326,6 +326,18 @@ def test_noise_is_standard_normal():
     assert cdf < 1.95 / math.sqrt(n)  # Kolmogorov-Smirnov, p = 0.001
 
 
+def test_the_two_channels_that_share_16_bits_are_independent():
+    eps = noise([NoiseKey(0, 0)], [40_000], torch.zeros(1, 40_000, HIDDEN)).double()[0]
+    x, y = eps[:, 0::2].flatten(), eps[:, 1::2].flatten()
+    n = x.numel()
+    assert abs((x * y).mean()) < 4 / math.sqrt(n)
+    assert abs((x.square() * y.square()).mean() - 1) < 4 * math.sqrt(8 / n) + 3e-3
+    for angle in (0.3, 0.785, 1.1, 1.9, 2.356, 2.8):  # every combination of them is Gaussian too
+        both = (math.cos(angle) * x + math.sin(angle) * y).sort().values
+        cdf = (torch.special.ndtr(both) - (torch.arange(n) + 0.5) / n).abs().max()
+        assert cdf < 1.95 / math.sqrt(n) + 6e-4, angle
+
+
 # --------------------------------------------------------------------------------- sigma and scale
 
 
@@ -446,7 +458,7 @@ def test_stein_the_mean_gradient_is_sigma_squared_times_the_curvature():
 )  # fmt: skip
 def test_share_of_bf16_elements_that_the_noise_changes(std, sigma, percent):
     torch.manual_seed(0)
-    num_tokens, size = 1024, 256  # an effect is measured on so many tokens
+    num_tokens, size = 256, 1024  # an effect is measured on so many tokens
     hidden = (std * torch.randn(1, num_tokens, size)).bfloat16()
     p = perturbed(model := Stack(), init_std=sigma)
     with p.active([NoiseKey(0, 0)], [num_tokens], measure=True) as effect:

@@ -42,7 +42,7 @@ def completion(ids, reason=StopReason.LENGTH) -> Completion:
 
 def stop_at(renderer: Renderer, ids) -> int | None:
     """Index of the token at which the matcher first says True."""
-    matches = renderer.fence_matcher()
+    matches = renderer.stop_matcher()
     return next((index for index, token in enumerate(ids) if matches(token)), None)
 
 

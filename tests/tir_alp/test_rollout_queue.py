@@ -174,8 +174,10 @@ def test_a_group_that_lost_all_its_episodes_is_replaced_at_once():
         queue = queue_of(sampler)
         assert ids(await queue.take()) == [0, 3]
         assert queue.position == 4
+        assert [group.group_id for group in queue.lost] == [1, 2]
         queue.release()
         assert ids(await queue.take()) == [4, 5]
+        assert queue.lost == ()
 
     run(body)
 

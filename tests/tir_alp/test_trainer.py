@@ -207,7 +207,7 @@ def test_only_states_that_predict_a_token_of_the_loss_get_a_gradient():
         states.append(output.last_hidden_state)
 
     one.model.base_model.register_forward_hook(keep)
-    one.step(groups, 0)
+    one.step(groups, 1)  # in which nothing is probed
     (batch,) = pack(flat(groups), 10_000)
     has_gradient = states[0].grad[0].abs().sum(-1) > 0
     assert has_gradient.nonzero().squeeze(1).tolist() == (loss_positions(batch) - 1).tolist()
@@ -219,7 +219,7 @@ def test_logits_are_made_of_the_tokens_of_the_loss_alone():
     one.model.get_output_embeddings().register_forward_hook(
         lambda _, inputs, __: rows.append(inputs[0].shape[0])
     )
-    metrics = one.step(groups, 0)
+    metrics = one.step(groups, 1)  # in which nothing is probed
     assert sum(rows) == 2 * metrics["tokens/loss"]  # forward, and again in backward
     assert metrics["tokens/loss"] < sum(len(each.trajectory.token_ids) for each in flat(groups))
 
@@ -288,7 +288,7 @@ def test_what_is_logged_does_not_depend_on_how_an_update_is_computed_either(name
     whole, other = trainer(ALGORITHMS[name]), trainer(ALGORITHMS[name], micro_batch_tokens=50)
     expected, metrics = whole.step(groups, 0), other.step(groups, 0)
     # A histogram knows a log ratio to within 1 %, and at its bins' edges the last bit can be that.
-    of_some_tokens = ("alp/effective", "alp/relative_rms", "alp/logprob_shift")
+    of_some_tokens = ("alp/effective", "alp/relative_rms", "alp/logprob_shift", "mismatch/probe")
     assert metrics.keys() == expected.keys() > {"turn_0/kl", "turn_1/kl", "after_tool_positive/kl"}
     for key in (key for key in expected if not key.startswith(of_some_tokens)):
         assert math.isfinite(expected[key])
@@ -310,13 +310,14 @@ def test_ratios_are_those_of_all_updates_of_a_step_together():
     assert found["turn_0/tokens"] + found["turn_1/tokens"] == found["tokens/loss"]
 
 
-def test_only_methods_with_a_proximal_pass_report_the_mismatch():
+def test_methods_without_a_proximal_pass_report_the_mismatch_of_a_probe_only():
     logged = {
         name: trainer(ALGORITHMS[name]).step(make_groups(2), 0)
         for name in ("grpo", "bypass_sequence")
     }
     assert "mismatch/kl" in logged["grpo"] and "mismatch/p98" in logged["grpo"]
-    assert not [key for key in logged["bypass_sequence"] if key.startswith("mismatch/")]
+    own = {key for key in logged["bypass_sequence"] if key.startswith("mismatch/")}
+    assert own == {"mismatch/probe_mean", "mismatch/probe_max"}
     assert len(logged["grpo"]) < 150
 
 
@@ -376,7 +377,7 @@ def test_the_noise_of_every_update_is_another():
     groups = make_groups()
     values = [trainer(noisy()).step(groups, step)["loss/value"] for step in (0, 0, 1)]
     assert values[0] == values[1] != values[2]
-    plain = [trainer(ALGORITHMS["bypass_token"]).step(groups, step) for step in (0, 1)]
+    plain = [trainer(ALGORITHMS["bypass_token"]).step(groups, step) for step in (1, 2)]
     assert plain[0] == plain[1]
 
 
@@ -427,6 +428,13 @@ def test_the_shift_of_the_logprobs_by_the_noise_is_reported(site):
         shifts.append(report["alp/logprob_shift"])
     assert shifts[1] == pytest.approx(10 * shifts[0], rel=0.3)
     assert trainer(noisy(init_std=0.0)).step(make_groups(), 0).get("alp/logprob_shift") is None
+
+
+def test_the_shift_of_the_logprobs_is_looked_at_in_every_eighth_step():
+    one = trainer(noisy())
+    reports = [one.step(make_groups(), step) for step in (7, 8, 9)]
+    assert [("alp/logprob_shift" in report) for report in reports] == [False, True, False]
+    assert all(report["alp/effective"] > 0.9 for report in reports)
 
 
 def test_log_sigma_has_its_own_learning_rate_and_no_decay():
@@ -635,3 +643,13 @@ def test_a_gradient_spike_is_skipped_and_told():
         assert_same(weights_of(each), before)
         assert each.step(groups, 9)["train/skipped_updates"] == 0
     assert told == [8, 8]
+
+
+@pytest.mark.parametrize("name", ["grad_norm/policy", "grad_norm/log_sigma"])
+def test_the_gradients_of_weights_and_sigma_are_each_compared_with_their_own(name):
+    one = trainer(noisy(), bad=lambda *_: None, skip_grad_spike=20.0)
+    usual = {"grad_norm/policy": [1e9] * 8, "grad_norm/log_sigma": [1e9] * 8}
+    one.load_state_dict(one.state_dict() | {"grad_norms": usual})
+    assert one.step(make_groups(), 0)["train/skipped_updates"] == 0
+    one.load_state_dict(one.state_dict() | {"grad_norms": usual | {name: [1e-12] * 8}})
+    assert one.step(make_groups(), 1)["train/skipped_updates"] == 1

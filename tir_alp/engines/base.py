@@ -9,15 +9,20 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tir_alp.types import StopReason, VersionSpan, check_version_spans
+from tir_alp.types import StopReason, VersionSpan, check_version_spans, written_out
+
+
+class EngineFailed(RuntimeError):
+    """The engine could not do what it was asked for; what it was doing is lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How one completion is sampled.
 
-    The draw at each position of a sequence is a function of (`seed`, `sequence_uid`, position), so
-    a completion does not depend on what else is in the engine's batch.
+    In the embedded engine the draw at each position of a sequence is a function of (`seed`,
+    `sequence_uid`, position), so a completion does not depend on what else is in the batch. SGLang
+    draws from its own generator; there `sequence_uid` says whose prefix a request continues.
     """
 
     max_tokens: int
@@ -60,6 +65,11 @@ class Completion:
                 f"a completion of {len(self.token_ids)} tokens has {len(self.logprobs)} logprobs"
             )
         check_version_spans(self.version_spans, len(self.token_ids), self.policy_version)
+
+    @property
+    def versions(self) -> tuple[VersionSpan, ...]:
+        """The version spans, written out also where one version sampled all."""
+        return written_out(self.version_spans, len(self.token_ids), self.policy_version)
 
 
 class Engine(Protocol):

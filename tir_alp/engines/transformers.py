@@ -45,8 +45,6 @@ class _Request:
     uniforms: np.ndarray
     matches: Callable[[int], bool] | None
     done: asyncio.Future[Completion]
-    noise_key: Tensor
-    """Of the noise on its logits."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stop_reason: StopReason | None = None
@@ -131,7 +129,6 @@ class TransformersEngine:
             ),
             matches=sampling.stop_matcher() if sampling.stop_matcher else None,
             done=asyncio.get_running_loop().create_future(),
-            noise_key=name_hashes([f"logits/{sampling.seed}/{sampling.sequence_uid}"])[0],
         )
         if request.most_tokens > self._max_cache_tokens:
             raise ValueError(
@@ -320,7 +317,10 @@ class TransformersEngine:
         logits = next_token_logits(self._model, hidden[step.last]).cpu()
         requests = [self._running[row] for row in rows]
         if self._logit_noise > 0:
-            streams = torch.stack([request.noise_key for request in requests])
+            streams = name_hashes(
+                f"logits/{request.sampling.seed}/{request.sampling.sequence_uid}"
+                for request in requests
+            )
             positions = torch.tensor([request.num_tokens for request in requests])
             noise = normal(nth_keys(streams, positions), logits.shape[1])
             logits = logits + self._logit_noise * noise

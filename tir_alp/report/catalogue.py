@@ -97,7 +97,11 @@ PICTURES = (
             Panel(
                 "Mismatch",
                 "nats a token",
-                (Line("mismatch/k3", "k3"), Line("mismatch/kl", "k1")),
+                (
+                    Line("mismatch/k3", "k3"),
+                    Line("mismatch/kl", "k1"),
+                    Line("mismatch/probe_mean", "|difference|"),
+                ),
                 scale="auto",
             ),
             Panel(
@@ -194,7 +198,11 @@ PICTURES = (
             Panel(
                 "A step",
                 "seconds",
-                (Line("time/rollout", "rollouts"), Line("time/train", "training")),
+                (
+                    Line("time/rollout", "rollouts"),
+                    Line("time/train", "training"),
+                    Line("time/weights", "weights into the engine"),
+                ),
                 "stack",
                 compared=2,
             ),
@@ -358,6 +366,8 @@ _MEANINGS = {  # metric -> meaning, unit; the first that fits
     "ratio/token_p*": ("percentile of the token ratios", "ratio"),
     "mismatch/p*": ("percentile of the sequence ratios, trainer over engine", "ratio"),
     "mismatch/token_p*": ("percentile of the token ratios, trainer over engine", "ratio"),
+    "mismatch/probe_mean": ("|logprob of trainer - engine| of some tokens, mean", "nats a token"),
+    "mismatch/probe_max": ("|logprob of trainer - engine| of some tokens, largest", "nats"),
     "mismatch/kl": ("KL of trainer and engine, k1", "nats a token"),
     "mismatch/k3": ("KL of trainer and engine, k3", "nats a token"),
     "mismatch/proximal_perplexity": ("perplexity, trainer before the updates", "perplexity"),
@@ -392,6 +402,7 @@ _MEANINGS = {  # metric -> meaning, unit; the first that fits
     "staleness/share_*": ("tokens of this age; the last class takes in all older", "share"),
     "time/rollout": ("waiting for the rollouts of a step", "s"),
     "time/train": ("training of a step", "s"),
+    "time/weights": ("giving the engine its new weights, and verifying them", "s"),
     "time/generate": ("a trajectory waiting for tokens, mean", "s"),
     "time/tool": ("a trajectory waiting for tools, mean", "s"),
     "tokens/generated": ("tokens that the policy wrote", "tokens"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tir_alp.config import ALGORITHMS, Config
-from tir_alp.run_folder import read_run_config
+from tir_alp.run_folder import read_rows, read_run_config
 
 
 @dataclass(frozen=True)
@@ -84,14 +83,14 @@ def read_run(path: Path) -> Record:
     if not isinstance(config, dict):
         raise ValueError(f"{path} is no folder of a run: {path / 'config.json'} holds no table")
     objective = path / "objective.txt"
-    rows, num_unreadable = _rows(path / "metrics.jsonl")
+    rows, num_unreadable = read_rows(path / "metrics.jsonl")
     return Record(
         path=path.resolve(),
         config=config,
         objective=objective.read_text().strip() if objective.is_file() else "",
         series=series_of(rows),
-        events=_rows(path / "events.jsonl")[0],
-        environment=_rows(path / "environment.jsonl")[0],
+        events=read_rows(path / "events.jsonl")[0],
+        environment=read_rows(path / "environment.jsonl")[0],
         num_unreadable=num_unreadable,
     )
 
@@ -138,24 +137,3 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{key}"] = value
     return found
-
-
-def _rows(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows with an int `step` of a file of JSON objects, and how many other lines it has.
-
-    The last line may be half written: that is how a run looks while it goes on.
-    """
-    lines = file.read_text(errors="replace").split("\n") if file.is_file() else []
-    rows = []
-    num_unreadable = 0
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            num_unreadable += bool(line.strip()) and number < len(lines)
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            rows.append(row)
-        else:
-            num_unreadable += 1
-    return rows, num_unreadable

@@ -1,0 +1,79 @@
+"""`PythonCode-v0`: write a function; hidden tests in the sandbox decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
+
+from tir_alp.envs.code_grading import grade_function, read_cases
+from tir_alp.envs.code_tasks import CodeTasks
+from tir_alp.envs.grading import Grade
+from tir_alp.envs.tasks import TaskSource
+from tir_alp.envs.tool_env import EnvSettings, ToolEnv
+from tir_alp.tools.fenced import code_blocks
+from tir_alp.tools.outcome import Outcome
+from tir_alp.tools.python_tool import PythonTool
+from tir_alp.tools.sandbox import SandboxConfig, SandboxError, SandboxRefused, shared_sandbox
+
+
+class PythonCodeEnv(ToolEnv):
+    r"""A function to write, and a Python tool to try it in; reward 1 if all hidden tests pass.
+
+    A task needs `entry_point`, the name of the function, and `tests`; see `code_grading`. The tests
+    never enter the sandbox with what they expect.
+
+    Args:
+        sandbox: settings of the sandbox; its limits hold for each test. None for the defaults.
+        tasks: where `reset` draws from when it is not given a task; default: generated ones.
+        settings: those of `ToolEnv`.
+    """
+
+    instruction: ClassVar[str] = """\
+You may try out Python code in a block that begins with a line ```python and ends with a line ```. \
+The block is run as soon as it is complete, and you are shown what it prints; then go on. When you \
+are sure of the function, write all of it in a block that begins with a line ```solution."""
+    task_keys: ClassVar[tuple[str, ...]] = ("question", "entry_point", "tests")
+
+    def __init__(
+        self,
+        *,
+        sandbox: Mapping[str, Any] | None = None,
+        tasks: TaskSource | None = None,
+        **settings: Unpack[EnvSettings],
+    ):
+        self._sandbox = SandboxConfig.model_validate(sandbox or {})
+        super().__init__(
+            tools=[PythonTool(sandbox=self._sandbox)],
+            tasks=CodeTasks(seed=0, size=2**31) if tasks is None else tasks,
+            **settings,
+        )
+
+    def prompt(self, task: Mapping[str, Any]) -> str:
+        """Return the instruction and the question. Raises ValueError for tests that are none."""
+        read_cases(task["tests"], task["entry_point"])
+        return super().prompt(task)
+
+    def answer_in(self, action: str) -> str | None:
+        """Return the last complete block that is tagged as the solution."""
+        blocks = [each for each in code_blocks(action) if each.is_complete]
+        solutions = [block.code for block in blocks if block.tag == "solution"]
+        return solutions[-1] if solutions else None
+
+    def grade(self, task: Mapping[str, Any], answer: str) -> Grade:
+        """Run the hidden tests in a session that nothing else has been in."""
+        try:
+            sandbox = shared_sandbox(self._sandbox)
+        except SandboxRefused:
+            raise
+        except SandboxError as error:
+            return Grade(correct=None, outcome=Outcome.GRADER_ERROR, error=str(error))
+        cases = read_cases(task["tests"], task["entry_point"])
+        return grade_function(answer, task["entry_point"], cases, sandbox, self._sandbox.limits)
+
+    def gold_action(self, task: Mapping[str, Any]) -> str:
+        """Return a turn with the reference, if the task has one as its answer."""
+        return f"```solution\n{task['answer']}\n```"
+
+    def wrong_action(self, task: Mapping[str, Any]) -> str:
+        """Return a turn with a function that returns something else."""
+        return f"```solution\ndef {task['entry_point']}(*args, **kwargs):\n    return 'no'\n```"

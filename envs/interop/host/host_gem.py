@@ -1,0 +1,49 @@
+"""GEM, the package `gem-llm`: `gem.make(NAME, **settings)`."""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from importlib.metadata import version as package_version
+from typing import Any
+
+import gem
+
+MAX_THREADS = 1
+"""GEM draws from Python's one global generator: two at a time would change each other's games."""
+
+
+def version() -> str:
+    """Which one is installed."""
+    return package_version("gem-llm")
+
+
+class Environment:
+    """One environment of GEM's."""
+
+    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+        self._env = gem.make(name, **settings)
+
+    def reset(self, seed: int, task: dict[str, Any]) -> str:
+        """Begin an episode; GEM draws the task itself, by the seed."""
+        text, info = self._env.reset(seed=seed)
+        return _with_suffix(text, info)
+
+    def step(self, action: str) -> dict[str, Any]:
+        """One turn. What GEM shows below each observation, such as a board, is part of it."""
+        text, reward, terminated, truncated, info = self._env.step(action)
+        return {
+            "observation": _with_suffix(text, info),
+            "reward": float(reward),
+            "terminated": bool(terminated),
+            "truncated": bool(truncated),
+            "info": info,
+        }
+
+    def close(self) -> None:
+        """GEM's environments hold nothing."""
+
+
+def _with_suffix(text: str, info: dict[str, Any]) -> str:
+    suffix = info.get("suffix", "")
+    return f"{text}\n{suffix}" if suffix else text

@@ -1,0 +1,54 @@
+"""The program that plays a seat in verifiers: one request to the model a turn, and no tools.
+
+A module of its own, since verifiers finds such programs by the name of a module.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+from verifiers.v1.configs.harness import HarnessConfig
+from verifiers.v1.dialects.chat import message_to_wire
+from verifiers.v1.harness import Harness
+from verifiers.v1.runtimes import ProgramResult
+
+__all__ = ["OneRequestHarness"]
+
+
+class OneRequestHarness(Harness[HarnessConfig]):
+    """Sends the conversation and is done; it goes on where somebody else speaks next."""
+
+    APPENDS_SYSTEM_PROMPT = True
+    SUPPORTS_RESUME = True
+    EXECUTES_CODE = False
+    NEEDS_CONTAINER = False
+
+    async def launch(
+        self,
+        ctx: Any,
+        trace: Any,
+        runtime: Any,
+        endpoint: str,
+        secret: str,
+        mcp_urls: Any,
+        data: Any,
+    ) -> ProgramResult:
+        """Ask once. The reply is recorded where the request passes through."""
+        system, prompt = self.resolve_prompt(data)
+        messages = [{"role": "system", "content": system}] if system else []
+        if isinstance(prompt, str):
+            messages.append({"role": "user", "content": prompt})
+        else:
+            messages += [message_to_wire(message) for message in prompt or []]
+        # Plain HTTP on this machine: no certificates to load; and whoever waits has a deadline.
+        async with httpx.AsyncClient(timeout=None, verify=False, trust_env=False) as client:
+            reply = await client.post(
+                f"{endpoint}/chat/completions",
+                json={"model": ctx.model, "messages": messages},
+                headers={"Authorization": f"Bearer {secret}"},
+            )
+        failed = reply.status_code >= 400
+        return ProgramResult(int(failed), "", reply.text if failed else "")

@@ -1,0 +1,72 @@
+"""SkyRL-Gym, the package `skyrl-gym`: `skyrl_gym.make(NAME, env_config=..., extras=...)`.
+
+Its environments bring no tasks. The question and the answer of ours become the prompt and the
+ground truth; a task's other columns are passed as extras, and so is `settings.extras`.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from importlib.metadata import version as package_version
+from typing import Any
+
+import skyrl_gym
+from omegaconf import OmegaConf
+from skyrl_gym.envs.registration import registry
+from texts import as_text
+
+
+def version() -> str:
+    """Which one is installed."""
+    return package_version("skyrl-gym")
+
+
+class Environment:
+    """One environment of SkyRL-Gym's; it is made anew for every task."""
+
+    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+        if unknown := settings.keys() - {"env_config", "extras"}:
+            raise ValueError(f"settings of SkyRL-Gym are env_config and extras, not {unknown}")
+        if ":" not in name and name not in registry:
+            raise ValueError(
+                f"there is none of that name; there are: {', '.join(sorted(registry))}"
+            )
+        self._name = name
+        self._config = OmegaConf.create(settings.get("env_config", {}))
+        self._extras = settings.get("extras", {})
+        self._env: Any = None
+
+    def reset(self, seed: int, task: dict[str, Any]) -> str:
+        """Begin an episode of a task with `question` and `answer`."""
+        if not {"question", "answer"} <= task.keys():
+            raise ValueError(
+                "SkyRL-Gym has no tasks of its own: give one, with question and answer"
+            )
+        self.close()
+        extras = {
+            "reward_spec": {"method": "rule", "ground_truth": task["answer"]},
+            "extra_info": {},
+            **task,
+            **self._extras,
+        }
+        self._env = skyrl_gym.make(self._name, env_config=self._config, extras=extras)
+        messages, _ = self._env.init([{"role": "user", "content": task["question"]}])
+        return as_text(messages)
+
+    def step(self, action: str) -> dict[str, Any]:
+        """One turn."""
+        output = self._env.step(action)
+        return {
+            "observation": as_text(output["observations"]),
+            "reward": float(output["reward"]),
+            "terminated": bool(output["done"]),
+            "truncated": False,
+            "info": output.get("metadata") or {},
+        }
+
+    def close(self) -> None:
+        """Free what the environment holds."""
+        if self._env is not None:
+            self._env.close()
+            self._env = None

@@ -1,0 +1,179 @@
+"""A Gymnasium environment whose episodes are those of another library, in a process of its own.
+
+Registered as `Gem-v0`, `SkyRLGym-v0`, `OpenEnv-v0`, `Verifiers-v0`, and `Hosted-v0` for any
+`gymnasium` environment of texts whose packages cannot be in our interpreter. All environments of a
+process that use the same library and interpreter share one host, which lives as long as this
+process; one that died or was killed is replaced by the next environment.
+
+Whatever goes wrong with a library is an `infra_error`: the episode is truncated, and its reward of
+0 means nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import gymnasium
+from gymnasium.error import ResetNeeded
+
+from tir_alp.envs.interop.host_process import HostError, HostProcess, LibraryError
+from tir_alp.envs.interop.libraries import LIBRARIES, find_python
+from tir_alp.envs.spaces import TextSpace
+from tir_alp.envs.tool_env import StepInfo
+from tir_alp.tools.outcome import Outcome
+
+
+class HostedEnv(gymnasium.Env[str, str]):
+    """One environment of another library.
+
+    The seed of an episode is the task's `seed` or, without one, follows from its `task_id`: so a
+    group plays one and the same game, if the library draws by nothing but the seed.
+
+    Args:
+        library: Which one, of `LIBRARIES`.
+        name: Which of its environments; for OpenEnv, the address of a server.
+        settings: For the library; `docs/interop.md` has them.
+        instruction: Text before the first observation, which says what the model may do.
+        python: The interpreter that has the library; None: see `find_python`.
+        start_timeout_s: For the library to be imported, and for each reset.
+        step_timeout_s: For each step.
+
+    Raises:
+        ValueError: The library is not installed, or has no such environment.
+        HostError: Its process does not start.
+    """
+
+    def __init__(
+        self,
+        *,
+        library: str,
+        name: str,
+        settings: Mapping[str, Any] | None = None,
+        instruction: str = "",
+        python: str | None = None,
+        start_timeout_s: float = 120.0,
+        step_timeout_s: float = 60.0,
+    ):
+        self.observation_space = TextSpace()
+        self.action_space = TextSpace()
+        self._library = library
+        self._instruction = instruction
+        self._start_timeout_s = start_timeout_s
+        self._step_timeout_s = step_timeout_s
+        self._is_under_way = False
+        self._host = _shared_host(find_python(library, python), library, start_timeout_s)
+        try:
+            self._number: int | None = self._host.ask(
+                "open", start_timeout_s, name=name, settings=dict(settings or {})
+            )
+        except LibraryError as error:
+            raise ValueError(f"{library} does not make {name!r}: {error}") from error
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        """Begin an episode.
+
+        Args:
+            seed: Seeds the draw of the library's seed, where there is no task.
+            options: `{"task": {...}}`.
+
+        Returns:
+            The first observation, and `{"task": {...}, "library_seed": ...}`.
+
+        Raises:
+            HostError: The process has ended, or did not answer in time.
+            LibraryError: The library refuses the task.
+        """
+        super().reset(seed=seed)
+        self._is_under_way = False
+        task = dict((options or {}).get("task") or {})
+        library_seed = _seed(task) if task else int(self.np_random.integers(2**31))
+        text = self._host.ask(
+            "reset", self._start_timeout_s, env=self._number, seed=library_seed, task=task
+        )
+        self._is_under_way = True
+        prompt = f"{self._instruction}\n\n{text}" if self._instruction else text
+        return prompt, {"task": copy.deepcopy(task), "library_seed": library_seed}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Take one turn of the model.
+
+        The info has the fields of `StepInfo`, and `library_info`: what the library reports.
+        """
+        if not self._is_under_way:
+            raise ResetNeeded("no episode is under way: call reset() before step()")
+        try:
+            answer = self._host.ask("step", self._step_timeout_s, env=self._number, action=action)
+        except (HostError, LibraryError) as error:
+            return self._broken(str(error))
+        if not math.isfinite(answer["reward"]):
+            return self._broken(f"{self._library} gave a reward of {answer['reward']}")
+        terminated = answer["terminated"]
+        # Some libraries say both where a limit ends the last turn: it has ended, then.
+        truncated = answer["truncated"] and not terminated
+        self._is_under_way = not (terminated or truncated)
+        info = StepInfo(
+            outcome=Outcome(answer.get("outcome", Outcome.OK)).value,
+            tool_calls=answer.get("tool_calls", 0),
+        )
+        info = {**asdict(info), "library_info": answer["info"]}
+        return answer["observation"], answer["reward"], terminated, truncated, info
+
+    def _broken(self, error: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        self._is_under_way = False
+        info = StepInfo(outcome=Outcome.INFRA_ERROR.value, error=error)
+        return "", 0.0, False, True, {**asdict(info), "library_info": {}}
+
+    def run_report(self) -> dict[str, Any]:
+        """Which version of the library the episodes run in."""
+        return {"libraries": {self._library: self._host.version}, "warnings": []}
+
+    def close(self) -> None:
+        """Free the library's environment; its process stays for the next one."""
+        number, self._number = self._number, None
+        self._is_under_way = False
+        if number is not None and self._host.is_alive:
+            try:
+                self._host.ask("close", self._step_timeout_s, env=number)
+            except (HostError, LibraryError):
+                return  # its own failure, after the last turn: there is nothing left to save
+
+
+def _seed(task: Mapping[str, Any]) -> int:
+    seed = task.get("seed")
+    if seed is not None:
+        return int(seed)
+    name = str(task.get("task_id", "")).encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest()) >> 1
+
+
+_hosts: dict[tuple[str, ...], HostProcess] = {}
+_lock = threading.Lock()
+
+
+def _shared_host(python: str, library: str, start_timeout_s: float) -> HostProcess:
+    """The live process of this library and interpreter, started if there is none."""
+    key = (python, library)
+    with _lock:
+        host = _hosts.get(key)
+        if host is None or not host.is_alive:
+            module = LIBRARIES[library].module
+            host = _hosts[key] = HostProcess([python], module, start_timeout_s)
+        return host
+
+
+def _forget_hosts() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _hosts.clear()
+
+
+os.register_at_fork(after_in_child=_forget_hosts)  # the pipes are the parent's

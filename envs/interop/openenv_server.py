@@ -1,0 +1,112 @@
+"""Serves a Gymnasium environment of texts as an OpenEnv server.
+
+It is run by the interpreter that has OpenEnv, which has nothing of ours; the environment lives in a
+process of ours behind a pipe. `python -m tir_alp.envs.interop serve` starts it.
+
+An action is `{"text": ...}`, an observation has `text`, `truncated`, and `info`. A reset takes
+`task`, or draws a task by the seed. An infrastructure failure is an error of the session, never a
+reward of 0.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import uvicorn
+from host_process import HostProcess
+from openenv.core.env_server.http_server import create_fastapi_app
+from openenv.core.env_server.interfaces import Environment
+from openenv.core.env_server.types import Action, Observation, State
+from pydantic import Field
+
+_START_TIMEOUT_S = 120.0
+_TIMEOUT_S = 300.0
+_INFRASTRUCTURE = ("infra_error", "grader_error", "cancelled")
+
+
+class TextAction(Action):
+    """One turn of a model."""
+
+    text: str = Field(description="What the model wrote")
+
+
+class TextObservation(Observation):
+    """What the model reads next."""
+
+    text: str = Field(default="", description="What the environment says")
+    truncated: bool = Field(default=False, description="Whether a limit ended the episode")
+    info: dict[str, Any] = Field(default_factory=dict, description="What it reports beside that")
+
+
+class TextEnvironment(Environment):
+    """One session: one environment in the process that all sessions share."""
+
+    SUPPORTS_CONCURRENT_SESSIONS = True
+
+    def __init__(self, host: HostProcess, name: str, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self._host = host
+        self._number = host.ask("open", _TIMEOUT_S, name=name, settings=settings)
+        self._state = State(step_count=0)
+
+    def reset(
+        self,
+        seed: int | None = None,
+        episode_id: str | None = None,
+        task: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> TextObservation:
+        """Begin an episode."""
+        text = self._host.ask("reset", _TIMEOUT_S, env=self._number, seed=seed, task=task)
+        self._state = State(episode_id=episode_id, step_count=0)
+        return TextObservation(text=text)
+
+    def step(self, action: TextAction, timeout_s: float | None = None, **_: Any) -> TextObservation:
+        """Take one turn."""
+        answer = self._host.ask(
+            "step", timeout_s or _TIMEOUT_S, env=self._number, action=action.text
+        )
+        self._state.step_count += 1
+        if answer["info"].get("outcome") in _INFRASTRUCTURE:
+            raise RuntimeError(f"{answer['info']['outcome']}: {answer['info'].get('error')}")
+        return TextObservation(
+            text=answer["observation"],
+            truncated=answer["truncated"],
+            info=answer["info"],
+            reward=answer["reward"],
+            done=answer["terminated"] or answer["truncated"],
+        )
+
+    @property
+    def state(self) -> State:
+        """Which episode, and how far."""
+        return self._state
+
+    def close(self) -> None:
+        """Free the environment."""
+        if self._host.is_alive:
+            self._host.ask("close", _TIMEOUT_S, env=self._number)
+
+
+def main(settings: dict[str, Any]) -> None:
+    """Serve until the process is told to end."""
+    host = HostProcess([settings["python"]], "host_gymnasium", _START_TIMEOUT_S)
+    try:
+        app = create_fastapi_app(
+            lambda: TextEnvironment(host, settings["id"], settings["kwargs"]),
+            TextAction,
+            TextObservation,
+            max_concurrent_envs=settings["max_sessions"],
+            env_name=settings["id"].rpartition(":")[2],
+        )
+        uvicorn.run(app, host=settings["host"], port=settings["port"], log_level="warning")
+    finally:
+        host.kill()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,162 @@
+"""Tokens a second of each engine: python tests/benchmarks/bench_engines.py [--engines ...]
+
+Three settings at 1, 8 and 32 requests at a time, by a Qwen3 of 3.4 M random parameters, float32:
+
+- equal: prompts of 128 tokens, completions of 128;
+- different: completions of 16 to 240 tokens, 128 on average;
+- turns: three turns of 43 tokens, each with all before it as prompt, and 20 tokens between them.
+
+`transformers generate` makes a static batch: all of it goes on until its longest completion ends,
+and tokens behind the end of the others do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from tir_alp.config import SGLangConfig
+from tir_alp.engines.base import Engine, Sampling
+from tir_alp.engines.transformers import TransformersEngine
+from tir_alp.policy import load_policy
+
+VOCABULARY = 2048
+SETTINGS = ("equal", "different", "turns")
+
+Job = tuple[tuple[int, ...], list[int]]
+"""A prompt, and the lengths of the completions of its turns."""
+
+Work = Callable[[Sequence[Job]], Awaitable[None]]
+
+
+def jobs(setting: str, count: int) -> list[Job]:
+    draw = random.Random(0)
+    made = []
+    for _ in range(count):
+        prompt = tuple(draw.randrange(VOCABULARY) for _ in range(128))
+        lengths = {
+            "equal": [128],
+            "different": [draw.choice((16, 32, 64, 128, 160, 208, 240))],
+            "turns": [43] * 3,
+        }
+        made.append((prompt, lengths[setting]))
+    return made
+
+
+def through(engine: Engine) -> Work:
+    async def one(uid: int, prompt: tuple[int, ...], lengths: list[int]) -> None:
+        for length in lengths:
+            sampling = Sampling(max_tokens=length, sequence_uid=uid)
+            completion = await engine.generate(prompt, sampling)
+            assert len(completion.token_ids) == length
+            prompt = (*prompt, *completion.token_ids, *range(20))
+
+    async def work(given: Sequence[Job]) -> None:
+        await asyncio.gather(*(one(uid, *job) for uid, job in enumerate(given)))
+
+    return work
+
+
+def static(model) -> Work:
+    async def work(given: Sequence[Job]) -> None:
+        ids = torch.tensor([prompt for prompt, _ in given])
+        for turn in range(len(given[0][1])):
+            longest = max(lengths[turn] for _, lengths in given)
+            with torch.inference_mode():
+                ids = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=True,
+                    top_k=0,
+                    min_new_tokens=longest,
+                    max_new_tokens=longest,
+                    pad_token_id=0,
+                )
+            ids = torch.cat([ids, torch.arange(20).expand(len(given), -1)], dim=1)
+
+    return work
+
+
+async def speed(work: Work, given: Sequence[Job], repeats: int) -> float:
+    """Tokens a second: the best of some repeats, behind one that warms up."""
+    num_tokens = sum(sum(lengths) for _, lengths in given)
+    seconds = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        await work(given)
+        seconds.append(time.perf_counter() - began)
+    return num_tokens / min(seconds[1:])
+
+
+async def run(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    async with AsyncExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        contestants: dict[str, Work] = {}
+        if "transformers" in options.engines:
+            contestants["transformers generate"] = static(
+                AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            )
+        if "embedded" in options.engines:
+            engine = TransformersEngine(load_policy(folder), max_cache_tokens=1 << 16)
+            stack.push_async_callback(engine.close)
+            contestants["embedded"] = through(engine)
+        if "sglang" in options.engines:
+            from tir_alp.engines.sglang import open_sglang
+
+            servers = await stack.enter_async_context(
+                open_sglang(
+                    SGLangConfig(
+                        type="sglang", device="cpu", dtype="float32", max_cache_tokens=1 << 16
+                    ),
+                    model_path=folder,
+                    vocab_size=VOCABULARY,
+                    end_token_ids=frozenset(),
+                    say=lambda line: print(line, file=sys.stderr),
+                )
+            )
+            contestants["SGLang"] = through(servers)
+        print(
+            f"| engine, {options.threads} threads | setting | 1 | 8 | 32 |\n|---|---|---|---|---|"
+        )
+        for setting in SETTINGS:
+            for name, work in contestants.items():
+                figures = [
+                    await speed(work, jobs(setting, count), options.repeats) for count in (1, 8, 32)
+                ]
+                print(f"| {name} | {setting} | " + " | ".join(f"{x:.0f}" for x in figures) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    everything = ["transformers", "embedded", "sglang"]
+    parser.add_argument("--engines", nargs="+", choices=everything, default=everything)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2)
+    asyncio.run(run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

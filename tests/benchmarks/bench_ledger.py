@@ -1,0 +1,73 @@
+"""What the records of a run cost: seconds of a training run spent on them, in one process.
+
+    python -m tests.benchmarks.bench_ledger [--steps 10]
+
+Trains the tiny agent and adds up the processor time of everything that writes records: the ledger's
+wrappers around engine and environments, its digests of what was packed, and the files of each step.
+Processor time, so that a busy machine does not count. The trajectories' own file is named apart: it
+was there before the ledger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from tir_alp import ledger, run_folder
+from tir_alp.assembly import open_run
+from tir_alp.config import load_config, read_toml
+from tir_alp.tiny import TRAIN_CONFIG
+from tir_alp.train import train
+
+SPENT: Counter[str] = Counter()
+
+
+def timed(owner: Any, name: str) -> None:
+    """Count the processor time of the thread that is inside a function."""
+    function: Callable[..., Any] = getattr(owner, name)
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        began = time.thread_time()
+        try:
+            return function(*arguments, **named)
+        finally:
+            SPENT[name] += time.thread_time() - began
+
+    setattr(owner, name, wrapped)
+
+
+def main() -> None:
+    """Train, and print the shares."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=10)
+    steps = parser.parse_args().steps
+    timed(ledger, "ids_digest")
+    timed(ledger, "answer_digest")
+    timed(ledger.Ledger, "updated")
+    timed(ledger.Ledger, "take")
+    timed(run_folder.RunFolder, "record")
+    words = ("--steps", str(steps), "--eval.num_tasks", "1", "--name", "records")
+
+    async def run() -> float:
+        async with open_run(load_config(words, read_toml(TRAIN_CONFIG))) as opened:
+            began = time.process_time()
+            await train(opened)
+            return time.process_time() - began
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        total = asyncio.run(run())
+        os.chdir("/")
+    for name, spent in SPENT.items():
+        print(f"{name:>14}: {1000 * spent / steps:7.2f} ms a step, {spent / total:.2%}")
+    print(f"{'training':>14}: {1000 * total / steps:7.2f} ms a step of processor time")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What the tests of all engines share: small models, forwards to compare with, servers to ask."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from tir_alp.attention import PackedSequences
+from tir_alp.config import SGLangConfig
+from tir_alp.engines.base import Completion, Engine
+from tir_alp.engines.transformers import TransformersEngine
+from tir_alp.policy import hidden_states, next_token_logits
+from tir_alp.tiny import BASE
+from tir_alp.tiny.model import make_model
+
+if TYPE_CHECKING:
+    from tir_alp.engines.sglang import SGLangEngine
+
+torch.set_num_threads(1)
+
+VOCABULARY = 262
+PROMPTS = [(2, 45, 78, 33, 1, 3), (2, 60, 61), tuple(range(40, 90)), (7,)]
+
+needs_sglang = pytest.mark.skipif(
+    importlib.util.find_spec("sglang") is None, reason="sglang is not installed: docs/sglang.md"
+)
+
+
+def model(seed: int = 0) -> Any:
+    """The tiny model with larger random weights, which prefer some tokens to others."""
+    made = make_model(seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return made.eval()
+
+
+@torch.no_grad()
+def log_probs(of: Any, token_ids: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
+    """[T, V] of the token behind each token, in one forward of the trainer's kind."""
+    ids = torch.tensor(token_ids)
+    hidden = hidden_states(of, ids, torch.arange(len(ids)), PackedSequences((len(ids),)))
+    return (next_token_logits(of, hidden) / temperature).log_softmax(-1)
+
+
+def logprobs_of(
+    of: Any, prompt: Sequence[int], completion: Completion, temperature: float = 1.0
+) -> torch.Tensor:
+    """What a model says of a completion's tokens."""
+    every = log_probs(of, (*prompt, *completion.token_ids), temperature)
+    places = torch.arange(len(prompt) - 1, len(prompt) + len(completion.token_ids) - 1)
+    return every[places, torch.tensor(completion.token_ids, dtype=torch.int64)]
+
+
+def distance(
+    models: dict[int, Any],
+    prompt: Sequence[int],
+    completion: Completion,
+    temperature: float = 1.0,
+) -> float:
+    """The largest |difference| between a completion's logprobs and those of the weights it names.
+
+    Args:
+        models: The weights of each version.
+    """
+    worst = 0.0
+    for span in completion.versions:
+        said = torch.tensor(completion.logprobs[span.start : span.stop])
+        expected = logprobs_of(models[span.version], prompt, completion, temperature)
+        worst = max(worst, float((said - expected[span.start : span.stop]).abs().max()))
+    return worst
+
+
+@dataclass(frozen=True)
+class Harness:
+    """An engine under test: how one is opened with the weights of a model as version 0."""
+
+    name: str
+    opened: Callable[[Any], AbstractAsyncContextManager[Engine]]
+
+
+@asynccontextmanager
+async def embedded(of: Any) -> AsyncIterator[Engine]:
+    engine = TransformersEngine(deepcopy(of), max_cache_tokens=1 << 16)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def served(url: str, of: Any, **settings: Any) -> AbstractAsyncContextManager[SGLangEngine]:
+    """An engine over a server that runs already, with the weights of a model as version 0."""
+    return served_by((url,), of, **settings)
+
+
+@asynccontextmanager
+async def served_by(
+    urls: Sequence[str],
+    of: Any | None,
+    say: Callable[[str], None] = lambda _: None,
+    **settings: Any,
+) -> AsyncIterator[SGLangEngine]:
+    from tir_alp.engines.sglang import open_sglang
+
+    config = SGLangConfig.model_validate(
+        {"type": "sglang", "urls": urls, "device": "cpu", "dtype": "float32"} | settings
+    )
+    async with open_sglang(
+        config,
+        model_path=str(BASE),
+        vocab_size=VOCABULARY,
+        end_token_ids=frozenset({1}),
+        say=say,
+    ) as engine:
+        if of is not None:
+            await engine.load_weights(of.state_dict(), 0)
+        yield engine

@@ -1,0 +1,399 @@
+"""SGLang servers, real ones: weights, versions, and what is left when something breaks."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engines.faulty_proxy import proxy_of
+from tests.engines.harness import (
+    PROMPTS,
+    VOCABULARY,
+    distance,
+    logprobs_of,
+    model,
+    needs_sglang,
+    served,
+    served_by,
+)
+from tir_alp.config import SGLangConfig
+from tir_alp.engines.base import EngineFailed, Sampling
+from tir_alp.tiny import BASE
+from tir_alp.types import StopReason
+
+pytestmark = [needs_sglang, pytest.mark.timeout(900)]
+
+OLD, NEW = model(0), model(1)
+PROMPT = PROMPTS[0]
+PATIENCE = 600.0
+"""Seconds that a test may wait for a condition on a busy machine."""
+
+
+def run(work, timeout: float = PATIENCE):
+    return asyncio.run(asyncio.wait_for(work, timeout))
+
+
+async def until(condition) -> None:
+    while not condition():
+        await asyncio.sleep(0.05)
+
+
+def drifted(seed: int, versions: int):
+    """A model that takes a small step for each version, as training does."""
+    models = {0: model(seed)}
+    torch.manual_seed(seed)
+    for version in range(1, versions + 1):
+        models[version] = model(seed)
+        models[version].load_state_dict(models[version - 1].state_dict())
+        with torch.no_grad():
+            for parameter in models[version].parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    return models
+
+
+# ---------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("way", ["disk", "tensor", "distributed"])
+def test_after_five_updates_the_engine_is_the_trainer_to_float32(sglang_url, way, tmp_path):
+    """3,072 tokens at either temperature; each update is verified by the engine on its way."""
+    models = drifted(3, 5)
+
+    async def work():
+        settings = {"weights": way, "weights_folder": tmp_path, "max_running": 32}
+        async with served(sglang_url, models[0], **settings) as engine:
+            for version in range(1, 6):
+                await engine.load_weights(models[version].state_dict(), version)
+            return {
+                temperature: await asyncio.gather(
+                    *(
+                        engine.generate(
+                            PROMPTS[uid % 4],
+                            Sampling(max_tokens=96, temperature=temperature, sequence_uid=uid),
+                        )
+                        for uid in range(32)
+                    )
+                )
+                for temperature in (1.0, 0.7)
+            }
+
+    for temperature, completions in run(work()).items():
+        assert sum(len(each.token_ids) for each in completions) == 3072
+        for uid, completion in enumerate(completions):
+            assert completion.policy_version == 5
+            assert distance(models, PROMPTS[uid % 4], completion, temperature) < 1e-4
+    before = logprobs_of(models[4], PROMPTS[0], completions[0], 0.7)
+    assert before.sub(torch.tensor(completions[0].logprobs)).abs().max() > 1e-3
+
+
+def test_an_update_in_mid_generation_splits_completions_where_it_came(sglang_url):
+    models = {0: OLD, 1: NEW}
+    tokens: list[int] = []
+
+    def watch():
+        return lambda token_id: tokens.append(token_id) or False
+
+    async def work():
+        async with served(sglang_url, OLD) as engine:
+            sampling = Sampling(max_tokens=400, stop_matcher=watch)
+            running = asyncio.create_task(engine.generate(PROMPT, sampling))
+            await until(lambda: len(tokens) > 20)
+            await engine.load_weights(NEW.state_dict(), 1)
+            return await running
+
+    completion = run(work())
+    first, second = completion.version_spans
+    assert (first.version, second.version) == (completion.policy_version, 1) == (0, 1)
+    assert 20 < first.stop < 400 == second.stop
+    assert distance(models, PROMPT, completion) < 1e-4
+    wrong_way_round = {0: NEW, 1: OLD}
+    assert distance(wrong_way_round, PROMPT, completion) > 1e-2
+
+
+def test_a_server_with_other_weights_than_it_should_have_does_not_pass(sglang_url):
+    from tir_alp.engines.sglang_client import ServerFailed
+    from tir_alp.engines.sglang_weights import (
+        Probe,
+        WeightSnapshot,
+        snapshot_tensors,
+        verify_probe,
+        verify_tensors,
+    )
+
+    slightly = model(0)
+    with torch.no_grad():
+        slightly.model.layers[1].mlp.down_proj.weight[0, 0] += 1e-3
+    tensors = snapshot_tensors(slightly.state_dict(), torch.float32)
+    only = {"model.layers.1.mlp.down_proj.weight": tensors["model.layers.1.mlp.down_proj.weight"]}
+
+    async def work():
+        async with served(sglang_url, OLD) as engine:
+            client = engine._client(engine._servers[0])
+            with pytest.raises(ServerFailed, match=r"down_proj.weight' differs from the trainer's"):
+                await verify_tensors(client, WeightSnapshot(0, only, None))
+            whole = snapshot_tensors(OLD.state_dict(), torch.float32)
+            assert await verify_tensors(client, WeightSnapshot(0, whole, None))
+            said = await client.prompt_logprobs(PROMPTS[2])
+            close = WeightSnapshot(0, None, Probe(PROMPTS[2], tuple(said)))
+            assert await verify_probe(client, close, "float32") < 1e-5
+            far = WeightSnapshot(0, None, Probe(PROMPTS[2], tuple(each + 2e-3 for each in said)))
+            with pytest.raises(ServerFailed, match=r"are 0\.002 nats from the trainer's"):
+                await verify_probe(client, far, "float32")
+
+    run(work())
+
+
+def test_what_a_half_updated_server_samples_is_refused_until_it_is_whole(sglang_url):
+    said: list[str] = []
+
+    async def work():
+        async with (
+            proxy_of(sglang_url, path="/end_weight_update", fault="error", num_faults=0) as proxy,
+            served_by((proxy.url,), OLD, said.append, weights="tensor") as engine,
+        ):
+            running = asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=900)))
+            await until(lambda: engine.health()["running"] == 1)
+            proxy.num_faults = 1
+            await engine.load_weights(NEW.state_dict(), 1)
+            with pytest.raises(EngineFailed, match="was lost: its weights could not be updated"):
+                await running
+            return await engine.generate(PROMPT, Sampling(max_tokens=30))
+
+    completion = run(work())
+    assert completion.policy_version == 1
+    assert distance({1: NEW}, PROMPT, completion) < 1e-4
+    assert any("is back, with verified weights of 1" in line for line in said)
+
+
+def test_memory_is_released_and_weights_come_back(sglang_url):
+    async def work():
+        async with served(sglang_url, OLD) as engine:
+            async with engine.memory_released():
+                waiting = asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=9)))
+            await engine.load_weights(NEW.state_dict(), 1)
+            return await waiting
+
+    completion = run(work())
+    assert completion.policy_version == 1
+    assert distance({1: NEW}, PROMPT, completion) < 1e-4
+
+
+# ---------------------------------------------------------------------------------------- requests
+
+
+def test_a_token_out_of_the_vocabulary_is_refused_before_it_ends_the_server(sglang_url):
+    async def work():
+        async with served(sglang_url, OLD) as engine:
+            with pytest.raises(ValueError, match="not in the vocabulary: ids go from 0 to 261"):
+                await engine.generate((5, VOCABULARY), Sampling(max_tokens=5))
+            await engine.generate((5, VOCABULARY - 1), Sampling(max_tokens=5))
+
+    run(work())
+
+
+def test_a_wrong_key_is_told(sglang_url, monkeypatch):
+    monkeypatch.setenv("TIR_ALP_SGLANG_KEY", "wrong")
+
+    async def work():
+        async with served(sglang_url, OLD, start_timeout_s=3):
+            pass
+
+    with pytest.raises(ValueError, match="cannot start: there is no healthy SGLang server at http"):
+        run(work())
+
+
+def test_turns_of_a_sequence_and_samples_of_a_prompt_stay_on_one_server(sglang_url):
+    async def work():
+        async with (
+            proxy_of(sglang_url) as first,
+            proxy_of(sglang_url) as second,
+            served_by((first.url, second.url), None) as engine,
+        ):
+            homes = []
+            for uid, prompt in enumerate([PROMPTS[0]] * 3 + [PROMPTS[1]] * 3):
+                for turn in range(2):
+                    before = first.paths.count("/generate")
+                    sampling = Sampling(max_tokens=2, sequence_uid=uid)
+                    await engine.generate((*prompt, *[9] * turn), sampling)
+                    homes.append(first.paths.count("/generate") - before)
+            crowd = [
+                engine.generate(PROMPTS[2], Sampling(max_tokens=30, sequence_uid=uid))
+                for uid in range(100, 140)
+            ]
+            before = second.paths.count("/generate")
+            await asyncio.gather(*crowd)
+            return homes, second.paths.count("/generate") - before
+
+    homes, num_moved = run(work())
+    assert len({tuple(homes[index : index + 6]) for index in (0, 6)}) <= 2
+    assert all(len(set(homes[index : index + 6])) == 1 for index in (0, 6))
+    assert 8 <= num_moved <= 32  # a crowd is divided all the same
+
+
+# ------------------------------------------------------------------------------------------ faults
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("error", "answered 500: out of order"),
+        ("truncate", "broke off"),
+        ("drip", "sent no event within 4 s"),
+    ],
+)
+def test_a_request_that_fails_is_told_and_not_made_twice(sglang_url, fault, message):
+    async def work():
+        async with (
+            proxy_of(sglang_url, fault=fault, num_faults=0) as proxy,
+            served_by((proxy.url,), OLD, stall_timeout_s=60) as engine,
+        ):
+            engine._client(engine._servers[0])._stall_timeout_s = 4.0 if fault == "drip" else 60.0
+            proxy.num_faults = 1
+            before = proxy.paths.count("/generate")
+            with pytest.raises(EngineFailed, match=message):
+                await engine.generate(PROMPT, Sampling(max_tokens=30))
+            assert proxy.paths.count("/generate") == before + 1
+            engine._client(engine._servers[0])._stall_timeout_s = 60.0
+            return await engine.generate(PROMPT, Sampling(max_tokens=30))
+
+    assert run(work()).stop_reason is StopReason.LENGTH
+
+
+def test_a_request_that_was_not_taken_is_made_again(sglang_url):
+    async def work():
+        async with (
+            proxy_of(sglang_url, fault="refuse", num_faults=0) as proxy,
+            served_by((proxy.url,), OLD) as engine,
+        ):
+            proxy.num_faults = 2
+            return await engine.generate(PROMPT, Sampling(max_tokens=30))
+
+    assert len(run(work()).token_ids) == 30
+
+
+def test_a_server_that_fails_request_after_request_is_lost_and_verified_anew(sglang_url):
+    said: list[str] = []
+
+    async def work():
+        async with (
+            proxy_of(sglang_url, fault="error", num_faults=0) as proxy,
+            served_by((proxy.url,), OLD, said.append) as engine,
+        ):
+            proxy.num_faults = 3
+            attempts = [engine.generate(PROMPT, Sampling(max_tokens=30)) for _ in range(3)]
+            results = await asyncio.gather(*attempts, return_exceptions=True)
+            assert all(isinstance(result, EngineFailed) for result in results)
+            return await engine.generate(PROMPT, Sampling(max_tokens=30))
+
+    assert distance({0: OLD}, PROMPT, run(work())) < 1e-4
+    assert "3 requests failed in a row" in said[0] and "is back" in said[-1]
+
+
+def session_of(pid: int) -> list[int]:
+    """Processes of a session that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == pid and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weights():
+    from tir_alp.engines.sglang import open_sglang
+
+    said: list[str] = []
+    config = SGLangConfig(
+        type="sglang",
+        device="cpu",
+        dtype="float32",
+        max_cache_tokens=1 << 14,
+        stall_timeout_s=30,
+    )
+    served_first: list[int] = []
+
+    async def lose_by(engine, which: signal.Signals) -> int:
+        """End the server, or freeze it, while it samples; returns the old server's session."""
+        tokens: list[int] = []
+
+        def watch():
+            return lambda token_id: tokens.append(token_id) or False
+
+        process = engine._servers[0].process
+        old = process.pid
+        sampling = Sampling(max_tokens=900, stop_matcher=watch)
+        running = asyncio.create_task(engine.generate(PROMPT, sampling))
+        await until(lambda: len(tokens) > 2)
+        for pid in session_of(old) if which is signal.SIGSTOP else [old]:
+            os.kill(pid, which)
+        with pytest.raises(EngineFailed, match=r"was lost|sent no event|broke off"):
+            await running
+        completion = None
+        while completion is None:
+            with contextlib.suppress(EngineFailed):  # sent before the loss was noticed
+                completion = await engine.generate(PROMPT, Sampling(max_tokens=30))
+        assert completion.policy_version == 1
+        assert distance({1: NEW}, PROMPT, completion) < 1e-4
+        return old
+
+    async def work():
+        async with open_sglang(
+            config,
+            model_path=str(BASE),
+            vocab_size=VOCABULARY,
+            end_token_ids=frozenset({1}),
+            say=said.append,
+        ) as engine:
+            await engine.load_weights(NEW.state_dict(), 1)
+            for which in (signal.SIGKILL, signal.SIGSTOP):
+                served_first.append(await lose_by(engine, which))
+            served_first.append(engine._servers[0].process.pid)
+
+    run(work(), 850)
+    assert sum("is back, with verified weights of 1" in line for line in said) == 2
+    assert [session_of(pid) for pid in served_first] == [[], [], []]
+
+
+def test_nothing_of_a_server_outlives_whoever_started_it(tmp_path):
+    program = f"""
+        import asyncio, pathlib
+        from tir_alp.config import SGLangConfig
+        from tir_alp.engines import sglang
+        from tir_alp.engines.sglang_process import ServerProcess
+        async def main():
+            config = SGLangConfig(type="sglang", device="cpu", dtype="float32")
+            process = ServerProcess(
+                "server",
+                sglang.server_arguments(config, {str(BASE)!r}, 0, 0, 0),
+                sglang.server_environment(config, {str(BASE)!r}),
+                pathlib.Path({str(tmp_path)!r}) / "log", "key", print,
+            )
+            await process.start()
+            print(process.pid, flush=True)
+            await process.ended()
+        asyncio.run(main())
+    """
+    starter = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True
+    )
+    assert starter.stdout is not None
+    server = int(starter.stdout.readline())
+    deadline = time.monotonic() + PATIENCE
+    while len(session_of(server)) < 3:  # the scheduler is there as well
+        assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.2)
+    starter.kill()
+    starter.wait()
+    while session_of(server):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

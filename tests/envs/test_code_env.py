@@ -1,0 +1,161 @@
+"""Hidden tests stay hidden, whatever the function tries."""
+
+import gymnasium
+import pytest
+
+from tir_alp.envs.code_grading import Case, read_cases
+from tir_alp.envs.code_tasks import CodeTasks
+from tir_alp.envs.tasks import is_held_out
+
+pytestmark = pytest.mark.sandbox
+
+ID = "tir_alp.envs:PythonCode-v0"
+TASK = {
+    "question": "Write f(xs), the sum.",
+    "entry_point": "f",
+    "tests": [{"args": [[1, 2, 39]], "expected": 42}, {"args": [[]], "expected": 0}],
+    "answer": "def f(xs):\n    return sum(xs)\n",
+}
+
+
+@pytest.fixture(scope="module")
+def env():
+    sandbox = {"preload": [], "limits": {"wall_s": 3.0}}
+    env = gymnasium.make(ID, instruction="", sandbox=sandbox)
+    yield env
+    env.close()
+
+
+def submit(env, code, task=TASK):
+    env.reset(options={"task": task})
+    _, reward, terminated, truncated, info = env.step(f"```solution\n{code}\n```")
+    assert (terminated, truncated) == (True, False)
+    return reward, info["error"]
+
+
+def test_a_right_function_scores(env):
+    assert submit(env, "def f(xs):\n    return sum(xs)") == (1.0, "")
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("def f(xs):\n    return 42", "test 1 returned something else"),
+        ("def f(xs)", "the definition failed: SyntaxError: expected ':'"),
+        ("def g(xs):\n    return sum(xs)", "test 0 failed: NameError: name 'f' is not defined"),
+        ("def f(xs):\n    return str(sum(xs))", "test 0 returned something else"),
+        ("def f(xs):\n    raise SystemExit(0)", "test 0 failed"),
+        ("import os\nos._exit(0)", "the definition failed"),
+        ("def f(xs):\n    while True: pass", "test 0 failed"),
+        ("def f(xs):\n    print(42)", "test 0 returned something else"),
+    ],
+)
+def test_a_function_that_is_wrong_scores_nothing_and_it_is_said_why(env, code, error):
+    reward, said = submit(env, code)
+    assert reward == 0.0 and said.startswith(error)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "class E:\n    def __eq__(self, other): return True\n    def __hash__(self): return 0\n"
+        "def f(xs): return E()",
+        "import builtins\nbuiltins.sum = lambda xs: 42\nbuiltins.repr = lambda x: '42'\n"
+        "def f(xs): return None",
+        "import sys\nsys.displayhook = lambda x: print(42)\ndef f(xs): return 0",
+        "class Any(int):\n    def __repr__(self): return '4'+'2'\ndef f(xs): return Any(0)",
+    ],
+    ids=["equal to all", "patched builtins", "patched display", "a number of many faces"],
+)
+def test_a_function_cannot_talk_its_way_through(env, code):
+    assert submit(env, code)[0] == 0.0
+
+
+def test_what_is_expected_never_enters_the_sandbox(env):
+    secret = 918_273_645
+    task = TASK | {"tests": [{"args": [1], "expected": secret}]}
+    search = f"""
+import gc, sys
+def f(x):
+    seen = []
+    frame = sys._getframe()
+    while frame:
+        seen.append(repr(frame.f_locals))
+        seen.append(repr(frame.f_code.co_consts))
+        frame = frame.f_back
+    for each in gc.get_objects():
+        try:
+            seen.append(repr(each))
+        except BaseException:
+            pass
+    text = "".join(seen)
+    secret = {secret - 1} + x
+    return secret if str(secret) in text else 0
+"""
+    assert submit(env, search, task) == (0.0, "test 0 returned something else")
+
+
+def test_the_interpreter_of_the_tool_is_not_the_one_of_the_tests(env):
+    env.reset(options={"task": TASK})
+    assert env.step("```python\nhelper = sum\n```")[4]["outcome"] == "ok"
+    _, reward, *_, info = env.step("```solution\ndef f(xs):\n    return helper(xs)\n```")
+    assert reward == 0.0 and "NameError" in info["error"]
+
+
+def test_the_last_complete_solution_counts(env):
+    env.reset(options={"task": TASK})
+    good = f"```solution\n{TASK['answer']}```"
+    assert env.step(f"```solution\nnonsense(\n```\nno:\n{good}\n```solution\nunfinished")[1] == 1.0
+    env.reset(options={"task": TASK})
+    assert env.step("```solution\ndef f(xs): return sum(xs)")[4]["void"] is True
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        (None, "None"),
+        (0.1 + 0.2, "0.3"),
+        ((1, [2.0, {"a": {1, 2}}]), "(1, [2.0, {'a': {2, 1}}])"),
+        ("naïve 'π'", "\"naïve 'π'\""),
+        (True, "True"),
+    ],
+)
+def test_values_of_every_literal_kind_are_compared(env, value, written):
+    task = TASK | {"tests": [{"args": [], "expected": value}]}
+    assert submit(env, f"def f():\n    return {written}", task)[0] == 1.0
+    assert submit(env, "def f():\n    return 'else'", task)[0] == 0.0
+
+
+def test_a_list_is_no_tuple_and_one_is_not_true(env):
+    task = TASK | {"tests": [{"args": [], "expected": [1]}]}
+    assert submit(env, "def f():\n    return (1,)", task)[0] == 0.0
+    assert submit(env, "def f():\n    return [True]", task)[0] == 0.0
+
+
+def test_assertions_are_read_as_calls_and_what_they_expect():
+    assert read_cases(["assert f(1, b=[2]) == {'x': -3}"], "f") == [
+        Case((1,), {"x": -3}, {"b": [2]})
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tests", "message"),
+    [
+        ([], "'tests' must be a list that is not empty"),
+        ("assert f() == 1", "'tests' must be a list"),
+        (["assert g() == 1"], r"test 0 is not of the form `assert f\(...\)"),
+        (["assert f() == open('x')"], "test 0 is not of the form"),
+        ([{"args": [1]}], "test 0 must have 'args' and 'expected'"),
+        ([{"args": [], "expected": float("nan")}], "test 0 holds more than Python literals"),
+    ],
+)
+def test_tests_that_are_none_are_refused_when_the_episode_begins(env, tests, message):
+    with pytest.raises(ValueError, match=message):
+        env.reset(options={"task": TASK | {"tests": tests}})
+
+
+def test_generated_tasks_follow_from_their_index_and_keep_to_their_split():
+    assert CodeTasks(0, 9)[4] == CodeTasks(0, 9)[4] != CodeTasks(0, 9)[5]
+    train = [CodeTasks(0, 60, "train")[index]["question"] for index in range(60)]
+    assert not any(map(is_held_out, train))
+    assert is_held_out(CodeTasks(0, 9, "held_out")[3]["question"])

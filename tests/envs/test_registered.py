@@ -1,0 +1,125 @@
+"""What holds for every environment that we register."""
+
+import warnings
+
+import gymnasium
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import tir_alp.envs  # registers them
+
+IDS = sorted(
+    id
+    for id, spec in gymnasium.registry.items()
+    if str(spec.entry_point).startswith("tir_alp.envs.")
+)
+BARE = {"sandbox": {"preload": []}}
+
+
+def settings(id):
+    return {} if id == "SingleTurnMath-v0" else BARE
+
+
+def comparable(info):
+    return {key: value for key, value in info.items() if not key.endswith("tool_s")}
+
+
+def test_there_are_five():
+    assert IDS == [
+        "MultiTool-v0",
+        "PythonCode-v0",
+        "PythonMath-v0",
+        "ReasoningGym-v0",
+        "SingleTurnMath-v0",
+    ]
+    assert tir_alp.envs.__doc__
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_gymnasiums_checker_has_nothing_to_say(id):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env = gymnasium.make(id, **settings(id))
+        check_env(env.unwrapped, skip_render_check=True)
+        env.close()
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_gold_answers_score_one_and_wrong_ones_nothing(id):
+    env = gymnasium.make(id, **settings(id))
+    for seed in range(3):
+        _, info = env.reset(seed=seed)
+        _, reward, terminated, truncated, step = env.step(
+            env.unwrapped.gold_action(info["task"])  # type: ignore[attr-defined]
+        )
+        assert (reward, terminated, truncated, step["correct"]) == (1.0, True, False, True)
+        _, info = env.reset(seed=seed)
+        _, reward, terminated, truncated, step = env.step(
+            env.unwrapped.wrong_action(info["task"])  # type: ignore[attr-defined]
+        )
+        assert (reward, terminated, truncated) == (0.0, True, False)
+        assert step["correct"] is not True
+    env.close()
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_the_split_of_a_draw_can_be_chosen(id):
+    env = gymnasium.make(id, **settings(id), tasks=[{"question": f"q{n}"} | OWN for n in range(99)])
+    prompts = {
+        split: {env.reset(seed=seed, options={"split": split})[0] for seed in range(40)}
+        for split in ("train", "held_out")
+    }
+    assert len(prompts["train"]) > len(prompts["held_out"]) > 1
+    assert not prompts["train"] & prompts["held_out"]
+
+
+OWN = {
+    "answer": "1",
+    "dataset": "gcd",
+    "metadata": {},
+    "entry_point": "f",
+    "tests": [{"args": [], "expected": 1}],
+}
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_vector_and_single_agree_step_by_step(id):
+    seeds = [3, 4]
+    actions = [
+        ["```python\nprint(6*7)\n```", r"\boxed{1}"],
+        ['<tool_call>{"name": "calculator", "arguments": {"expression": "6*7"}}</tool_call>', ""],
+        ["<answer>2</answer>", r"\boxed{2}"],
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vector = gymnasium.make_vec(
+            id, num_envs=2, vectorization_mode="sync", vector_kwargs=NO_RESET, **settings(id)
+        )
+        singles = [gymnasium.make(id, **settings(id)) for _ in seeds]
+        observations, infos = vector.reset(seed=seeds)
+        single = [env.reset(seed=seed) for env, seed in zip(singles, seeds, strict=True)]
+        assert list(observations) == [each[0] for each in single]
+        assert [infos["task"]["question"][i] for i in (0, 1)] == [
+            each[1]["task"]["question"] for each in single
+        ]
+        for step in actions:
+            observations, rewards, terminated, truncated, infos = vector.step(tuple(step))
+            alone = [env.step(action) for env, action in zip(singles, step, strict=True)]
+            for index, (observation, reward, ended, cut, info) in enumerate(alone):
+                assert observations[index] == observation
+                assert (rewards[index], terminated[index], truncated[index]) == (reward, ended, cut)
+                for key in ("outcome", "tool_calls", "void", "answer", "correct", "error"):
+                    # A vector's arrays of bools have no None.
+                    assert infos[key][index] == info[key] or info[key] is None
+            over = terminated | truncated
+            if over.any():
+                observations, infos = vector.reset(seed=seeds, options={"reset_mask": over})
+                for index, env in enumerate(singles):
+                    if over[index]:
+                        assert observations[index] == env.reset(seed=seeds[index])[0]
+        vector.close()
+        for env in singles:
+            env.close()
+
+
+NO_RESET = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}

@@ -1,0 +1,168 @@
+"""Adversarial texts for everything that reads what a model wrote.
+
+`python -m tests.fuzz.parsers --texts 100000` is the long run; a test makes a short one. hypothesis
+writes the texts: grammars of fences, calls, boxes and tags, cut anywhere, doubled and nested, in
+CRLF and half surrogate pairs; each then also with one of its pieces repeated up to a megabyte.
+
+What must hold for each: nothing raises, nothing takes long, nothing scores that holds no answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.envs.test_tool_env import TASKS, Quiz
+from tir_alp.envs.parsing import boxed_answer, extract_boxed, parse_action
+from tir_alp.envs.reasoning_gym_env import _tagged, is_program
+from tir_alp.tools.calculator import evaluate
+from tir_alp.tools.calls import (
+    CALL_FORMATS,
+    CallMarks,
+    canonical,
+    find_call,
+    has_call,
+    read_call,
+)
+
+SLOWEST_S = 20.0
+"""No parse may take longer, on however busy a machine; a quadratic one takes minutes."""
+
+_PIECES = (
+    *("```", "```py\n", "```python\n", "```python\r\n", "```solution\n", "`", "``", "\n", "\r\n"),
+    *("\\boxed{", "\\boxed {", "\\fbox{", "{", "}", "\\{", "\\}", "\\\\", "\\", "$", " ", "x", "7"),
+    *("<tool_call>", "</tool_call>", "<tool_call", "</tool", "[TOOL_CALLS]", "<answer>"),
+    *(
+        "</answer>",
+        '{"name": "python", "arguments": {"code": "print(1)"}}',
+        '{"name": 1}',
+        "[",
+        "]",
+    ),
+    *(
+        '"',
+        "'",
+        ":",
+        ",",
+        "null",
+        "NaN",
+        "1e999",
+        '"\\ud800"',
+        "\ud800",
+        "\udfff",
+        "\x00",
+        "π",
+        "💡",
+    ),
+    *("(", ")", "**", "/", "-", "__import__('os')", "#", "<think>", "</think>", "<|im_end|>"),
+)
+_MARKS = (
+    CallMarks(),
+    CallMarks("[TOOL_CALLS]", "", in_list=True),
+    CallMarks("", "", arguments_key="parameters"),
+)
+_texts = st.one_of(
+    st.lists(st.sampled_from(_PIECES), max_size=40).map("".join),
+    st.text(max_size=60),
+    st.tuples(
+        st.lists(st.sampled_from(_PIECES), max_size=8).map("".join),
+        st.text(max_size=20),
+        st.lists(st.sampled_from(_PIECES), max_size=8).map("".join),
+    ).map("".join),
+)
+
+
+def read(text: str, seen: Counter[str]) -> None:
+    """Give a text to every parser, and see what holds of all of them."""
+    for call_format in CALL_FORMATS:
+        action = parse_action(text, call_format)
+        seen[type(action).__name__] += 1
+        call = find_call(text, call_format)
+        assert has_call(text, call_format) == (call is not None)
+        if call is not None:
+            assert action == call
+        else:
+            answer = boxed_answer(text, call_format)
+            assert (answer is None) == (action is None)
+            assert answer is None or ("\\boxed" in text and answer in text)
+    extract_boxed(text)
+    read_call(text)
+    for marks in _MARKS:
+        canonical(text, marks)
+        if has_call(text, "tool_call", marks):
+            # What generation stops at is a call to the environment too, if a bad one.
+            assert find_call(canonical(text, marks), "tool_call") is not None
+    tagged = _tagged(text)
+    assert tagged is None or ("<answer>" in text and tagged in text)
+    is_program(text)
+    try:
+        evaluate(text)
+    except (ValueError, ZeroDivisionError):
+        seen["not arithmetic"] += 1
+
+
+def play(text: str) -> None:
+    """Give a text to an environment: it scores if it has the answer in a box, and not else."""
+    for call_format in CALL_FORMATS:
+        env = Quiz(tools=[], tasks=TASKS, max_turns=3, call_format=call_format)
+        env.reset(options={"task": {"question": "q", "answer": "7"}})
+        _, reward, terminated, truncated, info = env.step(text)
+        assert not (terminated and truncated)
+        right = info["answer"] is not None and info["answer"] == "7"
+        assert reward == float(right)
+        assert not right or boxed_answer(text, call_format) == "7"
+
+
+def fuzz(num_texts: int, num_megabytes: int) -> Counter[str]:
+    """Read so many texts, and some of a megabyte.
+
+    Raises:
+        AssertionError: Something does not hold; hypothesis says for which text.
+    """
+    seen: Counter[str] = Counter()
+    how: Any = {"deadline": None, "database": None, "derandomize": False}
+    how |= {"suppress_health_check": list(HealthCheck)}
+    how |= {"phases": (Phase.generate, Phase.shrink)}
+
+    @settings(max_examples=num_texts, **how)
+    @given(_texts)
+    def short(text: str) -> None:
+        seen["texts"] += 1
+        read(text, seen)
+        play(text)
+
+    @settings(max_examples=num_megabytes, **how)
+    @given(st.lists(st.sampled_from(_PIECES), min_size=1, max_size=3).map("".join), _texts)
+    def long(piece: str, text: str) -> None:
+        seen["megabytes"] += 1
+        began = time.monotonic()
+        read(text + piece * (1_000_000 // len(piece)) + text, seen)
+        assert time.monotonic() - began < SLOWEST_S * len(CALL_FORMATS)
+
+    short()
+    long()
+    return seen
+
+
+def main() -> int:
+    """Run it, and print how often each thing was seen."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--texts", type=int, default=100_000)
+    parser.add_argument("--megabytes", type=int, default=100)
+    options = parser.parse_args()
+    began = time.monotonic()
+    seen = fuzz(options.texts, options.megabytes)
+    for name, count in seen.most_common():
+        print(f"{count:10d} {name}")
+    print(f"{time.monotonic() - began:.0f} s")
+    return 0 if seen["texts"] >= options.texts else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

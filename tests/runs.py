@@ -1,0 +1,36 @@
+"""Runs that tests make, and what has to hold for every one of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+from tir_alp.assembly import open_run
+from tir_alp.audit import audit_run
+from tir_alp.config import Config
+from tir_alp.train import train
+
+
+def train_with(folder: Path, config: Config) -> Path:
+    """Train in this process, below a folder, without a report; returns the folder of the run."""
+
+    async def main() -> Path:
+        async with open_run(config) as run:
+            await train(run)
+            return run.folder.path.resolve()
+
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        return asyncio.run(main())
+    finally:
+        os.chdir(before)
+
+
+def assert_honest(run: Path) -> None:
+    """Every token of a run is accounted for."""
+    findings = audit_run(run)
+    assert not findings.drifts, "\n".join(map(str, findings.drifts[:10]))
+    checked = findings.totals()
+    assert checked["trajectories"][0] and checked["tokens in the loss"][0], checked

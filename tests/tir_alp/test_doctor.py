@@ -1,0 +1,321 @@
+"""The doctor: a real engine holds its contract; each way to break it is refused, with why."""
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tir_alp.config import (
+    Config,
+    Section,
+    TrainerConfig,
+    TransformersConfig,
+    load_config,
+    read_toml,
+)
+from tir_alp.data import Task
+from tir_alp.doctor import Finding, Refused, demand, examine_engine
+from tir_alp.doctor.config_keys import unread_keys
+from tir_alp.doctor.conversation import check_fence, check_template, check_tokenizer
+from tir_alp.doctor.engine import forward_logprobs
+from tir_alp.doctor.machine import check_disk, check_memory, memory_needed, shape_of
+from tir_alp.doctor.sandbox import check_sandbox
+from tir_alp.engines.base import Completion, Sampling
+from tir_alp.engines.transformers import TransformersEngine
+from tir_alp.environments import make_environment
+from tir_alp.policy import load_policy, load_tokenizer
+from tir_alp.renderer import Renderer
+from tir_alp.tiny import ABLE, TRAIN_CONFIG
+from tir_alp.types import StopReason
+
+PACKAGE = Path(__file__).parents[2] / "tir_alp"
+TASK = Task("task", question="What is 6*7?", answer="42")
+
+
+def config(*words: str) -> Config:
+    return load_config(words, read_toml(TRAIN_CONFIG))
+
+
+# ------------------------------------------------------------------------------------ the engine
+
+
+def examined(
+    kind: type[TransformersEngine] = TransformersEngine, *words: str
+) -> dict[str, Finding]:
+    """What the doctor finds with an engine of some kind, by check."""
+
+    async def main() -> list[Finding]:
+        settings = config(*words)
+        assert isinstance(settings.engine, TransformersConfig)
+        tokenizer, model = load_tokenizer(str(ABLE)), load_policy(str(ABLE))
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        engine = kind(
+            load_policy(str(ABLE)),
+            max_cache_tokens=4096,
+            precision=settings.engine.precision,
+            logit_noise=settings.engine.logit_noise,
+        )
+        try:
+            findings = await examine_engine(
+                *(settings, engine, model, model.state_dict, 0),
+                *(tokenizer, Renderer(tokenizer), [TASK.question, "What is 11*12-100?"]),
+            )
+        finally:
+            await engine.close()
+        assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+        return findings
+
+    return {finding.check: finding for finding in asyncio.run(main())}
+
+
+def failed(findings: Mapping[str, Finding]) -> set[str]:
+    return {name for name, finding in findings.items() if not finding.holds}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--rollout.temperature", "0.6"),
+        ("--engine.precision", "bfloat16"),
+        ("--engine.precision", "int8"),
+        ("--engine.precision", "fp8"),
+        ("--engine.logit_noise", "0.1"),
+    ],
+    ids=" ".join,
+)
+def test_the_embedded_engine_holds_its_contract(words):
+    assert failed(examined(TransformersEngine, *words)) == set()
+
+
+class Judged(TransformersEngine):
+    """Reports the logprobs of another distribution than the one that it samples from."""
+
+    def judged_at(self, sampling: Sampling) -> tuple[float, float]:
+        raise NotImplementedError
+
+    async def generate(self, token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
+        completion = await super().generate(token_ids, sampling)
+        if sampling.temperature == 0:
+            return completion
+        judged = forward_logprobs(
+            self._model, token_ids, completion.token_ids, *self.judged_at(sampling)
+        )
+        return replace(completion, logprobs=tuple(judged.tolist()))
+
+
+class Raw(Judged):
+    def judged_at(self, sampling: Sampling) -> tuple[float, float]:
+        return 1.0, 1.0
+
+
+class NotTruncated(Judged):
+    def judged_at(self, sampling: Sampling) -> tuple[float, float]:
+        return sampling.temperature, 1.0
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_raw_instead_of_tempered_logprobs(precision):
+    words = ("--engine.precision", precision, "--rollout.temperature", "0.6")
+    found = examined(Raw, *words)
+    assert "logprobs" in failed(found)
+    assert "raw, at temperature 1 and not truncated" in found["logprobs"].fix
+
+
+def test_logprobs_that_are_not_truncated():
+    found = examined(NotTruncated)
+    assert failed(found) == {"logprobs"}
+    assert "not truncated to top_p" in found["logprobs"].fix
+
+
+class Deaf(TransformersEngine):
+    """Counts versions, and keeps its weights."""
+
+    def _copy_weights(self, source: Mapping[str, Tensor]) -> None:
+        self._cache.clear()
+
+
+class HalfDeaf(TransformersEngine):
+    """Takes all tensors but those of one layer."""
+
+    def _copy_weights(self, source: Mapping[str, Tensor]) -> None:
+        own = self._model.state_dict()
+        super()._copy_weights(
+            {name: own[name] if ".layers.1." in name else new for name, new in source.items()}
+        )
+
+
+class Uncounted(TransformersEngine):
+    async def load_weights(self, source: Any, version: int) -> None:
+        await super().load_weights(source, version=0)
+
+
+@pytest.mark.parametrize("kind", [Deaf, HalfDeaf, Uncounted])
+def test_a_stale_engine_after_a_sync(kind):
+    found = examined(kind)
+    assert failed(found) == {"sync"}
+    assert "goes on with old weights" in found["sync"].fix
+
+
+def test_a_stale_engine_in_few_bits():
+    assert failed(examined(Deaf, "--engine.precision", "bfloat16")) == {"sync"}
+
+
+class Talkative(TransformersEngine):
+    """Does not know a rule to stop by."""
+
+    async def generate(self, token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
+        return await super().generate(token_ids, replace(sampling, stop_matcher=None))
+
+
+class Endless(TransformersEngine):
+    """Cuts the end token off."""
+
+    async def generate(self, token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
+        completion = await super().generate(token_ids, sampling)
+        if completion.stop_reason is not StopReason.EOS:
+            return completion
+        ids, logprobs = completion.token_ids[:-1], completion.logprobs[:-1]
+        return replace(completion, token_ids=ids, logprobs=logprobs)
+
+
+def test_an_engine_that_goes_on_behind_the_rule():
+    found = examined(Talkative)
+    assert failed(found) == {"stop"}
+    assert "the rule holds at the third token" in found["stop"].figure
+
+
+def test_an_engine_that_drops_the_end_token():
+    assert {"ids", "stop"} <= failed(examined(Endless))
+
+
+# ------------------------------------------------------------------- template, tokenizer, fence
+
+FORGETFUL = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_template_that_drops_thinking():
+    tokenizer = load_tokenizer(str(ABLE))
+    assert check_template(tokenizer, "").holds
+    assert check_template(tokenizer, "You compute.").holds
+    tokenizer.chat_template = FORGETFUL
+    found = check_template(tokenizer, "")
+    assert not found.holds
+    assert "after turn 0, '<think>" in found.figure
+    assert "thoughts" in found.fix
+
+
+def test_the_fence_stops_where_a_block_is_whole():
+    tokenizer = load_tokenizer(str(ABLE))
+    assert check_fence(tokenizer, Renderer(tokenizer)).holds
+
+
+def test_a_tokenizer_of_another_model():
+    tokenizer, model = load_tokenizer(str(ABLE)), load_policy(str(ABLE))
+    renderer = Renderer(tokenizer)
+    assert check_tokenizer(tokenizer, renderer, model, 1024).holds
+    assert "1024 positions" in check_tokenizer(tokenizer, renderer, model, 1025).figure
+    model.config.eos_token_id = model.generation_config.eos_token_id = 7
+    assert "the model ends with [7]" in check_tokenizer(tokenizer, renderer, model, 9).figure
+    tokenizer.add_tokens(["<|new|>"])
+    assert "no row among" in check_tokenizer(tokenizer, renderer, model, 9).figure
+
+
+# ---------------------------------------------------------------------------------- config keys
+
+
+class WiderTrainer(TrainerConfig):
+    every: int = 0
+    """`every` is read of two other sections."""
+
+
+class New(Section):
+    read: int = 0
+    unread: int = 0
+
+
+class Wider(Config):
+    trainer: TrainerConfig = WiderTrainer()
+    new: New = New()
+
+
+Wider.model_fields["trainer"].annotation = WiderTrainer
+
+
+def test_every_key_of_the_config_is_read():
+    assert unread_keys(Config, PACKAGE) == []
+
+
+def test_an_unused_config_key_is_named(tmp_path):
+    for file in PACKAGE.glob("*.py"):
+        (tmp_path / file.name).write_text(file.read_text())
+    (tmp_path / "user.py").write_text("def use(config: Wider):\n    return config.new.read\n")
+    unread = set(unread_keys(Wider, tmp_path)) - set(unread_keys(Config, tmp_path))
+    assert unread == {"new.unread", "trainer.every"}
+
+
+# ------------------------------------------------------------------------------ machine, sandbox
+
+
+def test_memory_and_disk_are_held_against_what_there_is(tmp_path):
+    settings, shape = config(), shape_of(str(ABLE))
+    needed = memory_needed(settings, shape)
+    assert shape.num_parameters == sum(p.numel() for p in load_policy(str(ABLE)).parameters())
+    assert needed["weights, gradients, optimizer"] == 16 * shape.num_parameters
+    assert needed["cache"] == 4 * 128 * 256 * shape.cache_width * shape.num_layers
+    total = sum(needed.values())
+    assert check_memory(needed, total).holds
+    assert not check_memory(needed, total - 1).holds
+    assert check_disk(settings, shape, tmp_path / "runs").holds
+    huge = replace(shape, num_parameters=10**15)
+    assert "lower checkpoint.keep" in check_disk(settings, huge, tmp_path / "runs").fix
+    assert not check_disk(settings, huge, tmp_path / "runs").holds
+
+
+def sandboxed(backend: str) -> Finding:
+    sandbox = f'{{"sandbox": {{"backend": "{backend}", "preload": []}}}}'
+    with closing(make_environment(config("--env.kwargs", sandbox))) as env:
+        return check_sandbox(env, TASK)
+
+
+def test_a_sandbox_that_holds():
+    found = sandboxed("auto")
+    assert found.holds, found
+    assert found.figure == "4 ways out tried, none works"
+
+
+def test_a_sandbox_weakened_on_purpose(capfd):
+    found = sandboxed("unsafe")
+    assert not found.holds
+    for way in ("a file of the host", "to write", "the network", "other programs"):
+        assert way in found.figure
+
+
+# ------------------------------------------------------------------------------------- verdicts
+
+
+def test_what_fails_stops_the_run_unless_it_is_named():
+    findings = [
+        Finding("disk", False, "12 GB", "free some"),
+        Finding("sync", False, "0.3", "copy all"),
+        Finding("ids", True, "7"),
+    ]
+    with pytest.raises(Refused, match=r"(?s)disk: 12 GB\n  fix: free some.*ignore disk,sync"):
+        demand(findings, [])
+    with pytest.raises(Refused, match=r"(?s)sync: 0.3"):
+        demand(findings, ["disk"])
+    assert demand(findings, ["disk", "sync"]) == [
+        "ignored by doctor.ignore: disk: 12 GB",
+        "ignored by doctor.ignore: sync: 0.3",
+    ]

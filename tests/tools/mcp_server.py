@@ -1,0 +1,79 @@
+"""A server for the tests of `tir_alp.tools.mcp`, which does what a good one should not.
+
+Run it as `python mcp_server.py` for stdio, or with a port for HTTP.
+"""
+
+import os
+import subprocess
+import sys
+import time
+
+import anyio
+from mcp.server.mcpserver import Context, MCPServer
+from mcp.types import ImageContent
+
+server = MCPServer("naughty", log_level="ERROR")
+calls = 0
+
+
+@server.tool()
+def count() -> str:
+    """The number of calls of this tool so far."""
+    global calls
+    calls += 1
+    return str(calls)
+
+
+@server.tool()
+async def sleep(seconds: float) -> str:
+    """Answers after a while."""
+    await anyio.sleep(seconds)
+    return "slept"
+
+
+@server.tool()
+async def freeze() -> str:
+    """Answers nobody any more, whoever asks; a process that it started stays behind."""
+    subprocess.Popen(["sleep", "1000"], stdin=subprocess.DEVNULL)
+    time.sleep(1000)  # of the loop itself
+    return ""
+
+
+@server.tool()
+def die() -> str:
+    """Ends the server in the middle of the call, in words for people."""
+    print("out of luck", file=sys.stderr, flush=True)
+    os._exit(3)
+
+
+@server.tool()
+def environment() -> str:
+    """Names of the server's environment variables."""
+    return " ".join(sorted(os.environ))
+
+
+@server.tool()
+def flood(characters: int) -> str:
+    """A long answer."""
+    return "<" + "x" * (characters - 2) + ">"
+
+
+@server.tool()
+def picture() -> list:
+    """Text and an image."""
+    return ["look:", ImageContent(type="image", data="AAAA", mime_type="image/png")]
+
+
+@server.tool()
+def header(name: str, context: Context) -> str:
+    """What the request says about itself."""
+    request = context.request_context.request
+    assert request is not None
+    return request.headers.get(name, "")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        server.run("streamable-http", host="127.0.0.1", port=int(sys.argv[1]))
+    else:
+        server.run("stdio")

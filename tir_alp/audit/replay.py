@@ -1,0 +1,52 @@
+"""Plays recorded episodes again, with recorded tool results in the place of tools."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import gymnasium
+
+from tir_alp.audit.trajectory import Answer, Replayed
+from tir_alp.data import Task
+from tir_alp.renderer import Renderer
+from tir_alp.tools.outcome import Outcome
+from tir_alp.types import Trajectory, Turn
+
+
+def replay(
+    env: gymnasium.Env[str, str], task: Task, trajectory: Trajectory, renderer: Renderer
+) -> Replayed:
+    """Reset an environment to the task and take the recorded actions.
+
+    An environment that does not know the option `tool_results` runs its tools; see
+    `tir_alp.envs.tool_env.ToolEnv.reset`.
+    """
+    options = task.to_options() | {"tool_results": [_tool_result(t) for t in trajectory.turns]}
+    prompt, _ = env.reset(seed=task.seed, options=options)
+    answers: list[Answer] = []
+    for turn in trajectory.turns:
+        try:
+            answer = env.step(renderer.action(turn.completion.token_ids))
+        except Exception as error:  # of any environment; it is told, and the audit goes on
+            return Replayed(prompt, answers, f"the environment raised {error!r}")
+        text, reward, terminated, truncated, info = answer
+        outcome = Outcome(info.get("outcome", Outcome.OK))
+        if outcome.is_infrastructure:
+            return Replayed(prompt, answers, f"cannot be played again: {info.get('error')}")
+        info = json.loads(json.dumps(info))
+        answers.append(Answer(text, float(reward), bool(terminated), bool(truncated), info))
+        if terminated or truncated:
+            break
+    return Replayed(prompt, answers)
+
+
+def _tool_result(turn: Turn) -> dict[str, Any] | None:
+    if not turn.info.get("tool_calls"):
+        return None
+    return {
+        "outcome": turn.info.get("outcome", Outcome.OK),
+        "text": turn.info.get("observation", ""),
+        "duration_s": turn.info.get("tool_s", 0.0),
+        "error": turn.info.get("error", ""),
+    }

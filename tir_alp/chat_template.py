@@ -1,0 +1,236 @@
+"""What a tokenizer's chat template puts around messages, found out by asking it. Text, no tokens.
+
+A template is asked with stand-ins for contents, once, at start-up. From then on a conversation is
+only appended to. That is right for a template that, too, only appends; `check_prefix_stability`
+says what another one rewrites.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from jinja2 import TemplateError
+
+from tir_alp.tools.calls import HERMES, CallMarks
+
+# Stand-ins. The quote and the line end in the tool's show whether it is written as JSON.
+_USER, _ASSISTANT, _TOOL = "\u2068user\u2069", "\u2068assistant\u2069", '\u2068tool"\n\u2069'
+_NAME, _KEY, _VALUE = "probe_tool", "probe_key", "probe_value"
+_ID = "call00000"  # Mistral's templates want nine letters or digits
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a template puts before and behind a content."""
+
+    before: str
+    after: str
+    as_json: bool = False
+    """Whether the content is written as the inside of a JSON string."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """The chat template of a tokenizer, with what every conversation begins with.
+
+    Args:
+        tokenizer: Of Hugging Face, with a template that knows the role `tool`.
+        system: System prompt; empty for none.
+        tools: JSON schemas of functions, as `tools` of `apply_chat_template`; empty for none.
+    """
+
+    tokenizer: Any
+    system: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    def render(self, messages: Sequence[Message], *, generation: bool = False) -> str:
+        """Render a conversation. Raises ValueError in the words of a template that refuses it."""
+        opening = [{"role": "system", "content": self.system}] if self.system else []
+        try:
+            return self.tokenizer.apply_chat_template(
+                [*opening, *messages],
+                tools=list(self.tools) or None,
+                tokenize=False,
+                add_generation_prompt=generation,
+            )
+        except (TemplateError, TypeError) as error:
+            name = self.tokenizer.name_or_path
+            raise ValueError(f"the chat template of {name!r} refuses a message: {error}") from error
+
+    def prompt_frame(self) -> Frame:
+        """What stands around a task, up to where the first completion starts."""
+        return self._frame([_user()], _USER)
+
+    def observation_frame(self, marks: CallMarks | None = None) -> Frame:
+        """What stands around a tool's output, between two completions.
+
+        Args:
+            marks: Of native calls; None where calls are ordinary text.
+        """
+        if not self.tools or marks is None:
+            messages = [_user(), {"role": "assistant", "content": _ASSISTANT}, _tool(_TOOL)]
+            return self._frame(messages, _TOOL, behind=_ASSISTANT)
+        called = self.call()
+        text = self.render([_user(), called, _tool(_TOOL)], generation=True)
+        _, end, _ = _find_json(text, _NAME)
+        closing = text.find(marks.closing, end) + len(marks.closing)
+        if marks.in_list and not marks.closing:
+            closing = text.find("]", end) + 1
+        return self._frame([_user(), called, _tool(_TOOL)], _TOOL, start=max(end, closing))
+
+    def call_marks(self) -> CallMarks:
+        """How the template writes a call of a tool.
+
+        Raises:
+            ValueError: It takes no tools, or writes calls in a form that is not JSON.
+        """
+        name = self.tokenizer.name_or_path
+        if not self.tools:
+            return HERMES
+        if self.render([_user()]) == ChatTemplate(self.tokenizer, self.system).render([_user()]):
+            raise ValueError(
+                f"the chat template of {name!r} does not tell the model its tools; use one that "
+                "does, or let the environment do so: env.kwargs.tools_in_prompt = true"
+            )
+        plain = self.render([_user(), {"role": "assistant", "content": _ASSISTANT}])
+        head, _, end_of_turn = plain.partition(_ASSISTANT)
+        text = self.render([_user(), self.call()])
+        same = next((i for i, (a, b) in enumerate(zip(head, text, strict=False)) if a != b), None)
+        said = text[len(head) if same is None else same :].removesuffix(end_of_turn)
+        start, end, call = _find_json(said, _NAME)
+        if not call:
+            raise ValueError(
+                f"the chat template of {name!r} writes a call as {said[:200]!r}, which is not "
+                'JSON; use another template, or calls in fences: env.kwargs.call_format = "fenced"'
+            )
+        opening, closing = said[:start].strip(), said[end:].strip()
+        in_list = opening.endswith("[") and closing.startswith("]")
+        return CallMarks(
+            opening=opening[:-1].strip() if in_list else opening,
+            closing=closing[1:].strip() if in_list else closing,
+            name_key=next(key for key, value in call.items() if value == _NAME),
+            arguments_key=next(key for key, value in call.items() if _VALUE in json.dumps(value)),
+            in_list=in_list,
+        )
+
+    def call(self, words: str = "") -> Message:
+        """A message that calls a tool, with arguments as this template wants them."""
+        arguments: dict[str, str] = {_KEY: _VALUE}
+        try:
+            self.render([_user(), _call(words, arguments)])
+        except ValueError:
+            return _call(words, json.dumps(arguments))
+        return _call(words, arguments)
+
+    def _frame(
+        self, messages: Sequence[Message], content: str, *, behind: str = "", start: int = 0
+    ) -> Frame:
+        text = self.render(messages, generation=True)
+        written, as_json = content, False
+        if content not in text:
+            written, as_json = json.dumps(content, ensure_ascii=False)[1:-1], True
+        if text.count(written) != 1 or behind not in text:
+            role = messages[-1]["role"]
+            raise ValueError(
+                f"the chat template of {self.tokenizer.name_or_path!r} does not keep the content "
+                f"of a {role!r} message as it is; use a template that does"
+            )
+        if behind:
+            start = text.index(behind) + len(behind)
+        before, after = text[start:].split(written)
+        return Frame(before, after, as_json)
+
+
+def check_prefix_stability(
+    tokenizer: Any, *, system: str = "", tools: Sequence[Mapping[str, Any]] = ()
+) -> tuple[str, ...]:
+    """Find out whether a chat template only appends as a conversation grows. Pure.
+
+    The probe is an episode of two calls with thinking before each and an answer behind them. What
+    an episode is trained on is the text as it was sampled, thinking included. A template that drops
+    or changes some of it would show the deployed model something else. `Renderer` calls this when
+    it is made, and so should whatever checks a set-up before a run.
+
+    Args:
+        tokenizer: Of Hugging Face, with a chat template.
+        system: System prompt; empty for none.
+        tools: JSON schemas of functions, if calls are the template's own.
+
+    Returns:
+        A sentence for each thing that the template rewrites; none for one that only appends.
+    """
+    template = ChatTemplate(tokenizer, system, tuple(tools))
+    thoughts = [f"\u2068thought {turn}\u2069" for turn in range(3)]
+    said = [f"<think>\n{each}\n</think>\n\n\u2068words\u2069" for each in thoughts]
+    turns: list[Message] = [{"role": "assistant", "content": each} for each in said]
+    try:
+        if tools and template.call_marks().opening:
+            turns[:2] = [template.call(each) for each in said[:2]]
+        elif tools:  # in this form a message that is a call is nothing else
+            turns[:2], thoughts = [template.call(), template.call()], thoughts[2:]
+        outputs = [_tool(f"\u2068output {turn}\u2069") for turn in range(2)]
+        messages = [_user(), turns[0], outputs[0], turns[1], outputs[1], turns[2]]
+        texts = [
+            template.render(messages[:length], generation=False)
+            for length in range(1, len(messages) + 1)
+        ]
+        asked = [template.render(messages[:length], generation=True) for length in (1, 3, 5)]
+    except ValueError as error:
+        return (str(error),)
+    found = [
+        f"it drops the thinking of a turn ({thought[1:-1]!r} is not in the conversation)"
+        for thought in thoughts
+        if thought not in texts[-1]
+    ]
+    for length, (shorter, longer) in enumerate(pairwise(texts), start=2):
+        if not longer.startswith(shorter):
+            found.append(f"message {length} changes what stood before it: {_at(shorter, longer)}")
+    for length, text in zip((1, 3, 5), asked, strict=True):
+        if not texts[length].startswith(text):
+            found.append(
+                f"it asks for turn {length // 2 + 1} with a text that it does not keep: "
+                f"{_at(text, texts[length])}"
+            )
+    return tuple(found)
+
+
+def _at(expected: str, found: str) -> str:
+    place = next(
+        (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b),
+        min(len(expected), len(found)),
+    )
+    return f"{found[place : place + 40]!r} instead of {expected[place : place + 40]!r}"
+
+
+def _find_json(text: str, name: str) -> tuple[int, int, dict[str, Any]]:
+    """Where the JSON object of a call of `name` stands in a text, and what it is; {}: nowhere."""
+    decoder, position = json.JSONDecoder(), text.find("{")
+    while position >= 0:
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except ValueError:
+            value, end = None, position
+        if isinstance(value, dict) and name in value.values() and _VALUE in text[position:end]:
+            return position, end, value
+        position = text.find("{", position + 1)
+    return 0, 0, {}
+
+
+def _user() -> Message:
+    return {"role": "user", "content": _USER}
+
+
+def _tool(content: str) -> Message:
+    return {"role": "tool", "content": content, "name": _NAME, "tool_call_id": _ID}
+
+
+def _call(content: str, arguments: Mapping[str, str] | str) -> Message:
+    function = {"name": _NAME, "arguments": arguments}
+    calls = [{"type": "function", "id": _ID, "function": function}]
+    return {"role": "assistant", "content": content, "tool_calls": calls}

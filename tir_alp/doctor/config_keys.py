@@ -1,0 +1,218 @@
+"""Which keys of the config does nothing read? Found in the source, by the types of its names.
+
+A key that parses and changes nothing is the quietest of mistakes. Names alone do not find it:
+`every` is a key of two sections. So each attribute is looked up on the section that its object is
+of, which follows from annotations, assignments, fields of classes and results of functions. Where
+these do not tell, a read is not seen and the key counts as unread: the check errs on the loud side.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import types
+import typing
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from pydantic import BaseModel
+
+_DESCRIBE = ("config.py", "objective.py", "doctor/", "report/", "audit/")
+"""What only says what a key is set to does not make it do anything."""
+
+_NAME = re.compile(r"\w+")
+
+
+def unread_keys(config: type[BaseModel], package: Path) -> list[str]:
+    """Dotted names of the keys that no module of a package reads.
+
+    Args:
+        config: Class of the whole configuration.
+        package: Its folder.
+    """
+    keys = dict(_keys(config))
+    classes = {section for section, _ in keys}
+    files = [
+        file
+        for file in sorted(package.rglob("*.py"))
+        if not str(file.relative_to(package)).startswith(_DESCRIBE)
+    ]
+    sections = {name: section for section in classes for name in _names_of(section)}
+    reads = _reads([ast.parse(file.read_text()) for file in files], sections)
+    return sorted(key for (section, field), key in keys.items() if (section, field) not in reads)
+
+
+def _keys(
+    section: type[BaseModel], prefix: str = ""
+) -> Iterator[tuple[tuple[type[BaseModel], str], str]]:
+    for name, field in section.model_fields.items():
+        if not _is_tag(field.annotation):
+            yield (section, name), prefix + name
+        for inner in _sections_in(field.annotation):
+            yield from _keys(inner, f"{prefix}{name}.")
+
+
+def _is_tag(annotation: object) -> bool:
+    """Whether a field has one value only: it says which section was meant."""
+    return typing.get_origin(annotation) is typing.Literal and len(typing.get_args(annotation)) == 1
+
+
+def _sections_in(annotation: object) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from _sections_in(argument)
+
+
+def _names_of(section: type[BaseModel]) -> Iterator[str]:
+    """Its own name, and those of the sections that it widens: code is written against these."""
+    for base in section.__mro__:
+        if issubclass(base, BaseModel) and base.model_fields:
+            yield base.__name__
+
+
+Classes = frozenset[str]
+"""Names of the classes that a value may be of; empty: not known."""
+_UNKNOWN: Classes = frozenset()
+
+
+class _Types:
+    """What is known of the types of a program's names."""
+
+    def __init__(self, sections: dict[str, type[BaseModel]]) -> None:
+        self.sections = sections
+        self.members: defaultdict[str, dict[str, Classes]] = defaultdict(dict)
+        """Class -> attribute -> its classes."""
+        self.results: dict[str, Classes] = {}
+        """Function -> classes of what it returns."""
+        for name, section in sections.items():
+            for field, info in section.model_fields.items():
+                inner = _sections_in(info.annotation)
+                if classes := frozenset(each.__name__ for each in inner):
+                    self.members[name][field] = classes
+
+    def of_annotation(self, annotation: ast.expr | None) -> Classes:
+        if annotation is None:
+            return _UNKNOWN
+        return frozenset(_words(annotation)) & (self.sections.keys() | self.members.keys())
+
+    def of(self, node: ast.expr, scope: dict[str, Classes]) -> Classes:
+        """Classes of an expression's value."""
+        match node:
+            case ast.Name(id=name):
+                return scope.get(name, _UNKNOWN)
+            case ast.Attribute(value=value, attr=attr):
+                owners = self.of(value, scope)
+                return _UNKNOWN.union(*(self.members[o].get(attr, _UNKNOWN) for o in owners))
+            case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)):
+                made = frozenset({name}) if name in self.members else _UNKNOWN
+                return self.results.get(name, made)
+            case ast.IfExp(body=body, orelse=orelse):
+                return self.of(body, scope) | self.of(orelse, scope)
+            case ast.BoolOp(values=values):
+                return _UNKNOWN.union(*(self.of(value, scope) for value in values))
+            case ast.Await(value=value) | ast.NamedExpr(value=value):
+                return self.of(value, scope)
+        return _UNKNOWN
+
+
+def _words(annotation: ast.expr) -> Iterable[str]:
+    return _NAME.findall(ast.unparse(annotation))
+
+
+def _reads(
+    modules: Iterable[ast.Module], sections: dict[str, type[BaseModel]]
+) -> set[tuple[type[BaseModel], str]]:
+    """The fields of sections that modules read."""
+    modules = list(modules)
+    known = _Types(sections)
+    classes = [n for module in modules for n in ast.walk(module) if isinstance(n, ast.ClassDef)]
+    for node in classes:
+        known.members[node.name]  # a class whose attributes may be of use
+    for module in modules:
+        for node in ast.walk(module):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if result := known.of_annotation(node.returns):
+                known.results[node.name] = result
+    reads: set[tuple[type[BaseModel], str]] = set()
+    for _ in range(2):  # the second time with the attributes that the first has found
+        for module in modules:
+            _Reader(known, reads).visit(module)
+    return reads
+
+
+class _Reader(ast.NodeVisitor):
+    """Walks a module with the types of the names that are in scope."""
+
+    def __init__(self, known: _Types, reads: set[tuple[type[BaseModel], str]]) -> None:
+        self._known, self._reads = known, reads
+        self._scope: dict[str, Classes] = {}
+        self._class: str | None = None
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        outer, self._class = self._class, node.name
+        for statement in node.body:
+            match statement:
+                case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation):
+                    if classes := self._known.of_annotation(annotation):
+                        self._known.members[node.name][name] = classes
+        self.generic_visit(node)
+        self._class = outer
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        outer, self._scope = self._scope, dict(self._scope)
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        for argument in arguments:
+            classes = self._known.of_annotation(argument.annotation)
+            if argument.arg == "self" and self._class is not None:
+                classes = frozenset({self._class})
+            self._name(argument.arg, classes)
+        self.generic_visit(node)
+        self._scope = outer
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.generic_visit(node)
+        for target in node.targets:
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                for each, value in zip(target.elts, node.value.elts, strict=False):
+                    self._assign(each, value)
+            else:
+                self._assign(target, node.value)
+
+    def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
+        self.generic_visit(node)
+        self._assign(node.target, node.value)
+
+    def visit_withitem(self, node: ast.withitem) -> None:
+        self.generic_visit(node)
+        if node.optional_vars is not None:
+            self._assign(node.optional_vars, node.context_expr)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        self.generic_visit(node)
+        if not isinstance(node.ctx, ast.Load):
+            return
+        for name in self._known.of(node.value, self._scope) & self._known.sections.keys():
+            section = self._known.sections[name]
+            fields = section.model_fields if node.attr == "model_dump" else (node.attr,)
+            self._reads.update((section, each) for each in fields if each in section.model_fields)
+
+    def _assign(self, target: ast.expr, value: ast.expr) -> None:
+        classes = self._known.of(value, self._scope)
+        match target:
+            case ast.Name(id=name):
+                self._name(name, classes)
+            case ast.Attribute(value=owner, attr=attr):
+                for each in self._known.of(owner, self._scope) if classes else ():
+                    self._known.members[each].setdefault(attr, classes)
+
+    def _name(self, name: str, classes: Classes) -> None:
+        self._scope.pop(name, None)
+        if classes:
+            self._scope[name] = classes

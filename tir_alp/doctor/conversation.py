@@ -1,0 +1,127 @@
+"""Does the chat template keep what it has shown, and do tokenizer and model fit together?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tir_alp.doctor.finding import Finding
+from tir_alp.renderer import Renderer
+from tir_alp.tools.calls import has_call
+
+_THOUGHT = "<think>\nLet me try {0}.\n</think>\n\nI compute:\n```python\nprint({0})\n```"
+_SENTENCE = "Let x² ≈ 3.14·10⁻³; print('ok')\n\tThe answer is \\boxed{42}.\n"
+
+
+def check_template(tokenizer: Any, system: str) -> Finding:
+    """Render a conversation while it grows: each rendering has to begin with the one before it.
+
+    A rollout only ever appends. A template that changes or drops earlier text, such as the thoughts
+    of earlier turns, shows a model something else when it serves than what it was trained on.
+    """
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": "What is 6*7?"})
+    num_tokens = 0
+    for turn in range(3):
+        before = _render(tokenizer, messages)
+        said = _THOUGHT.format(turn)
+        messages += [
+            {"role": "assistant", "content": said},
+            {"role": "tool", "content": str(turn)},
+        ]
+        after = _render(tokenizer, messages)
+        same = _common(before + said, after)
+        if same < len(before + said):
+            return Finding(
+                "template",
+                False,
+                f"after turn {turn}, {(before + said)[same : same + 40]!r} became "
+                f"{after[same : same + 40]!r}",
+                "take a chat template that keeps every earlier message as it was written, thoughts "
+                "(<think>...</think>) included",
+            )
+        ids = [tokenizer.encode(text, add_special_tokens=False) for text in (before, after)]
+        same = _common(*ids)
+        if same < len(ids[0]):
+            return Finding(
+                "template",
+                False,
+                f"token {same} of {len(ids[0])} becomes another one after turn {turn}",
+                "let the template's generation prompt end with a special token or a line break",
+            )
+        num_tokens = len(ids[1])
+    return Finding(
+        "template", True, f"3 turns with thoughts, {num_tokens} tokens, only appended to"
+    )
+
+
+def check_fence(tokenizer: Any, renderer: Renderer) -> Finding:
+    """The stop rule on text: generation stops with the token that completes a call."""
+    call_format, marks = renderer.call_format, renderer.marks
+    call = {
+        "fenced": "So:\n```python\nprint(6*7)\n```",
+        "tool_call": f'{marks.opening}{{"name": "python", "arguments": {{}}}}{marks.closing}',
+        "none": "",
+    }[call_format]
+    if not has_call(call, call_format, marks):
+        return Finding("template", True, "a call ends with the turn: there is no stop rule")
+    text = f"{call}\nand more"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    matches = renderer.stop_matcher()
+    end = next((index + 1 for index, token in enumerate(ids) if matches(token)), 0)
+    is_whole = [
+        has_call(tokenizer.decode(ids[:stop]), call_format, marks)
+        for stop in (end, max(end - 1, 0))
+    ]
+    return Finding(
+        "template",
+        is_whole == [True, False],
+        f"stops behind {end} of {len(ids)} tokens: {tokenizer.decode(ids[:end])[-12:]!r}",
+        "the tokenizer does not decode the end of a call token by token; it needs another one",
+    )
+
+
+def check_tokenizer(tokenizer: Any, renderer: Renderer, model: Any, max_tokens: int) -> Finding:
+    """Every token has a row in the model, the ends agree, text comes back, positions suffice."""
+    rows = min(
+        model.get_input_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0]
+    )
+    largest = max(tokenizer.get_vocab().values())
+    ends = _ids(model.config.eos_token_id) | _ids(
+        getattr(model.generation_config, "eos_token_id", None)
+    )
+    back = tokenizer.decode(tokenizer.encode(_SENTENCE, add_special_tokens=False))
+    positions = getattr(model.config, "max_position_embeddings", None) or max_tokens
+    wrong = {
+        f"token {largest} has no row among the model's {rows}": largest >= rows,
+        f"the model ends with {sorted(ends)}, the template with "
+        f"{sorted(renderer.stop_token_ids)}": bool(ends) and not ends & renderer.stop_token_ids,
+        f"{_SENTENCE!r} comes back as {back!r}": back.strip() != _SENTENCE.strip(),
+        f"rollout.max_context_tokens = {max_tokens}, but the model has {positions} "
+        "positions": positions < max_tokens,
+    }
+    failures = [what for what, is_wrong in wrong.items() if is_wrong]
+    return Finding(
+        "tokenizer",
+        not failures,
+        "; ".join(failures) or f"ids to {largest} in {rows} rows, ends {sorted(ends)}",
+        "use the tokenizer that belongs to the model, and lower rollout.max_context_tokens to what "
+        "the model can read",
+    )
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _common(left: Any, right: Any) -> int:
+    """Length of the common beginning."""
+    length = 0
+    for a, b in zip(left, right, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
+
+
+def _ids(value: Any) -> set[int]:
+    return set() if value is None else set(value) if isinstance(value, list | tuple) else {value}

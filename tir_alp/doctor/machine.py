@@ -1,0 +1,123 @@
+"""Does this machine have what the config needs? An estimate, from the model's shape."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tir_alp.config import Config
+from tir_alp.doctor.finding import Finding
+
+_FLOAT = 4  # bytes: weights, gradients and both moments of AdamW are float32
+_KEPT_A_LAYER = (16, 4)  # numbers kept for the backward pass, a token: of hidden and of inner size
+_LOGIT_COPIES = 3  # logits, their log-softmax, and its gradient
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What memory follows from."""
+
+    num_parameters: int
+    num_layers: int
+    hidden: int
+    inner: int
+    vocabulary: int
+    cache_width: int
+    """Numbers that the cache of one layer keeps a token: keys and values of all their heads."""
+
+
+def shape_of(path: str) -> Shape:
+    """Read a model's shape; its weights are not loaded.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(f"cannot load the config of the model {path!r}: {error}") from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Shape(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocabulary=config.vocab_size,
+        cache_width=2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim,
+    )
+
+
+def memory_needed(config: Config, shape: Shape) -> dict[str, int]:
+    """Bytes by what takes them: a run in one process, at its widest."""
+    rollout, trainer = config.rollout, config.trainer
+    num_episodes = (rollout.max_staleness + 1) * rollout.groups_per_step * rollout.group_size
+    most_cached = num_episodes * rollout.max_context_tokens
+    cached = min(config.engine.max_cache_tokens or most_cached, most_cached)
+    most = max(trainer.micro_batch_tokens, rollout.max_context_tokens)
+    packed = min(most, num_episodes * rollout.max_context_tokens)
+    of_hidden, of_inner = _KEPT_A_LAYER
+    a_layer = of_hidden * shape.hidden + of_inner * shape.inner
+    kept = a_layer * shape.num_layers
+    if trainer.gradient_checkpointing:
+        kept = a_layer + shape.hidden * shape.num_layers
+    weights = _FLOAT * shape.num_parameters
+    return {
+        "weights, gradients, optimizer": 4 * weights,
+        "the engine's weights": weights,
+        "reference weights": weights if config.algorithm.needs_reference else 0,
+        "cache": _FLOAT * cached * shape.cache_width * shape.num_layers,
+        "activations": _FLOAT * packed * kept,
+        "logits": _FLOAT * _LOGIT_COPIES * trainer.logprob_chunk_tokens * shape.vocabulary,
+    }
+
+
+def check_memory(needed: dict[str, int], available: int) -> Finding:
+    """Compare what is needed with what is there."""
+    total = sum(needed.values())
+    largest = max(needed, key=lambda name: needed[name])
+    return Finding(
+        "memory",
+        total <= available,
+        f"needs {_gb(total)} ({largest} {_gb(needed[largest])}), {_gb(available)} are free",
+        "lower trainer.micro_batch_tokens, engine.max_cache_tokens or rollout.groups_per_step, set "
+        "trainer.gradient_checkpointing, or take a smaller model",
+    )
+
+
+def check_disk(config: Config, shape: Shape, folder: Path) -> Finding:
+    """Checkpoints hold weights and both moments; one more than is kept stands while it is saved."""
+    needed = (config.checkpoint.keep + 1) * 3 * _FLOAT * shape.num_parameters
+    existing = next(each for each in (folder, *folder.resolve().parents) if each.exists())
+    free = shutil.disk_usage(existing).free
+    return Finding(
+        "disk",
+        needed <= free,
+        f"{config.checkpoint.keep + 1} checkpoints need {_gb(needed)}, {_gb(free)} are free",
+        f"free some space below {existing}, or lower checkpoint.keep",
+    )
+
+
+def free_memory() -> int:
+    """Bytes: of the GPU if there is one, else of this machine or of the control group we are in."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        return min(free, limit - int((group / "memory.current").read_text()))
+    except (FileNotFoundError, ValueError):  # there is no limit
+        return free
+
+
+def _gb(number: int) -> str:
+    return f"{number / 1e9:.3g} GB"

@@ -1,0 +1,94 @@
+"""The entry of a server's own process: `python -m tir_alp.engines.sglang_server SGLANG ARGUMENTS`.
+
+It is `sglang.launch_server` with two things around it, and nothing of a trainer's process:
+
+- The server dies with whoever started it, also by SIGKILL.
+- On a machine without the CUDA kernels (`--device cpu`), stand-ins for two packages whose wheels
+  are made for GPUs alone: `sgl_kernel` and `torchvision`. SGLang imports names of theirs and, for
+  dense models on a CPU, calls none: its layers fall back to plain torch. A stand-in that is called
+  after all raises NotImplementedError.
+
+SGLang starts its scheduler by `spawn`, which imports this module again as `__mp_main__`. So the
+stand-ins are installed at import, in those two roles only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import runpy
+import signal
+import sys
+from types import ModuleType
+from typing import Any
+
+PARENT_VARIABLE = "TIR_ALP_SERVER_PARENT"
+"""Process id of whoever started the server, in the server's environment."""
+
+KEY_VARIABLE = "TIR_ALP_SERVER_KEY"
+"""What the server asks of its clients; a command line could be read by every user of the machine.
+"""
+
+_PR_SET_PDEATHSIG = 1
+_VISION = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it is gone."""
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent is None:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it was gone before we asked
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def install_stand_ins() -> None:
+    """Let SGLang be imported where its GPU kernels are not installed."""
+    if importlib.util.find_spec("sgl_kernel") is None:
+        sys.modules["sgl_kernel"] = _StandIn("sgl_kernel")
+    if importlib.util.find_spec("torchvision") is None:
+        importlib.import_module("transformers.processing_utils")  # replaces `transformers`: first
+        from transformers.utils.import_utils import is_torchvision_available
+
+        is_torchvision_available()  # it is remembered that there is none
+        for name in _VISION:
+            sys.modules[name] = _StandIn(name)
+        # SGLang registers image processors at import; without torchvision there is no registry.
+        setattr(sys.modules["transformers"], "AutoImageProcessor", _NoImages)  # noqa: B010
+
+
+class _StandIn(ModuleType):
+    """A module of which any name can be imported, and none can be called."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__ = []
+        self.__spec__ = importlib.util.spec_from_loader(name, loader=None, is_package=True)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        full_name = f"{self.__name__}.{name}"
+
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise NotImplementedError(f"{full_name} needs a GPU, or a build of SGLang's kernels")
+
+        return refuse
+
+
+class _NoImages:
+    @staticmethod
+    def register(*_: Any, **__: Any) -> None:
+        """Forget about an image processor."""
+
+
+if __name__ in ("__main__", "__mp_main__") and "cpu" in sys.argv:
+    install_stand_ins()
+
+if __name__ == "__main__":
+    die_with_parent()
+    if key := os.environ.pop(KEY_VARIABLE, None):
+        sys.argv += ["--api-key", key]
+    runpy.run_module("sglang.launch_server", run_name="__main__")

@@ -1,0 +1,361 @@
+"""How new weights get into a running SGLang server, and how we know that they did.
+
+Three ways, of one interface: a folder that both sides see, tensors in the request, or a broadcast
+in a process group. Each is one update to the server: a version is never named before all of its
+tensors are loaded. Then two checks, both against the trainer's own tensors: sampled tensors as the
+server reports them, equal to the last bit; and the logprobs of a probe sequence.
+
+Not here: who pauses the server, and what becomes of one that fails a check.
+"""
+
+# torch.distributed exports its stores and groups without saying so:
+# pyright: reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import io
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tir_alp.engines.sglang_client import ServerFailed, SGLangClient
+
+_BUCKET_BYTES = 256 << 20  # of tensors in one request or broadcast
+_NUM_SAMPLED = 4  # tensors that are compared after an update
+_NUM_ROWS = 2  # of each
+_MOST_ELEMENTS = 1 << 25  # of a sampled tensor: the server writes its rows out as text
+_GROUP = "tir_alp_weights"
+_Group = Any  # of gloo or of NCCL: torch types neither
+
+PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
+"""Largest mean difference of a probe's logprobs, by the server's dtype, in nats.
+
+What equal weights show is far below: 1e-6 for float32, 0.01 to 0.03 for bfloat16 on small models.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A sequence, and what the trainer's forward says of it at temperature 1."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Of each token but the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSnapshot:
+    """Weights that a server is to have: kept, so that one that restarts can get them again."""
+
+    version: int
+    tensors: Mapping[str, Tensor] | None
+    """On the host, in the server's dtype; None: those of the folder that servers start from."""
+    probe: Probe | None
+    """None: nobody computes what to expect."""
+
+
+def snapshot_tensors(source: Mapping[str, Tensor] | Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copy weights to the host, each storage once: a tied head is not sent a second time.
+
+    Args:
+        source: Tensors, or a folder in the Hugging Face format.
+        dtype: Of the server.
+
+    Raises:
+        ValueError: If the folder has no safetensors.
+    """
+    if isinstance(source, Path):
+        files = sorted(source.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"there are no *.safetensors in {source}")
+        source = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    seen: set[tuple[int, int]] = set()
+    copies = {}
+    for name, tensor in source.items():
+        storage = (tensor.data_ptr(), tensor.numel())
+        if storage not in seen:
+            seen.add(storage)
+            copies[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+    return copies
+
+
+class WeightTransfer(Protocol):
+    """A way for weights into a paused server."""
+
+    async def send(self, client: SGLangClient, snapshot: WeightSnapshot) -> None:
+        """Load the snapshot's tensors. Raises ServerFailed; the server may be half updated then."""
+        ...
+
+    def forget(self, client: SGLangClient) -> None:
+        """A server is gone: drop what connects with it."""
+        ...
+
+    def close(self) -> None:
+        """Free what is held."""
+        ...
+
+
+class DiskTransfer:
+    """Writes a folder that the servers read, too.
+
+    Args:
+        folder: On a file system that they share with us.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._written: asyncio.Task[Path] | None = None
+        self._version: int | None = None
+
+    async def send(self, client: SGLangClient, snapshot: WeightSnapshot) -> None:
+        """Write the snapshot, once for all servers, and let the server read it."""
+        if self._written is None or self._version != snapshot.version:
+            self._version = snapshot.version
+            self._written = asyncio.create_task(asyncio.to_thread(self._write, snapshot))
+        path = await asyncio.shield(self._written)
+        await client.call(
+            "/update_weights_from_disk",
+            client.load_timeout_s,
+            model_path=str(path),
+            weight_version=str(snapshot.version),
+        )
+
+    def forget(self, client: SGLangClient) -> None:
+        """Nothing connects with a server."""
+
+    def close(self) -> None:
+        """Remove what was written."""
+        for path in self._folder.glob("version_*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _write(self, snapshot: WeightSnapshot) -> Path:
+        assert snapshot.tensors is not None
+        path = self._folder / f"version_{snapshot.version}"
+        path.mkdir(parents=True, exist_ok=True)
+        aside = path / "model.safetensors.part"
+        save_file(dict(snapshot.tensors), aside, metadata={"format": "pt"})
+        os.replace(aside, path / "model.safetensors")
+        for other in self._folder.glob("version_*"):
+            if other != path:
+                shutil.rmtree(other, ignore_errors=True)
+        return path
+
+
+class TensorTransfer:
+    """Sends tensors inside the request: no shared disk or memory is needed.
+
+    They go as ordinary bytes, since the other way that SGLang reads, handles of shared memory, ties
+    the life of trainer and server together.
+
+    Args:
+        num_ranks: Tensor-parallel ranks of a server; each gets a copy.
+    """
+
+    def __init__(self, num_ranks: int = 1) -> None:
+        self._num_ranks = num_ranks
+
+    async def send(self, client: SGLangClient, snapshot: WeightSnapshot) -> None:
+        """Send the tensors in buckets; the last one names the version."""
+        assert snapshot.tensors is not None
+        await client.call("/begin_weight_update", client.load_timeout_s)
+        for bucket, is_last in buckets(snapshot.tensors):
+            packed = await asyncio.to_thread(_pickled, bucket)
+            await client.call(
+                "/update_weights_from_tensor",
+                client.load_timeout_s,
+                serialized_named_tensors=[packed] * self._num_ranks,
+                flush_cache=is_last,
+                **({"weight_version": str(snapshot.version)} if is_last else {}),
+            )
+        await client.call("/end_weight_update", client.load_timeout_s)
+
+    def forget(self, client: SGLangClient) -> None:
+        """Nothing connects with a server."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class DistributedTransfer:
+    """Broadcasts tensors to the ranks of a server: gloo between CPUs, NCCL between GPUs.
+
+    A group of its own for each server, so that one that dies takes no other down with it.
+
+    Args:
+        backend: "gloo" or "nccl".
+        host: Our address, as the servers see it.
+        num_ranks: Tensor-parallel ranks of a server.
+    """
+
+    def __init__(self, backend: str, host: str = "127.0.0.1", num_ranks: int = 1) -> None:
+        self._backend, self._host, self._num_ranks = backend, host, num_ranks
+        self._groups: dict[str, tuple[dist.TCPStore, _Group]] = {}
+        self._num_groups = 0
+
+    async def send(self, client: SGLangClient, snapshot: WeightSnapshot) -> None:
+        """Broadcast the tensors in buckets; the last one names the version."""
+        assert snapshot.tensors is not None
+        if client.url not in self._groups:
+            await self._join(client)
+        group = self._groups[client.url][1]
+        device = "cuda" if self._backend == "nccl" else "cpu"
+        await client.call("/begin_weight_update", client.load_timeout_s)
+        for bucket, is_last in buckets(snapshot.tensors):
+            told = client.call(
+                "/update_weights_from_distributed",
+                client.load_timeout_s,
+                names=[name for name, _ in bucket],
+                dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+                shapes=[list(tensor.shape) for _, tensor in bucket],
+                group_name=self._group_name(client),
+                flush_cache=is_last,
+                **({"weight_version": str(snapshot.version)} if is_last else {}),
+            )
+            tensors = [tensor.to(device) for _, tensor in bucket]
+            await asyncio.gather(told, asyncio.to_thread(_broadcast, group, tensors))
+        await client.call("/end_weight_update", client.load_timeout_s)
+
+    def forget(self, client: SGLangClient) -> None:
+        """Leave the group that we share with a server."""
+        self._groups.pop(client.url, None)
+
+    def close(self) -> None:
+        """Leave all groups."""
+        self._groups.clear()
+
+    def _group_name(self, client: SGLangClient) -> str:
+        return f"{_GROUP}_{self._groups[client.url][0].port}"
+
+    async def _join(self, client: SGLangClient) -> None:
+        """Make a group of us, rank 0, and the ranks of a server."""
+        size = 1 + self._num_ranks
+        limit = timedelta(seconds=client.load_timeout_s)
+        store = dist.TCPStore(
+            self._host, 0, size, is_master=True, timeout=limit, wait_for_workers=False
+        )
+        name = f"{_GROUP}_{store.port}"
+        # The keys that torch gives a group of this name: so does the server.
+        device = "cuda" if self._backend == "nccl" else "cpu"
+        keys: dist.Store = store
+        for prefix in (name, f"{name}/", f"{device}/"):
+            keys = dist.PrefixStore(prefix, keys)
+        told = client.call(
+            "/init_weights_update_group",
+            client.load_timeout_s,
+            master_address=self._host,
+            master_port=store.port,
+            rank_offset=1,
+            world_size=size,
+            group_name=name,
+            backend=self._backend,
+        )
+        _, group = await asyncio.gather(told, asyncio.to_thread(self._connect, keys, size, limit))
+        self._groups[client.url] = (store, group)
+
+    def _connect(self, keys: dist.Store, size: int, limit: timedelta) -> _Group:
+        if self._backend == "nccl":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = limit
+            return dist.ProcessGroupNCCL(keys, 0, size, options)
+        return dist.ProcessGroupGloo(keys, 0, size, limit)
+
+
+def buckets(
+    tensors: Mapping[str, Tensor], max_bytes: int = _BUCKET_BYTES
+) -> Iterator[tuple[list[tuple[str, Tensor]], bool]]:
+    """Divide tensors into pieces of about `max_bytes`, and say which is the last."""
+    bucket: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if bucket and size + tensor.nbytes > max_bytes:
+            yield bucket, False
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    yield bucket, True
+
+
+async def verify_tensors(client: SGLangClient, snapshot: WeightSnapshot) -> str | None:
+    """Compare sampled tensors with what the server reports, to the last bit.
+
+    Returns:
+        A digest of what was compared; None where the model's class reports none of them.
+
+    Raises:
+        ServerFailed: If one differs.
+    """
+    if snapshot.tensors is None:
+        return None
+    names = sorted(n for n, t in snapshot.tensors.items() if 0 < t.numel() <= _MOST_ELEMENTS)
+    drawn = random.Random(snapshot.version).sample(names, min(_NUM_SAMPLED, len(names)))
+    digest = hashlib.blake2b(digest_size=16)
+    num_compared = 0
+    for name in drawn:
+        rows = await client.weights_by_name(name, _NUM_ROWS)
+        if rows is None:
+            continue
+        reported = torch.tensor(rows, dtype=torch.float32)
+        expected = snapshot.tensors[name][:_NUM_ROWS].float()
+        if not torch.equal(reported, expected):
+            raise ServerFailed(
+                f"{client.url} does not have the weights of version {snapshot.version}: {name!r} "
+                "differs from the trainer's"
+            )
+        digest.update(name.encode() + expected.numpy().tobytes())
+        num_compared += 1
+    return digest.hexdigest() if num_compared else None
+
+
+async def verify_probe(client: SGLangClient, snapshot: WeightSnapshot, dtype: str) -> float | None:
+    """Compare the logprobs of the snapshot's probe with those of the server.
+
+    Returns:
+        The mean difference in nats, None without a probe.
+
+    Raises:
+        ServerFailed: If it is beyond what the dtype explains.
+    """
+    if snapshot.probe is None:
+        return None
+    said = await client.prompt_logprobs(snapshot.probe.token_ids)
+    distance = mean_distance(said, snapshot.probe.logprobs)
+    if not distance <= PROBE_TOLERANCE[dtype]:
+        raise ServerFailed(
+            f"{client.url} does not sample from the weights of version {snapshot.version}: "
+            f"logprobs of a probe are {distance:.3g} nats from the trainer's, and {dtype} explains "
+            f"{PROBE_TOLERANCE[dtype]:g}"
+        )
+    return distance
+
+
+def mean_distance(some: Sequence[float], others: Sequence[float]) -> float:
+    """Mean |difference|; infinite where the lengths differ or a number is not finite."""
+    if len(some) != len(others) or not some:
+        return float("inf")
+    distance = sum(abs(a - b) for a, b in zip(some, others, strict=True)) / len(some)
+    return distance if distance == distance else float("inf")
+
+
+def _pickled(tensors: list[tuple[str, Tensor]]) -> str:
+    packed = io.BytesIO()
+    pickle.dump(tensors, packed)
+    return base64.b64encode(packed.getvalue()).decode()
+
+
+def _broadcast(group: _Group, tensors: list[Tensor]) -> None:
+    for work in [group.broadcast(tensor, 0) for tensor in tensors]:
+        work.wait()

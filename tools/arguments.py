@@ -1,0 +1,50 @@
+"""Are the arguments of a call what a tool's JSON schema asks for?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError, best_match
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+
+_MOST_CHARS = 300
+
+
+class ArgumentCheck:
+    """Checks arguments by a schema, which is read once.
+
+    Args:
+        name: Of the tool, for errors.
+        schema: JSON schema (draft 2020-12) of an object. Nothing is fetched for a `$ref`.
+
+    Raises:
+        ValueError: The schema is none.
+    """
+
+    def __init__(self, name: str, schema: Mapping[str, Any]) -> None:
+        try:
+            Draft202012Validator.check_schema(schema)
+        except SchemaError as error:
+            raise ValueError(
+                f"the parameters of the tool {name!r} are no JSON schema: {error.message}"
+            ) from error
+        self._validator = Draft202012Validator(schema, registry=Registry())
+
+    def error(self, arguments: Mapping[str, Any]) -> str:
+        """Say what is wrong, for the model to read; empty where nothing is.
+
+        Example: `"'code' is a required property"`.
+        """
+        try:
+            error = best_match(self._validator.iter_errors(arguments))
+        except (RecursionError, Unresolvable) as failure:
+            return f"the arguments cannot be checked: {type(failure).__name__}"
+        if error is None:
+            return ""
+        message = error.message
+        if len(message) > _MOST_CHARS:
+            message = f"{message[:_MOST_CHARS]}..."
+        return f"{error.json_path[2:]}: {message}" if len(error.path) else message

@@ -1,0 +1,179 @@
+r"""How a tool call looks in a model's text. Pure text, and linear in it.
+
+Environments read calls with it and the renderer stops generation with it, so that both always agree
+on where a call ends. There are three formats:
+
+* `fenced`: a Python block between fences (`tools.fenced`) calls the tool named `python`;
+* `tool_call`: JSON between `<tool_call>` and `</tool_call>`, as Hermes and Qwen models write it:
+  `<tool_call>{"name": "python", "arguments": {"code": "print(1)"}}</tool_call>`;
+* `none`: nothing is a call.
+
+The second is also what an environment reads of a model that writes its calls in another JSON form:
+the renderer finds that form out from the chat template (`tir_alp.chat_template`), and `canonical`
+translates. A call ends at the first closing mark, whatever stands before it, so that its end is
+known as soon as the mark is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tir_alp.tools.fenced import code_blocks
+
+CallFormat = Literal["fenced", "tool_call", "none"]
+CALL_FORMATS: tuple[CallFormat, ...] = ("fenced", "tool_call", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class CallMarks:
+    """What a model puts around the JSON of a call, and how it names what is in it.
+
+    Example, of Mistral's: `CallMarks("[TOOL_CALLS]", "", in_list=True)`.
+    """
+
+    opening: str = "<tool_call>"
+    """Before the JSON; empty where a message that is a call is nothing else."""
+    closing: str = "</tool_call>"
+    """Behind the JSON; empty where only the end of the turn ends a call."""
+    name_key: str = "name"
+    arguments_key: str = "arguments"
+    in_list: bool = False
+    """Whether the JSON is a list of calls; the first of them is taken."""
+
+
+HERMES = CallMarks()
+
+
+@dataclass(frozen=True, slots=True)
+class CallBlock:
+    """What stands between an opening and a closing mark."""
+
+    content: str
+    start: int
+    """Where the opening mark begins."""
+    end: int
+    """Just behind the closing mark, or the end of the text where there is none."""
+    is_complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """The model wants a tool to run."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class BadCall:
+    """The model meant to call a tool, and nobody can tell which or with what."""
+
+    error: str
+
+
+def call_blocks(text: str, marks: CallMarks = HERMES) -> Iterator[CallBlock]:
+    """Yield the marked blocks of a text in order."""
+    if not marks.opening:
+        start = len(text) - len(text.lstrip())
+        if text.startswith("[" if marks.in_list else "{", start):
+            yield CallBlock(text[start:], start, len(text), is_complete=True)
+        return
+    position = 0
+    while (start := text.find(marks.opening, position)) >= 0:
+        inside = start + len(marks.opening)
+        closing = text.find(marks.closing, inside) if marks.closing else len(text)
+        content_end = len(text) if closing < 0 else closing
+        position = len(text) if closing < 0 else closing + len(marks.closing)
+        yield CallBlock(text[inside:content_end], start, position, is_complete=closing >= 0)
+        if position == len(text):
+            return
+
+
+def read_call(content: str, marks: CallMarks = HERMES) -> ToolCall | BadCall:
+    """Read the JSON of a call. Never raises for what it holds."""
+    try:
+        call = json.loads(content, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        return BadCall(f"the call is not JSON: {str(error) or type(error).__name__}")
+    if marks.in_list:
+        if not isinstance(call, list) or not call:
+            return BadCall("a call is written as a JSON list with one object in it")
+        call = call[0]
+    name, arguments = marks.name_key, marks.arguments_key
+    shape = f'{{"{name}": "...", "{arguments}": {{...}}}}'
+    if not isinstance(call, dict) or not isinstance(call.get(name), str):
+        return BadCall(f"a call is a JSON object {shape}")
+    if not isinstance(call.get(arguments, {}), dict):
+        return BadCall(f"{arguments!r} must be a JSON object, as in {shape}")
+    return ToolCall(call[name], call.get(arguments, {}))
+
+
+def find_call(text: str, call_format: CallFormat = "fenced") -> ToolCall | BadCall | None:
+    """Return the first complete call of a text, or None."""
+    if call_format == "fenced":
+        block = next((block for block in code_blocks(text) if block.is_python), None)
+        return None if block is None else ToolCall("python", {"code": block.code})
+    if call_format == "tool_call":
+        found = next(call_blocks(text), None)
+        return read_call(found.content) if found is not None and found.is_complete else None
+    return None
+
+
+def has_call(text: str, call_format: CallFormat, marks: CallMarks = HERMES) -> bool:
+    """Whether a text has a complete call in it, that generation should stop behind.
+
+    Never where only the end of the turn ends a call: there the end-of-turn token stops it.
+    """
+    if call_format == "fenced":
+        return any(block.is_python for block in code_blocks(text))
+    if call_format == "tool_call" and marks.opening and marks.closing:
+        return any(block.is_complete for block in call_blocks(text, marks))
+    return False
+
+
+def canonical(text: str, marks: CallMarks) -> str:
+    """Write the first complete call of a text in the form of Hermes, if it has another.
+
+    A call that cannot be read keeps its content between Hermes' marks, so that whoever reads it
+    finds out the same.
+    """
+    if marks == HERMES:
+        return text
+    block = next(call_blocks(text, marks), None)
+    if block is None or not block.is_complete:
+        return text
+    match read_call(block.content, marks):
+        case ToolCall(name, arguments):
+            content = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+            content = content.replace("</", "<\\/")  # the same JSON, without a mark in it
+        case BadCall():
+            content = block.content.replace(HERMES.closing, "")
+    call = f"{HERMES.opening}{content}{HERMES.closing}"
+    return text[: block.start] + call + text[block.end :]
+
+
+def prose(text: str, call_format: CallFormat = "fenced") -> list[str]:
+    """Return the parts of a text that are neither code nor calls, complete or not."""
+    parts = [text]
+    if call_format == "tool_call":
+        parts = _between(text, ((block.start, block.end) for block in call_blocks(text)))
+    return [
+        piece
+        for part in parts
+        for piece in _between(part, ((block.start, block.end) for block in code_blocks(part)))
+    ]
+
+
+def _between(text: str, taken: Iterator[tuple[int, int]]) -> list[str]:
+    parts, position = [], 0
+    for start, end in taken:
+        parts.append(text[position:start])
+        position = end
+    return [*parts, text[position:]]
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
