@@ -112,7 +112,7 @@ class Undecided(Fair):
         (Stingy, {"gold_action"}),
         (Forgetful, {"seed", "gymnasium"}),
         (Fragile, {"text"}),
-        (Undecided, {"end"}),
+        (Undecided, {"end", "gymnasium"}),
     ],
 )
 def test_each_fault_is_found_by_its_rule(kind, rules):
