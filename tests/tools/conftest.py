@@ -16,6 +16,7 @@ from tests.tools.docker_engine import (
     leftovers,
     make_base_image,
 )
+from tests.tools.ordinary_user import LENT_ENGINE
 from tir_alp.tools.sandbox import BlockingSandbox, BlockingSession, SandboxConfig, shared_sandbox
 
 # No sessions ahead: some tests count the children of this process, from which these would differ.
@@ -85,5 +86,6 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
-def engine_address(engine: Engine) -> str:
-    return engine.address
+def engine_address(request: pytest.FixtureRequest) -> str:
+    """Of our own engine, or of the one that root has lent to the tests of an ordinary user."""
+    return os.environ.get(LENT_ENGINE) or request.getfixturevalue("engine").address

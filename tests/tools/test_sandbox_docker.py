@@ -383,14 +383,21 @@ asyncio.run(main())
 """
 
 
-def run_as_a_user_of(engine: Engine, chosen: SandboxConfig) -> tuple[str, str]:
-    """Output of a program of somebody in the engine's group, as far as the engine can tell."""
+@contextlib.contextmanager
+def open_to_users(engine: Engine) -> Iterator[None]:
+    """Inside, anybody is in the engine's group, as far as the engine can tell."""
     socket_path = Path(engine.address.removeprefix("unix://"))
     socket_path.chmod(0o666)
     try:
-        result = run_python_as_user("-c", AS_A_USER, chosen.model_dump_json())
+        yield
     finally:
         socket_path.chmod(0o660)
+
+
+def run_as_a_user_of(engine: Engine, chosen: SandboxConfig) -> tuple[str, str]:
+    """Output of a program of somebody in the engine's group."""
+    with open_to_users(engine):
+        result = run_python_as_user("-c", AS_A_USER, chosen.model_dump_json())
     return result.stdout, result.stderr
 
 
@@ -398,6 +405,16 @@ def run_as_a_user_of(engine: Engine, chosen: SandboxConfig) -> tuple[str, str]:
 def test_sandbox_of_an_ordinary_user(engine: Engine, container_per: str):
     chosen = config(engine.address, container_per=container_per)
     assert run_as_a_user_of(engine, chosen) == ("1001\n", "")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(os.geteuid() != 0, reason="the suite runs as an ordinary user already")
+def test_no_program_escapes_from_containers_of_an_ordinary_user(engine: Engine):
+    suite = str(Path(__file__).parent / "escape")
+    pytest_command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "docker", suite]
+    with open_to_users(engine):
+        result = run_python_as_user(*pytest_command, engine=engine.address, timeout_s=800)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
 
 
 ASK_THE_SERVICE = """

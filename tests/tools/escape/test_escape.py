@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools.ordinary_user import LENT_ENGINE
 from tests.tools.processes import wait_until
 from tir_alp.tools.sandbox import (
     BlockingSandbox,
@@ -110,6 +111,10 @@ class World:
 
 
 def _gvisor(request: pytest.FixtureRequest) -> str:
+    if os.environ.get(LENT_ENGINE):
+        pytest.skip(
+            "gVisor is tested by the owner of the engine: a kernel a session takes its time"
+        )
     if "runsc" not in request.getfixturevalue("engine").runtimes:
         pytest.skip("no gVisor: runsc is not installed, and cannot be")
     return "runsc"
