@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines.harness import needs_sglang
+from tests.runs import assert_honest
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny_sglang.toml"
 
@@ -31,3 +32,4 @@ def test_the_tiny_agent_learns_from_an_sglang_server(tmp_path):
         assert row["mismatch/probe_max"] < 1e-4
         assert row["rollout/dropped"] == 0
     assert max(row["rollout/turns"] for row in steps) > 1
+    assert_honest(run)
