@@ -118,6 +118,6 @@ def _answers(env: gymnasium.Env[Any, Any], seeds: list[int]) -> Iterator[Finding
             elif not is_gold and (earned >= 1 or step.get("correct")):
                 yield Finding(name, f"seed {seed}: a wrong answer earns {earned:g}")
     env.reset(seed=0)
-    reward = env.step(_SAID)[1]
+    reward = float(env.step(_SAID)[1])
     if reward >= 1:
         yield Finding("no_answer", f"{_SAID!r} earns {reward:g}")

@@ -174,7 +174,7 @@ def open_rows(config: SourceConfig) -> Opened:
         except OSError as error:
             raise ValueError(f"cannot read the tasks in {config.path}: {error.strerror}") from None
         version = (status.st_mtime_ns, status.st_size)
-    return _open_version(config, version)
+    return _open_version(config, version)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=8)
@@ -201,7 +201,7 @@ def _open_version(config: SourceConfig, version: tuple[int, int]) -> Opened:
         numbers.append(number)
     if not num_rows:
         raise ValueError(f"{rows.name} holds no tasks: it needs one JSON object a line, or rows")
-    splits = {
+    splits: dict[Split, FileTasks] = {
         split: FileTasks(rows, config, np.array(keys, np.int64), np.array(numbers, np.int64))
         for split, (keys, numbers) in found.items()
     }
@@ -253,16 +253,14 @@ def _prompt_of(raw: Mapping[str, Any], place: str) -> Any:
     prompt = raw.get("prompt")
     if isinstance(prompt, str):
         return prompt
-    roles = [
-        message.get("role") if isinstance(message, dict) else None
-        for message in (prompt if isinstance(prompt, list) else [])
-    ]
+    messages: list[Any] = prompt if isinstance(prompt, list) else []
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
     if roles not in (["user"], ["system", "user"]):
         raise ValueError(
             f"{place}: 'prompt' must be a message of the user, perhaps behind one of the system; "
             f"its roles are {roles!r:.100}"
         )
-    contents = [message.get("content") for message in prompt]
+    contents = [message.get("content") for message in messages]
     return "\n\n".join(contents) if all(isinstance(each, str) for each in contents) else contents
 
 

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 Play = Callable[[int], float]
 """Plays the episode of a number and returns the reward."""
@@ -32,7 +33,7 @@ WRONG = r"It is \boxed{41}."
 EXTRAS = {"reward_spec": {"ground_truth": "42"}, "extra_info": {}}
 
 
-def ours(env_id: str, *actions: str, **kwargs: object) -> Play:
+def ours(env_id: str, *actions: str, **kwargs: Any) -> Play:
     """A new environment an episode, as in training."""
     import gymnasium
 
@@ -71,7 +72,7 @@ def skyrl_piped() -> Play:
 
 def gem_answer() -> Play:
     """GEM, bare: one turn, graded."""
-    import gem
+    import gem  # type: ignore[import-not-found]
 
     def play(number: int) -> float:
         env = gem.make("rg:gcd")
@@ -83,9 +84,9 @@ def gem_answer() -> Play:
 
 def gem_program() -> Play:
     """GEM, bare: a program in a new process without a sandbox, its default, then the answer."""
-    import gem
-    from gem.tools.python_code_tool import PythonCodeTool
-    from gem.tools.tool_env_wrapper import ToolEnvWrapper
+    import gem  # type: ignore[import-not-found]
+    from gem.tools.python_code_tool import PythonCodeTool  # type: ignore[import-not-found]
+    from gem.tools.tool_env_wrapper import ToolEnvWrapper  # type: ignore[import-not-found]
 
     def play(number: int) -> float:
         env = ToolEnvWrapper(gem.make("rg:gcd"), tools=[PythonCodeTool(timeout=60)])
@@ -98,7 +99,7 @@ def gem_program() -> Play:
 
 def skyrl_answer() -> Play:
     """SkyRL-Gym, bare: one turn, graded by a regular expression."""
-    import skyrl_gym
+    import skyrl_gym  # type: ignore[import-not-found]
 
     def play(number: int) -> float:
         env = skyrl_gym.make("gsm8k", env_config=None, extras=EXTRAS)

@@ -15,7 +15,7 @@ import asyncio
 import os
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +25,7 @@ from tir_alp.config import load_config, read_toml
 from tir_alp.tiny import TRAIN_CONFIG
 from tir_alp.train import train
 
-SPENT: Counter[str] = Counter()
+SPENT: defaultdict[str, float] = defaultdict(float)
 
 
 def timed(owner: Any, name: str) -> None:

@@ -143,7 +143,8 @@ def test_a_server_with_other_weights_than_it_should_have_does_not_pass(sglang_ur
             assert await verify_tensors(client, WeightSnapshot(0, whole, None))
             said = await client.prompt_logprobs(PROMPTS[2])
             close = WeightSnapshot(0, None, Probe(PROMPTS[2], tuple(said)))
-            assert await verify_probe(client, close, "float32") < 1e-5
+            difference = await verify_probe(client, close, "float32")
+            assert difference is not None and difference < 1e-5
             far = WeightSnapshot(0, None, Probe(PROMPTS[2], tuple(each + 2e-3 for each in said)))
             with pytest.raises(ServerFailed, match=r"are 0\.002 nats from the trainer's"):
                 await verify_probe(client, far, "float32")
@@ -357,7 +358,9 @@ def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weight
             await engine.load_weights(NEW.state_dict(), 1)
             for which in (signal.SIGKILL, signal.SIGSTOP):
                 served_first.append(await lose_by(engine, which))
-            served_first.append(engine._servers[0].process.pid)
+            process = engine._servers[0].process
+            assert process is not None and process.pid is not None
+            served_first.append(process.pid)
 
     run(work(), 850)
     assert sum("is back, with verified weights of 1" in line for line in said) == 2

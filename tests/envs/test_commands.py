@@ -112,7 +112,7 @@ class Undecided(Fair):
         (Stingy, {"gold_action"}),
         (Forgetful, {"seed", "gymnasium"}),
         (Fragile, {"text"}),
-        (Undecided, {"end"}),
+        (Undecided, {"end", "gymnasium"}),
     ],
 )
 def test_each_fault_is_found_by_its_rule(kind, rules):
@@ -135,7 +135,7 @@ def test_an_environment_of_another_kind_is_checked_as_far_as_it_goes():
         def step(self, action):
             return "", 0.0, True, False, {}
 
-    gymnasium.register(id="Plain-v0", entry_point=lambda: Plain())
+    gymnasium.register(id="Plain-v0", entry_point=lambda: Plain())  # type: ignore[arg-type]
     try:
         findings = check("Plain-v0", range(2))
     finally:

@@ -1,6 +1,7 @@
 """What holds for every environment that we register."""
 
 import warnings
+from typing import Any
 
 import gymnasium
 import pytest
@@ -12,11 +13,14 @@ IDS = sorted(
     id
     for id, spec in gymnasium.registry.items()
     if str(spec.entry_point).startswith("tir_alp.envs.")
+    and not str(spec.entry_point).startswith(
+        "tir_alp.envs.interop"
+    )  # others' games: tests/envs/interop
 )
-BARE = {"sandbox": {"preload": []}}
+BARE: dict[str, Any] = {"sandbox": {"preload": []}}
 
 
-def settings(id):
+def settings(id: str) -> dict[str, Any]:
     return {} if id == "SingleTurnMath-v0" else BARE
 
 
@@ -92,7 +96,7 @@ def test_vector_and_single_agree_step_by_step(id):
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        vector = gymnasium.make_vec(
+        vector: Any = gymnasium.make_vec(
             id, num_envs=2, vectorization_mode="sync", vector_kwargs=NO_RESET, **settings(id)
         )
         singles = [gymnasium.make(id, **settings(id)) for _ in seeds]

@@ -42,6 +42,8 @@ _PIECES = (
         "</answer>",
         '{"name": "python", "arguments": {"code": "print(1)"}}',
         '{"name": 1}',
+        '<tool_call>{"name": 1}</tool_call>',
+        '<tool_call>{"name": "python", "arguments": {"code": "print(1)"}}</tool_call>',
         "[",
         "]",
     ),
@@ -126,7 +128,7 @@ def fuzz(num_texts: int, num_megabytes: int) -> Counter[str]:
         AssertionError: Something does not hold; hypothesis says for which text.
     """
     seen: Counter[str] = Counter()
-    how: Any = {"deadline": None, "database": None, "derandomize": False}
+    how: Any = {"deadline": None, "database": None, "derandomize": True}
     how |= {"suppress_health_check": list(HealthCheck)}
     how |= {"phases": (Phase.generate, Phase.shrink)}
 

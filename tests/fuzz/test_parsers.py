@@ -4,7 +4,7 @@ import pytest
 
 from tests.fuzz.parsers import fuzz
 from tir_alp.envs.parsing import parse_action
-from tir_alp.tools.calls import BadCall, ToolCall
+from tir_alp.tools.calls import BadCall, CallFormat, ToolCall
 
 
 def test_adversarial_texts_break_no_parser():
@@ -15,7 +15,7 @@ def test_adversarial_texts_break_no_parser():
 
 
 def test_the_run_does_find_what_breaks(monkeypatch):
-    def careless(text, call_format="fenced"):
+    def careless(text: str, call_format: CallFormat = "fenced"):
         if "\ud800" in text:
             raise LookupError("half a surrogate pair")
         return parse_action(text, call_format)

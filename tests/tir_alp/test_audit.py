@@ -137,7 +137,7 @@ class Flaky(gymnasium.Env[str, str]):
 
 
 def test_episodes_that_infrastructure_broke_are_accounted_for(tmp_path):
-    gymnasium.register("Flaky-v0", entry_point=Flaky)
+    gymnasium.register("Flaky-v0", entry_point=Flaky)  # type: ignore[arg-type]
     try:
         words = (*SMALL, "--env.id", "Flaky-v0", "--rollout.max_refills", "0")
         settings = load_config(words, {**read_toml(TRAIN_CONFIG), "env": {"id": "Flaky-v0"}})

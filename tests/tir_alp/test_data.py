@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -18,10 +19,10 @@ def ids(order, start, stop):
     return [order[position].task_id for position in range(start, stop)]
 
 
-def read_jsonl(path, **settings):
+def read_jsonl(path, **settings: Any):
     """All tasks of a file, in its order."""
     splits = open_rows(DataConfig(source="jsonl", path=path, **settings)).splits.values()
-    found = [(n, task) for each in splits for n, task in zip(each.numbers, each, strict=True)]
+    found = [(n, each[index]) for each in splits for index, n in enumerate(each.numbers)]
     return [task for _, task in sorted(found, key=lambda each: each[0])]
 
 
@@ -216,7 +217,7 @@ def test_a_file_that_has_changed_is_read_anew(tmp_path):
 def test_questions_are_filtered_by_their_length(tmp_path):
     rows = [{"question": "q" * n, "answer": n} for n in range(1, 41)]
     path = write(tmp_path / "tasks.jsonl", *map(json.dumps, rows))
-    settings = {"min_question_chars": 5, "max_question_chars": 9}
+    settings: dict[str, Any] = {"min_question_chars": 5, "max_question_chars": 9}
     assert [row["answer"] for row in read_jsonl(path, **settings)] == ["5", "6", "7", "8", "9"]
     config = DataConfig(source="jsonl", path=path, **settings)
     assert left_out(config) == [f"{path}: 35 rows left out by the length of their question"]
@@ -255,7 +256,8 @@ def test_parquet_in_the_form_of_verl(tmp_path):
     splits = open_rows(config).splits
     assert sum(map(len, splits.values())) == 40
     for tasks in splits.values():
-        for row, number in zip(tasks, tasks.numbers, strict=True):
+        for index, number in enumerate(tasks.numbers):
+            row = tasks[index]
             assert (row["question"], row["answer"]) == (f"What is {number}+1?", str(number + 1))
             assert (row["task_id"], row["data_source"]) == (f"train.parquet:{number}", "made/up")
             assert row["extra_info"]["index"] == number

@@ -265,6 +265,28 @@ def test_an_unused_config_key_is_named(tmp_path):
     assert unread == {"new.unread", "trainer.every"}
 
 
+class Part(New):
+    share: float = 1.0
+    forgotten: float = 1.0
+
+
+class Whole(New):
+    parts: tuple[Part, ...] = ()
+
+
+class InParts(Config):
+    whole: Whole = Whole()
+
+
+def test_keys_of_sections_in_a_tuple_are_read_in_loops_and_by_the_base_that_they_widen(tmp_path):
+    (tmp_path / "user.py").write_text(
+        "def use(one: New):\n    return one.read\n\n"
+        "def all(config: InParts):\n    return [part.share for part in config.whole.parts]\n"
+    )
+    unread = {key for key in unread_keys(InParts, tmp_path) if key.startswith("whole")}
+    assert unread == {"whole.unread", "whole.parts.unread", "whole.parts.forgotten"}
+
+
 # ------------------------------------------------------------------------------ machine, sandbox
 
 

@@ -38,7 +38,10 @@ def unread_keys(config: type[BaseModel], package: Path) -> list[str]:
         for file in sorted(package.rglob("*.py"))
         if not str(file.relative_to(package)).startswith(_DESCRIBE)
     ]
-    sections = {name: section for section in classes for name in _names_of(section)}
+    sections: Sections = defaultdict(list)
+    for section in classes:
+        for name in _names_of(section):
+            sections[name].append(section)
     reads = _reads([ast.parse(file.read_text()) for file in files], sections)
     return sorted(key for (section, field), key in keys.items() if (section, field) not in reads)
 
@@ -74,6 +77,9 @@ def _names_of(section: type[BaseModel]) -> Iterator[str]:
             yield base.__name__
 
 
+Sections = dict[str, list[type[BaseModel]]]
+"""Name of a class -> the sections that are one: a section, or all that widen a common base."""
+
 Classes = frozenset[str]
 """Names of the classes that a value may be of; empty: not known."""
 _UNKNOWN: Classes = frozenset()
@@ -82,14 +88,14 @@ _UNKNOWN: Classes = frozenset()
 class _Types:
     """What is known of the types of a program's names."""
 
-    def __init__(self, sections: dict[str, type[BaseModel]]) -> None:
+    def __init__(self, sections: Sections) -> None:
         self.sections = sections
         self.members: defaultdict[str, dict[str, Classes]] = defaultdict(dict)
         """Class -> attribute -> its classes."""
         self.results: dict[str, Classes] = {}
         """Function -> classes of what it returns."""
-        for name, section in sections.items():
-            for field, info in section.model_fields.items():
+        for name, some in sections.items():
+            for field, info in (pair for each in some for pair in each.model_fields.items()):
                 inner = _sections_in(info.annotation)
                 if classes := frozenset(each.__name__ for each in inner):
                     self.members[name][field] = classes
@@ -123,9 +129,7 @@ def _words(annotation: ast.expr) -> Iterable[str]:
     return _NAME.findall(ast.unparse(annotation))
 
 
-def _reads(
-    modules: Iterable[ast.Module], sections: dict[str, type[BaseModel]]
-) -> set[tuple[type[BaseModel], str]]:
+def _reads(modules: Iterable[ast.Module], sections: Sections) -> set[tuple[type[BaseModel], str]]:
     """The fields of sections that modules read."""
     modules = list(modules)
     known = _Types(sections)
@@ -194,14 +198,32 @@ class _Reader(ast.NodeVisitor):
         if node.optional_vars is not None:
             self._assign(node.optional_vars, node.context_expr)
 
+    def visit_For(self, node: ast.For | ast.AsyncFor) -> None:
+        self._assign(node.target, node.iter)  # a tuple of sections has the classes of its items
+        self.generic_visit(node)
+
+    visit_AsyncFor = visit_For
+
+    def visit_ListComp(
+        self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp
+    ) -> None:
+        outer, self._scope = self._scope, dict(self._scope)
+        for generator in node.generators:  # which stand behind what they name
+            self._assign(generator.target, generator.iter)
+        self.generic_visit(node)
+        self._scope = outer
+
+    visit_SetComp = visit_GeneratorExp = visit_DictComp = visit_ListComp
+
     def visit_Attribute(self, node: ast.Attribute) -> None:
         self.generic_visit(node)
         if not isinstance(node.ctx, ast.Load):
             return
         for name in self._known.of(node.value, self._scope) & self._known.sections.keys():
-            section = self._known.sections[name]
-            fields = section.model_fields if node.attr == "model_dump" else (node.attr,)
-            self._reads.update((section, each) for each in fields if each in section.model_fields)
+            for section in self._known.sections[name]:
+                own = section.model_fields
+                fields = own if node.attr == "model_dump" else (node.attr,)
+                self._reads.update((section, each) for each in fields if each in own)
 
     def _assign(self, target: ast.expr, value: ast.expr) -> None:
         classes = self._known.of(value, self._scope)
