@@ -276,7 +276,7 @@ def evaluation_metrics(
 
 def is_correct(trajectory: Trajectory) -> bool:
     """Whether the environment said so at the end; one that says nothing is asked by its reward."""
-    verdict = trajectory.turns[-1].info.get("correct")
+    verdict = trajectory.turns[-1].info.get("correct") if trajectory.turns else None
     return bool(verdict) if verdict is not None else trajectory.reward > 0
 
 

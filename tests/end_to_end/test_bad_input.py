@@ -90,8 +90,8 @@ def test_a_template_that_drops_thinking(refusal, tmp_path):
     folder = copy_of_the_tiny_model(tmp_path)
     (folder / "chat_template.jinja").write_text(FORGETFUL)
     said = refusal("--model.path", str(folder))
-    assert "template: after turn 0, '<think>" in said
-    assert "--doctor.ignore template" in said
+    assert "rewrites history" in said and "<think>" in said
+    assert 'model.rewritten_history = "append"' in said
 
 
 @pytest.mark.parametrize("name", ["tir_alp.envs:Nothing-v0", "no_such_package:Env-v0"])

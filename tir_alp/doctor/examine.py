@@ -55,10 +55,16 @@ def examine_config(
         ),
         check_memory(memory_needed(config, shape), free_memory()),
         check_disk(config, shape, Path("runs")),
-        check_template(tokenizer, config.model.system),
+        _check_history(tokenizer, config),
         check_fence(tokenizer, renderer),
         check_sandbox(env, task),
     ]
+
+
+def _check_history(tokenizer: Any, config: Config) -> Finding:
+    if config.model.rewritten_history == "append":
+        return Finding("template", True, "what it would rewrite stays as it was sampled, as asked")
+    return check_template(tokenizer, config.model.system)
 
 
 async def examine_engine(
