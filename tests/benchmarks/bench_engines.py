@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import sys
 import tempfile
@@ -126,6 +127,7 @@ async def run(options: argparse.Namespace) -> None:
         if "sglang" in options.engines:
             from tir_alp.engines.sglang import open_sglang
 
+            os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the server
             servers = await stack.enter_async_context(
                 open_sglang(
                     SGLangConfig(
@@ -139,7 +141,7 @@ async def run(options: argparse.Namespace) -> None:
             )
             contestants["SGLang"] = through(servers)
         print(
-            f"| engine, {options.threads} threads | setting | 1 | 8 | 32 |\n|---|---|---|---|---|"
+            f"| engine (threads: {options.threads}) | setting | 1 | 8 | 32 |\n|---|---|---|---|---|"
         )
         for setting in SETTINGS:
             for name, work in contestants.items():

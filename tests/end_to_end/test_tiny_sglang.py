@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines.harness import needs_sglang
+from tests.runs import assert_honest
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny_sglang.toml"
 
@@ -26,8 +27,13 @@ def test_the_tiny_agent_learns_from_an_sglang_server(tmp_path):
     steps = [row for row in rows if "rollout/reward" in row]
     rewards = [row["rollout/reward"] for row in steps]
     assert sum(rewards[-3:]) > 1.2 * sum(rewards[:3])
-    for row in steps:  # each step is sampled by the newest weights, and float32 is exact
+    for row in steps:  # each step is sampled by the newest weights
         assert row["staleness/max"] == 0
-        assert row["mismatch/probe_max"] < 1e-4
         assert row["rollout/dropped"] == 0
+    probes = {
+        row["step"]: row["mismatch/probe_max"] for row in steps if "mismatch/probe_max" in row
+    }
+    assert list(probes) == [1, 9]
+    assert max(probes.values()) < 1e-4  # float32 is exact
     assert max(row["rollout/turns"] for row in steps) > 1
+    assert_honest(run)

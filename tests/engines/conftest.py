@@ -57,7 +57,7 @@ def sglang_url(tmp_path_factory):
         yield wait(start(), 620)
     finally:
         del os.environ[sglang.KEY_VARIABLE]
-        wait(process.kill(), 30)
+        wait(process.kill(), 90)
         loop.call_soon_threadsafe(loop.stop)
 
 

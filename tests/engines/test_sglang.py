@@ -309,6 +309,14 @@ def session_of(pid: int) -> list[int]:
     return found
 
 
+def wait_until_gone(sessions: list[int]) -> None:
+    """Killed processes with much memory take a moment to end."""
+    deadline = time.monotonic() + PATIENCE
+    while left := [pid for session in sessions for pid in session_of(session)]:
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.2)
+
+
 @pytest.mark.slow
 def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weights():
     from tir_alp.engines.sglang import open_sglang
@@ -364,7 +372,8 @@ def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weight
 
     run(work(), 850)
     assert sum("is back, with verified weights of 1" in line for line in said) == 2
-    assert [session_of(pid) for pid in served_first] == [[], [], []]
+    assert len(set(served_first)) == 3
+    wait_until_gone(served_first)
 
 
 def test_nothing_of_a_server_outlives_whoever_started_it(tmp_path):
@@ -397,6 +406,4 @@ def test_nothing_of_a_server_outlives_whoever_started_it(tmp_path):
         time.sleep(0.2)
     starter.kill()
     starter.wait()
-    while session_of(server):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until_gone([server])

@@ -30,7 +30,7 @@ _STAGES = (
 
 _POLL_S = 0.5
 _SAY_EVERY_S = 10.0
-_END_S = 10.0
+_END_S = 60.0
 _TAIL_LINES, _LINE_LENGTH = 25, 300  # one of them is all of the server's settings
 
 
@@ -113,13 +113,20 @@ class ServerProcess:
         return await self._process.wait()
 
     async def kill(self) -> None:
-        """End every process of the server, also one that is stopped."""
+        """End every process of the server, also one that is stopped.
+
+        Raises:
+            EngineFailed: If it is still there after a minute; the kernel holds it then.
+        """
         if self._process is None:
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        async with asyncio.timeout(_END_S):
-            await self._process.wait()
+        try:
+            async with asyncio.timeout(_END_S):
+                await self._process.wait()
+        except TimeoutError:
+            raise EngineFailed(f"{self.name} has not ended {_END_S:g} s after SIGKILL") from None
 
     def tail(self) -> str:
         """The last lines that it printed since its start."""

@@ -2,14 +2,15 @@
 
 It is `sglang.launch_server` with two things around it, and nothing of a trainer's process:
 
-- The server dies with whoever started it, also by SIGKILL.
+- The server dies with whoever started it, also by SIGKILL, and so does each process that it starts.
+  SGLang sees to that once it is imported; until then, for many seconds, nothing would.
 - On a machine without the CUDA kernels (`--device cpu`), stand-ins for two packages whose wheels
   are made for GPUs alone: `sgl_kernel` and `torchvision`. SGLang imports names of theirs and, for
   dense models on a CPU, calls none: its layers fall back to plain torch. A stand-in that is called
   after all raises NotImplementedError.
 
-SGLang starts its scheduler by `spawn`, which imports this module again as `__mp_main__`. So the
-stand-ins are installed at import, in those two roles only.
+SGLang starts its processes by `spawn`, which imports this module again as `__mp_main__`. So both
+are done at import, in those two roles only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from types import ModuleType
 from typing import Any
 
 PARENT_VARIABLE = "TIR_ALP_SERVER_PARENT"
-"""Process id of whoever started the server, in the server's environment."""
+"""Process id of whoever started a process, in its environment."""
 
 KEY_VARIABLE = "TIR_ALP_SERVER_KEY"
 """What the server asks of its clients; a command line could be read by every user of the machine.
@@ -42,6 +43,7 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent):  # it was gone before we asked
         os.kill(os.getpid(), signal.SIGKILL)
+    os.environ[PARENT_VARIABLE] = str(os.getpid())  # to those that this one starts
 
 
 def install_stand_ins() -> None:
@@ -84,11 +86,12 @@ class _NoImages:
         """Forget about an image processor."""
 
 
-if __name__ in ("__main__", "__mp_main__") and "cpu" in sys.argv:
-    install_stand_ins()
+if __name__ in ("__main__", "__mp_main__"):
+    die_with_parent()
+    if "cpu" in sys.argv:
+        install_stand_ins()
 
 if __name__ == "__main__":
-    die_with_parent()
     if key := os.environ.pop(KEY_VARIABLE, None):
         sys.argv += ["--api-key", key]
     runpy.run_module("sglang.launch_server", run_name="__main__")
