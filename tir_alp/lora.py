@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tir_alp.config import LoraConfig
 
-_BASE, _ADAPTER = ".base_layer.", ".lora_"
+_BASE = ".base_layer."  # peft's name for the layer that an adapter stands beside
 
 
 class Adapters:
@@ -66,7 +66,7 @@ class Adapters:
                 yield base[0], base[1].float().addmm(tensor, factor, alpha=self._scale)
                 base = factor = None
             else:
-                yield name.replace(_BASE, "."), tensor
+                yield name.replace(_BASE, "."), tensor.float()
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the adapters in peft's format."""

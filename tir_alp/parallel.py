@@ -71,11 +71,13 @@ class Ranks:
     def together(self, what: str) -> Iterator[None]:
         """Do something that needs all ranks; what stops one of them stops all, with its reason.
 
+        An error of this rank's own is left as it is, and told to the others.
+
         Args:
             what: Said in the error.
 
         Raises:
-            RankFailed: If another rank failed first, ended, or missed the deadline.
+            RankFailed: If another rank failed, ended, or missed the deadline.
         """
         try:
             yield
@@ -83,7 +85,7 @@ class Ranks:
             if self.size == 1:
                 raise
             first = _first_failure(f"rank {self.rank}, {what}: {type(error).__name__}: {error}")
-            if first.startswith(f"rank {self.rank},") and not _is_of_a_peer(error):
+            if not _is_of_a_peer(error):
                 raise
             raise RankFailed(f"rank {self.rank} stopped in {what}; first failed {first}") from error
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 SMALL = (
     *("--rollout.groups_per_step", "4", "--rollout.group_size", "4"),
     *("--eval.num_tasks", "8", "--checkpoint.every", "1", "--deterministic", "true"),
+    *("--trainer.rank_timeout_s", "60"),
 )
 PUBLIC_METRICS = {  # the names that outside scripts read
     *("rollout/reward", "rollout/tool_calls", "ratio/p2", "ratio/p50", "ratio/p98", "kl/rollout"),

@@ -31,7 +31,7 @@ from tir_alp.config import (
 )
 from tir_alp.loss import LossInputs, policy_loss
 from tir_alp.parallel import Ranks, alone
-from tir_alp.perturbation import LayerwisePerturbation, NoiseKey
+from tir_alp.perturbation import LayerwisePerturbation, NoiseKey, find_decoder_layers
 from tir_alp.policy import hidden_states, load_policy, token_logprobs
 from tir_alp.sharding import PolicyLogprobs, gathered
 from tir_alp.tiny.model import make_model, make_tokenizer
@@ -587,6 +587,23 @@ def test_the_other_updates_of_a_step_are_made():
     assert told == [6]
     assert metrics["train/skipped_updates"] == 1
     assert math.isfinite(metrics["loss/value"])
+
+
+# ------------------------------------------------------------------------------ precision
+
+
+def test_in_bfloat16_what_is_trained_is_float32_and_the_noise_survives():
+    one, seen = trainer(noisy(init_std=0.01), dtype="bfloat16"), []
+    layer = find_decoder_layers(one.model)[0]
+    layer.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+    metrics = one.step(make_groups(), 0)
+    exact = trainer(noisy(init_std=0.01)).step(make_groups(), 0)
+    assert set(seen) == {torch.bfloat16}
+    assert one._perturbation is not None
+    trained = [*one.model.parameters(), one._perturbation.log_sigma]
+    assert {each.dtype for each in trained} == {torch.float32}
+    assert metrics["loss/value"] == pytest.approx(exact["loss/value"], rel=0.1)
+    assert 0.5 < metrics["alp/effective"] < exact["alp/effective"]
 
 
 # ---------------------------------------------------------------------- outside the training
