@@ -37,17 +37,23 @@ class PolicyLogprobs(nn.Module):
 
     Args:
         model: Loaded by `load_policy`; its embeddings and its head are used inside one forward.
-        temperature: Of the sampled distribution.
         chunk_tokens: Logits stand for at most so many tokens at a time.
     """
 
-    def __init__(self, model: Any, temperature: float, chunk_tokens: int) -> None:
+    def __init__(self, model: Any, chunk_tokens: int) -> None:
         super().__init__()
-        self.model = model
-        self._temperature, self._chunk_tokens = temperature, chunk_tokens
+        self.model, self._chunk_tokens = model, chunk_tokens
 
-    def forward(self, batch: Batch, *, is_head_noisy: bool = False) -> tuple[Tensor, Tensor]:
-        """Logprobs and entropies [B, T] of the tokens of the loss, 0 elsewhere; float32."""
+    def forward(
+        self, batch: Batch, *, temperature: float, is_head_noisy: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Logprobs and entropies [B, T] of the tokens of the loss, 0 elsewhere; float32.
+
+        Args:
+            batch: On the device of the model.
+            temperature: Of the sampled distribution.
+            is_head_noisy: Whether there is noise on the logits.
+        """
         layout = PackedSequences(batch.lengths, batch.token_ids.device)
         hidden = hidden_states(self.model, batch.token_ids, batch.position_ids, layout)
         places = loss_positions(batch)
@@ -55,7 +61,7 @@ class PolicyLogprobs(nn.Module):
             self.model,
             hidden.index_select(0, places - 1),
             batch.token_ids[places],
-            temperature=self._temperature,
+            temperature=temperature,
             chunk_tokens=self._chunk_tokens,
             rows=places - 1 if is_head_noisy else None,
         )

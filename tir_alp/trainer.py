@@ -188,7 +188,7 @@ class Trainer:
         return metrics
 
     def _sharded(self, model: Any) -> PolicyLogprobs:
-        policy = PolicyLogprobs(model, self._temperature, self._config.logprob_chunk_tokens)
+        policy = PolicyLogprobs(model, self._config.logprob_chunk_tokens)
         shard(policy, self._config, self.ranks)
         return policy
 
@@ -207,7 +207,7 @@ class Trainer:
 
     @torch.no_grad()
     def _frozen_logprobs(self, policy: PolicyLogprobs, batch: Batch) -> Tensor:
-        return policy(batch)[0]
+        return policy(batch, temperature=self._temperature)[0]
 
     def _logprob_shift(self, batch: Batch, perturbed: Tensor) -> float:
         """Mean |change of logprob| by the noise, on the loss tokens of evenly spaced sequences."""
@@ -238,7 +238,9 @@ class Trainer:
         for index, (batch, draw) in enumerate(itertools.product(batches, range(num_draws))):
             # Backward belongs inside: checkpointed layers run a second time there.
             with self._perturbed(batch, update, draw, measure and index == 0) as effect:
-                logprobs, entropy = self._policy(batch, is_head_noisy=self._is_head_noisy)
+                logprobs, entropy = self._policy(
+                    batch, temperature=self._temperature, is_head_noisy=self._is_head_noisy
+                )
                 loss, metrics = policy_loss(
                     _inputs(batch, logprobs), self._algorithm, num_tokens, num_sequences
                 )

@@ -44,8 +44,11 @@ def test_what_is_saved_and_given_to_an_engine_is_the_policy_that_is_trained(tmp_
     torch.testing.assert_close(dict(adapted.merge_and_unload().state_dict()), weights)  # type: ignore[operator]
     (batch,) = pack(flat(groups), 10_000)
     with torch.no_grad():
-        whole = PolicyLogprobs(exported, temperature=1.0, chunk_tokens=100)(batch)[0]
-        torch.testing.assert_close(whole, one._policy(batch)[0], rtol=0, atol=1e-4)
+        of_exported, of_trained = (
+            policy(batch, temperature=1.0)[0]
+            for policy in (PolicyLogprobs(exported, chunk_tokens=100), one._policy)
+        )
+    torch.testing.assert_close(of_exported, of_trained, rtol=0, atol=1e-4)
 
 
 def test_frozen_weights_are_kept_in_the_compute_dtype_and_adapters_in_float32():

@@ -614,12 +614,12 @@ def test_outside_an_update_the_model_is_itself_bit_for_bit():
 
     def forward(of: PolicyLogprobs) -> Tensor:
         with torch.no_grad():
-            return of(batch)[0]
+            return of(batch, temperature=1.0)[0]
 
     def num_hooks(of: Trainer) -> int:
         return sum(len(module._forward_pre_hooks) for module in of.model.modules())
 
-    plain = PolicyLogprobs(model(), temperature=1.0, chunk_tokens=100)
+    plain = PolicyLogprobs(model(), chunk_tokens=100)
     one = trainer(noisy(), lr=1e-30, weight_decay=0.0)
     before = num_hooks(one)
     assert torch.equal(forward(plain), forward(one._policy))
