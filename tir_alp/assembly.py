@@ -26,6 +26,7 @@ from tir_alp.console import RunConsole
 from tir_alp.data import Task, TaskOrder, load_held_out, load_source
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.logical_order import LogicalOrder
+from tir_alp.parallel import join
 from tir_alp.policy import load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.rollout import EpisodeRunner
@@ -70,16 +71,22 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
     async with AsyncExitStack() as stack:
         console = RunConsole()
         initial = str(SHIPPED.get(config.model.path, config.model.path))
-        path, position, state = initial, Position(0, 0, 0), None
+        path, position, found = initial, Position(0, 0, 0), None
         if resume is not None:
             found, position, refused = checkpoint.newest(resume / "checkpoints")
-            path, state = str(found), checkpoint.load_state(found)
+            path = str(found)
             console.print("".join(f"refused: {reason}\n" for reason in refused) + f"from {found}")
             if position.step >= config.steps:
                 raise ValueError(
                     f"{resume} has made its {position.step} steps: give --steps more to go on"
                 )
 
+        ranks = stack.enter_context(join(config.trainer.rank_timeout_s))
+        if ranks.size > 1:
+            raise ValueError(
+                f"a run is one process, but this is one of {ranks.size} ranks: start it without "
+                "torch.distributed.run"
+            )
         tokenizer = load_tokenizer(path)
         renderer = Renderer(
             tokenizer,
@@ -109,15 +116,16 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
 
         folder = RunFolder(resume or Path("runs") / run_name(config))
         trainer = Trainer(
-            load_policy(path),
+            load_policy(path if config.trainer.lora is None else initial),
             config.trainer,
             with_run_seed(config),
+            ranks=ranks,
             reference=load_policy(initial) if config.algorithm.needs_reference else None,
             temperature=rollout.temperature,
             on_bad_update=folder.dump_bad_update,
         )
-        if state is not None:
-            trainer.load_state_dict(state)
+        if found is not None:
+            checkpoint.load(found, trainer)
             folder.reopen(position.step)
         else:
             folder.create(config)

@@ -27,7 +27,6 @@ from tir_alp.evaluate import evaluate
 from tir_alp.guards import Tripped, faint_noise, out_of_bounds
 from tir_alp.metrics import rollout_metrics
 from tir_alp.objective import objective
-from tir_alp.policy import load_policy
 from tir_alp.renderer import PromptTooLong
 from tir_alp.report import write_run_report
 from tir_alp.rollout_queue import RolloutsFailed
@@ -55,7 +54,7 @@ async def train(run: Run) -> None:
             metrics = await update(run, groups, step)
             check_health(run, metrics, step)
             trained = time.monotonic()
-            await run.engine.load_weights(run.trainer.weights(), version=step + 1)
+            await run.engine.load_weights(dict(run.trainer.weights()), version=step + 1)
             run.rollouts.release()
 
             metrics |= rollout_metrics(groups, step, run.rollouts.dropped)
@@ -105,8 +104,7 @@ def check_health(run: Run, metrics: Mapping[str, float], step: int) -> None:
         folder.tell(step + 1, "stop", reason)
         raise Tripped(f"stopped in step {step + 1}: {reason}")
     path, position, _ = checkpoint.newest(folder.checkpoints)
-    run.trainer.load_weights(load_policy(str(path)).state_dict())
-    run.trainer.load_state_dict(checkpoint.load_state(path))
+    checkpoint.load(path, run.trainer)
     reason = f"{reason}; back to the weights of step {position.step}"
     folder.tell(step + 1, "roll_back", reason)
     run.console.print(f"step {step + 1}: {reason}")
@@ -132,9 +130,8 @@ def save(run: Run, step: int) -> None:
     """Write a checkpoint of where the run stands behind `step` steps."""
     checkpoint.save(
         run.folder.checkpoints,
-        run.trainer.model,
+        run.trainer,
         run.tokenizer,
-        run.trainer.state_dict(),
         Position(step=step, group=run.rollouts.position, policy_version=step),
         keep=run.config.checkpoint.keep,
     )

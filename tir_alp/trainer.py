@@ -3,6 +3,9 @@
 A *step* takes the groups of the rollout queue and divides them over `updates_per_step` optimizer
 *updates*; each update runs over micro-batches whose losses add up to that of the update, because
 they share one denominator. Not here: where samples come from, and who gets the weights.
+
+One trainer on each of several ranks makes the update that one alone would make. Every rank is
+given all samples and takes its share; public methods are called on all ranks in the same order.
 """
 
 from __future__ import annotations
@@ -12,23 +15,26 @@ import functools
 import itertools
 import operator
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tir_alp.attention import PackedSequences
-from tir_alp.batch import Sample, loss_positions, pack, sequences_of, to_rows
+from tir_alp.batch import Sample, pack, sequences_of
 from tir_alp.config import AlgorithmConfig, TrainerConfig
 from tir_alp.guards import MOST_NORMS, is_spike
+from tir_alp.lora import Adapters
 from tir_alp.loss import LossInputs, clipped_tokens, loss_counts, policy_loss
 from tir_alp.metrics import mismatch_metrics, ratio_metrics
+from tir_alp.optimizer import Optimizer
+from tir_alp.parallel import Ranks
 from tir_alp.perturbation import Effect, LayerwisePerturbation, NoiseKey
-from tir_alp.policy import hidden_states, token_logprobs
 from tir_alp.ratio_summary import RatioSummary, summarise
+from tir_alp.sharding import PolicyLogprobs, gathered, shard
 from tir_alp.types import Batch
 
 _NUM_PROBED = 256  # tokens, about, whose logprobs are also taken without noise, once a step
@@ -38,16 +44,17 @@ OnBadUpdate = Callable[[int, Sequence[Batch]], None]
 
 
 class Trainer:
-    """Trains a causal LM in place.
+    """Trains a causal LM, which it takes over: it is changed in place and divided over ranks.
 
     Args:
-        model: Loaded by `load_policy`.
-        config: Optimizer and memory.
+        model: Loaded by `load_policy`, the same on every rank.
+        config: Optimizer, precision and memory.
         algorithm: The objective.
-        reference: The frozen initial model, where the objective has a KL term.
+        ranks: Who trains.
+        reference: The frozen initial model, where the objective has a KL term; it is taken over.
         temperature: At which rollouts sample; the trained distribution has the same.
         on_bad_update: Called where a loss or gradient is not finite, or the gradient a spike. The
-            update is skipped.
+            update is skipped. Every rank calls its own, with the micro-batches of its share.
     """
 
     def __init__(
@@ -56,36 +63,30 @@ class Trainer:
         config: TrainerConfig,
         algorithm: AlgorithmConfig,
         *,
+        ranks: Ranks,
         reference: Any | None = None,
         temperature: float,
         on_bad_update: OnBadUpdate,
     ) -> None:
-        self.model = model
+        self.model, self.ranks = model, ranks
         self._config, self._algorithm = config, algorithm
-        self._temperature = temperature
-        self._on_bad_update = on_bad_update
-        self._reference = reference
+        self._temperature, self._on_bad_update = temperature, on_bad_update
+        self._adapters = None
+        if config.lora is not None:
+            self._adapters = Adapters(model, config.lora, getattr(torch, config.dtype))
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-        weights = {
-            "params": list(model.parameters()),
-            "lr": config.lr,
-            "weight_decay": config.weight_decay,
-        }
-        parameter_groups = [weights]
+        self._policy = self._sharded(model)
+        self._reference = None if reference is None else self._sharded(reference)
         self._perturbation, self._num_draws = None, 1
-        if algorithm.perturbation is not None:
-            self._num_draws = algorithm.perturbation.draws
-            self._perturbation = LayerwisePerturbation(model, algorithm.perturbation)
-            parameter_groups.append(
-                {
-                    "params": [self._perturbation.log_sigma],
-                    "lr": config.perturbation_lr,
-                    "weight_decay": 0.0,
-                }
-            )
-        self._optimizer = torch.optim.AdamW(parameter_groups, betas=config.betas)
+        noise = algorithm.perturbation
+        if noise is not None:
+            self._num_draws = noise.draws
+            self._perturbation = LayerwisePerturbation(model, noise)
+        self._is_head_noisy = noise is not None and noise.site == "logits"
+        log_sigma = None if self._perturbation is None else self._perturbation.log_sigma
+        self._optimizer = Optimizer(self._trained(), log_sigma, config)
         self._norms: deque[float] = deque(maxlen=MOST_NORMS)
 
     def step(self, groups: Sequence[Sequence[Sample]], step: int) -> dict[str, float]:
@@ -99,11 +100,60 @@ class Trainer:
             Means over the updates that were made; ratios are those of all their tokens, turns and
             sequences together, and `train/skipped_updates` is a count.
         """
+        with self.ranks.together(f"step {step}"):
+            return self._step(groups, step)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's tensors one after the other, whole, by their names in the model.
+
+        That is what an engine needs: no sigma is among them, and adapters are merged. A tensor may
+        be the model's own. Every rank has to go through all of them.
+        """
+        with self.ranks.together("gathering weights"):
+            tensors = gathered(self.model.state_dict())
+            yield from tensors if self._adapters is None else self._adapters.merged(tensors)
+
+    def save_model(self, folder: Path) -> None:
+        """Write a Hugging Face folder, and `adapters/` in peft's format if there are such.
+
+        Rank 0 holds all of the weights in its CPU's memory meanwhile.
+        """
+        whole = self._on_first_rank(self.weights())
+        adapters = self._on_first_rank(gathered({} if self._adapters is None else self._trained()))
+        if self.ranks.is_first:
+            self.model.save_pretrained(folder, state_dict=whole)
+            if self._adapters is not None:
+                self._adapters.save(folder / "adapters", adapters)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that training changes, as tensors that are shared with the trainer and sharded.
+
+        Noise needs no state: it follows from the number of the update.
+        """
+        norms = torch.full((MOST_NORMS,), torch.nan, dtype=torch.float64)
+        norms[: len(self._norms)] = torch.tensor([*self._norms])
+        state = {f"weights.{name}": weight.detach() for name, weight in self._trained().items()}
+        state |= {f"optimizer.{name}": value for name, value in self._optimizer.state().items()}
+        state["grad_norms"] = norms
+        if self._perturbation is not None:
+            state["log_sigma"] = self._perturbation.log_sigma.detach()
+        return state
+
+    def take_up(self, state: Mapping[str, Tensor]) -> None:
+        """Finish loading what was read into the tensors of `state_dict`: they are in place."""
+        self._norms.clear()
+        self._norms.extend(norm for norm in state["grad_norms"].tolist() if norm == norm)
+
+    # -------------------------------------------------------------------------- one update
+
+    def _step(self, groups: Sequence[Sequence[Sample]], step: int) -> dict[str, float]:
         per_update = len(groups) // self._config.updates_per_step
         parts = [
             pack(
                 [sample for group in groups[start : start + per_update] for sample in group],
                 self._config.micro_batch_tokens,
+                self.ranks.rank,
+                self.ranks.size,
             )
             for start in range(0, len(groups), per_update)
         ]
@@ -121,7 +171,7 @@ class Trainer:
             for name in names
         }
         if made:
-            metrics |= ratio_metrics(functools.reduce(operator.add, [part for _, part in made]))
+            metrics |= ratio_metrics(self._over_ranks([summary for _, summary in made]))
         if self._perturbation is not None:
             sigma = self._perturbation.sigma
             metrics["alp/sigma_mean"] = sigma.mean().item()
@@ -130,60 +180,43 @@ class Trainer:
             metrics |= {f"alp/sigma_{name}": each for name, each in each_sigma}
         batches = [batch for part in parts for batch in part]
         if self._algorithm.needs_proximal and batches:
-            mismatch = (summarise(_inputs(batch, batch.proximal_logprobs)) for batch in batches)
-            metrics |= mismatch_metrics(functools.reduce(operator.add, mismatch))
+            mismatch = [summarise(_inputs(batch, batch.proximal_logprobs)) for batch in batches]
+            metrics |= mismatch_metrics(self._over_ranks(mismatch))
         metrics["train/skipped_updates"] = len(reports) - len(made)
-        metrics["tokens/loss"] = sum(batch.num_loss_tokens for batch in batches)
+        num_tokens = torch.tensor(sum(batch.num_loss_tokens for batch in batches))
+        metrics["tokens/loss"] = int(self.ranks.sum(num_tokens))
         return metrics
 
-    def weights(self) -> dict[str, Tensor]:
-        """The policy's tensors, shared with the model: what an engine needs. No sigma in it."""
-        return self.model.state_dict()
+    def _sharded(self, model: Any) -> PolicyLogprobs:
+        policy = PolicyLogprobs(model, self._temperature, self._config.logprob_chunk_tokens)
+        shard(policy, self._config, self.ranks)
+        return policy
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take other weights for the policy, as `weights` gives them."""
-        self.model.load_state_dict(weights)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resume needs beside the model's own folder."""
-        state: dict[str, Any] = {
-            "optimizer": self._optimizer.state_dict(),
-            "grad_norms": [*self._norms],
-        }
-        if self._perturbation is not None:
-            state["log_sigma"] = self._perturbation.log_sigma.detach()
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` gave. The model's weights are not part of it."""
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._norms.clear()
-        self._norms.extend(state["grad_norms"])
-        if self._perturbation is not None:
-            with torch.no_grad():
-                self._perturbation.log_sigma.copy_(state["log_sigma"])
-
-    # -------------------------------------------------------------------------- one update
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """What is trained of the model, by name."""
+        return {name: each for name, each in self.model.named_parameters() if each.requires_grad}
 
     def _prepare(self, batch: Batch) -> Batch:
         """Move a micro-batch to the model, and add the logprobs of policies that stand still."""
-        batch = _to(batch, self.model.device)
+        batch = _to(batch, self.ranks.device)
         if self._algorithm.needs_proximal:
-            batch = replace(batch, proximal_logprobs=self._frozen_logprobs(self.model, batch))
+            batch = replace(batch, proximal_logprobs=self._frozen_logprobs(self._policy, batch))
         if self._reference is not None:
             batch = replace(batch, reference_logprobs=self._frozen_logprobs(self._reference, batch))
         return batch
 
     @torch.no_grad()
-    def _frozen_logprobs(self, model: Any, batch: Batch) -> Tensor:
-        return self._logprobs(model, batch)[0]
+    def _frozen_logprobs(self, policy: PolicyLogprobs, batch: Batch) -> Tensor:
+        return policy(batch)[0]
 
     def _logprob_shift(self, batch: Batch, perturbed: Tensor) -> float:
         """Mean |change of logprob| by the noise, on the loss tokens of evenly spaced sequences."""
         rows = range(0, len(batch.lengths), -(-sum(batch.lengths) // _NUM_PROBED))
         probe = sequences_of(batch, rows)
-        shift = perturbed.detach()[list(rows)] - self._frozen_logprobs(self.model, probe)
-        return float(shift[probe.loss_mask].abs().mean())
+        shift = perturbed.detach()[list(rows)] - self._frozen_logprobs(self._policy, probe)
+        shift = shift[probe.loss_mask].abs()
+        total, num_tokens = self.ranks.sum(shift.new_tensor([shift.sum(), shift.numel()])).tolist()
+        return total / num_tokens
 
     def _update(
         self, batches: Sequence[Batch], update: int, measure: bool
@@ -193,64 +226,44 @@ class Trainer:
         With `measure`, what the noise does is looked at in the first micro-batch.
         """
         counts = [loss_counts(_inputs(batch), self._algorithm) for batch in batches]
-        num_tokens = sum(float(count.num_loss_tokens) for count in counts)
-        num_sequences = sum(float(count.num_sequences) for count in counts)
+        own = torch.tensor(counts, dtype=torch.float64).reshape(-1, 2).sum(0)
+        num_tokens, num_sequences = self.ranks.sum(own).tolist()
         if num_tokens == 0:
             return None
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad()
         totals: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
         summary = None  # a running sum: one a micro-batch would grow with their number
-        effect_metrics: dict[str, float] = {}
+        of_noise: dict[str, float] = {}
         num_draws = self._num_draws
         for index, (batch, draw) in enumerate(itertools.product(batches, range(num_draws))):
             # Backward belongs inside: checkpointed layers run a second time there.
             with self._perturbed(batch, update, draw, measure and index == 0) as effect:
-                logprobs, entropy = self._logprobs(self.model, batch, perturbed=True)
+                logprobs, entropy = self._policy(batch, is_head_noisy=self._is_head_noisy)
                 loss, metrics = policy_loss(
                     _inputs(batch, logprobs), self._algorithm, num_tokens, num_sequences
                 )
                 (loss / num_draws).backward()
             if index == 0 and (measured := effect.metrics()):
                 shift = self._logprob_shift(batch, logprobs)
-                effect_metrics = {**measured, "alp/logprob_shift": shift}
+                of_noise = {**measured, "alp/logprob_shift": shift}
             for name, part in metrics.items():
                 totals[name] = totals[name] + part / num_draws
             inputs = _inputs(batch, logprobs.detach())
             ratios = summarise(inputs, entropy, clipped_tokens(inputs, self._algorithm))
             summary = ratios if summary is None else summary + ratios
-        report = {name: float(total) for name, total in totals.items()}
-        norms = self._clip_gradients()
-        report |= norms | effect_metrics
+        self._sum_gradient_of_sigma()
+        norms = self._optimizer.clip_gradients()
+        report = self._sums(totals) | norms | self._means(of_noise)
         norm = norms["grad_norm/policy"]
         is_finite = all(map(_is_finite, (report["loss/value"], *norms.values())))
         if not is_finite or is_spike(norm, self._norms, self._config.skip_grad_spike):
-            self._optimizer.zero_grad(set_to_none=True)
+            self._optimizer.zero_grad()
             self._on_bad_update(update, batches)
             return None
         self._norms.append(norm)
         self._optimizer.step()
         assert summary is not None  # there are tokens, so there was a micro-batch
         return report, summary
-
-    def _logprobs(self, model: Any, batch: Batch, perturbed: bool = False) -> tuple[Tensor, Tensor]:
-        """Logprobs and entropies [B, T] of the tokens of the loss, 0 elsewhere."""
-        hidden = hidden_states(
-            model,
-            batch.token_ids,
-            batch.position_ids,
-            PackedSequences(batch.lengths, batch.token_ids.device),
-        )
-        places = loss_positions(batch)
-        noise = self._algorithm.perturbation if perturbed else None
-        logprobs, entropy = token_logprobs(
-            model,
-            hidden.index_select(0, places - 1),
-            batch.token_ids[places],
-            temperature=self._temperature,
-            chunk_tokens=self._config.logprob_chunk_tokens,
-            rows=places - 1 if noise is not None and noise.site == "logits" else None,
-        )
-        return to_rows(batch, logprobs), to_rows(batch, entropy)
 
     def _perturbed(
         self, batch: Batch, update: int, draw: int, measure: bool
@@ -260,14 +273,33 @@ class Trainer:
         keys = [NoiseKey(update, uid) for uid in batch.sequence_uids]
         return self._perturbation.active(keys, batch.lengths, draw=draw, measure=measure)
 
-    def _clip_gradients(self) -> dict[str, float]:
-        """Bound the gradient of the weights and, by itself, log sigma's; return both norms."""
-        bound = self._config.max_grad_norm
-        clip = torch.nn.utils.clip_grad_norm_
-        norms = {"grad_norm/policy": float(clip(self.model.parameters(), bound))}
-        if self._perturbation is not None:
-            norms["grad_norm/log_sigma"] = float(clip([self._perturbation.log_sigma], bound))
-        return norms
+    def _sum_gradient_of_sigma(self) -> None:
+        """Add up what the sequences of all ranks say; that of the weights is summed by FSDP2."""
+        if self._perturbation is not None and self._perturbation.log_sigma.grad is not None:
+            gradient = self._perturbation.log_sigma.grad
+            gradient.copy_(self.ranks.sum(gradient))
+
+    # --------------------------------------------------------------------------- all ranks
+
+    def _sums(self, values: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """Sums over ranks, which all have the same names."""
+        own = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
+        return dict(zip(values, self.ranks.sum(own).tolist(), strict=True))
+
+    def _means(self, values: Mapping[str, float]) -> dict[str, float]:
+        return {name: total / self.ranks.size for name, total in self._sums(values).items()}
+
+    def _over_ranks(self, summaries: Sequence[RatioSummary]) -> RatioSummary:
+        own = functools.reduce(operator.add, summaries)
+        return functools.reduce(operator.add, self.ranks.gather(own))
+
+    def _on_first_rank(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Take tensors to the CPU of rank 0; other ranks only help to gather them."""
+        kept = {}
+        for name, tensor in tensors:
+            if self.ranks.is_first:
+                kept[name] = tensor.cpu()
+        return kept
 
 
 def _inputs(batch: Batch, logprobs: Tensor | None = None) -> LossInputs:
