@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
@@ -21,20 +21,21 @@ import gymnasium
 from tir_alp import checkpoint
 from tir_alp.advantage import group_advantages, has_signal
 from tir_alp.checkpoint import Position
-from tir_alp.config import AlgorithmConfig, Config
+from tir_alp.config import Config
 from tir_alp.console import RunConsole
 from tir_alp.data import Task, TaskOrder, load_held_out, load_source
-from tir_alp.engines.transformers import TransformersEngine
+from tir_alp.engines.base import Engine
+from tir_alp.interrupt import Interrupt
 from tir_alp.logical_order import LogicalOrder
-from tir_alp.parallel import join
-from tir_alp.policy import load_policy, load_tokenizer
+from tir_alp.parts import LocalParts, Parts, TrainerPart
+from tir_alp.policy import load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.rollout import EpisodeRunner
-from tir_alp.rollout_queue import RolloutQueue
+from tir_alp.rollout_queue import QueueState, RolloutQueue
 from tir_alp.run_folder import RunFolder
 from tir_alp.tiny import SHIPPED
 from tir_alp.tools.outcome import Outcome
-from tir_alp.trainer import Trainer
+from tir_alp.watchdog import Watchdog
 
 _EVALUATION = 1 << 32  # evaluation draws from seeds of its own
 _NUM_CHECKED = 256  # tasks whose prompts are measured before a run begins
@@ -51,9 +52,9 @@ class Run:
     """What the environment says that it runs in; see `check_environment`."""
     console: RunConsole
     folder: RunFolder
-    tokenizer: Any
-    engine: TransformersEngine
-    trainer: Trainer
+    engine: Engine
+    trainer: TrainerPart
+    interrupt: Interrupt
     rollouts: RolloutQueue
     evaluation: EpisodeRunner
     held_out: Sequence[Task]
@@ -62,8 +63,16 @@ class Run:
 
 
 @asynccontextmanager
-async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[Run]:
+async def open_run(
+    config: Config,
+    resume: Path | None = None,
+    parts: Parts | None = None,
+    interrupt: Interrupt | None = None,
+) -> AsyncIterator[Run]:
     """Build a run, new or from the newest whole checkpoint of the folder `resume`.
+
+    Its parts are in this process, unless `parts` makes them elsewhere. `interrupt` may be shared
+    with the run before it.
 
     Raises:
         ValueError: For what a user can mend; nothing has been written then.
@@ -71,22 +80,19 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
     async with AsyncExitStack() as stack:
         console = RunConsole()
         initial = str(SHIPPED.get(config.model.path, config.model.path))
+        parts = parts or LocalParts(config)
         path, position, found = initial, Position(0, 0, 0), None
+        pending = QueueState()
         if resume is not None:
             found, position, refused = checkpoint.newest(resume / "checkpoints")
             path = str(found)
+            pending = checkpoint.load_rollouts(found)
             console.print("".join(f"refused: {reason}\n" for reason in refused) + f"from {found}")
             if position.step >= config.steps:
                 raise ValueError(
                     f"{resume} has made its {position.step} steps: give --steps more to go on"
                 )
 
-        ranks = stack.enter_context(join(config.trainer.rank_timeout_s))
-        if ranks.size > 1:
-            raise ValueError(
-                f"a run is one process, but this is one of {ranks.size} ranks: start it without "
-                "torch.distributed.run"
-            )
         tokenizer = load_tokenizer(path)
         renderer = Renderer(
             tokenizer,
@@ -96,47 +102,35 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         tasks = TaskOrder(load_source(config.data), config.seed)
         held_out = load_held_out(config.data, config.eval.num_tasks)
         soon = [tasks[position.group + offset] for offset in range(_NUM_CHECKED)]
-        environment = check_environment(config, renderer, [*soon, *held_out])
+        environment = check_environment(config, renderer, [*soon, *held_out], parts.make_env)
 
-        engine = TransformersEngine(
-            load_policy(path),
-            max_cache_tokens=config.engine.max_cache_tokens,
-            version=position.policy_version,
-            precision=config.engine.precision,
-            logit_noise=config.engine.logit_noise,
-        )
+        engine = await parts.engine(path, position.policy_version)
         stack.push_async_callback(engine.close)
         rollout = config.rollout
         num_episodes = (rollout.max_staleness + 1) * rollout.groups_per_step * rollout.group_size
         env_threads = ThreadPoolExecutor(num_episodes, thread_name_prefix="env")
         stack.callback(env_threads.shutdown, wait=False, cancel_futures=True)
         slots = asyncio.Semaphore(num_episodes)
+        folder = RunFolder(resume or Path("runs") / run_name(config))
+        trainer = await parts.trainer(folder.path, initial, found)
+        stack.callback(trainer.close)
         trainer_thread = ThreadPoolExecutor(1, thread_name_prefix="trainer")
         stack.callback(trainer_thread.shutdown)
-
-        folder = RunFolder(resume or Path("runs") / run_name(config))
-        trainer = Trainer(
-            load_policy(path if config.trainer.lora is None else initial),
-            config.trainer,
-            with_run_seed(config),
-            ranks=ranks,
-            reference=load_policy(initial) if config.algorithm.needs_reference else None,
-            temperature=rollout.temperature,
-            on_bad_update=folder.dump_bad_update,
-        )
         if found is not None:
-            checkpoint.load(found, trainer)
             folder.reopen(position.step)
         else:
             folder.create(config)
         stack.enter_context(closing(folder))
         folder.note_environment(position.step, environment)
 
+        watchdog = Watchdog(say=console.print)
+        watching = asyncio.create_task(watchdog.watch(), name="watchdog")
+        stack.callback(watching.cancel)
         order = LogicalOrder(engine.generate) if config.deterministic else None
 
         def runner(seed: int) -> EpisodeRunner:
             return EpisodeRunner(
-                make_env=lambda: make_environment(config),
+                make_env=parts.make_env,
                 generate=engine.generate if order is None else order.generate,
                 renderer=renderer,
                 limits=rollout,
@@ -144,6 +138,7 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
                 slots=slots,
                 seed=seed,
                 on_failure=lambda failure: console.print(f"episode failed: {failure}"),
+                watchdog=watchdog,
                 admission=contextlib.nullcontext if order is None else order.episode,
             )
 
@@ -153,7 +148,7 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
             groups_per_step=rollout.groups_per_step,
             max_staleness=rollout.max_staleness,
             hold=rollout.hold,
-            next_group=position.group,
+            state=pending,
             has_signal=lambda group: has_signal(
                 group, group_advantages(group, config.algorithm, rollout)
             ),
@@ -166,9 +161,9 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
             environment=environment,
             console=console,
             folder=folder,
-            tokenizer=tokenizer,
             engine=engine,
             trainer=trainer,
+            interrupt=interrupt or Interrupt(),
             rollouts=rollouts,
             evaluation=runner(config.seed + _EVALUATION),
             held_out=held_out,
@@ -176,26 +171,12 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         )
 
 
-def make_environment(config: Config) -> gymnasium.Env[str, str]:
-    """Make one environment. Raises ValueError if there is none of that name, or it refuses."""
-    try:
-        return gymnasium.make(config.env.id, disable_env_checker=True, **config.env.kwargs)
-    except (gymnasium.error.Error, ImportError) as error:
-        raise ValueError(f"cannot make the environment {config.env.id!r}: {error}") from error
-    except TypeError as error:
-        raise ValueError(f"{config.env.id!r} does not take env.kwargs: {error}") from error
-
-
-def with_run_seed(config: Config) -> AlgorithmConfig:
-    """The run's algorithm, with noise that differs from seed to seed of the run."""
-    noise = config.algorithm.perturbation
-    if noise is None:
-        return config.algorithm
-    noise = noise.model_copy(update={"seed": noise.seed + config.seed})
-    return config.algorithm.model_copy(update={"perturbation": noise})
-
-
-def check_environment(config: Config, renderer: Renderer, tasks: Sequence[Task]) -> dict[str, Any]:
+def check_environment(
+    config: Config,
+    renderer: Renderer,
+    tasks: Sequence[Task],
+    make_env: Callable[[], gymnasium.Env[str, str]],
+) -> dict[str, Any]:
     """See that prompts leave room to write, and that the environment can take an action.
 
     The action is harmless. What it needs, a sandbox for instance, starts or refuses here and not in
@@ -205,7 +186,7 @@ def check_environment(config: Config, renderer: Renderer, tasks: Sequence[Task])
         What the environment's `run_report()` says for people to read, which can go through JSON;
         empty if it has no such method. `warnings` in it are sentences not to be overlooked.
     """
-    with closing(make_environment(config)) as env:
+    with closing(make_env()) as env:
         for task in tasks:
             text, _ = env.reset(options=task.to_options())
             renderer.prompt_within(text, config.rollout.max_context_tokens, task.task_id)

@@ -6,6 +6,10 @@ trained on its group are live in the engine. So the group that step s trains on 
 weights of step s - max_staleness were live; with 0, after those of step s itself: exactly
 synchronous, by the same code.
 
+What a checkpoint needs to go on is `state`: which groups are pending, in their order, and those of
+them whose episodes have all ended. The others of them begin again. So no task is lost, and none is
+trained on twice.
+
 With `hold` nothing is handed out while a group is in flight, so that every token of the group that
 step s trains on was sampled by the weights of step s - max_staleness: exactly so stale.
 """
@@ -14,7 +18,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 
 from tir_alp.data import Task
 from tir_alp.types import TrajectoryGroup
@@ -30,6 +35,28 @@ class RolloutsFailed(Exception):
     """Nothing comes back any more: engine, environment or sandbox are down."""
 
 
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """Order and contents of a queue between two steps.
+
+    Example, 5 and 7 wait to be handed out, and only 7 has ended; 0 to 4 and 6 are done with:
+
+        QueueState(next_group=8, pending=(5, 7), finished={7: group})
+    """
+
+    next_group: int = 0
+    """The first group that has not been begun."""
+    pending: tuple[int, ...] = ()
+    """Groups that were begun, and neither trained on nor dropped; in order."""
+    finished: Mapping[int, TrajectoryGroup] = field(default_factory=dict)
+    """Those of them whose episodes have all ended."""
+
+    @property
+    def position(self) -> int:
+        """The first group that is not done with."""
+        return min((*self.pending, self.next_group))
+
+
 class RolloutQueue:
     """Keeps groups in flight and hands them out in order.
 
@@ -39,13 +66,15 @@ class RolloutQueue:
         groups_per_step: Groups that a step takes.
         max_staleness: Steps that the weights behind a group may lag.
         hold: Whether they lag by exactly so many, once there are so many.
-        next_group: First group id; where a resumed run goes on.
+        state: Where a resumed run goes on.
         has_signal: Whether a group can teach anything.
         max_refills: Groups without signal that a step may replace by others.
     """
 
     dropped: tuple[TrajectoryGroup, ...]
     """Groups without signal that the last `take` replaced."""
+    lost: tuple[TrajectoryGroup, ...]
+    """Groups without one episode left that the last `take` replaced."""
 
     def __init__(
         self,
@@ -55,7 +84,7 @@ class RolloutQueue:
         groups_per_step: int,
         max_staleness: int = 0,
         hold: bool = False,
-        next_group: int = 0,
+        state: QueueState = QueueState(),
         has_signal: HasSignal = lambda _: True,
         max_refills: int = 0,
     ) -> None:
@@ -63,15 +92,26 @@ class RolloutQueue:
         self._run_group, self._task_at = run_group, task_at
         self._groups_per_step = groups_per_step
         self._free = (max_staleness + 1) * groups_per_step
-        self._in_flight: deque[asyncio.Task[TrajectoryGroup]] = deque()
-        self._started = self._taken = next_group
+        self._in_flight: deque[tuple[int, asyncio.Future[TrajectoryGroup]]] = deque()
+        self._chosen: list[TrajectoryGroup] = []  # by a `take` that has not ended
+        self._resumed, self._finished = deque(state.pending), dict(state.finished)
+        self._next_group = state.next_group
         self._has_signal, self._max_refills = has_signal, max_refills
-        self.dropped = ()
+        self.dropped = self.lost = ()
 
     @property
-    def position(self) -> int:
-        """Groups taken so far. A run that resumes here begins again those that were in flight."""
-        return self._taken
+    def state(self) -> QueueState:
+        """What a new queue needs to go on in the place of this one, behind a `release`."""
+        finished = {group.group_id: group for group in self._chosen}
+        finished |= {
+            group_id: group.result()
+            for group_id, group in self._in_flight
+            if group.done() and not group.cancelled() and group.exception() is None
+        }
+        pending = [group.group_id for group in self._chosen]
+        pending += [group_id for group_id, _ in self._in_flight]
+        waiting = {each: self._finished[each] for each in self._resumed if each in self._finished}
+        return QueueState(self._next_group, (*pending, *self._resumed), finished | waiting)
 
     async def take(self) -> list[TrajectoryGroup]:
         """Return the next `groups_per_step` groups, in order.
@@ -80,28 +120,28 @@ class RolloutQueue:
         its episodes, and as long as `max_refills` allows one without signal, is skipped: its slot
         is used again at once, for another task. So the weights behind a group lag no more than
         without skipping. When no more may be replaced, groups without signal are returned too.
+        A `take` that is cancelled has handed out nothing: its groups are still pending.
 
         Raises:
             RolloutsFailed: If so many groups in a row are lost that it cannot be their tasks.
         """
-        groups: list[TrajectoryGroup] = []
-        self.dropped = ()
+        self.dropped = self.lost = ()
         num_lost = 0
-        while len(groups) < self._groups_per_step:
+        while len(self._chosen) < self._groups_per_step:
             self._fill()
             if self._hold:
-                await asyncio.wait(self._in_flight)
-            group = await self._in_flight[0]
+                await asyncio.wait([group for _, group in self._in_flight])
+            group = await asyncio.shield(self._in_flight[0][1])
             self._in_flight.popleft()
-            self._taken += 1
             if group.trajectories:
                 num_lost = 0
                 if len(self.dropped) == self._max_refills or self._has_signal(group):
-                    groups.append(group)
+                    self._chosen.append(group)
                 else:
                     self.dropped += (group,)
                     self._free += 1
                 continue
+            self.lost += (group,)
             self._free += 1
             num_lost += 1
             if num_lost > max(_MOST_LOST, self._groups_per_step):
@@ -109,6 +149,7 @@ class RolloutQueue:
                     f"the last {num_lost} groups lost all their episodes, the last one on task "
                     f"{group.task_id}: the failures are listed above"
                 )
+        groups, self._chosen = self._chosen, []
         return groups
 
     def release(self) -> None:
@@ -118,13 +159,23 @@ class RolloutQueue:
 
     async def close(self) -> None:
         """Cancel what is in flight."""
-        for group in self._in_flight:
+        groups = [group for _, group in self._in_flight]
+        for group in groups:
             group.cancel()
-        await asyncio.gather(*self._in_flight, return_exceptions=True)
+        await asyncio.gather(*groups, return_exceptions=True)
 
     def _fill(self) -> None:
         while self._free > 0:
-            group = self._run_group(self._task_at(self._started), self._started)
-            self._in_flight.append(asyncio.ensure_future(group))
+            if self._resumed:
+                group_id = self._resumed.popleft()
+            else:
+                group_id, self._next_group = self._next_group, self._next_group + 1
+            self._in_flight.append((group_id, self._begin(group_id)))
             self._free -= 1
-            self._started += 1
+
+    def _begin(self, group_id: int) -> asyncio.Future[TrajectoryGroup]:
+        if (finished := self._finished.pop(group_id, None)) is None:
+            return asyncio.ensure_future(self._run_group(self._task_at(group_id), group_id))
+        ended = asyncio.get_running_loop().create_future()
+        ended.set_result(finished)
+        return ended

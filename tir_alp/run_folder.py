@@ -28,6 +28,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._events = path / "events.jsonl"
+        self._dropped = path / "dropped.jsonl"
 
     def create(self, config: Config) -> None:
         """Make the folder of a new run. Raises ValueError if there is one already."""
@@ -44,10 +45,15 @@ class RunFolder:
 
     def reopen(self, step: int) -> None:
         """Open the folder of a run that goes on behind `step`; later rows are taken out."""
-        for file in filter(Path.exists, (self.path / "metrics.jsonl", self._events)):
+        for file in (self.path / "trajectories").glob("step_*.jsonl"):
+            if int(file.stem.removeprefix("step_")) > step:
+                file.unlink()
+        metrics = self.path / "metrics.jsonl"
+        for file in filter(Path.exists, (metrics, self._events, self._dropped)):
             aside = file.with_name(f".{file.name}.part")
             # A run that begins again at 0 also evaluates again.
-            kept = [row for row in _read_rows(file) if step > 0 and row["step"] <= step]
+            behind = -1 if step == 0 and file == metrics else step
+            kept = [row for row in _read_rows(file) if row["step"] <= behind]
             aside.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
             os.replace(aside, file)
         self._open()
@@ -84,6 +90,22 @@ class RunFolder:
         with (folder / f"step_{step:06d}.jsonl").open("w") as file:
             for trajectory in (each for group in groups for each in group.trajectories):
                 file.write(json.dumps(asdict(trajectory)) + "\n")
+
+    def note_dropped(
+        self,
+        step: int,
+        without_signal: Sequence[TrajectoryGroup],
+        lost: Sequence[TrajectoryGroup],
+    ) -> None:
+        """Write down the groups that no step trains on, and why. With `trajectories` and what a
+        checkpoint says is pending, every group that was begun is accounted for.
+        """
+        groups = [("no signal", each) for each in without_signal]
+        groups += [("no episode left", each) for each in lost]
+        with self._dropped.open("a") as file:
+            for reason, group in groups:
+                names = {"group_id": group.group_id, "task_id": group.task_id, "reason": reason}
+                file.write(json.dumps({"step": step, **names}) + "\n")
 
     def dump_bad_update(self, update: int, batches: Sequence[Batch]) -> None:
         """Keep the micro-batches of an update that was skipped, for a post-mortem."""

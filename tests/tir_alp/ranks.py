@@ -28,6 +28,7 @@ from tir_alp import checkpoint
 from tir_alp.checkpoint import Position
 from tir_alp.config import ALGORITHMS, AlgorithmConfig, CorrectionConfig, KLConfig
 from tir_alp.parallel import RankFailed, Ranks, join
+from tir_alp.rollout_queue import QueueState
 from tir_alp.tiny.model import make_tokenizer
 from tir_alp.trainer import Trainer
 
@@ -60,7 +61,7 @@ def train(ranks: Ranks, case: str, folder: Path | None = None) -> Result:
     reports = [one.step(make_groups(), 0)]
     found = gradients(one)
     if folder is not None:
-        checkpoint.save(folder, one, make_tokenizer(), Position(1, 4, 1), keep=1)
+        checkpoint.save(folder, one, make_tokenizer(), Position(1, 4, 1), QueueState(4), keep=1)
     reports.append(one.step(make_groups(), 1))
     return reports, found, weights_of(one)
 

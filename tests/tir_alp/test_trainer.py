@@ -33,6 +33,7 @@ from tir_alp.loss import LossInputs, policy_loss
 from tir_alp.parallel import Ranks, alone
 from tir_alp.perturbation import LayerwisePerturbation, NoiseKey
 from tir_alp.policy import hidden_states, load_policy, token_logprobs
+from tir_alp.rollout_queue import QueueState
 from tir_alp.sharding import PolicyLogprobs, gathered
 from tir_alp.tiny.model import make_model, make_tokenizer
 from tir_alp.tools.outcome import Outcome
@@ -496,7 +497,7 @@ def test_a_sigma_that_is_not_learnt_stays():
 
 
 def saved(of: Trainer, folder: Path) -> Path:
-    return checkpoint.save(folder, of, make_tokenizer(), Position(1, 4, 1), keep=1)
+    return checkpoint.save(folder, of, make_tokenizer(), Position(1, 4, 1), QueueState(4), keep=1)
 
 
 def test_a_trainer_that_is_loaded_makes_the_same_next_step(tmp_path):
