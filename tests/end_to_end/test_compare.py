@@ -23,11 +23,12 @@ def compare(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"PYTHONPATH": os.getcwd()},
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=800,
     )
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_method_is_trained_once_and_stands_in_the_table(tmp_path: Path):
     result = compare(tmp_path, "--seeds", "1", "--", *SMALL)
     assert result.returncode == 0, result.stdout + result.stderr
