@@ -292,7 +292,7 @@ def test_keys_of_sections_in_a_tuple_are_read_in_loops_and_by_the_base_that_they
 
 def test_memory_and_disk_are_held_against_what_there_is(tmp_path):
     settings, shape = config(), shape_of(str(ABLE))
-    needed = memory_needed(settings, shape)
+    needed = memory_needed(settings, shape, "cpu")
     assert shape.num_parameters == sum(p.numel() for p in load_policy(str(ABLE)).parameters())
     assert needed["weights, gradients, optimizer"] == 16 * shape.num_parameters
     assert needed["cache"] == 4 * 128 * 256 * shape.cache_width * shape.num_layers
@@ -303,6 +303,19 @@ def test_memory_and_disk_are_held_against_what_there_is(tmp_path):
     huge = replace(shape, num_parameters=10**15)
     assert "lower checkpoint.keep" in check_disk(settings, huge, tmp_path / "runs").fix
     assert not check_disk(settings, huge, tmp_path / "runs").holds
+
+
+def test_servers_on_the_trainers_gpu_are_counted_and_others_are_not():
+    words = read_toml(PACKAGE.parent / "configs" / "math_sglang.toml")
+    shape = shape_of(str(ABLE))
+    shared = memory_needed(load_config([], words), shape, "cuda")
+    assert (shared["the engine's weights"], shared["cache"]) == (2 * shape.num_parameters, 0)
+    limited = load_config(["--engine.max_cache_tokens", "1000"], words)
+    of_a_token = 2 * shape.cache_width * shape.num_layers
+    assert memory_needed(limited, shape, "cuda")["cache"] == 1000 * of_a_token
+    apart = load_config(["--engine.first_gpu", "1"], words)
+    assert memory_needed(apart, shape, "cuda")["the engine's weights"] == 0
+    assert memory_needed(limited, shape, "cpu")["cache"] == 0
 
 
 def sandboxed(backend: str) -> Finding:
