@@ -1,7 +1,8 @@
 """The doctor: a real engine holds its contract; each way to break it is refused, with why."""
 
 import asyncio
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from tir_alp.config import (
 )
 from tir_alp.data import Task
 from tir_alp.doctor import Finding, Refused, demand, examine_engine
+from tir_alp.doctor.__main__ import main as doctor_main
 from tir_alp.doctor.config_keys import unread_keys
 from tir_alp.doctor.conversation import check_fence, check_template, check_tokenizer
 from tir_alp.doctor.engine import forward_logprobs
@@ -32,6 +34,10 @@ from tir_alp.environments import make_environment
 from tir_alp.policy import load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.tiny import ABLE, TRAIN_CONFIG
+from tir_alp.tools.sandbox import SandboxConfig, create, seccomp, shared_sandbox
+from tir_alp.tools.sandbox.bubblewrap import NamespacesJail
+from tir_alp.tools.sandbox.jail import kernel
+from tir_alp.tools.sandbox.plain import PlainJail
 from tir_alp.types import StopReason
 
 PACKAGE = Path(__file__).parents[2] / "tir_alp"
@@ -335,6 +341,80 @@ def test_a_sandbox_weakened_on_purpose(capfd):
     assert not found.holds
     for way in ("a file of the host", "to write", "the network", "other programs"):
         assert way in found.figure
+
+
+def examined_with(backend: str, weaken: Callable[[Any], Any], number: int) -> tuple[int, Any]:
+    """The command's exit code, with a sandbox that is weakened where it is made."""
+    plan = create.BACKENDS[backend]
+    sandbox = {"backend": backend, "preload": [], "tmp_files": 1000 + number}  # no other test's
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(create.BACKENDS, backend, lambda config: weaken(plan(config)))
+        code = doctor_main(["--env.kwargs", json.dumps({"max_turns": 2, "sandbox": sandbox})])
+    return code, SandboxConfig.model_validate(sandbox)
+
+
+def without_landlock(jail: Any) -> Any:
+    return replace(jail, spec=replace(jail.spec, landlock=False))
+
+
+def without_network_namespace(jail: NamespacesJail) -> NamespacesJail:
+    return replace(jail, arguments=tuple(a for a in jail.arguments if a != "--unshare-net"))
+
+
+@pytest.mark.sandbox
+@pytest.mark.parametrize(
+    ("backend", "weaken", "probe"),
+    [
+        ("namespaces", without_network_namespace, "net namespace"),
+        ("landlock", without_landlock, "system files"),
+    ],
+)
+def test_a_backend_that_lacks_one_of_several_walls(backend, weaken, probe, capsys):
+    """Nothing gets out yet; the sandbox's own probes miss the wall, and the doctor has them run."""
+    code, _ = examined_with(backend, weaken, 1)
+    assert code == 2
+    said = capsys.readouterr().err
+    assert f"tir_alp.doctor: the sandbox does not hold on this machine: {probe} (" in said
+
+
+def with_sockets(jail: PlainJail) -> PlainJail:
+    """The filter of system calls lets a program connect, and no rule set is asked about it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seccomp, "ALLOWED", [*seccomp.ALLOWED, "connect", "socket"])
+        bits = seccomp.compile_filter(kernel.BRANCH_IN_PLACE, ask_for_threads=True)
+    return without_landlock(replace(jail, spec=replace(jail.spec, seccomp=bits.hex())))
+
+
+def with_files(jail: PlainJail) -> PlainJail:
+    """No rule set of Landlock, and no user of its own."""
+    return without_landlock(replace(jail, visible=()))
+
+
+def with_programs(jail: PlainJail) -> PlainJail:
+    return without_landlock(replace(jail, spec=replace(jail.spec, seccomp="")))
+
+
+@pytest.mark.sandbox
+@pytest.mark.parametrize(
+    ("weaken", "reached"),
+    [
+        (with_files, "a file of the host; a folder of the host, to write"),
+        (with_sockets, "the network"),
+        (with_programs, "the network; other programs"),
+    ],
+)
+def test_a_backend_with_a_way_out_that_says_that_it_is_sound(weaken, reached, monkeypatch, capsys):
+    """Its own probes are content with anything; the doctor lets a program look for itself."""
+
+    async def content(*_: object) -> None: ...
+
+    monkeypatch.setattr(create, "refuse_if_weak", content)
+    monkeypatch.setenv("COLUMNS", "500")  # so that no cell is broken into lines
+    code, sandbox = examined_with("landlock", weaken, len(reached))
+    shared_sandbox(sandbox).close()
+    table = " ".join(capsys.readouterr().out.split())
+    assert (code, table.count("FAILS")) == (2, 1), table
+    assert f"sandbox FAILS a program reached {reached}" in table
 
 
 # ------------------------------------------------------------------------------------- verdicts
