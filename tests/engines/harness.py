@@ -21,7 +21,7 @@ from tir_alp.tiny import BASE
 from tir_alp.tiny.model import make_model
 
 if TYPE_CHECKING:
-    from tir_alp.engines.sglang import SGLangEngine
+    from tir_alp.engines.sglang import Reference, SGLangEngine
 
 torch.set_num_threads(1)
 
@@ -106,6 +106,7 @@ async def served_by(
     urls: Sequence[str],
     of: Any | None,
     say: Callable[[str], None] = lambda _: None,
+    reference: Reference | None = None,
     **settings: Any,
 ) -> AsyncIterator[SGLangEngine]:
     from tir_alp.engines.sglang import open_sglang
@@ -118,6 +119,7 @@ async def served_by(
         model_path=str(BASE),
         vocab_size=VOCABULARY,
         end_token_ids=frozenset({1}),
+        reference=reference,
         say=say,
     ) as engine:
         if of is not None:

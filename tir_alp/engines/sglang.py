@@ -39,6 +39,7 @@ from tir_alp.engines.sglang_weights import (
     DiskTransfer,
     DistributedTransfer,
     Probe,
+    TensorCheck,
     TensorTransfer,
     WeightSnapshot,
     WeightTransfer,
@@ -72,6 +73,10 @@ class _Server:
         self.requests: set[SGLangRequest] = set()
         self.versions: set[int] = set()
         self.failures = self.starts = 0
+        self.tensors_compared = -1
+        """In the check behind the newest weights; -1 before the first."""
+        self.probe_difference = 0.0
+        """Mean |difference| in the other one, in nats."""
         self.held = True
         """Not to be asked for its health, e.g. while it loads."""
         self.settled = asyncio.Event()
@@ -200,13 +205,21 @@ class SGLangEngine:
                     await self._client(server).abort(request.id)
 
     def health(self) -> Mapping[str, float]:
-        """Requests running and waiting, servers that serve, tokens made since the start."""
+        """Requests running and waiting, servers that serve, tokens made since the start.
+
+        Also what verified the newest weights of these servers, of the worst one: the number of
+        tensors that were compared, -1 before the first sync, and the mean |difference of logprobs|
+        of the probe.
+        """
         running = sum(len(server.requests) for server in self._servers)
+        serving = [server for server in self._servers if server.serves]
         return {
             "running": running,
             "waiting": len(self._requests) - running,
-            "servers": sum(server.serves for server in self._servers),
+            "servers": len(serving),
             "tokens_generated": self._tokens_generated,
+            "tensors_compared": min((each.tensors_compared for each in serving), default=-1),
+            "probe_difference": max((each.probe_difference for each in serving), default=0.0),
         }
 
     async def close(self) -> None:
@@ -364,13 +377,27 @@ class SGLangEngine:
                 if isinstance(error, EngineFailed):
                     raise
                 raise EngineFailed(f"weights could not be sent to {client.url}: {error}") from error
-            await verify_tensors(client, snapshot)
+            checked = await verify_tensors(client, snapshot)
             await client.go_on()
-        await verify_probe(client, snapshot, self._config.dtype)
+            self._say_checked(server, checked)
+        server.probe_difference = await verify_probe(client, snapshot, self._config.dtype) or 0.0
         server.versions.add(snapshot.version)
         server.held = False
         server.settled.set()
         self._changed.set()
+
+    def _say_checked(self, server: _Server, checked: TensorCheck) -> None:
+        """Say how weights are verified, where it is the first time or not as it was before."""
+        if checked.num_compared != server.tensors_compared:
+            probe = "the logprobs of a probe" if self._snapshot.probe else "no probe"
+            self._say(
+                f"{server.name}: new weights are verified by {checked.num_compared} sampled "
+                f"tensors, equal to the last bit (digest {checked.digest}), and {probe}"
+                if checked.num_compared
+                else f"{server.name} reports no tensors of this model: new weights are verified by "
+                f"{probe} alone"
+            )
+        server.tensors_compared = checked.num_compared
 
     def _hold(self, server: _Server) -> None:
         """No new requests, and no completion gets out, until the weights are verified."""
@@ -449,7 +476,10 @@ class SGLangEngine:
             while True:
                 self._lose(server, await self._until_lost(server))
                 await self._bring_back(server)
-        except EngineFailed as error:
+        except Exception as error:  # nobody would notice that this task is no more
+            if not isinstance(error, EngineFailed):
+                error = EngineFailed(f"{server.name} is not looked after any more: {error!r}")
+            self._say(str(error))
             self._broken = error
             self._changed.set()
 
@@ -484,19 +514,21 @@ class SGLangEngine:
             self._say(f"{server.name} is lost: {reason}")
 
     async def _bring_back(self, server: _Server) -> None:
+        reason = server.lost.result()
         while True:
             server.starts += 1
             if server.starts > _MOST_STARTS:
                 raise EngineFailed(
-                    f"{server.name} was lost {_MOST_STARTS} times in a row, the last time: "
-                    f"{server.lost.result()}"
+                    f"{server.name} was lost {_MOST_STARTS} times in a row, the last time: {reason}"
                 )
             if server.client is not None:
                 self._transfer.forget(server.client)
             try:
                 await self._bring_up(server)
-            except EngineFailed as error:
-                self._say(f"{server.name} did not come back: {error}")
+            except (EngineFailed, OSError) as error:  # of the server, or of a machine that is full
+                reason = str(error)
+                self._say(f"{server.name} did not come back: {reason}")
+                await asyncio.sleep(_RETRY_S)
                 continue
             finally:
                 server.failures = 0
@@ -557,7 +589,7 @@ async def open_sglang(
         try:
             try:
                 await engine.start()
-            except EngineFailed as error:
+            except (EngineFailed, OSError) as error:
                 raise ValueError(f"the engine cannot start: {error}") from error
             yield engine
         finally:

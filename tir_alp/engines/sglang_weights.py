@@ -289,17 +289,24 @@ def buckets(
     yield bucket, True
 
 
-async def verify_tensors(client: SGLangClient, snapshot: WeightSnapshot) -> str | None:
+@dataclass(frozen=True, slots=True)
+class TensorCheck:
+    """What a comparison of sampled tensors, which found them equal, has looked at."""
+
+    num_compared: int
+    """0 where the model's class reports no tensors, or SGLang knows them by other names."""
+    digest: str
+    """Of their names and of the rows that were compared."""
+
+
+async def verify_tensors(client: SGLangClient, snapshot: WeightSnapshot) -> TensorCheck:
     """Compare sampled tensors with what the server reports, to the last bit.
 
-    Returns:
-        A digest of what was compared; None where the model's class reports none of them.
-
     Raises:
-        ServerFailed: If one differs.
+        ServerFailed: If one differs; or if the server reports none of them, and the snapshot has no
+            probe either: then nothing would tell whether it has these weights.
     """
-    if snapshot.tensors is None:
-        return None
+    assert snapshot.tensors is not None
     names = sorted(n for n, t in snapshot.tensors.items() if 0 < t.numel() <= _MOST_ELEMENTS)
     drawn = random.Random(snapshot.version).sample(names, min(_NUM_SAMPLED, len(names)))
     digest = hashlib.blake2b(digest_size=16)
@@ -317,7 +324,12 @@ async def verify_tensors(client: SGLangClient, snapshot: WeightSnapshot) -> str 
             )
         digest.update(name.encode() + expected.numpy().tobytes())
         num_compared += 1
-    return digest.hexdigest() if num_compared else None
+    if not num_compared and snapshot.probe is None:
+        raise ServerFailed(
+            f"{client.url} reports none of {len(drawn)} sampled tensors, and there is no probe: "
+            f"nothing tells whether it has the weights of version {snapshot.version}"
+        )
+    return TensorCheck(num_compared, digest.hexdigest())
 
 
 async def verify_probe(client: SGLangClient, snapshot: WeightSnapshot, dtype: str) -> float | None:
