@@ -147,15 +147,48 @@ class ChatTemplate:
         return Frame(before, after, as_json)
 
 
+@dataclass(frozen=True, slots=True)
+class GrowingConversation:
+    """How a template renders a conversation of two calls and an answer, while it grows."""
+
+    thoughts: tuple[str, ...]
+    """What the assistant thought before it called or answered."""
+    texts: tuple[str, ...]
+    """After each of its six messages."""
+    prompts: tuple[str, ...]
+    """Before each of its three turns: what asks the model for the turn."""
+
+
+def grow_conversation(template: ChatTemplate) -> GrowingConversation:
+    """Render an episode of two calls with thinking before each, and an answer behind them. Pure.
+
+    Raises:
+        ValueError: The template refuses one of the messages.
+    """
+    thoughts = [f"\u2068thought {turn}\u2069" for turn in range(3)]
+    said = [f"<think>\n{each}\n</think>\n\n\u2068words\u2069" for each in thoughts]
+    turns: list[Message] = [{"role": "assistant", "content": each} for each in said]
+    if template.tools and template.call_marks().opening:
+        turns[:2] = [template.call(each) for each in said[:2]]
+    elif template.tools:  # in this form a message that is a call is nothing else
+        turns[:2], thoughts = [template.call(), template.call()], thoughts[2:]
+    outputs = [_tool(f"\u2068output {turn}\u2069") for turn in range(2)]
+    messages = [_user(), turns[0], outputs[0], turns[1], outputs[1], turns[2]]
+    return GrowingConversation(
+        thoughts=tuple(thoughts),
+        texts=tuple(template.render(messages[: n + 1]) for n in range(len(messages))),
+        prompts=tuple(template.render(messages[:n], generation=True) for n in (1, 3, 5)),
+    )
+
+
 def check_prefix_stability(
     tokenizer: Any, *, system: str = "", tools: Sequence[Mapping[str, Any]] = ()
 ) -> tuple[str, ...]:
     """Find out whether a chat template only appends as a conversation grows. Pure.
 
-    The probe is an episode of two calls with thinking before each and an answer behind them. What
-    an episode is trained on is the text as it was sampled, thinking included. A template that drops
-    or changes some of it would show the deployed model something else. `Renderer` calls this when
-    it is made, and so should whatever checks a set-up before a run.
+    What an episode is trained on is the text as it was sampled, thinking included. A template that
+    drops or changes some of it would show the deployed model something else. `Renderer` calls this
+    when it is made, and so does the doctor before a run.
 
     Args:
         tokenizer: Of Hugging Face, with a chat template.
@@ -165,33 +198,20 @@ def check_prefix_stability(
     Returns:
         A sentence for each thing that the template rewrites; none for one that only appends.
     """
-    template = ChatTemplate(tokenizer, system, tuple(tools))
-    thoughts = [f"\u2068thought {turn}\u2069" for turn in range(3)]
-    said = [f"<think>\n{each}\n</think>\n\n\u2068words\u2069" for each in thoughts]
-    turns: list[Message] = [{"role": "assistant", "content": each} for each in said]
     try:
-        if tools and template.call_marks().opening:
-            turns[:2] = [template.call(each) for each in said[:2]]
-        elif tools:  # in this form a message that is a call is nothing else
-            turns[:2], thoughts = [template.call(), template.call()], thoughts[2:]
-        outputs = [_tool(f"\u2068output {turn}\u2069") for turn in range(2)]
-        messages = [_user(), turns[0], outputs[0], turns[1], outputs[1], turns[2]]
-        texts = [
-            template.render(messages[:length], generation=False)
-            for length in range(1, len(messages) + 1)
-        ]
-        asked = [template.render(messages[:length], generation=True) for length in (1, 3, 5)]
+        grown = grow_conversation(ChatTemplate(tokenizer, system, tuple(tools)))
     except ValueError as error:
         return (str(error),)
+    texts = grown.texts
     found = [
         f"it drops the thinking of a turn ({thought[1:-1]!r} is not in the conversation)"
-        for thought in thoughts
+        for thought in grown.thoughts
         if thought not in texts[-1]
     ]
     for length, (shorter, longer) in enumerate(pairwise(texts), start=2):
         if not longer.startswith(shorter):
             found.append(f"message {length} changes what stood before it: {_at(shorter, longer)}")
-    for length, text in zip((1, 3, 5), asked, strict=True):
+    for length, text in zip((1, 3, 5), grown.prompts, strict=True):
         if not texts[length].startswith(text):
             found.append(
                 f"it asks for turn {length // 2 + 1} with a text that it does not keep: "

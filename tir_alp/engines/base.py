@@ -72,6 +72,14 @@ class Completion:
         return written_out(self.version_spans, len(self.token_ids), self.policy_version)
 
 
+def check_request(token_ids: tuple[int, ...], sampling: Sampling) -> None:
+    """Refuse what no engine can sample. Raises ValueError."""
+    if not token_ids:
+        raise ValueError("there is nothing to continue: the sequence has no tokens")
+    if sampling.max_tokens < 1:
+        raise ValueError(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
+
+
 class Engine(Protocol):
     """Samples completions of token sequences with the newest weights that it was given."""
 

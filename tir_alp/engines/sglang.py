@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from tir_alp.config import SGLangConfig
-from tir_alp.engines.base import Completion, EngineFailed, Sampling
+from tir_alp.engines.base import Completion, EngineFailed, Sampling, check_request
 from tir_alp.engines.sglang_client import ServerFailed, SGLangClient
 from tir_alp.engines.sglang_process import ServerProcess
 from tir_alp.engines.sglang_request import SGLangRequest
@@ -157,7 +157,8 @@ class SGLangEngine:
                 sample this.
             EngineFailed: If the server that sampled it was lost.
         """
-        self._check(token_ids, sampling)
+        check_request(token_ids, sampling)
+        self._check_vocabulary(token_ids)
         request = SGLangRequest(token_ids, sampling, self._end_token_ids)
         self._requests.add(request)
         try:
@@ -254,11 +255,7 @@ class SGLangEngine:
 
     # ------------------------------------------------------------------------ one completion
 
-    def _check(self, token_ids: tuple[int, ...], sampling: Sampling) -> None:
-        if not token_ids:
-            raise ValueError("there is nothing to continue: the sequence has no tokens")
-        if sampling.max_tokens < 1:
-            raise ValueError(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
+    def _check_vocabulary(self, token_ids: tuple[int, ...]) -> None:
         if not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:  # it would end the server
             raise ValueError(
                 f"the sequence has a token that is not in the vocabulary: ids go from 0 to "

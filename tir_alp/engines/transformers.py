@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tir_alp.engines.base import Completion, Sampling
+from tir_alp.engines.base import Completion, Sampling, check_request
 from tir_alp.engines.kv_cache import CachedStep, KVCache
 from tir_alp.engines.precision import layer_matrices, quantised
 from tir_alp.engines.sampling import draws, sample
@@ -117,10 +117,7 @@ class TransformersEngine:
         Raises:
             ValueError: If the sequence is empty, or can never fit into the cache.
         """
-        if not token_ids:
-            raise ValueError("there is nothing to continue: the sequence has no tokens")
-        if sampling.max_tokens < 1:
-            raise ValueError(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
+        check_request(token_ids, sampling)
         request = _Request(
             prompt=token_ids,
             sampling=sampling,
