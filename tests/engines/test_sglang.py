@@ -26,6 +26,7 @@ from tests.engines.harness import (
     needs_sglang,
     served,
     served_by,
+    write_model,
 )
 from tir_alp.config import SGLangConfig
 from tir_alp.engines.base import EngineFailed, Sampling
@@ -122,14 +123,9 @@ def test_an_update_in_mid_generation_splits_completions_where_it_came(sglang_url
 
 
 def test_a_server_with_other_weights_than_it_should_have_does_not_pass(sglang_url):
-    from tir_alp.engines.sglang_client import ServerFailed
-    from tir_alp.engines.sglang_weights import (
-        Probe,
-        WeightSnapshot,
-        snapshot_tensors,
-        verify_probe,
-        verify_tensors,
-    )
+    from tir_alp.engines.http_client import ServerFailed
+    from tir_alp.engines.sglang_weights import verify_tensors
+    from tir_alp.engines.weights import Probe, WeightSnapshot, snapshot_tensors, verify_probe
 
     slightly = model(0)
     with torch.no_grad():
@@ -157,7 +153,7 @@ def test_a_server_with_other_weights_than_it_should_have_does_not_pass(sglang_ur
 
 def test_where_a_server_reports_no_tensors_the_probe_is_asked_alone_and_has_to_be_there(sglang_url):
     """As SGLang does for models that are not of Llama's kin."""
-    from tir_alp.engines.sglang_client import ServerFailed
+    from tir_alp.engines.http_client import ServerFailed
     from tir_alp.engines.sglang_weights import verify_tensors
 
     said: list[str] = []
@@ -356,11 +352,13 @@ def wait_until_gone(sessions: list[int]) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weights(monkeypatch):
+def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weights(
+    monkeypatch, tmp_path
+):
     """The first restart fails once, for want of a descriptor; in the end all restarts do."""
     from tir_alp.engines import sglang_process
+    from tir_alp.engines.http_client import ServerFailed
     from tir_alp.engines.sglang import open_sglang
-    from tir_alp.engines.sglang_client import ServerFailed
 
     free_port = sglang_process._free_port
     num_full = 0
@@ -412,7 +410,7 @@ def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weight
         nonlocal num_full
         async with open_sglang(
             config,
-            model_path=str(BASE),
+            model_path=write_model(tmp_path),
             vocab_size=VOCABULARY,
             end_token_ids=frozenset({1}),
             say=said.append,
@@ -442,16 +440,16 @@ def test_nothing_of_a_server_outlives_whoever_started_it(tmp_path):
         import asyncio, pathlib
         from tir_alp.config import SGLangConfig
         from tir_alp.engines import sglang
-        from tir_alp.engines.sglang_process import ServerProcess
+        from tir_alp.engines.sglang_process import SGLangProcess
         async def main():
             config = SGLangConfig(type="sglang", device="cpu", dtype="float32")
-            process = ServerProcess(
+            process = SGLangProcess(
                 "server",
                 sglang.server_arguments(config, {str(BASE)!r}, 0, 0, 0),
                 sglang.server_environment(config, {str(BASE)!r}),
                 pathlib.Path({str(tmp_path)!r}) / "log", "key", print,
             )
-            await process.start()
+            await process.listen()
             print(process.pid, flush=True)
             await process.ended()
         asyncio.run(main())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tir_alp.attention import PackedSequences
-from tir_alp.config import SGLangConfig, TransformersConfig
+from tir_alp.config import ServersConfig, TransformersConfig
 from tir_alp.doctor.finding import Finding
 from tir_alp.engines.base import Completion, Engine, Sampling
 from tir_alp.policy import hidden_states, next_token_logits
@@ -33,9 +33,9 @@ _NUM_NUDGED = 8  # tensors, evenly spaced, that are changed to see whether a syn
 _SHIFT = 10  # a change of the weights has to move logprobs by so many tolerances
 
 
-def tolerance_of(engine: TransformersConfig | SGLangConfig) -> float:
+def tolerance_of(engine: TransformersConfig | ServersConfig) -> float:
     """By how much the mean |difference of logprobs| may be off, in nats."""
-    if isinstance(engine, SGLangConfig):
+    if isinstance(engine, ServersConfig):
         return _MEAN_TOLERANCE[engine.dtype]
     return _MEAN_TOLERANCE[engine.precision] + _NOISE_TOLERANCE * engine.logit_noise
 

@@ -22,7 +22,7 @@ import secrets
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -31,25 +31,33 @@ import torch
 from torch import Tensor
 
 from tir_alp.config import SGLangConfig
-from tir_alp.engines.base import Completion, EngineFailed, Sampling, check_request
-from tir_alp.engines.sglang_client import ServerFailed, SGLangClient
-from tir_alp.engines.sglang_process import ServerProcess
+from tir_alp.engines.base import (
+    Completion,
+    EngineFailed,
+    Sampling,
+    check_fit,
+    check_request,
+    check_vocabulary,
+)
+from tir_alp.engines.http_client import ServerFailed
+from tir_alp.engines.sglang_client import SGLangClient
+from tir_alp.engines.sglang_process import SGLangProcess
 from tir_alp.engines.sglang_request import SGLangRequest
 from tir_alp.engines.sglang_weights import (
     DiskTransfer,
     DistributedTransfer,
-    Probe,
     TensorCheck,
     TensorTransfer,
-    WeightSnapshot,
     WeightTransfer,
-    snapshot_tensors,
-    verify_probe,
     verify_tensors,
 )
-
-Reference = Callable[[tuple[int, ...]], Awaitable[Sequence[float]]]
-"""Logprob of each token of a sequence but the first, by the trainer's forward at temperature 1."""
+from tir_alp.engines.weights import (
+    Probe,
+    Reference,
+    WeightSnapshot,
+    snapshot_tensors,
+    verify_probe,
+)
 
 KEY_VARIABLE = "TIR_ALP_SGLANG_KEY"
 """Environment variable with the key of servers that run already."""
@@ -66,7 +74,7 @@ _PROBE_TOKENS = 256
 class _Server:
     """What the engine knows of one server."""
 
-    def __init__(self, name: str, client: SGLangClient | None, process: ServerProcess | None):
+    def __init__(self, name: str, client: SGLangClient | None, process: SGLangProcess | None):
         self.name = name
         self.client = client
         self.process = process
@@ -158,7 +166,7 @@ class SGLangEngine:
             EngineFailed: If the server that sampled it was lost.
         """
         check_request(token_ids, sampling)
-        self._check_vocabulary(token_ids)
+        check_vocabulary(token_ids, self._vocab_size)
         request = SGLangRequest(token_ids, sampling, self._end_token_ids)
         self._requests.add(request)
         try:
@@ -255,13 +263,6 @@ class SGLangEngine:
 
     # ------------------------------------------------------------------------ one completion
 
-    def _check_vocabulary(self, token_ids: tuple[int, ...]) -> None:
-        if not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:  # it would end the server
-            raise ValueError(
-                f"the sequence has a token that is not in the vocabulary: ids go from 0 to "
-                f"{self._vocab_size - 1}, and it has {min(token_ids)} to {max(token_ids)}"
-            )
-
     async def _choose(self, request: SGLangRequest) -> _Server:
         """Take the server that has the longest prefix of a sequence, or the least busy one."""
         await self._any_serves(self._config.start_timeout_s * _MOST_STARTS)
@@ -342,16 +343,7 @@ class SGLangEngine:
             if not any(path.glob("*.safetensors")):
                 return  # a Hugging Face id
             own = snapshot_tensors(path, torch.float32)
-        wrong = sorted(
-            name
-            for name in own.keys() | tensors.keys()
-            if name not in own or name not in tensors or own[name].shape != tensors[name].shape
-        )
-        if wrong:
-            raise ValueError(
-                f"the weights of version {version} do not fit the engine's model: {len(wrong)} "
-                f"tensors are missing, unknown or of another shape, the first is {wrong[0]!r}"
-            )
+        check_fit(own, tensors, version)
 
     async def _load_or_lose(self, server: _Server) -> None:
         try:
@@ -416,7 +408,7 @@ class SGLangEngine:
             _Server(
                 f"SGLang server {index}",
                 None,
-                ServerProcess(
+                SGLangProcess(
                     f"SGLang server {index}",
                     server_arguments(config, model_path, self._snapshot.version, self._seed, index),
                     server_environment(config, model_path),
@@ -445,7 +437,7 @@ class SGLangEngine:
         """Start a server, or wait for one that is not ours, and give it the newest weights."""
         if server.process is not None:
             await server.process.kill()
-            server.client = self._connect(await server.process.start())
+            server.client = self._connect(await server.process.listen())
             server.versions = set()
             await server.process.wait_until_ready(server.client, self._config.start_timeout_s)
         else:

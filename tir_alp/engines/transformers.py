@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tir_alp.engines.base import Completion, Sampling, check_request
+from tir_alp.engines.base import Completion, Sampling, check_fit, check_request
 from tir_alp.engines.kv_cache import CachedStep, KVCache
 from tir_alp.engines.precision import layer_matrices, quantised
 from tir_alp.engines.sampling import draws, sample
@@ -151,17 +151,7 @@ class TransformersEngine:
         new: Mapping[str, Tensor] = (
             load_policy(str(source)).state_dict() if isinstance(source, Path) else source
         )
-        own = self._model.state_dict()
-        wrong = sorted(
-            name
-            for name in own.keys() | new.keys()
-            if name not in own or name not in new or own[name].shape != new[name].shape
-        )
-        if wrong:
-            raise ValueError(
-                f"the weights of version {version} do not fit the engine's model: {len(wrong)} "
-                f"tensors are missing, unknown or of another shape, the first is {wrong[0]!r}"
-            )
+        check_fit(self._model.state_dict(), new, version)
         while self._pending_weights is not None:
             await asyncio.shield(self._pending_weights[2])
         loaded = asyncio.get_running_loop().create_future()
