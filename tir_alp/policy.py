@@ -6,15 +6,16 @@ chunk of tokens at a time, and again in the backward pass.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tir_alp.attention import PACKED, Layout
+from tir_alp.attention import PACKED, Layout, PackedSequences
 
 _CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -35,6 +36,24 @@ def load_policy(path: str) -> Any:
     for name in _CHANGED_LOGITS:
         if getattr(model.config, name, None) not in (None, 1.0):
             raise ValueError(f"the model {path!r} sets {name}, which is not supported")
+    return model
+
+
+def load_outline(path: str) -> Any:
+    """Load what there is to know of a causal LM; its weights have shapes, and no values.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    _check_folder(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(f"cannot load the config of the model {path!r}: {error}") from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with suppress(OSError):  # not every model has one
+        model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 
@@ -121,6 +140,38 @@ def token_logprobs(
         for chunk in zip(states, ids, places, strict=True)
     ]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+@torch.no_grad()
+def completion_logprobs(
+    model: Any, token_ids: Tensor, num_prompt: int, temperature: float, top_p: float
+) -> Tensor:
+    """Logprobs [T] of a completion by one forward, at a temperature and truncated to `top_p`.
+
+    A token that is outside of the truncated distribution, which rounding at its border may do, is
+    taken for its least likely member.
+
+    Args:
+        model: A causal LM.
+        token_ids: [num_prompt + T] of prompt and completion.
+        num_prompt: Tokens of the prompt.
+        temperature: Of the distribution.
+        top_p: Only the most probable tokens that together reach it are in the distribution.
+    """
+    positions = torch.arange(len(token_ids), device=token_ids.device)
+    layout = PackedSequences((len(token_ids),), token_ids.device)
+    was_training = model.training
+    model.eval()
+    hidden = hidden_states(model, token_ids, positions, layout)
+    model.train(was_training)
+    logits = next_token_logits(model, hidden[num_prompt - 1 : -1])
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    chosen = logprobs.gather(-1, token_ids[num_prompt:, None]).squeeze(-1)
+    if top_p < 1:
+        ordered = logprobs.sort(dim=-1, descending=True).values.exp()
+        kept = ordered * (ordered.cumsum(-1) - ordered < top_p)
+        chosen = chosen - kept.sum(-1).log()
+    return chosen.cpu()
 
 
 def _chunk_logprobs(
