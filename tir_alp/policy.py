@@ -11,10 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    checkpoint_wrapper,
+)
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tir_alp.attention import PACKED, Layout
+from tir_alp.perturbation import find_decoder_layers
 
 _CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -64,6 +69,20 @@ def _check_folder(path: str) -> None:
     looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
     if looks_local and not Path(path).expanduser().is_dir():
         raise ValueError(f"there is no model folder {path!r}; give a folder or a Hugging Face id")
+
+
+def recompute_layers(model: Any) -> None:
+    """Keep only what enters each decoder layer, and compute its inside again in backward.
+
+    The layers are wrapped, once, and the names of weights stay as they are. transformers' own
+    switch does the same within each layer, so that a hook on a layer runs a second time too. Noise
+    that is added by such a hook would be made three times instead of twice, and the states without
+    it would be kept although nothing needs them again.
+    """
+    layers = find_decoder_layers(model)
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, CheckpointWrapper):
+            layers[index] = checkpoint_wrapper(layer)
 
 
 def hidden_states(model: Any, token_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:

@@ -27,7 +27,7 @@ from tir_alp.guards import MOST_NORMS, is_spike
 from tir_alp.loss import LossInputs, clipped_tokens, loss_counts, policy_loss
 from tir_alp.metrics import mismatch_metrics, ratio_metrics
 from tir_alp.perturbation import Effect, LayerwisePerturbation, NoiseKey
-from tir_alp.policy import hidden_states, token_logprobs
+from tir_alp.policy import hidden_states, recompute_layers, token_logprobs
 from tir_alp.ratio_summary import RatioSummary, summarise
 from tir_alp.types import Batch
 
@@ -73,7 +73,7 @@ class Trainer:
         self._on_bad_update, self._on_update = on_bad_update, on_update
         self._reference = reference
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_layers(model)
         model.train()
         weights = {
             "params": list(model.parameters()),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tir_alp import perturbation
 from tir_alp import trainer as trainer_module
 from tir_alp.attention import PackedSequences
 from tir_alp.batch import Sample, collate, loss_positions, pack, to_rows
@@ -29,7 +30,7 @@ from tir_alp.config import (
 )
 from tir_alp.loss import LossInputs, policy_loss
 from tir_alp.perturbation import LayerwisePerturbation, NoiseKey
-from tir_alp.policy import hidden_states, token_logprobs
+from tir_alp.policy import hidden_states, load_policy, token_logprobs
 from tir_alp.tiny.model import make_model
 from tir_alp.tools.outcome import Outcome
 from tir_alp.trainer import Trainer
@@ -107,8 +108,12 @@ def flat(groups: Groups) -> list[Sample]:
 
 def gradients(of: Trainer | LayerwisePerturbation, at: Any = None) -> dict[str, Tensor]:
     """Gradients by name; that of log sigma too, if there is one."""
-    named = dict((at if at is not None else of.model).named_parameters())  # type: ignore[union-attr]
-    found = {name: each.grad for name, each in named.items() if each.grad is not None}
+    model = at if at is not None else of.model  # type: ignore[union-attr]
+    found = {
+        name.replace("_checkpoint_wrapped_module.", ""): each.grad
+        for name, each in model.named_parameters()
+        if each.grad is not None
+    }
     perturbation = of._perturbation if isinstance(of, Trainer) else of
     if perturbation is not None and perturbation.log_sigma.grad is not None:
         found["log_sigma"] = perturbation.log_sigma.grad
@@ -280,6 +285,25 @@ def test_loss_and_gradients_do_not_depend_on_how_an_update_is_computed(split):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7)
     assert_close(gradients(other), gradients(whole))
     assert "log_sigma" in gradients(whole)
+
+
+def test_recomputing_layers_makes_noise_no_third_time_and_leaves_all_names(monkeypatch, tmp_path):
+    made = []
+    pieces = perturbation.normal_pieces
+    monkeypatch.setattr(
+        perturbation, "normal_pieces", lambda *args: (made.append(args[1]), pieces(*args))[1]
+    )
+    plain, recomputing = trainer(noisy()), trainer(noisy(), gradient_checkpointing=True)
+    again = trainer(noisy(), recomputing.model, gradient_checkpointing=True)
+    counts = []
+    for each in (plain, recomputing, again):
+        each.step(make_groups(2), 0)
+        counts.append(len(made))
+        made.clear()
+    assert counts == [2 * len(plain.model.model.layers)] * 3
+    recomputing.model.save_pretrained(tmp_path)
+    assert load_policy(str(tmp_path)).state_dict().keys() == plain.model.state_dict().keys()
+    assert recomputing.weights().keys() == plain.weights().keys()
 
 
 @pytest.mark.parametrize("name", ["alp_sequence", "tis_token"])
