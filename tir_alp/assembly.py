@@ -27,7 +27,7 @@ from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.environments import make_environment, make_renderer
 from tir_alp.ledger import Ledger
 from tir_alp.logical_order import LogicalOrder
-from tir_alp.policy import end_token_ids, load_policy, load_tokenizer
+from tir_alp.policy import compute_device, end_token_ids, load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.rollout import EpisodeRunner, Watch
 from tir_alp.rollout_queue import RolloutQueue
@@ -72,6 +72,7 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
     """
     async with AsyncExitStack() as stack:
         console = RunConsole()
+        device = compute_device(config.trainer.device)
         initial = str(SHIPPED.get(config.model.path, config.model.path))
         path, position, state = initial, Position(0, 0, 0), None
         if resume is not None:
@@ -110,10 +111,10 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         folder = RunFolder(resume or Path("runs") / run_name(config))
         ledger = Ledger(rollout.group_size, config.seed)
         trainer = Trainer(
-            load_policy(path),
+            load_policy(path, device),
             config.trainer,
             with_run_seed(config),
-            reference=load_policy(initial) if config.algorithm.needs_reference else None,
+            reference=load_policy(initial, device) if config.algorithm.needs_reference else None,
             temperature=rollout.temperature,
             on_bad_update=folder.dump_bad_update,
             on_update=ledger.updated,
@@ -226,7 +227,7 @@ async def open_engine(
             yield engine
         return
     engine = TransformersEngine(
-        load_policy(path),
+        load_policy(path, trainer.model.device),
         max_cache_tokens=settings.max_cache_tokens,
         version=version,
         precision=settings.precision,

@@ -127,8 +127,8 @@ def verify(path: Path) -> Position:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read what `Trainer.load_state_dict` takes."""
-    return torch.load(path / "trainer.pt", weights_only=True)
+    """Read what `Trainer.load_state_dict` takes, which moves it to where the model is."""
+    return torch.load(path / "trainer.pt", weights_only=True, map_location="cpu")
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -467,8 +467,11 @@ EngineConfig = Annotated[
 
 
 class TrainerConfig(Section):
-    """The optimizer and the memory of an update."""
+    """The optimizer, and where and in what memory it works."""
 
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the policy is trained, and where the embedded engine samples: "cuda" is a GPU, "auto" a
+    GPU where there is one."""
     lr: float = Field(default=1e-6, gt=0.0)
     """Learning rate of the weights, constant."""
     perturbation_lr: float = Field(default=5e-4, gt=0.0)

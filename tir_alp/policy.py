@@ -24,15 +24,36 @@ from tir_alp.perturbation import find_decoder_layers
 _CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
-def load_policy(path: str) -> Any:
+def compute_device(name: str) -> torch.device:
+    """The device that a config names: "cpu", "cuda", or "auto", which is a GPU where there is one.
+
+    Raises:
+        ValueError: If it is to be a GPU, and torch sees none.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build for CPUs"
+        raise ValueError(
+            f'trainer.device = "cuda", but torch {torch.__version__} ({build}) sees no GPU here: '
+            "see that nvidia-smi lists one and install a torch for its CUDA, or set trainer.device "
+            'to "cpu"'
+        )
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+
+
+def load_policy(path: str, device: torch.device | str = "cpu") -> Any:
     """Load a causal LM with packed attention, in float32, by folder or Hugging Face id.
+
+    Args:
+        path: Folder or id.
+        device: Where it is to stand. Whatever is computed with it follows it there.
 
     Raises:
         ValueError: If there is no such model, or it does something to its logits that we do not.
     """
     _check_folder(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation=PACKED
         )
     except OSError as error:
@@ -40,7 +61,7 @@ def load_policy(path: str) -> Any:
     for name in _CHANGED_LOGITS:
         if getattr(model.config, name, None) not in (None, 1.0):
             raise ValueError(f"the model {path!r} sets {name}, which is not supported")
-    return model
+    return model.to(device)
 
 
 def load_tokenizer(path: str) -> Any:

@@ -31,8 +31,7 @@ from tir_alp.policy import hidden_states, recompute_layers, token_logprobs
 from tir_alp.ratio_summary import RatioSummary, summarise
 from tir_alp.types import Batch
 
-_NUM_PROBED = 256  # tokens, about, whose logprobs are now and then also taken without noise
-_PROBE_EVERY = 8  # steps: a forward more in each would cost as much as the noise itself
+_NUM_PROBED = 128  # tokens, about, of each step whose logprobs are also taken without noise
 
 OnBadUpdate = Callable[[int, Sequence[Batch]], None]
 """Told the number and the micro-batches of an update that was skipped."""
@@ -117,12 +116,7 @@ class Trainer:
         parts = [[self._prepare(batch) for batch in part] for part in parts]
         first = step * self._config.updates_per_step
         reports = [
-            self._update(
-                part,
-                first + index,
-                measure=index == 0,
-                probe=index == 0 and step % _PROBE_EVERY == 0,
-            )
+            self._update(part, first + index, probe=step if index == 0 else None)
             for index, part in enumerate(parts)
         ]
         for index, (part, report) in enumerate(zip(parts, reports, strict=True)):
@@ -202,25 +196,29 @@ class Trainer:
     def _frozen_logprobs(self, model: Any, batch: Batch) -> Tensor:
         return self._logprobs(model, batch)[0]
 
-    def _probe(self, batch: Batch, noisy: Tensor | None) -> dict[str, float]:
+    def _probe(self, batch: Batch, step: int, noisy: Tensor | None) -> dict[str, float]:
         """What the engine and the noise each make of a few sequences, evenly spaced.
 
-        `mismatch/probe_*` are |trainer's logprob without noise - rollout logprob|, and
-        `alp/logprob_shift` is the mean |change of logprob| by the noise, on loss tokens.
+        With d = trainer's logprob without noise - rollout logprob, `mismatch/probe_kl` is the mean
+        of -d, `mismatch/probe_mean` and `mismatch/probe_max` are of |d|, and `alp/logprob_shift` is
+        the mean |change of logprob| by the noise, on loss tokens.
 
         Args:
-            batch: A micro-batch.
+            batch: A micro-batch, before the weights change.
+            step: Number of the step: each begins with another sequence.
             noisy: [B, T] logprobs of the forward that is trained on; None: it has no noise.
         """
-        rows = range(0, len(batch.lengths), -(-sum(batch.lengths) // _NUM_PROBED))
+        every = -(-sum(batch.lengths) // _NUM_PROBED)
+        rows = range(step % min(every, len(batch.lengths)), len(batch.lengths), every)
         probe = sequences_of(batch, rows)
-        if not probe.num_loss_tokens:
-            return {}
-        own = self._frozen_logprobs(self.model, probe)
-        mismatch = (own - probe.rollout_logprobs)[probe.loss_mask].abs()
+        own = probe.proximal_logprobs
+        if own is None:
+            own = self._frozen_logprobs(self.model, probe)
+        difference = (own - probe.rollout_logprobs)[probe.loss_mask]
         metrics = {
-            "mismatch/probe_mean": float(mismatch.mean()),
-            "mismatch/probe_max": float(mismatch.max()),
+            "mismatch/probe_kl": -float(difference.mean()),
+            "mismatch/probe_mean": float(difference.abs().mean()),
+            "mismatch/probe_max": float(difference.abs().max()),
         }
         if noisy is not None:
             shift = (noisy.detach()[list(rows)] - own)[probe.loss_mask].abs()
@@ -228,12 +226,12 @@ class Trainer:
         return metrics
 
     def _update(
-        self, batches: Sequence[Batch], update: int, measure: bool, probe: bool
+        self, batches: Sequence[Batch], update: int, probe: int | None
     ) -> tuple[dict[str, float], RatioSummary] | None:
         """One optimizer update; None if it had nothing finite to offer and was skipped.
 
-        With `measure`, what the noise does to the states of the first micro-batch is looked at;
-        with `probe`, what noise and engine each do to its logprobs.
+        With `probe`, the number of the step, what the noise does to the states of the first
+        micro-batch is looked at, and what noise and engine each do to its logprobs.
         """
         counts = [loss_counts(_inputs(batch), self._algorithm) for batch in batches]
         num_tokens = sum(float(count.num_loss_tokens) for count in counts)
@@ -247,17 +245,17 @@ class Trainer:
         num_draws = self._num_draws
         for index, (batch, draw) in enumerate(itertools.product(batches, range(num_draws))):
             # Backward belongs inside: checkpointed layers run a second time there.
-            with self._perturbed(batch, update, draw, measure and index == 0) as effect:
+            measure = probe is not None and index == 0
+            with self._perturbed(batch, update, draw, measure) as effect:
                 logprobs, entropy = self._logprobs(self.model, batch, perturbed=True)
                 loss, metrics = policy_loss(
                     _inputs(batch, logprobs), self._algorithm, num_tokens, num_sequences
                 )
                 (loss / num_draws).backward()
-            if index == 0:
+            if probe is not None and index == 0:
                 effect_metrics = effect.metrics()
-                if probe:
-                    noisy = logprobs if effect_metrics else None
-                    effect_metrics |= self._probe(batch, noisy)
+                noisy = logprobs if effect_metrics else None
+                effect_metrics |= self._probe(batch, probe, noisy)
             for name, part in metrics.items():
                 totals[name] = totals[name] + part / num_draws
             inputs = _inputs(batch, logprobs.detach())

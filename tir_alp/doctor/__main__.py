@@ -21,7 +21,7 @@ from tir_alp.data import load_order
 from tir_alp.doctor.examine import examine_config, examine_engine
 from tir_alp.doctor.finding import Finding
 from tir_alp.environments import make_environment, make_renderer
-from tir_alp.policy import load_policy, load_tokenizer
+from tir_alp.policy import compute_device, load_policy, load_tokenizer
 from tir_alp.tiny import SHIPPED, TRAIN_CONFIG
 from tir_alp.tools.sandbox import SandboxRefused
 from tir_alp.trainer import Trainer
@@ -45,7 +45,7 @@ async def examine(config: Config) -> list[Finding]:
             env.reset(seed=task.seed, options=task.to_options())[0] for task in (tasks[0], tasks[1])
         ]
     trainer = Trainer(
-        load_policy(path),
+        load_policy(path, compute_device(config.trainer.device)),
         config.trainer,
         config.algorithm,
         temperature=config.rollout.temperature,
