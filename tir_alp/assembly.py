@@ -39,7 +39,7 @@ from tir_alp.trainer import Trainer
 _EVALUATION = 1 << 32  # evaluation draws from seeds of its own
 _NUM_CHECKED = 256  # tasks whose prompts are measured before a run begins
 _NUM_NAMED = 20  # rows that were left out
-_HARMLESS = "```python\nprint(1)\n```"
+_HARMLESS = ("```python\nprint(1)\n```",)  # for an environment that does not say what is
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +251,8 @@ def with_run_seed(config: Config) -> AlgorithmConfig:
 def check_environment(config: Config, renderer: Renderer, tasks: Sequence[Task]) -> dict[str, Any]:
     """See that prompts leave room to write, and that the environment can take an action.
 
-    The action is harmless. What it needs, a sandbox for instance, starts or refuses here and not in
-    the first step.
+    The actions are harmless, those of the environment's `harmless_actions()` if it has that. What
+    they need, a sandbox for instance, starts or refuses here and not in the first step.
 
     Returns:
         What the environment's `run_report()` says for people to read, which can go through JSON;
@@ -262,9 +262,12 @@ def check_environment(config: Config, renderer: Renderer, tasks: Sequence[Task])
         for task in tasks:
             text, _ = env.reset(seed=task.seed, options=task.to_options())
             renderer.prompt_within(text, config.rollout.max_context_tokens, task.task_id)
-        info = env.step(_HARMLESS)[-1]
-        if Outcome(info.get("outcome", Outcome.OK)).is_infrastructure:
-            raise ValueError(f"{config.env.id!r} cannot work here: {info.get('error')}")
+        says = env.has_wrapper_attr("harmless_actions")
+        for action in env.get_wrapper_attr("harmless_actions")() if says else _HARMLESS:
+            env.reset(seed=tasks[0].seed, options=tasks[0].to_options())
+            info = env.step(action)[-1]
+            if Outcome(info.get("outcome", Outcome.OK)).is_infrastructure:
+                raise ValueError(f"{config.env.id!r} cannot work here: {info.get('error')}")
         has_report = env.has_wrapper_attr("run_report")
         return env.get_wrapper_attr("run_report")() if has_report else {}
 

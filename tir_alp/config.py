@@ -644,6 +644,8 @@ def read_toml(file: Path) -> dict[str, Any]:
 def load_config(arguments: Sequence[str], below: Mapping[str, Any]) -> Config:
     """Build a run's config: defaults, then `below`, then `--dotted.key value` arguments.
 
+    Where the arguments name another environment than `below`, its `env.kwargs` are left out.
+
     Args:
         arguments: Words of a command line.
         below: What a file says.
@@ -662,6 +664,9 @@ def load_config(arguments: Sequence[str], below: Mapping[str, Any]) -> Config:
     below = {"algorithm": Config.model_fields["algorithm"].default.name, **below}
     if isinstance(below["algorithm"], str):
         below["algorithm"] = {"name": below["algorithm"]}
+    named = from_command_line.get("env", {}).get("id")
+    if named is not None and named != below.get("env", {}).get("id"):
+        below["env"] = {}  # what it says there is about another environment
     return parse_config(merge(below, from_command_line))
 
 
