@@ -28,7 +28,7 @@ from tir_alp.environments import make_environment, make_renderer
 from tir_alp.ledger import Ledger
 from tir_alp.logical_order import LogicalOrder
 from tir_alp.parallel import join
-from tir_alp.policy import end_token_ids, load_outline, load_policy, load_tokenizer
+from tir_alp.policy import compute_device, end_token_ids, load_outline, load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.rollout import EpisodeRunner, Watch
 from tir_alp.rollout_queue import RolloutQueue
@@ -40,7 +40,7 @@ from tir_alp.trainer import Trainer
 _EVALUATION = 1 << 32  # evaluation draws from seeds of its own
 _NUM_CHECKED = 256  # tasks whose prompts are measured before a run begins
 _NUM_NAMED = 20  # rows that were left out
-_HARMLESS = "```python\nprint(1)\n```"
+_HARMLESS = ("```python\nprint(1)\n```",)  # for an environment that does not say what is
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,7 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
     """
     async with AsyncExitStack() as stack:
         console = RunConsole()
+        device = compute_device(config.trainer.device)
         initial = str(SHIPPED.get(config.model.path, config.model.path))
         path, position, found = initial, Position(0, 0, 0), None
         if resume is not None:
@@ -84,7 +85,7 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
                     f"{resume} has made its {position.step} steps: give --steps more to go on"
                 )
 
-        ranks = stack.enter_context(join(config.trainer.rank_timeout_s))
+        ranks = stack.enter_context(join(config.trainer.rank_timeout_s, device))
         if ranks.size > 1:
             raise ValueError(
                 f"a run is one process, but this is one of {ranks.size} ranks: start it without "
@@ -234,7 +235,7 @@ async def open_engine(
             yield engine
         return
     engine = TransformersEngine(
-        load_policy(path),
+        load_policy(path, trainer.ranks.device),
         max_cache_tokens=settings.max_cache_tokens,
         version=version,
         precision=settings.precision,
@@ -258,8 +259,8 @@ def with_run_seed(config: Config) -> AlgorithmConfig:
 def check_environment(config: Config, renderer: Renderer, tasks: Sequence[Task]) -> dict[str, Any]:
     """See that prompts leave room to write, and that the environment can take an action.
 
-    The action is harmless. What it needs, a sandbox for instance, starts or refuses here and not in
-    the first step.
+    The actions are harmless, those of the environment's `harmless_actions()` if it has that. What
+    they need, a sandbox for instance, starts or refuses here and not in the first step.
 
     Returns:
         What the environment's `run_report()` says for people to read, which can go through JSON;
@@ -269,9 +270,12 @@ def check_environment(config: Config, renderer: Renderer, tasks: Sequence[Task])
         for task in tasks:
             text, _ = env.reset(seed=task.seed, options=task.to_options())
             renderer.prompt_within(text, config.rollout.max_context_tokens, task.task_id)
-        info = env.step(_HARMLESS)[-1]
-        if Outcome(info.get("outcome", Outcome.OK)).is_infrastructure:
-            raise ValueError(f"{config.env.id!r} cannot work here: {info.get('error')}")
+        says = env.has_wrapper_attr("harmless_actions")
+        for action in env.get_wrapper_attr("harmless_actions")() if says else _HARMLESS:
+            env.reset(seed=tasks[0].seed, options=tasks[0].to_options())
+            info = env.step(action)[-1]
+            if Outcome(info.get("outcome", Outcome.OK)).is_infrastructure:
+                raise ValueError(f"{config.env.id!r} cannot work here: {info.get('error')}")
         has_report = env.has_wrapper_attr("run_report")
         return env.get_wrapper_attr("run_report")() if has_report else {}
 

@@ -479,8 +479,11 @@ class LoraConfig(Section):
 
 
 class TrainerConfig(Section):
-    """The optimizer and the memory of an update."""
+    """The optimizer, and where and in what memory it works."""
 
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the policy is trained, and where the embedded engine samples: "cuda" is a GPU, "auto" a
+    GPU where there is one."""
     lr: float = Field(default=1e-6, gt=0.0)
     """Learning rate of the weights, constant."""
     perturbation_lr: float = Field(default=5e-4, gt=0.0)
@@ -662,6 +665,8 @@ def read_toml(file: Path) -> dict[str, Any]:
 def load_config(arguments: Sequence[str], below: Mapping[str, Any]) -> Config:
     """Build a run's config: defaults, then `below`, then `--dotted.key value` arguments.
 
+    Where the arguments name another environment than `below`, its `env.kwargs` are left out.
+
     Args:
         arguments: Words of a command line.
         below: What a file says.
@@ -680,6 +685,9 @@ def load_config(arguments: Sequence[str], below: Mapping[str, Any]) -> Config:
     below = {"algorithm": Config.model_fields["algorithm"].default.name, **below}
     if isinstance(below["algorithm"], str):
         below["algorithm"] = {"name": below["algorithm"]}
+    named = from_command_line.get("env", {}).get("id")
+    if named is not None and named != below.get("env", {}).get("id"):
+        below["env"] = {}  # what it says there is about another environment
     return parse_config(merge(below, from_command_line))
 
 

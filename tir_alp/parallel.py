@@ -91,7 +91,7 @@ class Ranks:
 
 
 @contextmanager
-def join(timeout_s: float) -> Iterator[Ranks]:
+def join(timeout_s: float, device: torch.device) -> Iterator[Ranks]:
     """Meet the other ranks, and part from them in the end.
 
     The ranks are those of the process group that is there already, if any; else those that the
@@ -99,28 +99,29 @@ def join(timeout_s: float) -> Iterator[Ranks]:
 
     Args:
         timeout_s: Deadline of a collective call: so long, at most, ranks wait for one that is late.
+        device: Where ranks compute, e.g. "cuda": each then has the GPU that `LOCAL_RANK` names.
     """
     is_ours = not dist.is_initialized()
     if is_ours and "WORLD_SIZE" in os.environ:
         dist.init_process_group(_backend(), timeout=timedelta(seconds=timeout_s))
     try:
-        yield _here() if dist.is_initialized() else alone()
+        yield _here(device) if dist.is_initialized() else alone(device)
     finally:
         if is_ours:
             dist.destroy_process_group()
 
 
-def alone() -> Ranks:
+def alone(device: torch.device | str = "cpu") -> Ranks:
     """This process as the only rank, to its end: for scripts and notebooks."""
     if not dist.is_initialized():
         dist.init_process_group(_backend(), store=HashStore(), rank=0, world_size=1)
     assert dist.get_world_size() == 1, "this process is one of several ranks: use join"
-    return _here()
+    return _here(torch.device(device))
 
 
-def _here() -> Ranks:
-    size, device = dist.get_world_size(), torch.device("cpu")
-    if torch.cuda.is_available():
+def _here(device: torch.device) -> Ranks:
+    size = dist.get_world_size()
+    if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     return Ranks(dist.get_rank(), size, device, init_device_mesh(device.type, (size,)))

@@ -12,23 +12,52 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    checkpoint_wrapper,
+)
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tir_alp.attention import PACKED, Layout, PackedSequences
+from tir_alp.perturbation import find_decoder_layers
+
+WRAPPER = "_checkpoint_wrapped_module."
+"""What `recompute_layers` adds to the names of parameters, though not to those of a state dict."""
 
 _CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
-def load_policy(path: str) -> Any:
+def compute_device(name: str) -> torch.device:
+    """The device that a config names: "cpu", "cuda", or "auto", which is a GPU where there is one.
+
+    Raises:
+        ValueError: If it is to be a GPU, and torch sees none.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build for CPUs"
+        raise ValueError(
+            f'trainer.device = "cuda", but torch {torch.__version__} ({build}) sees no GPU here: '
+            "see that nvidia-smi lists one and install a torch for its CUDA, or set trainer.device "
+            'to "cpu"'
+        )
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+
+
+def load_policy(path: str, device: torch.device | str = "cpu") -> Any:
     """Load a causal LM with packed attention, in float32, by folder or Hugging Face id.
+
+    Args:
+        path: Folder or id.
+        device: Where it is to stand. Whatever is computed with it follows it there.
 
     Raises:
         ValueError: If there is no such model, or it does something to its logits that we do not.
     """
     _check_folder(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation=PACKED
         )
     except OSError as error:
@@ -36,7 +65,7 @@ def load_policy(path: str) -> Any:
     for name in _CHANGED_LOGITS:
         if getattr(model.config, name, None) not in (None, 1.0):
             raise ValueError(f"the model {path!r} sets {name}, which is not supported")
-    return model
+    return model.to(device)
 
 
 def load_outline(path: str) -> Any:
@@ -83,6 +112,20 @@ def _check_folder(path: str) -> None:
     looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
     if looks_local and not Path(path).expanduser().is_dir():
         raise ValueError(f"there is no model folder {path!r}; give a folder or a Hugging Face id")
+
+
+def recompute_layers(model: Any) -> None:
+    """Keep only what enters each decoder layer, and compute its inside again in backward.
+
+    The layers are wrapped, once, and the names of weights stay as they are. transformers' own
+    switch does the same within each layer, so that a hook on a layer runs a second time too. Noise
+    that is added by such a hook would be made three times instead of twice, and the states without
+    it would be kept although nothing needs them again.
+    """
+    layers = find_decoder_layers(model)
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, CheckpointWrapper):
+            layers[index] = checkpoint_wrapper(layer)
 
 
 def hidden_states(model: Any, token_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:

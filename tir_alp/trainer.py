@@ -34,12 +34,12 @@ from tir_alp.nudge import Nudge
 from tir_alp.optimizer import Optimizer
 from tir_alp.parallel import Ranks
 from tir_alp.perturbation import Effect, LayerwisePerturbation, NoiseKey
+from tir_alp.policy import WRAPPER, recompute_layers
 from tir_alp.ratio_summary import RatioSummary, summarise
 from tir_alp.sharding import PolicyLogprobs, gathered, shard
 from tir_alp.types import Batch
 
-_NUM_PROBED = 256  # tokens, about, whose logprobs are now and then also taken without noise
-_PROBE_EVERY = 8  # steps: a forward more in each would cost as much as the noise itself
+_NUM_PROBED = 128  # tokens, about, of each step whose logprobs are also taken without noise
 
 OnBadUpdate = Callable[[int, Sequence[Batch]], None]
 """Told the number and the micro-batches of an update that was skipped."""
@@ -84,7 +84,7 @@ class Trainer:
         if config.lora is not None:
             self._adapters = Adapters(model, config.lora, getattr(torch, config.dtype))
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_layers(model)
         model.train()
         self._policy = self._sharded(model)
         self._reference = None if reference is None else self._sharded(reference)
@@ -191,12 +191,7 @@ class Trainer:
         parts = [[self._prepare(batch) for batch in part] for part in parts]
         first = step * self._config.updates_per_step
         reports = [
-            self._update(
-                part,
-                first + index,
-                measure=index == 0,
-                probe=index == 0 and step % _PROBE_EVERY == 0,
-            )
+            self._update(part, first + index, probe=step if index == 0 else None)
             for index, part in enumerate(parts)
         ]
         for index, (part, report) in enumerate(zip(parts, reports, strict=True)):
@@ -231,8 +226,12 @@ class Trainer:
         return policy
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        """What is trained of the model, by name."""
-        return {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+        """What is trained of the model, by the name that it has there without any wrapper."""
+        return {
+            name.replace(WRAPPER, ""): each
+            for name, each in self.model.named_parameters()
+            if each.requires_grad
+        }
 
     def _prepare(self, batch: Batch) -> Batch:
         """Move a micro-batch to the model, and add the logprobs of policies that stand still."""
@@ -247,45 +246,51 @@ class Trainer:
     def _frozen_logprobs(self, policy: PolicyLogprobs, batch: Batch) -> Tensor:
         return policy(batch, temperature=self._temperature)[0]
 
-    def _probe(self, batch: Batch, noisy: Tensor | None) -> dict[str, float]:
+    def _probe(self, batch: Batch, step: int, noisy: Tensor | None) -> dict[str, float]:
         """What the engine and the noise each make of a few sequences, evenly spaced.
 
-        `mismatch/probe_*` are |trainer's logprob without noise - rollout logprob|, and
-        `alp/logprob_shift` is the mean |change of logprob| by the noise, on loss tokens.
+        With d = trainer's logprob without noise - rollout logprob, `mismatch/probe_kl` is the mean
+        of -d, `mismatch/probe_mean` and `mismatch/probe_max` are of |d|, and `alp/logprob_shift` is
+        the mean |change of logprob| by the noise, on loss tokens.
 
         Args:
-            batch: A micro-batch.
+            batch: A micro-batch, before the weights change.
+            step: Number of the step: each begins with another sequence.
             noisy: [B, T] logprobs of the forward that is trained on; None: it has no noise.
         """
-        rows = range(0, len(batch.lengths), -(-sum(batch.lengths) // _NUM_PROBED))
+        every = -(-sum(batch.lengths) // _NUM_PROBED)
+        rows = range(step % min(every, len(batch.lengths)), len(batch.lengths), every)
         probe = sequences_of(batch, rows)
-        own = self._frozen_logprobs(self._policy, probe)
-        mismatch = (own - probe.rollout_logprobs)[probe.loss_mask].abs()
-        shift = mismatch.new_zeros(())
+        own = probe.proximal_logprobs
+        if own is None:
+            own = self._frozen_logprobs(self._policy, probe)
+        difference = (own - probe.rollout_logprobs)[probe.loss_mask].cpu()
+        parts = {
+            "mismatch/probe_kl": -difference.sum(),
+            "mismatch/probe_mean": difference.abs().sum(),
+        }
         if noisy is not None:
-            shift = (noisy.detach()[list(rows)] - own)[probe.loss_mask].abs().sum()
-        sums = torch.stack([mismatch.sum(), shift, mismatch.new_tensor(mismatch.numel())])
-        total, total_shift, num_tokens = self.ranks.sum(sums.double()).tolist()
-        largest = max(self.ranks.gather(max(mismatch.tolist(), default=0.0)))
+            shift = (noisy.detach()[list(rows)] - own)[probe.loss_mask]
+            parts["alp/logprob_shift"] = shift.abs().sum()
+        num_tokens = self._sums({"": difference.numel()})[""]
+        totals = self._sums(parts)
+        largest = max(self.ranks.gather(max(difference.abs().tolist(), default=0.0)))
         if num_tokens == 0:
             return {}
-        metrics = {"mismatch/probe_mean": total / num_tokens, "mismatch/probe_max": largest}
-        if noisy is not None:
-            metrics["alp/logprob_shift"] = total_shift / num_tokens
-        return (
-            metrics if noisy is None else metrics | {"alp/logprob_shift": total_shift / num_tokens}
-        )
+        metrics = {name: total / num_tokens for name, total in totals.items()}
+        return metrics | {"mismatch/probe_max": largest}
 
     def _update(
-        self, batches: Sequence[Batch], update: int, measure: bool, probe: bool
+        self, batches: Sequence[Batch], update: int, probe: int | None
     ) -> tuple[dict[str, float], RatioSummary] | None:
         """One optimizer update; None if it had nothing finite to offer and was skipped.
 
-        With `measure`, what the noise does to the states of the first micro-batch is looked at;
-        with `probe`, what noise and engine each do to its logprobs.
+        With `probe`, the number of the step, what the noise does to the states of the first
+        micro-batch is looked at, and what noise and engine each do to its logprobs.
         """
-        counts = [loss_counts(_inputs(batch), self._algorithm) for batch in batches]
-        own = torch.tensor(counts, dtype=torch.float64).reshape(-1, 2).sum(0)
+        own = torch.zeros(2, dtype=torch.float64)
+        for batch in batches:
+            own += torch.stack([*loss_counts(_inputs(batch), self._algorithm)]).cpu()
         num_tokens, num_sequences = self.ranks.sum(own).tolist()
         if num_tokens == 0:
             return None
@@ -296,7 +301,8 @@ class Trainer:
         num_draws = self._num_draws
         for index, (batch, draw) in enumerate(itertools.product(batches, range(num_draws))):
             # Backward belongs inside: checkpointed layers run a second time there.
-            with self._perturbed(batch, update, draw, measure and index == 0) as effect:
+            measure = probe is not None and index == 0
+            with self._perturbed(batch, update, draw, measure) as effect:
                 logprobs, entropy = self._policy(
                     batch, temperature=self._temperature, is_head_noisy=self._is_head_noisy
                 )
@@ -304,10 +310,9 @@ class Trainer:
                     _inputs(batch, logprobs), self._algorithm, num_tokens, num_sequences
                 )
                 (loss / num_draws).backward()
-            if index == 0:
+            if probe is not None and index == 0:
                 looked_at = self._means(effect.metrics())
-                if probe:
-                    looked_at |= self._probe(batch, logprobs if looked_at else None)
+                looked_at |= self._probe(batch, probe, logprobs if looked_at else None)
             for name, part in metrics.items():
                 totals[name] = totals[name] + part / num_draws
             inputs = _inputs(batch, logprobs.detach())

@@ -28,9 +28,11 @@ from tir_alp import checkpoint
 from tir_alp.checkpoint import Position
 from tir_alp.config import ALGORITHMS, AlgorithmConfig, CorrectionConfig, KLConfig
 from tir_alp.parallel import RankFailed, Ranks, join
+from tir_alp.policy import compute_device
 from tir_alp.tiny.model import make_tokenizer
 from tir_alp.trainer import Trainer
 
+DEVICE = compute_device("auto")
 KEPT = CorrectionConfig(type="mis", low=0.995, high=1.005, normalise="kept")
 CASES: dict[str, tuple[AlgorithmConfig, dict[str, Any]]] = {
     "some sequences at a time": (noisy(), {"micro_batch_tokens": 50}),
@@ -102,14 +104,14 @@ def said_in(one: Trainer, groups: Groups) -> str:
 
 def failures(folder: Path) -> None:
     """One after the other: a rank fails and stays alive, in another group a rank is killed."""
-    with join(timeout_s=10) as ranks:
+    with join(10, DEVICE) as ranks:
         said = folder / f"fail_{ranks.rank}"
         said.write_text(fail(ranks))
         while not (folder / "fail_0").exists():  # till then no closed connection tells of it
             time.sleep(0.05)
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", meeting, rank=ranks.rank, world_size=ranks.size)
-    with join(timeout_s=10) as ranks:
+    with join(10, DEVICE) as ranks:
         (folder / f"die_{ranks.rank}").write_text(die(ranks))
 
 
@@ -118,7 +120,7 @@ def main(task: str, folder: Path) -> None:
     torch.set_num_threads(1)
     if task == "failures":
         return failures(folder)
-    with join(timeout_s=120) as ranks:
+    with join(120, DEVICE) as ranks:
         found = {case: train(ranks, case, folder / case) for case in CASES}
         torch.save(found, folder / f"train_{ranks.rank}.pt")
         others = {case: folder / "one" / case for case in CASES}

@@ -118,5 +118,5 @@ def test_all_gpus_make_the_updates_of_one(tmp_path: Path):
     count = torch.cuda.device_count()
     run(count, "train", tmp_path, ",".join(map(str, range(count))))
     for case, found in torch.load(tmp_path / "train_0.pt", map_location="cpu").items():
-        reports, _, _ = train(alone(), case)
+        reports, _, _ = train(alone("cuda"), case)
         assert found[0][0]["loss/value"] == pytest.approx(reports[0]["loss/value"], rel=1e-2)

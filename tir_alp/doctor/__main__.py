@@ -22,7 +22,7 @@ from tir_alp.doctor.examine import examine_config, examine_engine
 from tir_alp.doctor.finding import Finding
 from tir_alp.environments import make_environment, make_renderer
 from tir_alp.parallel import alone
-from tir_alp.policy import load_outline, load_policy, load_tokenizer
+from tir_alp.policy import compute_device, load_outline, load_policy, load_tokenizer
 from tir_alp.tiny import SHIPPED, TRAIN_CONFIG
 from tir_alp.tools.sandbox import SandboxRefused
 from tir_alp.trainer import Trainer
@@ -49,7 +49,7 @@ async def examine(config: Config) -> list[Finding]:
         load_policy(path),
         config.trainer,
         config.algorithm,
-        ranks=alone(),
+        ranks=alone(compute_device(config.trainer.device)),
         temperature=config.rollout.temperature,
         on_bad_update=lambda update, batches: None,
     )

@@ -24,6 +24,7 @@ from tir_alp.doctor.machine import (
 )
 from tir_alp.doctor.sandbox import check_sandbox
 from tir_alp.engines.base import Engine
+from tir_alp.policy import compute_device
 from tir_alp.renderer import Renderer
 
 _PACKAGE = Path(__file__).parents[1]
@@ -45,6 +46,7 @@ def examine_config(
 ) -> list[Finding]:
     """What can be told without the model's weights; takes a second."""
     shape = shape_of(model_path)
+    device = compute_device(config.trainer.device).type
     unread = unread_keys(type(config), _PACKAGE)
     return [
         Finding(
@@ -53,7 +55,7 @@ def examine_config(
             f"nothing reads {', '.join(unread)}" if unread else "every key is read by something",
             "a key that changes nothing misleads: delete it, or let something read it",
         ),
-        check_memory(memory_needed(config, shape), free_memory()),
+        check_memory(memory_needed(config, shape, device), free_memory(device)),
         check_disk(config, shape, Path("runs")),
         _check_history(tokenizer, config),
         check_fence(tokenizer, renderer),
