@@ -10,7 +10,8 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-_MATH_WORKER = Path(__file__).with_name("grading_worker.py")
+_PROCESS = Path(__file__).with_name("grader_process.py")
+_MATH_JUDGE = Path(__file__).with_name("math_judge.py")
 _MOST_BYTES = 1 << 16  # of a verdict
 
 
@@ -26,7 +27,7 @@ class GraderPool:
 
     Args:
         num_workers: Processes at a time.
-        worker_file: What they run; see `grading_worker`.
+        judge_file: Who decides; see `grader_process`.
         deadline_s: Of one verdict.
         start_deadline_s: Of a worker's start.
         queue_deadline_s: Of the wait for a free worker.
@@ -36,13 +37,13 @@ class GraderPool:
         self,
         num_workers: int = 2,
         *,
-        worker_file: Path = _MATH_WORKER,
+        judge_file: Path = _MATH_JUDGE,
         deadline_s: float = 5.0,
         start_deadline_s: float = 60.0,
         queue_deadline_s: float = 60.0,
     ):
         self.num_workers = num_workers
-        self.worker_file = worker_file
+        self.judge_file = judge_file
         self.deadline_s = deadline_s
         self.start_deadline_s = start_deadline_s
         self.queue_deadline_s = queue_deadline_s
@@ -51,10 +52,10 @@ class GraderPool:
             self._slots.put(None)
 
     def verify(self, *request: Any) -> Any:
-        """Return a worker's verdict: by the default one, whether math-verify takes two for equal.
+        """Return the judge's verdict: by the default one, whether math-verify takes two for equal.
 
         Args:
-            request: What the worker wants: by default an answer and the truth.
+            request: What the judge wants: by default an answer and the truth.
 
         Raises:
             GraderError: it did not say so in time, crashed, or cannot say.
@@ -67,8 +68,8 @@ class GraderPool:
             ) from None
         try:
             if worker is None:
-                worker = _Worker(self.worker_file, self.start_deadline_s)
-            verdict = worker.ask((*request, self.deadline_s), self.deadline_s)
+                worker = _Worker(self.judge_file, self.start_deadline_s)
+            verdict = worker.ask((request, self.deadline_s), self.deadline_s)
         except BaseException:
             if worker is not None:
                 worker.kill()
@@ -97,12 +98,12 @@ class GraderPool:
 class _Worker:
     """One process, which answers one request at a time."""
 
-    def __init__(self, file: Path, start_deadline_s: float):
+    def __init__(self, judge_file: Path, start_deadline_s: float):
         self._pipe, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
                 # -P: the folder of the file, with our `parsing` and `tasks`, stays off the path
-                [sys.executable, "-P", str(file), str(theirs.fileno())],
+                [sys.executable, "-P", str(_PROCESS), str(theirs.fileno()), str(judge_file)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
+from pydantic import ValidationError
+
 from tir_alp.envs.grading import Grade, grade
 from tir_alp.envs.math_env import ENDLESS_ARITHMETIC
 from tir_alp.envs.tasks import TaskSource
@@ -27,6 +29,8 @@ class MultiToolEnv(ToolEnv):
 
     Args:
         tools: names of `TOOLS`.
+        mcp: MCP servers whose tools join them: the fields of `tir_alp.tools.mcp.McpServer` each,
+            and perhaps `only`, the names of the tools to take.
         sandbox: settings of the sandbox that runs code; None for the defaults.
         tasks: where `reset` draws from when it is not given a task; default: endless arithmetic.
         settings: those of `ToolEnv`; calls are native ones unless `call_format` says otherwise.
@@ -41,6 +45,7 @@ class MultiToolEnv(ToolEnv):
         self,
         *,
         tools: Sequence[str] = tuple(TOOLS),
+        mcp: Sequence[Mapping[str, Any]] = (),
         sandbox: Mapping[str, Any] | None = None,
         tasks: TaskSource | None = None,
         **settings: Unpack[EnvSettings],
@@ -50,7 +55,7 @@ class MultiToolEnv(ToolEnv):
             raise ValueError(f"there is no tool {unknown[0]!r}; there are: {', '.join(TOOLS)}")
         settings.setdefault("call_format", "tool_call")
         super().__init__(
-            tools=[TOOLS[name](sandbox) for name in tools],
+            tools=[*(TOOLS[name](sandbox) for name in tools), *_tools_of(mcp)],
             tasks=ENDLESS_ARITHMETIC if tasks is None else tasks,
             **settings,
         )
@@ -58,3 +63,35 @@ class MultiToolEnv(ToolEnv):
     def grade(self, task: Mapping[str, Any], answer: str) -> Grade:
         """Compare with the task's answer, as mathematics."""
         return grade(answer, str(task["answer"]))
+
+
+def _tools_of(servers: Sequence[Mapping[str, Any]]) -> list[Tool]:
+    """The tools of MCP servers, as the config has them.
+
+    Raises:
+        ValueError: It begins with the place in the config, and says what is wrong there.
+    """
+    if not servers:
+        return []
+    if isinstance(servers, Mapping | str) or not all(isinstance(each, Mapping) for each in servers):
+        raise ValueError(
+            f"env.kwargs.mcp is a list of servers, [[env.kwargs.mcp]] in TOML, not {servers!r:.100}"
+        )
+    try:
+        from tir_alp.tools.mcp import McpError, mcp_tools
+    except ImportError as error:
+        raise ValueError(f"env.kwargs.mcp: {error}: pip install 'tir_alp[mcp]'") from error
+    found: list[Tool] = []
+    for index, server in enumerate(servers):
+        settings = dict(server)
+        only = settings.pop("only", None)
+        try:
+            found += mcp_tools(settings, only)
+        except ValidationError as error:
+            said = "; ".join(
+                ": ".join([*map(str, each["loc"]), each["msg"]]) for each in error.errors()
+            )
+            raise ValueError(f"env.kwargs.mcp[{index}]: {said}") from error
+        except (McpError, ValueError) as error:
+            raise ValueError(f"env.kwargs.mcp[{index}]: {error}") from error
+    return found

@@ -51,13 +51,13 @@ _PROGRAM = re.compile(r"__|[\\#;]|\.\s*[^\W\d]")
 
 _pool = GraderPool(
     num_workers=min(4, os.cpu_count() or 1),
-    worker_file=Path(__file__).with_name("reasoning_gym_worker.py"),
+    judge_file=Path(__file__).with_name("reasoning_gym_judge.py"),
 )
 
 
 def _replace_pool() -> None:
     global _pool
-    _pool = GraderPool(num_workers=_pool.num_workers, worker_file=_pool.worker_file)
+    _pool = GraderPool(num_workers=_pool.num_workers, judge_file=_pool.judge_file)
 
 
 # A forked child must not talk to its parent's graders: the two would read each other's verdicts.

@@ -36,10 +36,18 @@ from tir_alp.tools.base import (
     Tool,
     ToolResult,
     ToolSession,
+    TriedTool,
     function_schema,
     refused_call,
 )
-from tir_alp.tools.calls import CALL_FORMATS, BadCall, CallFormat, ToolCall, find_call
+from tir_alp.tools.calls import (
+    CALL_FORMATS,
+    BadCall,
+    CallFormat,
+    ToolCall,
+    find_call,
+    write_call,
+)
 from tir_alp.tools.outcome import Outcome
 
 CODE_EXECUTION_RESULT = "\nCode execution result: {output}\n"
@@ -150,6 +158,9 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
             lines = "\n".join(json.dumps(schema["function"]) for schema in schemas)
             self._preamble.append(_TOOLS_TEXT.format(schemas=lines))
         self._tools = {tool.name: tool for tool in tools}
+        if len(self._tools) < len(tools):
+            names = sorted(tool.name for tool in tools)
+            raise ValueError(f"tools of one environment need names of their own, not {names}")
         self._checks = {tool.name: ArgumentCheck(tool.name, tool.parameters) for tool in tools}
         self._tasks = tasks
         self._max_turns = max_turns
@@ -258,6 +269,19 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
             self._end_episode()
         info = asdict(info) | {"rewards": rewards}
         return observation, sum(rewards.values()), terminated, truncated, info
+
+    def harmless_actions(self) -> tuple[str, ...]:
+        """Turns that a trainer can play before it begins, so that what they need starts or fails.
+
+        Each calls a tool and changes nothing: one for each tool that says how it is tried.
+        """
+        calls = [
+            ToolCall(tool.name, tool.harmless)
+            for tool in self._tools.values()
+            if isinstance(tool, TriedTool)
+        ]
+        turns = [write_call(call, self.call_format) for call in calls]
+        return tuple(turn for turn in turns if turn is not None)
 
     def run_report(self) -> dict[str, Any]:
         """Say what the tools' calls run in, for a trainer that asks.

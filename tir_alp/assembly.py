@@ -27,7 +27,8 @@ from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.environments import make_environment, make_renderer
 from tir_alp.ledger import Ledger
 from tir_alp.logical_order import LogicalOrder
-from tir_alp.policy import compute_device, end_token_ids, load_policy, load_tokenizer
+from tir_alp.parallel import join
+from tir_alp.policy import compute_device, end_token_ids, load_outline, load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.rollout import EpisodeRunner, Watch
 from tir_alp.rollout_queue import RolloutQueue
@@ -39,7 +40,7 @@ from tir_alp.trainer import Trainer
 _EVALUATION = 1 << 32  # evaluation draws from seeds of its own
 _NUM_CHECKED = 256  # tasks whose prompts are measured before a run begins
 _NUM_NAMED = 20  # rows that were left out
-_HARMLESS = "```python\nprint(1)\n```"
+_HARMLESS = ("```python\nprint(1)\n```",)  # for an environment that does not say what is
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +75,22 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         console = RunConsole()
         device = compute_device(config.trainer.device)
         initial = str(SHIPPED.get(config.model.path, config.model.path))
-        path, position, state = initial, Position(0, 0, 0), None
+        path, position, found = initial, Position(0, 0, 0), None
         if resume is not None:
             found, position, refused = checkpoint.newest(resume / "checkpoints")
-            path, state = str(found), checkpoint.load_state(found)
+            path = str(found)
             console.print("".join(f"refused: {reason}\n" for reason in refused) + f"from {found}")
             if position.step >= config.steps:
                 raise ValueError(
                     f"{resume} has made its {position.step} steps: give --steps more to go on"
                 )
 
+        ranks = stack.enter_context(join(config.trainer.rank_timeout_s, device))
+        if ranks.size > 1:
+            raise ValueError(
+                f"a run is one process, but this is one of {ranks.size} ranks: start it without "
+                "torch.distributed.run"
+            )
         tokenizer = load_tokenizer(path)
         with closing(make_environment(config)) as env:
             renderer = make_renderer(config, tokenizer, env)
@@ -111,22 +118,23 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         folder = RunFolder(resume or Path("runs") / run_name(config))
         ledger = Ledger(rollout.group_size, config.seed)
         trainer = Trainer(
-            load_policy(path, device),
+            load_policy(path if config.trainer.lora is None else initial),
             config.trainer,
             with_run_seed(config),
-            reference=load_policy(initial, device) if config.algorithm.needs_reference else None,
+            ranks=ranks,
+            reference=load_policy(initial) if config.algorithm.needs_reference else None,
             temperature=rollout.temperature,
             on_bad_update=folder.dump_bad_update,
             on_update=ledger.updated,
         )
+        if found is not None:
+            checkpoint.load(found, trainer)
         engine = await stack.enter_async_context(
             open_engine(config, path, position.policy_version, trainer, trainer_thread, console)
         )
-        if state is not None:
-            trainer.load_state_dict(state)
         findings = await doctor.examine_engine(
-            *(config, engine, trainer.model, trainer.weights, position.policy_version),
-            *(tokenizer, renderer, prompts),
+            *(config, engine, load_outline(path), trainer, lambda: dict(trainer.weights())),
+            *(position.policy_version, tokenizer, renderer, prompts),
         )
         ignored += doctor.demand(findings, config.doctor.ignore)
         for each in ignored:
@@ -200,11 +208,12 @@ async def open_engine(
     Raises:
         ValueError: If it cannot start.
     """
-    settings = config.engine
+    settings, outline = config.engine, load_outline(path)
     loop = asyncio.get_running_loop()
 
     async def reference(token_ids: tuple[int, ...]) -> Sequence[float]:
-        return await loop.run_in_executor(trainer_thread, trainer.sequence_logprobs, token_ids)
+        call = (trainer.completion_logprobs, token_ids[:1], token_ids[1:])
+        return await loop.run_in_executor(trainer_thread, *call)
 
     if isinstance(settings, ServersConfig):
         try:
@@ -217,7 +226,8 @@ async def open_engine(
     if isinstance(settings, VLLMConfig):
         async with open_vllm(
             settings,
-            trainer.model,
+            outline,
+            dict(trainer.weights()),
             version=version,
             seed=config.seed,
             reference=reference,
@@ -230,8 +240,8 @@ async def open_engine(
             settings,
             model_path=path,
             version=version,
-            vocab_size=trainer.model.config.get_text_config().vocab_size,
-            end_token_ids=end_token_ids(trainer.model),
+            vocab_size=outline.config.get_text_config().vocab_size,
+            end_token_ids=end_token_ids(outline),
             seed=config.seed,
             reference=reference,
             say=console.print,
@@ -239,7 +249,7 @@ async def open_engine(
             yield engine
         return
     engine = TransformersEngine(
-        load_policy(path, trainer.model.device),
+        load_policy(path, trainer.ranks.device),
         max_cache_tokens=settings.max_cache_tokens,
         version=version,
         precision=settings.precision,
@@ -263,8 +273,8 @@ def with_run_seed(config: Config) -> AlgorithmConfig:
 def check_environment(config: Config, renderer: Renderer, tasks: Sequence[Task]) -> dict[str, Any]:
     """See that prompts leave room to write, and that the environment can take an action.
 
-    The action is harmless. What it needs, a sandbox for instance, starts or refuses here and not in
-    the first step.
+    The actions are harmless, those of the environment's `harmless_actions()` if it has that. What
+    they need, a sandbox for instance, starts or refuses here and not in the first step.
 
     Returns:
         What the environment's `run_report()` says for people to read, which can go through JSON;
@@ -274,9 +284,12 @@ def check_environment(config: Config, renderer: Renderer, tasks: Sequence[Task])
         for task in tasks:
             text, _ = env.reset(seed=task.seed, options=task.to_options())
             renderer.prompt_within(text, config.rollout.max_context_tokens, task.task_id)
-        info = env.step(_HARMLESS)[-1]
-        if Outcome(info.get("outcome", Outcome.OK)).is_infrastructure:
-            raise ValueError(f"{config.env.id!r} cannot work here: {info.get('error')}")
+        says = env.has_wrapper_attr("harmless_actions")
+        for action in env.get_wrapper_attr("harmless_actions")() if says else _HARMLESS:
+            env.reset(seed=tasks[0].seed, options=tasks[0].to_options())
+            info = env.step(action)[-1]
+            if Outcome(info.get("outcome", Outcome.OK)).is_infrastructure:
+                raise ValueError(f"{config.env.id!r} cannot work here: {info.get('error')}")
         has_report = env.has_wrapper_attr("run_report")
         return env.get_wrapper_attr("run_report")() if has_report else {}
 

@@ -21,6 +21,7 @@ from tir_alp.tools.calls import HERMES, CallMarks
 _USER, _ASSISTANT, _TOOL = "\u2068user\u2069", "\u2068assistant\u2069", '\u2068tool"\n\u2069'
 _NAME, _KEY, _VALUE = "probe_tool", "probe_key", "probe_value"
 _ID = "call00000"  # Mistral's templates want nine letters or digits
+_NUM_CALLS = 8  # of the probe for rewriting: some templates forget only what is far behind
 
 Message = Mapping[str, Any]
 
@@ -149,35 +150,43 @@ class ChatTemplate:
 
 @dataclass(frozen=True, slots=True)
 class GrowingConversation:
-    """How a template renders a conversation of two calls and an answer, while it grows."""
+    """How a template renders a conversation of some calls and an answer, while it grows."""
 
     thoughts: tuple[str, ...]
     """What the assistant thought before it called or answered."""
+    outputs: tuple[str, ...]
+    """What its tools said: long texts."""
     texts: tuple[str, ...]
-    """After each of its six messages."""
+    """After each message."""
     prompts: tuple[str, ...]
-    """Before each of its three turns: what asks the model for the turn."""
+    """Before each turn: what asks the model for it."""
 
 
 def grow_conversation(template: ChatTemplate) -> GrowingConversation:
-    """Render an episode of two calls with thinking before each, and an answer behind them. Pure.
+    """Render an episode of eight calls with thinking, long outputs, and an answer. Pure.
 
     Raises:
         ValueError: The template refuses one of the messages.
     """
-    thoughts = [f"\u2068thought {turn}\u2069" for turn in range(3)]
+    thoughts = [f"\u2068thought {turn}\u2069" for turn in range(_NUM_CALLS + 1)]
+    outputs = [f"\u2068output {turn}\u2069{100 * ' of some words'}" for turn in range(_NUM_CALLS)]
     said = [f"<think>\n{each}\n</think>\n\n\u2068words\u2069" for each in thoughts]
     turns: list[Message] = [{"role": "assistant", "content": each} for each in said]
     if template.tools and template.call_marks().opening:
-        turns[:2] = [template.call(each) for each in said[:2]]
+        turns[:-1] = [template.call(each) for each in said[:-1]]
     elif template.tools:  # in this form a message that is a call is nothing else
-        turns[:2], thoughts = [template.call(), template.call()], thoughts[2:]
-    outputs = [_tool(f"\u2068output {turn}\u2069") for turn in range(2)]
-    messages = [_user(), turns[0], outputs[0], turns[1], outputs[1], turns[2]]
+        turns[:-1], thoughts = [template.call()] * _NUM_CALLS, thoughts[-1:]
+    messages = [_user()]
+    for turn, output in zip(turns, outputs, strict=False):
+        messages += [turn, _tool(output)]
+    messages.append(turns[-1])
     return GrowingConversation(
         thoughts=tuple(thoughts),
+        outputs=tuple(outputs),
         texts=tuple(template.render(messages[: n + 1]) for n in range(len(messages))),
-        prompts=tuple(template.render(messages[:n], generation=True) for n in (1, 3, 5)),
+        prompts=tuple(
+            template.render(messages[:n], generation=True) for n in range(1, len(messages), 2)
+        ),
     )
 
 
@@ -196,28 +205,40 @@ def check_prefix_stability(
         tools: JSON schemas of functions, if calls are the template's own.
 
     Returns:
-        A sentence for each thing that the template rewrites; none for one that only appends.
+        A sentence for the first thing of each kind that the template rewrites; none for one that
+        only appends.
     """
     try:
         grown = grow_conversation(ChatTemplate(tokenizer, system, tuple(tools)))
     except ValueError as error:
         return (str(error),)
     texts = grown.texts
-    found = [
-        f"it drops the thinking of a turn ({thought[1:-1]!r} is not in the conversation)"
-        for thought in grown.thoughts
-        if thought not in texts[-1]
-    ]
-    for length, (shorter, longer) in enumerate(pairwise(texts), start=2):
-        if not longer.startswith(shorter):
-            found.append(f"message {length} changes what stood before it: {_at(shorter, longer)}")
-    for length, text in zip((1, 3, 5), grown.prompts, strict=True):
-        if not texts[length].startswith(text):
-            found.append(
-                f"it asks for turn {length // 2 + 1} with a text that it does not keep: "
-                f"{_at(text, texts[length])}"
+    kinds = (
+        (
+            f"it drops the thinking of a turn ({thought[1:-1]!r} is not in the conversation)"
+            for thought in grown.thoughts
+            if thought not in texts[-1]
+        ),
+        (
+            f"it shortens a long output of a tool ({output[1:9]!r} is not whole in it)"
+            for output in grown.outputs
+            if output not in texts[-1]
+        ),
+        (
+            f"message {length} changes what stood before it: {_at(shorter, longer)}"
+            for length, (shorter, longer) in enumerate(pairwise(texts), start=2)
+            if not longer.startswith(shorter)
+        ),
+        (
+            f"it asks for turn {turn} with a text that it does not keep: {_at(prompt, text)}"
+            for turn, (prompt, text) in enumerate(
+                zip(grown.prompts, texts[1::2], strict=True), start=1
             )
-    return tuple(found)
+            if not text.startswith(prompt)
+        ),
+    )
+    first = (next(sentences, None) for sentences in kinds)
+    return tuple(sentence for sentence in first if sentence is not None)
 
 
 def _at(expected: str, found: str) -> str:

@@ -479,6 +479,18 @@ EngineConfig = Annotated[
 ]
 
 
+class LoraConfig(Section):
+    """Adapters of low rank on every linear layer but the head; nothing else is trained.
+
+    They begin as no change at all: one factor random, the other 0.
+    """
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of what is added to a matrix."""
+    alpha: float = Field(default=32.0, gt=0.0)
+    """What is added is scaled by alpha / rank."""
+
+
 class TrainerConfig(Section):
     """The optimizer, and where and in what memory it works."""
 
@@ -506,6 +518,15 @@ class TrainerConfig(Section):
     """Tokens whose logits stand in memory at a time."""
     gradient_checkpointing: bool = False
     """Compute each layer a second time in the backward pass instead of keeping what it made."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward and backward pass. What is trained, its gradients' sums over ranks and over
+    micro-batches, sigma and the noise are float32 in any case."""
+    offload: bool = False
+    """Keep weights, gradients and optimizer in the memory of the CPU between their uses."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of the weights; None: the weights."""
+    rank_timeout_s: float = Field(default=600.0, gt=0.0)
+    """Deadline of what the ranks do together: so long they wait for one that is late."""
 
 
 DoctorCheck = Literal[
@@ -657,6 +678,8 @@ def read_toml(file: Path) -> dict[str, Any]:
 def load_config(arguments: Sequence[str], below: Mapping[str, Any]) -> Config:
     """Build a run's config: defaults, then `below`, then `--dotted.key value` arguments.
 
+    Where the arguments name another environment than `below`, its `env.kwargs` are left out.
+
     Args:
         arguments: Words of a command line.
         below: What a file says.
@@ -675,6 +698,9 @@ def load_config(arguments: Sequence[str], below: Mapping[str, Any]) -> Config:
     below = {"algorithm": Config.model_fields["algorithm"].default.name, **below}
     if isinstance(below["algorithm"], str):
         below["algorithm"] = {"name": below["algorithm"]}
+    named = from_command_line.get("env", {}).get("id")
+    if named is not None and named != below.get("env", {}).get("id"):
+        below["env"] = {}  # what it says there is about another environment
     return parse_config(merge(below, from_command_line))
 
 

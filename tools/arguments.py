@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, best_match
+from jsonschema.validators import Draft202012Validator, validator_for
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
@@ -18,20 +18,22 @@ class ArgumentCheck:
 
     Args:
         name: Of the tool, for errors.
-        schema: JSON schema (draft 2020-12) of an object. Nothing is fetched for a `$ref`.
+        schema: JSON schema of an object, of the draft that it names, else 2020-12. Nothing is
+            fetched for a `$ref`.
 
     Raises:
         ValueError: The schema is none.
     """
 
     def __init__(self, name: str, schema: Mapping[str, Any]) -> None:
+        kind = validator_for(schema, default=Draft202012Validator)
         try:
-            Draft202012Validator.check_schema(schema)
+            kind.check_schema(dict(schema))
         except SchemaError as error:
             raise ValueError(
                 f"the parameters of the tool {name!r} are no JSON schema: {error.message}"
             ) from error
-        self._validator = Draft202012Validator(schema, registry=Registry())
+        self._validator = kind(schema, registry=Registry())
 
     def error(self, arguments: Mapping[str, Any]) -> str:
         """Say what is wrong, for the model to read; empty where nothing is.

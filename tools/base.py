@@ -92,6 +92,14 @@ def function_schema(tool: Tool) -> dict[str, Any]:
 
 
 @runtime_checkable
+class TriedTool(Protocol):
+    """A tool that can be tried before a run begins, so that what it needs starts or fails there."""
+
+    harmless: Mapping[str, Any]
+    """Arguments of a call that changes nothing, and that works wherever the tool does."""
+
+
+@runtime_checkable
 class ReportingTool(Protocol):
     """A tool that can say what its calls run in."""
 

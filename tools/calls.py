@@ -122,6 +122,22 @@ def find_call(text: str, call_format: CallFormat = "fenced") -> ToolCall | BadCa
     return None
 
 
+def write_call(call: ToolCall, call_format: CallFormat) -> str | None:
+    """Write a call so that `find_call` reads it; None where the format has no such call.
+
+    Example: `write_call(ToolCall("python", {"code": "1"}), "fenced")` is a Python block. Its code
+    is read with the line end that stands before the closing fence.
+    """
+    if call_format == "fenced" and call.name == "python" and call.arguments.keys() == {"code"}:
+        code = str(call.arguments["code"]).removesuffix("\n") + "\n"
+        call, text = ToolCall("python", {"code": code}), f"```python\n{code}```"
+    elif call_format == "tool_call":
+        text = _in_hermes(call)
+    else:
+        return None
+    return text if find_call(text, call_format) == call else None
+
+
 def has_call(text: str, call_format: CallFormat, marks: CallMarks = HERMES) -> bool:
     """Whether a text has a complete call in it, that generation should stop behind.
 
@@ -146,12 +162,11 @@ def canonical(text: str, marks: CallMarks) -> str:
     if block is None or not block.is_complete:
         return text
     match read_call(block.content, marks):
-        case ToolCall(name, arguments):
-            content = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
-            content = content.replace("</", "<\\/")  # the same JSON, without a mark in it
+        case ToolCall() as read:
+            call = _in_hermes(read)
         case BadCall():
             content = block.content.replace(HERMES.closing, "")
-    call = f"{HERMES.opening}{content}{HERMES.closing}"
+            call = f"{HERMES.opening}{content}{HERMES.closing}"
     return text[: block.start] + call + text[block.end :]
 
 
@@ -165,6 +180,12 @@ def prose(text: str, call_format: CallFormat = "fenced") -> list[str]:
         for part in parts
         for piece in _between(part, ((block.start, block.end) for block in code_blocks(part)))
     ]
+
+
+def _in_hermes(call: ToolCall) -> str:
+    content = json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
+    content = content.replace("</", "<\\/")  # the same JSON, without a mark in it
+    return f"{HERMES.opening}{content}{HERMES.closing}"
 
 
 def _between(text: str, taken: Iterator[tuple[int, int]]) -> list[str]:

@@ -26,17 +26,14 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import httpx2
-from jsonschema.exceptions import SchemaError, best_match
-from jsonschema.protocols import Validator
-from jsonschema.validators import Draft202012Validator, validator_for
 from mcp import Client, StdioServerParameters
 from mcp.client.stdio import stdio_client
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 from mcp.types import CONNECTION_CLOSED, REQUEST_TIMEOUT, CallToolResult, TextContent, Tool
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from referencing import Registry
 
+from tir_alp.tools.arguments import ArgumentCheck
 from tir_alp.tools.background_loop import BackgroundLoop
 from tir_alp.tools.base import ToolResult, ToolSession
 from tir_alp.tools.outcome import Outcome
@@ -144,7 +141,7 @@ class McpTool:
         self.parameters: Mapping[str, Any] = listed.input_schema
         self._server = server
         self._holder = holder
-        self._validator = _validator(server, listed)
+        self._check = ArgumentCheck(listed.name, listed.input_schema)
 
     def open_session(self) -> McpSession:
         """A session that is not connected yet."""
@@ -175,13 +172,9 @@ class McpTool:
             sent = json.loads(
                 json.dumps(arguments, allow_nan=False, ensure_ascii=False).encode("utf-8")
             )
-            wrong = best_match(self._validator.iter_errors(sent))
         except (ValueError, TypeError, RecursionError) as error:
             return str(error)
-        if wrong is None:
-            return ""
-        place = "/".join(map(str, wrong.absolute_path))
-        return f"{place}: {wrong.message}" if place else wrong.message
+        return self._check.error(sent)
 
 
 def mcp_tools(
@@ -212,7 +205,11 @@ def mcp_tools(
     names = [tool.name for tool in listing]
     if missing := [name for name in only or () if name not in names]:
         raise ValueError(f"{server} has no tool {missing[0]!r}; it has: {', '.join(names)}")
-    return [McpTool(server, holder, tool) for tool in listing if only is None or tool.name in only]
+    taken = [tool for tool in listing if only is None or tool.name in only]
+    try:
+        return [McpTool(server, holder, tool) for tool in taken]
+    except ValueError as error:
+        raise ValueError(f"{server}: {error}; name the other tools in `only`") from error
 
 
 class McpConnection:
@@ -457,18 +454,6 @@ def _list_tools(server: McpServer) -> list[Tool]:
         return connection.list_tools()
     finally:
         connection.close()
-
-
-def _validator(server: McpServer, tool: Tool) -> Validator:
-    kind = validator_for(tool.input_schema, default=Draft202012Validator)
-    try:
-        kind.check_schema(tool.input_schema)
-    except SchemaError as error:
-        raise ValueError(
-            f"{server}: the schema of its tool {tool.name!r} is broken ({error.message}); name the "
-            "other tools in `only`"
-        ) from error
-    return kind(tool.input_schema, registry=Registry())  # which fetches nothing from the network
 
 
 def _as_text(result: CallToolResult) -> str:

@@ -50,6 +50,7 @@ class PythonTool:
         "properties": {"code": {"type": "string", "description": "Python source code to run."}},
         "required": ["code"],
     }
+    harmless: Mapping[str, Any] = {"code": "print(1)"}
 
     def __init__(
         self,

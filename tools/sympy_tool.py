@@ -41,6 +41,7 @@ class SympyTool:
         "required": ["operation", "expression"],
         "additionalProperties": False,
     }
+    harmless: Mapping[str, Any] = {"operation": "factor", "expression": "x**2 - 1"}
 
     def __init__(
         self,

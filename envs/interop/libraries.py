@@ -87,5 +87,6 @@ def install(library: str, packages: Sequence[str] = ()) -> Path:
     if not python.exists():
         venv.EnvBuilder(with_pip=True).create(folder)
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    pip += ["--no-compile"]  # most of what comes along is never imported, the rest is compiled then
     subprocess.run([*pip, *LIBRARIES[library].requirements, *packages], check=True)
     return folder

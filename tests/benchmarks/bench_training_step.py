@@ -34,6 +34,7 @@ from tir_alp.assembly import open_run
 from tir_alp.attention import PACKED
 from tir_alp.batch import Sample, loss_positions, pack
 from tir_alp.config import ALGORITHMS, TrainerConfig, load_config, read_toml
+from tir_alp.parallel import alone
 from tir_alp.policy import load_policy, token_logprobs
 from tir_alp.tiny import BASE, TRAIN_CONFIG
 from tir_alp.train import with_advantages
@@ -76,6 +77,7 @@ def packed_step(
         make_policy(width),
         CONFIG.model_copy(update={"gradient_checkpointing": gradient_checkpointing}),
         ALGORITHMS[algorithm],
+        ranks=alone(),
         temperature=1.0,
         on_bad_update=lambda *_: None,
     )

@@ -86,7 +86,7 @@ def vllm_server(tmp_path_factory):
     from tir_alp.engines import vllm
 
     folder = tmp_path_factory.mktemp("vllm")
-    vllm.write_start(folder / "start", model(), torch.float32)
+    vllm.write_start(folder / "start", model(), model().state_dict(), torch.float32)
     process = vllm.server_process(vllm_config(), folder, 0, print)
 
     async def start():

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tir_alp.envs.parsing import Answer, extract_boxed, parse_action
-from tir_alp.tools.calls import ToolCall
+from tir_alp.tools.calls import ToolCall, find_call, write_call
 from tir_alp.tools.fenced import code_blocks
 
 
@@ -165,3 +165,19 @@ def test_a_call_is_known_at_its_closing_fence_and_not_before(text):
     else:
         assert parse_action(text[: block.end]) == parse_action(text) == call(block.code)
         assert not isinstance(parse_action(text[: block.end - 1]), ToolCall)
+
+
+@pytest.mark.parametrize(
+    ("made", "call_format", "is_written"),
+    [
+        (call("print(1)\n"), "fenced", True),
+        (call("'\n```\n'"), "fenced", False),
+        (ToolCall("calculator", {"expression": "1"}), "fenced", False),
+        (ToolCall("calculator", {"expression": "</tool_call>\ud800"}), "tool_call", True),
+        (call("1"), "none", False),
+    ],
+)
+def test_a_call_is_written_as_it_is_read_or_not_at_all(made, call_format, is_written):
+    text = write_call(made, call_format)
+    assert (text is not None) == is_written
+    assert text is None or find_call(text, call_format) == made

@@ -121,9 +121,7 @@ def test_part_marks_are_a_reward_and_no_right_answer():
 
 
 def test_a_scorer_that_hangs_is_an_error_of_the_grader(monkeypatch):
-    pool = GraderPool(
-        num_workers=1, worker_file=reasoning_gym_env._pool.worker_file, deadline_s=2.0
-    )
+    pool = GraderPool(num_workers=1, judge_file=reasoning_gym_env._pool.judge_file, deadline_s=2.0)
     monkeypatch.setattr(reasoning_gym_env, "_pool", pool)
     env = gymnasium.make(ID, dataset="countdown")
     env.reset(seed=0)

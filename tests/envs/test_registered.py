@@ -66,6 +66,26 @@ def test_gold_answers_score_one_and_wrong_ones_nothing(id):
     env.close()
 
 
+@pytest.mark.parametrize(
+    ("id", "more", "num_tried"),
+    [
+        ("PythonMath-v0", {}, 1),
+        ("PythonMath-v0", {"call_format": "tool_call"}, 1),
+        ("MultiTool-v0", {}, 2),  # the calculator needs nothing that could be missing
+        ("SingleTurnMath-v0", {}, 0),
+    ],
+)
+def test_what_is_tried_before_a_run_does_reach_the_tools(id, more, num_tried):
+    env = gymnasium.make(id, **settings(id), **more)
+    actions = env.get_wrapper_attr("harmless_actions")()
+    assert len(actions) == num_tried
+    for action in actions:
+        env.reset(seed=0)
+        info = env.step(action)[-1]
+        assert (info["outcome"], info["tool_calls"]) == ("ok", 1)
+    env.close()
+
+
 @pytest.mark.parametrize("id", IDS)
 def test_the_split_of_a_draw_can_be_chosen(id):
     env = gymnasium.make(id, **settings(id), tasks=[{"question": f"q{n}"} | OWN for n in range(99)])

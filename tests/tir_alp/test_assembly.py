@@ -1,6 +1,7 @@
 """What a run is put together from."""
 
 import gymnasium
+import pytest
 
 from tir_alp.assembly import check_environment, run_name, with_run_seed
 from tir_alp.config import load_config
@@ -49,6 +50,17 @@ def test_a_run_is_named_by_its_method_and_seed_unless_it_has_a_name():
     assert made.startswith("gspo-seed5-")
 
 
+class Cautious(Echo):
+    """Breaks at the second of the actions that it says are harmless."""
+
+    def harmless_actions(self):
+        return "one", "two"
+
+    def step(self, action):
+        outcome = {"one": "ok", "two": "infra_error"}[action]
+        return "", 0.0, False, True, {"outcome": outcome, "error": f"no room for {action}"}
+
+
 def report_of(environment):
     gymnasium.register("Echo-v0", entry_point=environment)
     try:
@@ -62,3 +74,8 @@ def test_any_environment_may_say_what_it_runs_in_and_none_must():
     gymnasium_only, reporting = report_of(Echo), report_of(ReportingEcho)
     assert gymnasium_only == {}
     assert reporting == {"host": "here", "warnings": ["mind the gap"]}
+
+
+def test_every_action_that_an_environment_calls_harmless_is_tried():
+    with pytest.raises(ValueError, match="'Echo-v0' cannot work here: no room for two"):
+        report_of(Cautious)

@@ -51,6 +51,15 @@ DROPS_OLD_THINKING = (
     _LOOP + "{% if loop.last %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] }}"
     "{% endif %}" + _END
 )
+FORGETS_WHAT_IS_FAR_BEHIND = (
+    "{% for m in messages %}{% if loop.revindex <= 12 or loop.first %}<|{{ m.role }}|>"
+    "{{ m.content }}<|end|>{% endif %}" + _END.removeprefix("<|end|>")
+)
+SHORTENS_OLD_OUTPUTS = (
+    _LOOP + "{% if m.role == 'tool' and loop.revindex > 4 %}{{ m.content[:200] }}"
+    "{% else %}{{ m.content }}{% endif %}" + _END
+)
+SHORTENS_OUTPUTS = _LOOP + "{{ m.content[:500] if m.role == 'tool' else m.content }}" + _END
 PREFILLS = _LOOP + "{{ m.content }}" + _END.replace("<|assistant|>", "<|assistant|><no>")
 
 
@@ -192,9 +201,15 @@ def test_templates_that_only_append_are_stable(template):
     [
         (DROPS_THINKING, "it drops the thinking of a turn ('thought 0'"),
         (DROPS_OLD_THINKING, "message 3 changes what stood before it"),
+        (FORGETS_WHAT_IS_FAR_BEHIND, "message 14 changes what stood before it"),
+        (SHORTENS_OLD_OUTPUTS, "message 7 changes what stood before it"),
+        (SHORTENS_OUTPUTS, "it shortens a long output of a tool ('output 0'"),
         (PREFILLS, "it asks for turn 1 with a text that it does not keep"),
     ],
-    ids=["drops thinking", "drops old thinking", "prefills"],
+    ids=[
+        *("drops thinking", "drops old thinking", "forgets what is far behind"),
+        *("shortens old outputs", "shortens outputs", "prefills"),
+    ],
 )
 def test_what_a_template_rewrites_is_said(template, sentence):
     assert sentence in "; ".join(check_prefix_stability(tokenizer_with(template)))

@@ -188,6 +188,15 @@ def test_the_command_line_takes_tables_lists_and_nothing():
     assert (config.env.kwargs, config.deterministic) == ({"max_turns": 3}, True)
 
 
+def test_another_environment_does_not_get_the_settings_of_the_first():
+    below = {"env": {"id": "Mine-v0", "kwargs": {"max_turns": 3, "tools": ["a"]}}}
+    words = ["--env.kwargs", '{"max_turns": 2}']
+    same = load_config(["--env.id", "Mine-v0", *words], below)
+    assert same.env.kwargs == {"max_turns": 2, "tools": ["a"]}
+    assert load_config(["--env.id", "Other-v0", *words], below).env.kwargs == {"max_turns": 2}
+    assert load_config(["--env.id", "Other-v0"], below).env.kwargs == {}
+
+
 def test_environment_variables_change_nothing(monkeypatch):
     for name in ("STEPS", "steps", "SEED", "NAME", "TRAINER", "TRAINER__LR", "ALGORITHM"):
         monkeypatch.setenv(name, "5")

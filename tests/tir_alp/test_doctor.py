@@ -25,19 +25,20 @@ from tir_alp.doctor import Finding, Refused, demand, examine_engine
 from tir_alp.doctor.__main__ import main as doctor_main
 from tir_alp.doctor.config_keys import unread_keys
 from tir_alp.doctor.conversation import check_fence, check_template, check_tokenizer
-from tir_alp.doctor.engine import forward_logprobs
 from tir_alp.doctor.machine import check_disk, check_memory, memory_needed, shape_of
 from tir_alp.doctor.sandbox import check_sandbox
 from tir_alp.engines.base import Completion, Sampling
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.environments import make_environment
-from tir_alp.policy import load_policy, load_tokenizer
+from tir_alp.parallel import alone
+from tir_alp.policy import completion_logprobs, load_outline, load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.tiny import ABLE, TRAIN_CONFIG
 from tir_alp.tools.sandbox import SandboxConfig, create, seccomp, shared_sandbox
 from tir_alp.tools.sandbox.bubblewrap import NamespacesJail
 from tir_alp.tools.sandbox.jail import kernel
 from tir_alp.tools.sandbox.plain import PlainJail
+from tir_alp.trainer import Trainer
 from tir_alp.types import StopReason
 
 PACKAGE = Path(__file__).parents[2] / "tir_alp"
@@ -59,8 +60,16 @@ def examined(
     async def main() -> list[Finding]:
         settings = config(*words)
         assert isinstance(settings.engine, TransformersConfig)
-        tokenizer, model = load_tokenizer(str(ABLE)), load_policy(str(ABLE))
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        tokenizer = load_tokenizer(str(ABLE))
+        trainer = Trainer(
+            load_policy(str(ABLE)),
+            settings.trainer,
+            settings.algorithm,
+            ranks=alone(),
+            temperature=settings.rollout.temperature,
+            on_bad_update=lambda *_: None,
+        )
+        before = {name: tensor.clone() for name, tensor in trainer.weights()}
         engine = kind(
             load_policy(str(ABLE)),
             max_cache_tokens=4096,
@@ -69,12 +78,13 @@ def examined(
         )
         try:
             findings = await examine_engine(
-                *(settings, engine, model, model.state_dict, 0),
+                *(settings, engine, load_outline(str(ABLE)), trainer),
+                *(lambda: dict(trainer.weights()), 0),
                 *(tokenizer, Renderer(tokenizer), [TASK.question, "What is 11*12-100?"]),
             )
         finally:
             await engine.close()
-        assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+        assert all(torch.equal(before[name], each) for name, each in trainer.weights())
         return findings
 
     return {finding.check: finding for finding in asyncio.run(main())}
@@ -110,9 +120,8 @@ class Judged(TransformersEngine):
         completion = await super().generate(token_ids, sampling)
         if sampling.temperature == 0:
             return completion
-        judged = forward_logprobs(
-            self._model, token_ids, completion.token_ids, *self.judged_at(sampling)
-        )
+        ids = torch.tensor([*token_ids, *completion.token_ids])
+        judged = completion_logprobs(self._model, ids, len(token_ids), *self.judged_at(sampling))
         return replace(completion, logprobs=tuple(judged.tolist()))
 
 

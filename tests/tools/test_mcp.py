@@ -4,20 +4,19 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.tools.mcp_http import http_server
 from tests.tools.processes import wait_until
 from tir_alp.tools.outcome import Outcome
 
@@ -238,27 +237,12 @@ def test_settings_that_cannot_be_meant_are_refused():
 # ------------------------------------------------------------------------------------------- HTTP
 
 
-@contextmanager
-def http_server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen([*NAUGHTY, str(port)])
-    try:
-
-        def is_up() -> bool:
-            with socket.socket() as probe:
-                return probe.connect_ex(("127.0.0.1", port)) == 0
-
-        wait_until(is_up)
-        yield f"http://127.0.0.1:{port}/mcp", process
-    finally:
-        process.kill()
-        process.wait()
+def naughty_at(port: int) -> list[str]:
+    return [*NAUGHTY, str(port)]
 
 
 def test_over_http_with_headers_until_the_server_is_killed_in_a_call(episode):
-    with http_server() as (url, process):
+    with http_server(naughty_at) as (url, process):
         server = McpServer(url=url, headers={"X-Key": "k"}, call_timeout_s=PATIENT)
         tools = episode(server)
         assert tools("header", name="x-key")[:2] == (Outcome.OK, "k")
@@ -268,5 +252,5 @@ def test_over_http_with_headers_until_the_server_is_killed_in_a_call(episode):
             process.kill()
             assert call.result(PATIENT)[0] is Outcome.INFRA_ERROR
         assert tools("count")[0] is Outcome.INFRA_ERROR
-    with http_server() as (url, _):
+    with http_server(naughty_at) as (url, _):
         assert episode(McpServer(url=url))("count")[:2] == (Outcome.OK, "1")

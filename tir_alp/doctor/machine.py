@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from tir_alp.config import Config, ServersConfig, SGLangConfig
 from tir_alp.doctor.finding import Finding
+from tir_alp.policy import load_outline
 
 _FLOAT = 4  # bytes: weights, gradients and both moments of AdamW are float32
 _KEPT_A_LAYER = (16, 4)  # numbers kept for the backward pass, a token: of hidden and of inner size
@@ -37,13 +37,8 @@ def shape_of(path: str) -> Shape:
     Raises:
         ValueError: If there is no such model.
     """
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(f"cannot load the config of the model {path!r}: {error}") from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    config = config.get_text_config()
+    model = load_outline(path)
+    config = model.config.get_text_config()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Shape(
@@ -74,8 +69,9 @@ def memory_needed(config: Config, shape: Shape, device: str) -> dict[str, int]:
     if trainer.gradient_checkpointing:
         kept = a_layer + shape.hidden * shape.num_layers
     weights = _FLOAT * shape.num_parameters
+    frozen = weights if trainer.dtype == "float32" else weights // 2
     return {
-        "weights, gradients, optimizer": 4 * weights,
+        "weights, gradients, optimizer": 4 * weights if trainer.lora is None else frozen,
         **_engine_memory(config, shape, device, num_episodes * rollout.max_context_tokens),
         "reference weights": weights if config.algorithm.needs_reference else 0,
         "activations": _FLOAT * packed * kept,

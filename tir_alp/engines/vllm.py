@@ -346,7 +346,7 @@ class VLLMEngine:
         dtype = getattr(torch, self._config.dtype)
         tensors = await asyncio.to_thread(snapshot_tensors, source, dtype, every_name=True)
         assert self._snapshot.tensors is not None
-        tensors = with_tied(tensors, self._snapshot.tensors)
+        tensors = with_head(tensors)
         check_fit(self._snapshot.tensors, tensors, version)
         return WeightSnapshot(version, tensors, await self._make_probe())
 
@@ -362,9 +362,9 @@ class VLLMEngine:
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def with_tied(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give weights from a folder the head that they share with the embedding, if `like` has one."""
-    if HEAD in tensors or HEAD not in like or EMBEDDING not in tensors:
+def with_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give weights a head of their own, where it is tied to the embedding and so has no name."""
+    if HEAD in tensors or EMBEDDING not in tensors:
         return dict(tensors)
     return {**tensors, HEAD: tensors[EMBEDDING].clone()}
 
@@ -399,7 +399,8 @@ async def connected(
 @asynccontextmanager
 async def open_vllm(
     config: VLLMConfig,
-    model: Any,
+    outline: Any,
+    weights: Mapping[str, Tensor],
     *,
     version: int = 0,
     seed: int = 0,
@@ -410,8 +411,9 @@ async def open_vllm(
 
     Args:
         config: Of the server.
-        model: With whose config and weights it starts.
-        version: Policy version of these weights.
+        outline: A model with the architecture that it is to serve; its own weights do not matter.
+        weights: That it starts with.
+        version: Their policy version.
         seed: Of the server's draws.
         reference: Logprobs by the trainer's forward; None: what the server says is not checked.
         say: Told of the start.
@@ -421,9 +423,9 @@ async def open_vllm(
     """
     with tempfile.TemporaryDirectory(prefix="tir_alp-vllm-") as name:
         folder = Path(name)
-        tensors = write_start(folder / "start", model, getattr(torch, config.dtype))
+        tensors = write_start(folder / "start", outline, weights, getattr(torch, config.dtype))
         process = server_process(config, folder, seed, say)
-        vocab_size = model.config.get_text_config().vocab_size
+        vocab_size = outline.config.get_text_config().vocab_size
         snapshot = WeightSnapshot(version, tensors, None)
         opened = connected(config, folder / SOCKET, folder, snapshot, vocab_size, reference)
         try:
@@ -446,17 +448,19 @@ async def _watch(process: ServerProcess, engine: VLLMEngine) -> None:
     engine.fail(f"its process ended with {await process.ended()}:\n{process.tail()}")
 
 
-def write_start(folder: Path, model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+def write_start(
+    folder: Path, outline: Any, weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Write the folder that a server starts from; returns the tensors that are in it.
 
     A head that is tied to the embedding is written, and served, as one of its own: vLLM's CPU build
     goes on with the head that it packed at its start when a tied model gets new weights.
     """
-    tensors = snapshot_tensors(model.state_dict(), dtype, every_name=True)
+    tensors = with_head(snapshot_tensors(weights, dtype, every_name=True))
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict() | {
-        "architectures": [type(model).__name__],
+    config = outline.config.to_dict() | {
+        "architectures": [type(outline).__name__],
         "tie_word_embeddings": False,
     }
     (folder / "config.json").write_text(json.dumps(config, default=str))

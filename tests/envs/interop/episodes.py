@@ -31,8 +31,15 @@ LIMITS = RolloutConfig(
 )
 
 
-def play(env_id: str, kwargs: Mapping[str, Any], tasks: Sequence[Task]) -> list[Trajectory]:
+def play(
+    env_id: str,
+    kwargs: Mapping[str, Any],
+    tasks: Sequence[Task],
+    max_context_tokens: int = LIMITS.max_context_tokens,
+) -> list[Trajectory]:
     """Play a group of each task at the same time; every token is accounted for.
+
+    An environment that never ends by itself needs a small context: every turn reads all of it.
 
     Raises:
         AssertionError: An episode failed, or holds another token than was sampled or shown.
@@ -56,7 +63,7 @@ def play(env_id: str, kwargs: Mapping[str, Any], tasks: Sequence[Task]) -> list[
                 make_env=lambda: gymnasium.make(env_id, disable_env_checker=True, **kwargs),
                 generate=generate,
                 renderer=renderer,
-                limits=LIMITS,
+                limits=LIMITS.model_copy(update={"max_context_tokens": max_context_tokens}),
                 threads=threads,
                 slots=asyncio.Semaphore(8),
                 seed=0,

@@ -21,9 +21,11 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from tests.envs.interop.episodes import play
+from tests.runs import assert_honest
 from tests.tools.processes import wait_until
 from tir_alp.data import Task
 from tir_alp.envs.interop.libraries import folder_of
+from tir_alp.train import main
 
 TASKS = [Task(f"t{number}", f"What is 6*{number}?", str(6 * number)) for number in (7, 8)]
 PATIENT = {"start_timeout_s": 600.0, "step_timeout_s": 600.0}
@@ -77,6 +79,22 @@ def test_gem_passes_gymnasiums_checker():
 def test_gem_is_played_token_by_token():
     trajectories = play("tir_alp.envs:Gem-v0", GUESS, TASKS)
     assert all(trajectory.terminated or trajectory.truncated for trajectory in trajectories)
+
+
+@needs("gem")
+def test_gem_is_trained_on_by_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--name", "gem", "--steps", "1", "--env.id", "tir_alp.envs:Gem-v0"]
+    words += ["--env.kwargs", json.dumps(GUESS), "--rollout.max_context_tokens", "1024"]
+    words += ["--rollout.groups_per_step", "2", "--rollout.group_size", "2"]
+    assert main([*words, "--rollout.max_turn_tokens", "32", "--eval.num_tasks", "2"]) == 0
+    run = tmp_path / "runs" / "gem"
+    assert_honest(run)
+    (environment,) = map(json.loads, (run / "environment.jsonl").read_text().splitlines())
+    assert environment["libraries"] == {"gem": "0.1.0"}
+    recorded = (run / "trajectories" / "step_000001.jsonl").read_text().splitlines()
+    assert len(recorded) == 4
+    assert all("you did not provide a valid guess" in line for line in recorded)
 
 
 # -------------------------------------------------------------------------------------- SkyRL-Gym
@@ -224,7 +242,7 @@ def test_an_openenv_server_is_played_token_by_token(tmp_path):
         text = as_json.step('So:\n```json\n{"message": "six"}\n```')[0]
         assert json.loads(text) == {"echoed_message": "six", "message_length": 3}
         as_json.close()
-        trajectories = play("tir_alp.envs:OpenEnv-v0", kwargs, TASKS)
+        trajectories = play("tir_alp.envs:OpenEnv-v0", kwargs, TASKS, max_context_tokens=256)
         assert all(len(trajectory.turns) > 1 for trajectory in trajectories)
 
 
