@@ -69,11 +69,8 @@ class VLLMEngine:
         reference: Reference | None,
     ) -> None:
         self._config, self._client, self._folder = config, client, folder
-        self._snapshot, self._vocab_size, self._reference = (
-            _outline(snapshot),
-            vocab_size,
-            reference,
-        )
+        self._snapshot = _outline(snapshot)
+        self._vocab_size, self._reference = vocab_size, reference
         self._room = asyncio.Semaphore(config.max_running)
         self._requests: set[VLLMRequest] = set()
         self._running: set[VLLMRequest] = set()

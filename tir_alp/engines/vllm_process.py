@@ -26,8 +26,6 @@ _STAGES = (
     ("Loading weights took", "allocating the cache"),
     ("Started server process", "answering"),
 )
-
-
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
