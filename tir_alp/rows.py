@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import tempfile
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,14 +81,10 @@ class ParquetRows:
 
     def __init__(self, path: Path) -> None:
         import pyarrow
-        import pyarrow.parquet
 
         self.name, self.file = str(path), path.name
-        with pyarrow.parquet.ParquetFile(path) as parquet, tempfile.NamedTemporaryFile() as spilled:
-            with pyarrow.ipc.new_file(spilled.name, parquet.schema_arrow) as writer:
-                for batch in parquet.iter_batches(_BATCH_ROWS):
-                    writer.write_batch(batch)
-            self._map = pyarrow.memory_map(spilled.name)
+        self._map = _unpacked(path)
+        pyarrow.default_memory_pool().release_unused()  # else it keeps 100 MB for nothing
         self._batches = pyarrow.ipc.open_file(self._map)
         sizes = [self._batch(index).num_rows for index in range(self._batches.num_record_batches)]
         self._starts = np.cumsum([0, *sizes])
@@ -107,6 +104,21 @@ class ParquetRows:
     @functools.lru_cache(maxsize=1)  # noqa: B019 (it holds no data, and one file lives as long)
     def _batch(self, index: int) -> Any:
         return self._batches.get_batch(index)
+
+
+def _unpacked(path: Path) -> Any:
+    """Map the Arrow file that is made of a parquet file, row group after row group."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with (
+        pyarrow.parquet.ParquetFile(path, pre_buffer=False) as parquet,
+        tempfile.NamedTemporaryFile() as spilled,
+    ):
+        with pyarrow.ipc.new_file(spilled.name, parquet.schema_arrow) as writer:
+            for batch in parquet.iter_batches(_BATCH_ROWS, use_threads=False):
+                writer.write_batch(batch)
+        return pyarrow.memory_map(spilled.name)
 
 
 class HubRows:
@@ -180,7 +192,9 @@ def open_rows(config: SourceConfig) -> Opened:
 @functools.lru_cache(maxsize=8)
 def _open_version(config: SourceConfig, version: tuple[int, int]) -> Opened:
     rows = _raw_rows(config)
-    found: dict[Split, tuple[list[int], list[int]]] = {"train": ([], []), "held_out": ([], [])}
+    found: dict[Split, tuple[array[int], array[int]]] = {
+        split: (array("q"), array("q")) for split in ("train", "held_out")
+    }
     broken: list[str] = []
     num_filtered = num_rows = 0
     for number, key, raw in rows:
