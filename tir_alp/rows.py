@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
+import re
 import tempfile
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
 from tir_alp.config import SourceConfig
 from tir_alp.envs.tasks import Split, is_held_out
 
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # which no tokenizer takes
 _BATCH_ROWS = 1024  # of a row group that are turned into Python objects at a time
 
 
@@ -248,18 +251,23 @@ def read_row(raw: Any, rows: RawRows, number: int, config: SourceConfig) -> dict
         columns = "prompt", "reward_model.ground_truth"
     else:
         question, answer = (_inside(raw, column) for column in columns)
-    if not isinstance(question, str) or not question.strip():
+    if not _is_text(question):
         raise ValueError(
             f"{place}: {columns[0]!r} must be a text that is not empty, not {question!r:.100}"
         )
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         answer = str(answer)
-    if not isinstance(answer, str) or not answer.strip():
+    if not _is_text(answer):
         raise ValueError(f"{place}: {columns[1]!r} must be a text or a number, not {answer!r:.100}")
     task_id = raw.get("task_id")
     if task_id is None:
         task_id = f"{Path(rows.name).name}:{number}"
     return raw | {"task_id": str(task_id), "question": question, "answer": answer}
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    """Whether it is a text with something in it, and no half of a surrogate pair."""
+    return isinstance(value, str) and bool(value.strip()) and not _HALF_PAIR.search(value)
 
 
 def _prompt_of(raw: Mapping[str, Any], place: str) -> Any:
