@@ -27,7 +27,8 @@ from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.environments import make_environment, make_renderer
 from tir_alp.ledger import Ledger
 from tir_alp.logical_order import LogicalOrder
-from tir_alp.policy import end_token_ids, load_policy, load_tokenizer
+from tir_alp.parallel import join
+from tir_alp.policy import compute_device, end_token_ids, load_outline, load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.rollout import EpisodeRunner, Watch
 from tir_alp.rollout_queue import RolloutQueue
@@ -72,17 +73,24 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
     """
     async with AsyncExitStack() as stack:
         console = RunConsole()
+        device = compute_device(config.trainer.device)
         initial = str(SHIPPED.get(config.model.path, config.model.path))
-        path, position, state = initial, Position(0, 0, 0), None
+        path, position, found = initial, Position(0, 0, 0), None
         if resume is not None:
             found, position, refused = checkpoint.newest(resume / "checkpoints")
-            path, state = str(found), checkpoint.load_state(found)
+            path = str(found)
             console.print("".join(f"refused: {reason}\n" for reason in refused) + f"from {found}")
             if position.step >= config.steps:
                 raise ValueError(
                     f"{resume} has made its {position.step} steps: give --steps more to go on"
                 )
 
+        ranks = stack.enter_context(join(config.trainer.rank_timeout_s, device))
+        if ranks.size > 1:
+            raise ValueError(
+                f"a run is one process, but this is one of {ranks.size} ranks: start it without "
+                "torch.distributed.run"
+            )
         tokenizer = load_tokenizer(path)
         with closing(make_environment(config)) as env:
             renderer = make_renderer(config, tokenizer, env)
@@ -110,22 +118,23 @@ async def open_run(config: Config, resume: Path | None = None) -> AsyncIterator[
         folder = RunFolder(resume or Path("runs") / run_name(config))
         ledger = Ledger(rollout.group_size, config.seed)
         trainer = Trainer(
-            load_policy(path),
+            load_policy(path if config.trainer.lora is None else initial),
             config.trainer,
             with_run_seed(config),
+            ranks=ranks,
             reference=load_policy(initial) if config.algorithm.needs_reference else None,
             temperature=rollout.temperature,
             on_bad_update=folder.dump_bad_update,
             on_update=ledger.updated,
         )
+        if found is not None:
+            checkpoint.load(found, trainer)
         engine = await stack.enter_async_context(
             open_engine(config, path, position.policy_version, trainer, trainer_thread, console)
         )
-        if state is not None:
-            trainer.load_state_dict(state)
         findings = await doctor.examine_engine(
-            *(config, engine, trainer.model, trainer.weights, position.policy_version),
-            *(tokenizer, renderer, prompts),
+            *(config, engine, load_outline(path), trainer, lambda: dict(trainer.weights())),
+            *(position.policy_version, tokenizer, renderer, prompts),
         )
         ignored += doctor.demand(findings, config.doctor.ignore)
         for each in ignored:
@@ -199,7 +208,7 @@ async def open_engine(
     Raises:
         ValueError: If it cannot start.
     """
-    settings = config.engine
+    settings, outline = config.engine, load_outline(path)
     if isinstance(settings, SGLangConfig):
         try:
             from tir_alp.engines.sglang import open_sglang
@@ -210,15 +219,15 @@ async def open_engine(
         loop = asyncio.get_running_loop()
 
         async def reference(token_ids: tuple[int, ...]) -> Sequence[float]:
-            call = (trainer.sequence_logprobs, token_ids)
+            call = (trainer.completion_logprobs, token_ids[:1], token_ids[1:])
             return await loop.run_in_executor(trainer_thread, *call)
 
         async with open_sglang(
             settings,
             model_path=path,
             version=version,
-            vocab_size=trainer.model.config.get_text_config().vocab_size,
-            end_token_ids=end_token_ids(trainer.model),
+            vocab_size=outline.config.get_text_config().vocab_size,
+            end_token_ids=end_token_ids(outline),
             seed=config.seed,
             reference=reference,
             say=console.print,
@@ -226,7 +235,7 @@ async def open_engine(
             yield engine
         return
     engine = TransformersEngine(
-        load_policy(path),
+        load_policy(path, trainer.ranks.device),
         max_cache_tokens=settings.max_cache_tokens,
         version=version,
         precision=settings.precision,

@@ -23,25 +23,50 @@ class Sample:
     advantage: float
 
 
-def pack(samples: Sequence[Sample], max_tokens: int) -> list[Batch]:
-    """Divide samples over micro-batches of at most `max_tokens` tokens, long ones first.
+def pack(
+    samples: Sequence[Sample], max_tokens: int, rank: int = 0, num_ranks: int = 1
+) -> list[Batch]:
+    """The micro-batches of one rank, on the CPU; every rank gets equally many.
 
-    Sequences of like length share a micro-batch, which wastes least in attention. A trajectory
-    longer than `max_tokens` gets a micro-batch of its own; one without a token for the loss is left
-    out, as it has no gradient. Every Batch is on the CPU.
+    They are those of `divide`. Where there is no sample left for a rank, it gets one that another
+    has, without a token for the loss: a rank must not sit out what the others do together.
     """
     useful = [sample for sample in samples if any(sample.trajectory.loss_mask)]
-    useful.sort(key=lambda sample: len(sample.trajectory.token_ids), reverse=True)
-    batches: list[list[Sample]] = []
-    room = 0
-    for sample in useful:
-        length = len(sample.trajectory.token_ids)
-        if length > room:
-            batches.append([])
-            room = max_tokens
-        batches[-1].append(sample)
-        room -= length
-    return [collate(batch) for batch in batches]
+    rounds = divide([len(each.trajectory.token_ids) for each in useful], max_tokens, num_ranks)
+    batches = []
+    for shares in rounds:
+        batch = collate([useful[index] for index in shares[rank] or shares[0][-1:]])
+        is_idle = not shares[rank]
+        batches.append(replace(batch, loss_mask=batch.loss_mask & False) if is_idle else batch)
+    return batches
+
+
+def divide(lengths: Sequence[int], max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
+    """Divide sequences over ranks by rounds, in each of which a rank has one micro-batch.
+
+    Long ones come first, and each goes to the rank that has least in its round (longest processing
+    time first, Graham 1969): the ranks of a round, which wait for one another, have alike many
+    tokens, and sequences of like length share a micro-batch, which wastes least in attention. One
+    longer than `max_tokens` is alone in its micro-batch.
+
+    Args:
+        lengths: Tokens of each sequence.
+        max_tokens: Of a micro-batch.
+        num_ranks: Micro-batches of a round.
+
+    Returns:
+        Indices by round, rank and sequence; in the last rounds a rank may have none.
+    """
+    rounds: list[list[list[int]]] = []
+    loads: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        least = min(range(len(loads)), key=loads.__getitem__, default=0)
+        if not loads or (loads[least] and loads[least] + lengths[index] > max_tokens):
+            rounds.append([[] for _ in range(num_ranks)])
+            loads, least = [0] * num_ranks, 0
+        rounds[-1][least].append(index)
+        loads[least] += lengths[index]
+    return rounds
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

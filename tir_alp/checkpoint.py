@@ -1,8 +1,11 @@
 """Checkpoints: written aside and renamed, so that one either is there whole or is not there.
 
-`checkpoints/step_N/` is a Hugging Face folder (weights, tokenizer, config) with the optimizer,
-sigma and position of the run beside it. `manifest.json` is written last and names every file with
-its digest; a folder that does not match its manifest is refused.
+`checkpoints/step_N/` is a Hugging Face folder (weights, tokenizer, config) for others to use. What
+a run resumes from is `trainer/` in it: weights, optimizer and sigma as torch.distributed.checkpoint
+writes them, each rank its share, so that any number of ranks can read them. `manifest.json` is
+written last and names every file with its digest; a folder that does not match it is refused.
+
+All ranks must see the same file system.
 """
 
 from __future__ import annotations
@@ -16,9 +19,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-_FORMAT = "tir_alp checkpoint 1"
+from tir_alp.trainer import Trainer
+
+_FORMAT = "tir_alp checkpoint 2"
+_STATE = "trainer"
 
 
 class CheckpointError(ValueError):
@@ -39,21 +49,13 @@ class Position:
     policy_version: int
 
 
-def save(
-    folder: Path,
-    model: Any,
-    tokenizer: Any,
-    state: Mapping[str, Any],
-    position: Position,
-    keep: int,
-) -> Path:
-    """Write `folder/step_N` and delete all but the `keep` newest checkpoints.
+def save(folder: Path, trainer: Trainer, tokenizer: Any, position: Position, keep: int) -> Path:
+    """Write `folder/step_N` and delete all but the `keep` newest checkpoints; on every rank.
 
     Args:
         folder: The run's `checkpoints`.
-        model: Saved in Hugging Face format.
-        tokenizer: Likewise.
-        state: `Trainer.state_dict()`.
+        trainer: Whose weights and state are saved.
+        tokenizer: Saved beside the weights.
         position: Where the run stands.
         keep: So many stay.
 
@@ -62,26 +64,79 @@ def save(
     """
     final = folder / f"step_{position.step}"
     aside = folder / f".step_{position.step}.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    torch.save(state, aside / "trainer.pt")
+    ranks = trainer.ranks
+    with ranks.together(f"saving {final}"):
+        if ranks.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        ranks.meet()
+        trainer.save_model(aside)
+        try:
+            state_dict_saver.save(trainer.state_dict(), checkpoint_id=aside / _STATE)
+        except CheckpointException as error:  # no Exception by its class
+            raise OSError(f"cannot write {aside}: {_reasons(error)}") from error
+        if ranks.is_first:
+            tokenizer.save_pretrained(aside)
+            _publish(aside, final, position)
+            for old in _newest_first(folder)[keep:]:
+                shutil.rmtree(old)
+        ranks.meet()
+    return final
+
+
+def load(path: Path, trainer: Trainer) -> None:
+    """Give a trainer the weights, optimizer and sigma of a checkpoint; on every rank.
+
+    They need not be as many ranks as saved it.
+
+    Raises:
+        CheckpointError: If it is of another model, or of another objective or kind of training.
+    """
+    with trainer.ranks.together(f"loading {path}"):
+        state = trainer.state_dict()
+        _check_fits(path, state)
+        try:
+            state_dict_loader.load(state, checkpoint_id=path / _STATE)
+        except CheckpointException as error:
+            raise CheckpointError(f"cannot read {path}: {_reasons(error)}") from error
+        trainer.take_up(state)
+
+
+def _check_fits(path: Path, state: Mapping[str, Tensor]) -> None:
+    saved = {
+        name: each.size if isinstance(each, TensorStorageMetadata) else None
+        for name, each in FileSystemReader(path / _STATE)
+        .read_metadata()
+        .state_dict_metadata.items()
+    }
+    own = {name: tensor.shape for name, tensor in state.items()}
+    wrong = sorted(name for name in saved | own if saved.get(name) != own.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"{path} does not fit this run: {len(wrong)} tensors are missing, unknown or of "
+            f"another shape, the first is {wrong[0]!r}; resume it with the config it was saved with"
+        )
+
+
+def _reasons(error: CheckpointException) -> str:
+    return "; ".join(f"rank {rank}: {each[0]!r}" for rank, each in error.failures.items())
+
+
+def _publish(aside: Path, final: Path, position: Position) -> None:
+    """Write the manifest, and let the checkpoint appear whole."""
+    files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
     manifest = {
         "format": _FORMAT,
         "position": asdict(position),
-        "files": {path.name: _digest(path) for path in sorted(aside.iterdir())},
+        "files": {str(path.relative_to(aside)): _digest(path) for path in files},
     }
     (aside / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    for path in aside.iterdir():
+    for path in aside.rglob("*"):
         _sync(path)
     _sync(aside)
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
-    _sync(folder)
-    for old in _newest_first(folder)[keep:]:
-        shutil.rmtree(old)
-    return final
+    _sync(final.parent)
 
 
 def newest(folder: Path) -> tuple[Path, Position, list[str]]:
@@ -124,11 +179,6 @@ def verify(path: Path) -> Position:
         if _digest(file) != digest:
             raise CheckpointError(f"{path} is torn: {name} is not what was saved")
     return position
-
-
-def load_state(path: Path) -> dict[str, Any]:
-    """Read what `Trainer.load_state_dict` takes."""
-    return torch.load(path / "trainer.pt", weights_only=True)
 
 
 def _newest_first(folder: Path) -> list[Path]:

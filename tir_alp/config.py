@@ -466,9 +466,24 @@ EngineConfig = Annotated[
 ]
 
 
-class TrainerConfig(Section):
-    """The optimizer and the memory of an update."""
+class LoraConfig(Section):
+    """Adapters of low rank on every linear layer but the head; nothing else is trained.
 
+    They begin as no change at all: one factor random, the other 0.
+    """
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of what is added to a matrix."""
+    alpha: float = Field(default=32.0, gt=0.0)
+    """What is added is scaled by alpha / rank."""
+
+
+class TrainerConfig(Section):
+    """The optimizer, and where and in what memory it works."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the policy is trained, and where the embedded engine samples: "cuda" is a GPU, "auto" a
+    GPU where there is one."""
     lr: float = Field(default=1e-6, gt=0.0)
     """Learning rate of the weights, constant."""
     perturbation_lr: float = Field(default=5e-4, gt=0.0)
@@ -490,6 +505,15 @@ class TrainerConfig(Section):
     """Tokens whose logits stand in memory at a time."""
     gradient_checkpointing: bool = False
     """Compute each layer a second time in the backward pass instead of keeping what it made."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward and backward pass. What is trained, its gradients' sums over ranks and over
+    micro-batches, sigma and the noise are float32 in any case."""
+    offload: bool = False
+    """Keep weights, gradients and optimizer in the memory of the CPU between their uses."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of the weights; None: the weights."""
+    rank_timeout_s: float = Field(default=600.0, gt=0.0)
+    """Deadline of what the ranks do together: so long they wait for one that is late."""
 
 
 DoctorCheck = Literal[

@@ -26,7 +26,14 @@ from tir_alp.config import DataConfig, SGLangConfig
 from tir_alp.data import load_held_out
 from tir_alp.engines.base import Completion, Engine, Sampling
 from tir_alp.engines.transformers import TransformersEngine
-from tir_alp.policy import end_token_ids, hidden_states, load_policy, load_tokenizer, token_logprobs
+from tir_alp.policy import (
+    compute_device,
+    end_token_ids,
+    hidden_states,
+    load_policy,
+    load_tokenizer,
+    token_logprobs,
+)
 from tir_alp.renderer import Renderer
 from tir_alp.tiny import SHIPPED
 
@@ -65,10 +72,14 @@ def trainer_logprobs(
     model: Any, prompt: Sequence[int], completion: Completion, temperature: float
 ) -> torch.Tensor:
     """Logprobs of a completion's tokens by one forward of the trainer's."""
-    ids = torch.tensor((*prompt, *completion.token_ids))
-    hidden = hidden_states(model, ids, torch.arange(len(ids)), PackedSequences((len(ids),)))
+    ids = torch.tensor((*prompt, *completion.token_ids), device=model.device)
+    places = torch.arange(len(ids), device=ids.device)
+    hidden = hidden_states(model, ids, places, PackedSequences((len(ids),), ids.device))
     start = len(prompt)
-    return token_logprobs(model, hidden[start - 1 : -1], ids[start:], temperature=temperature)[0]
+    logprobs, _ = token_logprobs(
+        model, hidden[start - 1 : -1], ids[start:], temperature=temperature
+    )
+    return logprobs.cpu()
 
 
 async def measure(
@@ -105,7 +116,8 @@ async def measure(
 @asynccontextmanager
 async def _opened(name: str, path: str, model: Any, dtype: str) -> AsyncIterator[Engine]:
     if name == "transformers":
-        engine = TransformersEngine(load_policy(path), max_cache_tokens=1 << 16, precision=dtype)
+        own = load_policy(path, model.device)
+        engine = TransformersEngine(own, max_cache_tokens=1 << 16, precision=dtype)
         try:
             yield engine
         finally:
@@ -116,7 +128,7 @@ async def _opened(name: str, path: str, model: Any, dtype: str) -> AsyncIterator
     settings = SGLangConfig.model_validate(
         {
             "type": "sglang",
-            "device": "cuda" if torch.cuda.is_available() else "cpu",
+            "device": model.device.type,
             "dtype": dtype,
             "max_cache_tokens": 1 << 16,
         }
@@ -153,7 +165,7 @@ def draw(measurements: Sequence[Measurement], out: Path) -> None:
 async def run(options: argparse.Namespace) -> list[Measurement]:
     """Measure every dtype at every temperature, and print a row for each."""
     path = str(SHIPPED.get(options.model, options.model))
-    model = load_policy(path).eval()
+    model = load_policy(path, compute_device("auto")).eval()
     renderer = Renderer(load_tokenizer(path))
     tasks = load_held_out(DataConfig(), 64)
     prompts = [renderer.prompt(task.question).token_ids for task in tasks]

@@ -59,7 +59,7 @@ def normal_pieces(token_keys: Tensor, num_channels: int) -> Iterator[tuple[slice
     num_words = -(-num_channels // 8)
     counters = torch.arange(num_words, device=device) * _STEP
     pairs = _normal_pairs(device)
-    num_at_once = max(1, (1 << 14 if device.type == "cpu" else 1 << 22) // num_words)
+    num_at_once = max(1, (1 << 15 if device.type == "cpu" else 1 << 22) // num_words)
     for start in range(0, len(token_keys), num_at_once):
         piece = slice(start, start + num_at_once)
         words = _scramble(token_keys[piece, None] + counters)

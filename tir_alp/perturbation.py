@@ -318,7 +318,7 @@ class _AddNoise(torch.autograd.Function):
         for piece, noise in normal_pieces(token_keys, hidden.shape[-1]):
             wide = _wide(rows[piece])
             scale = sigma if units is None else sigma * units[piece]
-            result[piece] = torch.addcmul(wide, noise.to(wide.dtype), scale)
+            torch.addcmul(wide, noise.to(wide.dtype), scale, out=result[piece])
         return perturbed
 
     @staticmethod

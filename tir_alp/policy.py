@@ -6,28 +6,58 @@ chunk of tokens at a time, and again in the backward pass.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    checkpoint_wrapper,
+)
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tir_alp.attention import PACKED, Layout
+from tir_alp.attention import PACKED, Layout, PackedSequences
+from tir_alp.perturbation import find_decoder_layers
+
+WRAPPER = "_checkpoint_wrapped_module."
+"""What `recompute_layers` adds to the names of parameters, though not to those of a state dict."""
 
 _CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
-def load_policy(path: str) -> Any:
+def compute_device(name: str) -> torch.device:
+    """The device that a config names: "cpu", "cuda", or "auto", which is a GPU where there is one.
+
+    Raises:
+        ValueError: If it is to be a GPU, and torch sees none.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build for CPUs"
+        raise ValueError(
+            f'trainer.device = "cuda", but torch {torch.__version__} ({build}) sees no GPU here: '
+            "see that nvidia-smi lists one and install a torch for its CUDA, or set trainer.device "
+            'to "cpu"'
+        )
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+
+
+def load_policy(path: str, device: torch.device | str = "cpu") -> Any:
     """Load a causal LM with packed attention, in float32, by folder or Hugging Face id.
+
+    Args:
+        path: Folder or id.
+        device: Where it is to stand. Whatever is computed with it follows it there.
 
     Raises:
         ValueError: If there is no such model, or it does something to its logits that we do not.
     """
     _check_folder(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation=PACKED
         )
     except OSError as error:
@@ -35,6 +65,24 @@ def load_policy(path: str) -> Any:
     for name in _CHANGED_LOGITS:
         if getattr(model.config, name, None) not in (None, 1.0):
             raise ValueError(f"the model {path!r} sets {name}, which is not supported")
+    return model.to(device)
+
+
+def load_outline(path: str) -> Any:
+    """Load what there is to know of a causal LM; its weights have shapes, and no values.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    _check_folder(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(f"cannot load the config of the model {path!r}: {error}") from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with suppress(OSError):  # not every model has one
+        model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 
@@ -64,6 +112,20 @@ def _check_folder(path: str) -> None:
     looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
     if looks_local and not Path(path).expanduser().is_dir():
         raise ValueError(f"there is no model folder {path!r}; give a folder or a Hugging Face id")
+
+
+def recompute_layers(model: Any) -> None:
+    """Keep only what enters each decoder layer, and compute its inside again in backward.
+
+    The layers are wrapped, once, and the names of weights stay as they are. transformers' own
+    switch does the same within each layer, so that a hook on a layer runs a second time too. Noise
+    that is added by such a hook would be made three times instead of twice, and the states without
+    it would be kept although nothing needs them again.
+    """
+    layers = find_decoder_layers(model)
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, CheckpointWrapper):
+            layers[index] = checkpoint_wrapper(layer)
 
 
 def hidden_states(model: Any, token_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
@@ -121,6 +183,38 @@ def token_logprobs(
         for chunk in zip(states, ids, places, strict=True)
     ]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+@torch.no_grad()
+def completion_logprobs(
+    model: Any, token_ids: Tensor, num_prompt: int, temperature: float, top_p: float
+) -> Tensor:
+    """Logprobs [T] of a completion by one forward, at a temperature and truncated to `top_p`.
+
+    A token that is outside of the truncated distribution, which rounding at its border may do, is
+    taken for its least likely member.
+
+    Args:
+        model: A causal LM.
+        token_ids: [num_prompt + T] of prompt and completion.
+        num_prompt: Tokens of the prompt.
+        temperature: Of the distribution.
+        top_p: Only the most probable tokens that together reach it are in the distribution.
+    """
+    positions = torch.arange(len(token_ids), device=token_ids.device)
+    layout = PackedSequences((len(token_ids),), token_ids.device)
+    was_training = model.training
+    model.eval()
+    hidden = hidden_states(model, token_ids, positions, layout)
+    model.train(was_training)
+    logits = next_token_logits(model, hidden[num_prompt - 1 : -1])
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    chosen = logprobs.gather(-1, token_ids[num_prompt:, None]).squeeze(-1)
+    if top_p < 1:
+        ordered = logprobs.sort(dim=-1, descending=True).values.exp()
+        kept = ordered * (ordered.cumsum(-1) - ordered < top_p)
+        chosen = chosen - kept.sum(-1).log()
+    return chosen.cpu()
 
 
 def _chunk_logprobs(

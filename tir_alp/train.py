@@ -27,7 +27,6 @@ from tir_alp.evaluate import evaluate
 from tir_alp.guards import Tripped, faint_noise, out_of_bounds
 from tir_alp.metrics import rollout_metrics
 from tir_alp.objective import objective
-from tir_alp.policy import load_policy
 from tir_alp.renderer import PromptTooLong
 from tir_alp.report import write_run_report
 from tir_alp.rollout_queue import RolloutsFailed
@@ -58,7 +57,7 @@ async def train(run: Run) -> None:
             record(run, groups, step)
             await check_health(run, metrics, step)
             recorded = time.monotonic()
-            await run.engine.load_weights(run.trainer.weights(), version=step + 1)
+            await run.engine.load_weights(dict(run.trainer.weights()), version=step + 1)
             run.rollouts.release()
 
             ended = time.monotonic()
@@ -112,9 +111,9 @@ async def check_health(run: Run, metrics: Mapping[str, float], step: int) -> Non
         folder.log(step + 1, metrics)
         folder.tell(step + 1, "stop", reason)
         raise Tripped(f"stopped in step {step + 1}: {reason}")
-    loop = asyncio.get_running_loop()
-    good = await loop.run_in_executor(run.trainer_thread, roll_back, run)
-    reason = f"{reason}; back to the weights of step {good.step}"
+    path, position, _ = checkpoint.newest(folder.checkpoints)
+    checkpoint.load(path, run.trainer)
+    reason = f"{reason}; back to the weights of step {position.step}"
     folder.tell(step + 1, "roll_back", reason)
     run.console.print(f"step {step + 1}: {reason}")
 
@@ -125,8 +124,7 @@ def roll_back(run: Run) -> Position:
     It reads and checks the whole checkpoint, so it belongs in the trainer's thread.
     """
     path, position, _ = checkpoint.newest(run.folder.checkpoints)
-    run.trainer.load_weights(load_policy(str(path)).state_dict())
-    run.trainer.load_state_dict(checkpoint.load_state(path))
+    checkpoint.load(path, run.trainer)
     return position
 
 
@@ -150,9 +148,8 @@ def save(run: Run, step: int) -> None:
     """Write a checkpoint of where the run stands behind `step` steps."""
     checkpoint.save(
         run.folder.checkpoints,
-        run.trainer.model,
+        run.trainer,
         run.tokenizer,
-        run.trainer.state_dict(),
         Position(step=step, group=run.rollouts.position, policy_version=step),
         keep=run.config.checkpoint.keep,
     )

@@ -30,10 +30,6 @@ def test_the_tiny_agent_learns_from_an_sglang_server(tmp_path):
     for row in steps:  # each step is sampled by the newest weights
         assert row["staleness/max"] == 0
         assert row["rollout/dropped"] == 0
-    probes = {
-        row["step"]: row["mismatch/probe_max"] for row in steps if "mismatch/probe_max" in row
-    }
-    assert list(probes) == [1, 9]
-    assert max(probes.values()) < 1e-4  # float32 is exact
+    assert max(row["mismatch/probe_max"] for row in steps) < 1e-4  # float32 is exact
     assert max(row["rollout/turns"] for row in steps) > 1
     assert_honest(run)

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tir_alp.batch import Sample, collate, loss_positions, pack, sequences_of, to_rows
+from tir_alp.batch import Sample, collate, divide, loss_positions, pack, sequences_of, to_rows
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn
 
@@ -128,3 +130,35 @@ def test_no_token_is_lost_or_learnt_twice():
     assert sorted(uid for batch in batches for uid in batch.sequence_uids) == list(range(30))
     assert all(sum(batch.lengths) <= 16 for batch in batches)
     assert sum(batch.num_loss_tokens for batch in batches) == 30
+
+
+def test_the_ranks_of_a_round_have_alike_many_tokens():
+    rounds = divide([9, 2, 7, 4, 6, 5, 3, 8], max_tokens=12, num_ranks=2)
+    assert rounds == [[[0], [7]], [[2, 3], [4, 5]], [[6], [1]]]
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 60), max_size=40),
+    max_tokens=st.integers(1, 120),
+    num_ranks=st.integers(1, 5),
+)
+def test_every_rank_gets_equally_many_micro_batches_of_its_share(lengths, max_tokens, num_ranks):
+    rounds = divide(lengths, max_tokens, num_ranks)
+    shares = [share for shares in rounds for share in shares]
+    assert sorted(index for share in shares for index in share) == list(range(len(lengths)))
+    assert all(len(share) < 2 or sum(lengths[i] for i in share) <= max_tokens for share in shares)
+    for round_ in rounds:
+        assert len(round_) == num_ranks
+        loads = [sum(lengths[index] for index in share) for share in round_]
+        longest = max(lengths[index] for share in round_ for index in share)
+        assert max(loads) - min(loads) <= longest
+
+
+def test_a_rank_without_a_sample_runs_along_with_nothing_to_learn():
+    samples = [of_length(uid, length) for uid, length in enumerate((9, 3, 4))]
+    first, second = (pack(samples, 9, rank, num_ranks=2) for rank in (0, 1))
+    assert (shapes(first), shapes(second)) == ([[9]], [[4, 3]])
+    first, second = (pack(samples[:1], 9, rank, num_ranks=2) for rank in (0, 1))
+    assert [batch.num_loss_tokens for batch in (*first, *second)] == [1, 0]
+    assert second[0].lengths == (9,)

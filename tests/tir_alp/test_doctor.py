@@ -1,7 +1,8 @@
 """The doctor: a real engine holds its contract; each way to break it is refused, with why."""
 
 import asyncio
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,17 +22,23 @@ from tir_alp.config import (
 )
 from tir_alp.data import Task
 from tir_alp.doctor import Finding, Refused, demand, examine_engine
+from tir_alp.doctor.__main__ import main as doctor_main
 from tir_alp.doctor.config_keys import unread_keys
 from tir_alp.doctor.conversation import check_fence, check_template, check_tokenizer
-from tir_alp.doctor.engine import forward_logprobs
 from tir_alp.doctor.machine import check_disk, check_memory, memory_needed, shape_of
 from tir_alp.doctor.sandbox import check_sandbox
 from tir_alp.engines.base import Completion, Sampling
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.environments import make_environment
-from tir_alp.policy import load_policy, load_tokenizer
+from tir_alp.parallel import alone
+from tir_alp.policy import completion_logprobs, load_outline, load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.tiny import ABLE, TRAIN_CONFIG
+from tir_alp.tools.sandbox import SandboxConfig, create, seccomp, shared_sandbox
+from tir_alp.tools.sandbox.bubblewrap import NamespacesJail
+from tir_alp.tools.sandbox.jail import kernel
+from tir_alp.tools.sandbox.plain import PlainJail
+from tir_alp.trainer import Trainer
 from tir_alp.types import StopReason
 
 PACKAGE = Path(__file__).parents[2] / "tir_alp"
@@ -53,8 +60,16 @@ def examined(
     async def main() -> list[Finding]:
         settings = config(*words)
         assert isinstance(settings.engine, TransformersConfig)
-        tokenizer, model = load_tokenizer(str(ABLE)), load_policy(str(ABLE))
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        tokenizer = load_tokenizer(str(ABLE))
+        trainer = Trainer(
+            load_policy(str(ABLE)),
+            settings.trainer,
+            settings.algorithm,
+            ranks=alone(),
+            temperature=settings.rollout.temperature,
+            on_bad_update=lambda *_: None,
+        )
+        before = {name: tensor.clone() for name, tensor in trainer.weights()}
         engine = kind(
             load_policy(str(ABLE)),
             max_cache_tokens=4096,
@@ -63,12 +78,13 @@ def examined(
         )
         try:
             findings = await examine_engine(
-                *(settings, engine, model, model.state_dict, 0),
+                *(settings, engine, load_outline(str(ABLE)), trainer),
+                *(lambda: dict(trainer.weights()), 0),
                 *(tokenizer, Renderer(tokenizer), [TASK.question, "What is 11*12-100?"]),
             )
         finally:
             await engine.close()
-        assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+        assert all(torch.equal(before[name], each) for name, each in trainer.weights())
         return findings
 
     return {finding.check: finding for finding in asyncio.run(main())}
@@ -104,9 +120,8 @@ class Judged(TransformersEngine):
         completion = await super().generate(token_ids, sampling)
         if sampling.temperature == 0:
             return completion
-        judged = forward_logprobs(
-            self._model, token_ids, completion.token_ids, *self.judged_at(sampling)
-        )
+        ids = torch.tensor([*token_ids, *completion.token_ids])
+        judged = completion_logprobs(self._model, ids, len(token_ids), *self.judged_at(sampling))
         return replace(completion, logprobs=tuple(judged.tolist()))
 
 
@@ -292,7 +307,7 @@ def test_keys_of_sections_in_a_tuple_are_read_in_loops_and_by_the_base_that_they
 
 def test_memory_and_disk_are_held_against_what_there_is(tmp_path):
     settings, shape = config(), shape_of(str(ABLE))
-    needed = memory_needed(settings, shape)
+    needed = memory_needed(settings, shape, "cpu")
     assert shape.num_parameters == sum(p.numel() for p in load_policy(str(ABLE)).parameters())
     assert needed["weights, gradients, optimizer"] == 16 * shape.num_parameters
     assert needed["cache"] == 4 * 128 * 256 * shape.cache_width * shape.num_layers
@@ -303,6 +318,19 @@ def test_memory_and_disk_are_held_against_what_there_is(tmp_path):
     huge = replace(shape, num_parameters=10**15)
     assert "lower checkpoint.keep" in check_disk(settings, huge, tmp_path / "runs").fix
     assert not check_disk(settings, huge, tmp_path / "runs").holds
+
+
+def test_servers_on_the_trainers_gpu_are_counted_and_others_are_not():
+    words = read_toml(PACKAGE.parent / "configs" / "math_sglang.toml")
+    shape = shape_of(str(ABLE))
+    shared = memory_needed(load_config([], words), shape, "cuda")
+    assert (shared["the engine's weights"], shared["cache"]) == (2 * shape.num_parameters, 0)
+    limited = load_config(["--engine.max_cache_tokens", "1000"], words)
+    of_a_token = 2 * shape.cache_width * shape.num_layers
+    assert memory_needed(limited, shape, "cuda")["cache"] == 1000 * of_a_token
+    apart = load_config(["--engine.first_gpu", "1"], words)
+    assert memory_needed(apart, shape, "cuda")["the engine's weights"] == 0
+    assert memory_needed(limited, shape, "cpu")["cache"] == 0
 
 
 def sandboxed(backend: str) -> Finding:
@@ -322,6 +350,80 @@ def test_a_sandbox_weakened_on_purpose(capfd):
     assert not found.holds
     for way in ("a file of the host", "to write", "the network", "other programs"):
         assert way in found.figure
+
+
+def examined_with(backend: str, weaken: Callable[[Any], Any], number: int) -> tuple[int, Any]:
+    """The command's exit code, with a sandbox that is weakened where it is made."""
+    plan = create.BACKENDS[backend]
+    sandbox = {"backend": backend, "preload": [], "tmp_files": 1000 + number}  # no other test's
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(create.BACKENDS, backend, lambda config: weaken(plan(config)))
+        code = doctor_main(["--env.kwargs", json.dumps({"max_turns": 2, "sandbox": sandbox})])
+    return code, SandboxConfig.model_validate(sandbox)
+
+
+def without_landlock(jail: Any) -> Any:
+    return replace(jail, spec=replace(jail.spec, landlock=False))
+
+
+def without_network_namespace(jail: NamespacesJail) -> NamespacesJail:
+    return replace(jail, arguments=tuple(a for a in jail.arguments if a != "--unshare-net"))
+
+
+@pytest.mark.sandbox
+@pytest.mark.parametrize(
+    ("backend", "weaken", "probe"),
+    [
+        ("namespaces", without_network_namespace, "net namespace"),
+        ("landlock", without_landlock, "system files"),
+    ],
+)
+def test_a_backend_that_lacks_one_of_several_walls(backend, weaken, probe, capsys):
+    """Nothing gets out yet; the sandbox's own probes miss the wall, and the doctor has them run."""
+    code, _ = examined_with(backend, weaken, 1)
+    assert code == 2
+    said = capsys.readouterr().err
+    assert f"tir_alp.doctor: the sandbox does not hold on this machine: {probe} (" in said
+
+
+def with_sockets(jail: PlainJail) -> PlainJail:
+    """The filter of system calls lets a program connect, and no rule set is asked about it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seccomp, "ALLOWED", [*seccomp.ALLOWED, "connect", "socket"])
+        bits = seccomp.compile_filter(kernel.BRANCH_IN_PLACE, ask_for_threads=True)
+    return without_landlock(replace(jail, spec=replace(jail.spec, seccomp=bits.hex())))
+
+
+def with_files(jail: PlainJail) -> PlainJail:
+    """No rule set of Landlock, and no user of its own."""
+    return without_landlock(replace(jail, visible=()))
+
+
+def with_programs(jail: PlainJail) -> PlainJail:
+    return without_landlock(replace(jail, spec=replace(jail.spec, seccomp="")))
+
+
+@pytest.mark.sandbox
+@pytest.mark.parametrize(
+    ("weaken", "reached"),
+    [
+        (with_files, "a file of the host; a folder of the host, to write"),
+        (with_sockets, "the network"),
+        (with_programs, "the network; other programs"),
+    ],
+)
+def test_a_backend_with_a_way_out_that_says_that_it_is_sound(weaken, reached, monkeypatch, capsys):
+    """Its own probes are content with anything; the doctor lets a program look for itself."""
+
+    async def content(*_: object) -> None: ...
+
+    monkeypatch.setattr(create, "refuse_if_weak", content)
+    monkeypatch.setenv("COLUMNS", "500")  # so that no cell is broken into lines
+    code, sandbox = examined_with("landlock", weaken, len(reached))
+    shared_sandbox(sandbox).close()
+    table = " ".join(capsys.readouterr().out.split())
+    assert (code, table.count("FAILS")) == (2, 1), table
+    assert f"sandbox FAILS a program reached {reached}" in table
 
 
 # ------------------------------------------------------------------------------------- verdicts

@@ -13,7 +13,7 @@ PURE = [
     "audit",
     *("envs.grading", "envs.parsing", "tools"),
 ]
-OPTIONAL = ["ray", "sglang", "wandb", "tensorboard", "trackio"]
+OPTIONAL = ["ray", "sglang", "peft", "wandb", "tensorboard", "trackio"]
 """What `design.md` keeps at the edges."""
 
 IMPORT_ALONE = """
@@ -106,6 +106,7 @@ def test_the_trainer_reaches_environments_through_gymnasium():
 def test_distributed_packages_stay_at_their_edge():
     assert importers_of("ray") <= {"tir_alp/cluster.py"}
     assert importers_of("sglang") <= {"tir_alp/engines/sglang_server.py"}
+    assert importers_of("peft") == {"tir_alp/lora.py"}
 
 
 def test_nobody_imports_the_folders_by_their_bare_names():

@@ -106,11 +106,16 @@ def test_names_and_configs_are_text_and_never_markup_or_formulas(tmp_path):
 def test_events_and_the_sandbox_are_told(tmp_path):
     path = make_run(tmp_path / "run")
     RunFolder(path).tell(2, "roll_back", "KL too large")
-    said = {"step": 0, "tools": {"python": {"backend": "landlock"}}, "warnings": ["Beware."]}
+    tools = {
+        "python": {"sandbox": "landlock", "refused": {"namespaces": "not permitted"}},
+        "checker": {"sandbox": "namespaces", "refused": {}},
+    }
+    said = {"step": 0, "tools": tools, "warnings": ["Beware."]}
     (path / "environment.jsonl").write_text(json.dumps(said) + "\n")
     page = write_run_report(path).read_text()
     assert "roll_back: KL too large" in page
-    assert "python: backend landlock" in page
+    assert "python: sandbox landlock, refused (namespaces not permitted); checker: sandbox" in page
+    assert "checker: sandbox namespaces<" in page
     assert "Beware." in page
 
 

@@ -21,7 +21,8 @@ from tir_alp.data import load_order
 from tir_alp.doctor.examine import examine_config, examine_engine
 from tir_alp.doctor.finding import Finding
 from tir_alp.environments import make_environment, make_renderer
-from tir_alp.policy import load_policy, load_tokenizer
+from tir_alp.parallel import alone
+from tir_alp.policy import compute_device, load_outline, load_policy, load_tokenizer
 from tir_alp.tiny import SHIPPED, TRAIN_CONFIG
 from tir_alp.tools.sandbox import SandboxRefused
 from tir_alp.trainer import Trainer
@@ -48,13 +49,15 @@ async def examine(config: Config) -> list[Finding]:
         load_policy(path),
         config.trainer,
         config.algorithm,
+        ranks=alone(compute_device(config.trainer.device)),
         temperature=config.rollout.temperature,
         on_bad_update=lambda update, batches: None,
     )
     with ThreadPoolExecutor(1) as thread:
         async with open_engine(config, path, 0, trainer, thread, RunConsole()) as engine:
             return findings + await examine_engine(
-                config, engine, trainer.model, trainer.weights, 0, tokenizer, renderer, prompts
+                *(config, engine, load_outline(path), trainer, lambda: dict(trainer.weights()), 0),
+                *(tokenizer, renderer, prompts),
             )
 
 

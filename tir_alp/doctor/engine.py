@@ -12,16 +12,13 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from tir_alp.attention import PackedSequences
-from tir_alp.config import SGLangConfig, TransformersConfig
+from tir_alp.config import Config, SGLangConfig
 from tir_alp.doctor.finding import Finding
 from tir_alp.engines.base import Completion, Engine, Sampling
-from tir_alp.policy import hidden_states, next_token_logits
 from tir_alp.types import StopReason
 
 _NUM_TOKENS = 16  # of a completion that is sampled for a check
@@ -29,15 +26,30 @@ _DEADLINE_S = 300.0
 _MEAN_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.05, "int8": 0.1, "fp8": 0.3}
 _MAX_OVER_MEAN = 20  # a single token may be off by so many times the tolerance of the mean
 _NOISE_TOLERANCE = 1.5  # a unit of noise on the logits
-_NUM_NUDGED = 8  # tensors, evenly spaced, that are changed to see whether a sync takes all
 _SHIFT = 10  # a change of the weights has to move logprobs by so many tolerances
 
 
-def tolerance_of(engine: TransformersConfig | SGLangConfig) -> float:
+class Judge(Protocol):
+    """Says what the engine should: a `Trainer`, or one in another process."""
+
+    def completion_logprobs(
+        self, prompt: Sequence[int], completion: Sequence[int], temperature: float, top_p: float
+    ) -> Sequence[float]:
+        """Logprob of each token of a completion, by one forward."""
+        ...
+
+    def nudge(self, scale: float) -> None:
+        """Change some weights a little; 0: back."""
+        ...
+
+
+def tolerance_of(config: Config) -> float:
     """By how much the mean |difference of logprobs| may be off, in nats."""
+    engine, own = config.engine, config.trainer.dtype
+    rounding = 0.0 if own == "float32" else _MEAN_TOLERANCE[own]
     if isinstance(engine, SGLangConfig):
-        return _MEAN_TOLERANCE[engine.dtype]
-    return _MEAN_TOLERANCE[engine.precision] + _NOISE_TOLERANCE * engine.logit_noise
+        return _MEAN_TOLERANCE[engine.dtype] + rounding
+    return _MEAN_TOLERANCE[engine.precision] + _NOISE_TOLERANCE * engine.logit_noise + rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +67,8 @@ class EngineCheck:
 
     Args:
         engine: To be asked.
-        model: The trainer's, which has the same weights.
+        judge: The trainer, which has the same weights.
+        num_rows: Tokens that the model knows: ids are below it.
         prompts: Token ids; some should be ids at random, which no text would give.
         temperature: Of the run.
         stop_token_ids: Of the run.
@@ -63,7 +76,8 @@ class EngineCheck:
     """
 
     engine: Engine
-    model: Any
+    judge: Judge
+    num_rows: int
     prompts: Sequence[tuple[int, ...]]
     temperature: float
     stop_token_ids: frozenset[int]
@@ -91,7 +105,7 @@ class EngineCheck:
         return [Sampled(*each) for each in zip(self.prompts, wanted, completions, strict=True)]
 
     def _ids(self, sampled: Sequence[Sampled]) -> Finding:
-        rows = self.model.get_input_embeddings().weight.shape[0]
+        rows = self.num_rows
         wrong: dict[str, bool] = {}
         for each in sampled:
             ids, reason = each.completion.token_ids, each.completion.stop_reason
@@ -141,8 +155,10 @@ class EngineCheck:
         differences = torch.cat(
             [
                 torch.tensor(each.completion.logprobs)
-                - forward_logprobs(
-                    self.model, each.prompt, each.completion.token_ids, *judged_at(each.sampling)
+                - torch.tensor(
+                    self.judge.completion_logprobs(
+                        each.prompt, each.completion.token_ids, *judged_at(each.sampling)
+                    )
                 )
                 for each in sampled
             ]
@@ -182,11 +198,11 @@ class EngineCheck:
         """Change the model a little, sync, and see that the engine's logprobs follow; and back.
 
         Args:
-            weights: What `load_weights` takes, of the model as it is.
+            weights: What `load_weights` takes, of the judge as it is.
             version: Of the model's weights.
         """
         probe = await self._sample(temperature=self.temperature)
-        with _nudged(self.model, lambda: self._distance(probe)[0] >= _SHIFT * self.tolerance):
+        with _nudged(self.judge, lambda: self._distance(probe)[0] >= _SHIFT * self.tolerance):
             shift = self._distance(probe)[0]
             await self.engine.load_weights(weights(), version=version + 1)
             changed = await self._sample(temperature=self.temperature)
@@ -208,31 +224,6 @@ class EngineCheck:
         )
 
 
-@torch.no_grad()
-def forward_logprobs(
-    model: Any, prompt: Sequence[int], completion: Sequence[int], temperature: float, top_p: float
-) -> Tensor:
-    """Logprobs [T] of a completion by one forward, at a temperature and truncated to `top_p`.
-
-    A token that is outside of the truncated distribution, which rounding at its border may do, is
-    taken for its least likely member.
-    """
-    ids = torch.tensor([*prompt, *completion], device=model.device)
-    positions = torch.arange(len(ids), device=model.device)
-    was_training = model.training
-    model.eval()
-    hidden = hidden_states(model, ids, positions, PackedSequences((len(ids),), ids.device))
-    model.train(was_training)
-    logits = next_token_logits(model, hidden[len(prompt) - 1 : -1])
-    logprobs = torch.log_softmax(logits / temperature, dim=-1)
-    chosen = logprobs.gather(-1, ids[len(prompt) :, None]).squeeze(-1)
-    if top_p < 1:
-        ordered = logprobs.sort(dim=-1, descending=True).values.exp()
-        kept = ordered * (ordered.cumsum(-1) - ordered < top_p)
-        chosen = chosen - kept.sum(-1).log()
-    return chosen.cpu()
-
-
 _MISTAKES: dict[str, Callable[[Sampling], tuple[float, float]]] = {
     "raw, at temperature 1 and not truncated": lambda sampling: (1.0, 1.0),
     "not truncated to top_p": lambda sampling: (sampling.temperature, 1.0),
@@ -252,24 +243,13 @@ def _third_token() -> Callable[[int], bool]:
 
 
 @contextmanager
-def _nudged(model: Any, is_moved: Callable[[], bool]) -> Iterator[None]:
-    """Change some tensors of a model until it has moved; they are bit for bit back at the end."""
-    names = dict(model.named_parameters())
-    every = max(1, len(names) // _NUM_NUDGED)
-    chosen = [*names.values()][::every]
-    kept = [parameter.detach().clone() for parameter in chosen]
-    generator = torch.Generator().manual_seed(0)
+def _nudged(judge: Judge, is_moved: Callable[[], bool]) -> Iterator[None]:
+    """Change some weights until the judge has moved; they are bit for bit back at the end."""
     try:
-        with torch.no_grad():
-            for scale in (0.05, 0.1, 0.2, 0.4, 0.8):
-                for parameter, original in zip(chosen, kept, strict=True):
-                    noise = torch.randn(original.shape, generator=generator).to(original)
-                    spread = original.square().mean().sqrt()
-                    parameter.copy_(original + scale * spread * noise)
-                if is_moved():
-                    break
+        for scale in (0.05, 0.1, 0.2, 0.4, 0.8):
+            judge.nudge(scale)
+            if is_moved():
+                break
         yield
     finally:
-        with torch.no_grad():
-            for parameter, original in zip(chosen, kept, strict=True):
-                parameter.copy_(original)
+        judge.nudge(0.0)

@@ -13,7 +13,7 @@ from tir_alp.config import Config
 from tir_alp.data import Task
 from tir_alp.doctor.config_keys import unread_keys
 from tir_alp.doctor.conversation import check_fence, check_template, check_tokenizer
-from tir_alp.doctor.engine import EngineCheck, tolerance_of
+from tir_alp.doctor.engine import EngineCheck, Judge, tolerance_of
 from tir_alp.doctor.finding import Finding
 from tir_alp.doctor.machine import (
     check_disk,
@@ -24,6 +24,7 @@ from tir_alp.doctor.machine import (
 )
 from tir_alp.doctor.sandbox import check_sandbox
 from tir_alp.engines.base import Engine
+from tir_alp.policy import compute_device
 from tir_alp.renderer import Renderer
 
 _PACKAGE = Path(__file__).parents[1]
@@ -45,6 +46,7 @@ def examine_config(
 ) -> list[Finding]:
     """What can be told without the model's weights; takes a second."""
     shape = shape_of(model_path)
+    device = compute_device(config.trainer.device).type
     unread = unread_keys(type(config), _PACKAGE)
     return [
         Finding(
@@ -53,7 +55,7 @@ def examine_config(
             f"nothing reads {', '.join(unread)}" if unread else "every key is read by something",
             "a key that changes nothing misleads: delete it, or let something read it",
         ),
-        check_memory(memory_needed(config, shape), free_memory()),
+        check_memory(memory_needed(config, shape, device), free_memory(device)),
         check_disk(config, shape, Path("runs")),
         _check_history(tokenizer, config),
         check_fence(tokenizer, renderer),
@@ -70,20 +72,22 @@ def _check_history(tokenizer: Any, config: Config) -> Finding:
 async def examine_engine(
     config: Config,
     engine: Engine,
-    model: Any,
+    outline: Any,
+    judge: Judge,
     weights: Callable[[], Any],
     version: int,
     tokenizer: Any,
     renderer: Renderer,
     prompts: Sequence[str],
 ) -> list[Finding]:
-    """What needs the model and a live engine; both are afterwards as they were before.
+    """What needs a trainer and a live engine; both are afterwards as they were before.
 
     Args:
         config: Of the run.
         engine: That samples.
-        model: The trainer's.
-        weights: What the engine's `load_weights` takes, of the model as it is.
+        outline: Of the model; see `load_outline`.
+        judge: The trainer.
+        weights: What the engine's `load_weights` takes, of the trainer as it is.
         version: Of the weights.
         tokenizer: Of the run.
         renderer: Of the run.
@@ -98,14 +102,15 @@ async def examine_engine(
     ]
     check = EngineCheck(
         engine,
-        model,
+        judge,
+        outline.get_input_embeddings().weight.shape[0],
         ids,
         config.rollout.temperature,
         renderer.stop_token_ids,
-        tolerance_of(config.engine),
+        tolerance_of(config),
     )
     return [
-        check_tokenizer(tokenizer, renderer, model, limit),
+        check_tokenizer(tokenizer, renderer, outline, limit),
         *await check.logprobs(),
         await check.stop(),
         await check.sync(weights, version),

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from tir_alp.config import Config
+from tir_alp.config import Config, SGLangConfig
 from tir_alp.doctor.finding import Finding
+from tir_alp.policy import load_outline
 
 _FLOAT = 4  # bytes: weights, gradients and both moments of AdamW are float32
 _KEPT_A_LAYER = (16, 4)  # numbers kept for the backward pass, a token: of hidden and of inner size
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # a number of a server's
 _LOGIT_COPIES = 3  # logits, their log-softmax, and its gradient
 
 
@@ -36,13 +37,8 @@ def shape_of(path: str) -> Shape:
     Raises:
         ValueError: If there is no such model.
     """
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(f"cannot load the config of the model {path!r}: {error}") from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    config = config.get_text_config()
+    model = load_outline(path)
+    config = model.config.get_text_config()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Shape(
@@ -55,12 +51,16 @@ def shape_of(path: str) -> Shape:
     )
 
 
-def memory_needed(config: Config, shape: Shape) -> dict[str, int]:
-    """Bytes by what takes them: a run in one process, at its widest."""
+def memory_needed(config: Config, shape: Shape, device: str) -> dict[str, int]:
+    """Bytes of a device's memory by what takes them: a trainer and its engine, at their widest.
+
+    Args:
+        config: Of the run.
+        shape: Of its model.
+        device: "cpu" or "cuda": where the trainer computes, the first GPU.
+    """
     rollout, trainer = config.rollout, config.trainer
     num_episodes = (rollout.max_staleness + 1) * rollout.groups_per_step * rollout.group_size
-    most_cached = num_episodes * rollout.max_context_tokens
-    cached = min(config.engine.max_cache_tokens or most_cached, most_cached)
     most = max(trainer.micro_batch_tokens, rollout.max_context_tokens)
     packed = min(most, num_episodes * rollout.max_context_tokens)
     of_hidden, of_inner = _KEPT_A_LAYER
@@ -69,13 +69,33 @@ def memory_needed(config: Config, shape: Shape) -> dict[str, int]:
     if trainer.gradient_checkpointing:
         kept = a_layer + shape.hidden * shape.num_layers
     weights = _FLOAT * shape.num_parameters
+    frozen = weights if trainer.dtype == "float32" else weights // 2
     return {
-        "weights, gradients, optimizer": 4 * weights,
-        "the engine's weights": weights,
+        "weights, gradients, optimizer": 4 * weights if trainer.lora is None else frozen,
+        **_engine_memory(config, shape, device, num_episodes * rollout.max_context_tokens),
         "reference weights": weights if config.algorithm.needs_reference else 0,
-        "cache": _FLOAT * cached * shape.cache_width * shape.num_layers,
         "activations": _FLOAT * packed * kept,
         "logits": _FLOAT * _LOGIT_COPIES * trainer.logprob_chunk_tokens * shape.vocabulary,
+    }
+
+
+def _engine_memory(config: Config, shape: Shape, device: str, most_cached: int) -> dict[str, int]:
+    """Bytes that engines take where the trainer computes; those elsewhere are not its concern."""
+    engine = config.engine
+    a_number, num_engines, cached = _FLOAT, 1, most_cached
+    if engine.max_cache_tokens is not None:
+        cached = min(engine.max_cache_tokens, most_cached)
+    if isinstance(engine, SGLangConfig):
+        a_number, num_engines = _BYTES[engine.dtype], engine.num_servers
+        if engine.device == "cuda":  # each has GPUs of its own, and the trainer the first
+            num_engines = int(engine.first_gpu == 0)
+        if engine.urls or engine.device != device:
+            num_engines = 0
+        if engine.max_cache_tokens is None:  # a share of what there is, and so always fits
+            cached = 0
+    return {
+        "the engine's weights": num_engines * a_number * shape.num_parameters,
+        "cache": num_engines * a_number * cached * shape.cache_width * shape.num_layers,
     }
 
 
@@ -105,9 +125,9 @@ def check_disk(config: Config, shape: Shape, folder: Path) -> Finding:
     )
 
 
-def free_memory() -> int:
-    """Bytes: of the GPU if there is one, else of this machine or of the control group we are in."""
-    if torch.cuda.is_available():
+def free_memory(device: str) -> int:
+    """Bytes: of the GPU ("cuda"), or of this machine or the control group we are in ("cpu")."""
+    if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))

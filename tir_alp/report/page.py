@@ -172,7 +172,11 @@ def _environment(record: Record) -> str:
 
 def _inline(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_inline(each)}" for key, each in value.items())
+        told = {key: each for key, each in value.items() if each != {}}
+        return ", ".join(
+            f"{key} ({_inline(each)})" if isinstance(each, Mapping) else f"{key} {_inline(each)}"
+            for key, each in told.items()
+        )
     return value if isinstance(value, str) else json.dumps(value)
 
 
