@@ -19,7 +19,7 @@ from typing import Any
 from tir_alp import checkpoint, doctor
 from tir_alp.advantage import group_advantages, has_signal
 from tir_alp.checkpoint import Position
-from tir_alp.config import AlgorithmConfig, Config, SGLangConfig
+from tir_alp.config import AlgorithmConfig, Config, ServersConfig, SGLangConfig, VLLMConfig
 from tir_alp.console import RunConsole
 from tir_alp.data import Task, left_out, load_held_out, load_order
 from tir_alp.engines.base import Engine
@@ -209,19 +209,33 @@ async def open_engine(
         ValueError: If it cannot start.
     """
     settings, outline = config.engine, load_outline(path)
-    if isinstance(settings, SGLangConfig):
+    loop = asyncio.get_running_loop()
+
+    async def reference(token_ids: tuple[int, ...]) -> Sequence[float]:
+        call = (trainer.completion_logprobs, token_ids[:1], token_ids[1:])
+        return await loop.run_in_executor(trainer_thread, *call)
+
+    if isinstance(settings, ServersConfig):
         try:
             from tir_alp.engines.sglang import open_sglang
+            from tir_alp.engines.vllm import open_vllm
         except ImportError as error:
             raise ValueError(
-                'engine.type = "sglang" needs aiohttp: install it as docs/sglang.md says'
+                f'engine.type = "{settings.type}" needs aiohttp: install it as docs/sglang.md says'
             ) from error
-        loop = asyncio.get_running_loop()
-
-        async def reference(token_ids: tuple[int, ...]) -> Sequence[float]:
-            call = (trainer.completion_logprobs, token_ids[:1], token_ids[1:])
-            return await loop.run_in_executor(trainer_thread, *call)
-
+    if isinstance(settings, VLLMConfig):
+        async with open_vllm(
+            settings,
+            outline,
+            dict(trainer.weights()),
+            version=version,
+            seed=config.seed,
+            reference=reference,
+            say=console.print,
+        ) as engine:
+            yield engine
+        return
+    if isinstance(settings, SGLangConfig):
         async with open_sglang(
             settings,
             model_path=path,

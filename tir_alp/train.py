@@ -61,6 +61,7 @@ async def train(run: Run) -> None:
             run.rollouts.release()
 
             ended = time.monotonic()
+            metrics |= {f"engine/{name}": value for name, value in run.engine.health().items()}
             metrics["time/rollout"] = rolled_out - began
             metrics["time/train"] = trained - rolled_out
             metrics["time/weights"] = ended - recorded
