@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tir_alp.assembly import open_run
@@ -162,7 +163,9 @@ def peak_memory_mb(variant: str, width: int | None, samples: Sequence[Sequence[S
     step = make_step(variant, width)
     step(samples)
     gc.collect()
-    found = [each.untyped_storage() for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    # A rank's share of a tensor is a tensor of its own; the whole has no storage.
+    found = [each.untyped_storage() for each in tensors if not isinstance(each, DTensor)]
     before = sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
