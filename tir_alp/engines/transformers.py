@@ -7,8 +7,14 @@ tests; it has no paging and no prefix reuse.
 It can be made to disagree with the trainer on purpose, by the precision of its weights or by noise
 on its logits. Its logprobs are those of what it samples from all the same.
 
-Invariant: a completion is sampled by one version of the weights. New weights wait until the running
-completions have ended, and nothing is admitted meanwhile.
+Invariant: a token is sampled by one version of the weights, which has also read all tokens before
+it. What becomes of the running completions when new weights come is the engine's `on_update`:
+
+* `wait`: the weights wait until they have ended, and nothing is admitted meanwhile;
+* `keep`: they go on; what they have so far is read again by the new weights, and their version
+  spans say which tokens are whose;
+* `drop`: they begin again. They have the same draws as before, so that a completion is not rejected
+  for being long: where old and new weights agree it comes out the same.
 """
 
 from __future__ import annotations
@@ -31,7 +37,7 @@ from tir_alp.engines.precision import layer_matrices, quantised
 from tir_alp.engines.sampling import draws, sample
 from tir_alp.noise import name_hashes, normal, nth_keys
 from tir_alp.policy import hidden_states, load_policy, next_token_logits
-from tir_alp.types import StopReason
+from tir_alp.types import StopReason, VersionSpan
 
 _MAX_PREFILL_TOKENS = 8192  # of the requests that join in one step, padding included
 
@@ -43,11 +49,22 @@ class _Request:
     prompt: tuple[int, ...]
     sampling: Sampling
     uniforms: np.ndarray
-    matches: Callable[[int], bool] | None
+    matches: Callable[[int], bool] | None = field(init=False)
     done: asyncio.Future[Completion]
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stop_reason: StopReason | None = None
+    versions: list[tuple[int, int]] = field(default_factory=list)
+    """Each version that sampled some of it, and its first token."""
+
+    def __post_init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was sampled, if anything was."""
+        matcher = self.sampling.stop_matcher
+        self.matches = matcher() if matcher else None
+        self.token_ids, self.logprobs, self.versions = [], [], []
 
     @property
     def num_tokens(self) -> int:
@@ -59,8 +76,10 @@ class _Request:
         """Columns of the cache that it can come to need."""
         return len(self.prompt) + self.sampling.max_tokens
 
-    def push(self, token_id: int, logprob: float) -> None:
+    def push(self, token_id: int, logprob: float, version: int) -> None:
         """Take the next sampled token, and see whether it is the last."""
+        if not self.versions or self.versions[-1][0] != version:
+            self.versions.append((version, len(self.token_ids)))
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
         if token_id in self.sampling.stop_token_ids:
@@ -69,6 +88,22 @@ class _Request:
             self.stop_reason = StopReason.STOP
         elif len(self.token_ids) == self.sampling.max_tokens:
             self.stop_reason = StopReason.LENGTH
+
+    def completion(self, version: int) -> Completion:
+        """What was sampled; `version` stands for an empty completion."""
+        starts = [start for _, start in self.versions]
+        stops = [*starts[1:], len(self.token_ids)]
+        spans = zip(self.versions, stops, strict=True)
+        assert self.stop_reason is not None
+        return Completion(
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self.logprobs),
+            stop_reason=self.stop_reason,
+            policy_version=self.versions[0][0] if self.versions else version,
+            version_spans=tuple(VersionSpan(each, start, stop) for (each, start), stop in spans)
+            if len(starts) > 1
+            else (),
+        )
 
 
 class TransformersEngine:
@@ -82,6 +117,7 @@ class TransformersEngine:
         precision: "float32", "bfloat16", or "int8" and "fp8" for the matrices of the decoder
             layers; see `EngineConfig`.
         logit_noise: Standard deviation of noise on the logits.
+        on_update: What new weights do to running completions: "wait", "keep" or "drop".
     """
 
     def __init__(
@@ -92,7 +128,9 @@ class TransformersEngine:
         version: int = 0,
         precision: str = "float32",
         logit_noise: float = 0.0,
+        on_update: str = "wait",
     ) -> None:
+        self._on_update = on_update
         self._model = model.eval().requires_grad_(False)
         self._precision, self._logit_noise = precision, logit_noise
         if precision == "bfloat16":
@@ -109,7 +147,7 @@ class TransformersEngine:
         self._work = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._scheduler: asyncio.Task[None] | None = None
-        self._tokens_generated = 0
+        self._tokens_generated = self._tokens_dropped = 0
 
     async def generate(self, token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
         """Continue a sequence; see `Engine.generate`.
@@ -127,7 +165,6 @@ class TransformersEngine:
             uniforms=draws(
                 sampling.seed, sampling.sequence_uid, len(token_ids), sampling.max_tokens
             ),
-            matches=sampling.stop_matcher() if sampling.stop_matcher else None,
             done=asyncio.get_running_loop().create_future(),
         )
         if request.most_tokens > self._max_cache_tokens:
@@ -146,7 +183,7 @@ class TransformersEngine:
                 self._wake()
 
     async def load_weights(self, source: Mapping[str, Tensor] | Path, version: int) -> None:
-        """Take new weights as soon as the completions that run now have ended.
+        """Take new weights, as soon as `on_update` lets them in.
 
         Raises:
             ValueError: If names or shapes are not those of the engine's model; nothing is changed.
@@ -180,12 +217,13 @@ class TransformersEngine:
         self._wake()
 
     def health(self) -> Mapping[str, float]:
-        """Requests and cache in use, and tokens made since the start."""
+        """Requests and cache in use, and tokens made, and dropped for new weights, so far."""
         return {
             "running": len(self._running),
             "waiting": len(self._waiting),
             "cache_tokens": sum(self._cache.lengths),
             "tokens_generated": self._tokens_generated,
+            "tokens_dropped": self._tokens_dropped,
         }
 
     async def close(self) -> None:
@@ -211,6 +249,8 @@ class TransformersEngine:
             try:
                 self._work.clear()  # before looking, so that what comes meanwhile is not missed
                 self._retire()
+                if self._pending_weights is not None and self._on_update != "wait":
+                    self._put_back()
                 if self._pending_weights is not None and not self._running:
                     await self._take_weights(*self._pending_weights)
                 num_joining = self._admit()
@@ -231,7 +271,7 @@ class TransformersEngine:
         while self._waiting and self._pending_weights is None:
             request = self._waiting[0]
             widest = max(widest, request.most_tokens)
-            longest = max(longest, len(request.prompt))
+            longest = max(longest, request.num_tokens)
             if (len(self._running) + 1) * widest > self._max_cache_tokens:
                 break
             if num_joining and (num_joining + 1) * longest > _MAX_PREFILL_TOKENS:
@@ -239,6 +279,16 @@ class TransformersEngine:
             self._running.append(self._waiting.popleft())
             num_joining += 1
         return num_joining
+
+    def _put_back(self) -> None:
+        """Let the running completions wait, before all others, for weights that read them anew."""
+        for request in self._running:
+            if self._on_update == "drop":
+                self._tokens_dropped += len(request.token_ids)
+                request.begin()
+        self._waiting.extendleft(reversed(self._running))
+        self._running.clear()
+        self._cache.clear()
 
     def _retire(self) -> None:
         """Answer the requests that have ended, and free their rows."""
@@ -253,16 +303,8 @@ class TransformersEngine:
                 self._running.pop()
 
     def _answer(self, request: _Request) -> None:
-        assert request.stop_reason is not None
         if not request.done.done():
-            request.done.set_result(
-                Completion(
-                    token_ids=tuple(request.token_ids),
-                    logprobs=tuple(request.logprobs),
-                    stop_reason=request.stop_reason,
-                    policy_version=self._version,
-                )
-            )
+            request.done.set_result(request.completion(self._version))
 
     def _fail(self, error: Exception) -> None:
         """A forward failed: nobody waits for what will not come, and the cache starts afresh."""
@@ -298,7 +340,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _step(self, num_joining: int) -> None:
-        """One token for every running request; those that join begin with their whole prompt."""
+        """One token for every running request; those that join begin with all their tokens."""
         first = len(self._running) - num_joining
         if first:
             self._forward(range(first), [r.token_ids[-1:] for r in self._running[:first]])
@@ -306,7 +348,8 @@ class TransformersEngine:
             rows = range(first, len(self._running))
             for _ in rows:
                 self._cache.add_row()
-            self._forward(rows, [list(self._running[row].prompt) for row in rows])
+            joining = self._running[first:]
+            self._forward(rows, [[*request.prompt, *request.token_ids] for request in joining])
 
     def _forward(self, rows: range, new_tokens: list[list[int]]) -> None:
         device = self._model.device
@@ -334,5 +377,5 @@ class TransformersEngine:
             requests, sampled.tolist(), logprobs.tolist(), strict=True
         ):
             if request.stop_reason is None:  # else it was aborted while this forward ran
-                request.push(token_id, logprob)
+                request.push(token_id, logprob, self._version)
         self._tokens_generated += len(requests)
