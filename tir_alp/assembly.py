@@ -89,7 +89,8 @@ async def open_run(
         path, position, found = initial, Position(0, 0, 0), None
         pending, attempts = QueueState(), []
         if resume is not None:
-            found, position, refused = checkpoint.newest(resume / "checkpoints")
+            newest = asyncio.to_thread(checkpoint.newest, resume / "checkpoints")
+            found, position, refused = await newest
             path = str(found)
             kept = checkpoint.load_rollouts(found)
             pending, attempts = state_from_row(kept["queue"]), kept["attempts"]
@@ -108,11 +109,16 @@ async def open_run(
         if not_taken:
             console.print(describe_left_out(not_taken))
         soon = [tasks[position.group + offset] for offset in range(_NUM_CHECKED)]
-        environment = check_environment(config, renderer, [*soon, *held_out], parts.make_env)
 
-        with closing(parts.make_env()) as env:
-            findings = doctor.examine_config(config, path, tokenizer, renderer, env, soon[0])
-            prompts = [env.reset(seed=task.seed, options=task.to_options())[0] for task in soon[:2]]
+        def look_at_environment() -> tuple[dict[str, Any], list[doctor.Finding], list[str]]:
+            report = check_environment(config, renderer, [*soon, *held_out], parts.make_env)
+            with closing(parts.make_env()) as env:
+                found = doctor.examine_config(config, path, tokenizer, renderer, env, soon[0])
+                texts = [env.reset(seed=each.seed, options=each.to_options()) for each in soon[:2]]
+            return report, found, [text for text, _ in texts]
+
+        # Not in the event loop: that is where a runner which is lost meanwhile gets replaced.
+        environment, findings, prompts = await asyncio.to_thread(look_at_environment)
         ignored = doctor.demand(findings, config.doctor.ignore)
 
         rollout = config.rollout

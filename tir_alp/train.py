@@ -233,22 +233,26 @@ async def train_stubbornly(parts: Parts, config: Config, resume: Path | None) ->
     """
     interrupt = Interrupt()
     losses: Counter[int] = Counter()
+    is_again = False
     with interrupt.listening():
         while True:
             try:
-                return await train_with(parts, config, resume, interrupt)
+                return await train_with(parts, config, resume, interrupt, is_again)
             except RunLost as lost:
                 losses[lost.step] += 1
                 if losses[lost.step] > _MOST_LOSSES:
                     raise
                 print(f"{lost}; the run goes on from step {lost.step}", file=sys.stderr)
-                resume = lost.path
+                resume, is_again = lost.path, True
 
 
 async def train_with(
-    parts: Parts, config: Config, resume: Path | None, interrupt: Interrupt
+    parts: Parts, config: Config, resume: Path | None, interrupt: Interrupt, is_again: bool
 ) -> None:
     """Open a run, say what it is, train, and say what to do next.
+
+    With `is_again` the same run was open before: what keeps it from opening is no mistake of the
+    user's, but something else that was lost.
 
     Raises:
         RunLost: If the run lost its trainer, or all of its engines.
@@ -257,6 +261,8 @@ async def train_with(
         try:
             run = await stack.enter_async_context(open_run(config, resume, parts, interrupt))
         except (ValueError, SandboxRefused) as error:
+            if is_again and resume is not None:
+                raise RunLost(resume, str(error)) from error
             raise CannotStart(str(error)) from error
         except PartLost as error:
             if resume is None:

@@ -106,6 +106,7 @@ async def served_by(
     urls: Sequence[str],
     of: Any | None,
     say: Callable[[str], None] = lambda _: None,
+    on_update: str = "keep",
     **settings: Any,
 ) -> AsyncIterator[SGLangEngine]:
     from tir_alp.engines.sglang import open_sglang
@@ -118,6 +119,7 @@ async def served_by(
         model_path=str(BASE),
         vocab_size=VOCABULARY,
         end_token_ids=frozenset({1}),
+        on_update=on_update,
         say=say,
     ) as engine:
         if of is not None:

@@ -96,8 +96,9 @@ class Report:
 async def drill(config: Config, faults: int, seed: int) -> Counter[str]:
     """Train on a cluster, disturb it so many times, and end the run; returns the faults."""
     done: Counter[str] = Counter()
+    made = Path("runs", config.name or "", "trajectories")
     async with open_cluster(config) as cluster:
-        disturbing = asyncio.create_task(disturb(cluster, faults, random.Random(seed), done))
+        disturbing = asyncio.create_task(disturb(cluster, made, faults, random.Random(seed), done))
         try:
             with contextlib.suppress(Interrupted):
                 await train_stubbornly(cluster, config, None)
@@ -110,16 +111,37 @@ async def drill(config: Config, faults: int, seed: int) -> Counter[str]:
     return done
 
 
-async def disturb(cluster: Cluster, faults: int, rng: random.Random, done: Counter[str]) -> None:
-    """Kill or freeze a random part again and again; then, when all are well, ask for the end."""
+async def disturb(
+    cluster: Cluster, made: Path, faults: int, rng: random.Random, done: Counter[str]
+) -> None:
+    """Kill or freeze a random part again and again; then, when all are well, ask for the end.
+
+    It begins behind the first step, a file of which is in `made`, and ends behind another one. The
+    trainer is left alone until there is a step since it was last hit: a run that loses it again and
+    again without a step gives up, as it should.
+    """
+
+    def last() -> int:
+        return max((int(each.stem[-6:]) for each in made.glob("step_*.jsonl")), default=0)
+
+    async def until_behind(step: int) -> None:
+        while last() <= step:
+            await asyncio.sleep(0.2)
+
+    await until_behind(0)
+    at_trainer = 0
     while done.total() < faults:
         await asyncio.sleep(rng.uniform(0.2, 2.0))
         kind = rng.choice([*KINDS])
         there = [part for part in cluster.parts[kind] if part.actor is not None]
         how = rng.choice([signal.SIGKILL, signal.SIGSTOP])
+        if kind == "trainer" and last() <= at_trainer:
+            continue
         if there and hit(rng.choice(there), how):
+            at_trainer = last() if kind == "trainer" else at_trainer
             done[f"{KINDS[kind]} {how.name}"] += 1
             print(f"fault {done.total()}: {how.name} to a part of kind {kind}", file=sys.stderr)
+    await until_behind(last())
     while not all(part.actor for parts in cluster.parts.values() for part in parts):
         await asyncio.sleep(0.2)
     os.kill(os.getpid(), signal.SIGINT)

@@ -66,7 +66,7 @@ class EnginePool:
         self.parts = make_parts(self._start)
 
     async def generate(self, token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
-        """As `Engine.generate`. Raises RuntimeError if two engines are lost under a request."""
+        """As `Engine.generate`. Raises PartLost if two engines are lost under a request."""
         has_rule = sampling.stop_matcher == self._rule  # the hosts have it: it would be heavy
         if has_rule:
             sampling = replace(sampling, stop_matcher=None)
@@ -83,7 +83,7 @@ class EnginePool:
                 lost.append(error)
             finally:
                 self._running[part] -= 1
-        raise RuntimeError("; ".join(map(str, lost)))
+        raise PartLost("; ".join(map(str, lost)))
 
     async def load_weights(self, source: Mapping[str, Tensor] | Path | Any, version: int) -> None:
         """As `Engine.load_weights`, from tensors, a folder or a handle.

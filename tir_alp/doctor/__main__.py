@@ -39,9 +39,11 @@ async def examine(config: Config) -> list[Finding]:
         renderer = make_renderer(config, tokenizer, env)
     tasks = load_order(config.data, config.seed)
     async with open_parts(config, RunConsole().print) as parts:
-        check_environment(config, renderer, [tasks[0]], parts.make_env)
+        check = (check_environment, config, renderer, [tasks[0]], parts.make_env)
+        await asyncio.to_thread(*check)
         with closing(parts.make_env()) as env:
-            findings = examine_config(config, path, tokenizer, renderer, env, tasks[0])
+            examined = (examine_config, config, path, tokenizer, renderer, env, tasks[0])
+            findings = await asyncio.to_thread(*examined)
             prompts = [
                 env.reset(seed=task.seed, options=task.to_options())[0]
                 for task in (tasks[0], tasks[1])
