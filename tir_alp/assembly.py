@@ -73,11 +73,17 @@ async def open_run(
     resume: Path | None = None,
     parts: Parts | None = None,
     interrupt: Interrupt | None = None,
+    environment: dict[str, Any] | None = None,
 ) -> AsyncIterator[Run]:
     """Build a run, new or from the newest whole checkpoint of the folder `resume`.
 
-    Its parts are in this process, unless `parts` makes them elsewhere. `interrupt` may be shared
-    with the run before it.
+    Args:
+        config: Of the run.
+        resume: Folder to go on with.
+        parts: Makes its parts; None: in this process.
+        interrupt: Shared with the run before it.
+        environment: Of the same run when it was open before, in the same parts: it passed all
+            checks then, and is not examined again.
 
     Raises:
         ValueError: For what a user can mend; nothing has been written then.
@@ -117,9 +123,11 @@ async def open_run(
                 texts = [env.reset(seed=each.seed, options=each.to_options()) for each in soon[:2]]
             return report, found, [text for text, _ in texts]
 
-        # Not in the event loop: that is where a runner which is lost meanwhile gets replaced.
-        environment, findings, prompts = await asyncio.to_thread(look_at_environment)
-        ignored = doctor.demand(findings, config.doctor.ignore)
+        is_examined, ignored, prompts = environment is not None, [], []
+        if environment is None:
+            # Not in the event loop: that is where a runner which is lost meanwhile gets replaced.
+            environment, findings, prompts = await asyncio.to_thread(look_at_environment)
+            ignored = doctor.demand(findings, config.doctor.ignore)
 
         rollout = config.rollout
         num_episodes = (rollout.max_staleness + 1) * rollout.groups_per_step * rollout.group_size
@@ -138,11 +146,12 @@ async def open_run(
                 reference_by(trainer, trainer_thread),
             )
         )
-        findings = await doctor.examine_engine(
-            *(config, engine, load_outline(path), trainer, trainer.weights),
-            *(position.policy_version, tokenizer, renderer, prompts),
-        )
-        ignored += doctor.demand(findings, config.doctor.ignore)
+        if not is_examined:
+            findings = await doctor.examine_engine(
+                *(config, engine, load_outline(path), trainer, trainer.weights),
+                *(position.policy_version, tokenizer, renderer, prompts),
+            )
+            ignored += doctor.demand(findings, config.doctor.ignore)
         for each in ignored:
             console.print(f"warning: {each}")
         ledger = Ledger(rollout.group_size, config.seed)

@@ -207,11 +207,12 @@ class RunLost(Exception):
     Args:
         path: Its folder.
         reason: What it lost.
+        environment: See `Run`; None: it was not open yet.
     """
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: Path, reason: str, environment: dict[str, Any] | None = None) -> None:
         super().__init__(reason)
-        self.path = path
+        self.path, self.environment = path, environment
         self.step = checkpoint.newest(path / "checkpoints")[1].step
 
 
@@ -233,36 +234,37 @@ async def train_stubbornly(parts: Parts, config: Config, resume: Path | None) ->
     """
     interrupt = Interrupt()
     losses: Counter[int] = Counter()
-    is_again = False
+    environment: dict[str, Any] | None = None
     with interrupt.listening():
         while True:
             try:
-                return await train_with(parts, config, resume, interrupt, is_again)
+                return await train_with(parts, config, resume, interrupt, environment)
             except RunLost as lost:
                 losses[lost.step] += 1
                 if losses[lost.step] > _MOST_LOSSES:
                     raise
                 print(f"{lost}; the run goes on from step {lost.step}", file=sys.stderr)
-                resume, is_again = lost.path, True
+                resume, environment = lost.path, lost.environment or environment
 
 
 async def train_with(
-    parts: Parts, config: Config, resume: Path | None, interrupt: Interrupt, is_again: bool
+    parts: Parts,
+    config: Config,
+    resume: Path | None,
+    interrupt: Interrupt,
+    environment: dict[str, Any] | None,
 ) -> None:
-    """Open a run, say what it is, train, and say what to do next.
-
-    With `is_again` the same run was open before: what keeps it from opening is no mistake of the
-    user's, but something else that was lost.
+    """Open a run, say what it is, train, and say what to do next; see `open_run`.
 
     Raises:
         RunLost: If the run lost its trainer, or all of its engines.
     """
     async with AsyncExitStack() as stack:
         try:
-            run = await stack.enter_async_context(open_run(config, resume, parts, interrupt))
+            run = await stack.enter_async_context(
+                open_run(config, resume, parts, interrupt, environment)
+            )
         except (ValueError, SandboxRefused) as error:
-            if is_again and resume is not None:
-                raise RunLost(resume, str(error)) from error
             raise CannotStart(str(error)) from error
         except PartLost as error:
             if resume is None:
@@ -286,7 +288,7 @@ async def train_with(
             )
         except PartLost as error:
             is_lost = True
-            raise RunLost(path, str(error)) from error
+            raise RunLost(path, str(error), run.environment) from error
         finally:
             if not is_lost:
                 draw(run)

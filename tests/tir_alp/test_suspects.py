@@ -39,18 +39,43 @@ def test_a_task_that_ends_two_hosts_is_dropped_and_named():
 def test_suspects_are_at_work_one_at_a_time_on_a_host_so_that_the_innocent_are_not_dropped():
     suspects = Suspects(print, timeout_s=0.05)
     work(suspects, "good", "bad", dies=True)
-    with suspects.at_work("good", "host-0"):
-        with pytest.raises(TimeoutError), suspects.at_work("bad", "host-0"):
+    with suspects.at_work("good", "host-1"):
+        with pytest.raises(TimeoutError), suspects.at_work("bad", "host-1"):
             pass
-        with suspects.at_work("other", "host-0"):
+        with suspects.at_work("other", "host-1"):
             pass  # no suspect, and not held up
-        with suspects.at_work("bad", "host-1") as report_death:
+        with suspects.at_work("bad", "host-2") as report_death:
             report_death("killed")
     assert suspects.guilty == ("bad",)
+
+
+def test_who_waited_while_a_suspect_killed_its_host_is_not_guilty_of_it():
+    suspects = Suspects(print, timeout_s=10)
+    work(suspects, "good", "bad", dies=True)
+
+    def wait():
+        with suspects.at_work("good", "host-1") as report_death:
+            report_death("its process has ended")
+
+    with suspects.at_work("bad", "host-1") as report_death:
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        report_death("killed")
+    waiting.join(10)
+    for later in ("good", "new"):  # nor is who comes still later
+        with suspects.at_work(later, "host-1") as report_death:
+            report_death("its process has ended")
+    work(suspects, "new", host="host-2", dies=True)
+    assert suspects.guilty == ("bad",)
+    work(suspects, "good", "fine")
+    with suspects.at_work("good", "host-1", generation=1) as report_death:
+        report_death("killed")
+    assert suspects.guilty == ("bad", "good")
 
 
 def test_a_host_that_was_killed_by_others_again_and_again_costs_no_task():
     suspects = Suspects(print, timeout_s=10)
     for number in range(20):
-        work(suspects, f"a{number}", f"b{number}", f"c{number}", dies=True)
+        tasks = (f"{letter}{number}" for letter in "abc")
+        work(suspects, *tasks, host=f"host-{number}", dies=True)
     assert suspects.guilty == ()

@@ -81,15 +81,15 @@ class Report:
     """Its standard error."""
     orphans: list[str]
     """Processes that outlived the drill."""
-    descriptors: int
-    """Open files of this process more than before."""
+    descriptors: list[str]
+    """Open files of this process that were not open before."""
     shared_memory: list[str]
     """Names below /dev/shm that nobody has open, and that were not there before."""
 
     @property
     def is_clean(self) -> bool:
         """Whether nothing was lost, repeated or left behind, and the reward is not biased."""
-        left = self.unaccounted or self.orphans or self.shared_memory or self.descriptors > 0
+        left = self.unaccounted or self.orphans or self.shared_memory or self.descriptors
         return not left and abs(self.reward_difference) <= 3 * self.reward_difference_error + 1e-9
 
 
@@ -161,13 +161,13 @@ def measure(config: Config, faults: int, seed: int, folder: Path) -> Report:
     """Make a drill and its undisturbed twin in `folder`, and compare what they left."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans come to this process
     os.chdir(folder)
-    before = set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
+    before = set(os.listdir("/dev/shm")), open_files()
     began = time.monotonic()
     disturbed = config.model_copy(update={"name": "disturbed", "steps": _LONG})
     done = asyncio.run(drill(disturbed, faults, seed))
     seconds = time.monotonic() - began
     orphans = left_over_processes()
-    left_open = len(os.listdir("/proc/self/fd")) - before[1]
+    left_open = sorted(open_files() - before[1])
     shared = sorted(set(os.listdir("/dev/shm")) - before[0] - shared_memory_in_use())
 
     trained, rows = trajectories(folder / "runs" / "disturbed")
@@ -257,6 +257,15 @@ def children_of(pid: int) -> list[int]:
         with contextlib.suppress(OSError):
             found += map(int, file.read_text().split())
     return found + [each for child in found for each in children_of(child)]
+
+
+def open_files() -> set[str]:
+    """What this process has open, by number and name."""
+    found = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # that of this very folder
+            found.add(f"{link.name} {os.readlink(link)}")
+    return found
 
 
 def shared_memory_in_use() -> set[str]:

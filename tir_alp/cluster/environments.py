@@ -53,8 +53,8 @@ class Environments:
         """An environment, which gets its host when it is reset."""
         return RemoteEnvironment(self, next(self._keys))
 
-    def occupy(self) -> tuple[Part, Any]:
-        """Choose a host, and count one environment more on it.
+    def occupy(self) -> tuple[Part, int, Any]:
+        """Choose a host, and count one environment more on it: its place, generation and actor.
 
         Raises:
             PartLost: There is none within the deadline.
@@ -62,8 +62,8 @@ class Environments:
         deadline = time.monotonic() + self.timeout_s
         while time.monotonic() < deadline:
             with self._lock:
-                there = [(part, part.actor) for part in self.parts if part.actor is not None]
-                if there:
+                all_ = [(part, part.generation, part.actor) for part in self.parts]
+                if there := [each for each in all_ if each[-1] is not None]:
                     chosen = min(there, key=lambda each: self._num_here[each[0]])
                     self._num_here[chosen[0]] += 1
                     return chosen
@@ -81,7 +81,7 @@ class RemoteEnvironment(gymnasium.Env[str, str]):
 
     def __init__(self, environments: Environments, key: int) -> None:
         self._all, self._key = environments, key
-        self._place: tuple[Part, Any] | None = None
+        self._place: tuple[Part, int, Any] | None = None
         self._task_id = ""
 
     def reset(
@@ -114,21 +114,20 @@ class RemoteEnvironment(gymnasium.Env[str, str]):
     def close(self) -> None:
         """Free it. Closing twice is allowed."""
         if self._place is not None:
-            (part, actor), self._place = self._place, None
+            (part, _, actor), self._place = self._place, None
             self._all.leave(part)
             actor.close.remote(self._key)
 
     def _call(self, method: str, *arguments: Any) -> Any:
         assert self._place is not None
-        part, actor = self._place
+        part, generation, actor = self._place
         note_host(part.name)
-        with self._all.suspects.at_work(self._task_id, part.name) as report_death:
+        with self._all.suspects.at_work(self._task_id, part.name, generation) as report_death:
             answer = getattr(actor, method).remote(self._key, *arguments)
             try:
                 return ray.get(answer, timeout=self._all.timeout_s)
             except RayActorError as error:
-                if part.actor is actor or part.actor is None:
-                    report_death(reason_of(error))
+                report_death(reason_of(error))
                 raise part.doubt(actor, reason_of(error)) from error
             except GetTimeoutError as error:
                 raise TimeoutError(f"{part.name} did not answer") from error

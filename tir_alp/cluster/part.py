@@ -48,6 +48,8 @@ class Part:
         is_replaced: bool = True,
     ) -> None:
         self.name, self.num_replaced = name, 0
+        self.generation = 0
+        """Actors that were lost here; rises when it is known."""
         self.health: Mapping[str, Any] = {}
         """What the last heartbeat of the actor said, its `pid` too; empty before the first."""
         self._make, self._start, self._config, self._say = make, start, config, say
@@ -139,6 +141,7 @@ class Part:
 
     async def _replace(self, reason: str) -> None:
         actor, self._actor = self._actor, None
+        self.generation += 1
         self.health = {}
         kill(actor)
         if not self._is_replaced:

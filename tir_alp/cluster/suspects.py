@@ -28,7 +28,8 @@ class Suspects:
     def __init__(self, say: Callable[[str], None], timeout_s: float) -> None:
         self._say, self._timeout_s = say, timeout_s
         self._lock = threading.Lock()
-        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._locks: defaultdict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
+        self._dead: set[tuple[str, int]] = set()
         self._suspects: dict[str, str] = {}  # task -> how its host died
         self._guilty: dict[str, str] = {}
 
@@ -38,8 +39,17 @@ class Suspects:
         return tuple(self._guilty)
 
     @contextmanager
-    def at_work(self, task_id: str, host: str) -> Iterator[Callable[[str], None]]:
+    def at_work(
+        self, task_id: str, host: str, generation: int = 0
+    ) -> Iterator[Callable[[str], None]]:
         """Hold while a call of a task runs on a host; yields whom to tell if the host dies in it.
+
+        What begins on a host that is known to be dead has not killed it.
+
+        Args:
+            task_id: Of the task.
+            host: Its name.
+            generation: Hosts of that name before it.
 
         Raises:
             PoisonTask: If the task is dropped.
@@ -47,25 +57,32 @@ class Suspects:
         """
         if task_id in self._guilty:
             raise PoisonTask(f"task {task_id} is dropped: {self._guilty[task_id]}")
-        if task_id not in self._suspects:
-            yield lambda reason: self._suspect(task_id, host, reason)
+        place = host, generation
+        if place in self._dead:
+            yield lambda reason: None
             return
-        lock = self._locks[host]
+        if task_id not in self._suspects:
+            yield lambda reason: self._suspect(task_id, place, reason)
+            return
+        lock = self._locks[place]
         if not lock.acquire(timeout=self._timeout_s):
             raise TimeoutError(f"other suspects keep {host} busy")
         try:
-            yield lambda reason: self._convict(task_id, host, reason)
+            was_dead = place in self._dead
+            yield lambda reason: None if was_dead else self._convict(task_id, place, reason)
         finally:
             lock.release()
 
-    def _suspect(self, task_id: str, host: str, reason: str) -> None:
+    def _suspect(self, task_id: str, place: tuple[str, int], reason: str) -> None:
         with self._lock:
-            self._suspects.setdefault(task_id, f"{host}, {reason}")
+            self._dead.add(place)
+            self._suspects.setdefault(task_id, f"{place[0]}, {reason}")
 
-    def _convict(self, task_id: str, host: str, reason: str) -> None:
+    def _convict(self, task_id: str, place: tuple[str, int], reason: str) -> None:
         with self._lock:
+            self._dead.add(place)
             if task_id in self._guilty:
                 return
             first = self._suspects[task_id]
-            self._guilty[task_id] = f"it ended its host twice ({first}; {host}, {reason})"
+            self._guilty[task_id] = f"it ended its host twice ({first}; {place[0]}, {reason})"
         self._say(f"task {task_id} is dropped: {self._guilty[task_id]}")
