@@ -148,15 +148,56 @@ class ChatTemplate:
         return Frame(before, after, as_json)
 
 
+@dataclass(frozen=True, slots=True)
+class GrowingConversation:
+    """How a template renders a conversation of some calls and an answer, while it grows."""
+
+    thoughts: tuple[str, ...]
+    """What the assistant thought before it called or answered."""
+    outputs: tuple[str, ...]
+    """What its tools said: long texts."""
+    texts: tuple[str, ...]
+    """After each message."""
+    prompts: tuple[str, ...]
+    """Before each turn: what asks the model for it."""
+
+
+def grow_conversation(template: ChatTemplate) -> GrowingConversation:
+    """Render an episode of eight calls with thinking, long outputs, and an answer. Pure.
+
+    Raises:
+        ValueError: The template refuses one of the messages.
+    """
+    thoughts = [f"\u2068thought {turn}\u2069" for turn in range(_NUM_CALLS + 1)]
+    outputs = [f"\u2068output {turn}\u2069{100 * ' of some words'}" for turn in range(_NUM_CALLS)]
+    said = [f"<think>\n{each}\n</think>\n\n\u2068words\u2069" for each in thoughts]
+    turns: list[Message] = [{"role": "assistant", "content": each} for each in said]
+    if template.tools and template.call_marks().opening:
+        turns[:-1] = [template.call(each) for each in said[:-1]]
+    elif template.tools:  # in this form a message that is a call is nothing else
+        turns[:-1], thoughts = [template.call()] * _NUM_CALLS, thoughts[-1:]
+    messages = [_user()]
+    for turn, output in zip(turns, outputs, strict=False):
+        messages += [turn, _tool(output)]
+    messages.append(turns[-1])
+    return GrowingConversation(
+        thoughts=tuple(thoughts),
+        outputs=tuple(outputs),
+        texts=tuple(template.render(messages[: n + 1]) for n in range(len(messages))),
+        prompts=tuple(
+            template.render(messages[:n], generation=True) for n in range(1, len(messages), 2)
+        ),
+    )
+
+
 def check_prefix_stability(
     tokenizer: Any, *, system: str = "", tools: Sequence[Mapping[str, Any]] = ()
 ) -> tuple[str, ...]:
     """Find out whether a chat template only appends as a conversation grows. Pure.
 
-    The probe is an episode of eight calls with thinking before each, long outputs, and an answer
-    behind them. What an episode is trained on is the text as it was sampled, thinking included. A
-    template that drops or changes some of it would show the deployed model something else.
-    `Renderer` calls this when it is made, and so should whatever checks a set-up before a run.
+    What an episode is trained on is the text as it was sampled, thinking included. A template that
+    drops or changes some of it would show the deployed model something else. `Renderer` calls this
+    when it is made, and so does the doctor before a run.
 
     Args:
         tokenizer: Of Hugging Face, with a chat template.
@@ -167,37 +208,20 @@ def check_prefix_stability(
         A sentence for the first thing of each kind that the template rewrites; none for one that
         only appends.
     """
-    template = ChatTemplate(tokenizer, system, tuple(tools))
-    thoughts = [f"\u2068thought {turn}\u2069" for turn in range(_NUM_CALLS + 1)]
-    outputs = [f"\u2068output {turn}\u2069{100 * ' of some words'}" for turn in range(_NUM_CALLS)]
-    said = [f"<think>\n{each}\n</think>\n\n\u2068words\u2069" for each in thoughts]
-    turns: list[Message] = [{"role": "assistant", "content": each} for each in said]
     try:
-        if tools and template.call_marks().opening:
-            turns[:-1] = [template.call(each) for each in said[:-1]]
-        elif tools:  # in this form a message that is a call is nothing else
-            turns[:-1], thoughts = [template.call()] * _NUM_CALLS, thoughts[-1:]
-        messages = [_user()]
-        for turn, output in zip(turns, outputs, strict=False):
-            messages += [turn, _tool(output)]
-        messages.append(turns[-1])
-        texts = [
-            template.render(messages[:length], generation=False)
-            for length in range(1, len(messages) + 1)
-        ]
-        asked_at = range(1, len(messages), 2)
-        asked = [template.render(messages[:length], generation=True) for length in asked_at]
+        grown = grow_conversation(ChatTemplate(tokenizer, system, tuple(tools)))
     except ValueError as error:
         return (str(error),)
+    texts = grown.texts
     kinds = (
         (
             f"it drops the thinking of a turn ({thought[1:-1]!r} is not in the conversation)"
-            for thought in thoughts
+            for thought in grown.thoughts
             if thought not in texts[-1]
         ),
         (
             f"it shortens a long output of a tool ({output[1:9]!r} is not whole in it)"
-            for output in outputs
+            for output in grown.outputs
             if output not in texts[-1]
         ),
         (
@@ -206,10 +230,11 @@ def check_prefix_stability(
             if not longer.startswith(shorter)
         ),
         (
-            f"it asks for turn {length // 2 + 1} with a text that it does not keep: "
-            f"{_at(text, texts[length])}"
-            for length, text in zip(asked_at, asked, strict=True)
-            if not texts[length].startswith(text)
+            f"it asks for turn {turn} with a text that it does not keep: {_at(prompt, text)}"
+            for turn, (prompt, text) in enumerate(
+                zip(grown.prompts, texts[1::2], strict=True), start=1
+            )
+            if not text.startswith(prompt)
         ),
     )
     first = (next(sentences, None) for sentences in kinds)

@@ -410,15 +410,9 @@ class TransformersConfig(Section):
     evaluation too. It is a function of run seed, sequence and position."""
 
 
-class SGLangConfig(Section):
-    """SGLang servers: started by the run, or there already."""
+class ServersConfig(Section):
+    """What servers of any kind have."""
 
-    type: Literal["sglang"]
-    urls: tuple[str, ...] = ()
-    """Addresses of servers that run already; empty: the run starts its own. The key that they ask
-    for is read from the environment variable TIR_ALP_SGLANG_KEY."""
-    num_servers: int = Field(default=1, ge=1)
-    """Servers that the run starts."""
     device: Literal["cpu", "cuda"] = "cuda"
     """Where the servers compute."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -431,21 +425,32 @@ class SGLangConfig(Section):
     """Completions that a server samples at a time; more wait in the trainer."""
     max_cache_tokens: int | None = Field(default=None, ge=1)
     """Bound of a server's cache of keys and values, in tokens; None: what memory there is."""
-    weights: Literal["disk", "tensor", "distributed"] = "disk"
-    """How new weights get into the servers: a folder that both sides see, tensors in the request,
-    or a broadcast, by NCCL between GPUs and gloo between CPUs."""
-    weights_folder: Path | None = None
-    """For `disk`: a folder that the servers see, too; None: one below the system's own for
-    temporary files."""
     start_timeout_s: float = Field(default=600.0, gt=0.0)
     """Deadline of a server's start, the loading of the model included."""
     load_timeout_s: float = Field(default=300.0, gt=0.0)
     """Deadline of each call that moves weights."""
     stall_timeout_s: float = Field(default=120.0, gt=0.0)
     """A server that is silent for so long, in a completion or when asked for its health, is taken
-    for lost: it is ended and started again."""
+    for lost."""
     arguments: tuple[str, ...] = ()
-    """More arguments of `sglang.launch_server`, word by word."""
+    """More words of the servers' command line."""
+
+
+class SGLangConfig(ServersConfig):
+    """SGLang servers: started by the run, or there already. One that is lost is started again."""
+
+    type: Literal["sglang"]
+    urls: tuple[str, ...] = ()
+    """Addresses of servers that run already; empty: the run starts its own. The key that they ask
+    for is read from the environment variable TIR_ALP_SGLANG_KEY."""
+    num_servers: int = Field(default=1, ge=1)
+    """Servers that the run starts."""
+    weights: Literal["disk", "tensor", "distributed"] = "disk"
+    """How new weights get into the servers: a folder that both sides see, tensors in the request,
+    or a broadcast, by NCCL between GPUs and gloo between CPUs."""
+    weights_folder: Path | None = None
+    """For `disk`: a folder that the servers see, too; None: one below the system's own for
+    temporary files."""
 
     @model_validator(mode="after")
     def _check(self) -> SGLangConfig:
@@ -457,13 +462,21 @@ class SGLangConfig(Section):
         return self
 
 
+class VLLMConfig(ServersConfig):
+    """A vLLM server, which the run starts with a Python of its own."""
+
+    type: Literal["vllm"]
+    python: Path
+    """The Python that vLLM is installed for: it needs other packages than the trainer has."""
+
+
 def _with_engine_type(value: Any) -> Any:
     """The embedded engine is meant where none is named."""
     return {"type": "transformers", **value} if isinstance(value, Mapping) else value
 
 
 EngineConfig = Annotated[
-    Annotated[TransformersConfig | SGLangConfig, Field(discriminator="type")],
+    Annotated[TransformersConfig | SGLangConfig | VLLMConfig, Field(discriminator="type")],
     BeforeValidator(_with_engine_type),
 ]
 
@@ -674,10 +687,15 @@ class Config(BaseSettings):
             )
         if rollout.hold and not rollout.max_staleness:
             raise ValueError("rollout.hold needs a rollout.max_staleness to hold rollouts back for")
-        if self.deterministic and isinstance(self.engine, SGLangConfig):
+        if self.deterministic and isinstance(self.engine, ServersConfig):
             raise ValueError(
-                'deterministic needs engine.type = "transformers": what SGLang draws is not a '
+                'deterministic needs engine.type = "transformers": what servers draw is not a '
                 "function of the run's seed"
+            )
+        if rollout.on_update != "wait" and isinstance(self.engine, VLLMConfig):
+            raise ValueError(
+                f'engine.type = "vllm" waits for what runs: leave rollout.on_update = "wait", not '
+                f'"{rollout.on_update}"'
             )
         if rollout.on_update == "drop" and isinstance(self.engine, SGLangConfig):
             raise ValueError(

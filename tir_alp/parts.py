@@ -15,7 +15,7 @@ import gymnasium
 
 from tir_alp.batch import Sample
 from tir_alp.checkpoint import Position
-from tir_alp.config import Config, SGLangConfig
+from tir_alp.config import Config, ServersConfig, SGLangConfig, VLLMConfig
 from tir_alp.doctor.engine import Judge
 from tir_alp.engines.base import Engine
 from tir_alp.engines.transformers import TransformersEngine
@@ -152,13 +152,27 @@ async def open_engine(
         ValueError: If it cannot start.
     """
     settings, on_update = config.engine, config.rollout.on_update
-    if isinstance(settings, SGLangConfig):
+    if isinstance(settings, ServersConfig):
         try:
             from tir_alp.engines.sglang import open_sglang
+            from tir_alp.engines.vllm import open_vllm
         except ImportError as error:
             raise ValueError(
-                'engine.type = "sglang" needs aiohttp: install it as docs/sglang.md says'
+                f'engine.type = "{settings.type}" needs aiohttp: install it as docs/sglang.md says'
             ) from error
+    if isinstance(settings, VLLMConfig):
+        async with open_vllm(
+            settings,
+            load_outline(path),
+            load_policy(path).state_dict(),
+            version=version,
+            seed=config.seed,
+            reference=reference,
+            say=say,
+        ) as engine:
+            yield engine
+        return
+    if isinstance(settings, SGLangConfig):
         outline = load_outline(path)
         async with open_sglang(
             settings,

@@ -8,6 +8,7 @@ shown, never a second tokenisation of their text. Text from outside cannot becom
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from tir_alp.chat_template import ChatTemplate, Frame, check_prefix_stability
 from tir_alp.engines.base import Completion
 from tir_alp.tools.calls import HERMES, CallFormat, canonical, has_call
 from tir_alp.types import StopReason, TokenSpan, cut_version_spans
+
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 class PromptTooLong(ValueError):
@@ -162,7 +165,11 @@ class Renderer:
         return completion
 
     def _encode_plain(self, text: str) -> tuple[int, ...]:
-        """Encode text from outside: `<|im_end|>` in it is ten characters, not the token."""
+        """Encode text from outside: `<|im_end|>` in it is ten characters, not the token.
+
+        Half of a surrogate pair, which a tool can say and no tokenizer takes, becomes U+FFFD.
+        """
+        text = _HALF_PAIR.sub("\ufffd", text)
         return tuple(
             self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         )

@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
+import re
 import tempfile
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
 from tir_alp.config import SourceConfig
 from tir_alp.envs.tasks import Split, is_held_out
 
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # which no tokenizer takes
 _BATCH_ROWS = 1024  # of a row group that are turned into Python objects at a time
 
 
@@ -80,14 +84,10 @@ class ParquetRows:
 
     def __init__(self, path: Path) -> None:
         import pyarrow
-        import pyarrow.parquet
 
         self.name, self.file = str(path), path.name
-        with pyarrow.parquet.ParquetFile(path) as parquet, tempfile.NamedTemporaryFile() as spilled:
-            with pyarrow.ipc.new_file(spilled.name, parquet.schema_arrow) as writer:
-                for batch in parquet.iter_batches(_BATCH_ROWS):
-                    writer.write_batch(batch)
-            self._map = pyarrow.memory_map(spilled.name)
+        self._map = _unpacked(path)
+        pyarrow.default_memory_pool().release_unused()  # else it keeps 100 MB for nothing
         self._batches = pyarrow.ipc.open_file(self._map)
         sizes = [self._batch(index).num_rows for index in range(self._batches.num_record_batches)]
         self._starts = np.cumsum([0, *sizes])
@@ -107,6 +107,21 @@ class ParquetRows:
     @functools.lru_cache(maxsize=1)  # noqa: B019 (it holds no data, and one file lives as long)
     def _batch(self, index: int) -> Any:
         return self._batches.get_batch(index)
+
+
+def _unpacked(path: Path) -> Any:
+    """Map the Arrow file that is made of a parquet file, row group after row group."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with (
+        pyarrow.parquet.ParquetFile(path, pre_buffer=False) as parquet,
+        tempfile.NamedTemporaryFile() as spilled,
+    ):
+        with pyarrow.ipc.new_file(spilled.name, parquet.schema_arrow) as writer:
+            for batch in parquet.iter_batches(_BATCH_ROWS, use_threads=False):
+                writer.write_batch(batch)
+        return pyarrow.memory_map(spilled.name)
 
 
 class HubRows:
@@ -180,7 +195,9 @@ def open_rows(config: SourceConfig) -> Opened:
 @functools.lru_cache(maxsize=8)
 def _open_version(config: SourceConfig, version: tuple[int, int]) -> Opened:
     rows = _raw_rows(config)
-    found: dict[Split, tuple[list[int], list[int]]] = {"train": ([], []), "held_out": ([], [])}
+    found: dict[Split, tuple[array[int], array[int]]] = {
+        split: (array("q"), array("q")) for split in ("train", "held_out")
+    }
     broken: list[str] = []
     num_filtered = num_rows = 0
     for number, key, raw in rows:
@@ -234,18 +251,23 @@ def read_row(raw: Any, rows: RawRows, number: int, config: SourceConfig) -> dict
         columns = "prompt", "reward_model.ground_truth"
     else:
         question, answer = (_inside(raw, column) for column in columns)
-    if not isinstance(question, str) or not question.strip():
+    if not _is_text(question):
         raise ValueError(
             f"{place}: {columns[0]!r} must be a text that is not empty, not {question!r:.100}"
         )
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         answer = str(answer)
-    if not isinstance(answer, str) or not answer.strip():
+    if not _is_text(answer):
         raise ValueError(f"{place}: {columns[1]!r} must be a text or a number, not {answer!r:.100}")
     task_id = raw.get("task_id")
     if task_id is None:
         task_id = f"{Path(rows.name).name}:{number}"
     return raw | {"task_id": str(task_id), "question": question, "answer": answer}
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    """Whether it is a text with something in it, and no half of a surrogate pair."""
+    return isinstance(value, str) and bool(value.strip()) and not _HALF_PAIR.search(value)
 
 
 def _prompt_of(raw: Mapping[str, Any], place: str) -> Any:

@@ -99,6 +99,7 @@ async def learn(run: Run, groups: Sequence[TrajectoryGroup], step: int, began: f
     run.rollouts.release()
 
     ended = time.monotonic()
+    metrics |= {f"engine/{name}": value for name, value in run.engine.health().items()}
     metrics["time/rollout"] = rolled_out - began
     metrics["time/train"] = trained - rolled_out
     metrics["time/weights"] = ended - recorded

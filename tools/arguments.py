@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from jsonschema.exceptions import SchemaError, best_match
+from jsonschema.protocols import Validator
 from jsonschema.validators import Draft202012Validator, validator_for
 from referencing import Registry
 from referencing.exceptions import Unresolvable
@@ -26,14 +29,13 @@ class ArgumentCheck:
     """
 
     def __init__(self, name: str, schema: Mapping[str, Any]) -> None:
-        kind = validator_for(schema, default=Draft202012Validator)
         try:
-            kind.check_schema(dict(schema))
-        except SchemaError as error:
+            self._validator = _validator(json.dumps(dict(schema)))
+        except (SchemaError, TypeError) as error:
+            said = error.message if isinstance(error, SchemaError) else error
             raise ValueError(
-                f"the parameters of the tool {name!r} are no JSON schema: {error.message}"
+                f"the parameters of the tool {name!r} are no JSON schema: {said}"
             ) from error
-        self._validator = kind(schema, registry=Registry())
 
     def error(self, arguments: Mapping[str, Any]) -> str:
         """Say what is wrong, for the model to read; empty where nothing is.
@@ -50,3 +52,12 @@ class ArgumentCheck:
         if len(message) > _MOST_CHARS:
             message = f"{message[:_MOST_CHARS]}..."
         return f"{error.json_path[2:]}: {message}" if len(error.path) else message
+
+
+@functools.lru_cache(maxsize=256)  # every episode has tools of its own, with the same schemas
+def _validator(schema: str) -> Validator:
+    """Of a schema as JSON. To check the schema takes ten times as long as a whole episode does."""
+    known = json.loads(schema)
+    kind = validator_for(known, default=Draft202012Validator)
+    kind.check_schema(known)
+    return kind(known, registry=Registry())

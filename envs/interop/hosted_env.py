@@ -17,7 +17,6 @@ import math
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import gymnasium
@@ -124,13 +123,13 @@ class HostedEnv(gymnasium.Env[str, str]):
             outcome=Outcome(answer.get("outcome", Outcome.OK)).value,
             tool_calls=answer.get("tool_calls", 0),
         )
-        info = {**asdict(info), "library_info": answer["info"]}
+        info = {**info.to_dict(), "library_info": answer["info"]}
         return answer["observation"], answer["reward"], terminated, truncated, info
 
     def _broken(self, error: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         self._is_under_way = False
         info = StepInfo(outcome=Outcome.INFRA_ERROR.value, error=error)
-        return "", 0.0, False, True, {**asdict(info), "library_info": {}}
+        return "", 0.0, False, True, {**info.to_dict(), "library_info": {}}
 
     def run_report(self) -> dict[str, Any]:
         """Which version of the library the episodes run in."""

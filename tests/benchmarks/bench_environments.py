@@ -3,9 +3,9 @@
     python tests/benchmarks/bench_environments.py [--seconds 5] [--threads 8]
 
 A canned policy plays, so there is no model in it. Two tasks: one turn that answers, and two turns,
-of which the first runs a small program. Each contestant has a process of its own, one after the
-other; a library that is not installed is left out. SkyRL-Gym ships no environment that runs
-programs without a server of its own.
+of which the first runs a small program with each side's own Python tool: ours in the sandbox, the
+others' in a new process that nothing holds in. Each contestant has a process of its own, one after
+the other; a library that is not installed is left out.
 
 GEM and SkyRL-Gym are measured bare, in their own interpreter, and through our pipe. Rates need an
 idle machine; the processor time of an episode does not, but leaves out the processes that a
@@ -27,7 +27,7 @@ from typing import Any
 Play = Callable[[int], float]
 """Plays the episode of a number and returns the reward."""
 
-_NUM_TIMED = 50
+_NUM_TIMED, _TIMED_S = 50, 0.3  # at least so many episodes, and so much processor time
 PROGRAM = "```python\nprint(6*7)\n```"
 WRONG = r"It is \boxed{41}."
 EXTRAS = {"reward_spec": {"ground_truth": "42"}, "extra_info": {}}
@@ -109,6 +109,25 @@ def skyrl_answer() -> Play:
     return play
 
 
+def skyrl_program() -> Play:
+    """SkyRL-Gym, bare: its Python tool, a new process without a sandbox, then the answer.
+
+    None of its environments has that tool, so it is called as they call theirs.
+    """
+    import skyrl_gym  # type: ignore[import-not-found]
+    from skyrl_gym.tools import PythonCodeExecutorToolGroup  # type: ignore[import-not-found]
+
+    def play(number: int) -> float:
+        env = skyrl_gym.make("gsm8k", env_config=None, extras=EXTRAS)
+        env.init_tool_groups([PythonCodeExecutorToolGroup(timeout=60)])
+        env.init([{"role": "user", "content": "What is 6*7?"}])
+        said = env._execute_tool("PythonCodeExecutorToolGroup", "python", ["print(6*7)"])
+        assert said == "42", said
+        return float(env.step("#### 41")["reward"])
+
+    return play
+
+
 CONTESTANTS: dict[str, tuple[str, str, Callable[[], Play]]] = {
     "our_answer": ("answer", "", our_answer),
     "gem_answer": ("answer", "gem", gem_answer),
@@ -117,6 +136,7 @@ CONTESTANTS: dict[str, tuple[str, str, Callable[[], Play]]] = {
     "skyrl_piped": ("answer", "", skyrl_piped),
     "our_program": ("program, answer", "", our_program),
     "gem_program": ("program, answer", "gem", gem_program),
+    "skyrl_program": ("program, answer", "skyrl-gym", skyrl_program),
 }
 """Name: task, library whose interpreter runs it (none: ours), what makes its player."""
 
@@ -139,10 +159,11 @@ def episodes_per_second(play: Play, seconds: float, threads: int) -> float:
 
 def cpu_ms(play: Play) -> float:
     """Milliseconds of this process's own processor time an episode."""
-    began = time.process_time()
-    for number in range(_NUM_TIMED):
+    began, number = time.process_time(), 0
+    while number < _NUM_TIMED or time.process_time() < began + _TIMED_S:
         play(number)
-    return 1000 * (time.process_time() - began) / _NUM_TIMED
+        number += 1
+    return 1000 * (time.process_time() - began) / number
 
 
 def main() -> None:

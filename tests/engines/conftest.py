@@ -1,14 +1,34 @@
-"""One SGLang server for all tests that need none of their own: it takes half a minute to start."""
+"""One server of a kind for all tests that need none of their own: they take a minute to start."""
 
 import asyncio
 import importlib.util
 import os
 import threading
+from contextlib import contextmanager
 
 import pytest
+import torch
 
-from tests.engines.harness import Harness, embedded, served
-from tir_alp.tiny import BASE
+from tests.engines.harness import (
+    Harness,
+    embedded,
+    model,
+    served,
+    served_by_vllm,
+    vllm_config,
+    write_model,
+)
+
+
+@contextmanager
+def staying():
+    """Runs coroutines in a thread that stays: a server dies with the one that started it."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    try:
+        yield lambda work, timeout: asyncio.run_coroutine_threadsafe(work, loop).result(timeout)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
 
 
 @pytest.fixture(scope="session")
@@ -27,44 +47,72 @@ def sglang_url(tmp_path_factory):
     from tir_alp.config import SGLangConfig
     from tir_alp.engines import sglang
     from tir_alp.engines.sglang_client import SGLangClient
-    from tir_alp.engines.sglang_process import ServerProcess
+    from tir_alp.engines.sglang_process import SGLangProcess
 
     config = SGLangConfig(type="sglang", device="cpu", dtype="float32", max_cache_tokens=1 << 16)
-    process = ServerProcess(
+    path = write_model(tmp_path_factory.mktemp("model"))
+    process = SGLangProcess(
         "the tests' server",
-        sglang.server_arguments(config, str(BASE), 0, 0, 0),
-        sglang.server_environment(config, str(BASE)),
+        sglang.server_arguments(config, path, 0, 0, 0),
+        sglang.server_environment(config, path),
         tmp_path_factory.mktemp("server") / "server.log",
         "secret",
         print,
     )
-    # The server dies with the thread that started it, so that has to be one that stays.
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-
-    def wait(work, timeout):
-        return asyncio.run_coroutine_threadsafe(work, loop).result(timeout)
 
     async def start():
-        url = await process.start()
+        url = await process.listen()
         async with aiohttp.ClientSession() as session:
             client = SGLangClient(session, url, "secret", stall_timeout_s=60, load_timeout_s=60)
             await process.wait_until_ready(client, 600)
         return url
 
     os.environ[sglang.KEY_VARIABLE] = "secret"
-    try:
-        yield wait(start(), 620)
-    finally:
-        del os.environ[sglang.KEY_VARIABLE]
-        wait(process.kill(), 90)
-        loop.call_soon_threadsafe(loop.stop)
+    with staying() as wait:
+        try:
+            yield wait(start(), 620)
+        finally:
+            del os.environ[sglang.KEY_VARIABLE]
+            wait(process.kill(), 90)
 
 
-@pytest.fixture(params=["embedded", "sglang"])
+@pytest.fixture(scope="session")
+def vllm_server(tmp_path_factory):
+    """Folder of a vLLM server of the tests' model, where TIR_ALP_VLLM_PYTHON names its Python."""
+    if "TIR_ALP_VLLM_PYTHON" not in os.environ:
+        pytest.skip("vLLM has a Python of its own, and TIR_ALP_VLLM_PYTHON names none")
+    import aiohttp
+
+    from tir_alp.engines import vllm
+
+    folder = tmp_path_factory.mktemp("vllm")
+    vllm.write_start(folder / "start", model(), model().state_dict(), torch.float32)
+    process = vllm.server_process(vllm_config(), folder, 0, print)
+
+    async def start():
+        await process.start()
+        connector = aiohttp.UnixConnector(str(folder / vllm.SOCKET))
+        async with aiohttp.ClientSession(connector=connector) as session:
+            client = vllm.VLLMClient(
+                session, "http://localhost", None, stall_timeout_s=60, load_timeout_s=60
+            )
+            await process.wait_until_ready(client, 600)
+
+    with staying() as wait:
+        try:
+            wait(start(), 620)
+            yield folder
+        finally:
+            wait(process.kill(), 90)
+
+
+@pytest.fixture(params=["embedded", "sglang", "vllm"])
 def harness(request):
     """Each engine in turn."""
     if request.param == "embedded":
         return Harness("embedded", embedded)
+    if request.param == "vllm":
+        folder = request.getfixturevalue("vllm_server")
+        return Harness("vllm", lambda of: served_by_vllm(folder, of))
     url = request.getfixturevalue("sglang_url")
     return Harness("sglang", lambda of: served(url, of))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from tir_alp.attention import PackedSequences
-from tir_alp.config import SGLangConfig
+from tir_alp.attention import PACKED, PackedSequences
+from tir_alp.config import SGLangConfig, VLLMConfig
 from tir_alp.engines.base import Completion, Engine
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.policy import hidden_states, next_token_logits
@@ -22,6 +25,7 @@ from tir_alp.tiny.model import make_model
 
 if TYPE_CHECKING:
     from tir_alp.engines.sglang import SGLangEngine
+    from tir_alp.engines.weights import Reference
 
 torch.set_num_threads(1)
 
@@ -34,13 +38,23 @@ needs_sglang = pytest.mark.skipif(
 
 
 def model(seed: int = 0) -> Any:
-    """The tiny model with larger random weights, which prefer some tokens to others."""
-    made = make_model(seed)
+    """A model as small as the tiny one, with weights that prefer some tokens to others."""
+    config = deepcopy(make_model(seed).config)
+    # As wide as before: vLLM's CPU build has no attention with heads of 24.
+    config.num_attention_heads = config.num_key_value_heads = 3
+    config.head_dim = 32
     torch.manual_seed(seed)
+    made = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return made.eval()
+
+
+def write_model(folder: Path) -> str:
+    """Write a folder that a server can start from; returns its path."""
+    model().save_pretrained(folder)
+    return str(folder)
 
 
 @torch.no_grad()
@@ -107,6 +121,7 @@ async def served_by(
     of: Any | None,
     say: Callable[[str], None] = lambda _: None,
     on_update: str = "keep",
+    reference: Reference | None = None,
     **settings: Any,
 ) -> AsyncIterator[SGLangEngine]:
     from tir_alp.engines.sglang import open_sglang
@@ -120,8 +135,35 @@ async def served_by(
         vocab_size=VOCABULARY,
         end_token_ids=frozenset({1}),
         on_update=on_update,
+        reference=reference,
         say=say,
     ) as engine:
         if of is not None:
             await engine.load_weights(of.state_dict(), 0)
+        yield engine
+
+
+def vllm_config() -> VLLMConfig:
+    """Of a server that samples on a CPU with the Python that TIR_ALP_VLLM_PYTHON names."""
+    return VLLMConfig(
+        type="vllm",
+        python=Path(os.environ["TIR_ALP_VLLM_PYTHON"]),
+        device="cpu",
+        dtype="float32",
+        max_running=64,
+        max_cache_tokens=1 << 16,
+    )
+
+
+@asynccontextmanager
+async def served_by_vllm(folder: Path, of: Any) -> AsyncIterator[Engine]:
+    """An engine over the server of a folder, with the weights of a model as version 0."""
+    from tir_alp.engines.vllm import SOCKET, connected
+    from tir_alp.engines.weights import WeightSnapshot, snapshot_tensors
+
+    tensors = snapshot_tensors(of.state_dict(), torch.float32, every_name=True)
+    snapshot = WeightSnapshot(0, tensors, None)
+    opened = connected(vllm_config(), folder / SOCKET, folder, snapshot, VOCABULARY)
+    async with opened as engine:
+        await engine.load_weights(of.state_dict(), 0)
         yield engine

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +20,13 @@ from tests.engines.harness import (
     PROMPTS,
     VOCABULARY,
     distance,
+    log_probs,
     logprobs_of,
     model,
     needs_sglang,
     served,
     served_by,
+    write_model,
 )
 from tir_alp.config import SGLangConfig
 from tir_alp.engines.base import EngineFailed, Sampling
@@ -143,14 +147,9 @@ def test_weights_that_wait_come_between_two_completions(sglang_url):
 
 
 def test_a_server_with_other_weights_than_it_should_have_does_not_pass(sglang_url):
-    from tir_alp.engines.sglang_client import ServerFailed
-    from tir_alp.engines.sglang_weights import (
-        Probe,
-        WeightSnapshot,
-        snapshot_tensors,
-        verify_probe,
-        verify_tensors,
-    )
+    from tir_alp.engines.http_client import ServerFailed
+    from tir_alp.engines.sglang_weights import verify_tensors
+    from tir_alp.engines.weights import Probe, WeightSnapshot, snapshot_tensors, verify_probe
 
     slightly = model(0)
     with torch.no_grad():
@@ -164,7 +163,7 @@ def test_a_server_with_other_weights_than_it_should_have_does_not_pass(sglang_ur
             with pytest.raises(ServerFailed, match=r"down_proj.weight' differs from the trainer's"):
                 await verify_tensors(client, WeightSnapshot(0, only, None))
             whole = snapshot_tensors(OLD.state_dict(), torch.float32)
-            assert await verify_tensors(client, WeightSnapshot(0, whole, None))
+            assert (await verify_tensors(client, WeightSnapshot(0, whole, None))).num_compared == 4
             said = await client.prompt_logprobs(PROMPTS[2])
             close = WeightSnapshot(0, None, Probe(PROMPTS[2], tuple(said)))
             difference = await verify_probe(client, close, "float32")
@@ -174,6 +173,41 @@ def test_a_server_with_other_weights_than_it_should_have_does_not_pass(sglang_ur
                 await verify_probe(client, far, "float32")
 
     run(work())
+
+
+def test_where_a_server_reports_no_tensors_the_probe_is_asked_alone_and_has_to_be_there(sglang_url):
+    """As SGLang does for models that are not of Llama's kin."""
+    from tir_alp.engines.http_client import ServerFailed
+    from tir_alp.engines.sglang_weights import verify_tensors
+
+    said: list[str] = []
+
+    async def reference(token_ids):
+        every = log_probs(OLD, token_ids)
+        return every[:-1].gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
+
+    async def work():
+        async with (
+            proxy_of(sglang_url, path="/get_weights_by_name", fault="null") as proxy,
+            served_by((proxy.url,), None, said.append, reference=reference) as engine,
+        ):
+            await engine.load_weights(OLD.state_dict(), 1)
+            assert engine.health()["tensors_compared"] == 0
+            assert 0 < engine.health()["probe_difference"] < 1e-5
+            snapshot = replace(engine._snapshot, probe=None)
+            with pytest.raises(ServerFailed, match=r"reports none of 4 .* no probe: nothing tells"):
+                await verify_tensors(engine._client(engine._servers[0]), snapshot)
+
+    # The server starts with other weights than the reference has: they are given to it first.
+    run(given(sglang_url, OLD))
+    run(work())
+    assert "new weights are verified by the logprobs of a probe alone" in said[0]
+
+
+async def given(url: str, of) -> None:
+    """Leave a server with the weights of a model."""
+    async with served(url, of):
+        pass
 
 
 def test_what_a_half_updated_server_samples_is_refused_until_it_is_whole(sglang_url):
@@ -319,7 +353,7 @@ def test_a_server_that_fails_request_after_request_is_lost_and_verified_anew(sgl
             return await engine.generate(PROMPT, Sampling(max_tokens=30))
 
     assert distance({0: OLD}, PROMPT, run(work())) < 1e-4
-    assert "3 requests failed in a row" in said[0] and "is back" in said[-1]
+    assert "3 requests failed in a row" in said[1] and "is back" in said[-1]
 
 
 def session_of(pid: int) -> list[int]:
@@ -342,8 +376,25 @@ def wait_until_gone(sessions: list[int]) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weights():
+def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weights(
+    monkeypatch, tmp_path
+):
+    """The first restart fails once, for want of a descriptor; in the end all restarts do."""
+    from tir_alp.engines import sglang_process
+    from tir_alp.engines.http_client import ServerFailed
     from tir_alp.engines.sglang import open_sglang
+
+    free_port = sglang_process._free_port
+    num_full = 0
+
+    def port_of_a_full_machine() -> int:
+        nonlocal num_full
+        if num_full > 0:
+            num_full -= 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return free_port()
+
+    monkeypatch.setattr(sglang_process, "_free_port", port_of_a_full_machine)
 
     said: list[str] = []
     config = SGLangConfig(
@@ -380,21 +431,29 @@ def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weight
         return old
 
     async def work():
+        nonlocal num_full
         async with open_sglang(
             config,
-            model_path=str(BASE),
+            model_path=write_model(tmp_path),
             vocab_size=VOCABULARY,
             end_token_ids=frozenset({1}),
             say=said.append,
         ) as engine:
             await engine.load_weights(NEW.state_dict(), 1)
-            for which in (signal.SIGKILL, signal.SIGSTOP):
+            for which, num_full in ((signal.SIGKILL, 1), (signal.SIGSTOP, 0)):  # noqa: B007
                 served_first.append(await lose_by(engine, which))
             process = engine._servers[0].process
             assert process is not None and process.pid is not None
             served_first.append(process.pid)
+            num_full = 1 << 30
+            os.kill(process.pid, signal.SIGKILL)
+            with pytest.raises(EngineFailed, match=r"lost 3 times in a row.* Too many open files"):
+                while True:
+                    with contextlib.suppress(ServerFailed):  # sent before the loss was noticed
+                        await engine.generate(PROMPT, Sampling(max_tokens=3))
 
     run(work(), 850)
+    assert sum("did not come back: [Errno 24] Too many open files" in line for line in said) == 4
     assert sum("is back, with verified weights of 1" in line for line in said) == 2
     assert len(set(served_first)) == 3
     wait_until_gone(served_first)
@@ -405,16 +464,16 @@ def test_nothing_of_a_server_outlives_whoever_started_it(tmp_path):
         import asyncio, pathlib
         from tir_alp.config import SGLangConfig
         from tir_alp.engines import sglang
-        from tir_alp.engines.sglang_process import ServerProcess
+        from tir_alp.engines.sglang_process import SGLangProcess
         async def main():
             config = SGLangConfig(type="sglang", device="cpu", dtype="float32")
-            process = ServerProcess(
+            process = SGLangProcess(
                 "server",
                 sglang.server_arguments(config, {str(BASE)!r}, 0, 0, 0),
                 sglang.server_environment(config, {str(BASE)!r}),
                 pathlib.Path({str(tmp_path)!r}) / "log", "key", print,
             )
-            await process.start()
+            await process.listen()
             print(process.pid, flush=True)
             await process.ended()
         asyncio.run(main())

@@ -35,13 +35,14 @@ def plays_gold(env, name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_every_data_set_with_a_textual_answer_takes_its_own(monkeypatch):
+def test_every_data_set_with_a_textual_answer_takes_its_own(monkeypatch, capsys):
     monkeypatch.setattr(reasoning_gym_env._pool, "deadline_s", 60.0)  # on a loaded machine
     assert not (NO_TEXT | OF_OTHERS) - set(data_sets())
     names = sorted(set(data_sets()) - NO_TEXT - OF_OTHERS)
     env = gymnasium.make(ID, instruction="", tasks=[{}], disable_env_checker=True)
     failures = [failure for name in names if (failure := plays_gold(env, name))]
-    print(f"{len(names) - len(failures)} of {len(names)} data sets take their own answer")
+    with capsys.disabled():
+        print(f"\n{len(names) - len(failures)} of {len(names)} data sets take their own answer")
     assert failures == []
     assert len(names) == 100
 

@@ -106,8 +106,15 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("id", IDS)
-def test_vector_and_single_agree_step_by_step(id):
+NO_RESET = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}
+PROCESSES = {"shared_memory": False, "context": "spawn"}  # texts have no fixed size to share
+
+
+@pytest.mark.parametrize(
+    ("id", "mode", "more"),
+    [*((id, "sync", {}) for id in IDS), ("PythonMath-v0", "async", PROCESSES)],
+)
+def test_vector_and_single_agree_step_by_step(id, mode, more):
     seeds = [3, 4]
     actions = [
         ["```python\nprint(6*7)\n```", r"\boxed{1}"],
@@ -116,9 +123,8 @@ def test_vector_and_single_agree_step_by_step(id):
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        vector: Any = gymnasium.make_vec(
-            id, num_envs=2, vectorization_mode="sync", vector_kwargs=NO_RESET, **settings(id)
-        )
+        how = {"vectorization_mode": mode, "vector_kwargs": NO_RESET | more}
+        vector: Any = gymnasium.make_vec(id, num_envs=2, **how, **settings(id))
         singles = [gymnasium.make(id, **settings(id)) for _ in seeds]
         observations, infos = vector.reset(seed=seeds)
         single = [env.reset(seed=seed) for env, seed in zip(singles, seeds, strict=True)]
@@ -144,6 +150,3 @@ def test_vector_and_single_agree_step_by_step(id):
         vector.close()
         for env in singles:
             env.close()
-
-
-NO_RESET = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}

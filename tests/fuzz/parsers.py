@@ -10,6 +10,7 @@ What must hold for each: nothing raises, nothing takes long, nothing scores that
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections import Counter
@@ -36,7 +37,22 @@ SLOWEST_S = 20.0
 
 _PIECES = (
     *("```", "```py\n", "```python\n", "```python\r\n", "```solution\n", "`", "``", "\n", "\r\n"),
-    *("\\boxed{", "\\boxed {", "\\fbox{", "{", "}", "\\{", "\\}", "\\\\", "\\", "$", " ", "x", "7"),
+    *(
+        "\\boxed{7}",
+        "\\boxed{",
+        "\\boxed {",
+        "\\fbox{",
+        "{",
+        "}",
+        "\\{",
+        "\\}",
+        "\\\\",
+        "\\",
+        "$",
+        " ",
+        "x",
+        "7",
+    ),
     *("<tool_call>", "</tool_call>", "<tool_call", "</tool", "[TOOL_CALLS]", "<answer>"),
     *(
         "</answer>",
@@ -64,6 +80,9 @@ _PIECES = (
     ),
     *("(", ")", "**", "/", "-", "__import__('os')", "#", "<think>", "</think>", "<|im_end|>"),
 )
+_BOXED_SEVEN = re.compile(r"\\boxed\s*\{\s*7\s*\}")
+"""Written without the parsers: what no text may score without."""
+
 _MARKS = (
     CallMarks(),
     CallMarks("[TOOL_CALLS]", "", in_list=True),
@@ -109,7 +128,7 @@ def read(text: str, seen: Counter[str]) -> None:
         seen["not arithmetic"] += 1
 
 
-def play(text: str) -> None:
+def play(text: str, seen: Counter[str]) -> None:
     """Give a text to an environment: it scores if it has the answer in a box, and not else."""
     for call_format in CALL_FORMATS:
         env = Quiz(tools=[], tasks=TASKS, max_turns=3, call_format=call_format)
@@ -118,7 +137,8 @@ def play(text: str) -> None:
         assert not (terminated and truncated)
         right = info["answer"] is not None and info["answer"] == "7"
         assert reward == float(right)
-        assert not right or boxed_answer(text, call_format) == "7"
+        assert not right or _BOXED_SEVEN.search(text)
+        seen["scored"] += right
 
 
 def fuzz(num_texts: int, num_megabytes: int) -> Counter[str]:
@@ -137,7 +157,7 @@ def fuzz(num_texts: int, num_megabytes: int) -> Counter[str]:
     def short(text: str) -> None:
         seen["texts"] += 1
         read(text, seen)
-        play(text)
+        play(text, seen)
 
     @settings(max_examples=num_megabytes, **how)
     @given(st.lists(st.sampled_from(_PIECES), min_size=1, max_size=3).map("".join), _texts)

@@ -10,7 +10,7 @@ from tir_alp.tools.calls import BadCall, CallFormat, ToolCall
 def test_adversarial_texts_break_no_parser():
     seen = fuzz(num_texts=1000, num_megabytes=3)
     assert seen["texts"] >= 1000
-    for kind in ("Answer", "NoneType", ToolCall.__name__, BadCall.__name__):
+    for kind in ("Answer", "NoneType", ToolCall.__name__, BadCall.__name__, "scored"):
         assert seen[kind], f"no text was read as {kind}: the texts have become too tame"
 
 

@@ -227,7 +227,7 @@ def test_a_template_that_drops_thinking():
     tokenizer.chat_template = FORGETFUL
     found = check_template(tokenizer, "")
     assert not found.holds
-    assert "after turn 0, '<think>" in found.figure
+    assert "it drops the thinking of a turn ('thought 0' is not in" in found.figure
     assert "thoughts" in found.fix
 
 

@@ -629,6 +629,58 @@ def test_one_long_prompt_does_not_make_a_wide_row_of_every_short_one():
     assert sum(sizes) == 800 + 39 * 5 + 40
 
 
+def test_a_turn_is_read_from_where_the_last_one_ended_while_weights_and_beginning_are_the_same():
+    watched, sizes = model(), []
+    watched.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+
+    async def run():
+        async with opened(watched) as engine:
+
+            async def turn(ids: tuple[int, ...]) -> Completion:
+                sizes.clear()
+                return await engine.generate(ids, Sampling(max_tokens=5, sequence_uid=7))
+
+            first = await turn(PROMPT)
+            ids = (*PROMPT, *first.token_ids, 50, 51)
+            second = await turn(ids)
+            read = [sizes[0]]
+            ids = (*ids, *second.token_ids, 52)
+            for prompt in ((9, *ids[1:]), ids):
+                await turn(prompt)
+                read.append(sizes[0])
+            await engine.load_weights(model(1).state_dict(), 1)
+            third = await turn((*ids, 3))
+            return (*PROMPT, *first.token_ids, 50, 51), second, [*read, sizes[0]], ids, third
+
+    prompt, second, read, ids, third = asyncio.run(run())
+    # The last token of a completion has been sampled, and not read.
+    assert read == [1 + 2, len(ids), len(ids), len(ids) + 1]
+    for of, before, completion in ((model(), prompt, second), (model(1), (*ids, 3), third)):
+        expected = trainer_logprobs(of, before, completion, 1.0)
+        assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_what_is_kept_of_sequences_stays_within_the_budget():
+    budget = 9000
+
+    async def run() -> list[int]:
+        async with opened(max_cache_tokens=budget) as engine:
+            parked = []
+            for uid in range(60):
+                prompt = (5,) * (10 + 7 * uid)
+                await engine.generate(prompt, Sampling(max_tokens=3, sequence_uid=uid))
+                parked.append(int(engine.health()["parked_tokens"]))
+                assert parked[-1] + engine._cache.size <= budget
+                assert parked[-1] == sum(len(each.token_ids) for each in engine._parked.values())
+            return parked
+
+    parked = asyncio.run(run())
+    assert max(parked) > 3000
+    assert any(later < earlier for earlier, later in itertools.pairwise(parked))
+
+
 def test_health_counts_what_is_there():
     async def run() -> tuple[dict[str, float], dict[str, float]]:
         async with opened(max_cache_tokens=100) as engine:
@@ -640,10 +692,15 @@ def test_health_counts_what_is_there():
             return during[2], dict(engine.health())
 
     during, after = asyncio.run(run())
-    tokens = {"cache_tokens": 8, "tokens_generated": 2, "tokens_dropped": 0}
-    assert during == {"running": 1, "waiting": 1, **tokens}
-    tokens = {"cache_tokens": 0, "tokens_generated": 120, "tokens_dropped": 0}
-    assert after == {"running": 0, "waiting": 0, **tokens}
+    assert during == {
+        "running": 1,
+        "waiting": 1,
+        "cache_tokens": 8,
+        "parked_tokens": 0,
+        "tokens_generated": 2,
+        "tokens_dropped": 0,
+    }
+    assert after == dict.fromkeys(during, 0) | {"tokens_generated": 120}
 
 
 def fill(cache: KVCache, lengths: list[int]) -> int:

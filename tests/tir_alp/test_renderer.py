@@ -104,6 +104,13 @@ def test_text_from_outside_never_becomes_a_special_token(text):
     )
 
 
+def test_half_a_surrogate_pair_is_shown_as_a_replacement_character():
+    renderer = Renderer(make_tokenizer())
+    assert renderer.prompt("a\ud800") == renderer.prompt("a\ufffd")
+    whole = renderer.observation("\udfff\U0001f600", StopReason.EOS)
+    assert whole == renderer.observation("\ufffd\U0001f600", StopReason.EOS)
+
+
 def test_a_long_observation_keeps_its_head_and_its_tail():
     renderer = Renderer(make_tokenizer(), max_observation_tokens=5)
     ids = byte_ids("abcdefgh")

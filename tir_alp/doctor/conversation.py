@@ -2,55 +2,45 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
+from tir_alp.chat_template import ChatTemplate, check_prefix_stability, grow_conversation
 from tir_alp.doctor.finding import Finding
 from tir_alp.renderer import Renderer
 from tir_alp.tools.calls import has_call
 
-_THOUGHT = "<think>\nLet me try {0}.\n</think>\n\nI compute:\n```python\nprint({0})\n```"
 _SENTENCE = "Let x² ≈ 3.14·10⁻³; print('ok')\n\tThe answer is \\boxed{42}.\n"
 
 
 def check_template(tokenizer: Any, system: str) -> Finding:
-    """Render a conversation while it grows: each rendering has to begin with the one before it.
+    """Is a conversation only appended to while it grows, as text and as tokens?
 
     A rollout only ever appends. A template that changes or drops earlier text, such as the thoughts
     of earlier turns, shows a model something else when it serves than what it was trained on.
     """
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": "What is 6*7?"})
-    num_tokens = 0
-    for turn in range(3):
-        before = _render(tokenizer, messages)
-        said = _THOUGHT.format(turn)
-        messages += [
-            {"role": "assistant", "content": said},
-            {"role": "tool", "content": str(turn)},
-        ]
-        after = _render(tokenizer, messages)
-        same = _common(before + said, after)
-        if same < len(before + said):
+    if rewritten := check_prefix_stability(tokenizer, system=system):
+        return Finding(
+            "template",
+            False,
+            "; ".join(rewritten),
+            "take a chat template that keeps every earlier message as it was written, thoughts "
+            "(<think>...</think>) included",
+        )
+    prompts = grow_conversation(ChatTemplate(tokenizer, system)).prompts
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in prompts]
+    for turn, (before, after) in enumerate(pairwise(ids)):
+        if after[: len(before)] != before:
+            pairs = enumerate(zip(before, after, strict=False))
+            same = next((place for place, (a, b) in pairs if a != b), len(after))
             return Finding(
                 "template",
                 False,
-                f"after turn {turn}, {(before + said)[same : same + 40]!r} became "
-                f"{after[same : same + 40]!r}",
-                "take a chat template that keeps every earlier message as it was written, thoughts "
-                "(<think>...</think>) included",
-            )
-        ids = [tokenizer.encode(text, add_special_tokens=False) for text in (before, after)]
-        same = _common(*ids)
-        if same < len(ids[0]):
-            return Finding(
-                "template",
-                False,
-                f"token {same} of {len(ids[0])} becomes another one after turn {turn}",
+                f"token {same} of {len(before)} becomes another one after turn {turn}",
                 "let the template's generation prompt end with a special token or a line break",
             )
-        num_tokens = len(ids[1])
     return Finding(
-        "template", True, f"3 turns with thoughts, {num_tokens} tokens, only appended to"
+        "template", True, f"3 turns with thoughts, {len(ids[-1])} tokens, only appended to"
     )
 
 
@@ -107,20 +97,6 @@ def check_tokenizer(tokenizer: Any, renderer: Renderer, model: Any, max_tokens: 
         "use the tokenizer that belongs to the model, and lower rollout.max_context_tokens to what "
         "the model can read",
     )
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def _common(left: Any, right: Any) -> int:
-    """Length of the common beginning."""
-    length = 0
-    for a, b in zip(left, right, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length
 
 
 def _ids(value: Any) -> set[int]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tir_alp.config import Config, SGLangConfig
+from tir_alp.config import Config, ServersConfig
 from tir_alp.doctor.finding import Finding
 from tir_alp.engines.base import Completion, Engine, Sampling
 from tir_alp.types import StopReason
@@ -46,7 +46,7 @@ def tolerance_of(config: Config) -> float:
     """By how much the mean |difference of logprobs| may be off, in nats."""
     engine, own = config.engine, config.trainer.dtype
     rounding = 0.0 if own == "float32" else _MEAN_TOLERANCE[own]
-    if isinstance(engine, SGLangConfig):
+    if isinstance(engine, ServersConfig):
         return _MEAN_TOLERANCE[engine.dtype] + rounding
     return _MEAN_TOLERANCE[engine.precision] + _NOISE_TOLERANCE * engine.logit_noise + rounding
 

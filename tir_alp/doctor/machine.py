@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tir_alp.config import Config, SGLangConfig
+from tir_alp.config import Config, ServersConfig, SGLangConfig
 from tir_alp.doctor.finding import Finding
 from tir_alp.policy import load_outline
 
@@ -85,11 +85,12 @@ def _engine_memory(config: Config, shape: Shape, device: str, most_cached: int) 
     a_number, num_engines, cached = _FLOAT, 1, most_cached
     if engine.max_cache_tokens is not None:
         cached = min(engine.max_cache_tokens, most_cached)
-    if isinstance(engine, SGLangConfig):
-        a_number, num_engines = _BYTES[engine.dtype], engine.num_servers
+    if isinstance(engine, ServersConfig):
+        is_sglang = isinstance(engine, SGLangConfig)
+        a_number, num_engines = _BYTES[engine.dtype], engine.num_servers if is_sglang else 1
         if engine.device == "cuda":  # each has GPUs of its own, and the trainer the first
             num_engines = int(engine.first_gpu == 0)
-        if engine.urls or engine.device != device:
+        if engine.device != device or (is_sglang and engine.urls):
             num_engines = 0
         if engine.max_cache_tokens is None:  # a share of what there is, and so always fits
             cached = 0

@@ -72,6 +72,37 @@ class Completion:
         return written_out(self.version_spans, len(self.token_ids), self.policy_version)
 
 
+def check_request(token_ids: tuple[int, ...], sampling: Sampling) -> None:
+    """Refuse what no engine can sample. Raises ValueError."""
+    if not token_ids:
+        raise ValueError("there is nothing to continue: the sequence has no tokens")
+    if sampling.max_tokens < 1:
+        raise ValueError(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
+
+
+def check_vocabulary(token_ids: tuple[int, ...], vocab_size: int) -> None:
+    """Refuse ids that the model has no row for: they can end a server. Raises ValueError."""
+    if not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        raise ValueError(
+            f"the sequence has a token that is not in the vocabulary: ids go from 0 to "
+            f"{vocab_size - 1}, and it has {min(token_ids)} to {max(token_ids)}"
+        )
+
+
+def check_fit(own: Mapping[str, Tensor], new: Mapping[str, Tensor], version: int) -> None:
+    """Refuse weights with other names or shapes than an engine has. Raises ValueError."""
+    wrong = sorted(
+        name
+        for name in own.keys() | new.keys()
+        if name not in own or name not in new or own[name].shape != new[name].shape
+    )
+    if wrong:
+        raise ValueError(
+            f"the weights of version {version} do not fit the engine's model: {len(wrong)} "
+            f"tensors are missing, unknown or of another shape, the first is {wrong[0]!r}"
+        )
+
+
 class Engine(Protocol):
     """Samples completions of token sequences with the newest weights that it was given."""
 

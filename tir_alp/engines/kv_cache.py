@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+RowStates = dict[int, tuple[Tensor, Tensor]]
+"""Keys and values [heads, T, D] of one row, by layer."""
+
 _ROW_STEP, _WIDTH_STEP = 16, 64  # room is added by the block, so that growth is rare
 
 
@@ -27,11 +30,31 @@ class KVCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.lengths: list[int] = []
         """Tokens cached in each row."""
+        self.size = 0
+        """Tokens that there is memory for, rows times width."""
 
     def add_row(self) -> int:
         """Open an empty row behind the others."""
         self.lengths.append(0)
         return len(self.lengths) - 1
+
+    @torch.inference_mode()
+    def copy_row(self, row: int) -> RowStates:
+        """Copy what a row has cached, so that it can be closed."""
+        length = self.lengths[row]
+        return {
+            layer: (keys[row, :, :length].clone(), values[row, :, :length].clone())
+            for layer, (keys, values) in self._layers.items()
+        }
+
+    @torch.inference_mode()
+    def fill_row(self, row: int, states: RowStates) -> None:
+        """Give an empty row what another one had."""
+        for layer, (key, value) in states.items():
+            self.lengths[row] = key.shape[1]
+            made = self.layer(layer, key.shape[1], key.transpose(0, 1), value.transpose(0, 1))
+            for room, old in zip(made, (key, value), strict=True):
+                room[row, :, : key.shape[1]] = old
 
     @torch.inference_mode()
     def remove_row(self, row: int) -> None:
@@ -48,6 +71,12 @@ class KVCache:
         """Forget every row, e.g. since the weights behind them are no longer the engine's."""
         self.lengths.clear()
         self._layers.clear()
+        self.size = 0
+
+    def size_for(self, num_rows: int, width: int) -> int:
+        """What `size` can come to when there are so many rows of such a width."""
+        needed = _round_up(num_rows, _ROW_STEP) * _round_up(width, _WIDTH_STEP)
+        return max(self.size, min(needed, self._max_tokens))
 
     def layer(self, layer: int, width: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values [R, heads, W, D] of a layer, with room for all rows and `width`.
@@ -61,6 +90,7 @@ class KVCache:
             width = max(width, *self.lengths)  # rows outside this forward may be longer
             width = min(_round_up(width, _WIDTH_STEP), self._max_tokens // len(self.lengths))
             num_rows = min(_round_up(len(self.lengths), _ROW_STEP), self._max_tokens // width)
+            self.size = num_rows * width
             room = (num_rows, key.shape[1], width)
             made = (key.new_zeros(*room, key.shape[2]), value.new_zeros(*room, value.shape[2]))
             for old, new in zip(have or made, made, strict=True):

@@ -23,7 +23,7 @@ import secrets
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -32,24 +32,33 @@ import torch
 from torch import Tensor
 
 from tir_alp.config import SGLangConfig
-from tir_alp.engines.base import Completion, EngineFailed, Sampling
-from tir_alp.engines.sglang_client import ServerFailed, SGLangClient
-from tir_alp.engines.sglang_process import ServerProcess
+from tir_alp.engines.base import (
+    Completion,
+    EngineFailed,
+    Sampling,
+    check_fit,
+    check_request,
+    check_vocabulary,
+)
+from tir_alp.engines.http_client import ServerFailed
+from tir_alp.engines.sglang_client import SGLangClient
+from tir_alp.engines.sglang_process import SGLangProcess
 from tir_alp.engines.sglang_request import SGLangRequest
 from tir_alp.engines.sglang_weights import (
     DiskTransfer,
     DistributedTransfer,
-    Probe,
+    TensorCheck,
     TensorTransfer,
-    WeightSnapshot,
     WeightTransfer,
-    snapshot_tensors,
-    verify_probe,
     verify_tensors,
 )
-
-Reference = Callable[[tuple[int, ...]], Awaitable[Sequence[float]]]
-"""Logprob of each token of a sequence but the first, by the trainer's forward at temperature 1."""
+from tir_alp.engines.weights import (
+    Probe,
+    Reference,
+    WeightSnapshot,
+    snapshot_tensors,
+    verify_probe,
+)
 
 KEY_VARIABLE = "TIR_ALP_SGLANG_KEY"
 """Environment variable with the key of servers that run already."""
@@ -66,13 +75,17 @@ _PROBE_TOKENS = 256
 class _Server:
     """What the engine knows of one server."""
 
-    def __init__(self, name: str, client: SGLangClient | None, process: ServerProcess | None):
+    def __init__(self, name: str, client: SGLangClient | None, process: SGLangProcess | None):
         self.name = name
         self.client = client
         self.process = process
         self.requests: set[SGLangRequest] = set()
         self.versions: set[int] = set()
         self.failures = self.starts = 0
+        self.tensors_compared = -1
+        """In the check behind the newest weights; -1 before the first."""
+        self.probe_difference = 0.0
+        """Mean |difference| in the other one, in nats."""
         self.held = True
         """Not to be asked for its health, e.g. while it loads."""
         self.settled = asyncio.Event()
@@ -158,7 +171,8 @@ class SGLangEngine:
                 sample this.
             EngineFailed: If the server that sampled it was lost.
         """
-        self._check(token_ids, sampling)
+        check_request(token_ids, sampling)
+        check_vocabulary(token_ids, self._vocab_size)
         request = SGLangRequest(token_ids, sampling, self._end_token_ids)
         await self._gate.wait()
         self._requests.add(request)
@@ -208,13 +222,21 @@ class SGLangEngine:
                     await self._client(server).abort(request.id)
 
     def health(self) -> Mapping[str, float]:
-        """Requests running and waiting, servers that serve, tokens made since the start."""
+        """Requests running and waiting, servers that serve, tokens made since the start.
+
+        Also what verified the newest weights of these servers, of the worst one: the number of
+        tensors that were compared, -1 before the first sync, and the mean |difference of logprobs|
+        of the probe.
+        """
         running = sum(len(server.requests) for server in self._servers)
+        serving = [server for server in self._servers if server.serves]
         return {
             "running": running,
             "waiting": len(self._requests) - running,
-            "servers": sum(server.serves for server in self._servers),
+            "servers": len(serving),
             "tokens_generated": self._tokens_generated,
+            "tensors_compared": min((each.tensors_compared for each in serving), default=-1),
+            "probe_difference": max((each.probe_difference for each in serving), default=0.0),
         }
 
     async def close(self) -> None:
@@ -248,17 +270,6 @@ class SGLangEngine:
                 await self._client(server).call("/resume_memory_occupation", tags=tags)
 
     # ------------------------------------------------------------------------ one completion
-
-    def _check(self, token_ids: tuple[int, ...], sampling: Sampling) -> None:
-        if not token_ids:
-            raise ValueError("there is nothing to continue: the sequence has no tokens")
-        if sampling.max_tokens < 1:
-            raise ValueError(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
-        if not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:  # it would end the server
-            raise ValueError(
-                f"the sequence has a token that is not in the vocabulary: ids go from 0 to "
-                f"{self._vocab_size - 1}, and it has {min(token_ids)} to {max(token_ids)}"
-            )
 
     async def _choose(self, request: SGLangRequest) -> _Server:
         """Take the server that has the longest prefix of a sequence, or the least busy one."""
@@ -355,16 +366,7 @@ class SGLangEngine:
             if not any(path.glob("*.safetensors")):
                 return  # a Hugging Face id
             own = snapshot_tensors(path, torch.float32)
-        wrong = sorted(
-            name
-            for name in own.keys() | tensors.keys()
-            if name not in own or name not in tensors or own[name].shape != tensors[name].shape
-        )
-        if wrong:
-            raise ValueError(
-                f"the weights of version {version} do not fit the engine's model: {len(wrong)} "
-                f"tensors are missing, unknown or of another shape, the first is {wrong[0]!r}"
-            )
+        check_fit(own, tensors, version)
 
     async def _load_or_lose(self, server: _Server) -> None:
         try:
@@ -387,13 +389,27 @@ class SGLangEngine:
                 if isinstance(error, EngineFailed):
                     raise
                 raise EngineFailed(f"weights could not be sent to {client.url}: {error}") from error
-            await verify_tensors(client, snapshot)
+            checked = await verify_tensors(client, snapshot)
             await client.go_on()
-        await verify_probe(client, snapshot, self._config.dtype)
+            self._say_checked(server, checked)
+        server.probe_difference = await verify_probe(client, snapshot, self._config.dtype) or 0.0
         server.versions.add(snapshot.version)
         server.held = False
         server.settled.set()
         self._changed.set()
+
+    def _say_checked(self, server: _Server, checked: TensorCheck) -> None:
+        """Say how weights are verified, where it is the first time or not as it was before."""
+        if checked.num_compared != server.tensors_compared:
+            probe = "the logprobs of a probe" if self._snapshot.probe else "no probe"
+            self._say(
+                f"{server.name}: new weights are verified by {checked.num_compared} sampled "
+                f"tensors, equal to the last bit (digest {checked.digest}), and {probe}"
+                if checked.num_compared
+                else f"{server.name} reports no tensors of this model: new weights are verified by "
+                f"{probe} alone"
+            )
+        server.tensors_compared = checked.num_compared
 
     def _hold(self, server: _Server) -> None:
         """No new requests, and no completion gets out, until the weights are verified."""
@@ -415,7 +431,7 @@ class SGLangEngine:
             _Server(
                 f"SGLang server {index}",
                 None,
-                ServerProcess(
+                SGLangProcess(
                     f"SGLang server {index}",
                     server_arguments(config, model_path, self._snapshot.version, self._seed, index),
                     server_environment(config, model_path),
@@ -444,7 +460,7 @@ class SGLangEngine:
         """Start a server, or wait for one that is not ours, and give it the newest weights."""
         if server.process is not None:
             await server.process.kill()
-            server.client = self._connect(await server.process.start())
+            server.client = self._connect(await server.process.listen())
             server.versions = set()
             await server.process.wait_until_ready(server.client, self._config.start_timeout_s)
         else:
@@ -472,7 +488,10 @@ class SGLangEngine:
             while True:
                 self._lose(server, await self._until_lost(server))
                 await self._bring_back(server)
-        except EngineFailed as error:
+        except Exception as error:  # nobody would notice that this task is no more
+            if not isinstance(error, EngineFailed):
+                error = EngineFailed(f"{server.name} is not looked after any more: {error!r}")
+            self._say(str(error))
             self._broken = error
             self._changed.set()
 
@@ -507,19 +526,21 @@ class SGLangEngine:
             self._say(f"{server.name} is lost: {reason}")
 
     async def _bring_back(self, server: _Server) -> None:
+        reason = server.lost.result()
         while True:
             server.starts += 1
             if server.starts > _MOST_STARTS:
                 raise EngineFailed(
-                    f"{server.name} was lost {_MOST_STARTS} times in a row, the last time: "
-                    f"{server.lost.result()}"
+                    f"{server.name} was lost {_MOST_STARTS} times in a row, the last time: {reason}"
                 )
             if server.client is not None:
                 self._transfer.forget(server.client)
             try:
                 await self._bring_up(server)
-            except EngineFailed as error:
-                self._say(f"{server.name} did not come back: {error}")
+            except (EngineFailed, OSError) as error:  # of the server, or of a machine that is full
+                reason = str(error)
+                self._say(f"{server.name} did not come back: {reason}")
+                await asyncio.sleep(_RETRY_S)
                 continue
             finally:
                 server.failures = 0
@@ -582,7 +603,7 @@ async def open_sglang(
         try:
             try:
                 await engine.start()
-            except EngineFailed as error:
+            except (EngineFailed, OSError) as error:
                 raise ValueError(f"the engine cannot start: {error}") from error
             yield engine
         finally:

@@ -1,124 +1,25 @@
-"""One SGLang server over HTTP: what is said to it, and what its answers mean.
-
-Not here: which server is asked, and what becomes of one that fails. Invariant: every call has a
-deadline and ends with an answer or with `ServerFailed`; nothing is ever sent a second time.
-"""
+"""One SGLang server: what is said to it, and what its answers mean."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
-import aiohttp
-
-from tir_alp.engines.base import EngineFailed
-
-_HEALTH_TIMEOUT_S = 25.0  # the server itself allows its scheduler 20 s to answer
+from tir_alp.engines.http_client import ServerClient
 
 
-class ServerFailed(EngineFailed):
-    """A server did not do what it was asked for.
+class SGLangClient(ServerClient):
+    """Talks to one server."""
 
-    Args:
-        message: What happened, with the server's address.
-        ran: False where the request certainly did not run, and may be made elsewhere.
-        refused: Whether the server was well and the request at fault.
-    """
-
-    def __init__(self, message: str, *, ran: bool = True, refused: bool = False) -> None:
-        super().__init__(message)
-        self.ran, self.refused = ran, refused
-
-
-class SGLangClient:
-    """Talks to one server.
-
-    Args:
-        session: The connections, shared by all clients.
-        url: Address of the server.
-        api_key: What the server was started with; None: it asks for none.
-        stall_timeout_s: Deadline of each event of a stream, and of short calls.
-        load_timeout_s: Deadline of calls that move weights.
-    """
-
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        url: str,
-        api_key: str | None,
-        *,
-        stall_timeout_s: float,
-        load_timeout_s: float,
-    ) -> None:
-        self.url = url.rstrip("/")
-        self.load_timeout_s = load_timeout_s
-        self._session = session
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._stall_timeout_s = stall_timeout_s
-        self.heard = time.monotonic()
-        """When the server last said something."""
-
-    async def events(self, payload: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+    def events(self, payload: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any]]:
         """Begin a generation and yield its events up to the one that has a `finish_reason`.
 
         Raises:
             ServerFailed: If the server refuses, breaks off, or is silent for too long.
         """
-        async with self._post("/generate", payload, self._stall_timeout_s) as response:
-            buffer, is_complete = b"", False
-            while not is_complete:
-                async with self._deadline("sent no event", self._stall_timeout_s):
-                    while b"\n\n" not in buffer:
-                        piece = await response.content.readany()
-                        if not piece:
-                            raise ServerFailed(f"{self.url} broke off in the middle of an answer")
-                        buffer += piece
-                event, _, buffer = buffer.partition(b"\n\n")
-                said = self._parse(event.removeprefix(b"data: "))
-                if "error" in said:
-                    message = said["error"].get("message", said["error"])
-                    raise ServerFailed(f"{self.url} refused: {message}", ran=False, refused=True)
-                self.heard = time.monotonic()
-                yield said
-                is_complete = said["meta_info"]["finish_reason"] is not None
-            async with self._deadline("did not end its answer", self._stall_timeout_s):
-                await response.read()  # so that the connection can be used again
-
-    async def call(
-        self, path: str, timeout_s: float | None = None, **payload: Any
-    ) -> dict[str, Any] | list[Any] | None:
-        """Ask for something that is answered at once; returns the answer, None if it is empty.
-
-        Raises:
-            ServerFailed: If it is not answered, or not with success.
-        """
-        timeout_s = self._stall_timeout_s if timeout_s is None else timeout_s
-        async with (
-            self._post(path, payload, timeout_s) as response,
-            self._deadline(f"did not answer {path}", timeout_s),
-        ):
-            body = await response.read()
-            said = self._parse(body) if body and "json" in response.content_type else None
-            if isinstance(said, dict) and said.get("success") is False:
-                raise ServerFailed(f"{self.url}{path}: {said.get('message')}")
-            self.heard = time.monotonic()
-            return said
-
-    async def is_healthy(self) -> bool:
-        """Whether the server's scheduler answers."""
-        url = f"{self.url}/health"
-        limit = min(_HEALTH_TIMEOUT_S, self._stall_timeout_s)
-        with suppress(aiohttp.ClientError, TimeoutError, OSError):
-            async with asyncio.timeout(limit):
-                async with self._session.get(url, headers=self._headers) as response:
-                    if response.status == 200:
-                        self.heard = time.monotonic()
-                        return True
-        return False
+        return self.stream(
+            "/generate", payload, lambda said: said["meta_info"]["finish_reason"] is not None
+        )
 
     async def abort(self, request_id: str) -> None:
         """End one request; its stream ends with what it has."""
@@ -154,48 +55,3 @@ class SGLangClient:
         )
         assert isinstance(said, dict)
         return [entry[0] for entry in said["meta_info"]["input_token_logprobs"][1:]]
-
-    @asynccontextmanager
-    async def _post(
-        self, path: str, payload: Mapping[str, Any], timeout_s: float
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        try:
-            async with asyncio.timeout(timeout_s):
-                response = await self._session.post(
-                    self.url + path, json=payload, headers=self._headers
-                )
-        except TimeoutError:
-            raise ServerFailed(f"{self.url}{path}: no answer within {timeout_s:g} s") from None
-        except aiohttp.ClientConnectorError as error:  # nothing was sent
-            raise ServerFailed(f"{self.url} is not there: {error}", ran=False) from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise ServerFailed(f"{self.url}{path} broke off: {error!r}") from error
-        try:
-            if response.status != 200:
-                async with self._deadline("did not say why", timeout_s):
-                    why = (await response.text(errors="replace"))[:500]
-                status = response.status
-                raise ServerFailed(
-                    f"{self.url}{path} answered {status}: {why}",
-                    ran=status not in (400, 401, 503),  # 503: it is not ready, and took nothing
-                    refused=400 <= status < 500,
-                )
-            yield response
-        except (aiohttp.ClientError, OSError) as error:
-            raise ServerFailed(f"{self.url}{path} broke off: {error!r}") from error
-        finally:
-            response.close()  # what was not read to its end cannot be used again
-
-    @asynccontextmanager
-    async def _deadline(self, what: str, timeout_s: float) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(timeout_s):
-                yield
-        except TimeoutError:
-            raise ServerFailed(f"{self.url} {what} within {timeout_s:g} s") from None
-
-    def _parse(self, body: bytes) -> Any:
-        try:
-            return json.loads(body)
-        except ValueError as error:
-            raise ServerFailed(f"{self.url} sent what is not JSON: {body[:200]!r}") from error

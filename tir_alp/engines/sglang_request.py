@@ -13,7 +13,8 @@ from contextlib import aclosing
 from typing import Any
 
 from tir_alp.engines.base import Completion, Sampling
-from tir_alp.engines.sglang_client import ServerFailed, SGLangClient
+from tir_alp.engines.http_client import ServerFailed
+from tir_alp.engines.sglang_client import SGLangClient
 from tir_alp.types import StopReason, VersionSpan, cut_version_spans
 
 _MOST_CANDIDATES = 4096

@@ -15,35 +15,20 @@ are done at import, in those two roles only.
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import runpy
-import signal
 import sys
 from types import ModuleType
 from typing import Any
 
-PARENT_VARIABLE = "TIR_ALP_SERVER_PARENT"
-"""Process id of whoever started a process, in its environment."""
+from tir_alp.engines.lifetime import die_with_parent
 
 KEY_VARIABLE = "TIR_ALP_SERVER_KEY"
 """What the server asks of its clients; a command line could be read by every user of the machine.
 """
 
-_PR_SET_PDEATHSIG = 1
 _VISION = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it is gone."""
-    parent = os.environ.get(PARENT_VARIABLE)
-    if parent is None:
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it was gone before we asked
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.environ[PARENT_VARIABLE] = str(os.getpid())  # to those that this one starts
 
 
 def install_stand_ins() -> None:

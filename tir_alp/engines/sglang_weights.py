@@ -17,11 +17,10 @@ import asyncio
 import base64
 import hashlib
 import io
-import os
 import pickle
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,10 +28,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tir_alp.engines.sglang_client import ServerFailed, SGLangClient
+from tir_alp.engines.http_client import ServerFailed
+from tir_alp.engines.sglang_client import SGLangClient
+from tir_alp.engines.weights import WeightSnapshot, write_version
 
 _BUCKET_BYTES = 256 << 20  # of tensors in one request or broadcast
 _NUM_SAMPLED = 4  # tensors that are compared after an update
@@ -40,57 +40,6 @@ _NUM_ROWS = 2  # of each
 _MOST_ELEMENTS = 1 << 25  # of a sampled tensor: the server writes its rows out as text
 _GROUP = "tir_alp_weights"
 _Group = Any  # of gloo or of NCCL: torch types neither
-
-PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
-"""Largest mean difference of a probe's logprobs, by the server's dtype, in nats.
-
-What equal weights show is far below: 1e-6 for float32, 0.01 to 0.03 for bfloat16 on small models.
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """A sequence, and what the trainer's forward says of it at temperature 1."""
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    """Of each token but the first."""
-
-
-@dataclass(frozen=True, slots=True)
-class WeightSnapshot:
-    """Weights that a server is to have: kept, so that one that restarts can get them again."""
-
-    version: int
-    tensors: Mapping[str, Tensor] | None
-    """On the host, in the server's dtype; None: those of the folder that servers start from."""
-    probe: Probe | None
-    """None: nobody computes what to expect."""
-
-
-def snapshot_tensors(source: Mapping[str, Tensor] | Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Copy weights to the host, each storage once: a tied head is not sent a second time.
-
-    Args:
-        source: Tensors, or a folder in the Hugging Face format.
-        dtype: Of the server.
-
-    Raises:
-        ValueError: If the folder has no safetensors.
-    """
-    if isinstance(source, Path):
-        files = sorted(source.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"there are no *.safetensors in {source}")
-        source = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    seen: set[tuple[int, int]] = set()
-    copies = {}
-    for name, tensor in source.items():
-        storage = (tensor.data_ptr(), tensor.numel())
-        if storage not in seen:
-            seen.add(storage)
-            copies[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-    return copies
 
 
 class WeightTransfer(Protocol):
@@ -125,7 +74,9 @@ class DiskTransfer:
         """Write the snapshot, once for all servers, and let the server read it."""
         if self._written is None or self._version != snapshot.version:
             self._version = snapshot.version
-            self._written = asyncio.create_task(asyncio.to_thread(self._write, snapshot))
+            self._written = asyncio.create_task(
+                asyncio.to_thread(write_version, self._folder, snapshot)
+            )
         path = await asyncio.shield(self._written)
         await client.call(
             "/update_weights_from_disk",
@@ -141,18 +92,6 @@ class DiskTransfer:
         """Remove what was written."""
         for path in self._folder.glob("version_*"):
             shutil.rmtree(path, ignore_errors=True)
-
-    def _write(self, snapshot: WeightSnapshot) -> Path:
-        assert snapshot.tensors is not None
-        path = self._folder / f"version_{snapshot.version}"
-        path.mkdir(parents=True, exist_ok=True)
-        aside = path / "model.safetensors.part"
-        save_file(dict(snapshot.tensors), aside, metadata={"format": "pt"})
-        os.replace(aside, path / "model.safetensors")
-        for other in self._folder.glob("version_*"):
-            if other != path:
-                shutil.rmtree(other, ignore_errors=True)
-        return path
 
 
 class TensorTransfer:
@@ -289,17 +228,24 @@ def buckets(
     yield bucket, True
 
 
-async def verify_tensors(client: SGLangClient, snapshot: WeightSnapshot) -> str | None:
+@dataclass(frozen=True, slots=True)
+class TensorCheck:
+    """What a comparison of sampled tensors, which found them equal, has looked at."""
+
+    num_compared: int
+    """0 where the model's class reports no tensors, or SGLang knows them by other names."""
+    digest: str
+    """Of their names and of the rows that were compared."""
+
+
+async def verify_tensors(client: SGLangClient, snapshot: WeightSnapshot) -> TensorCheck:
     """Compare sampled tensors with what the server reports, to the last bit.
 
-    Returns:
-        A digest of what was compared; None where the model's class reports none of them.
-
     Raises:
-        ServerFailed: If one differs.
+        ServerFailed: If one differs; or if the server reports none of them, and the snapshot has no
+            probe either: then nothing would tell whether it has these weights.
     """
-    if snapshot.tensors is None:
-        return None
+    assert snapshot.tensors is not None
     names = sorted(n for n, t in snapshot.tensors.items() if 0 < t.numel() <= _MOST_ELEMENTS)
     drawn = random.Random(snapshot.version).sample(names, min(_NUM_SAMPLED, len(names)))
     digest = hashlib.blake2b(digest_size=16)
@@ -317,37 +263,12 @@ async def verify_tensors(client: SGLangClient, snapshot: WeightSnapshot) -> str 
             )
         digest.update(name.encode() + expected.numpy().tobytes())
         num_compared += 1
-    return digest.hexdigest() if num_compared else None
-
-
-async def verify_probe(client: SGLangClient, snapshot: WeightSnapshot, dtype: str) -> float | None:
-    """Compare the logprobs of the snapshot's probe with those of the server.
-
-    Returns:
-        The mean difference in nats, None without a probe.
-
-    Raises:
-        ServerFailed: If it is beyond what the dtype explains.
-    """
-    if snapshot.probe is None:
-        return None
-    said = await client.prompt_logprobs(snapshot.probe.token_ids)
-    distance = mean_distance(said, snapshot.probe.logprobs)
-    if not distance <= PROBE_TOLERANCE[dtype]:
+    if not num_compared and snapshot.probe is None:
         raise ServerFailed(
-            f"{client.url} does not sample from the weights of version {snapshot.version}: "
-            f"logprobs of a probe are {distance:.3g} nats from the trainer's, and {dtype} explains "
-            f"{PROBE_TOLERANCE[dtype]:g}"
+            f"{client.url} reports none of {len(drawn)} sampled tensors, and there is no probe: "
+            f"nothing tells whether it has the weights of version {snapshot.version}"
         )
-    return distance
-
-
-def mean_distance(some: Sequence[float], others: Sequence[float]) -> float:
-    """Mean |difference|; infinite where the lengths differ or a number is not finite."""
-    if len(some) != len(others) or not some:
-        return float("inf")
-    distance = sum(abs(a - b) for a, b in zip(some, others, strict=True)) / len(some)
-    return distance if distance == distance else float("inf")
+    return TensorCheck(num_compared, digest.hexdigest())
 
 
 def _pickled(tensors: list[tuple[str, Tensor]]) -> str:

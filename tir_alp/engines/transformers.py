@@ -2,7 +2,8 @@
 
 Requests join and leave the running batch at any token. One coroutine schedules; the forwards run in
 one thread of their own, so that the event loop goes on. It is the default for small models and for
-tests; it has no paging and no prefix reuse.
+tests; it has no paging. What it has computed of a sequence stays until there is no room for it, so
+that the sequence's next turn is read from where the last one ended.
 
 It can be made to disagree with the trainer on purpose, by the precision of its weights or by noise
 on its logits. Its logprobs are those of what it samples from all the same.
@@ -20,7 +21,7 @@ it. What becomes of the running completions when new weights come is the engine'
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,8 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tir_alp.engines.base import Completion, Sampling
-from tir_alp.engines.kv_cache import CachedStep, KVCache
+from tir_alp.engines.base import Completion, Sampling, check_fit, check_request
+from tir_alp.engines.kv_cache import CachedStep, KVCache, RowStates
 from tir_alp.engines.precision import layer_matrices, quantised
 from tir_alp.engines.sampling import draws, sample
 from tir_alp.noise import name_hashes, normal, nth_keys
@@ -40,6 +41,14 @@ from tir_alp.policy import hidden_states, load_policy, next_token_logits
 from tir_alp.types import StopReason, VersionSpan
 
 _MAX_PREFILL_TOKENS = 8192  # of the requests that join in one step, padding included
+
+
+@dataclass(frozen=True, slots=True)
+class _Parked:
+    """The keys and values of a sequence whose last completion has ended."""
+
+    token_ids: tuple[int, ...]
+    states: RowStates
 
 
 @dataclass(eq=False, slots=True)
@@ -51,6 +60,8 @@ class _Request:
     uniforms: np.ndarray
     matches: Callable[[int], bool] | None = field(init=False)
     done: asyncio.Future[Completion]
+    parked: _Parked | None = None
+    """What the cache has of the prompt; its row begins with that."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stop_reason: StopReason | None = None
@@ -70,6 +81,11 @@ class _Request:
     def num_tokens(self) -> int:
         """Tokens so far, the prompt included."""
         return len(self.prompt) + len(self.token_ids)
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens so far that have to be computed, where nothing but `parked` is in the cache."""
+        return self.num_tokens - (len(self.parked.token_ids) if self.parked else 0)
 
     @property
     def most_tokens(self) -> int:
@@ -112,7 +128,8 @@ class TransformersEngine:
     Args:
         model: A causal LM loaded by `load_policy`; the engine keeps it for itself and writes new
             weights into it.
-        max_cache_tokens: Bound of the cache, rows times width. Requests wait for room.
+        max_cache_tokens: Bound of the cache: rows times width, and what is kept of sequences that
+            may go on. Requests wait for room, the others make it.
         version: Policy version of the model's weights.
         precision: "float32", "bfloat16", or "int8" and "fp8" for the matrices of the decoder
             layers; see `EngineConfig`.
@@ -139,10 +156,12 @@ class TransformersEngine:
         self._max_cache_tokens = max_cache_tokens
         self._version = version
         self._cache = KVCache(max_cache_tokens)
-        if self._quantised:
-            self._copy_weights(model.state_dict())
+        self._parked: OrderedDict[int, _Parked] = OrderedDict()  # by sequence, the oldest first
+        self._num_parked = 0  # tokens
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []  # in the order of the cache's rows
+        if self._quantised:
+            self._copy_weights(model.state_dict())
         self._pending_weights: tuple[Mapping[str, Tensor], int, asyncio.Future[None]] | None = None
         self._work = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -155,10 +174,7 @@ class TransformersEngine:
         Raises:
             ValueError: If the sequence is empty, or can never fit into the cache.
         """
-        if not token_ids:
-            raise ValueError("there is nothing to continue: the sequence has no tokens")
-        if sampling.max_tokens < 1:
-            raise ValueError(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
+        check_request(token_ids, sampling)
         request = _Request(
             prompt=token_ids,
             sampling=sampling,
@@ -191,17 +207,7 @@ class TransformersEngine:
         new: Mapping[str, Tensor] = (
             load_policy(str(source)).state_dict() if isinstance(source, Path) else source
         )
-        own = self._model.state_dict()
-        wrong = sorted(
-            name
-            for name in own.keys() | new.keys()
-            if name not in own or name not in new or own[name].shape != new[name].shape
-        )
-        if wrong:
-            raise ValueError(
-                f"the weights of version {version} do not fit the engine's model: {len(wrong)} "
-                f"tensors are missing, unknown or of another shape, the first is {wrong[0]!r}"
-            )
+        check_fit(self._model.state_dict(), new, version)
         while self._pending_weights is not None:
             await asyncio.shield(self._pending_weights[2])
         loaded = asyncio.get_running_loop().create_future()
@@ -222,6 +228,7 @@ class TransformersEngine:
             "running": len(self._running),
             "waiting": len(self._waiting),
             "cache_tokens": sum(self._cache.lengths),
+            "parked_tokens": self._num_parked,
             "tokens_generated": self._tokens_generated,
             "tokens_dropped": self._tokens_dropped,
         }
@@ -271,9 +278,13 @@ class TransformersEngine:
         while self._waiting and self._pending_weights is None:
             request = self._waiting[0]
             widest = max(widest, request.most_tokens)
-            longest = max(longest, request.num_tokens)
             if (len(self._running) + 1) * widest > self._max_cache_tokens:
                 break
+            room = self._max_cache_tokens - self._cache.size_for(len(self._running) + 1, widest)
+            while self._num_parked > room:
+                self._drop(next(iter(self._parked)))
+            self._unpark(request)
+            longest = max(longest, request.num_unread)
             if num_joining and (num_joining + 1) * longest > _MAX_PREFILL_TOKENS:
                 break
             self._running.append(self._waiting.popleft())
@@ -290,6 +301,38 @@ class TransformersEngine:
         self._running.clear()
         self._cache.clear()
 
+    def _park(self, row: int) -> None:
+        """Keep what is cached of a completion that has ended."""
+        request = self._running[row]
+        uid, length = request.sampling.sequence_uid, self._cache.lengths[row]
+        self._drop(uid)
+        if self._num_parked + length <= self._max_cache_tokens - self._cache.size:
+            token_ids = (*request.prompt, *request.token_ids)[:length]
+            self._parked[uid] = _Parked(token_ids, self._cache.copy_row(row))
+            self._num_parked += length
+
+    def _unpark(self, request: _Request) -> None:
+        """Take what is kept of a sequence, if it begins this request's prompt, once."""
+        parked = self._drop(request.sampling.sequence_uid)
+        if parked is None or len(parked.token_ids) >= len(request.prompt):
+            return
+        if request.prompt[: len(parked.token_ids)] == parked.token_ids:
+            request.parked = parked
+
+    def _drop(self, uid: int) -> _Parked | None:
+        parked = self._parked.pop(uid, None)
+        if parked is not None:
+            self._num_parked -= len(parked.token_ids)
+        return parked
+
+    def _forget(self) -> None:
+        """Empty the cache, e.g. since the weights behind it are no longer the engine's."""
+        self._cache.clear()
+        self._parked.clear()
+        self._num_parked = 0
+        for request in self._waiting:
+            request.parked = None
+
     def _retire(self) -> None:
         """Answer the requests that have ended, and free their rows."""
         for request in [request for request in self._waiting if request.stop_reason is not None]:
@@ -297,6 +340,8 @@ class TransformersEngine:
             self._answer(request)
         for row in reversed(range(len(self._running))):
             if self._running[row].stop_reason is not None:
+                if self._running[row].stop_reason is not StopReason.ABORT:
+                    self._park(row)
                 self._cache.remove_row(row)
                 self._answer(self._running[row])
                 self._running[row] = self._running[-1]
@@ -314,7 +359,7 @@ class TransformersEngine:
             request.stop_reason = StopReason.ABORT
         self._running.clear()
         self._waiting.clear()
-        self._cache.clear()
+        self._forget()
 
     async def _take_weights(
         self, source: Mapping[str, Tensor], version: int, loaded: asyncio.Future[None]
@@ -336,7 +381,7 @@ class TransformersEngine:
         for name, tensor in self._model.state_dict().items():
             new = source[name]
             tensor.copy_(quantised(new, self._precision) if name in self._quantised else new)
-        self._cache.clear()
+        self._forget()
 
     @torch.inference_mode()
     def _step(self, num_joining: int) -> None:
@@ -346,10 +391,14 @@ class TransformersEngine:
             self._forward(range(first), [r.token_ids[-1:] for r in self._running[:first]])
         if num_joining:
             rows = range(first, len(self._running))
-            for _ in rows:
+            for row in rows:
                 self._cache.add_row()
-            joining = self._running[first:]
-            self._forward(rows, [[*request.prompt, *request.token_ids] for request in joining])
+                if (parked := self._running[row].parked) is not None:
+                    self._cache.fill_row(row, parked.states)
+                    self._running[row].parked = None
+            so_far = [[*self._running[row].prompt, *self._running[row].token_ids] for row in rows]
+            lengths = self._cache.lengths[first:]
+            self._forward(rows, [ids[n:] for ids, n in zip(so_far, lengths, strict=True)])
 
     def _forward(self, rows: range, new_tokens: list[list[int]]) -> None:
         device = self._model.device

@@ -409,6 +409,7 @@ _MEANINGS = {  # metric -> meaning, unit; the first that fits
     "time/tool": ("a trajectory waiting for tools, mean", "s"),
     "tokens/generated": ("tokens that the policy wrote", "tokens"),
     "tokens/loss": ("tokens of the loss", "tokens"),
+    "engine/*": ("a figure of the engine, behind the sync", ""),
     "tokens/per_second": ("tokens written, by the clock", "tokens/s"),
     "outcome/*": ("turns that ended so", "turns"),
     "*chi2": ("chi2 divergence: mean squared ratio - 1", "chi2"),

@@ -1,7 +1,8 @@
 """SkyRL-Gym, the package `skyrl-gym`: `skyrl_gym.make(NAME, env_config=..., extras=...)`.
 
 Its environments bring no tasks. The question and the answer of ours become the prompt and the
-ground truth; a task's other columns are passed as extras, and so is `settings.extras`.
+ground truth; a task's other columns are passed as extras, and so is `settings.extras`. A reset
+without a task is of `settings.task`.
 """
 
 # pyright: reportMissingImports=false
@@ -26,8 +27,8 @@ class Environment:
     """One environment of SkyRL-Gym's; it is made anew for every task."""
 
     def __init__(self, name: str, settings: dict[str, Any]) -> None:
-        if unknown := settings.keys() - {"env_config", "extras"}:
-            raise ValueError(f"settings of SkyRL-Gym are env_config and extras, not {unknown}")
+        if unknown := settings.keys() - {"env_config", "extras", "task"}:
+            raise ValueError(f"settings of SkyRL-Gym are env_config, extras, task, not {unknown}")
         if ":" not in name and name not in registry:
             raise ValueError(
                 f"there is none of that name; there are: {', '.join(sorted(registry))}"
@@ -35,10 +36,12 @@ class Environment:
         self._name = name
         self._config = OmegaConf.create(settings.get("env_config", {}))
         self._extras = settings.get("extras", {})
+        self._task = settings.get("task", {})
         self._env: Any = None
 
     def reset(self, seed: int, task: dict[str, Any]) -> str:
-        """Begin an episode of a task with `question` and `answer`."""
+        """Begin an episode of a task with `question` and `answer`, or of that of the settings."""
+        task = task or self._task
         if not {"question", "answer"} <= task.keys():
             raise ValueError(
                 "SkyRL-Gym has no tasks of its own: give one, with question and answer"

@@ -13,6 +13,7 @@ from typing import Any
 import gymnasium
 import pytest
 from gymnasium.error import ResetNeeded
+from gymnasium.utils.env_checker import check_env
 
 from tests.tools.processes import wait_until
 from tir_alp.envs.interop.host_process import HostError, HostProcess
@@ -66,6 +67,11 @@ def test_a_group_plays_the_same_game_and_another_task_another_one(python):
     assert first == second != other
     env = naughty(python)
     assert env.reset(seed=3) == env.reset(seed=3) != env.reset(seed=4)
+
+
+@pytest.mark.filterwarnings("error")
+def test_gymnasiums_checker_has_nothing_to_say(python):
+    check_env(naughty(python), skip_render_check=True)
 
 
 @pytest.mark.parametrize("action", ["raise", "end nan"])

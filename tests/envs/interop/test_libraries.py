@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,15 @@ def make(env_id: str, **kwargs: Any) -> gymnasium.Env[str, str]:
     return gymnasium.make(f"tir_alp.envs:{env_id}", disable_env_checker=True, **kwargs)
 
 
+def check(env_id: str, **kwargs: Any) -> None:
+    """Gymnasium's checker has nothing to say, not even a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env = make(env_id, **kwargs)
+        check_env(env.unwrapped, skip_render_check=True)
+        env.close()
+
+
 # -------------------------------------------------------------------------------------------- GEM
 
 GUESS = {"name": "game:GuessTheNumber-v0-hard", **PATIENT}
@@ -68,11 +78,8 @@ def test_a_game_of_gem_is_won_by_halving():
 
 
 @needs("gem")
-@pytest.mark.filterwarnings("error")
 def test_gem_passes_gymnasiums_checker():
-    env = make("Gem-v0", **GUESS)
-    check_env(env.unwrapped, skip_render_check=True)
-    env.close()
+    check("Gem-v0", **GUESS)
 
 
 @needs("gem")
@@ -114,6 +121,7 @@ def test_skyrl_gym_scores_our_tasks_by_its_own_rules():
     with pytest.raises(Exception, match="no tasks of its own"):
         env.reset()
     env.close()
+    check("SkyRLGym-v0", **{**GSM8K, "settings": {"task": TASKS[0].to_options()["task"]}})
     with pytest.raises(ValueError, match=r"there is none of that name; there are: aime"):
         make("SkyRLGym-v0", **{**GSM8K, "name": "gsm9k"})
 
@@ -160,6 +168,7 @@ def test_a_user_of_verifiers_answers_and_scores(hangman):
     assert info["library_info"]["stop_condition"] == "user_closed"
     env.reset(options={"task": {"index": 1}})  # an episode given up for another
     env.close()
+    check("Verifiers-v0", **hangman)
 
 
 @needs("verifiers")
@@ -242,6 +251,7 @@ def test_an_openenv_server_is_played_token_by_token(tmp_path):
         text = as_json.step('So:\n```json\n{"message": "six"}\n```')[0]
         assert json.loads(text) == {"echoed_message": "six", "message_length": 3}
         as_json.close()
+        check("OpenEnv-v0", **kwargs)
         trajectories = play("tir_alp.envs:OpenEnv-v0", kwargs, TASKS, max_context_tokens=256)
         assert all(len(trajectory.turns) > 1 for trajectory in trajectories)
 
@@ -272,3 +282,4 @@ def test_our_environment_is_served_to_openenv_and_played_through_it():
         assert env.reset(seed=3)[0] == env.reset(seed=3)[0] != env.reset(seed=4)[0]
         env.close()
         play("tir_alp.envs:OpenEnv-v0", through, TASKS)
+        check("OpenEnv-v0", **through)
