@@ -8,7 +8,8 @@ Three settings at 1, 8 and 32 requests at a time, by a Qwen3 of 3.4 M random par
 
 `transformers generate` makes a static batch: all of it goes on until its longest completion ends,
 and tokens behind the end of the others do not count. `--cpu-time` counts the seconds that this
-process computes instead of those that pass, for a machine with other work; servers have none here.
+process and the servers compute instead of those that pass, for a machine with other work. vLLM
+takes part where `--vllm-python` names its Python.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from tir_alp.config import SGLangConfig
+from tir_alp.config import SGLangConfig, VLLMConfig
 from tir_alp.engines.base import Engine, Sampling
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.policy import load_policy
@@ -89,6 +91,24 @@ def static(model) -> Work:
     return work
 
 
+def cpu_seconds() -> float:
+    """Computed so far by this process and by those of the servers that it has started."""
+    children: dict[int, list[int]] = {}
+    ticks: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            pid = int(stat.parent.name)
+            children.setdefault(int(fields[1]), []).append(pid)
+            ticks[pid] = int(fields[11]) + int(fields[12])
+    found, total = [os.getpid()], 0
+    while found:
+        pid = found.pop()
+        found += children.get(pid, ())
+        total += ticks[pid]
+    return total / os.sysconf("SC_CLK_TCK")
+
+
 async def speed(
     work: Work, given: Sequence[Job], repeats: int, clock: Callable[[], float]
 ) -> float:
@@ -104,7 +124,7 @@ async def speed(
 
 async def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
-    clock = time.process_time if options.cpu_time else time.perf_counter
+    clock = cpu_seconds if options.cpu_time else time.perf_counter
     config = Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -145,6 +165,26 @@ async def run(options: argparse.Namespace) -> None:
                 )
             )
             contestants["SGLang"] = through(servers)
+        if options.vllm_python is not None:
+            from tir_alp.engines.vllm import open_vllm
+
+            os.environ["OMP_NUM_THREADS"] = str(options.threads)
+            model = load_policy(folder)
+            server = await stack.enter_async_context(
+                open_vllm(
+                    VLLMConfig(
+                        type="vllm",
+                        python=options.vllm_python,
+                        device="cpu",
+                        dtype="float32",
+                        max_cache_tokens=1 << 16,
+                    ),
+                    model,
+                    model.state_dict(),
+                    say=lambda line: print(line, file=sys.stderr),
+                )
+            )
+            contestants["vLLM"] = through(server)
         print(
             f"| engine (threads: {options.threads}) | setting | 1 | 8 | 32 |\n|---|---|---|---|---|"
         )
@@ -164,9 +204,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--vllm-python", type=Path)
     options = parser.parse_args()
-    if options.cpu_time and "sglang" in options.engines:
-        parser.error("--cpu-time counts this process alone, and SGLang has others: leave it out")
     asyncio.run(run(options))
 
 

@@ -83,17 +83,18 @@ def vllm_server(tmp_path_factory):
         pytest.skip("vLLM has a Python of its own, and TIR_ALP_VLLM_PYTHON names none")
     import aiohttp
 
-    from tir_alp.engines import vllm
+    from tir_alp.engines import vllm_process
+    from tir_alp.engines.vllm_request import VLLMClient
 
     folder = tmp_path_factory.mktemp("vllm")
-    vllm.write_start(folder / "start", model(), model().state_dict(), torch.float32)
-    process = vllm.server_process(vllm_config(), folder, 0, print)
+    vllm_process.write_start(folder / "start", model(), model().state_dict(), torch.float32)
+    process = vllm_process.server_process(vllm_config(), folder, 0, print)
 
     async def start():
         await process.start()
-        connector = aiohttp.UnixConnector(str(folder / vllm.SOCKET))
+        connector = aiohttp.UnixConnector(str(folder / vllm_process.SOCKET))
         async with aiohttp.ClientSession(connector=connector) as session:
-            client = vllm.VLLMClient(
+            client = VLLMClient(
                 session, "http://localhost", None, stall_timeout_s=60, load_timeout_s=60
             )
             await process.wait_until_ready(client, 600)

@@ -19,7 +19,7 @@ class FaultyProxy:
     path: str = "/generate"
     fault: str | None = None
     """None, "error" (500), "truncate" (a body that breaks off), "drip" (a byte at a time that never
-    gets anywhere), "refuse" (503) or "null" (nothing to tell)."""
+    gets anywhere), "refuse" (503) or "unknown" (400)."""
     num_faults: int = 1 << 30
     """So many requests fail; those behind them do not."""
     num_passed: int = 0
@@ -43,8 +43,8 @@ async def proxy_of(server_url: str, **settings) -> AsyncIterator[FaultyProxy]:
                 fault = proxy.fault
         if fault == "error":
             return web.Response(status=500, text="out of order")
-        if fault == "null":
-            return web.json_response(None)
+        if fault == "unknown":
+            return web.json_response({"error": {"message": "failed"}}, status=400)
         if fault == "refuse":
             return web.Response(status=503)
         answer = web.StreamResponse()

@@ -158,7 +158,8 @@ def vllm_config() -> VLLMConfig:
 @asynccontextmanager
 async def served_by_vllm(folder: Path, of: Any) -> AsyncIterator[Engine]:
     """An engine over the server of a folder, with the weights of a model as version 0."""
-    from tir_alp.engines.vllm import SOCKET, connected
+    from tir_alp.engines.vllm import connected
+    from tir_alp.engines.vllm_process import SOCKET
     from tir_alp.engines.weights import WeightSnapshot, snapshot_tensors
 
     tensors = snapshot_tensors(of.state_dict(), torch.float32, every_name=True)

@@ -176,7 +176,7 @@ def test_a_server_with_other_weights_than_it_should_have_does_not_pass(sglang_ur
 
 
 def test_where_a_server_reports_no_tensors_the_probe_is_asked_alone_and_has_to_be_there(sglang_url):
-    """As SGLang does for models that are not of Llama's kin."""
+    """As SGLang does for Qwen3 and others that are not of Llama's kin: it answers 400."""
     from tir_alp.engines.http_client import ServerFailed
     from tir_alp.engines.sglang_weights import verify_tensors
 
@@ -188,7 +188,7 @@ def test_where_a_server_reports_no_tensors_the_probe_is_asked_alone_and_has_to_b
 
     async def work():
         async with (
-            proxy_of(sglang_url, path="/get_weights_by_name", fault="null") as proxy,
+            proxy_of(sglang_url, path="/get_weights_by_name", fault="unknown") as proxy,
             served_by((proxy.url,), None, said.append, reference=reference) as engine,
         ):
             await engine.load_weights(OLD.state_dict(), 1)

@@ -10,21 +10,23 @@ from safetensors.torch import load_file
 from tests.engines.harness import model
 from tir_alp.config import VLLMConfig
 
-vllm = pytest.importorskip("tir_alp.engines.vllm")
+vllm_process = pytest.importorskip("tir_alp.engines.vllm_process")
 
 
 def test_a_tied_head_is_written_as_one_of_its_own(tmp_path):
-    tensors = vllm.write_start(tmp_path / "start", model(), model().state_dict(), torch.bfloat16)
+    tensors = vllm_process.write_start(
+        tmp_path / "start", model(), model().state_dict(), torch.bfloat16
+    )
     written = load_file(tmp_path / "start" / "model.safetensors")
     assert written.keys() == tensors.keys() == model().state_dict().keys()
-    assert torch.equal(written[vllm.HEAD], written[vllm.EMBEDDING])
+    assert torch.equal(written[vllm_process.HEAD], written[vllm_process.EMBEDDING])
     config = json.loads((tmp_path / "start" / "config.json").read_text())
     assert (config["tie_word_embeddings"], config["architectures"]) == (False, ["LlamaForCausalLM"])
-    from_folder = {name: each for name, each in tensors.items() if name != vllm.HEAD}
-    assert vllm.with_head(from_folder).keys() == tensors.keys()
+    from_folder = {name: each for name, each in tensors.items() if name != vllm_process.HEAD}
+    assert vllm_process.with_head(from_folder).keys() == tensors.keys()
 
 
 def test_a_python_that_is_not_there_is_named(tmp_path):
     config = VLLMConfig(type="vllm", python=Path("/no/python"), device="cpu")
     with pytest.raises(ValueError, match=r"engine.python = '/no/python' is no program"):
-        vllm.server_process(config, tmp_path, 0, print)
+        vllm_process.server_process(config, tmp_path, 0, print)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 import torch
 from torch import Tensor
@@ -337,6 +338,18 @@ def sandboxed(backend: str) -> Finding:
     sandbox = f'{{"sandbox": {{"backend": "{backend}", "preload": []}}}}'
     with closing(make_environment(config("--env.kwargs", sandbox))) as env:
         return check_sandbox(env, TASK)
+
+
+class Parrot(gymnasium.Env[str, str]):
+    def reset(self, *, seed=None, options=None):
+        return "say", {}
+
+    def step(self, action):
+        return action, 0.0, False, False, {}
+
+
+def test_an_environment_that_repeats_a_program_has_not_run_it():
+    assert check_sandbox(Parrot(), TASK).holds
 
 
 def test_a_sandbox_that_holds():

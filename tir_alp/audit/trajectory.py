@@ -16,6 +16,7 @@ from tir_alp.ledger import Attempt, Call, answer_digest, digest, ids_digest
 from tir_alp.renderer import Renderer
 from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn
 
+_OF_OTHERS = "library_info"  # in `info`: what a library says beside its answer, times for instance
 _ROUNDING = 1e-5  # by which the logprob of a certain token may be above 0
 
 
@@ -257,7 +258,7 @@ class TrajectoryCheck:
                 f"the reward is {turn.reward}; graded again it is {answer.reward}",
             )
             recorded = {**answer.info, "observation": answer.text}
-            for name in sorted(recorded.keys() | turn.info.keys()):
+            for name in sorted((recorded.keys() | turn.info.keys()) - {_OF_OTHERS}):
                 now, then = recorded.get(name), turn.info.get(name)
                 findings.expect(
                     now == then,

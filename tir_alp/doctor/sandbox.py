@@ -30,9 +30,9 @@ attacks = {{
     "the network": lambda: socket.create_connection(("127.0.0.1", {port}), 2),
     "other programs": lambda: subprocess.run([sys.executable, "-c", ""]).returncode == 0,
 }}
-print("reached:", *[name for name, attack in attacks.items() if reaches(attack)], sep="; ")
+print("rea" "ched:", *[name for name, attack in attacks.items() if reaches(attack)], sep="; ")
 ```"""
-_ANSWER = "reached:"
+_ANSWER = "reached:"  # not to be found in the program: an environment may only repeat that
 
 
 def check_sandbox(env: gymnasium.Env[str, str], task: Task) -> Finding:

@@ -88,6 +88,7 @@ class ServerClient:
                 self.heard = time.monotonic()
                 yield said
                 is_complete = is_last(said)
+                await asyncio.sleep(0)  # many may be here already, and a caller may give up
             async with self._deadline("did not end its answer", self._stall_timeout_s):
                 await response.read()  # so that the connection can be used again
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
-from tir_alp.engines.http_client import ServerClient
+from tir_alp.engines.http_client import ServerClient, ServerFailed
 
 
 class SGLangClient(ServerClient):
@@ -39,9 +39,14 @@ class SGLangClient(ServerClient):
 
     async def weights_by_name(self, name: str, num_rows: int) -> list[Any] | None:
         """The first rows of a tensor, or None where the model's class does not tell."""
-        said = await self.call(
-            "/get_weights_by_name", self.load_timeout_s, name=name, truncate_size=num_rows
-        )
+        try:
+            said = await self.call(
+                "/get_weights_by_name", self.load_timeout_s, name=name, truncate_size=num_rows
+            )
+        except ServerFailed as error:
+            if not error.refused:
+                raise
+            return None  # how it says that the class, e.g. Qwen3's, does not know how
         return said if isinstance(said, list) else None
 
     async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:

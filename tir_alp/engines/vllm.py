@@ -11,19 +11,15 @@ A server that ends or fails to take weights is not started again: the run stops 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import tempfile
-import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tir_alp.config import VLLMConfig
@@ -35,8 +31,10 @@ from tir_alp.engines.base import (
     check_request,
     check_vocabulary,
 )
-from tir_alp.engines.http_client import ServerClient, ServerFailed
+from tir_alp.engines.http_client import ServerFailed
 from tir_alp.engines.server_process import ServerProcess
+from tir_alp.engines.vllm_process import SOCKET, server_process, with_head, write_start
+from tir_alp.engines.vllm_request import VLLMClient, VLLMRequest
 from tir_alp.engines.weights import (
     Probe,
     Reference,
@@ -45,147 +43,8 @@ from tir_alp.engines.weights import (
     verify_probe,
     write_version,
 )
-from tir_alp.types import StopReason
-
-SOCKET = "socket"
-"""Name of the server's socket in its folder."""
 
 _PROBE_TOKENS = 64
-_CACHE_BLOCK = 32  # tokens
-_RETRY_S = 0.2
-_STAGES = (
-    ("", "importing vLLM"),
-    ("Initializing a V1 LLM engine", "starting its processes"),
-    ("Loading weights took", "allocating the cache"),
-    ("Started server process", "answering"),
-)
-
-
-class VLLMClient(ServerClient):
-    """Talks to the server."""
-
-    async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """Logprob of each token but the first, given those before it, at temperature 1."""
-        parameters = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
-        said = await self.call(
-            "/inference/v1/generate", token_ids=list(token_ids), sampling_params=parameters
-        )
-        assert isinstance(said, dict)
-        rows = zip(token_ids[1:], said["prompt_logprobs"][1:], strict=True)
-        return [row[str(token_id)]["logprob"] for token_id, row in rows]
-
-    async def load(self, path: Path, version: int) -> None:
-        """Read weights from a folder; forget the keys and values of the old ones, and count."""
-        await self.call(
-            "/collective_rpc",
-            self.load_timeout_s,
-            method="reload_weights",
-            kwargs={"weights_path": str(path)},
-        )
-        async with self._deadline("did not empty its cache", self._stall_timeout_s):
-            while True:  # a request that was taken back may hold some of it for a moment
-                with suppress(ServerFailed):
-                    await self.call("/reset_prefix_cache")
-                    break
-                await asyncio.sleep(_RETRY_S)
-        await self.call("/update_weight_version", new_version=str(version))
-
-
-class _Request:
-    """A completion in the making."""
-
-    def __init__(self, token_ids: tuple[int, ...], sampling: Sampling) -> None:
-        self.id = uuid.uuid4().hex
-        self.token_ids, self.sampling = token_ids, sampling
-        self.aborted = asyncio.Event()
-        self._matches = sampling.stop_matcher() if sampling.stop_matcher else None
-        self._sampled: list[int] = []
-        self._logprobs: list[float] = []
-        self._stop: StopReason | None = None
-
-    async def run(self, client: VLLMClient, version: int) -> Completion:
-        """Have the server sample it, once.
-
-        Raises:
-            ServerFailed: If the server refuses or fails, or samples with other weights than those
-                of `version`.
-        """
-        sampling = self.sampling
-        payload = {
-            "request_id": self.id,
-            "token_ids": list(self.token_ids),
-            "stream": True,
-            "sampling_params": {
-                "max_tokens": sampling.max_tokens,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "stop_token_ids": sorted(sampling.stop_token_ids),
-                "ignore_eos": True,  # no token ends a completion but those
-                "logprobs": 0,  # of the sampled token alone
-            },
-        }
-        last = None
-        events = client.stream("/inference/v1/generate", payload, _is_last)
-        async with aclosing(events):
-            async for event in events:
-                last = event["choices"][0]
-                self._take(last, client.url)
-                if self._stop is not None:
-                    break
-                if self.aborted.is_set():
-                    self._stop = StopReason.ABORT
-                    break
-        assert last is not None  # a stream has an event, or fails
-        if self._stop is None:
-            self._stop = self._ending(last, client.url, version)
-        return self.completion(version)
-
-    def completion(self, version: int) -> Completion:
-        """What it has, or nothing if it was taken back before it ran."""
-        return Completion(
-            token_ids=tuple(self._sampled),
-            logprobs=tuple(self._logprobs),
-            stop_reason=self._stop or StopReason.ABORT,
-            policy_version=version,
-        )
-
-    def _take(self, choice: Mapping[str, Any], url: str) -> None:
-        """Take the tokens of an event up to where the completion ends."""
-        new_ids = choice["token_ids"] or []
-        entries = choice["logprobs"]["content"] if choice["logprobs"] else []
-        if [entry["token_id"] for entry in entries] != new_ids:
-            raise ServerFailed(f"{url} gave logprobs of other tokens than it sampled")
-        for entry in entries:
-            self._sampled.append(entry["token_id"])
-            # At temperature 0 only one token could be sampled.
-            self._logprobs.append(entry["logprob"] if self.sampling.temperature > 0 else 0.0)
-            if entry["token_id"] in self.sampling.stop_token_ids:
-                self._stop = StopReason.EOS
-            elif self._matches is not None and self._matches(entry["token_id"]):
-                self._stop = StopReason.STOP
-            if self._stop is not None:
-                return
-
-    def _ending(self, choice: Mapping[str, Any], url: str, version: int) -> StopReason:
-        by = {each["version"] for each in choice["weight_versions"] or ()}
-        if by != {str(version)}:
-            raise ServerFailed(f"{url} sampled with weights of {sorted(by)}, and not of {version}")
-        if choice["finish_reason"] == "abort" and self.aborted.is_set():
-            return StopReason.ABORT
-        if choice["finish_reason"] != "length":
-            raise ServerFailed(f"{url} gave a request up: {choice['finish_reason']}")
-        if len(self._sampled) < self.sampling.max_tokens:  # it does not refuse what is too long
-            raise ServerFailed(
-                f"a sequence of {len(self.token_ids)} tokens with {self.sampling.max_tokens} to "
-                "come does not fit into the server's context; see --max-model-len, or lower "
-                "rollout.max_context_tokens",
-                refused=True,
-            )
-        return StopReason.LENGTH
-
-
-def _is_last(event: Mapping[str, Any]) -> bool:
-    return event["choices"][0]["finish_reason"] is not None
 
 
 class VLLMEngine:
@@ -195,7 +54,7 @@ class VLLMEngine:
         config: Of the server.
         client: Talks to it.
         folder: That it can read, too: for weights.
-        snapshot: The weights that it has.
+        snapshot: The weights that it has; of its tensors only names and shapes are kept.
         vocab_size: Tokens have ids below it.
         reference: What the server is checked against; None: not at all.
     """
@@ -210,10 +69,11 @@ class VLLMEngine:
         reference: Reference | None,
     ) -> None:
         self._config, self._client, self._folder = config, client, folder
-        self._snapshot, self._vocab_size, self._reference = snapshot, vocab_size, reference
+        self._snapshot = _outline(snapshot)
+        self._vocab_size, self._reference = vocab_size, reference
         self._room = asyncio.Semaphore(config.max_running)
-        self._requests: set[_Request] = set()
-        self._running: set[_Request] = set()
+        self._requests: set[VLLMRequest] = set()
+        self._running: set[VLLMRequest] = set()
         self._is_open, self._is_idle = asyncio.Event(), asyncio.Event()
         self._is_open.set()
         self._is_idle.set()
@@ -232,7 +92,7 @@ class VLLMEngine:
         """
         check_request(token_ids, sampling)
         check_vocabulary(token_ids, self._vocab_size)
-        request = _Request(token_ids, sampling)
+        request = VLLMRequest(token_ids, sampling)
         self._requests.add(request)
         try:
             async with self._room:
@@ -311,7 +171,7 @@ class VLLMEngine:
         ids = self._recent or tuple(range(min(_PROBE_TOKENS, self._vocab_size)))
         return Probe(ids, tuple(await self._reference(ids)))
 
-    async def _admitted(self, request: _Request) -> None:
+    async def _admitted(self, request: VLLMRequest) -> None:
         """Wait until no weights are on their way, or the request is taken back."""
         while not self._is_open.is_set() and not request.aborted.is_set():
             waits = [asyncio.create_task(e.wait()) for e in (self._is_open, request.aborted)]
@@ -323,7 +183,7 @@ class VLLMEngine:
         if self._broken is not None:
             raise self._broken
 
-    async def _run(self, request: _Request) -> Completion:
+    async def _run(self, request: VLLMRequest) -> Completion:
         self._running.add(request)
         self._is_idle.clear()
         try:
@@ -355,18 +215,14 @@ class VLLMEngine:
             raise self._broken
         path = await asyncio.to_thread(write_version, self._folder, snapshot)
         await self._client.load(path, snapshot.version)
-        self._snapshot = snapshot
+        self._snapshot = _outline(snapshot)
         await self._verify()
 
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-def with_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give weights a head of their own, where it is tied to the embedding and so has no name."""
-    if HEAD in tensors or EMBEDDING not in tensors:
-        return dict(tensors)
-    return {**tensors, HEAD: tensors[EMBEDDING].clone()}
+def _outline(snapshot: WeightSnapshot) -> WeightSnapshot:
+    """The snapshot with tensors that have no memory: a lost server is not given them again."""
+    assert snapshot.tensors is not None
+    return replace(snapshot, tensors={n: t.to("meta") for n, t in snapshot.tensors.items()})
 
 
 @asynccontextmanager
@@ -446,77 +302,3 @@ async def open_vllm(
 
 async def _watch(process: ServerProcess, engine: VLLMEngine) -> None:
     engine.fail(f"its process ended with {await process.ended()}:\n{process.tail()}")
-
-
-def write_start(
-    folder: Path, outline: Any, weights: Mapping[str, Tensor], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Write the folder that a server starts from; returns the tensors that are in it.
-
-    A head that is tied to the embedding is written, and served, as one of its own: vLLM's CPU build
-    goes on with the head that it packed at its start when a tied model gets new weights.
-    """
-    tensors = with_head(snapshot_tensors(weights, dtype, every_name=True))
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = outline.config.to_dict() | {
-        "architectures": [type(outline).__name__],
-        "tie_word_embeddings": False,
-    }
-    (folder / "config.json").write_text(json.dumps(config, default=str))
-    return tensors
-
-
-def server_process(
-    config: VLLMConfig, folder: Path, seed: int, say: Callable[[str], None]
-) -> ServerProcess:
-    """The server of a folder that `write_start` has written `start` into.
-
-    Raises:
-        ValueError: If there is no such Python.
-    """
-    if not os.access(config.python, os.X_OK):
-        raise ValueError(
-            f"engine.python = {str(config.python)!r} is no program: give the Python of an "
-            "environment with vLLM, made as docs/sglang.md says"
-        )
-    words = {
-        "--model": folder / "start",
-        "--uds": folder / SOCKET,
-        "--dtype": config.dtype,
-        "--max-num-seqs": config.max_running,
-        "--tensor-parallel-size": config.tensor_parallel,
-        "--seed": seed % (1 << 30),
-        "--logprobs-mode": "processed_logprobs",  # those that are sampled from
-    }
-    flags = ["--skip-tokenizer-init", "--enable-scale-out"]  # which is ids in and ids out
-    environment = {
-        "VLLM_SERVER_DEV_MODE": "1",  # to take weights
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # so that its processes die with it
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    if config.max_cache_tokens is not None:
-        words["--block-size"] = _CACHE_BLOCK
-        words["--num-gpu-blocks-override"] = -(-config.max_cache_tokens // _CACHE_BLOCK)
-        # GiB that have to be free, or else 92 % of the memory have to; the blocks are as many as
-        # the line above says.
-        environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
-    if config.device == "cpu":
-        flags.append("--enforce-eager")
-        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-    else:
-        gpus = range(config.first_gpu, config.first_gpu + config.tensor_parallel)
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
-    return ServerProcess(
-        "vLLM server",
-        [
-            *(str(config.python), "-P", str(Path(__file__).with_name("vllm_server.py"))),
-            *(str(word) for pair in words.items() for word in pair),
-            *(*flags, *config.arguments),
-        ],
-        environment,
-        folder / "server.log",
-        say,
-        stages=_STAGES,
-    )

@@ -51,7 +51,7 @@ def main(descriptor: int, library: str) -> None:
     def answer(question: dict[str, Any]) -> None:
         try:
             reply = {"id": question["id"], "result": run(question)}
-        except Exception as error:  # of anybody's code; the other side decides what it means
+        except BaseException as error:  # of anybody's code, a cancelled coroutine's too
             reply = {"id": question["id"], "error": f"{type(error).__name__}: {error}"}
         try:
             send(reply)

@@ -1,5 +1,6 @@
 """An environment that does what its action says, to be run in a process of its own."""
 
+import asyncio
 import os
 import sys
 import time
@@ -8,7 +9,7 @@ import gymnasium
 
 
 class NaughtyEnv(gymnasium.Env):
-    """`step` of a line of a play: "say TEXT", "end REWARD", "hang", "die", "raise", "print"."""
+    """`step` of a line of a play: "say TEXT", "end REWARD", "hang", "die", "raise", "cancel"."""
 
     def __init__(self, refuse: bool = False):
         if refuse:
@@ -32,6 +33,8 @@ class NaughtyEnv(gymnasium.Env):
             case "die":
                 print("my last words", file=sys.stderr, flush=True)
                 os._exit(7)
+            case "cancel":
+                raise asyncio.CancelledError("what now?")
             case "raise":
                 raise RuntimeError("what now?")
         print("noise on stdout")

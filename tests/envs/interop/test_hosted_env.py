@@ -74,7 +74,7 @@ def test_gymnasiums_checker_has_nothing_to_say(python):
     check_env(naughty(python), skip_render_check=True)
 
 
-@pytest.mark.parametrize("action", ["raise", "end nan"])
+@pytest.mark.parametrize("action", ["raise", "cancel", "end nan"])
 def test_what_the_library_cannot_score_is_no_reward(python, action):
     env, other = naughty(python), naughty(python)
     other.reset()
