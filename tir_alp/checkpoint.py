@@ -2,8 +2,9 @@
 
 `checkpoints/step_N/` is a Hugging Face folder (weights, tokenizer, config) for others to use. What
 a run resumes from is `trainer/` in it: weights, optimizer and sigma as torch.distributed.checkpoint
-writes them, each rank its share, so that any number of ranks can read them. `manifest.json` is
-written last and names every file with its digest; a folder that does not match it is refused.
+writes them, each rank its share, so that any number of ranks can read them; and `rollouts.json`:
+the pending groups. `manifest.json` is written last and names every file with its digest; a folder
+that does not match it is refused.
 
 All ranks must see the same file system.
 """
@@ -45,11 +46,18 @@ class Position:
 
     step: int
     group: int
-    """Groups that the queue has handed out; tasks follow from it."""
+    """The first group that is not done with; tasks follow from it."""
     policy_version: int
 
 
-def save(folder: Path, trainer: Trainer, tokenizer: Any, position: Position, keep: int) -> Path:
+def save(
+    folder: Path,
+    trainer: Trainer,
+    tokenizer: Any,
+    position: Position,
+    rollouts: Mapping[str, Any],
+    keep: int,
+) -> Path:
     """Write `folder/step_N` and delete all but the `keep` newest checkpoints; on every rank.
 
     Args:
@@ -57,6 +65,7 @@ def save(folder: Path, trainer: Trainer, tokenizer: Any, position: Position, kee
         trainer: Whose weights and state are saved.
         tokenizer: Saved beside the weights.
         position: Where the run stands.
+        rollouts: What of the rollouts goes on, for JSON; `load_rollouts` gives it back.
         keep: So many stay.
 
     Returns:
@@ -77,6 +86,7 @@ def save(folder: Path, trainer: Trainer, tokenizer: Any, position: Position, kee
             raise OSError(f"cannot write {aside}: {_reasons(error)}") from error
         if ranks.is_first:
             tokenizer.save_pretrained(aside)
+            (aside / "rollouts.json").write_text(json.dumps(rollouts))
             _publish(aside, final, position)
             for old in _newest_first(folder)[keep:]:
                 shutil.rmtree(old)
@@ -179,6 +189,11 @@ def verify(path: Path) -> Position:
         if _digest(file) != digest:
             raise CheckpointError(f"{path} is torn: {name} is not what was saved")
     return position
+
+
+def load_rollouts(path: Path) -> dict[str, Any]:
+    """Read what the rollouts go on with."""
+    return json.loads((path / "rollouts.json").read_text())
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -6,7 +6,6 @@ nothing else.
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -369,6 +368,9 @@ class RolloutConfig(Section):
     hold: bool = False
     """For studies of staleness: train only when every group in flight has ended, so that weights
     lag by exactly `max_staleness` steps, fewer in the first. Sampling and training take turns."""
+    on_update: Literal["wait", "keep", "drop"] = "wait"
+    """What new weights do to completions that are being sampled: they wait until those have ended,
+    let them go on, each token range with its own version and logprobs, or make them begin again."""
     max_turn_tokens: int = Field(default=2048, ge=1)
     """Limit of one completion."""
     max_context_tokens: int = Field(default=16384, ge=2)
@@ -587,6 +589,58 @@ class DoctorConfig(Section):
     """Those that may fail; the run says so and starts all the same."""
 
 
+class PartsConfig(Section):
+    """Equal parts of one kind; each is a process that is placed as a whole."""
+
+    count: int = Field(default=1, ge=0)
+    """How many of them."""
+    cpus: float = Field(default=1.0, gt=0.0)
+    """Cores that each is given, of those that the cluster says it has."""
+    gpus: float = Field(default=0.0, ge=0.0)
+    """GPUs of each. Parts with half a GPU share one: an engine and a trainer rank, for instance."""
+    image: str | None = None
+    """Docker image that each runs in; None: what its node has installed."""
+
+
+class ClusterConfig(Section):
+    """Which processes a run is spread over, and when one of them counts as lost."""
+
+    address: str = "none"
+    """`none`: one process, no cluster, and nothing else here counts. `local`: a Ray cluster on this
+    machine, for this run. Else the address of a running one: `auto`, or `ray://HOST:10001`."""
+    trainer: PartsConfig = PartsConfig()
+    """Ranks of the trainer."""
+    engines: PartsConfig = PartsConfig()
+    """What samples."""
+    environments: PartsConfig = PartsConfig()
+    """Where environments and graders run."""
+    sandboxes: PartsConfig = PartsConfig(count=0)
+    """Hosts of the sandbox that `env.kwargs.sandbox` describes; 0: each environment runner has its
+    own."""
+    spread: bool = False
+    """Put parts on as many nodes as there are; else on as few."""
+    heartbeat_s: float = Field(default=5.0, gt=0.0)
+    """Time between two questions to a part whether it is well."""
+    patience_s: float = Field(default=30.0, gt=0.0)
+    """A part that has not answered for so long is ended and replaced."""
+    start_timeout_s: float = Field(default=600.0, gt=0.0)
+    """Deadline of a start: placing the process, loading the model."""
+    step_timeout_s: float = Field(default=3600.0, gt=0.0)
+    """Deadline of a training step, and of taking new weights."""
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a run has parts outside its own process."""
+        return self.address != "none"
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> ClusterConfig:
+        for name in ("trainer", "engines", "environments"):
+            if getattr(self, name).count < 1:
+                raise ValueError(f"cluster.{name}.count is 0: a run needs one at least")
+        return self
+
+
 class Config(BaseSettings):
     """A whole run."""
 
@@ -614,6 +668,7 @@ class Config(BaseSettings):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     doctor: DoctorConfig = DoctorConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @classmethod
     def settings_customise_sources(
@@ -636,6 +691,16 @@ class Config(BaseSettings):
             raise ValueError(
                 'deterministic needs engine.type = "transformers": what servers draw is not a '
                 "function of the run's seed"
+            )
+        if rollout.on_update != "wait" and isinstance(self.engine, VLLMConfig):
+            raise ValueError(
+                f'engine.type = "vllm" waits for what runs: leave rollout.on_update = "wait", not '
+                f'"{rollout.on_update}"'
+            )
+        if rollout.on_update == "drop" and isinstance(self.engine, SGLangConfig):
+            raise ValueError(
+                'rollout.on_update = "drop" needs engine.type = "transformers": what SGLang draws '
+                'the second time is something else; take "keep" or "wait"'
             )
         if self.deterministic and rollout.max_staleness and not rollout.hold:
             raise ValueError(
@@ -688,8 +753,9 @@ def load_config(arguments: Sequence[str], below: Mapping[str, Any]) -> Config:
         ValueError: With one line for each key that is unknown or has a wrong value.
     """
     # `--algorithm grpo` names a preset; as an option of its own it would hide `--algorithm.*`.
-    spelled = ["--algorithm.name" if word == "--algorithm" else word for word in arguments]
-    spelled = [re.sub(r"^--algorithm=", "--algorithm.name=", word) for word in spelled]
+    short = {"--algorithm": "--algorithm.name", "--cluster": "--cluster.address"}
+    words = [word.partition("=") for word in arguments]
+    spelled = ["".join((short.get(name, name), *rest)) for name, *rest in words]
     try:
         source = CliSettingsSource(Config, cli_parse_args=spelled, cli_exit_on_error=False)
         from_command_line = source()

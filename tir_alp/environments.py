@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 
 from tir_alp.config import Config
-from tir_alp.renderer import Renderer
+
+if TYPE_CHECKING:
+    from tir_alp.renderer import Renderer
 
 
 def make_environment(config: Config) -> gymnasium.Env[str, str]:
@@ -34,6 +36,8 @@ def make_renderer(config: Config, tokenizer: Any, env: gymnasium.Env[str, str]) 
         for name, attribute in (("call_format", "call_format"), ("tools", "tool_schemas"))
         if env.has_wrapper_attr(attribute)
     }
+    from tir_alp.renderer import Renderer  # not needed where environments run, nor is torch
+
     return Renderer(
         tokenizer,
         system=config.model.system,

@@ -127,11 +127,20 @@ class Ledger:
         self._attempts[uid].append(attempt)
         return _Watched(env, attempt)
 
-    def updated(self, update: int, batches: Sequence[Batch], made: bool) -> None:
-        """Write down what an update had packed; called by the trainer, with what the loss got."""
-        sequences = [row for batch in batches for row in packed_rows(batch)]
-        row = {"kind": "update", "update": update, "made": made, "sequences": sequences}
-        self._updates.append(row)
+    def updated(self, rows: Iterable[Row]) -> None:
+        """Write down what updates had packed: rows by `update_row`, made where the loss was."""
+        self._updates.extend(rows)
+
+    def kept(self, group_ids: Iterable[int]) -> list[Row]:
+        """The attempts at groups that have ended and wait, for the checkpoint."""
+        uids = [uid for group_id in group_ids for uid in self._uids(group_id)]
+        return [each.to_row() for uid in uids for each in self._attempts.get(uid, ())]
+
+    def restore(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take up what `kept` gave."""
+        for row in rows:
+            calls = [Call.from_row(call) for call in row["calls"]]
+            self._attempts[row["uid"]].append(Attempt(row["uid"], row["prompt"], calls))
 
     def take(
         self,
@@ -153,12 +162,14 @@ class Ledger:
             for group in each
         ]
         groups.sort(key=lambda group: group["group_id"])
-        first = [group["group_id"] * self._group_size for group in groups]
-        uids = [uid + index for uid in first for index in range(self._group_size)]
+        uids = [uid for group in groups for uid in self._uids(group["group_id"])]
         attempts = [each for uid in uids for each in self._attempts.pop(uid, ())]
         updates, self._updates = self._updates, []
         rows = [*groups, *(attempt.to_row() for attempt in attempts), *updates]
         return [{"kind": "ledger", "format": FORMAT}, *rows, {"kind": "end", "rows": len(rows)}]
+
+    def _uids(self, group_id: int) -> range:
+        return range(group_id * self._group_size, (group_id + 1) * self._group_size)
 
 
 class _Watched(gymnasium.Wrapper[str, str, str, str]):
@@ -211,6 +222,12 @@ def answer_digest(
     rest = {name: value for name, value in info.items() if name != "observation"}
     answer = [action, observation, float(reward), bool(terminated), bool(truncated), rest]
     return digest(json.dumps(answer, sort_keys=True))
+
+
+def update_row(update: int, batches: Sequence[Batch], made: bool) -> Row:
+    """What an update had packed; by the trainer, of what the loss got."""
+    sequences = [row for batch in batches for row in packed_rows(batch)]
+    return {"kind": "update", "update": update, "made": made, "sequences": sequences}
 
 
 def packed_rows(batch: Batch) -> Iterator[list[Any]]:

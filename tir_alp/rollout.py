@@ -8,11 +8,12 @@ has a deadline, and what fails is named by task, sequence, turn and part.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import gymnasium
@@ -23,6 +24,7 @@ from tir_alp.engines.base import Completion, Sampling
 from tir_alp.renderer import Renderer
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn
+from tir_alp.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -70,6 +72,8 @@ class EpisodeRunner:
     """Held by each episode from its first moment to its last."""
     watch: Watch = lambda env, uid: env
     """Wraps the environment of each attempt at an episode, e.g. to write down what it says."""
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    """Knows what episodes wait for."""
 
     async def run_group(self, task: Task, group_id: int) -> TrajectoryGroup:
         """Sample a group of episodes of one task; one that fails twice is dropped, and counted.
@@ -209,7 +213,8 @@ class EpisodeRunner:
     ) -> Completion:
         try:
             async with asyncio.timeout(self.limits.generate_timeout_s):
-                completion = await self.generate(token_ids, sampling)
+                with self.watchdog.waiting(f"{where}: the engine"):
+                    completion = await self.generate(token_ids, sampling)
         except TimeoutError:
             limit = self.limits.generate_timeout_s
             message = f"{where}: the engine gave no completion within {limit:g} s"
@@ -226,11 +231,13 @@ class EpisodeRunner:
 
         What it raises fails the episode and not the run: one broken task must not cost the others.
         """
-        future = asyncio.get_running_loop().run_in_executor(self.threads, call)
         try:
             async with asyncio.timeout(self.limits.env_timeout_s):
                 try:
-                    return await future
+                    with self.watchdog.waiting(where):
+                        context = contextvars.copy_context()
+                        loop = asyncio.get_running_loop()
+                        return await loop.run_in_executor(self.threads, context.run, call)
                 except Exception as error:
                     message = f"{where} raised {error!r}"
                     raise EpisodeFailed(Outcome.INFRA_ERROR, message) from error

@@ -6,6 +6,10 @@ trained on its group are live in the engine. So the group that step s trains on 
 weights of step s - max_staleness were live; with 0, after those of step s itself: exactly
 synchronous, by the same code.
 
+What a checkpoint needs to go on is `state`: which groups are pending, in their order, and those of
+them whose episodes have all ended. The others of them begin again. So no task is lost, and none is
+trained on twice.
+
 With `hold` nothing is handed out while a group is in flight, so that every token of the group that
 step s trains on was sampled by the weights of step s - max_staleness: exactly so stale.
 """
@@ -14,7 +18,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 
 from tir_alp.data import Task
 from tir_alp.types import TrajectoryGroup
@@ -30,6 +35,28 @@ class RolloutsFailed(Exception):
     """Nothing comes back any more: engine, environment or sandbox are down."""
 
 
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """Order and contents of a queue between two steps.
+
+    Example, 5 and 7 wait to be handed out, and only 7 has ended; 0 to 4 and 6 are done with:
+
+        QueueState(next_group=8, pending=(5, 7), finished={7: group})
+    """
+
+    next_group: int = 0
+    """The first group that has not been begun."""
+    pending: tuple[int, ...] = ()
+    """Groups that were begun, and neither trained on nor dropped; in order."""
+    finished: Mapping[int, TrajectoryGroup] = field(default_factory=dict)
+    """Those of them whose episodes have all ended."""
+
+    @property
+    def position(self) -> int:
+        """The first group that is not done with."""
+        return min((*self.pending, self.next_group))
+
+
 class RolloutQueue:
     """Keeps groups in flight and hands them out in order.
 
@@ -39,7 +66,7 @@ class RolloutQueue:
         groups_per_step: Groups that a step takes.
         max_staleness: Steps that the weights behind a group may lag.
         hold: Whether they lag by exactly so many, once there are so many.
-        next_group: First group id; where a resumed run goes on.
+        state: Where a resumed run goes on.
         has_signal: Whether a group can teach anything.
         max_refills: Groups without signal that a step may replace by others.
     """
@@ -57,7 +84,7 @@ class RolloutQueue:
         groups_per_step: int,
         max_staleness: int = 0,
         hold: bool = False,
-        next_group: int = 0,
+        state: QueueState = QueueState(),
         has_signal: HasSignal = lambda _: True,
         max_refills: int = 0,
     ) -> None:
@@ -65,15 +92,25 @@ class RolloutQueue:
         self._run_group, self._task_at = run_group, task_at
         self._groups_per_step = groups_per_step
         self._free = (max_staleness + 1) * groups_per_step
-        self._in_flight: deque[asyncio.Task[TrajectoryGroup]] = deque()
-        self._started = self._taken = next_group
+        self._in_flight: deque[tuple[int, asyncio.Future[TrajectoryGroup]]] = deque()
+        self._resumed, self._finished = deque(state.pending), dict(state.finished)
+        self._next_group = state.next_group
         self._has_signal, self._max_refills = has_signal, max_refills
         self.dropped = self.lost = ()
 
     @property
-    def position(self) -> int:
-        """Groups taken so far. A run that resumes here begins again those that were in flight."""
-        return self._taken
+    def state(self) -> QueueState:
+        """What a new queue needs to go on in the place of this one, between two steps."""
+        finished = {
+            group_id: group.result()
+            for group_id, group in self._in_flight
+            if group.done() and not group.cancelled() and group.exception() is None
+        }
+        # One that lost all its episodes has nothing to go on with, and gets another chance.
+        finished = {group_id: group for group_id, group in finished.items() if group.trajectories}
+        pending = [group_id for group_id, _ in self._in_flight]
+        waiting = {each: self._finished[each] for each in self._resumed if each in self._finished}
+        return QueueState(self._next_group, (*pending, *self._resumed), finished | waiting)
 
     async def take(self) -> list[TrajectoryGroup]:
         """Return the next `groups_per_step` groups, in order.
@@ -82,20 +119,33 @@ class RolloutQueue:
         its episodes, and as long as `max_refills` allows one without signal, is skipped: its slot
         is used again at once, for another task. So the weights behind a group lag no more than
         without skipping. When no more may be replaced, groups without signal are returned too.
+        A `take` that is cancelled or fails has handed out nothing: its groups are still pending.
 
         Raises:
             RolloutsFailed: If so many groups in a row are lost that it cannot be their tasks.
         """
-        groups: list[TrajectoryGroup] = []
+        seen: list[tuple[int, asyncio.Future[TrajectoryGroup]]] = []
         self.dropped = self.lost = ()
+        try:
+            return await self._take(seen)
+        except BaseException:
+            self._in_flight.extendleft(reversed(seen))
+            self._free -= len(self.dropped) + len(self.lost)
+            self.dropped = self.lost = ()
+            raise
+
+    async def _take(
+        self, seen: list[tuple[int, asyncio.Future[TrajectoryGroup]]]
+    ) -> list[TrajectoryGroup]:
+        """As `take`; what it takes out of those in flight is added to `seen`."""
+        groups: list[TrajectoryGroup] = []
         num_lost = 0
         while len(groups) < self._groups_per_step:
             self._fill()
             if self._hold:
-                await asyncio.wait(self._in_flight)
-            group = await self._in_flight[0]
-            self._in_flight.popleft()
-            self._taken += 1
+                await asyncio.wait([group for _, group in self._in_flight])
+            group = await asyncio.shield(self._in_flight[0][1])
+            seen.append(self._in_flight.popleft())
             if group.trajectories:
                 num_lost = 0
                 if len(self.dropped) == self._max_refills or self._has_signal(group):
@@ -121,13 +171,23 @@ class RolloutQueue:
 
     async def close(self) -> None:
         """Cancel what is in flight."""
-        for group in self._in_flight:
+        groups = [group for _, group in self._in_flight]
+        for group in groups:
             group.cancel()
-        await asyncio.gather(*self._in_flight, return_exceptions=True)
+        await asyncio.gather(*groups, return_exceptions=True)
 
     def _fill(self) -> None:
         while self._free > 0:
-            group = self._run_group(self._task_at(self._started), self._started)
-            self._in_flight.append(asyncio.ensure_future(group))
+            if self._resumed:
+                group_id = self._resumed.popleft()
+            else:
+                group_id, self._next_group = self._next_group, self._next_group + 1
+            self._in_flight.append((group_id, self._begin(group_id)))
             self._free -= 1
-            self._started += 1
+
+    def _begin(self, group_id: int) -> asyncio.Future[TrajectoryGroup]:
+        if (finished := self._finished.pop(group_id, None)) is None:
+            return asyncio.ensure_future(self._run_group(self._task_at(group_id), group_id))
+        ended = asyncio.get_running_loop().create_future()
+        ended.set_result(finished)
+        return ended

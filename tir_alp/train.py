@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any, TypeVar
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -25,8 +28,11 @@ from tir_alp.checkpoint import Position
 from tir_alp.config import Config, load_config, read_toml
 from tir_alp.evaluate import evaluate
 from tir_alp.guards import Tripped, faint_noise, out_of_bounds
+from tir_alp.interrupt import Interrupt, Interrupted
 from tir_alp.metrics import rollout_metrics
 from tir_alp.objective import objective
+from tir_alp.parts import PartLost, Parts, open_parts
+from tir_alp.queue_rows import state_to_row
 from tir_alp.renderer import PromptTooLong
 from tir_alp.report import write_run_report
 from tir_alp.rollout_queue import RolloutsFailed
@@ -35,51 +41,85 @@ from tir_alp.tiny import TRAIN_CONFIG
 from tir_alp.tools.sandbox import SandboxRefused
 from tir_alp.types import TrajectoryGroup
 
-CHANGEABLE = ("steps", "eval", "checkpoint", "guards", "doctor")
+CHANGEABLE = ("steps", "eval", "checkpoint", "guards", "doctor", "cluster")
 """What may differ when a run is resumed."""
+
+T = TypeVar("T")
+
+_MOST_LOSSES = 3  # from one checkpoint; after them, what is wrong does not pass by itself
 
 
 async def train(run: Run) -> None:
-    """Train from the run's position to its last step, evaluating before and after."""
-    config, start = run.config, run.position.step
-    if start == 0:
-        await measure(run, step=0)
-        if config.guards.on_trip == "roll_back":
-            save(run, 0)
-    with run.console.training(start, config.steps):
-        for step in range(start, config.steps):
-            began = time.monotonic()
-            groups = await run.rollouts.take()
-            rolled_out = time.monotonic()
-            metrics = await update(run, groups, step)
-            trained = time.monotonic()
-            metrics |= rollout_metrics(groups, step, run.rollouts.dropped)
-            record(run, groups, step)
-            await check_health(run, metrics, step)
-            recorded = time.monotonic()
-            await run.engine.load_weights(dict(run.trainer.weights()), version=step + 1)
-            run.rollouts.release()
+    """Train from the run's position to its last step, evaluating before and after.
 
-            ended = time.monotonic()
-            metrics |= {f"engine/{name}": value for name, value in run.engine.health().items()}
-            metrics["time/rollout"] = rolled_out - began
-            metrics["time/train"] = trained - rolled_out
-            metrics["time/weights"] = ended - recorded
-            metrics["tokens/per_second"] = metrics["tokens/generated"] / (ended - began)
-            run.folder.log(step + 1, metrics)
-            run.console.step(step + 1, metrics)
-            if due(step + 1, config.eval.every) and step + 1 < config.steps:
-                await measure(run, step + 1)
-            if due(step + 1, config.checkpoint.every) or step + 1 == config.steps:
-                save(run, step + 1)
-    await measure(run, config.steps)
+    Raises:
+        Interrupted: If somebody asked for an end; a checkpoint is there then.
+    """
+    config, step = run.config, run.position.step
+    with run.console.training(step, config.steps):
+        try:
+            if step == 0:
+                if config.guards.on_trip == "roll_back" or config.cluster.is_used:
+                    await save(run, 0)
+                await run.interrupt.bound(measure(run, step=0))
+            while step < config.steps:
+                began = time.monotonic()
+                groups = await run.interrupt.bound(run.rollouts.take())
+                await learn(run, groups, step, began)
+                step += 1
+                if due(step, config.eval.every) and step < config.steps:
+                    await run.interrupt.bound(measure(run, step))
+                if due(step, config.checkpoint.every) or step == config.steps:
+                    await save(run, step)
+            await run.interrupt.bound(measure(run, step))
+        except Interrupted:
+            with contextlib.suppress(PartLost):  # then the checkpoint before it has to do
+                await save(run, step)
+            raise
+
+
+async def learn(run: Run, groups: Sequence[TrajectoryGroup], step: int, began: float) -> None:
+    """Update on the groups of a step, give the engine the new weights, and free the slots.
+
+    Args:
+        run: Of which.
+        groups: Of the step.
+        step: Its number.
+        began: When it began to wait for them, by `time.monotonic`.
+    """
+    rolled_out = time.monotonic()
+    metrics = await update(run, groups, step)
+    trained = time.monotonic()
+    metrics |= rollout_metrics(groups, step, run.rollouts.dropped)
+    record(run, groups, step)
+    await check_health(run, metrics, step)
+    recorded = time.monotonic()
+    weights = await with_trainer(run, run.trainer.weights)
+    await run.engine.load_weights(weights, version=step + 1)
+    run.rollouts.release()
+
+    ended = time.monotonic()
+    metrics |= {f"engine/{name}": value for name, value in run.engine.health().items()}
+    metrics["time/rollout"] = rolled_out - began
+    metrics["time/train"] = trained - rolled_out
+    metrics["time/weights"] = ended - recorded
+    metrics["tokens/per_second"] = metrics["tokens/generated"] / (ended - began)
+    run.folder.log(step + 1, metrics)
+    run.console.step(step + 1, metrics)
 
 
 async def update(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> dict[str, float]:
     """Let the trainer learn from groups, in a thread, so that rollouts go on meanwhile."""
     samples = with_advantages(groups, run.config)
+    metrics, packed = await with_trainer(run, run.trainer.step, samples, step)
+    run.ledger.updated(packed)
+    return metrics
+
+
+async def with_trainer(run: Run, call: Callable[..., T], *arguments: Any) -> T:
+    """Ask the trainer, in its thread: what it answers may take long, or never come."""
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(run.trainer_thread, run.trainer.step, samples, step)
+    return await loop.run_in_executor(run.trainer_thread, call, *arguments)
 
 
 def with_advantages(groups: Sequence[TrajectoryGroup], config: Config) -> list[list[Sample]]:
@@ -112,9 +152,8 @@ async def check_health(run: Run, metrics: Mapping[str, float], step: int) -> Non
         folder.log(step + 1, metrics)
         folder.tell(step + 1, "stop", reason)
         raise Tripped(f"stopped in step {step + 1}: {reason}")
-    path, position, _ = checkpoint.newest(folder.checkpoints)
-    checkpoint.load(path, run.trainer)
-    reason = f"{reason}; back to the weights of step {position.step}"
+    good = await with_trainer(run, roll_back, run)
+    reason = f"{reason}; back to the weights of step {good.step}"
     folder.tell(step + 1, "roll_back", reason)
     run.console.print(f"step {step + 1}: {reason}")
 
@@ -125,7 +164,7 @@ def roll_back(run: Run) -> Position:
     It reads and checks the whole checkpoint, so it belongs in the trainer's thread.
     """
     path, position, _ = checkpoint.newest(run.folder.checkpoints)
-    checkpoint.load(path, run.trainer)
+    run.trainer.load(path)
     return position
 
 
@@ -145,15 +184,13 @@ async def measure(run: Run, step: int) -> None:
     )
 
 
-def save(run: Run, step: int) -> None:
+async def save(run: Run, step: int) -> None:
     """Write a checkpoint of where the run stands behind `step` steps."""
-    checkpoint.save(
-        run.folder.checkpoints,
-        run.trainer,
-        run.tokenizer,
-        Position(step=step, group=run.rollouts.position, policy_version=step),
-        keep=run.config.checkpoint.keep,
-    )
+    state = run.rollouts.state
+    rollouts = {"queue": state_to_row(state), "attempts": run.ledger.kept(state.finished)}
+    position = Position(step=step, group=state.position, policy_version=step)
+    folder, keep = run.folder.checkpoints, run.config.checkpoint.keep
+    await with_trainer(run, run.trainer.save, folder, position, rollouts, keep)
 
 
 def due(step: int, every: int) -> bool:
@@ -165,14 +202,75 @@ class CannotStart(Exception):
     """What the user has to mend before a run can begin."""
 
 
+class RunLost(Exception):
+    """A run that can go on only from its newest checkpoint.
+
+    Args:
+        path: Its folder.
+        reason: What it lost.
+        environment: See `Run`; None: it was not open yet.
+    """
+
+    def __init__(self, path: Path, reason: str, environment: dict[str, Any] | None = None) -> None:
+        super().__init__(reason)
+        self.path, self.environment = path, environment
+        self.step = checkpoint.newest(path / "checkpoints")[1].step
+
+
 async def train_from(config: Config, resume: Path | None) -> None:
-    """Open a run, say what it is, train, and say what to do next."""
+    """Train a new run, or go on with one, where the config says."""
     async with AsyncExitStack() as stack:
         try:
-            run = await stack.enter_async_context(open_run(config, resume))
+            parts = await stack.enter_async_context(open_parts(config))
+        except (ValueError, SandboxRefused, PartLost) as error:
+            raise CannotStart(str(error)) from error
+        await train_stubbornly(parts, config, resume)
+
+
+async def train_stubbornly(parts: Parts, config: Config, resume: Path | None) -> None:
+    """Train in parts that are there; where the trainer is lost, go on from the last checkpoint.
+
+    Raises:
+        RunLost: If that does not help.
+    """
+    interrupt = Interrupt()
+    losses: Counter[int] = Counter()
+    environment: dict[str, Any] | None = None
+    with interrupt.listening():
+        while True:
+            try:
+                return await train_with(parts, config, resume, interrupt, environment)
+            except RunLost as lost:
+                losses[lost.step] += 1
+                if losses[lost.step] > _MOST_LOSSES:
+                    raise
+                print(f"{lost}; the run goes on from step {lost.step}", file=sys.stderr)
+                resume, environment = lost.path, lost.environment or environment
+
+
+async def train_with(
+    parts: Parts,
+    config: Config,
+    resume: Path | None,
+    interrupt: Interrupt,
+    environment: dict[str, Any] | None,
+) -> None:
+    """Open a run, say what it is, train, and say what to do next; see `open_run`.
+
+    Raises:
+        RunLost: If the run lost its trainer, or all of its engines.
+    """
+    async with AsyncExitStack() as stack:
+        try:
+            run = await stack.enter_async_context(
+                open_run(config, resume, parts, interrupt, environment)
+            )
         except (ValueError, SandboxRefused) as error:
             raise CannotStart(str(error)) from error
-        stack.callback(draw, run)  # however training ends
+        except PartLost as error:
+            if resume is None:
+                raise CannotStart(str(error)) from error
+            raise RunLost(resume, str(error)) from error
         path = run.folder.path
         run.console.print(
             f"config {config.model_dump_json()}\n{objective(config.algorithm)}\n"
@@ -180,13 +278,21 @@ async def train_from(config: Config, resume: Path | None) -> None:
             + "".join(f"warning: {warning}\n" for warning in run.environment.get("warnings", ()))
             + f"run {path}"
         )
-        await train(run)
-        run.console.print(
-            f"the model is in {path}/checkpoints/step_{config.steps}, metrics in "
-            f"{path}/metrics.jsonl\n"
-            f"next: tensorboard --logdir {path}  |  go on: python -m tir_alp.train --resume {path} "
-            f"--steps {config.steps * 2}"
-        )
+        is_lost = False
+        try:
+            await train(run)
+            run.console.print(
+                f"the model is in {path}/checkpoints/step_{config.steps}, metrics in "
+                f"{path}/metrics.jsonl\n"
+                f"next: tensorboard --logdir {path}  |  go on: python -m tir_alp.train "
+                f"--resume {path} --steps {config.steps * 2}"
+            )
+        except PartLost as error:
+            is_lost = True
+            raise RunLost(path, str(error), run.environment) from error
+        finally:
+            if not is_lost:
+                draw(run)
 
 
 def draw(run: Run) -> None:
@@ -238,13 +344,13 @@ def main(arguments: Sequence[str]) -> int:
         except ValueError as error:
             raise CannotStart(str(error)) from error
         asyncio.run(train_from(config, resume))
-    except (CannotStart, PromptTooLong, RolloutsFailed) as error:
+    except (CannotStart, PromptTooLong, RolloutsFailed, RunLost) as error:
         print(f"tir_alp.train: {error}", file=sys.stderr)
         return 2
     except Tripped as error:
         print(f"tir_alp.train: {error}", file=sys.stderr)
         return 3
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt):
         print("tir_alp.train: interrupted; --resume goes on from the last checkpoint")
         return 130
     return 0

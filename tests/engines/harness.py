@@ -120,6 +120,7 @@ async def served_by(
     urls: Sequence[str],
     of: Any | None,
     say: Callable[[str], None] = lambda _: None,
+    on_update: str = "keep",
     reference: Reference | None = None,
     **settings: Any,
 ) -> AsyncIterator[SGLangEngine]:
@@ -133,6 +134,7 @@ async def served_by(
         model_path=str(BASE),
         vocab_size=VOCABULARY,
         end_token_ids=frozenset({1}),
+        on_update=on_update,
         reference=reference,
         say=say,
     ) as engine:

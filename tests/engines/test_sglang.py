@@ -122,6 +122,30 @@ def test_an_update_in_mid_generation_splits_completions_where_it_came(sglang_url
     assert distance(wrong_way_round, PROMPT, completion) > 1e-2
 
 
+def test_weights_that_wait_come_between_two_completions(sglang_url):
+    tokens: list[int] = []
+
+    def watch():
+        return lambda token_id: tokens.append(token_id) or False
+
+    async def work():
+        async with served(sglang_url, OLD, on_update="wait") as engine:
+            long = Sampling(max_tokens=200, stop_matcher=watch)
+            running = asyncio.create_task(engine.generate(PROMPT, long))
+            await until(lambda: len(tokens) > 20)
+            loading = asyncio.create_task(engine.load_weights(NEW.state_dict(), 1))
+            await until(lambda: not engine._gate.is_set())
+            later = await engine.generate(PROMPT, Sampling(max_tokens=9, sequence_uid=1))
+            await loading
+            return await running, later
+
+    completion, later = run(work())
+    assert (completion.policy_version, completion.version_spans) == (0, ())
+    assert (later.policy_version, later.version_spans) == (1, ())
+    assert distance({0: OLD, 1: NEW}, PROMPT, completion) < 1e-4
+    assert distance({0: OLD, 1: NEW}, PROMPT, later) < 1e-4
+
+
 def test_a_server_with_other_weights_than_it_should_have_does_not_pass(sglang_url):
     from tir_alp.engines.http_client import ServerFailed
     from tir_alp.engines.sglang_weights import verify_tensors

@@ -73,7 +73,7 @@ def play(
     tokenizer = make_tokenizer()
     with closing(make_environment(config)) as env:
         renderer = make_renderer(config, tokenizer, env)
-    check_environment(config, renderer, [task])
+    check_environment(config, renderer, [task], lambda: make_environment(config))
     is_mended: list[threading.Event] = []
 
     async def policy(token_ids, sampling) -> Completion:

@@ -62,7 +62,7 @@ def train(ranks: Ranks, case: str, folder: Path | None = None) -> Result:
     reports = [one.step(make_groups(), 0)]
     found = gradients(one)
     if folder is not None:
-        checkpoint.save(folder, one, make_tokenizer(), Position(1, 4, 1), keep=1)
+        checkpoint.save(folder, one, make_tokenizer(), Position(1, 4, 1), {}, keep=1)
     reports.append(one.step(make_groups(), 1))
     return reports, found, weights_of(one)
 

@@ -3,10 +3,12 @@
 import gymnasium
 import pytest
 
-from tir_alp.assembly import check_environment, run_name, with_run_seed
+from tir_alp.assembly import check_environment, run_name
 from tir_alp.config import load_config
 from tir_alp.data import Task
+from tir_alp.environments import make_environment
 from tir_alp.envs.spaces import TextSpace
+from tir_alp.learner import with_run_seed
 from tir_alp.policy import load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.tiny import BASE
@@ -65,7 +67,8 @@ def report_of(environment):
     gymnasium.register("Echo-v0", entry_point=environment)
     try:
         config = load_config(["--env.id", "Echo-v0", "--env.kwargs", "{}"], {})
-        return check_environment(config, Renderer(load_tokenizer(str(BASE))), [TASK])
+        renderer = Renderer(load_tokenizer(str(BASE)))
+        return check_environment(config, renderer, [TASK], lambda: make_environment(config))
     finally:
         del gymnasium.registry["Echo-v0"]
 

@@ -10,8 +10,28 @@ from tir_alp import checkpoint
 from tir_alp.checkpoint import CheckpointError, Position
 from tir_alp.config import ALGORITHMS, TrainerConfig
 from tir_alp.parallel import alone
+from tir_alp.queue_rows import state_from_row, state_to_row
+from tir_alp.rollout_queue import QueueState
 from tir_alp.tiny.model import make_model, make_tokenizer
+from tir_alp.tools.outcome import Outcome
 from tir_alp.trainer import Trainer
+from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn, VersionSpan
+
+TURN = Turn(
+    completion=TokenSpan((4, 5), (-0.1 - 2e-17, -1e-300), trainable=False),
+    observation=TokenSpan((7,)),
+    policy_version=3,
+    stop_reason=StopReason.LENGTH,
+    outcome=Outcome.TOOL_ERROR,
+    reward=1 / 3,
+    info={"tool_calls": 1, "answer": None},
+    timing={"generate": 0.1},
+    version_spans=(VersionSpan(3, 0, 1), VersionSpan(4, 1, 2)),
+)
+TRAJECTORY = Trajectory("t", 5, TokenSpan((1, 2)), (TURN,), True, False, sequence_uid=9)
+ROLLOUTS = QueueState(8, (5, 7), {5: TrajectoryGroup("t", 5, (TRAJECTORY,) * 2, num_dropped=1)})
+"""Whatever a group can hold."""
+ROWS = state_to_row(ROLLOUTS)
 
 
 def make_trainer(algorithm="bypass_token", model=None):
@@ -32,7 +52,7 @@ def trainer():
 
 def save(folder, trainer, step, keep=9):
     position = Position(step=step, group=16 * step, policy_version=step)
-    return checkpoint.save(folder, trainer, make_tokenizer(), position, keep=keep)
+    return checkpoint.save(folder, trainer, make_tokenizer(), position, ROWS, keep=keep)
 
 
 def test_a_checkpoint_is_a_hugging_face_folder_and_knows_where_the_run_stood(tmp_path, trainer):
@@ -41,6 +61,10 @@ def test_a_checkpoint_is_a_hugging_face_folder_and_knows_where_the_run_stood(tmp
     weights = make_model(seed=0).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
     assert checkpoint.verify(path) == Position(step=7, group=112, policy_version=7)
+
+
+def test_pending_groups_come_back_as_they_were(tmp_path, trainer):
+    assert state_from_row(checkpoint.load_rollouts(save(tmp_path, trainer, step=1))) == ROLLOUTS
 
 
 def test_the_newest_is_by_number_and_old_ones_go(tmp_path, trainer):

@@ -283,3 +283,24 @@ def test_what_an_engine_does_not_know_is_told_by_its_own_name(engine, message):
 def test_a_deterministic_run_needs_the_embedded_engine():
     with pytest.raises(ValueError, match=r'deterministic needs engine\.type = "transformers"'):
         load_config(["--deterministic", "true"], {"engine": {"type": "sglang"}})
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in CONFIGS if file.parent.name == "cluster"], ids=lambda file: file.stem
+)
+def test_configs_of_clusters_are_valid_and_ask_for_gpus(file):
+    cluster = load_config([], read_toml(file)).cluster
+    assert cluster.is_used and cluster.trainer.gpus > 0 < cluster.engines.gpus
+
+
+def test_a_cluster_is_named_by_its_address():
+    assert load_config(["--cluster", "auto"], {}).cluster.address == "auto"
+    made = load_config(["--cluster=local", "--cluster.engines.count", "3"], {}).cluster
+    assert (made.address, made.engines.count, made.is_used) == ("local", 3, True)
+    assert not load_config([], {}).cluster.is_used
+
+
+@pytest.mark.parametrize("kind", ["trainer", "engines", "environments"])
+def test_a_cluster_needs_one_part_of_each_kind(kind):
+    with pytest.raises(ValueError, match=f"cluster.{kind}.count is 0"):
+        load_config([f"--cluster.{kind}.count", "0"], {})

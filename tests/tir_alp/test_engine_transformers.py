@@ -381,6 +381,50 @@ def test_completions_keep_the_version_that_they_began_with_and_weights_wait_for_
     assert (first.token_ids, second.token_ids) == (old.token_ids, new.token_ids)
 
 
+def updated(on_update: str, *prompts: tuple[int, ...]) -> list[Completion]:
+    """Completions of 40 tokens under which new weights came, again and again."""
+
+    async def run() -> list[Completion]:
+        async with opened(on_update=on_update) as engine:
+            watch = Watch()
+            samplings = [
+                Sampling(max_tokens=40, sequence_uid=uid, stop_matcher=None if uid else watch)
+                for uid in range(len(prompts))
+            ]
+            running = [
+                asyncio.create_task(engine.generate(prompt, sampling))
+                for prompt, sampling in zip(prompts, samplings, strict=True)
+            ]
+            for version in (1, 2):
+                watch.began.clear()
+                await watch.began.wait()
+                await engine.load_weights(model(version).state_dict(), version)
+            return await asyncio.gather(*running)
+
+    return asyncio.run(run())
+
+
+def test_a_completion_that_is_kept_has_each_token_range_by_the_weights_that_sampled_it():
+    prompts = (PROMPT, PROMPT[:3], PROMPT * 3)
+    for prompt, completion in zip(prompts, updated("keep", *prompts), strict=True):
+        spans = completion.version_spans
+        assert len(completion.token_ids) == 40
+        assert [span.version for span in spans] in ([0, 1, 2], [1, 2])
+        for span in spans:
+            expected = trainer_logprobs(model(span.version), prompt, completion)
+            here = slice(span.start, span.stop)
+            assert torch.tensor(completion.logprobs)[here].sub(expected[here]).abs().max() < 1e-4
+            wrong = trainer_logprobs(model(span.version + 1), prompt, completion)
+            assert wrong[here].sub(expected[here]).abs().max() > 1e-2
+
+
+def test_a_completion_that_is_dropped_begins_again_with_the_same_draws():
+    for uid, completion in enumerate(updated("drop", PROMPT, PROMPT)):
+        afresh = one(Sampling(max_tokens=40, sequence_uid=uid), of=model(2))
+        assert (completion.policy_version, completion.version_spans) == (2, ())
+        assert completion.token_ids == afresh.token_ids
+
+
 def test_loads_are_taken_one_after_another():
     async def run() -> Completion:
         async with opened() as engine:
@@ -654,6 +698,7 @@ def test_health_counts_what_is_there():
         "cache_tokens": 8,
         "parked_tokens": 0,
         "tokens_generated": 2,
+        "tokens_dropped": 0,
     }
     assert after == dict.fromkeys(during, 0) | {"tokens_generated": 120}
 

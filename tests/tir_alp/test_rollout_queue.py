@@ -1,6 +1,7 @@
 """The queue: how many groups are in flight, in which order they come out, how stale they can be."""
 
 import asyncio
+import json
 import random
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from tir_alp.data import Task
+from tir_alp.queue_rows import state_from_row, state_to_row
 from tir_alp.rollout_queue import RolloutQueue, RolloutsFailed
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn
@@ -173,8 +175,8 @@ def test_a_group_that_lost_all_its_episodes_is_replaced_at_once():
         sampler.end(*range(100))
         queue = queue_of(sampler)
         assert ids(await queue.take()) == [0, 3]
-        assert queue.position == 4
         assert [group.group_id for group in queue.lost] == [1, 2]
+        assert queue.state.position == 4
         queue.release()
         assert ids(await queue.take()) == [4, 5]
         assert queue.lost == ()
@@ -192,16 +194,51 @@ def test_an_outage_ends_the_waiting():
     run(body)
 
 
-def test_a_run_goes_on_with_the_groups_that_were_not_taken():
+def test_a_resumed_queue_neither_loses_nor_repeats_a_group():
+    """3 and 5 have ended and are not sampled again; 4 was in flight, and begins again."""
+
     async def body() -> None:
         sampler = Sampler()
-        sampler.end(*range(100))
-        first = queue_of(sampler, max_staleness=1)
-        await first.take()
-        assert first.position == 2  # 2 and 3 were in flight
-        second = queue_of(sampler, next_group=first.position)
-        assert ids(await second.take()) == [2, 3]
-        assert second.position == 4
+        first = queue_of(sampler, max_staleness=2)
+        taking = asyncio.create_task(first.take())
+        await settle()
+        sampler.end(0, 1, 3, 5)
+        assert ids(await taking) == [0, 1]
+        taking = asyncio.create_task(first.take())
+        first.release()
+        await settle()
+        sampler.end(2)
+        await settle()  # 2 and 3 are chosen; 4 to 7 are in flight
+        assert ids(await taking) == [2, 3]
+        taking = asyncio.create_task(first.take())
+        await settle()
+        taking.cancel()
+        state = first.state
+        assert (state.next_group, state.pending, list(state.finished)) == (8, (4, 5, 6, 7), [5])
+        state = state_from_row(json.loads(json.dumps(state_to_row(state))))
+        later = Sampler()
+        later.end(*range(100))
+        second = queue_of(later, max_staleness=2, state=state)
+        assert [ids(await second.take()) for _ in range(3)] == [[4, 5], [6, 7], [8, 9]]
+        assert later.begun == [4, 6, 7, 8, 9]
+
+    run(body)
+
+
+def test_a_take_that_is_cancelled_has_handed_out_nothing():
+    async def body() -> None:
+        sampler = Sampler()
+        queue = queue_of(sampler)
+        taking = asyncio.create_task(queue.take())
+        await settle()
+        sampler.end(0)
+        await settle()
+        taking.cancel()
+        await asyncio.wait([taking])
+        assert queue.state.pending == (0, 1) and list(queue.state.finished) == [0]
+        sampler.end(1)
+        assert ids(await queue.take()) == [0, 1]
+        assert sampler.cancelled == []
 
     run(body)
 
@@ -220,7 +257,7 @@ def test_a_group_without_signal_is_replaced_by_another_task_and_not_by_a_copy():
         queue = queue_of(sampler, has_signal=signal_in(1, 4, 5, 6), max_refills=3)
         assert ids(await queue.take()) == [1, 4]
         assert [group.group_id for group in queue.dropped] == [0, 2, 3]
-        assert queue.position == 5
+        assert queue.state.position == 5
         assert sampler.begun == [0, 1, 2, 3, 4]
         queue.release()
         assert ids(await queue.take()) == [5, 6]

@@ -526,7 +526,7 @@ def test_a_sigma_that_is_not_learnt_stays():
 
 
 def saved(of: Trainer, folder: Path) -> Path:
-    return checkpoint.save(folder, of, make_tokenizer(), Position(1, 4, 1), keep=1)
+    return checkpoint.save(folder, of, make_tokenizer(), Position(1, 4, 1), {}, keep=1)
 
 
 def test_a_trainer_that_is_loaded_makes_the_same_next_step(tmp_path):

@@ -14,18 +14,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from tir_alp.assembly import check_environment, open_engine
+from tir_alp.assembly import check_environment, reference_by
 from tir_alp.config import Config, load_config, read_toml
 from tir_alp.console import RunConsole
 from tir_alp.data import load_order
 from tir_alp.doctor.examine import examine_config, examine_engine
 from tir_alp.doctor.finding import Finding
 from tir_alp.environments import make_environment, make_renderer
-from tir_alp.parallel import alone
-from tir_alp.policy import compute_device, load_outline, load_policy, load_tokenizer
+from tir_alp.parts import open_parts
+from tir_alp.policy import load_outline, load_tokenizer
 from tir_alp.tiny import SHIPPED, TRAIN_CONFIG
 from tir_alp.tools.sandbox import SandboxRefused
-from tir_alp.trainer import Trainer
 
 
 async def examine(config: Config) -> list[Finding]:
@@ -39,26 +38,24 @@ async def examine(config: Config) -> list[Finding]:
     with closing(make_environment(config)) as env:
         renderer = make_renderer(config, tokenizer, env)
     tasks = load_order(config.data, config.seed)
-    check_environment(config, renderer, [tasks[0]])
-    with closing(make_environment(config)) as env:
-        findings = examine_config(config, path, tokenizer, renderer, env, tasks[0])
-        prompts = [
-            env.reset(seed=task.seed, options=task.to_options())[0] for task in (tasks[0], tasks[1])
-        ]
-    trainer = Trainer(
-        load_policy(path),
-        config.trainer,
-        config.algorithm,
-        ranks=alone(compute_device(config.trainer.device)),
-        temperature=config.rollout.temperature,
-        on_bad_update=lambda update, batches: None,
-    )
-    with ThreadPoolExecutor(1) as thread:
-        async with open_engine(config, path, 0, trainer, thread, RunConsole()) as engine:
-            return findings + await examine_engine(
-                *(config, engine, load_outline(path), trainer, lambda: dict(trainer.weights()), 0),
-                *(tokenizer, renderer, prompts),
-            )
+    async with open_parts(config, RunConsole().print) as parts:
+        check = (check_environment, config, renderer, [tasks[0]], parts.make_env)
+        await asyncio.to_thread(*check)
+        with closing(parts.make_env()) as env:
+            examined = (examine_config, config, path, tokenizer, renderer, env, tasks[0])
+            findings = await asyncio.to_thread(*examined)
+            prompts = [
+                env.reset(seed=task.seed, options=task.to_options())[0]
+                for task in (tasks[0], tasks[1])
+            ]
+        trainer = await parts.trainer(Path("runs"), path, None)
+        with ThreadPoolExecutor(1) as thread, closing(trainer):
+            engine = parts.engine(path, 0, renderer, reference_by(trainer, thread))
+            async with engine as opened:
+                return findings + await examine_engine(
+                    *(config, opened, load_outline(path), trainer, trainer.weights, 0),
+                    *(tokenizer, renderer, prompts),
+                )
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -9,8 +9,7 @@ outside of it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -92,7 +91,7 @@ class EngineCheck:
             for temperature, top_p in sorted(settings)
             for each in await self._sample(temperature=temperature, top_p=top_p)
         ]
-        return self._ids(sampled), self._logprobs(sampled)
+        return self._ids(sampled), await asyncio.to_thread(self._logprobs, sampled)
 
     async def _sample(self, **sampling: Any) -> list[Sampled]:
         """A completion of each prompt."""
@@ -202,14 +201,17 @@ class EngineCheck:
             version: Of the model's weights.
         """
         probe = await self._sample(temperature=self.temperature)
-        with _nudged(self.judge, lambda: self._distance(probe)[0] >= _SHIFT * self.tolerance):
-            shift = self._distance(probe)[0]
-            await self.engine.load_weights(weights(), version=version + 1)
+        in_thread = asyncio.to_thread  # what the judge says may take long, or never come
+        try:
+            shift = await in_thread(self._nudge, probe)
+            await self.engine.load_weights(await in_thread(weights), version=version + 1)
             changed = await self._sample(temperature=self.temperature)
-            ahead, _, _ = self._distance(changed)
-        await self.engine.load_weights(weights(), version=version)
+            ahead, _, _ = await in_thread(self._distance, changed)
+        finally:
+            await in_thread(self.judge.nudge, 0.0)  # bit for bit back
+        await self.engine.load_weights(await in_thread(weights), version=version)
         restored = await self._sample(temperature=self.temperature)
-        back, _, num_tokens = self._distance(restored)
+        back, _, num_tokens = await in_thread(self._distance, restored)
         versions = [
             {each.completion.policy_version for each in sampled} for sampled in (changed, restored)
         ]
@@ -222,6 +224,16 @@ class EngineCheck:
             "the engine goes on with old weights, all or some, after load_weights: see that it "
             "copies every tensor, empties its cache and counts the version",
         )
+
+    def _nudge(self, probe: Sequence[Sampled]) -> float:
+        """Change some weights until the judge has moved; by how much it has, in nats."""
+        shift = 0.0
+        for scale in (0.05, 0.1, 0.2, 0.4, 0.8):
+            self.judge.nudge(scale)
+            shift = self._distance(probe)[0]
+            if shift >= _SHIFT * self.tolerance:
+                break
+        return shift
 
 
 _MISTAKES: dict[str, Callable[[Sampling], tuple[float, float]]] = {
@@ -240,16 +252,3 @@ def _third_token() -> Callable[[int], bool]:
         return count == 3
 
     return feed
-
-
-@contextmanager
-def _nudged(judge: Judge, is_moved: Callable[[], bool]) -> Iterator[None]:
-    """Change some weights until the judge has moved; they are bit for bit back at the end."""
-    try:
-        for scale in (0.05, 0.1, 0.2, 0.4, 0.8):
-            judge.nudge(scale)
-            if is_moved():
-                break
-        yield
-    finally:
-        judge.nudge(0.0)

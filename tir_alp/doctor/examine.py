@@ -55,7 +55,12 @@ def examine_config(
             f"nothing reads {', '.join(unread)}" if unread else "every key is read by something",
             "a key that changes nothing misleads: delete it, or let something read it",
         ),
-        check_memory(memory_needed(config, shape, device), free_memory(device)),
+        *(
+            # Parts of a cluster have memory of their own.
+            []
+            if config.cluster.is_used
+            else [check_memory(memory_needed(config, shape, device), free_memory(device))]
+        ),
         check_disk(config, shape, Path("runs")),
         _check_history(tokenizer, config),
         check_fence(tokenizer, renderer),

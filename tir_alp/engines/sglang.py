@@ -6,10 +6,11 @@ when it is silent or fails request after request, or when an update of its weigh
 lost server was sampling is refused, and it serves again only after a restart or a reload, and the
 same checks.
 
-New weights interrupt what runs: the tokens sampled so far stay, their keys and values are computed
-again, and the rest is sampled by the new weights. A completion says which weights sampled which
-tokens. Keeping the old keys and values would be faster, but then no forward of any weights gives
-the logprobs that were sampled from, and the prefix cache would hand old states to later requests.
+New weights wait until what runs has ended, or they interrupt it: then the tokens sampled so far
+stay, their keys and values are computed again, and the rest is sampled by the new weights. A
+completion says which weights sampled which tokens. Keeping the old
+keys and values would be faster, but then no forward of any weights gives the logprobs that were
+sampled from, and the prefix cache would hand old states to later requests.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ class SGLangEngine:
         seed: Of the servers' draws.
         folder: For logs, and for weights if the config names no other.
         reference: What the servers are checked against; None: sampled tensors alone.
+        on_update: What new weights do to running completions: "keep" or "wait".
         say: Told of starts, losses and recoveries.
     """
 
@@ -122,6 +124,7 @@ class SGLangEngine:
         seed: int,
         folder: Path,
         reference: Reference | None,
+        on_update: str,
         say: Callable[[str], None],
     ) -> None:
         self._config, self._model_path, self._vocab_size = config, model_path, vocab_size
@@ -139,6 +142,9 @@ class SGLangEngine:
         self._room = asyncio.Semaphore(config.max_running * len(self._servers))
         self._homes: OrderedDict[int | tuple[int, ...], _Server] = OrderedDict()
         self._requests: set[SGLangRequest] = set()
+        self._waits, self._gate = on_update == "wait", asyncio.Event()
+        self._gate.set()
+        self._ended = asyncio.Event()
         self._changed = asyncio.Event()
         self._broken: EngineFailed | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -168,6 +174,7 @@ class SGLangEngine:
         check_request(token_ids, sampling)
         check_vocabulary(token_ids, self._vocab_size)
         request = SGLangRequest(token_ids, sampling, self._end_token_ids)
+        await self._gate.wait()
         self._requests.add(request)
         try:
             async with self._room:
@@ -185,6 +192,7 @@ class SGLangEngine:
             return request.aborted_before(self._snapshot.version)
         finally:
             self._requests.discard(request)
+            self._ended.set()
 
     async def load_weights(self, source: Mapping[str, Tensor] | Path, version: int) -> None:
         """Take new weights on all servers that serve; the others get them when they are back.
@@ -197,7 +205,7 @@ class SGLangEngine:
         tensors = await asyncio.to_thread(snapshot_tensors, source, dtype)
         self._check_shapes(tensors, version)
         probe = await self._make_probe()
-        async with self._weights_lock:
+        async with self._at_rest(), self._weights_lock:
             self._snapshot = WeightSnapshot(version, tensors, probe)
             ready = [server for server in self._servers if not server.lost.done()]
             await asyncio.gather(*(self._load_or_lose(server) for server in ready))
@@ -326,6 +334,21 @@ class SGLangEngine:
             self._lose(server, f"{server.failures} requests failed in a row, the last one: {error}")
 
     # ------------------------------------------------------------------------------ weights
+
+    @asynccontextmanager
+    async def _at_rest(self) -> AsyncIterator[None]:
+        """If weights are to wait, until nothing runs: whoever asked for a completion limits it."""
+        if not self._waits:
+            yield
+            return
+        self._gate.clear()
+        try:
+            while self._requests:
+                self._ended.clear()
+                await self._ended.wait()
+            yield
+        finally:
+            self._gate.set()
 
     async def _make_probe(self) -> Probe | None:
         if self._reference is None:
@@ -554,6 +577,7 @@ async def open_sglang(
     end_token_ids: frozenset[int],
     seed: int = 0,
     reference: Reference | None = None,
+    on_update: str = "keep",
     say: Callable[[str], None] = print,
 ) -> AsyncIterator[SGLangEngine]:
     """Bring servers up, and take down behind the block those that we started.
@@ -573,6 +597,7 @@ async def open_sglang(
             seed=seed,
             folder=Path(folder),
             reference=reference,
+            on_update=on_update,
             say=say,
         )
         try:

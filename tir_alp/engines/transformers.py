@@ -8,8 +8,14 @@ that the sequence's next turn is read from where the last one ended.
 It can be made to disagree with the trainer on purpose, by the precision of its weights or by noise
 on its logits. Its logprobs are those of what it samples from all the same.
 
-Invariant: a completion is sampled by one version of the weights. New weights wait until the running
-completions have ended, and nothing is admitted meanwhile.
+Invariant: a token is sampled by one version of the weights, which has also read all tokens before
+it. What becomes of the running completions when new weights come is the engine's `on_update`:
+
+* `wait`: the weights wait until they have ended, and nothing is admitted meanwhile;
+* `keep`: they go on; what they have so far is read again by the new weights, and their version
+  spans say which tokens are whose;
+* `drop`: they begin again. They have the same draws as before, so that a completion is not rejected
+  for being long: where old and new weights agree it comes out the same.
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ from tir_alp.engines.precision import layer_matrices, quantised
 from tir_alp.engines.sampling import draws, sample
 from tir_alp.noise import name_hashes, normal, nth_keys
 from tir_alp.policy import hidden_states, load_policy, next_token_logits
-from tir_alp.types import StopReason
+from tir_alp.types import StopReason, VersionSpan
 
 _MAX_PREFILL_TOKENS = 8192  # of the requests that join in one step, padding included
 
@@ -52,13 +58,24 @@ class _Request:
     prompt: tuple[int, ...]
     sampling: Sampling
     uniforms: np.ndarray
-    matches: Callable[[int], bool] | None
+    matches: Callable[[int], bool] | None = field(init=False)
     done: asyncio.Future[Completion]
     parked: _Parked | None = None
     """What the cache has of the prompt; its row begins with that."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stop_reason: StopReason | None = None
+    versions: list[tuple[int, int]] = field(default_factory=list)
+    """Each version that sampled some of it, and its first token."""
+
+    def __post_init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was sampled, if anything was."""
+        matcher = self.sampling.stop_matcher
+        self.matches = matcher() if matcher else None
+        self.token_ids, self.logprobs, self.versions = [], [], []
 
     @property
     def num_tokens(self) -> int:
@@ -67,16 +84,18 @@ class _Request:
 
     @property
     def num_unread(self) -> int:
-        """Tokens of the prompt that have to be computed."""
-        return len(self.prompt) - (len(self.parked.token_ids) if self.parked else 0)
+        """Tokens so far that have to be computed, where nothing but `parked` is in the cache."""
+        return self.num_tokens - (len(self.parked.token_ids) if self.parked else 0)
 
     @property
     def most_tokens(self) -> int:
         """Columns of the cache that it can come to need."""
         return len(self.prompt) + self.sampling.max_tokens
 
-    def push(self, token_id: int, logprob: float) -> None:
+    def push(self, token_id: int, logprob: float, version: int) -> None:
         """Take the next sampled token, and see whether it is the last."""
+        if not self.versions or self.versions[-1][0] != version:
+            self.versions.append((version, len(self.token_ids)))
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
         if token_id in self.sampling.stop_token_ids:
@@ -85,6 +104,22 @@ class _Request:
             self.stop_reason = StopReason.STOP
         elif len(self.token_ids) == self.sampling.max_tokens:
             self.stop_reason = StopReason.LENGTH
+
+    def completion(self, version: int) -> Completion:
+        """What was sampled; `version` stands for an empty completion."""
+        starts = [start for _, start in self.versions]
+        stops = [*starts[1:], len(self.token_ids)]
+        spans = zip(self.versions, stops, strict=True)
+        assert self.stop_reason is not None
+        return Completion(
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self.logprobs),
+            stop_reason=self.stop_reason,
+            policy_version=self.versions[0][0] if self.versions else version,
+            version_spans=tuple(VersionSpan(each, start, stop) for (each, start), stop in spans)
+            if len(starts) > 1
+            else (),
+        )
 
 
 class TransformersEngine:
@@ -99,6 +134,7 @@ class TransformersEngine:
         precision: "float32", "bfloat16", or "int8" and "fp8" for the matrices of the decoder
             layers; see `EngineConfig`.
         logit_noise: Standard deviation of noise on the logits.
+        on_update: What new weights do to running completions: "wait", "keep" or "drop".
     """
 
     def __init__(
@@ -109,7 +145,9 @@ class TransformersEngine:
         version: int = 0,
         precision: str = "float32",
         logit_noise: float = 0.0,
+        on_update: str = "wait",
     ) -> None:
+        self._on_update = on_update
         self._model = model.eval().requires_grad_(False)
         self._precision, self._logit_noise = precision, logit_noise
         if precision == "bfloat16":
@@ -128,7 +166,7 @@ class TransformersEngine:
         self._work = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._scheduler: asyncio.Task[None] | None = None
-        self._tokens_generated = 0
+        self._tokens_generated = self._tokens_dropped = 0
 
     async def generate(self, token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
         """Continue a sequence; see `Engine.generate`.
@@ -143,7 +181,6 @@ class TransformersEngine:
             uniforms=draws(
                 sampling.seed, sampling.sequence_uid, len(token_ids), sampling.max_tokens
             ),
-            matches=sampling.stop_matcher() if sampling.stop_matcher else None,
             done=asyncio.get_running_loop().create_future(),
         )
         if request.most_tokens > self._max_cache_tokens:
@@ -162,7 +199,7 @@ class TransformersEngine:
                 self._wake()
 
     async def load_weights(self, source: Mapping[str, Tensor] | Path, version: int) -> None:
-        """Take new weights as soon as the completions that run now have ended.
+        """Take new weights, as soon as `on_update` lets them in.
 
         Raises:
             ValueError: If names or shapes are not those of the engine's model; nothing is changed.
@@ -186,13 +223,14 @@ class TransformersEngine:
         self._wake()
 
     def health(self) -> Mapping[str, float]:
-        """Requests and cache in use, and tokens made since the start."""
+        """Requests and cache in use, and tokens made, and dropped for new weights, so far."""
         return {
             "running": len(self._running),
             "waiting": len(self._waiting),
             "cache_tokens": sum(self._cache.lengths),
             "parked_tokens": self._num_parked,
             "tokens_generated": self._tokens_generated,
+            "tokens_dropped": self._tokens_dropped,
         }
 
     async def close(self) -> None:
@@ -218,6 +256,8 @@ class TransformersEngine:
             try:
                 self._work.clear()  # before looking, so that what comes meanwhile is not missed
                 self._retire()
+                if self._pending_weights is not None and self._on_update != "wait":
+                    self._put_back()
                 if self._pending_weights is not None and not self._running:
                     await self._take_weights(*self._pending_weights)
                 num_joining = self._admit()
@@ -250,6 +290,16 @@ class TransformersEngine:
             self._running.append(self._waiting.popleft())
             num_joining += 1
         return num_joining
+
+    def _put_back(self) -> None:
+        """Let the running completions wait, before all others, for weights that read them anew."""
+        for request in self._running:
+            if self._on_update == "drop":
+                self._tokens_dropped += len(request.token_ids)
+                request.begin()
+        self._waiting.extendleft(reversed(self._running))
+        self._running.clear()
+        self._cache.clear()
 
     def _park(self, row: int) -> None:
         """Keep what is cached of a completion that has ended."""
@@ -298,16 +348,8 @@ class TransformersEngine:
                 self._running.pop()
 
     def _answer(self, request: _Request) -> None:
-        assert request.stop_reason is not None
         if not request.done.done():
-            request.done.set_result(
-                Completion(
-                    token_ids=tuple(request.token_ids),
-                    logprobs=tuple(request.logprobs),
-                    stop_reason=request.stop_reason,
-                    policy_version=self._version,
-                )
-            )
+            request.done.set_result(request.completion(self._version))
 
     def _fail(self, error: Exception) -> None:
         """A forward failed: nobody waits for what will not come, and the cache starts afresh."""
@@ -343,7 +385,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _step(self, num_joining: int) -> None:
-        """One token for every running request; those that join begin with their whole prompt."""
+        """One token for every running request; those that join begin with all their tokens."""
         first = len(self._running) - num_joining
         if first:
             self._forward(range(first), [r.token_ids[-1:] for r in self._running[:first]])
@@ -354,8 +396,9 @@ class TransformersEngine:
                 if (parked := self._running[row].parked) is not None:
                     self._cache.fill_row(row, parked.states)
                     self._running[row].parked = None
-            lengths = self._cache.lengths
-            self._forward(rows, [list(self._running[row].prompt[lengths[row] :]) for row in rows])
+            so_far = [[*self._running[row].prompt, *self._running[row].token_ids] for row in rows]
+            lengths = self._cache.lengths[first:]
+            self._forward(rows, [ids[n:] for ids, n in zip(so_far, lengths, strict=True)])
 
     def _forward(self, rows: range, new_tokens: list[list[int]]) -> None:
         device = self._model.device
@@ -383,5 +426,5 @@ class TransformersEngine:
             requests, sampled.tolist(), logprobs.tolist(), strict=True
         ):
             if request.stop_reason is None:  # else it was aborted while this forward ran
-                request.push(token_id, logprob)
+                request.push(token_id, logprob, self._version)
         self._tokens_generated += len(requests)

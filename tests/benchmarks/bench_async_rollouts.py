@@ -1,0 +1,107 @@
+"""Asynchronous against turn-synchronous rollouts, of the same tasks and delays.
+
+    python -m tests.benchmarks.bench_async_rollouts
+
+Both are the same engine, environment, tasks and delays. Turn-synchronous: no episode gets its next
+completion before all have had their tool's answer (`LogicalOrder`, which `deterministic` uses).
+Asynchronous: an episode waits for nothing but its own next part; with a staleness above 0 rollouts
+also go on while the trainer learns and while weights are loaded (`rollout.on_update = "keep"`).
+
+`rollouts` takes groups and trains on none of them; `end to end` trains, and gives the engine its
+new weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+from tir_alp.assembly import open_run
+from tir_alp.config import Config, load_config, read_toml
+from tir_alp.tiny import TRAIN_CONFIG
+from tir_alp.train import learn
+
+BARE = ("--eval.num_tasks", "1", "--checkpoint.every", "0", "--rollout.on_update", "keep")
+
+
+def config_of(mode: str, staleness: int, arguments: argparse.Namespace) -> Config:
+    delays = {"median_s": arguments.median_s, "sigma": arguments.sigma, "max_s": arguments.max_s}
+    below = read_toml(TRAIN_CONFIG)
+    below["env"] = {"id": "tests.benchmarks.slow_tool:SlowTool-v0", "kwargs": delays}
+    below["rollout"] |= {"groups_per_step": arguments.groups, "group_size": arguments.group_size}
+    below["rollout"] |= {"max_context_tokens": 512, "void_turns": "keep"}
+    below |= {"steps": arguments.steps, "deterministic": mode == "turn-synchronous"}
+    words = ("--name", f"{mode}-{staleness}", "--rollout.max_staleness", str(staleness))
+    return load_config([*BARE, *words], below)
+
+
+async def measure(config: Config, is_trained: bool) -> tuple[float, float, float]:
+    """Tokens a second, steps a minute, and mean staleness, from the second step on."""
+    async with open_run(config) as run:
+        num_tokens, began, ages = 0, 0.0, []
+        for step in range(config.steps + 1):
+            if step == 1:
+                began, num_tokens = time.monotonic(), 0
+            waiting = time.monotonic()
+            groups = await run.rollouts.take()
+            turns = [turn for g in groups for each in g.trajectories for turn in each.turns]
+            num_tokens += sum(len(turn.completion) for turn in turns)
+            if is_trained:
+                await learn(run, groups, step, waiting)
+                ages += [step - turn.policy_version for turn in turns]
+            else:
+                run.rollouts.release()
+        seconds = time.monotonic() - began
+    age = sum(ages) / len(ages) if ages else 0.0
+    return num_tokens / seconds, 60 * config.steps / seconds, age
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--group-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2, help="each mode is measured so often")
+    parser.add_argument("--median-s", type=float, default=1.0)
+    parser.add_argument("--sigma", type=float, default=1.0)
+    parser.add_argument("--max-s", type=float, default=20.0)
+    parser.add_argument("--staleness", type=int, nargs="*", default=[0, 1, 2, 4])
+    arguments = parser.parse_args(words)
+    modes = [("turn-synchronous", 0), *(("asynchronous", each) for each in arguments.staleness)]
+    os.environ["PYTHONPATH"] = os.getcwd()
+    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; {vars(arguments)}")
+    print("| what | mode | max_staleness | tokens/s | over turn-synchronous | steps/min | age |")
+    print("|---|---|---|---|---|---|---|")
+    for what in ("rollouts", "end to end"):
+        results: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+        for _ in range(arguments.rounds):  # in turns, so that a busy machine is busy for all
+            for mode in modes:
+                with tempfile.TemporaryDirectory() as folder:
+                    here = os.getcwd()
+                    os.chdir(folder)
+                    try:
+                        found = asyncio.run(
+                            measure(config_of(mode[0], mode[1], arguments), what != "rollouts")
+                        )
+                    finally:
+                        os.chdir(here)
+                results.setdefault(mode, []).append(found)
+        means = {
+            mode: [sum(each) / len(each) for each in zip(*found, strict=True)]
+            for mode, found in results.items()
+        }
+        for mode, (tokens, steps, age) in means.items():
+            factor = tokens / means[modes[0]][0]
+            name = f"{what} | {mode[0]} | {mode[1]}"
+            print(f"| {name} | {tokens:.0f} | {factor:.2f} | {steps:.1f} | {age:.2f} |")
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,186 @@
+"""A run in the actors of a real Ray cluster on this machine: one start for all tests here.
+
+The environment runs no sandbox, so that runners start fast; the drill's test has all parts.
+"""
+
+import asyncio
+import os
+import signal
+import threading
+from contextlib import asynccontextmanager
+
+import gymnasium
+import pytest
+import torch
+
+pytest.importorskip("ray")
+
+import ray
+
+from tir_alp.cluster import cluster as cluster_module
+from tir_alp.cluster.cluster import open_cluster
+from tir_alp.cluster.engine_pool import EnginePool
+from tir_alp.cluster.weights import pack, unpack
+from tir_alp.config import load_config, read_toml
+from tir_alp.engines.base import Sampling
+from tir_alp.envs.spaces import TextSpace
+from tir_alp.parts import LocalParts, PartLost
+from tir_alp.policy import load_policy, load_tokenizer
+from tir_alp.renderer import Renderer
+from tir_alp.tiny import BASE, TRAIN_CONFIG
+
+WORDS = (
+    *("--cluster", "local", "--cluster.engines.count", "2", "--cluster.environments.count", "2"),
+    *("--cluster.heartbeat_s", "0.5", "--cluster.patience_s", "20"),
+    *("--rollout.groups_per_step", "2", "--rollout.group_size", "2"),
+    *("--env.id", "tests.tir_alp.test_cluster:Fragile-v0", "--env.kwargs", "{}"),
+)
+PROMPT = (2, 45, 78, 33, 1, 3)
+RENDERER = Renderer(load_tokenizer(str(BASE)))
+
+
+async def unasked(token_ids):
+    raise AssertionError("the embedded engine asks for no reference")
+
+
+class Fragile(gymnasium.Env[str, str]):
+    """Says what it is told to; the task named "poison" ends its process."""
+
+    def __init__(self, **_):
+        self.observation_space = self.action_space = TextSpace()
+
+    def reset(self, *, seed=None, options=None):
+        assert options is not None
+        self._task_id = options["task"]["task_id"]
+        return "say", {}
+
+    def step(self, action):
+        if action == "wait":
+            threading.Event().wait(60)
+        if self._task_id == "poison":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return action, 0.0, False, False, {"pid": os.getpid()}
+
+
+gymnasium.register("Fragile-v0", entry_point=f"{__name__}:Fragile")
+
+
+@pytest.fixture(scope="module")
+def config():
+    """Of a run whose cluster is up."""
+    made = load_config(WORDS, read_toml(TRAIN_CONFIG))
+    cluster_module.connect(made.cluster)
+    yield made
+    ray.shutdown()
+
+
+def run(body, seconds=240):
+    async def limited():
+        async with asyncio.timeout(seconds):
+            return await body()
+
+    return asyncio.run(limited())
+
+
+async def until(holds):
+    while not holds():
+        await asyncio.sleep(0.05)
+
+
+async def pid_of(part):
+    return await part.actor.__ray_call__.remote(lambda _: os.getpid())
+
+
+@asynccontextmanager
+async def engines(config):
+    async with (
+        open_cluster(config) as cluster,
+        cluster.engine(str(BASE), 0, RENDERER, unasked) as pool,
+    ):
+        assert isinstance(pool, EnginePool)
+        yield cluster, pool
+
+
+def sampling(uid, max_tokens=20):
+    return Sampling(max_tokens=max_tokens, temperature=1.0, sequence_uid=uid)
+
+
+def test_weights_of_any_dtype_come_through_the_object_store_as_they_were():
+    weights = {
+        "a": torch.randn(3, 5).to(torch.bfloat16),
+        "b": torch.tensor(7),
+        "c": torch.randn(4, 6).T,
+    }
+    again = unpack(pack(weights))
+    assert {name: (each.dtype, each.shape) for name, each in again.items()} == {
+        name: (each.dtype, each.shape) for name, each in weights.items()
+    }
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_a_pool_of_engines_samples_what_one_engine_does_and_survives_the_loss_of_one(config):
+    """A frozen engine's requests are made again elsewhere; a new one begins with new weights."""
+    weights = load_policy(str(BASE)).state_dict()
+    weights = {name: tensor * 1.5 for name, tensor in weights.items()}
+
+    async def alone():
+        async with LocalParts(config).engine(str(BASE), 0, RENDERER, unasked) as engine:
+            first = [await engine.generate(PROMPT, sampling(uid)) for uid in range(6)]
+            await engine.load_weights(weights, version=3)
+            second = [await engine.generate(PROMPT, sampling(uid)) for uid in range(6)]
+            return first, second
+
+    async def pooled():
+        async with engines(config) as (_, pool):
+            asked = [asyncio.create_task(pool.generate(PROMPT, sampling(u))) for u in range(6)]
+            os.kill(await pid_of(pool.parts[0]), signal.SIGSTOP)
+            first = await asyncio.gather(*asked)
+            await pool.load_weights(weights, version=3)
+            await until(lambda: pool.parts[0].num_replaced == 1)
+            second = await asyncio.gather(*(pool.generate(PROMPT, sampling(u)) for u in range(6)))
+            return first, second, pool.health()
+
+    first, second = run(alone)
+    pool_first, pool_second, health = run(pooled)
+    assert [each.token_ids for each in pool_first] == [each.token_ids for each in first]
+    assert [each.token_ids for each in pool_second] == [each.token_ids for each in second]
+    assert {each.policy_version for each in pool_second} == {3}
+    assert health["engines"] == 2
+
+
+def test_an_environment_runner_that_dies_fails_its_calls_and_a_poison_task_is_dropped(config):
+    async def body():
+        async with open_cluster(config) as cluster:
+            environments = cluster.environments
+
+            def play(task_id, action="hello"):
+                env = cluster.make_env()
+                try:
+                    task = {"task_id": task_id, "question": "q", "answer": "a"}
+                    assert env.reset(options={"task": task})[0] == "say"
+                    return env.step(action)
+                finally:
+                    env.close()
+
+            text, *_, info = await asyncio.to_thread(play, "good")
+            assert text == "hello" and info["pid"] != os.getpid()
+
+            frozen = await pid_of(environments.parts[0])
+            waiting = [asyncio.create_task(asyncio.to_thread(play, "slow", "wait")) for _ in "ab"]
+            await until(lambda: environments.parts[0].health.get("environments") == 1)
+            os.kill(frozen, signal.SIGSTOP)
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            assert isinstance(done.pop().exception(), PartLost)
+            for part in environments.parts:
+                await until(lambda part=part: part.actor is not None)
+
+            while "poison" not in environments.suspects.guilty:
+                with pytest.raises((PartLost, RuntimeError)):
+                    await asyncio.to_thread(play, "poison")
+            assert environments.suspects.guilty == ("poison",)
+            assert (await asyncio.to_thread(play, "good"))[0] == "hello"
+            os.kill(await pid_of(environments.parts[0]), signal.SIGKILL)
+            os.kill(await pid_of(environments.parts[1]), signal.SIGKILL)
+            await asyncio.wait(waiting)
+
+    run(body)

@@ -1,0 +1,315 @@
+"""Places the parts of a run in a Ray cluster, and hands them out as `parts.Parts`.
+
+All places are reserved together, before anything starts: a cluster that is too small says so at
+once. A run that goes on from a checkpoint gets a new trainer; the other parts stay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import math
+import os
+import secrets
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import gymnasium
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from tir_alp.cluster.engine_host import EngineHost
+from tir_alp.cluster.engine_pool import EnginePool
+from tir_alp.cluster.environment_host import EnvironmentHost
+from tir_alp.cluster.environments import Environments
+from tir_alp.cluster.part import Part
+from tir_alp.cluster.sandbox_host import SandboxHost
+from tir_alp.cluster.suspects import Suspects
+from tir_alp.cluster.trainer import RemoteTrainer
+from tir_alp.cluster.trainer_host import TrainerHost
+from tir_alp.config import ClusterConfig, Config, PartsConfig
+from tir_alp.engines.base import Engine
+from tir_alp.parts import Reference, TrainerPart
+from tir_alp.renderer import Renderer
+from tir_alp.tools.sandbox.config import TOKEN_VARIABLE
+
+KINDS = {
+    "trainer": "trainer",
+    "engines": "engine",
+    "environments": "environment",
+    "sandboxes": "sandbox",
+}
+"""Kinds of parts, in the order of their places, and what one of them is called."""
+
+Start = Callable[[str, Any], Awaitable[None]]
+"""Makes an actor ready for work, given the name of its place."""
+
+_MOST_CALLS = 1 << 16  # at a time, of an actor whose calls share one event loop
+
+
+class Cluster:
+    """The parts of one run. Made by `open_cluster`.
+
+    Args:
+        config: Of the run.
+        places: The placement group, with a bundle a part.
+        say: Told, in a sentence, what happens to parts.
+    """
+
+    def __init__(self, config: Config, places: Any, say: Callable[[str], None]) -> None:
+        self._config, self._places, self._say = config, places, say
+        self._token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
+        self._addresses: dict[str, str] = {}  # of sandbox hosts, by their place
+        self._engines: EnginePool | None = None
+        self.parts: dict[str, list[Part]] = {kind: [] for kind in KINDS}
+        """What there is, by kind."""
+
+    async def open(self) -> None:
+        """Start sandbox hosts and environment runners."""
+        self.parts["sandboxes"] = self._make_parts("sandboxes", SandboxHost, self._start_sandbox)
+        await open_all(self.parts["sandboxes"])
+        rollout = self._config.rollout
+        num_episodes = (rollout.max_staleness + 1) * rollout.groups_per_step * rollout.group_size
+        self.parts["environments"] = self._make_parts(
+            "environments",
+            EnvironmentHost,
+            lambda _, actor: actor.start.remote(),
+            max_concurrency=num_episodes,
+            concurrency_groups={"health": 1},
+        )
+        await open_all(self.parts["environments"])
+        self.environments = Environments(
+            self.parts["environments"],
+            self._env_config,
+            Suspects(self._say, rollout.env_timeout_s),
+            rollout.env_timeout_s,
+        )
+
+    async def close(self) -> None:
+        """End all parts."""
+        timeout_s = self._config.cluster.patience_s
+        served = [*self.parts["engines"], *self.parts["sandboxes"]]
+        stops = (part.call("stop", timeout_s=timeout_s) for part in served)
+        await asyncio.gather(*stops, return_exceptions=True)  # those that cannot are killed
+        await close_all([part for parts in self.parts.values() for part in parts])
+
+    # ------------------------------------------------------------------ as parts.Parts
+
+    @asynccontextmanager
+    async def engine(
+        self, path: str, version: int, renderer: Renderer, reference: Reference
+    ) -> AsyncIterator[Engine]:
+        """As `Parts.engine`: all engines, as one. Those that are there take the weights.
+
+        What they are checked against is the doctor's alone: the trainer cannot be asked from there.
+        """
+        pool = await self._pool(absolute(path), version, renderer)
+        try:
+            yield pool
+        finally:
+            await pool.close()
+
+    async def _pool(self, path: str, version: int, renderer: Renderer) -> EnginePool:
+        if self._engines is not None:
+            await self._engines.abort()
+            await self._engines.load_weights(Path(path), version)
+            return self._engines
+
+        def make(start: Callable[[Any], Awaitable[None]]) -> list[Part]:
+            options = {"max_concurrency": _MOST_CALLS}
+            return self._make_parts("engines", EngineHost, lambda _, each: start(each), **options)
+
+        pool = EnginePool(self._config, path, version, renderer, make)
+        self.parts["engines"] = pool.parts
+        await open_all(pool.parts)
+        self._engines = pool
+        return pool
+
+    async def trainer(self, run: Path, initial: str, found: Path | None) -> TrainerPart:
+        """As `Parts.trainer`: all ranks, as one."""
+        await close_all(self.parts["trainer"])
+        paths = (run.resolve(), absolute(initial), None if found is None else found.resolve())
+        size = self._config.cluster.trainer.count
+        place = asyncio.get_running_loop().create_future()  # where ranks meet: with the first
+
+        async def start(name: str, actor: Any) -> None:
+            rank = int(name.rpartition("-")[2])
+            if rank == 0:
+                try:
+                    place.set_result(await actor.meeting_place.remote())
+                except RayError as error:
+                    place.set_exception(error)
+            address, port = await place
+            variables = {
+                **{"MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": str(size)},
+                **{"RANK": str(rank), "LOCAL_RANK": "0"},  # Ray shows an actor its own GPUs alone
+            }
+            await actor.start.remote(self._config, *paths, variables)
+
+        options = {"concurrency_groups": {"health": 1}}
+        ranks = self._make_parts("trainer", TrainerHost, start, **options)
+        self.parts["trainer"] = ranks
+        await open_all(ranks)
+        return RemoteTrainer(ranks, self._config.cluster.step_timeout_s)
+
+    def make_env(self) -> gymnasium.Env[str, str]:
+        """As `Parts.make_env`."""
+        return self.environments.make()
+
+    # ------------------------------------------------------------------ places
+
+    def _make_parts(self, kind: str, host: type, start: Start, **options: Any) -> list[Part]:
+        names = [f"{KINDS[kind]}-{index}" for index in range(self._config_of(kind).count)]
+        return [
+            Part(
+                name,
+                self._maker(kind, index, host, **options),
+                functools.partial(start, name),
+                self._config.cluster,
+                self._say,
+                is_replaced=kind != "trainer",
+            )
+            for index, name in enumerate(names)
+        ]
+
+    def _config_of(self, kind: str) -> PartsConfig:
+        return parts_of(self._config.cluster)[kind]
+
+    def _maker(self, kind: str, index: int, host: type, **options: Any) -> Callable[[], Any]:
+        """What makes the actor of one place."""
+        config, kinds = self._config_of(kind), [*KINDS]
+        before = sum(self._config_of(each).count for each in kinds[: kinds.index(kind)])
+        strategy = PlacementGroupSchedulingStrategy(
+            self._places, placement_group_bundle_index=before + index
+        )
+        environment: dict[str, Any] = {"env_vars": {TOKEN_VARIABLE: self._token}}
+        if config.image is not None:
+            environment["image_uri"] = config.image
+        made = ray.remote(
+            num_cpus=config.cpus,
+            num_gpus=config.gpus,
+            scheduling_strategy=strategy,
+            runtime_env=environment,
+            **options,
+        )(host)
+        return made.remote
+
+    async def _start_sandbox(self, name: str, actor: Any) -> None:
+        """Start a sandbox host, at the address of the one before it if that is free."""
+        config = self._config.env.kwargs.get("sandbox") or {}
+        port = urlsplit(self._addresses.get(name, "")).port or 0
+        self._addresses[name] = await actor.start.remote(config, port, self._token)
+
+    def _env_config(self) -> Config:
+        """The config, with the environment's sandbox at the hosts that there are now."""
+        env = self._config.env
+        if not self._addresses:
+            return self._config
+        sandbox = dict(env.kwargs.get("sandbox") or {})
+        kept = {name: sandbox[name] for name in ("limits", "max_wait_s") if name in sandbox}
+        hosts = tuple(self._addresses[name] for name in sorted(self._addresses))
+        remote = {**kept, "backend": "remote", "hosts": hosts}
+        env = env.model_copy(update={"kwargs": {**env.kwargs, "sandbox": remote}})
+        return self._config.model_copy(update={"env": env})
+
+
+@asynccontextmanager
+async def open_cluster(config: Config) -> AsyncIterator[Cluster]:
+    """Join or start a Ray cluster, and reserve the places of a run's parts in it.
+
+    Raises:
+        ValueError: If there is no such cluster, it is too small, or a part cannot work in it.
+    """
+    settings = config.cluster
+    async with AsyncExitStack() as stack:
+        if not ray.is_initialized():
+            connect(settings)
+            stack.callback(ray.shutdown)
+        places = await _reserve(settings)
+        stack.callback(remove_placement_group, places)
+        cluster = Cluster(config, places, lambda text: print(text, file=sys.stderr, flush=True))
+        stack.push_async_callback(cluster.close)
+        await cluster.open()
+        yield cluster
+
+
+def parts_of(config: ClusterConfig) -> dict[str, PartsConfig]:
+    """What each kind of `KINDS` is to be."""
+    return {
+        "trainer": config.trainer,
+        "engines": config.engines,
+        "environments": config.environments,
+        "sandboxes": config.sandboxes,
+    }
+
+
+def connect(config: ClusterConfig) -> None:
+    """Join the cluster, or start one on this machine with as many cores as parts ask for.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if config.address == "local":
+        cpus = sum(part.count * part.cpus for part in parts_of(config).values())
+        where: dict[str, Any] = {"num_cpus": math.ceil(cpus), "include_dashboard": False}
+    else:
+        where = {}
+    try:
+        ray.init(
+            config.address,
+            namespace="tir_alp",
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+            **where,
+        )
+    except (ConnectionError, RayError, ValueError) as error:
+        raise ValueError(f"there is no Ray cluster at {config.address!r}: {error}") from error
+
+
+async def _reserve(config: ClusterConfig) -> Any:
+    """The placement group, with a bundle a part in the order of `KINDS`."""
+    parts = parts_of(config)
+    bundles = [_bundle(parts[kind]) for kind in KINDS for _ in range(parts[kind].count)]
+    places = placement_group(bundles, strategy="SPREAD" if config.spread else "PACK")
+    try:
+        async with asyncio.timeout(config.start_timeout_s):
+            await places.ready()
+    except TimeoutError:
+        remove_placement_group(places)
+        wanted = {kind: part.count for kind, part in parts.items()}
+        raise ValueError(
+            f"the cluster did not have room for {wanted} within {config.start_timeout_s:g} s; it "
+            f"has {ray.cluster_resources()}: lower cluster.*.count, cpus or gpus, or add nodes"
+        ) from None
+    return places
+
+
+def _bundle(part: PartsConfig) -> dict[str, float]:
+    gpus = {"GPU": part.gpus} if part.gpus else {}
+    return {"CPU": part.cpus, **gpus}
+
+
+def absolute(model: str) -> str:
+    """A folder as every process finds it; the id of a model stays what it is."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+async def open_all(parts: Sequence[Part]) -> None:
+    """Open parts at once; if one of them cannot start, none is left."""
+    results = await asyncio.gather(*(part.open() for part in parts), return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            await close_all(parts)
+            raise result
+
+
+async def close_all(parts: Sequence[Part]) -> None:
+    """Close parts at once."""
+    await asyncio.gather(*(part.close() for part in parts))

@@ -1,0 +1,52 @@
+"""What lives in an engine's actor: an engine, and the rule that ends its completions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tir_alp.cluster.weights import unpack
+from tir_alp.config import Config
+from tir_alp.engines.base import Completion, Sampling
+from tir_alp.parts import open_engine
+from tir_alp.renderer import Renderer
+
+
+class EngineHost:
+    """One engine. Its methods run in one event loop; a heartbeat waits for it as they do."""
+
+    async def start(self, config: Config, path: str, version: int, renderer: Renderer) -> None:
+        """Load the model, or start its server; `renderer` has the rule that ends completions."""
+        self._renderer = renderer
+        self._exit = contextlib.AsyncExitStack()
+        opened = open_engine(config, path, version, None, lambda text: print(text, flush=True))
+        self._engine = await self._exit.enter_async_context(opened)
+
+    async def stop(self) -> None:
+        """End the engine, and its server."""
+        await self._exit.aclose()
+
+    async def generate(
+        self, token_ids: tuple[int, ...], sampling: Sampling, has_rule: bool
+    ) -> Completion:
+        """As `Engine.generate`; with `has_rule`, the run's own rule ends the completion."""
+        if has_rule:
+            sampling = replace(sampling, stop_matcher=self._renderer.stop_matcher)
+        return await self._engine.generate(token_ids, sampling)
+
+    async def load_weights(self, source: Any, version: int) -> None:
+        """As `Engine.load_weights`, from what `weights.pack` made or from a folder."""
+        weights = source if isinstance(source, Path) else unpack(source)
+        await self._engine.load_weights(weights, version)
+
+    async def abort(self, sequence_uid: int | None) -> None:
+        """As `Engine.abort`."""
+        await self._engine.abort(sequence_uid)
+
+    async def heartbeat(self) -> Mapping[str, float]:
+        """As `Engine.health`, and the number of the process."""
+        return {**self._engine.health(), "pid": os.getpid()}

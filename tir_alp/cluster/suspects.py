@@ -1,0 +1,88 @@
+"""Tasks that may have killed their host, and the proof. Knows nothing of Ray.
+
+When a host dies, every task with a call on it is a suspect. From then on the calls of suspects on
+one host are made one at a time, beside those of all others. A suspect whose host dies in its call
+is guilty: no other suspect was at work there. So a host that somebody else killed costs no task.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class PoisonTask(RuntimeError):
+    """A task that ends whatever process it runs in."""
+
+
+class Suspects:
+    """Which tasks were at work when a host died.
+
+    Args:
+        say: Told, in a sentence, of a task that is dropped.
+        timeout_s: How long a suspect waits for another one.
+    """
+
+    def __init__(self, say: Callable[[str], None], timeout_s: float) -> None:
+        self._say, self._timeout_s = say, timeout_s
+        self._lock = threading.Lock()
+        self._locks: defaultdict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
+        self._dead: set[tuple[str, int]] = set()
+        self._suspects: dict[str, str] = {}  # task -> how its host died
+        self._guilty: dict[str, str] = {}
+
+    @property
+    def guilty(self) -> tuple[str, ...]:
+        """Tasks that are dropped."""
+        return tuple(self._guilty)
+
+    @contextmanager
+    def at_work(
+        self, task_id: str, host: str, generation: int = 0
+    ) -> Iterator[Callable[[str], None]]:
+        """Hold while a call of a task runs on a host; yields whom to tell if the host dies in it.
+
+        What begins on a host that is known to be dead has not killed it.
+
+        Args:
+            task_id: Of the task.
+            host: Its name.
+            generation: Hosts of that name before it.
+
+        Raises:
+            PoisonTask: If the task is dropped.
+            TimeoutError: If other suspects kept the host busy for too long.
+        """
+        if task_id in self._guilty:
+            raise PoisonTask(f"task {task_id} is dropped: {self._guilty[task_id]}")
+        place = host, generation
+        if place in self._dead:
+            yield lambda reason: None
+            return
+        if task_id not in self._suspects:
+            yield lambda reason: self._suspect(task_id, place, reason)
+            return
+        lock = self._locks[place]
+        if not lock.acquire(timeout=self._timeout_s):
+            raise TimeoutError(f"other suspects keep {host} busy")
+        try:
+            was_dead = place in self._dead
+            yield lambda reason: None if was_dead else self._convict(task_id, place, reason)
+        finally:
+            lock.release()
+
+    def _suspect(self, task_id: str, place: tuple[str, int], reason: str) -> None:
+        with self._lock:
+            self._dead.add(place)
+            self._suspects.setdefault(task_id, f"{place[0]}, {reason}")
+
+    def _convict(self, task_id: str, place: tuple[str, int], reason: str) -> None:
+        with self._lock:
+            self._dead.add(place)
+            if task_id in self._guilty:
+                return
+            first = self._suspects[task_id]
+            self._guilty[task_id] = f"it ended its host twice ({first}; {place[0]}, {reason})"
+        self._say(f"task {task_id} is dropped: {self._guilty[task_id]}")

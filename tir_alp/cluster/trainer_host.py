@@ -1,0 +1,73 @@
+"""What lives in a trainer rank's actor: a learner."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from tir_alp.batch import Sample
+from tir_alp.checkpoint import Position
+from tir_alp.cluster.weights import Packed, pack
+from tir_alp.config import Config
+from tir_alp.ledger import Row
+from tir_alp.parts import make_learner
+
+
+class TrainerHost:
+    """One rank. Calls block, and run one after another in a thread."""
+
+    def meeting_place(self) -> tuple[str, int]:
+        """Address of this node, and a port that is free on it."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(
+        self, config: Config, run: Path, initial: str, found: Path | None, ranks: Mapping[str, str]
+    ) -> None:
+        """Load the model; `ranks` are the variables by which ranks find one another."""
+        os.environ.update(ranks)
+        self._rank = int(ranks["RANK"])
+        self._learner = make_learner(config, run, initial, found)
+
+    def step(
+        self, groups: Sequence[Sequence[Sample]], step: int
+    ) -> tuple[dict[str, float], list[Row]]:
+        """As `Learner.step`."""
+        return self._learner.step(groups, step)
+
+    def completion_logprobs(
+        self, prompt: Sequence[int], completion: Sequence[int], temperature: float, top_p: float
+    ) -> list[float]:
+        """As `Learner.completion_logprobs`."""
+        return self._learner.completion_logprobs(prompt, completion, temperature, top_p)
+
+    def nudge(self, scale: float) -> None:
+        """As `Learner.nudge`."""
+        self._learner.nudge(scale)
+
+    @ray.method(num_returns=2)
+    def weights(self) -> tuple[Packed, bool]:
+        """As `Learner.weights`, packed, and a sign that they are there; for rank 0 alone."""
+        weights = self._learner.weights()
+        return ({} if self._rank else pack(weights)), True
+
+    def save(
+        self, folder: Path, position: Position, rollouts: Mapping[str, Any], keep: int
+    ) -> Path:
+        """As `Learner.save`."""
+        return self._learner.save(folder, position, rollouts, keep)
+
+    def load(self, path: Path) -> None:
+        """As `Learner.load`."""
+        self._learner.load(path)
+
+    @ray.method(concurrency_group="health")
+    def heartbeat(self) -> Mapping[str, Any]:
+        """The number of its process. It has a thread of its own."""
+        return {"pid": os.getpid()}

@@ -1,0 +1,63 @@
+"""Ctrl-C, and SIGTERM: the run ends where nothing is half done, so that it can be saved.
+
+The second one ends the process as it would without this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(Exception):
+    """Somebody asked the run to end."""
+
+
+class Interrupt:
+    """Whether somebody asked for an end."""
+
+    def __init__(self) -> None:
+        self._asked = asyncio.Event()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take signals, in the main thread and its event loop."""
+        loop = asyncio.get_running_loop()
+
+        def ask() -> None:
+            self._asked.set()
+            for each in _SIGNALS:
+                loop.remove_signal_handler(each)
+
+        for each in _SIGNALS:
+            loop.add_signal_handler(each, ask)
+        try:
+            yield
+        finally:
+            for each in _SIGNALS:
+                loop.remove_signal_handler(each)
+
+    async def bound(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do something that may be given up at any moment.
+
+        Raises:
+            Interrupted: If somebody asks before it has ended; it is cancelled then.
+        """
+        working = asyncio.ensure_future(work)
+        asked = asyncio.ensure_future(self._asked.wait())
+        try:
+            await asyncio.wait((working, asked), return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            raise Interrupted
+        finally:
+            for task in (working, asked):
+                task.cancel()
+            await asyncio.gather(working, asked, return_exceptions=True)
