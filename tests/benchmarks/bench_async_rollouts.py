@@ -26,7 +26,10 @@ from tir_alp.config import Config, load_config, read_toml
 from tir_alp.tiny import TRAIN_CONFIG
 from tir_alp.train import learn
 
-BARE = ("--eval.num_tasks", "1", "--checkpoint.every", "0", "--rollout.on_update", "keep")
+BARE = (
+    *("--eval.num_tasks", "1", "--checkpoint.every", "0", "--rollout.on_update", "keep"),
+    *("--doctor.ignore", "sandbox"),  # the environment runs no programs
+)
 
 
 def config_of(mode: str, staleness: int, arguments: argparse.Namespace) -> Config:
@@ -41,21 +44,24 @@ def config_of(mode: str, staleness: int, arguments: argparse.Namespace) -> Confi
 
 
 async def measure(config: Config, is_trained: bool) -> tuple[float, float, float]:
-    """Tokens a second, steps a minute, and mean staleness, from the second step on."""
+    """Tokens a second, steps a minute, mean staleness; without what was begun at the start."""
+    warm = config.rollout.max_staleness + 2
+    num_steps = warm + config.steps
     async with open_run(config) as run:
         num_tokens, began, ages = 0, 0.0, []
-        for step in range(config.steps + 1):
-            if step == 1:
-                began, num_tokens = time.monotonic(), 0
-            waiting = time.monotonic()
-            groups = await run.rollouts.take()
-            turns = [turn for g in groups for each in g.trajectories for turn in each.turns]
-            num_tokens += sum(len(turn.completion) for turn in turns)
-            if is_trained:
-                await learn(run, groups, step, waiting)
-                ages += [step - turn.policy_version for turn in turns]
-            else:
-                run.rollouts.release()
+        with run.console.training(0, num_steps):
+            for step in range(num_steps):
+                if step == warm:
+                    began, num_tokens, ages = time.monotonic(), 0, []
+                waiting = time.monotonic()
+                groups = await run.rollouts.take()
+                turns = [turn for g in groups for each in g.trajectories for turn in each.turns]
+                num_tokens += sum(len(turn.completion) for turn in turns)
+                if is_trained:
+                    await learn(run, groups, step, waiting)
+                    ages += [step - turn.policy_version for turn in turns]
+                else:
+                    run.rollouts.release()
         seconds = time.monotonic() - began
     age = sum(ages) / len(ages) if ages else 0.0
     return num_tokens / seconds, 60 * config.steps / seconds, age
