@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -146,6 +147,7 @@ def test_nothing_is_left_when_the_sandbox_is_closed(
 
     tmp_path.chmod(0o711)  # the container's user goes through it
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    gc.collect()  # what other tests left open is closed now, and not meanwhile
     old = containers(engine_address)
     before, after = asyncio.run(scenario())
     assert containers(engine_address) == old

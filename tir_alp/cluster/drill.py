@@ -171,7 +171,7 @@ def measure(config: Config, faults: int, seed: int, folder: Path) -> Report:
     done = asyncio.run(drill(disturbed, faults, seed))
     seconds = time.monotonic() - began
     orphans = left_over_processes()
-    left_open = sorted(open_files() - before[1])
+    left_open = left_open_files(before[1])
     shared = sorted(set(os.listdir("/dev/shm")) - before[0] - shared_memory_in_use())
 
     trained, rows = trajectories(folder / "runs" / "disturbed")
@@ -261,6 +261,14 @@ def children_of(pid: int) -> list[int]:
         with contextlib.suppress(OSError):
             found += map(int, file.read_text().split())
     return found + [each for child in found for each in children_of(child)]
+
+
+def left_open_files(before: set[str]) -> list[str]:
+    """What is open and was not before. Ray's connections to parts that are gone take a moment."""
+    deadline = time.monotonic() + _ENDING_S
+    while len(left := open_files() - before) > 1 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return sorted(left)
 
 
 def open_files() -> set[str]:
