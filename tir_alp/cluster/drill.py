@@ -54,6 +54,7 @@ DEFAULTS = (
 _PR_SET_CHILD_SUBREAPER = 36
 _LONG = 1_000_000  # steps; the drill ends the run
 _ENDING_S = 30.0
+_SOCKETS_OF_RAY = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +92,10 @@ class Report:
     def is_clean(self) -> bool:
         """Whether nothing was lost, repeated or left behind, and the reward is not biased.
 
-        One socket is left by Ray.
+        Ray leaves one or two sockets, on which it listened; 40 faults leave no more than 8.
         """
-        left = self.unaccounted or self.orphans or self.shared_memory or self.descriptors[1:]
+        few = len(self.descriptors) <= _SOCKETS_OF_RAY
+        left = self.unaccounted or self.orphans or self.shared_memory or not few
         return not left and abs(self.reward_difference) <= 3 * self.reward_difference_error + 1e-9
 
 
@@ -266,7 +268,7 @@ def children_of(pid: int) -> list[int]:
 def left_open_files(before: set[str]) -> list[str]:
     """What is open and was not before. Ray's connections to parts that are gone take a moment."""
     deadline = time.monotonic() + _ENDING_S
-    while len(left := open_files() - before) > 1 and time.monotonic() < deadline:
+    while len(left := open_files() - before) > _SOCKETS_OF_RAY and time.monotonic() < deadline:
         time.sleep(0.2)
     return sorted(left)
 
