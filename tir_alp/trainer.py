@@ -268,12 +268,13 @@ class Trainer:
         parts = {
             "mismatch/probe_kl": -difference.sum(),
             "mismatch/probe_mean": difference.abs().sum(),
+            "tokens": difference.numel(),
         }
         if noisy is not None:
             shift = (noisy.detach()[list(rows)] - own)[probe.loss_mask]
             parts["alp/logprob_shift"] = shift.abs().sum()
-        num_tokens = self._sums({"": difference.numel()})[""]
         totals = self._sums(parts)
+        num_tokens = totals.pop("tokens")
         largest = max(self.ranks.gather(max(difference.abs().tolist(), default=0.0)))
         if num_tokens == 0:
             return {}
