@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 import sys
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -22,7 +23,11 @@ from urllib.parse import urlsplit
 import gymnasium
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tir_alp.cluster.engine_host import EngineHost
@@ -234,10 +239,29 @@ async def open_cluster(config: Config) -> AsyncIterator[Cluster]:
             stack.callback(ray.shutdown)
         places = await _reserve(settings)
         stack.callback(remove_placement_group, places)
-        cluster = Cluster(config, places, lambda text: print(text, file=sys.stderr, flush=True))
+        for line in layout(settings, places):
+            say(line)
+        cluster = Cluster(config, places, say)
         stack.push_async_callback(cluster.close)
         await cluster.open()
         yield cluster
+
+
+def say(text: str) -> None:
+    """To whoever watches the run."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def layout(config: ClusterConfig, places: Any) -> list[str]:
+    """Which parts have their place on which node: a line a node, if there are several."""
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    nodes = placement_group_table(places)["bundles_to_node_id"]
+    parts = parts_of(config)
+    names = [f"{KINDS[kind]}-{index}" for kind in KINDS for index in range(parts[kind].count)]
+    here: defaultdict[str, list[str]] = defaultdict(list)
+    for index, name in enumerate(names):
+        here[addresses.get(nodes[index], nodes[index])].append(name)
+    return [f"on {node}: {', '.join(here[node])}" for node in sorted(here)] if len(here) > 1 else []
 
 
 def parts_of(config: ClusterConfig) -> dict[str, PartsConfig]:
@@ -302,12 +326,17 @@ def absolute(model: str) -> str:
 
 
 async def open_all(parts: Sequence[Part]) -> None:
-    """Open parts at once; if one of them cannot start, none is left."""
-    results = await asyncio.gather(*(part.open() for part in parts), return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            await close_all(parts)
-            raise result
+    """Open parts at once; as soon as one of them cannot start, none is left."""
+    opening = [asyncio.create_task(part.open()) for part in parts]
+    try:
+        for each in asyncio.as_completed(opening):
+            await each
+    except BaseException:
+        for each in opening:
+            each.cancel()
+        await asyncio.gather(*opening, return_exceptions=True)
+        await close_all(parts)
+        raise
 
 
 async def close_all(parts: Sequence[Part]) -> None:
