@@ -1,11 +1,14 @@
-"""A run in the actors of a real Ray cluster on this machine: one start for all tests here.
+"""The parts of a run as actors of a real Ray cluster: one start for all tests here.
 
-The environment runs no sandbox, so that runners start fast; the drill's test has all parts.
+The cluster has two nodes, both on this machine, and the tests are clients of it, as a run with
+`--cluster ray://HOST:PORT` is; the drill's test has a cluster of its own, `local`. The environment
+runs no sandbox, so that runners start fast.
 """
 
 import asyncio
 import os
 import signal
+import socket
 import threading
 from contextlib import asynccontextmanager
 
@@ -16,6 +19,7 @@ import torch
 pytest.importorskip("ray")
 
 import ray
+from ray.cluster_utils import Cluster as Nodes
 
 from tir_alp.cluster import cluster as cluster_module
 from tir_alp.cluster.cluster import open_cluster
@@ -30,11 +34,12 @@ from tir_alp.renderer import Renderer
 from tir_alp.tiny import BASE, TRAIN_CONFIG
 
 WORDS = (
-    *("--cluster", "local", "--cluster.engines.count", "2", "--cluster.environments.count", "2"),
-    *("--cluster.heartbeat_s", "0.5", "--cluster.patience_s", "20"),
+    *("--cluster.engines.count", "2", "--cluster.environments.count", "2"),
+    *("--cluster.spread", "true", "--cluster.heartbeat_s", "0.5", "--cluster.patience_s", "10"),
     *("--rollout.groups_per_step", "2", "--rollout.group_size", "2"),
     *("--env.id", "tests.tir_alp.test_cluster:Fragile-v0", "--env.kwargs", "{}"),
 )
+NODE = {"num_cpus": 5, "include_dashboard": False}
 PROMPT = (2, 45, 78, 33, 1, 3)
 RENDERER = Renderer(load_tokenizer(str(BASE)))
 
@@ -66,12 +71,29 @@ gymnasium.register("Fragile-v0", entry_point=f"{__name__}:Fragile")
 
 
 @pytest.fixture(scope="module")
-def config():
+def nodes():
+    """Two nodes, each with room for all parts; the second one may be killed."""
+    port = {"ray_client_server_port": free_port()}
+    made = Nodes(initialize_head=True, head_node_args={**NODE, **port})
+    made.add_node(**NODE)
+    made.client_address = f"ray://127.0.0.1:{port['ray_client_server_port']}"
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def config(nodes):
     """Of a run whose cluster is up."""
-    made = load_config(WORDS, read_toml(TRAIN_CONFIG))
+    made = load_config(["--cluster", nodes.client_address, *WORDS], read_toml(TRAIN_CONFIG))
     cluster_module.connect(made.cluster)
     yield made
     ray.shutdown()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def run(body, seconds=240):
@@ -88,7 +110,8 @@ async def until(holds):
 
 
 async def pid_of(part):
-    return await part.actor.__ray_call__.remote(lambda _: os.getpid())
+    await until(lambda: part.actor is not None and part.health)
+    return part.health["pid"]
 
 
 @asynccontextmanager
@@ -99,6 +122,16 @@ async def engines(config):
     ):
         assert isinstance(pool, EnginePool)
         yield cluster, pool
+
+
+def play(cluster, task_id, action="hello"):
+    env = cluster.make_env()
+    try:
+        task = {"task_id": task_id, "question": "q", "answer": "a"}
+        assert env.reset(options={"task": task})[0] == "say"
+        return env.step(action)
+    finally:
+        env.close()
 
 
 def sampling(uid, max_tokens=20):
@@ -123,7 +156,7 @@ def test_weights_of_any_dtype_come_through_the_object_store_as_they_were():
 
 
 def test_a_pool_of_engines_samples_what_one_engine_does_and_survives_the_loss_of_one(config):
-    """A frozen engine's requests are made again elsewhere; a new one begins with new weights."""
+    """A dead engine's requests are made again elsewhere; a new one begins with new weights."""
     weights = load_policy(str(BASE)).state_dict()
     weights = {name: tensor * 1.5 for name, tensor in weights.items()}
 
@@ -136,8 +169,9 @@ def test_a_pool_of_engines_samples_what_one_engine_does_and_survives_the_loss_of
 
     async def pooled():
         async with engines(config) as (_, pool):
+            pid = await pid_of(pool.parts[0])
             asked = [asyncio.create_task(pool.generate(PROMPT, sampling(u))) for u in range(6)]
-            os.kill(await pid_of(pool.parts[0]), signal.SIGSTOP)
+            os.kill(pid, signal.SIGKILL)
             first = await asyncio.gather(*asked)
             await pool.load_weights(weights, version=3)
             await until(lambda: pool.parts[0].num_replaced == 1)
@@ -157,20 +191,13 @@ def test_an_environment_runner_that_dies_fails_its_calls_and_a_poison_task_is_dr
         async with open_cluster(config) as cluster:
             environments = cluster.environments
 
-            def play(task_id, action="hello"):
-                env = cluster.make_env()
-                try:
-                    task = {"task_id": task_id, "question": "q", "answer": "a"}
-                    assert env.reset(options={"task": task})[0] == "say"
-                    return env.step(action)
-                finally:
-                    env.close()
-
-            text, *_, info = await asyncio.to_thread(play, "good")
+            text, *_, info = await asyncio.to_thread(play, cluster, "good")
             assert text == "hello" and info["pid"] != os.getpid()
 
             frozen = await pid_of(environments.parts[0])
-            waiting = [asyncio.create_task(asyncio.to_thread(play, "slow", "wait")) for _ in "ab"]
+            waiting = [
+                asyncio.create_task(asyncio.to_thread(play, cluster, "slow", "wait")) for _ in "ab"
+            ]
             await until(lambda: environments.parts[0].health.get("environments") == 1)
             os.kill(frozen, signal.SIGSTOP)
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -180,11 +207,29 @@ def test_an_environment_runner_that_dies_fails_its_calls_and_a_poison_task_is_dr
 
             while "poison" not in environments.suspects.guilty:
                 with pytest.raises((PartLost, RuntimeError)):
-                    await asyncio.to_thread(play, "poison")
+                    await asyncio.to_thread(play, cluster, "poison")
             assert environments.suspects.guilty == ("poison",)
-            assert (await asyncio.to_thread(play, "good"))[0] == "hello"
+            assert (await asyncio.to_thread(play, cluster, "good"))[0] == "hello"
             os.kill(await pid_of(environments.parts[0]), signal.SIGKILL)
             os.kill(await pid_of(environments.parts[1]), signal.SIGKILL)
             await asyncio.wait(waiting)
+
+    run(body)
+
+
+def test_parts_of_a_node_that_is_killed_go_on_on_another(config, nodes):
+    async def body():
+        async with engines(config) as (cluster, pool):
+            parts = cluster.parts["engines"] + cluster.parts["environments"]
+            asked = [pool.generate(PROMPT, sampling(uid)) for uid in range(6)]
+            before = await asyncio.gather(*asked)
+            assert len(cluster.layout()) == 2
+            (node,) = nodes.worker_nodes
+            await asyncio.to_thread(nodes.remove_node, node, allow_graceful=False)
+            asked = [pool.generate(PROMPT, sampling(uid)) for uid in range(6)]
+            after = await asyncio.gather(*asked)
+            assert [each.token_ids for each in after] == [each.token_ids for each in before]
+            await until(lambda: len(cluster.layout()) == 1 and all(part.actor for part in parts))
+            assert await asyncio.to_thread(play, cluster, "good")
 
     run(body)

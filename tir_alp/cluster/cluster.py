@@ -34,7 +34,7 @@ from tir_alp.cluster.engine_host import EngineHost
 from tir_alp.cluster.engine_pool import EnginePool
 from tir_alp.cluster.environment_host import EnvironmentHost
 from tir_alp.cluster.environments import Environments
-from tir_alp.cluster.part import Part
+from tir_alp.cluster.part import Part, wait_for
 from tir_alp.cluster.sandbox_host import SandboxHost
 from tir_alp.cluster.suspects import Suspects
 from tir_alp.cluster.trainer import RemoteTrainer
@@ -85,7 +85,7 @@ class Cluster:
         self.parts["environments"] = self._make_parts(
             "environments",
             EnvironmentHost,
-            lambda _, actor: actor.start.remote(),
+            lambda _, actor: wait_for(actor.start.remote()),
             max_concurrency=num_episodes,
             concurrency_groups={"health": 1},
         )
@@ -148,7 +148,7 @@ class Cluster:
             rank = int(name.rpartition("-")[2])
             if rank == 0:
                 try:
-                    place.set_result(await actor.meeting_place.remote())
+                    place.set_result(await wait_for(actor.meeting_place.remote()))
                 except RayError as error:
                     place.set_exception(error)
             address, port = await place
@@ -156,7 +156,7 @@ class Cluster:
                 **{"MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": str(size)},
                 **{"RANK": str(rank), "LOCAL_RANK": "0"},  # Ray shows an actor its own GPUs alone
             }
-            await actor.start.remote(self._config, *paths, variables)
+            await wait_for(actor.start.remote(self._config, *paths, variables))
 
         options = {"concurrency_groups": {"health": 1}}
         ranks = self._make_parts("trainer", TrainerHost, start, **options)
@@ -170,8 +170,20 @@ class Cluster:
 
     # ------------------------------------------------------------------ places
 
+    def layout(self) -> list[str]:
+        """Which parts have their places on which node: a line a node."""
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        nodes = placement_group_table(self._places)["bundles_to_node_id"]
+        names = [name for kind in KINDS for name in self._names(kind)]
+        here: defaultdict[str, list[str]] = defaultdict(list)
+        for index, name in enumerate(names):
+            here[nodes[index]].append(name)
+        return [f"on {addresses.get(node, '?')}: {', '.join(here[node])}" for node in sorted(here)]
+
+    def _names(self, kind: str) -> list[str]:
+        return [f"{KINDS[kind]}-{index}" for index in range(self._config_of(kind).count)]
+
     def _make_parts(self, kind: str, host: type, start: Start, **options: Any) -> list[Part]:
-        names = [f"{KINDS[kind]}-{index}" for index in range(self._config_of(kind).count)]
         return [
             Part(
                 name,
@@ -181,7 +193,7 @@ class Cluster:
                 self._say,
                 is_replaced=kind != "trainer",
             )
-            for index, name in enumerate(names)
+            for index, name in enumerate(self._names(kind))
         ]
 
     def _config_of(self, kind: str) -> PartsConfig:
@@ -210,7 +222,8 @@ class Cluster:
         """Start a sandbox host, at the address of the one before it if that is free."""
         config = self._config.env.kwargs.get("sandbox") or {}
         port = urlsplit(self._addresses.get(name, "")).port or 0
-        self._addresses[name] = await actor.start.remote(config, port, self._token)
+        starting = actor.start.remote(config, port, self._token)
+        self._addresses[name] = await wait_for(starting)
 
     def _env_config(self) -> Config:
         """The config, with the environment's sandbox at the hosts that there are now."""
@@ -239,9 +252,9 @@ async def open_cluster(config: Config) -> AsyncIterator[Cluster]:
             stack.callback(ray.shutdown)
         places = await _reserve(settings)
         stack.callback(remove_placement_group, places)
-        for line in layout(settings, places):
-            say(line)
         cluster = Cluster(config, places, say)
+        if len(layout := cluster.layout()) > 1:
+            say("\n".join(layout))
         stack.push_async_callback(cluster.close)
         await cluster.open()
         yield cluster
@@ -250,18 +263,6 @@ async def open_cluster(config: Config) -> AsyncIterator[Cluster]:
 def say(text: str) -> None:
     """To whoever watches the run."""
     print(text, file=sys.stderr, flush=True)
-
-
-def layout(config: ClusterConfig, places: Any) -> list[str]:
-    """Which parts have their place on which node: a line a node, if there are several."""
-    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    nodes = placement_group_table(places)["bundles_to_node_id"]
-    parts = parts_of(config)
-    names = [f"{KINDS[kind]}-{index}" for kind in KINDS for index in range(parts[kind].count)]
-    here: defaultdict[str, list[str]] = defaultdict(list)
-    for index, name in enumerate(names):
-        here[addresses.get(nodes[index], nodes[index])].append(name)
-    return [f"on {node}: {', '.join(here[node])}" for node in sorted(here)] if len(here) > 1 else []
 
 
 def parts_of(config: ClusterConfig) -> dict[str, PartsConfig]:

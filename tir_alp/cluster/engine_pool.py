@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from torch import Tensor
 
-from tir_alp.cluster.part import Part
+from tir_alp.cluster.part import Part, wait_for
 from tir_alp.cluster.weights import pack
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion, Sampling
@@ -122,12 +122,12 @@ class EnginePool:
 
     async def _start(self, actor: Any) -> None:
         """Load the model, and then the weights that are newest when that has been done."""
-        await actor.start.remote(self._config, *self._first)
+        await wait_for(actor.start.remote(self._config, *self._first))
         taken = None
         while taken is not self._source:
             taken = self._source
             assert taken is not None
-            await actor.load_weights.remote(*taken)
+            await wait_for(actor.load_weights.remote(*taken))
 
     async def _give_all(self) -> list[Exception | None]:
         assert self._source is not None
