@@ -71,29 +71,30 @@ gymnasium.register("Fragile-v0", entry_point=f"{__name__}:Fragile")
 
 
 @pytest.fixture(scope="module")
-def nodes():
+def port():
+    """At which clients of the cluster are heard."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def nodes(port):
     """Two nodes, each with room for all parts; the second one may be killed."""
-    port = {"ray_client_server_port": free_port()}
-    made = Nodes(initialize_head=True, head_node_args={**NODE, **port})
+    made = Nodes(initialize_head=True, head_node_args={**NODE, "ray_client_server_port": port})
     made.add_node(**NODE)
-    made.client_address = f"ray://127.0.0.1:{port['ray_client_server_port']}"
     yield made
     made.shutdown()
 
 
 @pytest.fixture(scope="module")
-def config(nodes):
+def config(nodes, port):
     """Of a run whose cluster is up."""
-    made = load_config(["--cluster", nodes.client_address, *WORDS], read_toml(TRAIN_CONFIG))
+    address = f"ray://127.0.0.1:{port}"
+    made = load_config(["--cluster", address, *WORDS], read_toml(TRAIN_CONFIG))
     cluster_module.connect(made.cluster)
     yield made
     ray.shutdown()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run(body, seconds=240):

@@ -184,7 +184,9 @@ class Part:
 
 def wait_for(answer: Any) -> asyncio.Future[Any]:
     """What a call answers. Who gives it up does not cancel it: Ray's client could not bear that."""
-    return asyncio.shield(asyncio.wrap_future(answer.future()))
+    future = asyncio.wrap_future(answer.future())
+    future.add_done_callback(lambda each: each.cancelled() or each.exception())  # nobody may ask
+    return asyncio.shield(future)
 
 
 def kill(actor: Any) -> None:
