@@ -9,10 +9,9 @@ import asyncio
 import os
 import signal
 import socket
-import threading
 from contextlib import asynccontextmanager
+from typing import Any
 
-import gymnasium
 import pytest
 import torch
 
@@ -24,10 +23,10 @@ from ray.cluster_utils import Cluster as Nodes
 from tir_alp.cluster import cluster as cluster_module
 from tir_alp.cluster.cluster import open_cluster
 from tir_alp.cluster.engine_pool import EnginePool
+from tir_alp.cluster.trainer_host import interface_of
 from tir_alp.cluster.weights import pack, unpack
 from tir_alp.config import load_config, read_toml
 from tir_alp.engines.base import Sampling
-from tir_alp.envs.spaces import TextSpace
 from tir_alp.parts import LocalParts, PartLost
 from tir_alp.policy import load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
@@ -37,37 +36,18 @@ WORDS = (
     *("--cluster.engines.count", "2", "--cluster.environments.count", "2"),
     *("--cluster.spread", "true", "--cluster.heartbeat_s", "0.5", "--cluster.patience_s", "10"),
     *("--rollout.groups_per_step", "2", "--rollout.group_size", "2"),
-    *("--env.id", "tests.tir_alp.test_cluster:Fragile-v0", "--env.kwargs", "{}"),
+    *("--env.id", "tests.tir_alp.fragile:Fragile-v0", "--env.kwargs", "{}"),
 )
 NODE = {"num_cpus": 5, "include_dashboard": False}
+SOON = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+"""When Ray notices that a node is gone: its own settings would take longer than the tests."""
+TASK = {"task": {"task_id": "any", "question": "q", "answer": "a"}}
 PROMPT = (2, 45, 78, 33, 1, 3)
 RENDERER = Renderer(load_tokenizer(str(BASE)))
 
 
 async def unasked(token_ids):
     raise AssertionError("the embedded engine asks for no reference")
-
-
-class Fragile(gymnasium.Env[str, str]):
-    """Says what it is told to; the task named "poison" ends its process."""
-
-    def __init__(self, **_):
-        self.observation_space = self.action_space = TextSpace()
-
-    def reset(self, *, seed=None, options=None):
-        assert options is not None
-        self._task_id = options["task"]["task_id"]
-        return "say", {}
-
-    def step(self, action):
-        if action == "wait":
-            threading.Event().wait(60)
-        if self._task_id == "poison":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return action, 0.0, False, False, {"pid": os.getpid()}
-
-
-gymnasium.register("Fragile-v0", entry_point=f"{__name__}:Fragile")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +61,8 @@ def port():
 @pytest.fixture(scope="module")
 def nodes(port):
     """Two nodes, each with room for all parts; the second one may be killed."""
-    made = Nodes(initialize_head=True, head_node_args={**NODE, "ray_client_server_port": port})
+    head = {**NODE, "ray_client_server_port": port, "_system_config": SOON}
+    made = Nodes(initialize_head=True, head_node_args=head)
     made.add_node(**NODE)
     yield made
     made.shutdown()
@@ -128,7 +109,7 @@ async def engines(config):
 def play(cluster, task_id, action="hello"):
     env = cluster.make_env()
     try:
-        task = {"task_id": task_id, "question": "q", "answer": "a"}
+        task = {**TASK["task"], "task_id": task_id}
         assert env.reset(options={"task": task})[0] == "say"
         return env.step(action)
     finally:
@@ -154,6 +135,43 @@ def test_weights_of_any_dtype_come_through_the_object_store_as_they_were():
         name: (each.dtype, each.shape) for name, each in weights.items()
     }
     assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_a_cluster_that_is_too_small_says_so(config):
+    engines = config.cluster.engines.model_copy(update={"count": 100})
+    small = config.cluster.model_copy(update={"engines": engines, "start_timeout_s": 1.0})
+
+    async def body():
+        async with open_cluster(config.model_copy(update={"cluster": small})):
+            pass
+
+    with pytest.raises(ValueError, match=r"not have room for .*'engines': 100"):
+        run(body)
+
+
+def test_as_soon_as_a_part_cannot_start_none_is_left():
+    closed = []
+
+    class Fake:
+        def __init__(self, name):
+            self.name = name
+
+        async def open(self):
+            if self.name == "broken":
+                raise ValueError("no model")
+            await asyncio.Event().wait()
+
+        async def close(self):
+            closed.append(self.name)
+
+    parts: Any = [Fake("slow"), Fake("broken")]
+    with pytest.raises(ValueError, match="no model"):
+        run(lambda: cluster_module.open_all(parts), seconds=10)
+    assert closed == ["slow", "broken"]
+
+
+def test_ranks_meet_at_the_interface_that_other_nodes_reach():
+    assert interface_of("127.0.0.1") == "lo" and interface_of("203.0.113.1") is None
 
 
 def test_a_pool_of_engines_samples_what_one_engine_does_and_survives_the_loss_of_one(config):
@@ -220,17 +238,22 @@ def test_an_environment_runner_that_dies_fails_its_calls_and_a_poison_task_is_dr
 
 def test_parts_of_a_node_that_is_killed_go_on_on_another(config, nodes):
     async def body():
-        async with engines(config) as (cluster, pool):
-            parts = cluster.parts["engines"] + cluster.parts["environments"]
-            asked = [pool.generate(PROMPT, sampling(uid)) for uid in range(6)]
-            before = await asyncio.gather(*asked)
+        async with open_cluster(config) as cluster:
+            parts = cluster.parts["environments"]
             assert len(cluster.layout()) == 2
+            pids = {await pid_of(part) for part in parts}
+            begun = [cluster.make_env() for _ in parts]  # one on each node
+            for env in begun:
+                await asyncio.to_thread(env.reset, options=TASK)
             (node,) = nodes.worker_nodes
             await asyncio.to_thread(nodes.remove_node, node, allow_graceful=False)
-            asked = [pool.generate(PROMPT, sampling(uid)) for uid in range(6)]
-            after = await asyncio.gather(*asked)
-            assert [each.token_ids for each in after] == [each.token_ids for each in before]
-            await until(lambda: len(cluster.layout()) == 1 and all(part.actor for part in parts))
-            assert await asyncio.to_thread(play, cluster, "good")
+
+            def now():
+                return {part.health.get("pid") for part in parts if part.actor is not None}
+
+            await until(lambda: len(now()) == 2 and now() != pids)
+            assert len(now() & pids) == 1 and len(cluster.layout()) == 1
+            for env in begun:
+                assert (await asyncio.to_thread(env.reset, options=TASK))[0] == "say"
 
     run(body)

@@ -305,7 +305,7 @@ async def _reserve(config: ClusterConfig) -> Any:
     places = placement_group(bundles, strategy="SPREAD" if config.spread else "PACK")
     try:
         async with asyncio.timeout(config.start_timeout_s):
-            await places.ready()
+            await wait_for(places.ready())
     except TimeoutError:
         remove_placement_group(places)
         wanted = {kind: part.count for kind, part in parts.items()}
