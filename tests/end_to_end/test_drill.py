@@ -1,7 +1,6 @@
 """A run on a real Ray cluster under faults: nothing is lost, repeated or left behind."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -9,17 +8,13 @@ import pytest
 
 pytest.importorskip("ray")
 
-MOUNT = 'mount -t tmpfs -o size=50% tmpfs /dev/shm && exec "$@"'
-OWN_MEMORY = ["unshare", "--mount", "sh", "-c", MOUNT, "sh"] if os.geteuid() == 0 else []
-"""A /dev/shm for the drill alone: what other programs leave there meanwhile would count as its."""
-
 
 @pytest.mark.slow
 @pytest.mark.sandbox
 @pytest.mark.timeout(1200)
 def test_killed_and_frozen_parts_lose_and_repeat_nothing(tmp_path):
     """In a process of its own, since it looks at all that is left of it."""
-    command = [*OWN_MEMORY, sys.executable, "-m", "tir_alp.cluster.drill", "--faults", "3"]
+    command = [sys.executable, "-m", "tir_alp.cluster.drill", "--faults", "3"]
     command += ["--folder", str(tmp_path), "--cluster.patience_s", "10"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1100)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -6,6 +6,7 @@ runs no sandbox, so that runners start fast.
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -147,6 +148,23 @@ def test_a_cluster_that_is_too_small_says_so(config):
 
     with pytest.raises(ValueError, match=r"not have room for .*'engines': 100"):
         run(body)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_well"),
+    [
+        (("--engine.tensor_parallel", "2", "--cluster.engines.gpus", "1"), False),
+        (("--engine.num_servers", "2", "--cluster.engines.gpus", "2"), True),
+        (("--cluster.engines.gpus", "0.5"), True),
+        (("--cluster.engines.gpus", "1", "--engine.first_gpu", "1"), False),
+        (("--engine.device", "cpu"), True),
+        (("--engine.urls", '["http://host:1"]'), True),
+    ],
+)
+def test_servers_that_take_gpus_which_their_part_is_not_given_are_refused(words, is_well):
+    made = load_config(["--engine.type", "sglang", *words], read_toml(TRAIN_CONFIG))
+    with contextlib.nullcontext() if is_well else pytest.raises(ValueError, match=r"engines\.gpus"):
+        cluster_module.check_gpus(made)
 
 
 def test_as_soon_as_a_part_cannot_start_none_is_left():

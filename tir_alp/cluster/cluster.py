@@ -39,7 +39,7 @@ from tir_alp.cluster.sandbox_host import SandboxHost
 from tir_alp.cluster.suspects import Suspects
 from tir_alp.cluster.trainer import RemoteTrainer
 from tir_alp.cluster.trainer_host import TrainerHost
-from tir_alp.config import ClusterConfig, Config, PartsConfig
+from tir_alp.config import ClusterConfig, Config, PartsConfig, ServersConfig
 from tir_alp.engines.base import Engine
 from tir_alp.parts import Reference, TrainerPart
 from tir_alp.renderer import Renderer
@@ -246,6 +246,7 @@ async def open_cluster(config: Config) -> AsyncIterator[Cluster]:
         ValueError: If there is no such cluster, it is too small, or a part cannot work in it.
     """
     settings = config.cluster
+    check_gpus(config)
     async with AsyncExitStack() as stack:
         if not ray.is_initialized():
             connect(settings)
@@ -263,6 +264,26 @@ async def open_cluster(config: Config) -> AsyncIterator[Cluster]:
 def say(text: str) -> None:
     """To whoever watches the run."""
     print(text, file=sys.stderr, flush=True)
+
+
+def check_gpus(config: Config) -> None:
+    """See that servers get the GPUs that they take: Ray shows a part no others.
+
+    Raises:
+        ValueError: If an engine has too few, or does not begin with its first.
+    """
+    engine, given = config.engine, config.cluster.engines.gpus
+    if not isinstance(engine, ServersConfig) or engine.device != "cuda":
+        return
+    if getattr(engine, "urls", ()):
+        return
+    taken = engine.tensor_parallel * getattr(engine, "num_servers", 1)
+    if engine.first_gpu or taken > math.ceil(given):
+        raise ValueError(
+            f"the servers of an engine take {taken} GPUs from engine.first_gpu = "
+            f"{engine.first_gpu} on, but Ray gives it {given:g}: set cluster.engines.gpus = "
+            f"{taken} and engine.first_gpu = 0"
+        )
 
 
 def parts_of(config: ClusterConfig) -> dict[str, PartsConfig]:

@@ -20,7 +20,9 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -51,6 +53,8 @@ DEFAULTS = (
 )
 """A small run whose weights hardly move, on two parts of each kind but the trainer."""
 
+_MOUNT = 'mount -t tmpfs -o size=50% tmpfs /dev/shm && exec "$@"'
+_IS_OWN = "TIR_ALP_DRILL_HAS_OWN_MEMORY"
 _PR_SET_CHILD_SUBREAPER = 36
 _LONG = 1_000_000  # steps; the drill ends the run
 _ENDING_S = 30.0
@@ -325,8 +329,21 @@ def shared_memory_in_use() -> set[str]:
     return used
 
 
+def take_own_memory(arguments: Sequence[str]) -> None:
+    """Start again with a /dev/shm of its own, where root may have one.
+
+    Otherwise, what other programs leave in it meanwhile would count as the drill's.
+    """
+    own = ["unshare", "--mount", "sh", "-c", _MOUNT, "sh"]
+    may = os.geteuid() == 0 and _IS_OWN not in os.environ and shutil.which("unshare")
+    if may and subprocess.run([*own, "true"], capture_output=True).returncode == 0:
+        os.environ[_IS_OWN] = "1"
+        os.execvp(own[0], [*own, sys.executable, "-m", "tir_alp.cluster.drill", *arguments])
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns 0 if nothing was lost, repeated or left behind."""
+    take_own_memory(arguments)
     parser = argparse.ArgumentParser("tir_alp.cluster.drill", description=__doc__)
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--drill-seed", type=int, default=0)

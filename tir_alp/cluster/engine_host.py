@@ -23,7 +23,8 @@ class EngineHost:
         """Load the model, or start its server; `renderer` has the rule that ends completions."""
         self._renderer = renderer
         self._exit = contextlib.AsyncExitStack()
-        opened = open_engine(config, path, version, None, lambda text: print(text, flush=True))
+        self._said: list[str] = []
+        opened = open_engine(config, path, version, None, self._said.append)
         self._engine = await self._exit.enter_async_context(opened)
 
     async def stop(self) -> None:
@@ -38,7 +39,7 @@ class EngineHost:
             sampling = replace(sampling, stop_matcher=self._renderer.stop_matcher)
         return await self._engine.generate(token_ids, sampling)
 
-    async def load_weights(self, source: Any, version: int) -> Mapping[str, float]:
+    async def load_weights(self, source: Any, version: int) -> Mapping[str, Any]:
         """As `Engine.load_weights`, from what `weights.pack` made or from a folder.
 
         Returns:
@@ -52,6 +53,7 @@ class EngineHost:
         """As `Engine.abort`."""
         await self._engine.abort(sequence_uid)
 
-    async def heartbeat(self) -> Mapping[str, float]:
-        """As `Engine.health`, and the number of the process."""
-        return {**self._engine.health(), "pid": os.getpid()}
+    async def heartbeat(self) -> Mapping[str, Any]:
+        """As `Engine.health`, the number of the process, and what its servers had to say since."""
+        said, self._said[:] = (*self._said,), ()
+        return {**self._engine.health(), "pid": os.getpid(), "said": said}

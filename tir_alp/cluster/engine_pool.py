@@ -140,8 +140,7 @@ class EnginePool:
         """Give an engine the weights; one that fails is replaced, and begins with them."""
         actor, timeout_s = part.actor, self._config.cluster.step_timeout_s
         try:
-            health = await part.call("load_weights", source, version, timeout_s=timeout_s)
-            part.health = health  # how the weights were verified is of these, then
+            part.hear(await part.call("load_weights", source, version, timeout_s=timeout_s))
         except PartLost as error:
             return error
         except Exception as error:  # whatever it is, half of its weights may be the new ones

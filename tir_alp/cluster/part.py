@@ -102,6 +102,12 @@ class Part:
                 ray.cancel(answer)
             raise
 
+    def hear(self, health: Mapping[str, Any]) -> None:
+        """Take note of a heartbeat; what is `said` in it is told."""
+        self.health = {name: value for name, value in health.items() if name != "said"}
+        for text in health.get("said", ()):
+            self._say(f"{self.name}: {text}")
+
     def doubt(self, actor: Any, reason: str) -> PartLost:
         """Have an actor replaced, unless it has been; returns what to raise. From any thread."""
         self._doubted = actor
@@ -134,7 +140,7 @@ class Part:
         patience_s = self._config.patience_s
         try:
             async with asyncio.timeout(patience_s):
-                self.health = await wait_for(self._actor.heartbeat.remote())
+                self.hear(await wait_for(self._actor.heartbeat.remote()))
         except TimeoutError:
             return f"it has not answered for {patience_s:g} s"
         except RayError as error:
