@@ -30,3 +30,17 @@ def test_a_python_that_is_not_there_is_named(tmp_path):
     config = VLLMConfig(type="vllm", python=Path("/no/python"), device="cpu")
     with pytest.raises(ValueError, match=r"engine.python = '/no/python' is no program"):
         vllm_process.server_process(config, tmp_path, 0, print)
+
+
+@pytest.mark.parametrize(
+    ("seen", "first", "count", "names"),
+    [(None, 1, 2, "1,2"), ("4,5,6", 1, 2, "5,6"), ("GPU-a,GPU-b", 0, 1, "GPU-a")],
+)
+def test_a_server_gets_gpus_of_those_that_its_starter_sees(monkeypatch, seen, first, count, names):
+    """An actor of a cluster is shown its own alone, by whatever numbers."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+        with pytest.raises(ValueError, match="first_gpu = 9"):
+            vllm_process.gpus(9, 1)
+    assert vllm_process.gpus(first, count) == names

@@ -94,8 +94,7 @@ def server_process(
         flags.append("--enforce-eager")
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     else:
-        gpus = range(config.first_gpu, config.first_gpu + config.tensor_parallel)
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        environment["CUDA_VISIBLE_DEVICES"] = gpus(config.first_gpu, config.tensor_parallel)
     return ServerProcess(
         "vLLM server",
         [
@@ -108,3 +107,21 @@ def server_process(
         say,
         stages=_STAGES,
     )
+
+
+def gpus(first: int, count: int) -> str:
+    """GPUs by their number among those that this process sees, as CUDA_VISIBLE_DEVICES names them.
+
+    Raises:
+        ValueError: If it is known to see too few.
+    """
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if seen is None:
+        return ",".join(map(str, range(first, first + count)))
+    names = [name for name in seen.split(",") if name]
+    if first + count > len(names):
+        raise ValueError(
+            f"the server takes {count} GPUs from engine.first_gpu = {first} on, but "
+            f"CUDA_VISIBLE_DEVICES is {seen!r}"
+        )
+    return ",".join(names[first : first + count])
