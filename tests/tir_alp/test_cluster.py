@@ -7,10 +7,12 @@ runs no sandbox, so that runners start fast.
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import socket
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,7 +46,17 @@ SOON = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}
 """When Ray notices that a node is gone: its own settings would take longer than the tests."""
 TASK = {"task": {"task_id": "any", "question": "q", "answer": "a"}}
 PROMPT = (2, 45, 78, 33, 1, 3)
-RENDERER = Renderer(load_tokenizer(str(BASE)))
+
+
+class Short(Renderer):
+    """Its rule ends a completion at the third token."""
+
+    def stop_matcher(self):
+        count = itertools.count(1)
+        return lambda _: next(count) == 3
+
+
+RENDERER = Short(load_tokenizer(str(BASE)))
 
 
 async def unasked(token_ids):
@@ -213,6 +225,8 @@ def test_a_pool_of_engines_samples_what_one_engine_does_and_survives_the_loss_of
             await pool.load_weights(weights, version=3)
             await until(lambda: pool.parts[0].num_replaced == 1)
             second = await asyncio.gather(*(pool.generate(PROMPT, sampling(u)) for u in range(6)))
+            ruled = replace(sampling(0), stop_matcher=RENDERER.stop_matcher)
+            assert len((await pool.generate(PROMPT, ruled)).token_ids) == 3
             return first, second, pool.health()
 
     first, second = run(alone)
