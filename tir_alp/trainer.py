@@ -117,11 +117,22 @@ class Trainer:
         """The policy's tensors one after the other, whole, by their names in the model.
 
         That is what an engine needs: no sigma is among them, and adapters are merged. A tensor may
-        be the model's own. Every rank has to go through all of them.
+        be the model's own; one of two names, such as a tied head, is the same object under both.
+        Every rank has to go through all of them.
         """
+        names: dict[int, list[str]] = {}
+        state = self.model.state_dict(keep_vars=True)
+        for name, tensor in state.items():
+            names.setdefault(id(tensor), []).append(name)
+        others = {first: rest for first, *rest in names.values()}
         with self.ranks.together("gathering weights"):
-            tensors = gathered(self.model.state_dict())
-            yield from tensors if self._adapters is None else self._adapters.merged(tensors)
+            tensors = gathered({name: state[name].detach() for name in others})
+            if self._adapters is not None:
+                tensors = self._adapters.merged(tensors)
+            for name, tensor in tensors:
+                yield name, tensor
+                for other in others.get(name, ()):
+                    yield other, tensor
 
     def completion_logprobs(
         self,

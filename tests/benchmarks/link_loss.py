@@ -3,40 +3,38 @@
 Needs root, and `ip` of iproute2. The hosts are network namespaces of this machine, each with a node
 of one Ray cluster; parts of a run of the tiny model are spread over both. Behind its first step the
 link of the second host is taken down for `--seconds`, and put up again. What is printed: whether
-the run came to its end, and whether every token of it is accounted for.
+the run came to its end, whether every group and every token of it is accounted for, and whether a
+process of it is left. More words go to the run, e.g. `--cluster.patience_s 10`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+
+from tir_alp.cluster.drill import account_of
 
 HOSTS = {"tir-alp-a": "10.97.0.1", "tir-alp-b": "10.97.0.2"}
 FIRST, SECOND = HOSTS
-STEPS = 6
+LINKS = "tir-alp-0", "tir-alp-1"
 RUN = (
-    *("--cluster", "auto", "--cluster.spread", "true", "--cluster.patience_s", "60"),
+    *("--cluster", "auto", "--cluster.spread", "true"),
     *("--cluster.engines.count", "2", "--cluster.environments.count", "2"),
-    *(
-        "--rollout.groups_per_step",
-        "4",
-        "--rollout.group_size",
-        "4",
-        "--rollout.max_staleness",
-        "1",
-    ),
+    *("--rollout.groups_per_step", "4", "--rollout.group_size", "4"),
     *("--rollout.max_staleness", "1", "--rollout.on_update", "keep"),
-    *("--eval.num_tasks", "8", "--checkpoint.every", "1"),
-    *("--steps", str(STEPS), "--name", "linked"),
+    *("--eval.num_tasks", "8", "--checkpoint.every", "1", "--name", "linked"),
 )
-_DEADLINE_S = 900.0
+_START_S, _RUN_S, _END_S = 120.0, 900.0, 30.0
 
 
 def ip(*words: str) -> None:
@@ -50,8 +48,9 @@ def hosts() -> Iterator[None]:
     try:
         for host in HOSTS:
             ip("netns", "add", host)
-        ip("link", "add", "a", "netns", FIRST, "type", "veth", "peer", "name", "b", "netns", SECOND)
-        for (host, address), link in zip(HOSTS.items(), "ab", strict=True):
+        first = ("link", "add", "name", LINKS[0], "netns", FIRST, "type", "veth")
+        ip(*first, "peer", "name", LINKS[1], "netns", SECOND)
+        for (host, address), link in zip(HOSTS.items(), LINKS, strict=True):
             ip("-n", host, "address", "add", f"{address}/24", "dev", link)
             for each in (link, "lo"):
                 ip("-n", host, "link", "set", each, "up")
@@ -71,21 +70,21 @@ def within(host: str, *words: str, **settings: object) -> subprocess.Popen[bytes
 
 
 @contextlib.contextmanager
-def ray_nodes(folder: Path) -> Iterator[None]:
+def ray_nodes(folder: Path, cpus: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """One on each host."""
     ray = "from ray.scripts.scripts import main; main()"
-    nodes = []
+    nodes: list[subprocess.Popen[bytes]] = []
     try:
         for host, address in HOSTS.items():
-            joins = ["--address", f"{HOSTS[FIRST]}:6379"]
-            words = ["--head", "--port", "6379"] if host == FIRST else joins
-            words += ["--node-ip-address", address, "--num-cpus", "3", "--block"]
-            words += ["--include-dashboard", "false"] if host == FIRST else []
+            head = ["--head", "--port", "6379", "--include-dashboard", "false"]
+            words = head if host == FIRST else ["--address", f"{HOSTS[FIRST]}:6379"]
+            words += ["--node-ip-address", address, "--num-cpus", str(cpus), "--block"]
             words += ["--temp-dir", str(folder / host)]
-            with (folder / f"{host}.log").open("wb") as log:
-                nodes.append(within(host, "-c", ray, "start", *words, stdout=log, stderr=log))
-            time.sleep(10)  # the head has to be there first
-        yield
+            log = folder / f"{host}.log"
+            with log.open("wb") as file:
+                nodes.append(within(host, "-c", ray, "start", *words, stdout=file, stderr=file))
+            until(lambda log=log: "Ray runtime started" in log.read_text(), _START_S)
+        yield nodes
     finally:
         for node in nodes:
             node.terminate()
@@ -93,33 +92,92 @@ def ray_nodes(folder: Path) -> Iterator[None]:
             node.wait(60)
 
 
+def until(holds: Callable[[], object], seconds: float) -> bool:
+    """Wait until something holds; returns whether it did in time."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def parts_left() -> list[str]:
+    """Processes of a run that live on either host, by the names that Ray gives them."""
+    names = []
+    for host in HOSTS:
+        pids = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True)
+        for pid in pids.stdout.split():
+            with contextlib.suppress(OSError):
+                names.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip())
+    return [name for name in names if re.match(r"ray::\w+Host", name)]
+
+
 def main(words: Sequence[str]) -> int:
-    """Run the command; 0 if the run came to its end with every token accounted for."""
+    """Run the command; 0 if the run came to its end, and nothing is lost, repeated or left."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=20.0)
-    options = parser.parse_args(words)
-    with tempfile.TemporaryDirectory(prefix="tal") as name, hosts(), ray_nodes(Path(name)):
-        folder = Path(name)
+    parser.add_argument("--seconds", type=float, default=20.0, help="without the link")
+    parser.add_argument("--steps", type=int, default=20, help="of the run")
+    parser.add_argument("--cpus", type=int, default=3, help="of each node, as Ray is told")
+    parser.add_argument("--log", type=Path, help="where to put what the run printed")
+    options, more = parser.parse_known_args(words)
+    with (
+        tempfile.TemporaryDirectory(prefix="tal") as name,
+        hosts(),
+        ray_nodes(Path(name), options.cpus) as nodes,
+    ):
+        folder, run = Path(name), Path(name) / "runs" / "linked"
+        command = ["-m", "tir_alp.train", *RUN, "--steps", str(options.steps), *more]
         with (folder / "train.log").open("wb") as log:
-            training = within(
-                *(FIRST, "-m", "tir_alp.train", *RUN), cwd=folder, stdout=log, stderr=log
-            )
-        deadline = time.monotonic() + _DEADLINE_S
-        first = folder / "runs" / "linked" / "trajectories" / "step_000001.jsonl"
-        while not first.exists() and training.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        ip("-n", SECOND, "link", "set", "b", "down")
+            training = within(FIRST, *command, cwd=folder, stdout=log, stderr=log)
+
+        def steps() -> int:
+            return len([*(run / "trajectories").glob("step_*.jsonl")])
+
+        until(lambda: steps() or training.poll() is not None, _START_S)
+        ip("-n", SECOND, "link", "set", LINKS[1], "down")
         print(f"the link is down for {options.seconds:g} s", flush=True)
+        before = steps()
         time.sleep(options.seconds)
-        ip("-n", SECOND, "link", "set", "b", "up")
+        meanwhile = steps() - before
+        was_over = training.poll() is not None
+        ip("-n", SECOND, "link", "set", LINKS[1], "up")
         try:
-            training.wait(max(1.0, deadline - time.monotonic()))
+            training.wait(_RUN_S)
         except subprocess.TimeoutExpired:
             training.kill()
-        print((folder / "train.log").read_text()[-3000:])
-        audit = within(FIRST, "-m", "tir_alp.audit", "runs/linked", cwd=folder).wait(300)
-    print(f"the run ended with {training.returncode}, its audit with {audit}")
-    return int(bool(training.returncode or audit))
+        printed = (folder / "train.log").read_text()
+        if options.log:
+            options.log.write_text(printed)
+        audit = within(
+            *(FIRST, "-m", "tir_alp.audit", "runs/linked"), cwd=folder, stdout=subprocess.DEVNULL
+        ).wait(300)
+        until(lambda: not parts_left(), _END_S)
+        account = asdict(account_of(run))
+        result = {
+            "places": re.findall(r"^on .*", printed, re.MULTILINE),
+            "was over before the link was back": was_over,
+            "steps before, during, in all": (before, meanwhile, steps()),
+            "lost": sorted(
+                set(re.findall(r"^(\S+) (?:is replaced|was lost)", printed, re.MULTILINE))
+            ),
+            "resumed": printed.count("the run goes on from step"),
+            "second node lives": nodes[1].poll() is None,
+            **account,
+            "exit": training.returncode,
+            "audit": audit,
+            "left": parts_left(),
+        }
+    is_well = not (training.returncode or audit or result["left"] or account["unaccounted"])
+    is_well = is_well and not was_over and steps_of(result) == options.steps
+    print(json.dumps(result, indent=2))
+    print("clean" if is_well else f"NOT clean; the run said:\n{printed[-3000:]}")
+    return int(not is_well)
+
+
+def steps_of(result: dict[str, object]) -> int:
+    """Steps that were made in all."""
+    return result["steps before, during, in all"][-1]  # type: ignore[index]
 
 
 if __name__ == "__main__":

@@ -1,40 +1,47 @@
-"""A run in the actors of a real Ray cluster on this machine: one start for all tests here.
+"""The parts of a run as actors of a real Ray cluster: one start for all tests here.
 
-The environment runs no sandbox, so that runners start fast; the drill's test has all parts.
+The cluster has two nodes, both on this machine, and the tests are clients of it, as a run with
+`--cluster ray://HOST:PORT` is; the drill's test has a cluster of its own, `local`. The environment
+runs no sandbox, so that runners start fast.
 """
 
 import asyncio
 import os
 import signal
-import threading
+import socket
 from contextlib import asynccontextmanager
+from typing import Any
 
-import gymnasium
 import pytest
 import torch
 
 pytest.importorskip("ray")
 
 import ray
+from ray.cluster_utils import Cluster as Nodes
 
 from tir_alp.cluster import cluster as cluster_module
 from tir_alp.cluster.cluster import open_cluster
 from tir_alp.cluster.engine_pool import EnginePool
+from tir_alp.cluster.trainer_host import interface_of
 from tir_alp.cluster.weights import pack, unpack
 from tir_alp.config import load_config, read_toml
 from tir_alp.engines.base import Sampling
-from tir_alp.envs.spaces import TextSpace
 from tir_alp.parts import LocalParts, PartLost
 from tir_alp.policy import load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.tiny import BASE, TRAIN_CONFIG
 
 WORDS = (
-    *("--cluster", "local", "--cluster.engines.count", "2", "--cluster.environments.count", "2"),
-    *("--cluster.heartbeat_s", "0.5", "--cluster.patience_s", "20"),
+    *("--cluster.engines.count", "2", "--cluster.environments.count", "2"),
+    *("--cluster.spread", "true", "--cluster.heartbeat_s", "0.5", "--cluster.patience_s", "10"),
     *("--rollout.groups_per_step", "2", "--rollout.group_size", "2"),
-    *("--env.id", "tests.tir_alp.test_cluster:Fragile-v0", "--env.kwargs", "{}"),
+    *("--env.id", "tests.tir_alp.fragile:Fragile-v0", "--env.kwargs", "{}"),
 )
+NODE = {"num_cpus": 5, "include_dashboard": False}
+SOON = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+"""When Ray notices that a node is gone: its own settings would take longer than the tests."""
+TASK = {"task": {"task_id": "any", "question": "q", "answer": "a"}}
 PROMPT = (2, 45, 78, 33, 1, 3)
 RENDERER = Renderer(load_tokenizer(str(BASE)))
 
@@ -43,32 +50,29 @@ async def unasked(token_ids):
     raise AssertionError("the embedded engine asks for no reference")
 
 
-class Fragile(gymnasium.Env[str, str]):
-    """Says what it is told to; the task named "poison" ends its process."""
-
-    def __init__(self, **_):
-        self.observation_space = self.action_space = TextSpace()
-
-    def reset(self, *, seed=None, options=None):
-        assert options is not None
-        self._task_id = options["task"]["task_id"]
-        return "say", {}
-
-    def step(self, action):
-        if action == "wait":
-            threading.Event().wait(60)
-        if self._task_id == "poison":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return action, 0.0, False, False, {"pid": os.getpid()}
-
-
-gymnasium.register("Fragile-v0", entry_point=f"{__name__}:Fragile")
+@pytest.fixture(scope="module")
+def port():
+    """At which clients of the cluster are heard."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
-def config():
+def nodes(port):
+    """Two nodes, each with room for all parts; the second one may be killed."""
+    head = {**NODE, "ray_client_server_port": port, "_system_config": SOON}
+    made = Nodes(initialize_head=True, head_node_args=head)
+    made.add_node(**NODE)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def config(nodes, port):
     """Of a run whose cluster is up."""
-    made = load_config(WORDS, read_toml(TRAIN_CONFIG))
+    address = f"ray://127.0.0.1:{port}"
+    made = load_config(["--cluster", address, *WORDS], read_toml(TRAIN_CONFIG))
     cluster_module.connect(made.cluster)
     yield made
     ray.shutdown()
@@ -88,7 +92,8 @@ async def until(holds):
 
 
 async def pid_of(part):
-    return await part.actor.__ray_call__.remote(lambda _: os.getpid())
+    await until(lambda: part.actor is not None and part.health)
+    return part.health["pid"]
 
 
 @asynccontextmanager
@@ -101,25 +106,76 @@ async def engines(config):
         yield cluster, pool
 
 
+def play(cluster, task_id, action="hello"):
+    env = cluster.make_env()
+    try:
+        task = {**TASK["task"], "task_id": task_id}
+        assert env.reset(options={"task": task})[0] == "say"
+        return env.step(action)
+    finally:
+        env.close()
+
+
 def sampling(uid, max_tokens=20):
     return Sampling(max_tokens=max_tokens, temperature=1.0, sequence_uid=uid)
 
 
 def test_weights_of_any_dtype_come_through_the_object_store_as_they_were():
+    square = torch.randn(4, 4)
     weights = {
         "a": torch.randn(3, 5).to(torch.bfloat16),
         "b": torch.tensor(7),
-        "c": torch.randn(4, 6).T,
+        "c": square.T,
+        "embedding": square,
+        "head": square,
     }
     again = unpack(pack(weights))
+    assert again["head"] is again["embedding"]  # tied, which engines go by
     assert {name: (each.dtype, each.shape) for name, each in again.items()} == {
         name: (each.dtype, each.shape) for name, each in weights.items()
     }
     assert all(torch.equal(again[name], weights[name]) for name in weights)
 
 
+def test_a_cluster_that_is_too_small_says_so(config):
+    engines = config.cluster.engines.model_copy(update={"count": 100})
+    small = config.cluster.model_copy(update={"engines": engines, "start_timeout_s": 1.0})
+
+    async def body():
+        async with open_cluster(config.model_copy(update={"cluster": small})):
+            pass
+
+    with pytest.raises(ValueError, match=r"not have room for .*'engines': 100"):
+        run(body)
+
+
+def test_as_soon_as_a_part_cannot_start_none_is_left():
+    closed = []
+
+    class Fake:
+        def __init__(self, name):
+            self.name = name
+
+        async def open(self):
+            if self.name == "broken":
+                raise ValueError("no model")
+            await asyncio.Event().wait()
+
+        async def close(self):
+            closed.append(self.name)
+
+    parts: Any = [Fake("slow"), Fake("broken")]
+    with pytest.raises(ValueError, match="no model"):
+        run(lambda: cluster_module.open_all(parts), seconds=10)
+    assert closed == ["slow", "broken"]
+
+
+def test_ranks_meet_at_the_interface_that_other_nodes_reach():
+    assert interface_of("127.0.0.1") == "lo" and interface_of("203.0.113.1") is None
+
+
 def test_a_pool_of_engines_samples_what_one_engine_does_and_survives_the_loss_of_one(config):
-    """A frozen engine's requests are made again elsewhere; a new one begins with new weights."""
+    """A dead engine's requests are made again elsewhere; a new one begins with new weights."""
     weights = load_policy(str(BASE)).state_dict()
     weights = {name: tensor * 1.5 for name, tensor in weights.items()}
 
@@ -132,8 +188,9 @@ def test_a_pool_of_engines_samples_what_one_engine_does_and_survives_the_loss_of
 
     async def pooled():
         async with engines(config) as (_, pool):
+            pid = await pid_of(pool.parts[0])
             asked = [asyncio.create_task(pool.generate(PROMPT, sampling(u))) for u in range(6)]
-            os.kill(await pid_of(pool.parts[0]), signal.SIGSTOP)
+            os.kill(pid, signal.SIGKILL)
             first = await asyncio.gather(*asked)
             await pool.load_weights(weights, version=3)
             await until(lambda: pool.parts[0].num_replaced == 1)
@@ -153,20 +210,13 @@ def test_an_environment_runner_that_dies_fails_its_calls_and_a_poison_task_is_dr
         async with open_cluster(config) as cluster:
             environments = cluster.environments
 
-            def play(task_id, action="hello"):
-                env = cluster.make_env()
-                try:
-                    task = {"task_id": task_id, "question": "q", "answer": "a"}
-                    assert env.reset(options={"task": task})[0] == "say"
-                    return env.step(action)
-                finally:
-                    env.close()
-
-            text, *_, info = await asyncio.to_thread(play, "good")
+            text, *_, info = await asyncio.to_thread(play, cluster, "good")
             assert text == "hello" and info["pid"] != os.getpid()
 
             frozen = await pid_of(environments.parts[0])
-            waiting = [asyncio.create_task(asyncio.to_thread(play, "slow", "wait")) for _ in "ab"]
+            waiting = [
+                asyncio.create_task(asyncio.to_thread(play, cluster, "slow", "wait")) for _ in "ab"
+            ]
             await until(lambda: environments.parts[0].health.get("environments") == 1)
             os.kill(frozen, signal.SIGSTOP)
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -176,11 +226,34 @@ def test_an_environment_runner_that_dies_fails_its_calls_and_a_poison_task_is_dr
 
             while "poison" not in environments.suspects.guilty:
                 with pytest.raises((PartLost, RuntimeError)):
-                    await asyncio.to_thread(play, "poison")
+                    await asyncio.to_thread(play, cluster, "poison")
             assert environments.suspects.guilty == ("poison",)
-            assert (await asyncio.to_thread(play, "good"))[0] == "hello"
+            assert (await asyncio.to_thread(play, cluster, "good"))[0] == "hello"
             os.kill(await pid_of(environments.parts[0]), signal.SIGKILL)
             os.kill(await pid_of(environments.parts[1]), signal.SIGKILL)
             await asyncio.wait(waiting)
+
+    run(body)
+
+
+def test_parts_of_a_node_that_is_killed_go_on_on_another(config, nodes):
+    async def body():
+        async with open_cluster(config) as cluster:
+            parts = cluster.parts["environments"]
+            assert len(cluster.layout()) == 2
+            pids = {await pid_of(part) for part in parts}
+            begun = [cluster.make_env() for _ in parts]  # one on each node
+            for env in begun:
+                await asyncio.to_thread(env.reset, options=TASK)
+            (node,) = nodes.worker_nodes
+            await asyncio.to_thread(nodes.remove_node, node, allow_graceful=False)
+
+            def now():
+                return {part.health.get("pid") for part in parts if part.actor is not None}
+
+            await until(lambda: len(now()) == 2 and now() != pids)
+            assert len(now() & pids) == 1 and len(cluster.layout()) == 1
+            for env in begun:
+                assert (await asyncio.to_thread(env.reset, options=TASK))[0] == "say"
 
     run(body)

@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 import sys
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -22,14 +23,18 @@ from urllib.parse import urlsplit
 import gymnasium
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tir_alp.cluster.engine_host import EngineHost
 from tir_alp.cluster.engine_pool import EnginePool
 from tir_alp.cluster.environment_host import EnvironmentHost
 from tir_alp.cluster.environments import Environments
-from tir_alp.cluster.part import Part
+from tir_alp.cluster.part import Part, wait_for
 from tir_alp.cluster.sandbox_host import SandboxHost
 from tir_alp.cluster.suspects import Suspects
 from tir_alp.cluster.trainer import RemoteTrainer
@@ -80,7 +85,7 @@ class Cluster:
         self.parts["environments"] = self._make_parts(
             "environments",
             EnvironmentHost,
-            lambda _, actor: actor.start.remote(),
+            lambda _, actor: wait_for(actor.start.remote()),
             max_concurrency=num_episodes,
             concurrency_groups={"health": 1},
         )
@@ -143,7 +148,7 @@ class Cluster:
             rank = int(name.rpartition("-")[2])
             if rank == 0:
                 try:
-                    place.set_result(await actor.meeting_place.remote())
+                    place.set_result(await wait_for(actor.meeting_place.remote()))
                 except RayError as error:
                     place.set_exception(error)
             address, port = await place
@@ -151,7 +156,7 @@ class Cluster:
                 **{"MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": str(size)},
                 **{"RANK": str(rank), "LOCAL_RANK": "0"},  # Ray shows an actor its own GPUs alone
             }
-            await actor.start.remote(self._config, *paths, variables)
+            await wait_for(actor.start.remote(self._config, *paths, variables))
 
         options = {"concurrency_groups": {"health": 1}}
         ranks = self._make_parts("trainer", TrainerHost, start, **options)
@@ -165,8 +170,20 @@ class Cluster:
 
     # ------------------------------------------------------------------ places
 
+    def layout(self) -> list[str]:
+        """Which parts have their places on which node: a line a node."""
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        nodes = placement_group_table(self._places)["bundles_to_node_id"]
+        names = [name for kind in KINDS for name in self._names(kind)]
+        here: defaultdict[str, list[str]] = defaultdict(list)
+        for index, name in enumerate(names):
+            here[nodes[index]].append(name)
+        return [f"on {addresses.get(node, '?')}: {', '.join(here[node])}" for node in sorted(here)]
+
+    def _names(self, kind: str) -> list[str]:
+        return [f"{KINDS[kind]}-{index}" for index in range(self._config_of(kind).count)]
+
     def _make_parts(self, kind: str, host: type, start: Start, **options: Any) -> list[Part]:
-        names = [f"{KINDS[kind]}-{index}" for index in range(self._config_of(kind).count)]
         return [
             Part(
                 name,
@@ -176,7 +193,7 @@ class Cluster:
                 self._say,
                 is_replaced=kind != "trainer",
             )
-            for index, name in enumerate(names)
+            for index, name in enumerate(self._names(kind))
         ]
 
     def _config_of(self, kind: str) -> PartsConfig:
@@ -205,7 +222,8 @@ class Cluster:
         """Start a sandbox host, at the address of the one before it if that is free."""
         config = self._config.env.kwargs.get("sandbox") or {}
         port = urlsplit(self._addresses.get(name, "")).port or 0
-        self._addresses[name] = await actor.start.remote(config, port, self._token)
+        starting = actor.start.remote(config, port, self._token)
+        self._addresses[name] = await wait_for(starting)
 
     def _env_config(self) -> Config:
         """The config, with the environment's sandbox at the hosts that there are now."""
@@ -234,10 +252,17 @@ async def open_cluster(config: Config) -> AsyncIterator[Cluster]:
             stack.callback(ray.shutdown)
         places = await _reserve(settings)
         stack.callback(remove_placement_group, places)
-        cluster = Cluster(config, places, lambda text: print(text, file=sys.stderr, flush=True))
+        cluster = Cluster(config, places, say)
+        if len(layout := cluster.layout()) > 1:
+            say("\n".join(layout))
         stack.push_async_callback(cluster.close)
         await cluster.open()
         yield cluster
+
+
+def say(text: str) -> None:
+    """To whoever watches the run."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def parts_of(config: ClusterConfig) -> dict[str, PartsConfig]:
@@ -280,7 +305,7 @@ async def _reserve(config: ClusterConfig) -> Any:
     places = placement_group(bundles, strategy="SPREAD" if config.spread else "PACK")
     try:
         async with asyncio.timeout(config.start_timeout_s):
-            await places.ready()
+            await wait_for(places.ready())
     except TimeoutError:
         remove_placement_group(places)
         wanted = {kind: part.count for kind, part in parts.items()}
@@ -302,12 +327,17 @@ def absolute(model: str) -> str:
 
 
 async def open_all(parts: Sequence[Part]) -> None:
-    """Open parts at once; if one of them cannot start, none is left."""
-    results = await asyncio.gather(*(part.open() for part in parts), return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            await close_all(parts)
-            raise result
+    """Open parts at once; as soon as one of them cannot start, none is left."""
+    opening = [asyncio.create_task(part.open()) for part in parts]
+    try:
+        for each in asyncio.as_completed(opening):
+            await each
+    except BaseException:
+        for each in opening:
+            each.cancel()
+        await asyncio.gather(*opening, return_exceptions=True)
+        await close_all(parts)
+        raise
 
 
 async def close_all(parts: Sequence[Part]) -> None:

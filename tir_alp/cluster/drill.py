@@ -58,6 +58,21 @@ _SOCKETS_OF_RAY = 2
 
 
 @dataclass(frozen=True, slots=True)
+class Account:
+    """What became of the groups of a run."""
+
+    groups: int
+    """Groups that were begun."""
+    trained: int
+    dropped: int
+    pending: int
+    unaccounted: list[int]
+    """Groups that are in none of the three, or in more than one."""
+    last_trained: int
+    """The highest number among the trained; -1: none."""
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What a drill found."""
 
@@ -66,12 +81,11 @@ class Report:
     seconds: float
     steps: int
     groups: int
-    """Groups that were begun."""
+    """This and the next four: see `Account`."""
     trained: int
     dropped: int
     pending: int
     unaccounted: list[int]
-    """Groups that are in none of the three, or in more than one."""
     compared: int
     """Trajectories that both runs have."""
     equal: int
@@ -176,12 +190,9 @@ def measure(config: Config, faults: int, seed: int, folder: Path) -> Report:
     left_open = left_open_files(before[1])
     shared = sorted(set(os.listdir("/dev/shm")) - before[0] - shared_memory_in_use())
 
-    trained, rows = trajectories(folder / "runs" / "disturbed")
-    dropped, queue = others(folder / "runs" / "disturbed")
-    every = Counter([*trained, *dropped, *queue.pending])
-    unaccounted = [each for each in range(queue.next_group) if every.pop(each, 0) != 1]
-
-    steps = math.ceil((max(trained, default=-1) + 1) / config.rollout.groups_per_step)
+    account = account_of(folder / "runs" / "disturbed")
+    _, rows = trajectories(folder / "runs" / "disturbed")
+    steps = math.ceil((account.last_trained + 1) / config.rollout.groups_per_step)
     twin = config.model_copy(
         update={
             "name": "undisturbed",
@@ -199,11 +210,11 @@ def measure(config: Config, faults: int, seed: int, folder: Path) -> Report:
         faults=dict(sorted(done.items())),
         seconds=round(seconds, 1),
         steps=len(list((folder / "runs" / "disturbed" / "trajectories").iterdir())),
-        groups=queue.next_group,
-        trained=len(trained),
-        dropped=len(dropped),
-        pending=len(queue.pending),
-        unaccounted=[*unaccounted, *every],
+        groups=account.groups,
+        trained=account.trained,
+        dropped=account.dropped,
+        pending=account.pending,
+        unaccounted=account.unaccounted,
         compared=len(both),
         equal=sum(rows[uid].token_ids == twins[uid].token_ids for uid in both),
         reward_difference=mean,
@@ -211,6 +222,22 @@ def measure(config: Config, faults: int, seed: int, folder: Path) -> Report:
         orphans=orphans,
         descriptors=left_open,
         shared_memory=shared,
+    )
+
+
+def account_of(run: Path) -> Account:
+    """Count what a run's folder has as trained, dropped and pending."""
+    trained, _ = trajectories(run)
+    dropped, queue = others(run)
+    every = Counter([*trained, *dropped, *queue.pending])
+    unaccounted = [each for each in range(queue.next_group) if every.pop(each, 0) != 1]
+    return Account(
+        groups=queue.next_group,
+        trained=len(trained),
+        dropped=len(dropped),
+        pending=len(queue.pending),
+        unaccounted=[*unaccounted, *every],
+        last_trained=max(trained, default=-1),
     )
 
 

@@ -38,10 +38,15 @@ class EngineHost:
             sampling = replace(sampling, stop_matcher=self._renderer.stop_matcher)
         return await self._engine.generate(token_ids, sampling)
 
-    async def load_weights(self, source: Any, version: int) -> None:
-        """As `Engine.load_weights`, from what `weights.pack` made or from a folder."""
+    async def load_weights(self, source: Any, version: int) -> Mapping[str, float]:
+        """As `Engine.load_weights`, from what `weights.pack` made or from a folder.
+
+        Returns:
+            What a heartbeat says behind it.
+        """
         weights = source if isinstance(source, Path) else unpack(source)
         await self._engine.load_weights(weights, version)
+        return await self.heartbeat()
 
     async def abort(self, sequence_uid: int | None) -> None:
         """As `Engine.abort`."""

@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from torch import Tensor
 
-from tir_alp.cluster.part import Part
+from tir_alp.cluster.part import Part, wait_for
 from tir_alp.cluster.weights import pack
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion, Sampling
@@ -30,6 +30,7 @@ from tir_alp.renderer import Renderer
 from tir_alp.watchdog import note_host
 
 _PAUSE_S = 0.1
+_WORST = {"tensors_compared": min, "probe_difference": max}
 _SPILL = 8  # requests by which an engine may be busier than the others before it is passed over
 
 
@@ -109,11 +110,13 @@ class EnginePool:
         await asyncio.gather(*calls, return_exceptions=True)
 
     def health(self) -> Mapping[str, float]:
-        """As `Engine.health`: what the last heartbeats said, added up."""
-        total: Counter[str] = Counter()
-        for part in self.parts:
-            total.update(part.health)
-        del total["pid"]
+        """As `Engine.health`: what was last heard of each, added up, or of the worst one."""
+        heard = [part.health for part in self.parts if part.health]
+        names = {name for each in heard for name in each} - {"pid"}
+        total = {
+            name: _WORST.get(name, sum)([each[name] for each in heard if name in each])
+            for name in sorted(names)
+        }
         return {**total, "engines": sum(part.actor is not None for part in self.parts)}
 
     async def close(self) -> None:
@@ -122,12 +125,12 @@ class EnginePool:
 
     async def _start(self, actor: Any) -> None:
         """Load the model, and then the weights that are newest when that has been done."""
-        await actor.start.remote(self._config, *self._first)
+        await wait_for(actor.start.remote(self._config, *self._first))
         taken = None
         while taken is not self._source:
             taken = self._source
             assert taken is not None
-            await actor.load_weights.remote(*taken)
+            await wait_for(actor.load_weights.remote(*taken))
 
     async def _give_all(self) -> list[Exception | None]:
         assert self._source is not None
@@ -137,7 +140,8 @@ class EnginePool:
         """Give an engine the weights; one that fails is replaced, and begins with them."""
         actor, timeout_s = part.actor, self._config.cluster.step_timeout_s
         try:
-            await part.call("load_weights", source, version, timeout_s=timeout_s)
+            health = await part.call("load_weights", source, version, timeout_s=timeout_s)
+            part.health = health  # how the weights were verified is of these, then
         except PartLost as error:
             return error
         except Exception as error:  # whatever it is, half of its weights may be the new ones

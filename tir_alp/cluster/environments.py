@@ -1,7 +1,8 @@
 """Environments in other processes, as `gymnasium.Env`s that threads of this one block in.
 
 An environment stays where it was made. If its host is lost, the episode fails as one that
-infrastructure broke, and is played once more, in an environment of another host.
+infrastructure broke, and is played once more, in an environment of another host. One that has not
+begun goes to another host at once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from tir_alp.cluster.part import Part, reason_of
-from tir_alp.cluster.suspects import Suspects
+from tir_alp.cluster.suspects import HostGone, Suspects
 from tir_alp.config import Config
 from tir_alp.parts import PartLost
 from tir_alp.watchdog import note_host
@@ -95,12 +96,16 @@ class RemoteEnvironment(gymnasium.Env[str, str]):
         """
         assert options is not None, "tasks are given, and not drawn"
         self._task_id = str(options["task"]["task_id"])
-        if self._place is None:
-            self._place = self._all.occupy()
-        return self._call("reset", self._all.config(), seed, options), {}
+        while True:
+            if self._place is None:
+                self._place = self._all.occupy()
+            try:
+                return self._call("reset", self._all.config(), seed, options), {}
+            except HostGone:
+                self.close()
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """As `Env.step`. Raises PartLost if its host was lost."""
+        """As `Env.step`. Raises PartLost or HostGone if its host was lost."""
         return self._call("step", action)
 
     def run_report(self) -> dict[str, Any]:
@@ -123,6 +128,8 @@ class RemoteEnvironment(gymnasium.Env[str, str]):
         part, generation, actor = self._place
         note_host(part.name)
         with self._all.suspects.at_work(self._task_id, part.name, generation) as report_death:
+            if part.actor is not actor:
+                raise HostGone(f"{part.name} was lost")
             answer = getattr(actor, method).remote(self._key, *arguments)
             try:
                 return ray.get(answer, timeout=self._all.timeout_s)

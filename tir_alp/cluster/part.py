@@ -55,14 +55,15 @@ class Part:
         self._make, self._start, self._config, self._say = make, start, config, say
         self._is_replaced = is_replaced
         self._actor: Any = None
+        self._doubted: Any = None
         self._loop = asyncio.get_running_loop()
         self._doubts: asyncio.Queue[tuple[Any, str]] = asyncio.Queue()
         self._watcher: asyncio.Task[None] | None = None
 
     @property
     def actor(self) -> Any:
-        """The actor; None while there is none that works."""
-        return self._actor
+        """The actor; None while there is none that works, from the first doubt on."""
+        return None if self._actor is self._doubted else self._actor
 
     async def open(self) -> None:
         """Start the first actor. Raises what its start raises, and PartLost if it dies in it."""
@@ -85,13 +86,13 @@ class Part:
             PartLost: There is no actor, or it died.
             TimeoutError: It did not answer in time.
         """
-        actor = self._actor
+        actor = self.actor
         if actor is None:
             raise PartLost(f"{self.name} is not there yet: it is being replaced")
         answer = getattr(actor, method).remote(*arguments)
         try:
             async with asyncio.timeout(timeout_s):
-                return await answer
+                return await wait_for(answer)
         except RayActorError as error:
             raise self.doubt(actor, reason_of(error)) from error
         except RayTaskError as error:
@@ -103,6 +104,7 @@ class Part:
 
     def doubt(self, actor: Any, reason: str) -> PartLost:
         """Have an actor replaced, unless it has been; returns what to raise. From any thread."""
+        self._doubted = actor
         with contextlib.suppress(RuntimeError):  # the run has ended
             self._loop.call_soon_threadsafe(self._doubts.put_nowait, (actor, reason))
         return PartLost(f"{self.name} was lost: {reason}")
@@ -132,7 +134,7 @@ class Part:
         patience_s = self._config.patience_s
         try:
             async with asyncio.timeout(patience_s):
-                self.health = await self._actor.heartbeat.remote()
+                self.health = await wait_for(self._actor.heartbeat.remote())
         except TimeoutError:
             return f"it has not answered for {patience_s:g} s"
         except RayError as error:
@@ -178,6 +180,13 @@ class Part:
             kill(actor)
             raise
         self._actor = actor
+
+
+def wait_for(answer: Any) -> asyncio.Future[Any]:
+    """What a call answers. Who gives it up does not cancel it: Ray's client could not bear that."""
+    future = asyncio.wrap_future(answer.future())
+    future.add_done_callback(lambda each: each.cancelled() or each.exception())  # nobody may ask
+    return asyncio.shield(future)
 
 
 def kill(actor: Any) -> None:

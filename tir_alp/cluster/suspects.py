@@ -2,7 +2,8 @@
 
 When a host dies, every task with a call on it is a suspect. From then on the calls of suspects on
 one host are made one at a time, beside those of all others. A suspect whose host dies in its call
-is guilty: no other suspect was at work there. So a host that somebody else killed costs no task.
+twice is guilty: no other suspect was at work there either time. A host that somebody else killed
+costs no task so, unless that happens in the same task's calls again and again.
 """
 
 from __future__ import annotations
@@ -12,9 +13,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_ENOUGH = 2  # hosts that died in calls of a suspect
+
 
 class PoisonTask(RuntimeError):
     """A task that ends whatever process it runs in."""
+
+
+class HostGone(RuntimeError):
+    """A host was dead before a call began on it."""
 
 
 class Suspects:
@@ -30,7 +37,7 @@ class Suspects:
         self._lock = threading.Lock()
         self._locks: defaultdict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
         self._dead: set[tuple[str, int]] = set()
-        self._suspects: dict[str, str] = {}  # task -> how its host died
+        self._suspects: dict[str, list[str]] = {}  # task -> hosts that died in its calls since
         self._guilty: dict[str, str] = {}
 
     @property
@@ -44,8 +51,6 @@ class Suspects:
     ) -> Iterator[Callable[[str], None]]:
         """Hold while a call of a task runs on a host; yields whom to tell if the host dies in it.
 
-        What begins on a host that is known to be dead has not killed it.
-
         Args:
             task_id: Of the task.
             host: Its name.
@@ -53,36 +58,40 @@ class Suspects:
 
         Raises:
             PoisonTask: If the task is dropped.
+            HostGone: If the host is known to be dead: what begins on it then has not killed it.
             TimeoutError: If other suspects kept the host busy for too long.
         """
         if task_id in self._guilty:
             raise PoisonTask(f"task {task_id} is dropped: {self._guilty[task_id]}")
         place = host, generation
-        if place in self._dead:
-            yield lambda reason: None
-            return
         if task_id not in self._suspects:
-            yield lambda reason: self._suspect(task_id, place, reason)
+            self._check(place)
+            yield lambda reason: self._suspect(task_id, place)
             return
         lock = self._locks[place]
         if not lock.acquire(timeout=self._timeout_s):
             raise TimeoutError(f"other suspects keep {host} busy")
         try:
-            was_dead = place in self._dead
-            yield lambda reason: None if was_dead else self._convict(task_id, place, reason)
+            self._check(place)
+            yield lambda reason: self._blame(task_id, place, reason)
         finally:
             lock.release()
 
-    def _suspect(self, task_id: str, place: tuple[str, int], reason: str) -> None:
-        with self._lock:
-            self._dead.add(place)
-            self._suspects.setdefault(task_id, f"{place[0]}, {reason}")
+    def _check(self, place: tuple[str, int]) -> None:
+        if place in self._dead:
+            raise HostGone(f"{place[0]} is dead")
 
-    def _convict(self, task_id: str, place: tuple[str, int], reason: str) -> None:
+    def _suspect(self, task_id: str, place: tuple[str, int]) -> None:
         with self._lock:
             self._dead.add(place)
-            if task_id in self._guilty:
+            self._suspects.setdefault(task_id, [])
+
+    def _blame(self, task_id: str, place: tuple[str, int], reason: str) -> None:
+        with self._lock:
+            self._dead.add(place)
+            ended = self._suspects[task_id]
+            ended.append(f"{place[0]}, {reason}")
+            if len(ended) < _ENOUGH or task_id in self._guilty:
                 return
-            first = self._suspects[task_id]
-            self._guilty[task_id] = f"it ended its host twice ({first}; {place[0]}, {reason})"
+            self._guilty[task_id] = f"it ended its host twice ({'; '.join(ended)})"
         self._say(f"task {task_id} is dropped: {self._guilty[task_id]}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from tir_alp.cluster.weights import Packed, pack
 from tir_alp.config import Config
 from tir_alp.ledger import Row
 from tir_alp.parts import make_learner
+
+_SIOCGIFADDR = 0x8915
 
 
 class TrainerHost:
@@ -32,6 +36,8 @@ class TrainerHost:
     ) -> None:
         """Load the model; `ranks` are the variables by which ranks find one another."""
         os.environ.update(ranks)
+        if interface := interface_of(ray.util.get_node_ip_address()):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self._rank = int(ranks["RANK"])
         self._learner = make_learner(config, run, initial, found)
 
@@ -71,3 +77,21 @@ class TrainerHost:
     def heartbeat(self) -> Mapping[str, Any]:
         """The number of its process. It has a thread of its own."""
         return {"pid": os.getpid()}
+
+
+def interface_of(address: str) -> str | None:
+    """Name of this host's network interface that has an IPv4 address; None: there is none.
+
+    Gloo would take the one that the host's name stands for, on many hosts that of 127.0.0.1, where
+    no other host reaches it.
+    """
+    with socket.socket() as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            try:
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, request)
+            except OSError:  # it has no address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None

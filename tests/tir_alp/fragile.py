@@ -1,0 +1,31 @@
+"""An environment that can end its process; apart from the tests, since each runner imports it."""
+
+import os
+import signal
+import threading
+
+import gymnasium
+
+from tir_alp.envs.spaces import TextSpace
+
+
+class Fragile(gymnasium.Env[str, str]):
+    """Says what it is told to; the task named "poison" ends its process."""
+
+    def __init__(self, **_):
+        self.observation_space = self.action_space = TextSpace()
+
+    def reset(self, *, seed=None, options=None):
+        assert options is not None
+        self._task_id = options["task"]["task_id"]
+        return "say", {}
+
+    def step(self, action):
+        if action == "wait":
+            threading.Event().wait(60)
+        if self._task_id == "poison":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return action, 0.0, False, False, {"pid": os.getpid()}
+
+
+gymnasium.register("Fragile-v0", entry_point="tests.tir_alp.fragile:Fragile")
