@@ -45,16 +45,16 @@ def sglang_url(tmp_path_factory):
     import aiohttp
 
     from tir_alp.config import SGLangConfig
-    from tir_alp.engines import sglang
+    from tir_alp.engines import sglang_process
     from tir_alp.engines.sglang_client import SGLangClient
-    from tir_alp.engines.sglang_process import SGLangProcess
+    from tir_alp.engines.sglang_fleet import KEY_VARIABLE
 
     config = SGLangConfig(type="sglang", device="cpu", dtype="float32", max_cache_tokens=1 << 16)
     path = write_model(tmp_path_factory.mktemp("model"))
-    process = SGLangProcess(
+    process = sglang_process.SGLangProcess(
         "the tests' server",
-        sglang.server_arguments(config, path, 0, 0, 0),
-        sglang.server_environment(config, path),
+        sglang_process.server_arguments(config, path, 0, 0, 0),
+        sglang_process.server_environment(config, path),
         tmp_path_factory.mktemp("server") / "server.log",
         "secret",
         print,
@@ -67,12 +67,12 @@ def sglang_url(tmp_path_factory):
             await process.wait_until_ready(client, 600)
         return url
 
-    os.environ[sglang.KEY_VARIABLE] = "secret"
+    os.environ[KEY_VARIABLE] = "secret"
     with staying() as wait:
         try:
             yield wait(start(), 620)
         finally:
-            del os.environ[sglang.KEY_VARIABLE]
+            del os.environ[KEY_VARIABLE]
             wait(process.kill(), 90)
 
 

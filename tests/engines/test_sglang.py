@@ -159,7 +159,7 @@ def test_a_server_with_other_weights_than_it_should_have_does_not_pass(sglang_ur
 
     async def work():
         async with served(sglang_url, OLD) as engine:
-            client = engine._client(engine._servers[0])
+            client = engine.fleet.servers[0].client
             with pytest.raises(ServerFailed, match=r"down_proj.weight' differs from the trainer's"):
                 await verify_tensors(client, WeightSnapshot(0, only, None))
             whole = snapshot_tensors(OLD.state_dict(), torch.float32)
@@ -194,9 +194,9 @@ def test_where_a_server_reports_no_tensors_the_probe_is_asked_alone_and_has_to_b
             await engine.load_weights(OLD.state_dict(), 1)
             assert engine.health()["tensors_compared"] == 0
             assert 0 < engine.health()["probe_difference"] < 1e-5
-            snapshot = replace(engine._snapshot, probe=None)
+            snapshot = replace(engine.fleet.snapshot, probe=None)
             with pytest.raises(ServerFailed, match=r"reports none of 4 .* no probe: nothing tells"):
-                await verify_tensors(engine._client(engine._servers[0]), snapshot)
+                await verify_tensors(engine.fleet.servers[0].client, snapshot)
 
     # The server starts with other weights than the reference has: they are given to it first.
     run(given(sglang_url, OLD))
@@ -234,9 +234,9 @@ def test_what_a_half_updated_server_samples_is_refused_until_it_is_whole(sglang_
 
 def test_memory_is_released_and_weights_come_back(sglang_url):
     async def work():
-        async with served(sglang_url, OLD) as engine:
-            async with engine.memory_released():
-                waiting = asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=9)))
+        async with served(sglang_url, OLD, release_memory=True) as engine:
+            await engine.lend_memory()
+            waiting = asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=9)))
             await engine.load_weights(NEW.state_dict(), 1)
             return await waiting
 
@@ -314,13 +314,13 @@ def test_a_request_that_fails_is_told_and_not_made_twice(sglang_url, fault, mess
             proxy_of(sglang_url, fault=fault, num_faults=0) as proxy,
             served_by((proxy.url,), OLD, stall_timeout_s=60) as engine,
         ):
-            engine._client(engine._servers[0])._stall_timeout_s = 4.0 if fault == "drip" else 60.0
+            engine.fleet.servers[0].client._stall_timeout_s = 4.0 if fault == "drip" else 60.0
             proxy.num_faults = 1
             before = proxy.paths.count("/generate")
             with pytest.raises(EngineFailed, match=message):
                 await engine.generate(PROMPT, Sampling(max_tokens=30))
             assert proxy.paths.count("/generate") == before + 1
-            engine._client(engine._servers[0])._stall_timeout_s = 60.0
+            engine.fleet.servers[0].client._stall_timeout_s = 60.0
             return await engine.generate(PROMPT, Sampling(max_tokens=30))
 
     assert run(work()).stop_reason is StopReason.LENGTH
@@ -384,7 +384,7 @@ def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weight
     from tir_alp.engines.http_client import ServerFailed
     from tir_alp.engines.sglang import open_sglang
 
-    free_port = sglang_process._free_port
+    free_port = sglang_process.free_port
     num_full = 0
 
     def port_of_a_full_machine() -> int:
@@ -394,7 +394,7 @@ def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weight
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return free_port()
 
-    monkeypatch.setattr(sglang_process, "_free_port", port_of_a_full_machine)
+    monkeypatch.setattr(sglang_process, "free_port", port_of_a_full_machine)
 
     said: list[str] = []
     config = SGLangConfig(
@@ -413,7 +413,7 @@ def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weight
         def watch():
             return lambda token_id: tokens.append(token_id) or False
 
-        process = engine._servers[0].process
+        process = engine.fleet.servers[0].process
         old = process.pid
         sampling = Sampling(max_tokens=900, stop_matcher=watch)
         running = asyncio.create_task(engine.generate(PROMPT, sampling))
@@ -442,7 +442,7 @@ def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weight
             await engine.load_weights(NEW.state_dict(), 1)
             for which, num_full in ((signal.SIGKILL, 1), (signal.SIGSTOP, 0)):  # noqa: B007
                 served_first.append(await lose_by(engine, which))
-            process = engine._servers[0].process
+            process = engine.fleet.servers[0].process
             assert process is not None and process.pid is not None
             served_first.append(process.pid)
             num_full = 1 << 30
@@ -463,7 +463,7 @@ def test_nothing_of_a_server_outlives_whoever_started_it(tmp_path):
     program = f"""
         import asyncio, pathlib
         from tir_alp.config import SGLangConfig
-        from tir_alp.engines import sglang
+        from tir_alp.engines import sglang_process as sglang
         from tir_alp.engines.sglang_process import SGLangProcess
         async def main():
             config = SGLangConfig(type="sglang", device="cpu", dtype="float32")
