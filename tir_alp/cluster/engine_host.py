@@ -43,6 +43,10 @@ class EngineHost:
         weights = source if isinstance(source, Path) else unpack(source)
         await self._engine.load_weights(weights, version)
 
+    async def lend_memory(self) -> None:
+        """As `Engine.lend_memory`."""
+        await self._engine.lend_memory()
+
     async def abort(self, sequence_uid: int | None) -> None:
         """As `Engine.abort`."""
         await self._engine.abort(sequence_uid)

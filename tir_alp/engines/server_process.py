@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
+import random
 import signal
 import socket
 import time
@@ -27,6 +29,7 @@ _SAY_EVERY_S = 10.0
 _END_S = 60.0
 _TIDY_S = 10.0  # of it, for what the killed ones left to be removed
 _TIDY_POLL_S = 0.05
+_PORTS = range(20000, 32768)  # Linux gives those behind to connections
 _TRACKER = b"multiprocessing.resource_tracker"
 _TAIL_LINES, _LINE_LENGTH = 25, 300  # one of them is all of the server's settings
 
@@ -172,7 +175,12 @@ def _members(session: int) -> dict[int, bool]:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of the loopback interface that nobody listens at.
+
+    A server takes it a minute later. So it is none of those that the kernel gives to connections.
+    """
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(errno.EADDRINUSE, f"no port from {_PORTS[0]} to {_PORTS[-1]} is free")

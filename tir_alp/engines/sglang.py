@@ -19,7 +19,7 @@ import secrets
 import tempfile
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import aiohttp
@@ -163,14 +163,24 @@ class SGLangEngine:
         tensors = await asyncio.to_thread(snapshot_tensors, source, dtype)
         self._check_shapes(tensors, version)
         probe = await self._make_probe()
-        async with self._at_rest():
+        try:
+            if self._waits:
+                await self._come_to_rest()
             await self.fleet.give(WeightSnapshot(version, tensors, probe))
+        finally:
+            self._gate.set()
         await self.fleet.any_serves()
 
     async def lend_memory(self) -> None:
         """As `Engine.lend_memory`, where `engine.release_memory` says so."""
-        if self._config.release_memory:
+        if not self._config.release_memory:
+            return
+        try:
+            await self._come_to_rest()
             await self.fleet.lend_memory()
+        except BaseException:
+            self._gate.set()
+            raise
 
     async def abort(self, sequence_uid: int | None = None) -> None:
         """End the completions of one sequence, or all, with what they have."""
@@ -228,30 +238,32 @@ class SGLangEngine:
         """Have a server sample a request: the one that we choose, or that the router does."""
         losses = [server.lost for server in self.fleet.servers]  # one that is back has another
         request.server = asyncio.get_running_loop().create_future()
-        if self.router is not None and self.router.takes(request):
-            client = self.router.client
-        else:
-            chosen = self._choose(request)
-            request.server.set_result(chosen.index)
-            client = chosen.client
-        self._asked.add(request)
-        running = asyncio.create_task(request.run(client, self._take_back))
-        try:
-            await asyncio.wait({running, request.server}, return_when=asyncio.FIRST_COMPLETED)
-            if (server := self._server_of(request)) is None:
-                running.result()  # which raises: nobody has answered
-                raise ServerFailed(f"{client.url} answered with nothing")
-            lost = losses[server.index]
-            with server.sampling(request):
+        with ExitStack() as stack:
+            if self.router is not None and self.router.takes(request):
+                client = self.router.client
+            else:
+                chosen = self._choose(request)
+                client = chosen.client
+                request.server.set_result(chosen.index)
+                stack.enter_context(chosen.sampling(request))
+            self._asked.add(request)
+            running = asyncio.create_task(request.run(client, self._take_back))
+            try:
+                await asyncio.wait({running, request.server}, return_when=asyncio.FIRST_COMPLETED)
+                if (server := self._server_of(request)) is None:
+                    running.result()  # which raises: nobody has answered
+                    raise ServerFailed(f"{client.url} answered with nothing")
+                stack.enter_context(server.sampling(request))
+                lost = losses[server.index]
                 await asyncio.wait({running, lost}, return_when=asyncio.FIRST_COMPLETED)
-            if not running.done():
-                raise ServerFailed(f"{server.name} was lost: {lost.result()}")
-            completion = running.result()
-        finally:
-            self._asked.discard(request)
-            if not running.done():
-                running.cancel()
-                self.fleet.spawn(self._take_back(request))
+                if not running.done():
+                    raise ServerFailed(f"{server.name} was lost: {lost.result()}")
+                completion = running.result()
+            finally:
+                self._asked.discard(request)
+                if not running.done():
+                    running.cancel()
+                    self.fleet.spawn(self._take_back(request))
         # Weights that came meanwhile may yet turn out to be wrong.
         await self._settled(server, lost)
         versions = {span.version for span in completion.versions}
@@ -292,20 +304,12 @@ class SGLangEngine:
 
     # ------------------------------------------------------------------------------ weights
 
-    @asynccontextmanager
-    async def _at_rest(self) -> AsyncIterator[None]:
-        """If weights are to wait, until nothing runs: whoever asked for a completion limits it."""
-        if not self._waits:
-            yield
-            return
+    async def _come_to_rest(self) -> None:
+        """Let nothing in, and wait until nothing runs: whoever asked for a completion limits it."""
         self._gate.clear()
-        try:
-            while self._requests:
-                self._ended.clear()
-                await self._ended.wait()
-            yield
-        finally:
-            self._gate.set()
+        while self._requests:
+            self._ended.clear()
+            await self._ended.wait()
 
     async def _make_probe(self) -> Probe | None:
         if self._reference is None:

@@ -50,7 +50,8 @@ class SGLangProcess(ServerProcess):
     async def listen(self) -> str:
         """Start the process; returns the address at which it is going to listen."""
         port = free_port()
-        await self.start("--host", "127.0.0.1", "--port", str(port))
+        ranks = ("--nccl-port", str(free_port()))  # where the ranks of a server meet
+        await self.start("--host", "127.0.0.1", "--port", str(port), *ranks)
         return f"http://127.0.0.1:{port}"
 
 

@@ -124,6 +124,9 @@ class VLLMEngine:
             finally:
                 self._is_open.set()
 
+    async def lend_memory(self) -> None:
+        """Nothing: the server keeps its memory."""
+
     async def abort(self, sequence_uid: int | None = None) -> None:
         """End the completions of one sequence, or all, with what they have."""
         for request in self._requests:
