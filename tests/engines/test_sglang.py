@@ -290,10 +290,22 @@ def test_a_wrong_key_is_told(sglang_url, monkeypatch):
     monkeypatch.setenv("TIR_ALP_SGLANG_KEY", "wrong")
 
     async def work():
-        async with served(sglang_url, OLD, start_timeout_s=3):
+        async with served(sglang_url, OLD, start_timeout_s=1):
             pass
 
     with pytest.raises(ValueError, match="cannot start: there is no healthy SGLang server at http"):
+        run(work())
+
+
+def test_a_router_with_servers_of_others_is_refused(sglang_url, router_url):
+    async def work():
+        async with (
+            proxy_of(sglang_url) as ours,
+            served_by((ours.url,), None, router=router_url),
+        ):
+            pass
+
+    with pytest.raises(ValueError, match=f"does not have, the first is {sglang_url}: name all of"):
         run(work())
 
 

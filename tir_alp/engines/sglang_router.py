@@ -80,7 +80,7 @@ class Router:
         """Bring it up with the servers that there are.
 
         Raises:
-            EngineFailed: If it does not answer, or has servers of others.
+            EngineFailed: If it does not answer in time, or has servers of others.
         """
         if self.process is not None:
             await self.process.kill()
@@ -88,14 +88,19 @@ class Router:
             await self.process.wait_until_ready(self.client, self._config.start_timeout_s)
         self._asked_for.clear()
         deadline = time.monotonic() + self._config.start_timeout_s
-        while not await self._agree():
-            if time.monotonic() > deadline:
-                raise EngineFailed(
-                    f"the router at {self.client.url} did not take up the servers "
-                    f"{sorted(self._fleet.addresses)} within engine.start_timeout_s = "
-                    f"{self._config.start_timeout_s:g} s: can it reach them?"
-                )
+        reason = "can it reach them?"
+        while time.monotonic() < deadline:
+            try:
+                if await self._agree():
+                    return
+            except ServerFailed as error:
+                reason = str(error)
             await asyncio.sleep(_RETRY_S)
+        raise EngineFailed(
+            f"the router at {self.client.url} did not take up the servers "
+            f"{sorted(self._fleet.addresses)} within engine.start_timeout_s = "
+            f"{self._config.start_timeout_s:g} s: {reason}"
+        )
 
     async def look_after(self) -> None:
         """Keep its servers those that are not lost, and bring it back when it is lost itself.
@@ -219,6 +224,7 @@ class RouterProcess(ServerProcess):
 
     def __init__(self, log: Path, api_key: str, say: Callable[[str], None]) -> None:
         words = ["--policy", "manual", "--assignment-mode", "min_load", "--log-level", "warn"]
+        words += ["--request-timeout-secs", str(24 * 3600)]  # who asks has a deadline
         flags = ["--disable-retries", "--disable-circuit-breaker", "--disable-health-check"]
         entry = "tir_alp.engines.sglang_router_server"
         super().__init__(
