@@ -215,6 +215,9 @@ class TransformersEngine:
         self._wake()
         await asyncio.shield(loaded)
 
+    async def lend_memory(self) -> None:
+        """Nothing: the trainer's device keeps this engine's memory."""
+
     async def abort(self, sequence_uid: int | None = None) -> None:
         """End the completions of one sequence, or all; they return what they have."""
         for request in (*self._waiting, *self._running):
