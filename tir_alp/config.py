@@ -443,6 +443,10 @@ class SGLangConfig(ServersConfig):
     urls: tuple[str, ...] = ()
     """Addresses of servers that run already; empty: the run starts its own. The key that they ask
     for is read from the environment variable TIR_ALP_SGLANG_KEY."""
+    router: str = "none"
+    """SGLang's own router, for completions alone. `none`: the run itself divides them over the
+    servers. `local`: one that the run starts. Else the address of one that runs already, which asks
+    for the same key as the servers do."""
     num_servers: int = Field(default=1, ge=1)
     """Servers that the run starts."""
     weights: Literal["disk", "tensor", "distributed"] = "disk"
@@ -451,6 +455,8 @@ class SGLangConfig(ServersConfig):
     weights_folder: Path | None = None
     """For `disk`: a folder that the servers see, too; None: one below the system's own for
     temporary files."""
+    release_memory: bool = False
+    """Free the servers' memory, weights and cache, while the trainer computes on the same GPUs."""
 
     @model_validator(mode="after")
     def _check(self) -> SGLangConfig:
@@ -458,6 +464,11 @@ class SGLangConfig(ServersConfig):
             raise ValueError(
                 f"engine.num_servers ({self.num_servers}) is for servers that the run starts, and "
                 "engine.urls names some that run already: leave one of them out"
+            )
+        if self.router not in ("none", "local") and not self.urls:
+            raise ValueError(
+                f"engine.router = {self.router!r} runs already, and knows nothing of servers that "
+                'the run starts: name servers with engine.urls, or take router = "local"'
             )
         return self
 
@@ -701,6 +712,15 @@ class Config(BaseSettings):
             raise ValueError(
                 'rollout.on_update = "drop" needs engine.type = "transformers": what SGLang draws '
                 'the second time is something else; take "keep" or "wait"'
+            )
+        if (
+            isinstance(self.engine, SGLangConfig)
+            and self.engine.release_memory
+            and rollout.max_staleness
+        ):
+            raise ValueError(
+                "engine.release_memory needs rollout.max_staleness = 0: servers without memory "
+                f"cannot sample while the trainer computes, and it is {rollout.max_staleness}"
             )
         if self.deterministic and rollout.max_staleness and not rollout.hold:
             raise ValueError(

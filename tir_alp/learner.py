@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tir_alp import checkpoint
 from tir_alp.batch import Sample
 from tir_alp.checkpoint import Position
-from tir_alp.config import AlgorithmConfig, Config
+from tir_alp.config import AlgorithmConfig, Config, SGLangConfig
 from tir_alp.ledger import Row, update_row
 from tir_alp.parallel import Ranks, join
 from tir_alp.policy import compute_device, load_policy, load_tokenizer
@@ -43,6 +44,7 @@ class Learner:
         self._tokenizer = load_tokenizer(path)
         self._exit = contextlib.ExitStack()
         self._updates: list[Row] = []
+        self._takes_turns = isinstance(config.engine, SGLangConfig) and config.engine.release_memory
         device = compute_device(config.trainer.device)
         self._trainer = Trainer(
             load_policy(path if config.trainer.lora is None else initial),
@@ -72,7 +74,10 @@ class Learner:
 
     def weights(self) -> dict[str, Tensor]:
         """As `Trainer.weights`, all of them: what an engine takes."""
-        return dict(self._trainer.weights())
+        weights = dict(self._trainer.weights())
+        if self._takes_turns:  # what torch keeps for later is memory that the engine now needs
+            torch.cuda.empty_cache()
+        return weights
 
     def completion_logprobs(
         self,

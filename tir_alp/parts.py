@@ -164,7 +164,7 @@ async def open_engine(
         async with open_vllm(
             settings,
             load_outline(path),
-            load_policy(path).state_dict(),
+            Path(path) if Path(path).is_dir() else load_policy(path).state_dict(),
             version=version,
             seed=config.seed,
             reference=reference,

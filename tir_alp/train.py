@@ -81,6 +81,8 @@ async def train(run: Run) -> None:
 async def learn(run: Run, groups: Sequence[TrajectoryGroup], step: int, began: float) -> None:
     """Update on the groups of a step, give the engine the new weights, and free the slots.
 
+    Trainer and engine can take turns with the memory of a GPU: the engine's is free in between.
+
     Args:
         run: Of which.
         groups: Of the step.
@@ -88,6 +90,7 @@ async def learn(run: Run, groups: Sequence[TrajectoryGroup], step: int, began: f
         began: When it began to wait for them, by `time.monotonic`.
     """
     rolled_out = time.monotonic()
+    await run.engine.lend_memory()
     metrics = await update(run, groups, step)
     trained = time.monotonic()
     metrics |= rollout_metrics(groups, step, run.rollouts.dropped)

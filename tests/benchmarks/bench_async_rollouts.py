@@ -43,28 +43,33 @@ def config_of(mode: str, staleness: int, arguments: argparse.Namespace) -> Confi
     return load_config([*BARE, *words], below)
 
 
-async def measure(config: Config, is_trained: bool) -> tuple[float, float, float]:
-    """Tokens a second, steps a minute, mean staleness; without what was begun at the start."""
+async def measure(config: Config, is_trained: bool) -> tuple[float, float, float, float]:
+    """Tokens a second, steps a minute, mean staleness, and the share of time that learning took.
+
+    What was begun at the start does not count.
+    """
     warm = config.rollout.max_staleness + 2
     num_steps = warm + config.steps
     async with open_run(config) as run:
-        num_tokens, began, ages = 0, 0.0, []
+        num_tokens, began, learning_s, ages = 0, 0.0, 0.0, []
         with run.console.training(0, num_steps):
             for step in range(num_steps):
                 if step == warm:
-                    began, num_tokens, ages = time.monotonic(), 0, []
+                    began, num_tokens, learning_s, ages = time.monotonic(), 0, 0.0, []
                 waiting = time.monotonic()
                 groups = await run.rollouts.take()
                 turns = [turn for g in groups for each in g.trajectories for turn in each.turns]
                 num_tokens += sum(len(turn.completion) for turn in turns)
+                taken = time.monotonic()
                 if is_trained:
                     await learn(run, groups, step, waiting)
                     ages += [step - turn.policy_version for turn in turns]
                 else:
                     run.rollouts.release()
+                learning_s += time.monotonic() - taken
         seconds = time.monotonic() - began
     age = sum(ages) / len(ages) if ages else 0.0
-    return num_tokens / seconds, 60 * config.steps / seconds, age
+    return num_tokens / seconds, 60 * config.steps / seconds, age, learning_s / seconds
 
 
 def main(words: Sequence[str]) -> int:
@@ -77,14 +82,15 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--sigma", type=float, default=1.0)
     parser.add_argument("--max-s", type=float, default=20.0)
     parser.add_argument("--staleness", type=int, nargs="*", default=[0, 1, 2, 4])
+    parser.add_argument("--what", nargs="*", default=["rollouts", "end to end"])
     arguments = parser.parse_args(words)
     modes = [("turn-synchronous", 0), *(("asynchronous", each) for each in arguments.staleness)]
     os.environ["PYTHONPATH"] = os.getcwd()
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; {vars(arguments)}")
-    print("| what | mode | max_staleness | tokens/s | over turn-synchronous | steps/min | age |")
-    print("|---|---|---|---|---|---|---|")
-    for what in ("rollouts", "end to end"):
-        results: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+    columns = ("what", "mode", "max_staleness", "tokens/s", "over turn-synchronous", "steps/min")
+    print(f"| {' | '.join((*columns, 'age', 'learning'))} |\n|{'---|' * 8}")
+    for what in arguments.what:
+        results: dict[tuple[str, int], list[tuple[float, ...]]] = {}
         for _ in range(arguments.rounds):  # in turns, so that a busy machine is busy for all
             for mode in modes:
                 with tempfile.TemporaryDirectory() as folder:
@@ -101,11 +107,11 @@ def main(words: Sequence[str]) -> int:
             mode: [sum(each) / len(each) for each in zip(*found, strict=True)]
             for mode, found in results.items()
         }
-        for mode, (tokens, steps, age) in means.items():
+        for mode, (tokens, steps, age, learning) in means.items():
             factor = tokens / means[modes[0]][0]
             name = f"{what} | {mode[0]} | {mode[1]}"
-            print(f"| {name} | {tokens:.0f} | {factor:.2f} | {steps:.1f} | {age:.2f} |")
-        sys.stdout.flush()
+            rest = f"{steps:.1f} | {age:.2f} | {learning:.0%}"
+            print(f"| {name} | {tokens:.0f} | {factor:.2f} | {rest} |", flush=True)
     return 0
 
 

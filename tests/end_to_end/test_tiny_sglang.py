@@ -1,4 +1,8 @@
-"""The tiny agent trained through a real SGLang server: the config as it is shipped, but shorter."""
+"""The tiny agent trained through a real SGLang server: the config as it is shipped, but shorter.
+
+And with what a shared GPU and several servers would have besides: memory that is lent to the
+trainer, and SGLang's own router.
+"""
 
 import json
 import os
@@ -20,6 +24,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "tiny_sglang.toml"
 def test_the_tiny_agent_learns_from_an_sglang_server(tmp_path):
     command = [sys.executable, "-m", "tir_alp.train", "--config", str(CONFIG), "--name", "served"]
     words = ["--steps", "10", "--eval.num_tasks", "32", "--eval.greedy", "false"]
+    words += ["--engine.release_memory", "true", "--engine.router", "local"]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     subprocess.run([*command, *words], cwd=tmp_path, env=environment, check=True, timeout=1400)
     run = tmp_path / "runs" / "served"

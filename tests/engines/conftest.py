@@ -4,7 +4,7 @@ import asyncio
 import importlib.util
 import os
 import threading
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 
 import pytest
 import torch
@@ -42,19 +42,16 @@ def sglang_url(tmp_path_factory):
         return
     if importlib.util.find_spec("sglang") is None:
         pytest.skip("sglang is not installed: docs/sglang.md")
-    import aiohttp
-
     from tir_alp.config import SGLangConfig
-    from tir_alp.engines import sglang
-    from tir_alp.engines.sglang_client import SGLangClient
-    from tir_alp.engines.sglang_process import SGLangProcess
+    from tir_alp.engines import sglang_process
+    from tir_alp.engines.sglang_fleet import KEY_VARIABLE
 
     config = SGLangConfig(type="sglang", device="cpu", dtype="float32", max_cache_tokens=1 << 16)
     path = write_model(tmp_path_factory.mktemp("model"))
-    process = SGLangProcess(
+    process = sglang_process.SGLangProcess(
         "the tests' server",
-        sglang.server_arguments(config, path, 0, 0, 0),
-        sglang.server_environment(config, path),
+        sglang_process.server_arguments(config, path, 0, 0, 0),
+        sglang_process.server_environment(config, path),
         tmp_path_factory.mktemp("server") / "server.log",
         "secret",
         print,
@@ -62,18 +59,53 @@ def sglang_url(tmp_path_factory):
 
     async def start():
         url = await process.listen()
-        async with aiohttp.ClientSession() as session:
-            client = SGLangClient(session, url, "secret", stall_timeout_s=60, load_timeout_s=60)
+        async with client_of(url) as client:
             await process.wait_until_ready(client, 600)
         return url
 
-    os.environ[sglang.KEY_VARIABLE] = "secret"
+    os.environ[KEY_VARIABLE] = "secret"
     with staying() as wait:
         try:
             yield wait(start(), 620)
         finally:
-            del os.environ[sglang.KEY_VARIABLE]
+            del os.environ[KEY_VARIABLE]
             wait(process.kill(), 90)
+
+
+@pytest.fixture(scope="session")
+def router_url(sglang_url, tmp_path_factory):
+    """Address of a router; the server of `sglang_url` is known to it."""
+    if importlib.util.find_spec("sglang_router") is None:
+        pytest.skip("sglang-router is not installed: docs/sglang.md")
+    from tir_alp.engines.sglang_router import RouterProcess
+
+    process = RouterProcess(tmp_path_factory.mktemp("router") / "log", "secret", print)
+
+    async def start():
+        url = await process.listen()
+        async with client_of(url) as client:
+            await process.wait_until_ready(client, 600)
+            await client.call("/workers", url=sglang_url, api_key="secret")
+            while not dict(await client.call("/workers", method="GET") or {})["workers"]:
+                await asyncio.sleep(0.1)
+        return url
+
+    with staying() as wait:
+        try:
+            yield wait(start(), 620)
+        finally:
+            wait(process.kill(), 90)
+
+
+@asynccontextmanager
+async def client_of(url):
+    """Talks to a server, or to a router."""
+    import aiohttp
+
+    from tir_alp.engines.sglang_client import SGLangClient
+
+    async with aiohttp.ClientSession() as session:
+        yield SGLangClient(session, url, "secret", stall_timeout_s=60, load_timeout_s=60)
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +139,7 @@ def vllm_server(tmp_path_factory):
             wait(process.kill(), 90)
 
 
-@pytest.fixture(params=["embedded", "sglang", "vllm"])
+@pytest.fixture(params=["embedded", "sglang", "router", "vllm"])
 def harness(request):
     """Each engine in turn."""
     if request.param == "embedded":
@@ -116,4 +148,7 @@ def harness(request):
         folder = request.getfixturevalue("vllm_server")
         return Harness("vllm", lambda of: served_by_vllm(folder, of))
     url = request.getfixturevalue("sglang_url")
+    if request.param == "router":
+        router = request.getfixturevalue("router_url")
+        return Harness("router", lambda of: served(url, of, router=router))
     return Harness("sglang", lambda of: served(url, of))

@@ -4,13 +4,16 @@ import asyncio
 import contextlib
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,7 +162,7 @@ def test_a_server_with_other_weights_than_it_should_have_does_not_pass(sglang_ur
 
     async def work():
         async with served(sglang_url, OLD) as engine:
-            client = engine._client(engine._servers[0])
+            client = engine.fleet.servers[0].client
             with pytest.raises(ServerFailed, match=r"down_proj.weight' differs from the trainer's"):
                 await verify_tensors(client, WeightSnapshot(0, only, None))
             whole = snapshot_tensors(OLD.state_dict(), torch.float32)
@@ -194,9 +197,9 @@ def test_where_a_server_reports_no_tensors_the_probe_is_asked_alone_and_has_to_b
             await engine.load_weights(OLD.state_dict(), 1)
             assert engine.health()["tensors_compared"] == 0
             assert 0 < engine.health()["probe_difference"] < 1e-5
-            snapshot = replace(engine._snapshot, probe=None)
+            snapshot = replace(engine.fleet.snapshot, probe=None)
             with pytest.raises(ServerFailed, match=r"reports none of 4 .* no probe: nothing tells"):
-                await verify_tensors(engine._client(engine._servers[0]), snapshot)
+                await verify_tensors(engine.fleet.servers[0].client, snapshot)
 
     # The server starts with other weights than the reference has: they are given to it first.
     run(given(sglang_url, OLD))
@@ -210,13 +213,15 @@ async def given(url: str, of) -> None:
         pass
 
 
-def test_what_a_half_updated_server_samples_is_refused_until_it_is_whole(sglang_url):
+@pytest.mark.parametrize("router", ["none", "local"])
+def test_what_a_half_updated_server_samples_is_refused_until_it_is_whole(sglang_url, router):
+    """A router has no server then, and gets it back."""
     said: list[str] = []
 
     async def work():
         async with (
             proxy_of(sglang_url, path="/end_weight_update", fault="error", num_faults=0) as proxy,
-            served_by((proxy.url,), OLD, said.append, weights="tensor") as engine,
+            served_by((proxy.url,), OLD, said.append, weights="tensor", router=router) as engine,
         ):
             running = asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=900)))
             await until(lambda: engine.health()["running"] == 1)
@@ -224,6 +229,8 @@ def test_what_a_half_updated_server_samples_is_refused_until_it_is_whole(sglang_
             await engine.load_weights(NEW.state_dict(), 1)
             with pytest.raises(EngineFailed, match="was lost: its weights could not be updated"):
                 await running
+            if (routed := engine.router) is not None:
+                await until(lambda: routed.serves)
             return await engine.generate(PROMPT, Sampling(max_tokens=30))
 
     completion = run(work())
@@ -232,15 +239,36 @@ def test_what_a_half_updated_server_samples_is_refused_until_it_is_whole(sglang_
     assert any("is back, with verified weights of 1" in line for line in said)
 
 
-def test_memory_is_released_and_weights_come_back(sglang_url):
-    async def work():
-        async with served(sglang_url, OLD) as engine:
-            async with engine.memory_released():
-                waiting = asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=9)))
-            await engine.load_weights(NEW.state_dict(), 1)
-            return await waiting
+def test_memory_is_lent_in_order_and_weights_come_back(sglang_url):
+    """On a CPU the server frees nothing, and does and checks all else."""
+    tokens: list[int] = []
 
-    completion = run(work())
+    def watch():
+        return lambda token_id: tokens.append(token_id) or False
+
+    async def work():
+        async with (
+            proxy_of(sglang_url) as proxy,
+            served_by((proxy.url,), OLD, release_memory=True) as engine,
+        ):
+            sampling = Sampling(max_tokens=100, stop_matcher=watch)
+            running = asyncio.create_task(engine.generate(PROMPT, sampling))
+            await until(lambda: tokens)
+            proxy.paths.clear()
+            await engine.lend_memory()  # waits for what runs: the server would die of it
+            assert await running
+            waiting = asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=9)))
+            await engine.load_weights(NEW.state_dict(), 1)
+            return await waiting, proxy.paths
+
+    completion, paths = run(work())
+    assert paths[:5] == [
+        "/flush_cache",
+        "/release_memory_occupation",
+        "/resume_memory_occupation",
+        "/pause_generation",
+        "/update_weights_from_disk",
+    ]
     assert completion.policy_version == 1
     assert distance({1: NEW}, PROMPT, completion) < 1e-4
 
@@ -262,10 +290,22 @@ def test_a_wrong_key_is_told(sglang_url, monkeypatch):
     monkeypatch.setenv("TIR_ALP_SGLANG_KEY", "wrong")
 
     async def work():
-        async with served(sglang_url, OLD, start_timeout_s=3):
+        async with served(sglang_url, OLD, start_timeout_s=1):
             pass
 
     with pytest.raises(ValueError, match="cannot start: there is no healthy SGLang server at http"):
+        run(work())
+
+
+def test_a_router_with_servers_of_others_is_refused(sglang_url, router_url):
+    async def work():
+        async with (
+            proxy_of(sglang_url) as ours,
+            served_by((ours.url,), None, router=router_url),
+        ):
+            pass
+
+    with pytest.raises(ValueError, match=f"does not have, the first is {sglang_url}: name all of"):
         run(work())
 
 
@@ -314,13 +354,13 @@ def test_a_request_that_fails_is_told_and_not_made_twice(sglang_url, fault, mess
             proxy_of(sglang_url, fault=fault, num_faults=0) as proxy,
             served_by((proxy.url,), OLD, stall_timeout_s=60) as engine,
         ):
-            engine._client(engine._servers[0])._stall_timeout_s = 4.0 if fault == "drip" else 60.0
+            engine.fleet.servers[0].client._stall_timeout_s = 4.0 if fault == "drip" else 60.0
             proxy.num_faults = 1
             before = proxy.paths.count("/generate")
             with pytest.raises(EngineFailed, match=message):
                 await engine.generate(PROMPT, Sampling(max_tokens=30))
             assert proxy.paths.count("/generate") == before + 1
-            engine._client(engine._servers[0])._stall_timeout_s = 60.0
+            engine.fleet.servers[0].client._stall_timeout_s = 60.0
             return await engine.generate(PROMPT, Sampling(max_tokens=30))
 
     assert run(work()).stop_reason is StopReason.LENGTH
@@ -375,16 +415,27 @@ def wait_until_gone(sessions: list[int]) -> None:
         time.sleep(0.2)
 
 
+def shared_memory_of(session: int) -> set[str]:
+    """Names below /dev/shm that processes of a session have mapped."""
+    found = set()
+    for pid in session_of(session):
+        with contextlib.suppress(OSError):
+            found |= set(
+                re.findall(r" /dev/shm/(\S+)$", Path(f"/proc/{pid}/maps").read_text(), re.M)
+            )
+    return found
+
+
 @pytest.mark.slow
-def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weights(
-    monkeypatch, tmp_path
-):
-    """The first restart fails once, for want of a descriptor; in the end all restarts do."""
+def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, tmp_path):
+    """Two servers behind a router. One is killed, whose first restart fails for want of a
+    descriptor; the other is frozen, the router is killed, and in the end all restarts fail.
+    """
     from tir_alp.engines import sglang_process
     from tir_alp.engines.http_client import ServerFailed
     from tir_alp.engines.sglang import open_sglang
 
-    free_port = sglang_process._free_port
+    free_port = sglang_process.free_port
     num_full = 0
 
     def port_of_a_full_machine() -> int:
@@ -394,41 +445,35 @@ def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weight
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return free_port()
 
-    monkeypatch.setattr(sglang_process, "_free_port", port_of_a_full_machine)
-
+    monkeypatch.setattr(sglang_process, "free_port", port_of_a_full_machine)
     said: list[str] = []
     config = SGLangConfig(
         type="sglang",
         device="cpu",
         dtype="float32",
         max_cache_tokens=1 << 14,
+        num_servers=2,
+        router="local",
         stall_timeout_s=30,
     )
-    served_first: list[int] = []
+    sessions: list[int] = []
+    shared: set[str] = set()
+    tokens: Counter[int] = Counter()
 
-    async def lose_by(engine, which: signal.Signals) -> int:
-        """End the server, or freeze it, while it samples; returns the old server's session."""
-        tokens: list[int] = []
-
+    def sampling(uid: int, max_tokens: int) -> Sampling:
         def watch():
-            return lambda token_id: tokens.append(token_id) or False
+            return lambda _: tokens.update((uid,)) or False
 
-        process = engine._servers[0].process
-        old = process.pid
-        sampling = Sampling(max_tokens=900, stop_matcher=watch)
-        running = asyncio.create_task(engine.generate(PROMPT, sampling))
-        await until(lambda: len(tokens) > 2)
-        for pid in session_of(old) if which is signal.SIGSTOP else [old]:
-            os.kill(pid, which)
-        with pytest.raises(EngineFailed, match=r"was lost|sent no event|broke off"):
-            await running
-        completion = None
-        while completion is None:
-            with contextlib.suppress(EngineFailed):  # sent before the loss was noticed
-                completion = await engine.generate(PROMPT, Sampling(max_tokens=30))
-        assert completion.policy_version == 1
-        assert distance({1: NEW}, PROMPT, completion) < 1e-4
-        return old
+        return Sampling(max_tokens=max_tokens, sequence_uid=uid, stop_matcher=watch)
+
+    async def patiently(engine, uid: int):
+        """A completion, asked for until it is one: some are sent before a loss is noticed."""
+        while True:
+            with contextlib.suppress(EngineFailed):
+                completion = await engine.generate(PROMPT, sampling(uid, 30))
+                assert completion.policy_version == 1
+                assert distance({1: NEW}, PROMPT, completion) < 1e-4
+                return completion
 
     async def work():
         nonlocal num_full
@@ -440,30 +485,67 @@ def test_a_killed_and_a_frozen_server_are_replaced_by_one_with_the_newest_weight
             say=said.append,
         ) as engine:
             await engine.load_weights(NEW.state_dict(), 1)
-            for which, num_full in ((signal.SIGKILL, 1), (signal.SIGSTOP, 0)):  # noqa: B007
-                served_first.append(await lose_by(engine, which))
-            process = engine._servers[0].process
-            assert process is not None and process.pid is not None
-            served_first.append(process.pid)
+            servers: Any = engine.fleet.servers
+            router: Any = engine.router
+            sessions.extend(each.process.pid for each in (*servers, router))
+            shared.update(name for pid in sessions for name in shared_memory_of(pid))
+
+            # Turns of a sequence go to the server that has those before in its cache.
+            firsts = [(*PROMPTS[2], 100 + uid) for uid in range(4)]
+            turns = await asyncio.gather(
+                *(engine.generate(ids, sampling(uid, 20)) for uid, ids in enumerate(firsts))
+            )
+            cached = engine.health()["tokens_cached"]
+            for uid, (ids, turn) in enumerate(zip(firsts, turns, strict=True)):
+                await engine.generate((*ids, *turn.token_ids, 9, 9), sampling(uid, 2))
+            assert engine.health()["tokens_cached"] - cached >= 4 * (51 + 19)
+
+            os.kill(router.process.pid, signal.SIGKILL)
+            await until(lambda: not router.serves)
+            await patiently(engine, 5)  # without it
+            await until(lambda: "SGLang's router is back" in said)
+
+            longs = [
+                asyncio.create_task(engine.generate(PROMPT, sampling(uid, 900))) for uid in (6, 7)
+            ]
+            await until(lambda: min(tokens[6], tokens[7]) > 2)
+            assert [len(server.requests) for server in servers] == [1, 1]
+            num_full = 1
+            os.kill(servers[0].process.pid, signal.SIGKILL)
+            for pid in session_of(servers[1].process.pid):
+                os.kill(pid, signal.SIGSTOP)
+            for long in longs:
+                with pytest.raises(EngineFailed, match=r"was lost|sent no event|broke off"):
+                    await long
+            await patiently(engine, 8)
+            await until(lambda: sum("is back, with verified" in line for line in said) == 2)
+            await until(lambda: router._is_settled)
+            await asyncio.gather(*(patiently(engine, uid) for uid in (9, 10)))
+
+            sessions.extend(each.process.pid for each in (*servers, router))
+            shared.update(name for pid in sessions for name in shared_memory_of(pid))
             num_full = 1 << 30
-            os.kill(process.pid, signal.SIGKILL)
+            for server in servers:
+                os.kill(server.process.pid, signal.SIGKILL)
             with pytest.raises(EngineFailed, match=r"lost 3 times in a row.* Too many open files"):
                 while True:
                     with contextlib.suppress(ServerFailed):  # sent before the loss was noticed
-                        await engine.generate(PROMPT, Sampling(max_tokens=3))
+                        await engine.generate(PROMPT, sampling(11, 3))
 
     run(work(), 850)
-    assert sum("did not come back: [Errno 24] Too many open files" in line for line in said) == 4
+    assert sum("did not come back: [Errno 24] Too many open files" in line for line in said) >= 4
     assert sum("is back, with verified weights of 1" in line for line in said) == 2
-    assert len(set(served_first)) == 3
-    wait_until_gone(served_first)
+    assert len(set(sessions)) == 6
+    wait_until_gone(sessions)
+    assert len(shared) >= 4  # a file of each server that was there
+    assert not [name for name in shared if Path("/dev/shm", name).exists()]
 
 
 def test_nothing_of_a_server_outlives_whoever_started_it(tmp_path):
     program = f"""
         import asyncio, pathlib
         from tir_alp.config import SGLangConfig
-        from tir_alp.engines import sglang
+        from tir_alp.engines import sglang_process as sglang
         from tir_alp.engines.sglang_process import SGLangProcess
         async def main():
             config = SGLangConfig(type="sglang", device="cpu", dtype="float32")

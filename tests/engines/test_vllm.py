@@ -22,8 +22,15 @@ def test_a_tied_head_is_written_as_one_of_its_own(tmp_path):
     assert torch.equal(written[vllm_process.HEAD], written[vllm_process.EMBEDDING])
     config = json.loads((tmp_path / "start" / "config.json").read_text())
     assert (config["tie_word_embeddings"], config["architectures"]) == (False, ["LlamaForCausalLM"])
-    from_folder = {name: each for name, each in tensors.items() if name != vllm_process.HEAD}
-    assert vllm_process.with_head(from_folder).keys() == tensors.keys()
+    model().save_pretrained(tmp_path / "saved")  # without it
+    again = vllm_process.write_start(
+        tmp_path / "again", model(), tmp_path / "saved", torch.bfloat16
+    )
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    with pytest.raises(ValueError, match=r"lack 1 tensors of the model.*'model\.norm\.weight'"):
+        tensors.pop("model.norm.weight")
+        vllm_process.write_start(tmp_path / "third", model(), tensors, torch.bfloat16)
 
 
 def test_a_python_that_is_not_there_is_named(tmp_path):

@@ -273,11 +273,19 @@ def test_sglang_is_chosen_by_its_type():
         ({"type": "sglang", "max_running": 0}, r"^engine\.max_running: Input should be greater"),
         ({"type": "other"}, "^engine: Input tag 'other'"),
         ({"type": "sglang", "urls": ["http://a"], "num_servers": 2}, "leave one of them out"),
+        ({"type": "sglang", "router": "http://a"}, "knows nothing of servers that the run starts"),
     ],
 )
 def test_what_an_engine_does_not_know_is_told_by_its_own_name(engine, message):
     with pytest.raises(ValueError, match=message):
         load_config([], {"engine": engine})
+
+
+def test_servers_that_lend_their_memory_cannot_sample_ahead_of_the_weights():
+    below = {"engine": {"type": "sglang", "release_memory": True}}
+    with pytest.raises(ValueError, match=r"needs rollout.max_staleness = 0: .* and it is 2"):
+        load_config(["--rollout.max_staleness", "2"], below)
+    assert load_config([], below).rollout.max_staleness == 0
 
 
 def test_a_deterministic_run_needs_the_embedded_engine():

@@ -324,6 +324,8 @@ def test_memory_and_disk_are_held_against_what_there_is(tmp_path):
 def test_servers_on_the_trainers_gpu_are_counted_and_others_are_not():
     words = read_toml(PACKAGE.parent / "configs" / "math_sglang.toml")
     shape = shape_of(str(ABLE))
+    assert memory_needed(load_config([], words), shape, "cuda")["the engine's weights"] == 0
+    words["engine"]["release_memory"] = False  # else it takes turns with the trainer
     shared = memory_needed(load_config([], words), shape, "cuda")
     assert (shared["the engine's weights"], shared["cache"]) == (2 * shape.num_parameters, 0)
     limited = load_config(["--engine.max_cache_tokens", "1000"], words)

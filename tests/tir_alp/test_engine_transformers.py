@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from tir_alp.attention import PACKED, PackedSequences
-from tir_alp.engines.base import Completion, Sampling
+from tir_alp.engines.base import Completion, EngineFailed, Sampling
 from tir_alp.engines.kv_cache import KVCache
 from tir_alp.engines.precision import layer_matrices, quantised
 from tir_alp.engines.sampling import draws, sample
@@ -484,6 +484,24 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(spoil):
     assert completion.token_ids == one(Sampling(max_tokens=20)).token_ids
 
 
+def test_an_engine_says_when_it_does_not_hold_what_it_was_given():
+    small = make_model(0)
+    small.config.tie_word_embeddings = True
+    small.tie_weights()
+    weights = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    weights["lm_head.weight"] += 1.0  # a tied engine cannot hold a head of its own
+
+    async def run() -> None:
+        engine = TransformersEngine(small, max_cache_tokens=1024)
+        try:
+            with pytest.raises(EngineFailed, match=r"does not hold .*embed_tokens.*differs"):
+                await engine.load_weights(weights, version=1)
+        finally:
+            await engine.close()
+
+    asyncio.run(run())
+
+
 def test_weights_that_cannot_be_copied_fail_their_caller_and_the_engine_goes_on():
     weights = {name: tensor.to("meta") for name, tensor in model(1).state_dict().items()}
 
@@ -699,6 +717,7 @@ def test_health_counts_what_is_there():
         "parked_tokens": 0,
         "tokens_generated": 2,
         "tokens_dropped": 0,
+        "tensors_compared": 0,
     }
     assert after == dict.fromkeys(during, 0) | {"tokens_generated": 120}
 

@@ -12,6 +12,7 @@ from tir_alp.simulate.pipeline import (
     Costs,
     EngineCost,
     EpisodeCost,
+    GroupCost,
     Layout,
     TrainerCost,
     TurnCost,
@@ -20,7 +21,7 @@ from tir_alp.simulate.pipeline import (
 
 TURN = TurnCost(context_tokens=100, new_tokens=100, completion_tokens=10, tool_s=2.0)
 COSTS = Costs(
-    groups=((EpisodeCost(prepare_s=0.5, turns=(TURN,)),),),
+    groups=(GroupCost((EpisodeCost(prepare_s=0.5, turns=(TURN,)),)),),
     engine=EngineCost(step_s=0.08, request_s=0.02, prefill_token_s=0.001),
     trainer=TrainerCost(step_s=1.0, token_s=0.01),
     sync_s=0.3,
@@ -70,22 +71,35 @@ def test_rollouts_ahead_of_the_weights_hide_behind_training():
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
 def test_no_group_is_older_than_the_limit(max_staleness):
     groups = tuple(
-        (EpisodeCost(0.1, (replace(TURN, tool_s=tool_s),)),) for tool_s in (0.1, 1.0, 30.0)
+        GroupCost((EpisodeCost(0.1, (replace(TURN, tool_s=s),)),)) for s in (0.1, 1.0, 30.0)
     )
     layout = Layout(groups_per_step=3, group_size=2, max_staleness=max_staleness)
     forecast = simulate(replace(COSTS, groups=groups), layout, steps=20)
     assert forecast.max_staleness <= max_staleness
 
 
-def test_completions_go_on_behind_an_update_or_hold_it_up():
-    # A completion of 1000 s is in the engine when the other group has been trained on.
-    slow = EpisodeCost(0.0, (replace(TURN, completion_tokens=10_000),))
-    quick = EpisodeCost(0.0, (replace(TURN, completion_tokens=1),))
-    costs = replace(COSTS, groups=((slow,), (quick,), (quick,), (quick,)))
-    layout = replace(ALONE, max_staleness=3)
-    wait = simulate(costs, layout, steps=40)
-    keep = simulate(costs, replace(layout, on_update="keep"), steps=40)
-    assert keep.seconds_per_step < wait.seconds_per_step
+def test_what_an_update_does_to_completions_that_run():
+    # Completions of 1 and of 200 tokens in turn, 0.1 s each and 0.1 s to be read; two groups are in
+    # flight. The short one is trained on in 1 s while the long one, begun at 0, runs.
+    quick, slow = (replace(TURN, completion_tokens=n, tool_s=0.0) for n in (1, 200))
+    costs = replace(
+        COSTS,
+        groups=tuple(GroupCost((EpisodeCost(0.0, (turn,)),)) for turn in (quick, slow)),
+        engine=EngineCost(step_s=0.1, request_s=0.0, prefill_token_s=0.001),
+        trainer=TrainerCost(step_s=1.0, token_s=0.0),
+    )
+
+    def pair_s(on_update):
+        layout = replace(ALONE, max_staleness=1, on_update=on_update)
+        return 2 * simulate(costs, layout, steps=2, warm_up=20).seconds_per_step
+
+    # The update comes at 20.1, behind the long one: 0.3 each, and 1 to train on the long one.
+    assert pair_s("wait") == pytest.approx(20.1 + 0.3 + 1 + 0.3)
+    # It comes at 1.1: the long one waits 0.3, its 100 + 10 tokens are read anew, and 0.1 is for the
+    # next short one's prompt.
+    assert pair_s("keep") == pytest.approx(20.1 + 0.3 + 0.11 + 0.1 + 1 + 0.3)
+    # The same, but its prompt alone is read, and its 10 tokens are written again.
+    assert pair_s("drop") == pytest.approx(20.1 + 0.3 + 0.10 + 1.0 + 0.1 + 1 + 0.3)
 
 
 def test_a_shared_device_stretches_both():
@@ -96,11 +110,14 @@ def test_a_shared_device_stretches_both():
     assert apart + 1.0 < shared < 2 * apart  # the engine runs a fraction of the training only
 
 
-def test_equal_seeds_play_equally():
-    groups = tuple((EpisodeCost(0.1, (replace(TURN, tool_s=t),)),) for t in (0.1, 1.0, 3.0))
-    costs = replace(COSTS, groups=groups)
-    assert simulate(costs, ALONE, steps=9, seed=1) == simulate(costs, ALONE, steps=9, seed=1)
-    assert simulate(costs, ALONE, steps=9, seed=1) != simulate(costs, ALONE, steps=9, seed=2)
+def test_recorded_groups_are_played_in_their_order_and_others_drawn_equally_by_equal_seeds():
+    episodes = tuple(EpisodeCost(0.1, (replace(TURN, tool_s=t),)) for t in (0.1, 1.0, 3.0))
+    as_recorded = replace(COSTS, groups=tuple(GroupCost((each,)) for each in episodes))
+    one, other = (simulate(as_recorded, ALONE, steps=3, seed=seed) for seed in (1, 2))
+    assert one == other
+    drawn = replace(COSTS, groups=(GroupCost(episodes),))
+    assert simulate(drawn, ALONE, steps=9, seed=1) == simulate(drawn, ALONE, steps=9, seed=1)
+    assert simulate(drawn, ALONE, steps=9, seed=1) != simulate(drawn, ALONE, steps=9, seed=2)
 
 
 def test_the_costs_of_an_engine_are_found_again_in_the_times_of_its_turns():
@@ -132,7 +149,12 @@ def test_a_cost_is_never_negative():
 def write_run(folder: Path, num_steps: int, max_staleness: int = 0) -> Path:
     """A run of one episode a step, written by hand."""
     (folder / "trajectories").mkdir(parents=True)
-    rollout = {"max_staleness": max_staleness, "groups_per_step": 1, "group_size": 1}
+    rollout = {
+        "max_staleness": max_staleness,
+        "groups_per_step": 1,
+        "group_size": 1,
+        "on_update": "wait",
+    }
     (folder / "config.json").write_text(json.dumps({"rollout": rollout}))
     metrics = ""
     for step in range(1, num_steps + 1):
@@ -161,11 +183,30 @@ def write_run(folder: Path, num_steps: int, max_staleness: int = 0) -> Path:
 def test_a_run_is_read_and_forecast_as_it_was(tmp_path):
     costs = read_costs(write_run(tmp_path / "run", 4))
     turns = (TurnCost(7, 7, 10, 2.0), TurnCost(22, 5, 20, 0.0))
-    assert costs.groups == ((EpisodeCost(0.5, turns),),) * 3
-    assert costs.groups[0][0].num_tokens == 42
+    assert costs.groups == (GroupCost((EpisodeCost(0.5, turns),)),) * 3
+    assert costs.groups[0].episodes[0].num_tokens == 42
     assert costs.sync_s == pytest.approx(0.5)
     forecast = simulate(costs, ALONE, steps=3)
     assert forecast.seconds_per_step == pytest.approx(10.0, rel=0.01)
+
+
+def test_groups_without_signal_take_time_and_their_slot_is_used_again(tmp_path):
+    run = write_run(tmp_path / "run", 4)
+    (run / "replaced").mkdir()
+    for step in (2, 3, 4):
+        name = f"step_{step:06d}.jsonl"
+        row = json.loads((run / "trajectories" / name).read_text()) | {"group_id": step + 100}
+        for turn in row["turns"]:
+            turn["timing"]["begin"] += 50
+        (run / "replaced" / name).write_text(json.dumps(row) + "\n")
+    costs = read_costs(run)
+    assert [group.has_signal for group in costs.groups] == [True, False] * 3
+    # A step plays two groups, one after the other, and trains on one.
+    once = simulate(replace(costs, groups=costs.groups[:1]), ALONE, steps=4)
+    twice = simulate(costs, ALONE, steps=4)
+    rollout_s = 10.0 - 4.0 - costs.sync_s
+    assert twice.seconds_per_step - once.seconds_per_step == pytest.approx(rollout_s, rel=0.01)
+    assert twice.tokens_per_s * twice.seconds_per_step == pytest.approx(30)
 
 
 def test_a_table_row_for_each_combination(tmp_path, capsys):
@@ -186,4 +227,4 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
     file = old / "trajectories" / "step_000002.jsonl"
     file.write_text(file.read_text().replace('"begin"', '"start"'))
     assert main([str(old)]) == 2
-    assert "step_000002.jsonl: a trajectory or its step has no 'begin'" in capsys.readouterr().err
+    assert "step_000002.jsonl: a trajectory has no 'begin'" in capsys.readouterr().err

@@ -49,6 +49,10 @@ class EngineHost:
         await self._engine.load_weights(weights, version)
         return await self.heartbeat()
 
+    async def lend_memory(self) -> None:
+        """As `Engine.lend_memory`."""
+        await self._engine.lend_memory()
+
     async def abort(self, sequence_uid: int | None) -> None:
         """As `Engine.abort`."""
         await self._engine.abort(sequence_uid)

@@ -103,6 +103,21 @@ class EnginePool:
             raise failures[0]
         await self._wait_for_one(self._config.cluster.start_timeout_s)
 
+    async def lend_memory(self) -> None:
+        """As `Engine.lend_memory`, in all engines; one that fails is replaced."""
+        timeout_s = self._config.cluster.step_timeout_s
+
+        async def lend(part: Part) -> None:
+            actor = part.actor
+            try:
+                await part.call("lend_memory", timeout_s=timeout_s)
+            except PartLost:
+                pass
+            except Exception as error:
+                part.doubt(actor, f"it did not free its memory: {error!r}")
+
+        await asyncio.gather(*map(lend, self.parts))
+
     async def abort(self, sequence_uid: int | None = None) -> None:
         """As `Engine.abort`, in all engines."""
         timeout_s = self._config.cluster.patience_s

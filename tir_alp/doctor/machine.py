@@ -90,7 +90,8 @@ def _engine_memory(config: Config, shape: Shape, device: str, most_cached: int) 
         a_number, num_engines = _BYTES[engine.dtype], engine.num_servers if is_sglang else 1
         if engine.device == "cuda":  # each has GPUs of its own, and the trainer the first
             num_engines = int(engine.first_gpu == 0)
-        if engine.device != device or (is_sglang and engine.urls):
+        # Those of others are not our concern; those that take turns with the trainer have gone.
+        if engine.device != device or (is_sglang and (engine.urls or engine.release_memory)):
             num_engines = 0
         if engine.max_cache_tokens is None:  # a share of what there is, and so always fits
             cached = 0

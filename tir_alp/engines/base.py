@@ -114,6 +114,13 @@ class Engine(Protocol):
         """Take new weights; completions that begin after the call carry `version`."""
         ...
 
+    async def lend_memory(self) -> None:
+        """Give memory to a trainer on the same device, if asked for, until `load_weights`.
+
+        Nothing may run, nor be asked for before the weights are there.
+        """
+        ...
+
     async def abort(self, sequence_uid: int | None = None) -> None:
         """End the completions of one sequence, or all, with what they have: `StopReason.ABORT`."""
         ...

@@ -64,14 +64,19 @@ class ServerClient:
         """When the server last said something."""
 
     async def stream(
-        self, path: str, payload: Mapping[str, Any], is_last: Callable[[dict[str, Any]], bool]
+        self,
+        path: str,
+        payload: Mapping[str, Any],
+        is_last: Callable[[dict[str, Any]], bool],
+        headers: Mapping[str, str] | None = None,
     ) -> AsyncGenerator[dict[str, Any]]:
         """Ask for something, and yield the events of the answer up to the last one.
 
         Raises:
             ServerFailed: If the server refuses, breaks off, or is silent for too long.
         """
-        async with self._post(path, payload, self._stall_timeout_s) as response:
+        asked = self._ask("POST", path, payload, self._stall_timeout_s, headers)
+        async with asked as response:
             buffer, is_complete = b"", False
             while not is_complete:
                 async with self._deadline("sent no event", self._stall_timeout_s):
@@ -93,7 +98,7 @@ class ServerClient:
                 await response.read()  # so that the connection can be used again
 
     async def call(
-        self, path: str, timeout_s: float | None = None, **payload: Any
+        self, path: str, timeout_s: float | None = None, method: str = "POST", **payload: Any
     ) -> dict[str, Any] | list[Any] | None:
         """Ask for something that is answered at once; returns the answer, None if it is empty.
 
@@ -102,7 +107,7 @@ class ServerClient:
         """
         timeout_s = self._stall_timeout_s if timeout_s is None else timeout_s
         async with (
-            self._post(path, payload, timeout_s) as response,
+            self._ask(method, path, payload, timeout_s) as response,
             self._deadline(f"did not answer {path}", timeout_s),
         ):
             body = await response.read()
@@ -125,13 +130,21 @@ class ServerClient:
         return False
 
     @asynccontextmanager
-    async def _post(
-        self, path: str, payload: Mapping[str, Any], timeout_s: float
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        payload: Mapping[str, Any],
+        timeout_s: float,
+        headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
+        headers = {**self._headers, **(headers or {})}
         try:
             async with asyncio.timeout(timeout_s):
-                response = await self._session.post(
-                    self.url + path, json=payload, headers=self._headers
+                response = await self._session.request(
+                    *(method, self.url + path),
+                    json=payload if method == "POST" else None,
+                    headers=headers,
                 )
         except TimeoutError:
             raise ServerFailed(f"{self.url}{path}: no answer within {timeout_s:g} s") from None
@@ -140,7 +153,7 @@ class ServerClient:
         except (aiohttp.ClientError, OSError) as error:
             raise ServerFailed(f"{self.url}{path} broke off: {error!r}") from error
         try:
-            if response.status != 200:
+            if response.status not in (200, 202):  # 202: it will do so
                 async with self._deadline("did not say why", timeout_s):
                     why = (await response.text(errors="replace"))[:500]
                 status = response.status

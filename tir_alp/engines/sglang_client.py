@@ -7,18 +7,51 @@ from typing import Any
 
 from tir_alp.engines.http_client import ServerClient, ServerFailed
 
+_MEMORY = ["kv_cache", "weights"]
+
+
+def label(version: int, index: int) -> str:
+    """What the server number `index` calls weights of a version."""
+    return f"{version}@{index}"
+
+
+def read_label(said: str) -> tuple[int, int]:
+    """Version and server of a label. Raises ValueError if it is none of ours."""
+    version, _, index = said.partition("@")
+    return int(version), int(index)
+
 
 class SGLangClient(ServerClient):
-    """Talks to one server."""
+    """Talks to one server, or to a router in front of several.
 
-    def events(self, payload: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+    Args:
+        index: Number of the server; a router has none.
+        arguments: Of `ServerClient`.
+    """
+
+    def __init__(self, *arguments: Any, index: int = 0, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._index = index
+
+    def label(self, version: int) -> str:
+        """What the server calls weights of a version: what it samples says so, and whose it is."""
+        return label(version, self._index)
+
+    def events(self, payload: Mapping[str, Any], key: str) -> AsyncGenerator[dict[str, Any]]:
         """Begin a generation and yield its events up to the one that has a `finish_reason`.
+
+        Args:
+            payload: The request.
+            key: A router sends requests with equal keys to one server; a server overlooks it.
 
         Raises:
             ServerFailed: If the server refuses, breaks off, or is silent for too long.
         """
         return self.stream(
-            "/generate", payload, lambda said: said["meta_info"]["finish_reason"] is not None
+            "/generate",
+            payload,
+            lambda said: said["meta_info"]["finish_reason"] is not None,
+            {"X-SMG-Routing-Key": key},
         )
 
     async def abort(self, request_id: str) -> None:
@@ -33,9 +66,18 @@ class SGLangClient(ServerClient):
         """Sample again."""
         await self.call("/continue_generation")
 
-    async def flush_cache(self) -> None:
-        """Forget all prefixes."""
-        await self.call("/flush_cache")
+    async def release_memory(self) -> None:
+        """Forget all prefixes, and free the memory of weights and cache.
+
+        What still runs has half of the deadline to end: a server that is asked while anything runs
+        dies of it.
+        """
+        await self.call(f"/flush_cache?timeout={self._stall_timeout_s / 2:g}")
+        await self.call("/release_memory_occupation", tags=_MEMORY)
+
+    async def resume_memory(self) -> None:
+        """Take the memory again; weights have to be loaded into it."""
+        await self.call("/resume_memory_occupation", tags=_MEMORY)
 
     async def weights_by_name(self, name: str, num_rows: int) -> list[Any] | None:
         """The first rows of a tensor, or None where the model's class does not tell."""

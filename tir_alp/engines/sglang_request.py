@@ -7,14 +7,15 @@ alike. The server never sees or makes text.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
 from tir_alp.engines.base import Completion, Sampling
 from tir_alp.engines.http_client import ServerFailed
-from tir_alp.engines.sglang_client import SGLangClient
+from tir_alp.engines.sglang_client import SGLangClient, read_label
 from tir_alp.types import StopReason, VersionSpan, cut_version_spans
 
 _MOST_CANDIDATES = 4096
@@ -40,6 +41,10 @@ class SGLangRequest:
         self.id = uuid.uuid4().hex
         self.token_ids, self.sampling = token_ids, sampling
         self.is_aborted = False
+        self.server: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        """Number of the server that has it: chosen, or as the answer says."""
+        self.cached_tokens = 0
+        """Of its prompt: those whose keys and values the server had."""
         self._goes_on = not end_token_ids <= sampling.stop_token_ids
         self._matches = sampling.stop_matcher() if sampling.stop_matcher else None
         self._sampled: list[int] = []
@@ -52,20 +57,29 @@ class SGLangRequest:
             token_ids=(), logprobs=(), stop_reason=StopReason.ABORT, policy_version=version
         )
 
-    async def run(self, client: SGLangClient) -> Completion:
+    async def run(
+        self, client: SGLangClient, take_back: Callable[[SGLangRequest], Awaitable[None]]
+    ) -> Completion:
         """Have a server sample it, once.
+
+        Args:
+            client: Of the server, or of a router.
+            take_back: Tells the server to stop.
 
         Raises:
             ServerFailed: If the server refuses or fails, or what it says does not fit together.
         """
-        async with aclosing(client.events(self._payload())) as events:
+        key = str(self.sampling.sequence_uid)
+        async with aclosing(client.events(self._payload(), key)) as events:
             async for event in events:
+                if not self.server.done():
+                    self.server.set_result(_labelled(event["meta_info"], client.url)[1])
                 self._take(event, client.url)
                 reason = event["meta_info"]["finish_reason"]
                 if reason is not None:
                     return self._completion(event["meta_info"], reason, client.url)
                 if self._stop is not None or self.is_aborted:
-                    await client.abort(self.id)
+                    await take_back(self)
         raise ServerFailed(f"{client.url} ended an answer before its end")
 
     def _payload(self) -> dict[str, Any]:
@@ -83,14 +97,15 @@ class SGLangRequest:
             "return_logprob": True,
             "stream": True,
         }
-        if self._is_truncated:
+        if self.is_truncated:
             # Its ordinary logprobs are those before truncation; with the support come the others.
             parameters |= {"top_p": sampling.top_p, "top_k": _MOST_CANDIDATES}
             payload["return_sampling_mask"] = True
         return payload
 
     @property
-    def _is_truncated(self) -> bool:
+    def is_truncated(self) -> bool:
+        """Whether it needs the support of each token, to know its logprob."""
         return self.sampling.top_p < 1 and self.sampling.temperature > 0
 
     def _take(self, event: Mapping[str, Any], url: str) -> None:
@@ -105,7 +120,7 @@ class SGLangRequest:
         if [entry[1] for entry in entries] != new_ids:
             raise ServerFailed(f"{url} gave logprobs of other tokens than it sampled")
         logprobs = [entry[0] for entry in entries]
-        if self._is_truncated:
+        if self.is_truncated:
             logprobs = meta["output_token_sampling_logprobs"]
             logprobs = logprobs[len(logprobs) - len(new_ids) :]
         if self.sampling.temperature == 0:
@@ -128,6 +143,7 @@ class SGLangRequest:
     def _completion(
         self, meta: Mapping[str, Any], reason: Mapping[str, Any], url: str
     ) -> Completion:
+        self.cached_tokens = meta["cached_tokens"]
         num_tokens, stop_reason = self._stop or (len(self._sampled), self._ending(reason, url))
         try:
             spans = cut_version_spans(version_spans(meta["weight_versions"]), num_tokens)
@@ -135,7 +151,7 @@ class SGLangRequest:
                 token_ids=tuple(self._sampled[:num_tokens]),
                 logprobs=tuple(self._logprobs[:num_tokens]),
                 stop_reason=stop_reason,
-                policy_version=spans[0].version if spans else int(meta["weight_version"]),
+                policy_version=spans[0].version if spans else _labelled(meta, url)[0],
                 version_spans=spans if len(spans) > 1 else (),
             )
         except (KeyError, ValueError) as error:
@@ -155,10 +171,18 @@ def version_spans(said: list[Mapping[str, Any]]) -> tuple[VersionSpan, ...]:
     """What a server says of versions, as spans: those of equal versions joined, none empty."""
     spans: list[VersionSpan] = []
     for each in said:
-        version, start, stop = int(each["version"]), each["start"], each["end"]
+        version, start, stop = read_label(each["version"])[0], each["start"], each["end"]
         if start == stop:
             continue
         if spans and spans[-1].version == version and spans[-1].stop == start:
             start = spans.pop().start
         spans.append(VersionSpan(version, start, stop))
     return tuple(spans)
+
+
+def _labelled(meta: Mapping[str, Any], url: str) -> tuple[int, int]:
+    """Version and server that an event names."""
+    try:
+        return read_label(meta["weight_version"])
+    except (KeyError, ValueError) as error:
+        raise ServerFailed(f"{url} does not say which weights sampled what: {error}") from error

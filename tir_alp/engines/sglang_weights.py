@@ -82,7 +82,7 @@ class DiskTransfer:
             "/update_weights_from_disk",
             client.load_timeout_s,
             model_path=str(path),
-            weight_version=str(snapshot.version),
+            weight_version=client.label(snapshot.version),
         )
 
     def forget(self, client: SGLangClient) -> None:
@@ -118,7 +118,7 @@ class TensorTransfer:
                 client.load_timeout_s,
                 serialized_named_tensors=[packed] * self._num_ranks,
                 flush_cache=is_last,
-                **({"weight_version": str(snapshot.version)} if is_last else {}),
+                **({"weight_version": client.label(snapshot.version)} if is_last else {}),
             )
         await client.call("/end_weight_update", client.load_timeout_s)
 
@@ -162,7 +162,7 @@ class DistributedTransfer:
                 shapes=[list(tensor.shape) for _, tensor in bucket],
                 group_name=self._group_name(client),
                 flush_cache=is_last,
-                **({"weight_version": str(snapshot.version)} if is_last else {}),
+                **({"weight_version": client.label(snapshot.version)} if is_last else {}),
             )
             tensors = [tensor.to(device) for _, tensor in bucket]
             await asyncio.gather(told, asyncio.to_thread(_broadcast, group, tensors))

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tir_alp.engines.base import Completion, Sampling, check_fit, check_request
+from tir_alp.engines.base import Completion, EngineFailed, Sampling, check_fit, check_request
 from tir_alp.engines.kv_cache import CachedStep, KVCache, RowStates
 from tir_alp.engines.precision import layer_matrices, quantised
 from tir_alp.engines.sampling import draws, sample
@@ -166,7 +166,7 @@ class TransformersEngine:
         self._work = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._scheduler: asyncio.Task[None] | None = None
-        self._tokens_generated = self._tokens_dropped = 0
+        self._tokens_generated = self._tokens_dropped = self._tensors_compared = 0
 
     async def generate(self, token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
         """Continue a sequence; see `Engine.generate`.
@@ -215,6 +215,9 @@ class TransformersEngine:
         self._wake()
         await asyncio.shield(loaded)
 
+    async def lend_memory(self) -> None:
+        """Nothing: the trainer's device keeps this engine's memory."""
+
     async def abort(self, sequence_uid: int | None = None) -> None:
         """End the completions of one sequence, or all; they return what they have."""
         for request in (*self._waiting, *self._running):
@@ -223,7 +226,10 @@ class TransformersEngine:
         self._wake()
 
     def health(self) -> Mapping[str, float]:
-        """Requests and cache in use, and tokens made, and dropped for new weights, so far."""
+        """Requests and cache in use, tokens made, and dropped for new weights, so far.
+
+        `tensors_compared`: how many the last update found to be what the engine was given.
+        """
         return {
             "running": len(self._running),
             "waiting": len(self._waiting),
@@ -231,6 +237,7 @@ class TransformersEngine:
             "parked_tokens": self._num_parked,
             "tokens_generated": self._tokens_generated,
             "tokens_dropped": self._tokens_dropped,
+            "tensors_compared": self._tensors_compared,
         }
 
     async def close(self) -> None:
@@ -378,10 +385,19 @@ class TransformersEngine:
 
     @torch.no_grad()
     def _copy_weights(self, source: Mapping[str, Tensor]) -> None:
-        for name, tensor in self._model.state_dict().items():
+        own = self._model.state_dict()
+        for name, tensor in own.items():
             new = source[name]
             tensor.copy_(quantised(new, self._precision) if name in self._quantised else new)
         self._forget()
+        compared = [name for name in own if name not in self._quantised]
+        for name in compared:
+            if not torch.equal(own[name], source[name].to(own[name])):
+                raise EngineFailed(
+                    f"the engine does not hold the weights that it was given: {name!r} differs. "
+                    "Its numbers are not finite, or its model has it tied to another tensor"
+                )
+        self._tensors_compared = len(compared)
 
     @torch.inference_mode()
     def _step(self, num_joining: int) -> None:

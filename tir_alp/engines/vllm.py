@@ -124,6 +124,9 @@ class VLLMEngine:
             finally:
                 self._is_open.set()
 
+    async def lend_memory(self) -> None:
+        """Nothing: the server keeps its memory."""
+
     async def abort(self, sequence_uid: int | None = None) -> None:
         """End the completions of one sequence, or all, with what they have."""
         for request in self._requests:
@@ -256,7 +259,7 @@ async def connected(
 async def open_vllm(
     config: VLLMConfig,
     outline: Any,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor] | Path,
     *,
     version: int = 0,
     seed: int = 0,
@@ -268,7 +271,7 @@ async def open_vllm(
     Args:
         config: Of the server.
         outline: A model with the architecture that it is to serve; its own weights do not matter.
-        weights: That it starts with.
+        weights: That it starts with: tensors, or a folder in the Hugging Face format.
         version: Their policy version.
         seed: Of the server's draws.
         reference: Logprobs by the trainer's forward; None: what the server says is not checked.
@@ -279,10 +282,11 @@ async def open_vllm(
     """
     with tempfile.TemporaryDirectory(prefix="tir_alp-vllm-") as name:
         folder = Path(name)
-        tensors = write_start(folder / "start", outline, weights, getattr(torch, config.dtype))
+        start = write_start(folder / "start", outline, weights, getattr(torch, config.dtype))
+        snapshot = _outline(WeightSnapshot(version, start, None))
+        del start, weights  # they are as large as the model
         process = server_process(config, folder, seed, say)
         vocab_size = outline.config.get_text_config().vocab_size
-        snapshot = WeightSnapshot(version, tensors, None)
         opened = connected(config, folder / SOCKET, folder, snapshot, vocab_size, reference)
         try:
             async with opened as engine:

@@ -37,14 +37,32 @@ def with_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_start(
-    folder: Path, outline: Any, weights: Mapping[str, Tensor], dtype: torch.dtype
+    folder: Path, outline: Any, weights: Mapping[str, Tensor] | Path, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Write the folder that a server starts from; returns the tensors that are in it.
 
     A head that is tied to the embedding is written, and served, as one of its own: vLLM's CPU build
     goes on with the head that it packed at its start when a tied model gets new weights.
+
+    Args:
+        folder: To write.
+        outline: A model of the same architecture.
+        weights: Tensors, or a folder whose files have them.
+        dtype: Of the server.
+
+    Raises:
+        ValueError: If a tensor of the model is missing.
     """
-    tensors = with_head(snapshot_tensors(weights, dtype, every_name=True))
+    names = set(outline.state_dict())
+    if outline.config.get_text_config().tie_word_embeddings:
+        names.discard(HEAD)  # the file of a model may have one all the same, which nobody reads
+    own = snapshot_tensors(weights, dtype, every_name=True)
+    if missing := sorted(names - own.keys()):
+        raise ValueError(
+            f"the weights that vLLM is to start with lack {len(missing)} tensors of the model, "
+            f"the first is {missing[0]!r}"
+        )
+    tensors = with_head({name: each for name, each in own.items() if name in names})
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = outline.config.to_dict() | {

@@ -26,8 +26,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, help="default: the run's")
     parser.add_argument("--engine-slots", type=int, help="requests of an engine at a time")
     parser.add_argument("--tool-slots", type=int, help="tool calls at a time")
-    parser.add_argument("--on-update", choices=["wait", "keep"], default="wait")
-    parser.add_argument("--reuses-prefix", action="store_true", help="the engine has a radix cache")
+    parser.add_argument("--on-update", choices=["wait", "keep", "drop"], help="default: the run's")
     parser.add_argument(
         "--slowdown",
         type=float,
@@ -53,9 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     """Simulate each combination, print a row for each; 2 if there is something to mend."""
     options = parse(arguments)
     try:
-        costs = read_costs(
-            options.run, reuses_prefix=options.reuses_prefix, slowdown=options.slowdown
-        )
+        costs = read_costs(options.run, slowdown=options.slowdown)
         recorded = read_run_config(options.run)["rollout"]
         layouts = [
             Layout(
@@ -66,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
                 trainers=trainers,
                 engine_slots=options.engine_slots,
                 tool_slots=options.tool_slots,
-                on_update=options.on_update,
+                on_update=options.on_update or recorded["on_update"],
             )
             for engines in options.engines
             for trainers in options.trainers

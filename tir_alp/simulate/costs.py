@@ -16,8 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from tir_alp.run_folder import read_run_config
-from tir_alp.simulate.pipeline import Costs, EngineCost, EpisodeCost, TrainerCost, TurnCost
+from tir_alp.run_folder import read_run_config, step_file
+from tir_alp.simulate.pipeline import (
+    Costs,
+    EngineCost,
+    EpisodeCost,
+    GroupCost,
+    TrainerCost,
+    TurnCost,
+)
 
 _ROUNDS = 10  # of fitting an engine: what a step costs says how many steps were crowded
 _WARM_UP = 1  # steps whose times are not those of the others: caches fill, threads start
@@ -37,7 +44,8 @@ class TimedTurn:
 class RecordedStep:
     """What the folder of a run says of one training step."""
 
-    groups: tuple[tuple[EpisodeCost, ...], ...]
+    groups: tuple[GroupCost, ...]
+    """In the order in which they were begun; those without signal too."""
     turns: tuple[TimedTurn, ...]
     train_s: float
     rest_s: float
@@ -46,16 +54,16 @@ class RecordedStep:
     @property
     def num_tokens(self) -> int:
         """Tokens that were trained on, those of prompts and tools included."""
-        return sum(episode.num_tokens for group in self.groups for episode in group)
+        trained = [group for group in self.groups if group.has_signal]
+        return sum(episode.num_tokens for group in trained for episode in group.episodes)
 
 
-def read_costs(run: Path, *, reuses_prefix: bool = False, slowdown: float = 1.0) -> Costs:
+def read_costs(run: Path, *, slowdown: float = 1.0) -> Costs:
     """Measure a recorded run of one engine and one trainer rank.
 
     Args:
         run: Its folder. It must have rolled out and trained in turn (`rollout.max_staleness = 0`):
             otherwise its times hold what the parts cost each other.
-        reuses_prefix: Whether its engine kept what it had read of a trajectory.
         slowdown: By how much engine and trainer would stretch each other; see `Costs`.
 
     Raises:
@@ -66,20 +74,20 @@ def read_costs(run: Path, *, reuses_prefix: bool = False, slowdown: float = 1.0)
             f"{run} had rollout.max_staleness = {staleness}: engine and trainer ran at the same "
             "time, and their times cannot be told apart; measure a run with 0"
         )
-    steps = [*read_steps(run, reuses_prefix)][_WARM_UP:]
+    steps = [*read_steps(run)][_WARM_UP:]
     if len(steps) < 2:
         raise ValueError(f"{run} has {len(steps)} steps behind the first; at least 2 are needed")
     step_s, request_s, prefill_token_s = fit_engine([turn for step in steps for turn in step.turns])
     return Costs(
         groups=tuple(group for step in steps for group in step.groups),
-        engine=EngineCost(step_s, request_s, prefill_token_s, reuses_prefix),
+        engine=EngineCost(step_s, request_s, prefill_token_s),
         trainer=fit_trainer([s.num_tokens for s in steps], [s.train_s for s in steps]),
         sync_s=float(np.median([step.rest_s for step in steps])),
         slowdown=slowdown,
     )
 
 
-def read_steps(run: Path, reuses_prefix: bool) -> Iterator[RecordedStep]:
+def read_steps(run: Path) -> Iterator[RecordedStep]:
     """Read a run, step by step.
 
     Raises:
@@ -88,24 +96,44 @@ def read_steps(run: Path, reuses_prefix: bool) -> Iterator[RecordedStep]:
     for row in _rows(run / "metrics.jsonl"):
         if "time/train" not in row:
             continue  # of an evaluation
-        file = run / "trajectories" / f"step_{row['step']:06d}.jsonl"
-        groups: dict[int, list[EpisodeCost]] = defaultdict(list)
+        groups: dict[int, GroupCost] = {}
         turns: list[TimedTurn] = []
+        for folder in ("trajectories", "replaced"):
+            file = run / folder / step_file(row["step"])
+            if folder == "trajectories" or file.exists():
+                episodes, more = read_groups(file)
+                has_signal = folder == "trajectories"
+                groups |= {i: GroupCost(tuple(each), has_signal) for i, each in episodes.items()}
+                turns += more
         try:
-            for trajectory in _rows(file):
-                episode = read_episode(trajectory)
-                groups[trajectory["group_id"]].append(episode)
-                for turn, cost in zip(trajectory["turns"], episode.turns, strict=True):
-                    begin, seconds = turn["timing"]["begin"], turn["timing"]["generate"]
-                    prefill = cost.new_tokens if reuses_prefix else cost.context_tokens
-                    turns.append(TimedTurn(begin, begin + seconds, prefill, cost.completion_tokens))
             whole_s = row["tokens/generated"] / row["tokens/per_second"]
             rest_s = whole_s - row["time/rollout"] - row["time/train"]
         except KeyError as error:
-            raise ValueError(f"{file}: a trajectory or its step has no {error}") from error
-        yield RecordedStep(
-            tuple(map(tuple, groups.values())), tuple(turns), row["time/train"], max(rest_s, 0.0)
-        )
+            raise ValueError(f"{run}/metrics.jsonl: step {row['step']} has no {error}") from error
+        ordered = tuple(groups[index] for index in sorted(groups))
+        yield RecordedStep(ordered, tuple(turns), row["time/train"], max(rest_s, 0.0))
+
+
+def read_groups(file: Path) -> tuple[dict[int, list[EpisodeCost]], list[TimedTurn]]:
+    """Read a file of trajectories: what the episodes cost, by group, and when turns began.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    groups: dict[int, list[EpisodeCost]] = defaultdict(list)
+    turns: list[TimedTurn] = []
+    for trajectory in _rows(file):
+        try:
+            episode = read_episode(trajectory)
+            groups[trajectory["group_id"]].append(episode)
+            for turn, cost in zip(trajectory["turns"], episode.turns, strict=True):
+                begin, seconds = turn["timing"]["begin"], turn["timing"]["generate"]
+                turns.append(
+                    TimedTurn(begin, begin + seconds, cost.new_tokens, cost.completion_tokens)
+                )
+        except KeyError as error:
+            raise ValueError(f"{file}: a trajectory has no {error}") from error
+    return groups, turns
 
 
 def read_episode(trajectory: Mapping[str, Any]) -> EpisodeCost:

@@ -3,7 +3,8 @@
 The model is that of the code. A group holds its slot from its first episode until the weights that
 were trained on it are live. An engine makes one token a running request and step, and requests join
 at any step with a prefill. A trainer takes whole steps. Seconds in, seconds out: nothing here looks
-at a clock, and equal seeds play equally.
+at a clock, and equal seeds play equally. Recorded groups are played in their order: a few long
+episodes weigh as much as they did, no matter the seed.
 """
 
 from __future__ import annotations
@@ -52,19 +53,25 @@ class EpisodeCost:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupCost:
+    """The episodes of one task, which is as hard for all of them."""
+
+    episodes: tuple[EpisodeCost, ...]
+    has_signal: bool = True
+    """Else a step takes another group in its place; see `rollout.max_refills`."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineCost:
     """What one engine takes: a decoding step of b requests lasts `step_s + b * request_s`."""
 
     step_s: float
     request_s: float
     prefill_token_s: float
-    reuses_prefix: bool = False
-    """Whether a turn reads only what is new since the turn before."""
 
     def prefill_s(self, turn: TurnCost) -> float:
-        """Seconds to read what stands before a completion."""
-        num_tokens = turn.new_tokens if self.reuses_prefix else turn.context_tokens
-        return self.prefill_token_s * num_tokens
+        """Seconds to read what is new before a completion: engines keep the turns before."""
+        return self.prefill_token_s * turn.new_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +86,8 @@ class TrainerCost:
 class Costs:
     """Everything that a simulation knows of a workload and a kind of machine."""
 
-    groups: tuple[tuple[EpisodeCost, ...], ...]
-    """Groups to draw from: the tasks' difficulty stays together."""
+    groups: tuple[GroupCost, ...]
+    """They are played in this order, again and again."""
     engine: EngineCost
     trainer: TrainerCost
     sync_s: float
@@ -102,8 +109,9 @@ class Layout:
     """Requests that an engine runs at a time; None: all."""
     tool_slots: int | None = None
     """Tool calls that run at a time; None: all."""
-    on_update: Literal["wait", "keep"] = "wait"
-    """Whether a weight update waits for running completions, or they go on behind it."""
+    on_update: Literal["wait", "keep", "drop"] = "wait"
+    """As `rollout.on_update`: completions that run end before the update, or are read anew behind
+    it and go on, or begin again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,10 +191,11 @@ class _Engine:
     def run(self) -> Generator[simpy.Event, Any, None]:
         cost, slots = self.costs.engine, self.layout.engine_slots
         while True:
-            if self.loaded is not None and (self.layout.on_update == "keep" or not self.running):
+            if self.loaded is not None and (self.layout.on_update != "wait" or not self.running):
                 yield from self._busy(self.costs.sync_s)
                 self.loaded.succeed()
                 self.loaded = None
+                yield from self._busy(sum(map(self._renew, self.running)))
             joining: list[_Request] = []
             while (
                 self.waiting
@@ -208,6 +217,13 @@ class _Engine:
                     request.done.succeed()
             self.running = [request for request in self.running if request.remaining > 0]
 
+    def _renew(self, request: _Request) -> float:
+        """Seconds to read a completion that runs, with new weights."""
+        if self.layout.on_update == "drop":
+            request.remaining = request.turn.completion_tokens
+        written = request.turn.completion_tokens - request.remaining
+        return self.costs.engine.prefill_token_s * (request.turn.context_tokens + written)
+
     def _busy(self, seconds: float) -> Generator[simpy.Event, Any, None]:
         seconds *= self.costs.slowdown if self.trainer.is_busy else 1.0
         self.gauge.is_busy = True
@@ -222,10 +238,11 @@ def simulate(
     """Play `warm_up + steps` training steps and describe the last `steps` of them.
 
     Raises:
-        ValueError: If there is nothing to draw episodes from, or a number makes no sense.
+        ValueError: If there is nothing to train on, or a number makes no sense.
     """
-    if not costs.groups or steps < 1:
-        raise ValueError(f"nothing to simulate: {len(costs.groups)} groups, {steps} steps")
+    num_groups = sum(group.has_signal for group in costs.groups)
+    if not num_groups or steps < 1:
+        raise ValueError(f"nothing to simulate: {num_groups} groups with signal, {steps} steps")
     env = simpy.Environment()
     draw = random.Random(seed)
     trainer = _Gauge()
@@ -248,17 +265,19 @@ def simulate(
                 yield slot
                 yield env.timeout(turn.tool_s)
 
-    def group() -> tuple[int, list[EpisodeCost], simpy.Event]:
-        recorded = draw.choice(costs.groups)
-        members = [draw.choice(recorded) for _ in range(layout.group_size)]
-        return version, members, env.all_of([env.process(episode(each)) for each in members])
+    def group(recorded: GroupCost) -> tuple[int, GroupCost, simpy.Event]:
+        members = recorded.episodes
+        if len(members) != layout.group_size:
+            members = tuple(draw.choice(members) for _ in range(layout.group_size))
+        ended = env.all_of([env.process(episode(each)) for each in members])
+        return version, GroupCost(members, recorded.has_signal), ended
 
     in_flight = simpy.Store(env)
 
     def feed() -> Generator[simpy.Event, Any, None]:
-        while True:
+        for recorded in itertools.cycle(costs.groups):
             yield slots.get(1)
-            yield in_flight.put(group())
+            yield in_flight.put(group(recorded))
 
     def train() -> Generator[simpy.Event, Any, None]:
         nonlocal version, num_tokens, began
@@ -271,11 +290,16 @@ def simulate(
             if step == warm_up + steps:
                 return
             episodes: list[EpisodeCost] = []
-            for _ in range(layout.groups_per_step):
-                born, members, ended = yield in_flight.get()
+            num_taken = 0
+            while num_taken < layout.groups_per_step:
+                born, taken, ended = yield in_flight.get()
                 yield ended
+                if not taken.has_signal:
+                    yield slots.put(1)
+                    continue
+                num_taken += 1
                 ages[step - born] += 1
-                episodes += members
+                episodes += taken.episodes
             work_s = costs.trainer.step_s
             work_s += costs.trainer.token_s * sum(e.num_tokens for e in episodes) / layout.trainers
             yield from busy(work_s)

@@ -1,0 +1,151 @@
+"""What `tir_alp.simulate` forecasts, against runs: `python -m tests.benchmarks.validate_simulator`.
+
+A run with `max_staleness = 0` is recorded. From its costs the throughput of other layouts is
+forecast, and then these are run: the same tasks, on the same machine, which has to be quiet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tir_alp.run_folder import read_rows
+from tir_alp.simulate.costs import read_costs
+from tir_alp.simulate.pipeline import Layout, simulate
+
+SLOW_TOOL = (
+    *("--env.id", "tests.benchmarks.slow_tool:SlowTool-v0"),
+    *("--env.kwargs", '{"median_s": 0.25, "sigma": 1.0, "max_s": 5.0}'),
+    *("--rollout.max_context_tokens", "512", "--rollout.void_turns", "keep"),
+    *("--doctor.ignore", "sandbox"),  # the environment runs no programs
+)
+ACTORS = ("--cluster", "local", "--cluster.patience_s", "60")
+BARE = ("--eval.num_tasks", "1", "--checkpoint.every", "0")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is recorded, and what else is run and forecast: words of the command line."""
+
+    name: str
+    words: tuple[str, ...]
+    recorded: Mapping[str, int | str]
+    layouts: Sequence[Mapping[str, int | str]]
+    slowdown: float = 2.0
+    """Engine and trainer each use both cores: while both work, each has one."""
+
+
+SETTINGS = (
+    Setting(
+        "embedded engine, slow tool",
+        SLOW_TOOL,
+        {"groups_per_step": 8, "group_size": 4},
+        (
+            {"groups_per_step": 8, "group_size": 4, "max_staleness": 0},
+            {"groups_per_step": 8, "group_size": 4, "max_staleness": 2, "on_update": "keep"},
+            {"groups_per_step": 4, "group_size": 8, "max_staleness": 1, "on_update": "wait"},
+        ),
+    ),
+    Setting(
+        "engines in actors, slow tool",
+        (*SLOW_TOOL, *ACTORS),
+        {"groups_per_step": 8, "group_size": 4, "engines": 1},
+        (
+            {
+                **{"groups_per_step": 8, "group_size": 4, "engines": 2},
+                **{"max_staleness": 1, "on_update": "keep"},
+            },
+        ),
+        slowdown=1.5,  # of actors each uses one: three of them share two
+    ),
+    Setting(
+        "embedded engine, Python sandbox",
+        (),
+        {"groups_per_step": 16, "group_size": 4},
+        (
+            {"groups_per_step": 16, "group_size": 4, "max_staleness": 1, "on_update": "keep"},
+            {"groups_per_step": 8, "group_size": 8, "max_staleness": 0},
+        ),
+    ),
+)
+
+
+def run(folder: Path, name: str, words: Sequence[str], steps: int) -> Path:
+    """Train in a process of its own; returns the run's folder."""
+    command = [sys.executable, "-m", "tir_alp.train", *BARE, *words, "--steps", str(steps)]
+    environment = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH") or os.getcwd()}
+    done = subprocess.run(
+        [*command, "--name", name], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return folder / "runs" / name
+
+
+def measured(path: Path, warm_up: int) -> tuple[float, float]:
+    """Generated tokens a second, and seconds a step, behind the first `warm_up` steps."""
+    rows = [row for row in read_rows(path / "metrics.jsonl")[0] if "time/train" in row][warm_up:]
+    tokens = sum(row["tokens/generated"] for row in rows)
+    seconds = sum(row["tokens/generated"] / row["tokens/per_second"] for row in rows)
+    return tokens / seconds, seconds / len(rows)
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=24, help="that count, of each run")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of settings")
+    parser.add_argument("--keep", type=Path, help="folder for the runs")
+    options = parser.parse_args(words)
+    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; {options.steps} steps")
+    print("| setting | layout | tokens/s measured | forecast | off | s a step | forecast | off |")
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.keep or Path(temporary)
+        folder.mkdir(exist_ok=True)
+        for number, setting in enumerate(SETTINGS):
+            if options.only and number not in options.only:
+                continue
+            layout = rollout_words(setting.recorded)
+            recorded = run(
+                folder, f"recorded-{number}", [*setting.words, *layout], options.steps + 1
+            )
+            costs = read_costs(recorded, slowdown=setting.slowdown)
+            for index, wanted in enumerate(setting.layouts):
+                staleness = int(wanted.get("max_staleness", 0))
+                forecast = simulate(costs, Layout(**wanted), steps=200)  # type: ignore[arg-type]
+                path = run(
+                    folder,
+                    f"run-{number}-{index}",
+                    [*setting.words, *rollout_words(wanted)],
+                    options.steps + staleness + 2,
+                )
+                rate, step_s = measured(path, staleness + 2)
+                print(
+                    f"| {setting.name} | {', '.join(f'{k} {v}' for k, v in wanted.items())} | "
+                    f"{rate:.0f} | {forecast.tokens_per_s:.0f} | "
+                    f"{forecast.tokens_per_s / rate - 1:+.1%} | {step_s:.2f} | "
+                    f"{forecast.seconds_per_step:.2f} | "
+                    f"{forecast.seconds_per_step / step_s - 1:+.1%} |",
+                    flush=True,
+                )
+    return 0
+
+
+def rollout_words(layout: Mapping[str, int | str]) -> list[str]:
+    """A layout as words of the command line."""
+    names = {"engines": "--cluster.engines.count"}
+    return [
+        word
+        for key, value in layout.items()
+        for word in (names.get(key, f"--rollout.{key}"), str(value))
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
