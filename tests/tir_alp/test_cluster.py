@@ -22,6 +22,7 @@ pytest.importorskip("ray")
 
 import ray
 from ray.cluster_utils import Cluster as Nodes
+from ray.util.placement_group import placement_group_table
 
 from tir_alp.cluster import cluster as cluster_module
 from tir_alp.cluster.cluster import open_cluster
@@ -169,6 +170,12 @@ def test_a_cluster_that_is_too_small_says_so(config):
 
     with pytest.raises(ValueError, match=r"not have room for .*'engines': 100"):
         run(body)
+
+    async def gone():
+        groups = placement_group_table
+        await until(lambda: {each["state"] for each in groups().values()} <= {"REMOVED"})
+
+    run(gone, seconds=30)  # nor does it wait for room any longer
 
 
 @pytest.mark.parametrize(
