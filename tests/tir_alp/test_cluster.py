@@ -13,6 +13,7 @@ import signal
 import socket
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -214,6 +215,16 @@ def test_as_soon_as_a_part_cannot_start_none_is_left():
     with pytest.raises(ValueError, match="no model"):
         run(lambda: cluster_module.open_all(parts), seconds=10)
     assert closed == ["slow", "broken"]
+
+
+def test_a_pool_is_as_well_as_its_worst_engine():
+    pool: Any = EnginePool.__new__(EnginePool)
+    first = {"running": 1, "tensors_compared": 4, "probe_difference": 0.2, "pid": 7}
+    second = {"running": 2, "tensors_compared": 3, "probe_difference": 0.1, "pid": 8}
+    here = [SimpleNamespace(health=health, actor="there") for health in (first, second)]
+    pool.parts = [*here, SimpleNamespace(health={}, actor=None)]
+    expected = {"running": 3, "tensors_compared": 3, "probe_difference": 0.2, "engines": 2}
+    assert pool.health() == expected
 
 
 def test_ranks_meet_at_the_interface_that_other_nodes_reach():

@@ -110,7 +110,8 @@ class Part:
 
     def doubt(self, actor: Any, reason: str) -> PartLost:
         """Have an actor replaced, unless it has been; returns what to raise. From any thread."""
-        self._doubted = actor
+        if actor is self._actor:
+            self._doubted = actor
         with contextlib.suppress(RuntimeError):  # the run has ended
             self._loop.call_soon_threadsafe(self._doubts.put_nowait, (actor, reason))
         return PartLost(f"{self.name} was lost: {reason}")
