@@ -19,5 +19,5 @@ KEY_VARIABLE = "TIR_ALP_ROUTER_KEY"
 if __name__ == "__main__":
     die_with_parent()
     if key := os.environ.pop(KEY_VARIABLE, None):
-        sys.argv += ["--api-key", key]
+        sys.argv.append(f"--api-key={key}")  # one word: a key may begin with a dash
     runpy.run_module("sglang_router.launch_router", run_name="__main__")

@@ -78,5 +78,5 @@ if __name__ in ("__main__", "__mp_main__"):
 
 if __name__ == "__main__":
     if key := os.environ.pop(KEY_VARIABLE, None):
-        sys.argv += ["--api-key", key]
+        sys.argv.append(f"--api-key={key}")  # one word: a key may begin with a dash
     runpy.run_module("sglang.launch_server", run_name="__main__")
