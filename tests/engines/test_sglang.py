@@ -415,14 +415,16 @@ def wait_until_gone(sessions: list[int]) -> None:
         time.sleep(0.2)
 
 
-def shared_memory_of(session: int) -> set[str]:
-    """Names below /dev/shm that processes of a session have mapped."""
+def shared_memory_of(session: int) -> set[int]:
+    """Inodes of the files below /dev/shm that processes of a session have mapped.
+
+    A semaphore is mapped by another name than the one that it has in the end.
+    """
     found = set()
     for pid in session_of(session):
         with contextlib.suppress(OSError):
-            found |= set(
-                re.findall(r" /dev/shm/(\S+)$", Path(f"/proc/{pid}/maps").read_text(), re.M)
-            )
+            maps = Path(f"/proc/{pid}/maps").read_text()
+            found |= {int(inode) for inode in re.findall(r" (\d+) +/dev/shm/", maps)}
     return found
 
 
@@ -457,7 +459,7 @@ def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, 
         stall_timeout_s=30,
     )
     sessions: list[int] = []
-    shared: set[str] = set()
+    shared: set[int] = set()
     tokens: Counter[int] = Counter()
 
     def sampling(uid: int, max_tokens: int) -> Sampling:
@@ -488,7 +490,7 @@ def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, 
             servers: Any = engine.fleet.servers
             router: Any = engine.router
             sessions.extend(each.process.pid for each in (*servers, router))
-            shared.update(name for pid in sessions for name in shared_memory_of(pid))
+            shared.update(*map(shared_memory_of, sessions))
 
             # Turns of a sequence go to the server that has those before in its cache.
             firsts = [(*PROMPTS[2], 100 + uid) for uid in range(4)]
@@ -523,7 +525,7 @@ def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, 
             await asyncio.gather(*(patiently(engine, uid) for uid in (9, 10)))
 
             sessions.extend(each.process.pid for each in (*servers, router))
-            shared.update(name for pid in sessions for name in shared_memory_of(pid))
+            shared.update(*map(shared_memory_of, sessions))
             num_full = 1 << 30
             for server in servers:
                 os.kill(server.process.pid, signal.SIGKILL)
@@ -537,8 +539,8 @@ def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, 
     assert sum("is back, with verified weights of 1" in line for line in said) == 2
     assert len(set(sessions)) == 6
     wait_until_gone(sessions)
-    assert len(shared) >= 4  # a file of each server that was there
-    assert not [name for name in shared if Path("/dev/shm", name).exists()]
+    assert len(shared) >= 8  # a file and a semaphore of each server that was there
+    assert not [each.name for each in os.scandir("/dev/shm") if each.inode() in shared]
 
 
 def test_nothing_of_a_server_outlives_whoever_started_it(tmp_path):
