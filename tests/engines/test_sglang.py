@@ -309,6 +309,29 @@ def test_a_router_with_servers_of_others_is_refused(sglang_url, router_url):
         run(work())
 
 
+def test_a_router_that_does_not_come_back_is_given_up(sglang_url, router_url):
+    said: list[str] = []
+
+    async def work():
+        async with (
+            proxy_of(router_url, path="/workers", fault="error", num_faults=0) as front,
+            served_by((sglang_url,), OLD, said.append, router=front.url) as engine,
+        ):
+            router: Any = engine.router
+            await engine.generate(PROMPT, Sampling(max_tokens=3))
+            assert front.paths.count("/generate") == 1
+            hasty = {"stall_timeout_s": 0.1, "start_timeout_s": 0.1}
+            router._config = router._config.model_copy(update=hasty)
+            front.num_faults = 1 << 30
+            await until(lambda: router._changed.set() or "is given up" in said[-1])
+            completion = await engine.generate(PROMPT, Sampling(max_tokens=3))
+            assert front.paths.count("/generate") == 1
+            return completion
+
+    assert distance({0: OLD}, PROMPT, run(work())) < 1e-4
+    assert sum("answered 500: out of order" in line for line in said) == 4
+
+
 def test_turns_of_a_sequence_and_samples_of_a_prompt_stay_on_one_server(sglang_url):
     async def work():
         async with (
