@@ -172,12 +172,12 @@ class Router:
         return self.serves and not self._asked_for
 
     async def _workers(self) -> dict[str, dict[str, Any]]:
-        said = await self.client.call("/workers", method="GET")
+        said = await self.client.get("/workers")
         assert isinstance(said, dict)
         return {worker["url"].rstrip("/"): worker for worker in said["workers"]}
 
     async def _remove(self, worker: dict[str, Any]) -> None:
-        await self.client.call(f"/workers/{worker['id']}", method="DELETE")
+        await self.client.delete(f"/workers/{worker['id']}")
 
     async def _agree(self) -> bool:
         """Add servers to it and take some out; returns whether it has those that it should have.
