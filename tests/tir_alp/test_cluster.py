@@ -137,6 +137,15 @@ def test_weights_of_any_dtype_come_through_the_object_store_as_they_were():
     assert all(torch.equal(again[name], weights[name]) for name in weights)
 
 
+def test_a_tensor_that_arrives_otherwise_than_it_was_sent_is_named():
+    packed = pack({f"layer.{index}": torch.randn(8) for index in range(100)})
+    tensor = packed["layer.12"]
+    assert not isinstance(tensor, str) and tensor.checksum is not None
+    tensor.plain[3] ^= 1
+    with pytest.raises(ValueError, match=r"'layer\.12' did not arrive"):
+        unpack(packed)
+
+
 def test_a_cluster_that_is_too_small_says_so(config):
     engines = config.cluster.engines.model_copy(update={"count": 100})
     small = config.cluster.model_copy(update={"engines": engines, "start_timeout_s": 1.0})
