@@ -273,6 +273,34 @@ def test_memory_is_lent_in_order_and_weights_come_back(sglang_url):
     assert distance({1: NEW}, PROMPT, completion) < 1e-4
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_memory_that_is_lent_is_free(tmp_path):
+    from tir_alp.engines.sglang import open_sglang
+
+    config = SGLangConfig(
+        type="sglang", max_cache_tokens=1 << 18, weights="tensor", release_memory=True
+    )
+
+    async def work():
+        async with open_sglang(
+            config,
+            model_path=write_model(tmp_path),
+            vocab_size=VOCABULARY,
+            end_token_ids=frozenset({1}),
+        ) as engine:
+            before, _ = torch.cuda.mem_get_info()
+            await engine.lend_memory()
+            between, _ = torch.cuda.mem_get_info()
+            await engine.load_weights(NEW.state_dict(), 1)
+            assert (await engine.generate(PROMPT, Sampling(max_tokens=9))).policy_version == 1
+            return between - before
+
+    config_of = model().config
+    width = 2 * config_of.num_key_value_heads * config_of.head_dim * config_of.num_hidden_layers
+    assert run(work()) >= 2 * width * (1 << 18)  # bytes of the cache in bfloat16
+
+
 # ---------------------------------------------------------------------------------------- requests
 
 
