@@ -86,7 +86,7 @@ def router_url(sglang_url, tmp_path_factory):
         async with client_of(url) as client:
             await process.wait_until_ready(client, 600)
             await client.call("/workers", url=sglang_url, api_key="secret")
-            while not dict(await client.call("/workers", method="GET") or {})["workers"]:
+            while not dict(await client.get("/workers") or {})["workers"]:
                 await asyncio.sleep(0.1)
         return url
 

@@ -273,6 +273,34 @@ def test_memory_is_lent_in_order_and_weights_come_back(sglang_url):
     assert distance({1: NEW}, PROMPT, completion) < 1e-4
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_memory_that_is_lent_is_free(tmp_path):
+    from tir_alp.engines.sglang import open_sglang
+
+    config = SGLangConfig(
+        type="sglang", max_cache_tokens=1 << 18, weights="tensor", release_memory=True
+    )
+
+    async def work():
+        async with open_sglang(
+            config,
+            model_path=write_model(tmp_path),
+            vocab_size=VOCABULARY,
+            end_token_ids=frozenset({1}),
+        ) as engine:
+            before, _ = torch.cuda.mem_get_info()
+            await engine.lend_memory()
+            between, _ = torch.cuda.mem_get_info()
+            await engine.load_weights(NEW.state_dict(), 1)
+            assert (await engine.generate(PROMPT, Sampling(max_tokens=9))).policy_version == 1
+            return between - before
+
+    config_of = model().config
+    width = 2 * config_of.num_key_value_heads * config_of.head_dim * config_of.num_hidden_layers
+    assert run(work()) >= 2 * width * (1 << 18)  # bytes of the cache in bfloat16
+
+
 # ---------------------------------------------------------------------------------------- requests
 
 
@@ -307,6 +335,29 @@ def test_a_router_with_servers_of_others_is_refused(sglang_url, router_url):
 
     with pytest.raises(ValueError, match=f"does not have, the first is {sglang_url}: name all of"):
         run(work())
+
+
+def test_a_router_that_does_not_come_back_is_given_up(sglang_url, router_url):
+    said: list[str] = []
+
+    async def work():
+        async with (
+            proxy_of(router_url, path="/workers", fault="error", num_faults=0) as front,
+            served_by((sglang_url,), OLD, said.append, router=front.url) as engine,
+        ):
+            router: Any = engine.router
+            await engine.generate(PROMPT, Sampling(max_tokens=3))
+            assert front.paths.count("/generate") == 1
+            hasty = {"stall_timeout_s": 0.1, "start_timeout_s": 0.1}
+            router._config = router._config.model_copy(update=hasty)
+            front.num_faults = 1 << 30
+            await until(lambda: router._changed.set() or "is given up" in said[-1])
+            completion = await engine.generate(PROMPT, Sampling(max_tokens=3))
+            assert front.paths.count("/generate") == 1
+            return completion
+
+    assert distance({0: OLD}, PROMPT, run(work())) < 1e-4
+    assert sum("answered 500: out of order" in line for line in said) == 4
 
 
 def test_turns_of_a_sequence_and_samples_of_a_prompt_stay_on_one_server(sglang_url):
@@ -415,14 +466,16 @@ def wait_until_gone(sessions: list[int]) -> None:
         time.sleep(0.2)
 
 
-def shared_memory_of(session: int) -> set[str]:
-    """Names below /dev/shm that processes of a session have mapped."""
+def shared_memory_of(session: int) -> set[int]:
+    """Inodes of the files below /dev/shm that processes of a session have mapped.
+
+    A semaphore is mapped by another name than the one that it has in the end.
+    """
     found = set()
     for pid in session_of(session):
         with contextlib.suppress(OSError):
-            found |= set(
-                re.findall(r" /dev/shm/(\S+)$", Path(f"/proc/{pid}/maps").read_text(), re.M)
-            )
+            maps = Path(f"/proc/{pid}/maps").read_text()
+            found |= {int(inode) for inode in re.findall(r" (\d+) +/dev/shm/", maps)}
     return found
 
 
@@ -457,7 +510,7 @@ def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, 
         stall_timeout_s=30,
     )
     sessions: list[int] = []
-    shared: set[str] = set()
+    shared: set[int] = set()
     tokens: Counter[int] = Counter()
 
     def sampling(uid: int, max_tokens: int) -> Sampling:
@@ -488,7 +541,7 @@ def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, 
             servers: Any = engine.fleet.servers
             router: Any = engine.router
             sessions.extend(each.process.pid for each in (*servers, router))
-            shared.update(name for pid in sessions for name in shared_memory_of(pid))
+            shared.update(*map(shared_memory_of, sessions))
 
             # Turns of a sequence go to the server that has those before in its cache.
             firsts = [(*PROMPTS[2], 100 + uid) for uid in range(4)]
@@ -523,7 +576,7 @@ def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, 
             await asyncio.gather(*(patiently(engine, uid) for uid in (9, 10)))
 
             sessions.extend(each.process.pid for each in (*servers, router))
-            shared.update(name for pid in sessions for name in shared_memory_of(pid))
+            shared.update(*map(shared_memory_of, sessions))
             num_full = 1 << 30
             for server in servers:
                 os.kill(server.process.pid, signal.SIGKILL)
@@ -537,8 +590,8 @@ def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, 
     assert sum("is back, with verified weights of 1" in line for line in said) == 2
     assert len(set(sessions)) == 6
     wait_until_gone(sessions)
-    assert len(shared) >= 4  # a file of each server that was there
-    assert not [name for name in shared if Path("/dev/shm", name).exists()]
+    assert len(shared) >= 8  # a file and a semaphore of each server that was there
+    assert not [each.name for each in os.scandir("/dev/shm") if each.inode() in shared]
 
 
 def test_nothing_of_a_server_outlives_whoever_started_it(tmp_path):

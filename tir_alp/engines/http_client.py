@@ -98,16 +98,29 @@ class ServerClient:
                 await response.read()  # so that the connection can be used again
 
     async def call(
-        self, path: str, timeout_s: float | None = None, method: str = "POST", **payload: Any
+        self, path: str, timeout_s: float | None = None, **payload: Any
     ) -> dict[str, Any] | list[Any] | None:
         """Ask for something that is answered at once; returns the answer, None if it is empty.
 
         Raises:
             ServerFailed: If it is not answered, or not with success.
         """
+        return await self._call("POST", path, timeout_s, payload)
+
+    async def get(self, path: str) -> dict[str, Any] | list[Any] | None:
+        """As `call`, for what is only read."""
+        return await self._call("GET", path, None, None)
+
+    async def delete(self, path: str) -> None:
+        """As `call`, for what is to be no more."""
+        await self._call("DELETE", path, None, None)
+
+    async def _call(
+        self, verb: str, path: str, timeout_s: float | None, payload: Mapping[str, Any] | None
+    ) -> dict[str, Any] | list[Any] | None:
         timeout_s = self._stall_timeout_s if timeout_s is None else timeout_s
         async with (
-            self._ask(method, path, payload, timeout_s) as response,
+            self._ask(verb, path, payload, timeout_s) as response,
             self._deadline(f"did not answer {path}", timeout_s),
         ):
             body = await response.read()
@@ -132,9 +145,9 @@ class ServerClient:
     @asynccontextmanager
     async def _ask(
         self,
-        method: str,
+        verb: str,
         path: str,
-        payload: Mapping[str, Any],
+        payload: Mapping[str, Any] | None,
         timeout_s: float,
         headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
@@ -142,9 +155,7 @@ class ServerClient:
         try:
             async with asyncio.timeout(timeout_s):
                 response = await self._session.request(
-                    *(method, self.url + path),
-                    json=payload if method == "POST" else None,
-                    headers=headers,
+                    verb, self.url + path, json=payload, headers=headers
                 )
         except TimeoutError:
             raise ServerFailed(f"{self.url}{path}: no answer within {timeout_s:g} s") from None

@@ -2,9 +2,9 @@
 
 New weights wait until what runs has ended, or they interrupt it: then the tokens sampled so far
 stay, their keys and values are computed again, and the rest is sampled by the new weights. A
-completion says which weights sampled which tokens. Keeping the old
-keys and values would be faster, but then no forward of any weights gives the logprobs that were
-sampled from, and the prefix cache would hand old states to later requests.
+completion says which weights sampled which tokens. Keeping the old keys and values would be faster,
+but then no forward of any weights gives the logprobs that were sampled from, and the prefix cache
+would hand old states to later requests.
 
 What a server was sampling when it was lost is refused.
 

@@ -387,7 +387,8 @@ class Fleet:
     async def _bring_back(self, server: Server) -> None:
         reason = server.lost.result()
         if server.process is not None:
-            await server.process.kill()
+            with suppress(EngineFailed):  # it is tried again below
+                await server.process.kill()
         await self._memory_is_ours.wait()
         while True:
             server.starts += 1

@@ -105,8 +105,7 @@ class Router:
     async def look_after(self) -> None:
         """Keep its servers those that are not lost, and bring it back when it is lost itself.
 
-        Raises:
-            EngineFailed: If that does not help.
+        Where that does not help, it is given up: the run can do without it.
         """
         while True:
             reason = await self._until_lost()
@@ -115,9 +114,11 @@ class Router:
                 self._say(f"SGLang's router is lost, and not asked until it is back: {reason}")
                 self._starts += 1
                 if self._starts > MOST_STARTS:
-                    raise EngineFailed(
-                        f"SGLang's router was lost {MOST_STARTS} times in a row: {reason}"
+                    self._say(
+                        f"SGLang's router was lost {MOST_STARTS} times in a row and is given up: "
+                        "completions go straight to the servers"
                     )
+                    return
                 try:
                     await self.start()
                     reason = ""
@@ -143,26 +144,25 @@ class Router:
     async def _until_lost(self) -> str:
         """Look after its servers for as long as it answers; returns what is wrong then."""
         ended = asyncio.create_task(self.process.ended()) if self.process else None
+        if ended is not None:
+            ended.add_done_callback(lambda _: self._changed.set())
         try:
             while True:
-                changed = asyncio.create_task(self._changed.wait())
-                waited_for = {changed, *([ended] if ended else [])}
-                await asyncio.wait(
-                    waited_for,
-                    timeout=_LOOK_EVERY_S if self._is_settled else _RETRY_S,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                changed.cancel()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_EVERY_S if self._is_settled else _RETRY_S):
+                        await self._changed.wait()
+                self._changed.clear()
                 if ended is not None and ended.done():
                     assert self.process is not None
                     return f"its process ended with {ended.result()}:\n{self.process.tail()}"
-                self._changed.clear()
                 try:
                     await self._agree()
                 except ServerFailed as error:
                     self.serves = False
                     if time.monotonic() - self.client.heard > self._config.stall_timeout_s:
                         return str(error)
+                except EngineFailed as error:
+                    return str(error)
         finally:
             if ended is not None:
                 ended.cancel()
@@ -172,12 +172,12 @@ class Router:
         return self.serves and not self._asked_for
 
     async def _workers(self) -> dict[str, dict[str, Any]]:
-        said = await self.client.call("/workers", method="GET")
+        said = await self.client.get("/workers")
         assert isinstance(said, dict)
         return {worker["url"].rstrip("/"): worker for worker in said["workers"]}
 
     async def _remove(self, worker: dict[str, Any]) -> None:
-        await self.client.call(f"/workers/{worker['id']}", method="DELETE")
+        await self.client.delete(f"/workers/{worker['id']}")
 
     async def _agree(self) -> bool:
         """Add servers to it and take some out; returns whether it has those that it should have.
@@ -201,7 +201,7 @@ class Router:
             await self._remove(there[url])
         now = time.monotonic()
         for url in wanted - there.keys():
-            if now - self._asked_for.get(url, 0.0) > _ADD_AGAIN_S:
+            if now - self._asked_for.get(url, -_ADD_AGAIN_S) >= _ADD_AGAIN_S:
                 self._asked_for[url] = now
                 await self.client.call("/workers", url=url, api_key=self._server_key)
         well = {url for url in there.keys() & wanted if there[url]["is_healthy"]}
