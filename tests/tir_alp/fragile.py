@@ -7,12 +7,19 @@ import threading
 import gymnasium
 
 from tir_alp.envs.spaces import TextSpace
+from tir_alp.tools.sandbox import SandboxRefused
 
 
 class Fragile(gymnasium.Env[str, str]):
-    """Says what it is told to; the task named "poison" ends its process."""
+    """Says what it is told to; the task named "poison" ends its process.
 
-    def __init__(self, **_):
+    Args:
+        sandbox: A file that stands for the sandbox hosts: they are gone while it is.
+    """
+
+    def __init__(self, sandbox="/"):
+        if not os.path.exists(sandbox):
+            raise SandboxRefused("no sandbox service can be used")
         self.observation_space = self.action_space = TextSpace()
 
     def reset(self, *, seed=None, options=None):

@@ -28,6 +28,8 @@ from ray.util.placement_group import placement_group_table
 from tir_alp.cluster import cluster as cluster_module
 from tir_alp.cluster.cluster import open_cluster
 from tir_alp.cluster.engine_pool import EnginePool
+from tir_alp.cluster.environments import Environments
+from tir_alp.cluster.suspects import Suspects
 from tir_alp.cluster.trainer_host import interface_of
 from tir_alp.cluster.weights import pack, unpack
 from tir_alp.config import load_config, read_toml
@@ -36,6 +38,7 @@ from tir_alp.parts import LocalParts, PartLost
 from tir_alp.policy import load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.tiny import BASE, TRAIN_CONFIG
+from tir_alp.tools.sandbox import SandboxRefused
 
 WORDS = (
     *("--cluster.engines.count", "2", "--cluster.environments.count", "2"),
@@ -245,6 +248,8 @@ def test_a_pool_of_engines_samples_what_one_engine_does_and_survives_the_loss_of
 
     async def pooled():
         async with engines(config) as (_, pool):
+            kinds = {name.split("/")[1] for name in ray.util.list_named_actors()}
+            assert kinds == {"engine-0", "engine-1", "environment-0", "environment-1"}
             pid = await pid_of(pool.parts[0])
             asked = [asyncio.create_task(pool.generate(PROMPT, sampling(u))) for u in range(6)]
             os.kill(pid, signal.SIGKILL)
@@ -264,13 +269,39 @@ def test_a_pool_of_engines_samples_what_one_engine_does_and_survives_the_loss_of
     assert health["engines"] == 2
 
 
-def test_an_environment_runner_that_dies_fails_its_calls_and_a_poison_task_is_dropped(config):
+async def await_sandboxes(environments, sandbox):
+    """An episode waits for sandbox hosts that are replaced, and not for those of somebody else."""
+    env = environments.config().env.model_copy(update={"kwargs": {"sandbox": str(sandbox)}})
+    config = environments.config().model_copy(update={"env": env})
+
+    def episode(has_sandboxes):
+        suspects = Suspects(print, 20.0)
+        parts = environments.parts
+        made = Environments(parts, lambda: config, suspects, 20.0, has_sandboxes).make()
+        try:
+            return made.reset(options={"task": {"task_id": "early"}})[0]
+        finally:
+            made.close()
+
+    with pytest.raises(SandboxRefused):
+        await asyncio.to_thread(episode, False)
+    waiting = asyncio.create_task(asyncio.to_thread(episode, True))
+    await asyncio.sleep(0.5)
+    assert not waiting.done()
+    sandbox.touch()
+    assert await waiting == "say"
+
+
+def test_an_environment_runner_that_dies_fails_its_calls_and_a_poison_task_is_dropped(
+    config, tmp_path
+):
     async def body():
         async with open_cluster(config) as cluster:
             environments = cluster.environments
 
             text, *_, info = await asyncio.to_thread(play, cluster, "good")
             assert text == "hello" and info["pid"] != os.getpid()
+            await await_sandboxes(environments, tmp_path / "sandbox")
 
             frozen = await pid_of(environments.parts[0])
             waiting = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import logging
 import math
 import os
@@ -73,6 +74,9 @@ class Cluster:
         self._token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
         self._addresses: dict[str, str] = {}  # of sandbox hosts, by their place
         self._engines: EnginePool | None = None
+        # Actors are named for `ray list actors`; several runs may share a cluster.
+        self._run = f"{config.name or 'run'}-{secrets.token_hex(3)}"
+        self._numbers = itertools.count()
         self.parts: dict[str, list[Part]] = {kind: [] for kind in KINDS}
         """What there is, by kind."""
 
@@ -95,6 +99,7 @@ class Cluster:
             self._env_config,
             Suspects(self._say, rollout.env_timeout_s),
             rollout.env_timeout_s,
+            has_sandboxes=bool(self.parts["sandboxes"]),
         )
 
     async def close(self) -> None:
@@ -216,7 +221,8 @@ class Cluster:
             runtime_env=environment,
             **options,
         )(host)
-        return made.remote
+        place = self._names(kind)[index]
+        return lambda: made.options(name=f"{self._run}/{place}/{next(self._numbers)}").remote()
 
     async def _start_sandbox(self, name: str, actor: Any) -> None:
         """Start a sandbox host, at the address of the one before it if that is free."""

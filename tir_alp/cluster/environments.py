@@ -22,6 +22,7 @@ from tir_alp.cluster.part import Part, reason_of
 from tir_alp.cluster.suspects import HostGone, Suspects
 from tir_alp.config import Config
 from tir_alp.parts import PartLost
+from tir_alp.tools.sandbox import SandboxRefused
 from tir_alp.watchdog import note_host
 
 _PAUSE_S = 0.1
@@ -35,6 +36,7 @@ class Environments:
         config: Of the run, as of now: it may name other sandbox hosts than before.
         suspects: Sees to tasks that kill their hosts.
         timeout_s: Deadline of a call.
+        has_sandboxes: Whether the cluster has sandbox hosts, and replaces those that are lost.
     """
 
     def __init__(
@@ -43,8 +45,10 @@ class Environments:
         config: Callable[[], Config],
         suspects: Suspects,
         timeout_s: float,
+        has_sandboxes: bool,
     ) -> None:
         self.parts, self.suspects, self.timeout_s = parts, suspects, timeout_s
+        self.has_sandboxes = has_sandboxes
         self.config = config
         self._keys = itertools.count()
         self._num_here: Counter[Part] = Counter()
@@ -93,9 +97,11 @@ class RemoteEnvironment(gymnasium.Env[str, str]):
         Raises:
             PartLost: Its host was lost.
             PoisonTask: The task is dropped.
+            SandboxRefused: There is no sandbox, or all of their hosts are lost for too long.
         """
         assert options is not None, "tasks are given, and not drawn"
         self._task_id = str(options["task"]["task_id"])
+        deadline = time.monotonic() + self._all.timeout_s
         while True:
             if self._place is None:
                 self._place = self._all.occupy()
@@ -103,6 +109,10 @@ class RemoteEnvironment(gymnasium.Env[str, str]):
                 return self._call("reset", self._all.config(), seed, options), {}
             except HostGone:
                 self.close()
+            except SandboxRefused:
+                if not self._all.has_sandboxes or time.monotonic() > deadline:
+                    raise
+                time.sleep(_PAUSE_S)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """As `Env.step`. Raises PartLost or HostGone if its host was lost."""
