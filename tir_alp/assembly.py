@@ -24,12 +24,12 @@ from tir_alp.checkpoint import Position
 from tir_alp.config import Config
 from tir_alp.console import RunConsole
 from tir_alp.data import Task, left_out, load_held_out, load_order
-from tir_alp.engines.base import Engine
+from tir_alp.engines.base import Engine, Probe, Reference
 from tir_alp.environments import make_environment, make_renderer
 from tir_alp.interrupt import Interrupt
 from tir_alp.ledger import Ledger
 from tir_alp.logical_order import LogicalOrder
-from tir_alp.parts import LocalParts, Parts, Reference, TrainerPart
+from tir_alp.parts import LocalParts, Parts, TrainerPart
 from tir_alp.policy import load_outline, load_tokenizer
 from tir_alp.queue_rows import state_from_row
 from tir_alp.renderer import Renderer
@@ -218,9 +218,10 @@ async def open_run(
 def reference_by(trainer: TrainerPart, thread: ThreadPoolExecutor) -> Reference:
     """What engines are checked against, computed in the trainer's thread."""
 
-    async def reference(token_ids: tuple[int, ...]) -> Sequence[float]:
+    async def reference(token_ids: tuple[int, ...]) -> Probe:
         call = (trainer.completion_logprobs, token_ids[:1], token_ids[1:], 1.0, 1.0)
-        return await asyncio.get_running_loop().run_in_executor(thread, *call)
+        logprobs = await asyncio.get_running_loop().run_in_executor(thread, *call)
+        return Probe(token_ids, tuple(logprobs))
 
     return reference
 

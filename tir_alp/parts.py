@@ -6,7 +6,7 @@ The loop in `train` sees an engine, a trainer and environments. `LocalParts` mak
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from tir_alp.batch import Sample
 from tir_alp.checkpoint import Position
 from tir_alp.config import Config, ServersConfig, SGLangConfig, VLLMConfig
 from tir_alp.doctor.engine import Judge
-from tir_alp.engines.base import Engine
+from tir_alp.engines.base import Engine, Reference
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.environments import make_environment
 from tir_alp.learner import Learner
@@ -25,9 +25,6 @@ from tir_alp.ledger import Row
 from tir_alp.policy import compute_device, end_token_ids, load_outline, load_policy
 from tir_alp.renderer import Renderer
 from tir_alp.run_folder import RunFolder
-
-Reference = Callable[[tuple[int, ...]], Awaitable[Sequence[float]]]
-"""Logprob of each token of a sequence but the first, by the trainer's forward at temperature 1."""
 
 
 class PartLost(RuntimeError):
@@ -143,7 +140,7 @@ async def open_engine(
     config: Config,
     path: str,
     version: int,
-    reference: Reference | None,
+    reference: Reference,
     say: Callable[[str], None],
 ) -> AsyncIterator[Engine]:
     """The engine that the config names, in this process or in servers that it starts.

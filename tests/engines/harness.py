@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tir_alp.attention import PACKED, PackedSequences
 from tir_alp.config import SGLangConfig, VLLMConfig
-from tir_alp.engines.base import Completion, Engine
+from tir_alp.engines.base import Completion, Engine, Reference
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.policy import hidden_states, next_token_logits
 from tir_alp.tiny import BASE
@@ -25,7 +25,6 @@ from tir_alp.tiny.model import make_model
 
 if TYPE_CHECKING:
     from tir_alp.engines.sglang import SGLangEngine
-    from tir_alp.engines.weights import Reference
 
 torch.set_num_threads(1)
 

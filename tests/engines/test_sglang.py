@@ -31,9 +31,11 @@ from tests.engines.harness import (
     served_by,
     write_model,
 )
-from tir_alp.config import SGLangConfig
-from tir_alp.engines.base import EngineFailed, Sampling
-from tir_alp.tiny import BASE
+from tir_alp.config import SGLangConfig, load_config, read_toml
+from tir_alp.engines.base import EngineFailed, Probe, Sampling
+from tir_alp.policy import load_tokenizer
+from tir_alp.renderer import Renderer
+from tir_alp.tiny import BASE, TRAIN_CONFIG
 from tir_alp.types import StopReason
 
 pytestmark = [needs_sglang, pytest.mark.timeout(900)]
@@ -152,7 +154,7 @@ def test_weights_that_wait_come_between_two_completions(sglang_url):
 def test_a_server_with_other_weights_than_it_should_have_does_not_pass(sglang_url):
     from tir_alp.engines.http_client import ServerFailed
     from tir_alp.engines.sglang_weights import verify_tensors
-    from tir_alp.engines.weights import Probe, WeightSnapshot, snapshot_tensors, verify_probe
+    from tir_alp.engines.weights import WeightSnapshot, snapshot_tensors, verify_probe
 
     slightly = model(0)
     with torch.no_grad():
@@ -186,8 +188,7 @@ def test_where_a_server_reports_no_tensors_the_probe_is_asked_alone_and_has_to_b
     said: list[str] = []
 
     async def reference(token_ids):
-        every = log_probs(OLD, token_ids)
-        return every[:-1].gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
+        return probe_of(OLD, token_ids)
 
     async def work():
         async with (
@@ -205,6 +206,37 @@ def test_where_a_server_reports_no_tensors_the_probe_is_asked_alone_and_has_to_b
     run(given(sglang_url, OLD))
     run(work())
     assert "new weights are verified by the logprobs of a probe alone" in said[0]
+
+
+def probe_of(of, token_ids) -> Probe:
+    every = log_probs(of, token_ids)
+    said = every[:-1].gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
+    return Probe(token_ids, tuple(said))
+
+
+def test_an_engine_far_from_the_trainer_checks_its_server_by_the_probe_that_comes_along(sglang_url):
+    """As it lives in an actor of a cluster; the server reports no tensors here either."""
+    pytest.importorskip("ray")
+    from tir_alp.cluster.engine_host import EngineHost
+    from tir_alp.cluster.weights import pack
+
+    packed = pack(OLD.state_dict())
+
+    async def work():
+        async with proxy_of(sglang_url, path="/get_weights_by_name", fault="unknown") as proxy:
+            engine = {"type": "sglang", "urls": [proxy.url], "device": "cpu", "dtype": "float32"}
+            config = load_config([], read_toml(TRAIN_CONFIG) | {"engine": engine})
+            host = EngineHost()
+            await host.start(config, str(BASE), 0, Renderer(load_tokenizer(str(BASE))))
+            try:
+                health = await host.load_weights(packed, 1, probe_of(OLD, PROMPTS[2]))
+                assert health["tensors_compared"] == 0 < health["probe_difference"] < 1e-5
+                with pytest.raises(EngineFailed, match="does not sample from the weights"):
+                    await host.load_weights(packed, 2, probe_of(model(1), PROMPTS[2]))
+            finally:
+                await host.stop()
+
+    run(work())
 
 
 async def given(url: str, of) -> None:

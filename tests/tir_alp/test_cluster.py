@@ -14,7 +14,7 @@ import socket
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -32,13 +32,14 @@ from tir_alp.cluster.environments import Environments
 from tir_alp.cluster.suspects import Suspects
 from tir_alp.cluster.trainer_host import interface_of
 from tir_alp.cluster.weights import pack, unpack
-from tir_alp.config import load_config, read_toml
-from tir_alp.engines.base import Sampling
+from tir_alp.config import SGLangConfig, TransformersConfig, load_config, read_toml
+from tir_alp.engines.base import Completion, Probe, Sampling
 from tir_alp.parts import LocalParts, PartLost
 from tir_alp.policy import load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.tiny import BASE, TRAIN_CONFIG
 from tir_alp.tools.sandbox import SandboxRefused
+from tir_alp.types import StopReason
 
 WORDS = (
     *("--cluster.engines.count", "2", "--cluster.environments.count", "2"),
@@ -50,6 +51,7 @@ NODE = {"num_cpus": 5, "include_dashboard": False}
 SOON = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}
 """When Ray notices that a node is gone: its own settings would take longer than the tests."""
 TASK = {"task": {"task_id": "any", "question": "q", "answer": "a"}}
+ENGINES = {"sglang": SGLangConfig(type="sglang"), "transformers": TransformersConfig()}
 PROMPT = (2, 45, 78, 33, 1, 3)
 
 
@@ -80,8 +82,10 @@ def port():
 def nodes(port):
     """Two nodes, each with room for all parts; the second one may be killed."""
     head = {**NODE, "ray_client_server_port": port, "_system_config": SOON}
-    made = Nodes(initialize_head=True, head_node_args=head)
-    made.add_node(**NODE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.getcwd())  # nodes know nothing of a client's modules
+        made = Nodes(initialize_head=True, head_node_args=head)
+        made.add_node(**NODE)
     yield made
     made.shutdown()
 
@@ -228,6 +232,43 @@ def test_a_pool_is_as_well_as_its_worst_engine():
     pool.parts = [*here, SimpleNamespace(health={}, actor=None)]
     expected = {"running": 3, "tensors_compared": 3, "probe_difference": 0.2, "engines": 2}
     assert pool.health() == expected
+
+
+@pytest.mark.parametrize(("engine", "has_probe"), [("sglang", True), ("transformers", False)])
+def test_servers_get_what_the_trainer_says_together_with_the_weights(config, engine, has_probe):
+    given = []
+
+    class Fake:
+        actor = object()
+
+        async def call(self, method, *arguments, timeout_s):
+            if method == "generate":
+                return Completion(
+                    token_ids=(8, 9),
+                    logprobs=(-1.0, -1.0),
+                    stop_reason=StopReason.LENGTH,
+                    policy_version=0,
+                )
+            given.append(arguments[1:])
+            return {}
+
+        def hear(self, health):
+            pass
+
+        name = "engine-0"
+
+    async def reference(token_ids):
+        return Probe(token_ids, (-2.0,) * (len(token_ids) - 1))
+
+    of_run = config.model_copy(update={"engine": ENGINES[engine]})
+
+    async def body():
+        pool = EnginePool(of_run, str(BASE), 0, RENDERER, reference, lambda _: cast(Any, [Fake()]))
+        await pool.generate((5, 6, 7), sampling(0))
+        await pool.load_weights(BASE, version=4)
+
+    run(body)
+    assert given == [(4, Probe((5, 6, 7, 8, 9), (-2.0,) * 4) if has_probe else None)]
 
 
 def test_ranks_meet_at_the_interface_that_other_nodes_reach():

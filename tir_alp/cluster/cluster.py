@@ -41,8 +41,8 @@ from tir_alp.cluster.suspects import Suspects
 from tir_alp.cluster.trainer import RemoteTrainer
 from tir_alp.cluster.trainer_host import TrainerHost
 from tir_alp.config import ClusterConfig, Config, PartsConfig, ServersConfig
-from tir_alp.engines.base import Engine
-from tir_alp.parts import Reference, TrainerPart
+from tir_alp.engines.base import Engine, Reference
+from tir_alp.parts import TrainerPart
 from tir_alp.renderer import Renderer
 from tir_alp.tools.sandbox.config import TOKEN_VARIABLE
 
@@ -116,18 +116,18 @@ class Cluster:
     async def engine(
         self, path: str, version: int, renderer: Renderer, reference: Reference
     ) -> AsyncIterator[Engine]:
-        """As `Parts.engine`: all engines, as one. Those that are there take the weights.
-
-        What they are checked against is the doctor's alone: the trainer cannot be asked from there.
-        """
-        pool = await self._pool(absolute(path), version, renderer)
+        """As `Parts.engine`: all engines, as one. Those that are there take the weights."""
+        pool = await self._pool(absolute(path), version, renderer, reference)
         try:
             yield pool
         finally:
             await pool.close()
 
-    async def _pool(self, path: str, version: int, renderer: Renderer) -> EnginePool:
+    async def _pool(
+        self, path: str, version: int, renderer: Renderer, reference: Reference
+    ) -> EnginePool:
         if self._engines is not None:
+            self._engines.reference = reference
             await self._engines.abort()
             await self._engines.load_weights(Path(path), version)
             return self._engines
@@ -136,7 +136,7 @@ class Cluster:
             options = {"max_concurrency": _MOST_CALLS}
             return self._make_parts("engines", EngineHost, lambda _, each: start(each), **options)
 
-        pool = EnginePool(self._config, path, version, renderer, make)
+        pool = EnginePool(self._config, path, version, renderer, reference, make)
         self.parts["engines"] = pool.parts
         await open_all(pool.parts)
         self._engines = pool

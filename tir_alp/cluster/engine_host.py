@@ -11,7 +11,7 @@ from typing import Any
 
 from tir_alp.cluster.weights import unpack
 from tir_alp.config import Config
-from tir_alp.engines.base import Completion, Sampling
+from tir_alp.engines.base import Completion, Probe, Sampling
 from tir_alp.parts import open_engine
 from tir_alp.renderer import Renderer
 
@@ -24,7 +24,8 @@ class EngineHost:
         self._renderer = renderer
         self._exit = contextlib.AsyncExitStack()
         self._said: list[str] = []
-        opened = open_engine(config, path, version, None, self._said.append)
+        self._probe: Probe | None = None
+        opened = open_engine(config, path, version, self._reference, self._said.append)
         self._engine = await self._exit.enter_async_context(opened)
 
     async def stop(self) -> None:
@@ -39,12 +40,20 @@ class EngineHost:
             sampling = replace(sampling, stop_matcher=self._renderer.stop_matcher)
         return await self._engine.generate(token_ids, sampling)
 
-    async def load_weights(self, source: Any, version: int) -> Mapping[str, Any]:
+    async def load_weights(
+        self, source: Any, version: int, probe: Probe | None
+    ) -> Mapping[str, Any]:
         """As `Engine.load_weights`, from what `weights.pack` made or from a folder.
+
+        Args:
+            source: The weights.
+            version: Theirs.
+            probe: What the trainer says with them of a sequence; None: it was not asked.
 
         Returns:
             What a heartbeat says behind it.
         """
+        self._probe = probe
         weights = source if isinstance(source, Path) else unpack(source)
         await self._engine.load_weights(weights, version)
         return await self.heartbeat()
@@ -56,6 +65,10 @@ class EngineHost:
     async def abort(self, sequence_uid: int | None) -> None:
         """As `Engine.abort`."""
         await self._engine.abort(sequence_uid)
+
+    async def _reference(self, _: tuple[int, ...]) -> Probe | None:
+        """The trainer is not to be asked from here: what it said comes with the weights."""
+        return self._probe
 
     async def heartbeat(self) -> Mapping[str, Any]:
         """As `Engine.health`, the number of the process, and what its servers had to say since."""

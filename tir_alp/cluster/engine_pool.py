@@ -23,12 +23,13 @@ from torch import Tensor
 
 from tir_alp.cluster.part import Part, wait_for
 from tir_alp.cluster.weights import pack
-from tir_alp.config import Config
-from tir_alp.engines.base import Completion, Sampling
+from tir_alp.config import Config, ServersConfig
+from tir_alp.engines.base import Completion, Probe, Reference, Sampling
 from tir_alp.parts import PartLost
 from tir_alp.renderer import Renderer
 from tir_alp.watchdog import note_host
 
+_PROBE_TOKENS = 256
 _PAUSE_S = 0.1
 _WORST = {"tensors_compared": min, "probe_difference": max}
 _SPILL = 8  # requests by which an engine may be busier than the others before it is passed over
@@ -49,6 +50,7 @@ class EnginePool:
         path: Folder of the first weights.
         version: Their version.
         renderer: Of the run, whose rule ends completions.
+        reference: What servers are checked against behind new weights.
         make_parts: Makes the places of the engines, given how an actor is started.
     """
 
@@ -58,11 +60,15 @@ class EnginePool:
         path: str,
         version: int,
         renderer: Renderer,
+        reference: Reference,
         make_parts: Callable[[Callable[[Any], Any]], list[Part]],
     ) -> None:
         self._config, self._first = config, (path, version, ray.put(renderer))
         self._rule = renderer.stop_matcher
-        self._source: tuple[Any, int] | None = None  # the newest weights, and their version
+        self.reference = reference
+        self._recent: tuple[int, ...] = ()  # of the last sequence
+        # The newest weights, their version, and what their logprobs are held against.
+        self._source: tuple[Any, int, Probe | None] | None = None
         self._running: Counter[Part] = Counter()
         self.parts = make_parts(self._start)
 
@@ -79,7 +85,9 @@ class EnginePool:
             self._running[part] += 1
             try:
                 timeout_s = self._config.rollout.generate_timeout_s
-                return await part.call("generate", *request, timeout_s=timeout_s)
+                completion = await part.call("generate", *request, timeout_s=timeout_s)
+                self._recent = (*token_ids, *completion.token_ids)[:_PROBE_TOKENS]
+                return completion
             except PartLost as error:
                 lost.append(error)
             finally:
@@ -97,7 +105,7 @@ class EnginePool:
             source = source.ref
         elif not isinstance(source, Path):
             source = ray.put(pack(source))
-        self._source = (source, version)
+        self._source = (source, version, await self._make_probe())
         failures = [error for error in await self._give_all() if error is not None]
         if failures and len(failures) == len(self.parts) and isinstance(failures[0], ValueError):
             raise failures[0]
@@ -151,11 +159,19 @@ class EnginePool:
         assert self._source is not None
         return await asyncio.gather(*(self._give(part, *self._source) for part in self.parts))
 
-    async def _give(self, part: Part, source: Any, version: int) -> Exception | None:
+    async def _make_probe(self) -> Probe | None:
+        """For servers; the embedded engine compares all that it was given."""
+        if not isinstance(self._config.engine, ServersConfig):
+            return None
+        return await self.reference(self._recent or tuple(range(_PROBE_TOKENS // 4)))
+
+    async def _give(
+        self, part: Part, source: Any, version: int, probe: Probe | None
+    ) -> Exception | None:
         """Give an engine the weights; one that fails is replaced, and begins with them."""
         actor, timeout_s = part.actor, self._config.cluster.step_timeout_s
         try:
-            part.hear(await part.call("load_weights", source, version, timeout_s=timeout_s))
+            part.hear(await part.call("load_weights", source, version, probe, timeout_s=timeout_s))
         except PartLost as error:
             return error
         except Exception as error:  # whatever it is, half of its weights may be the new ones

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -70,6 +70,20 @@ class Completion:
     def versions(self) -> tuple[VersionSpan, ...]:
         """The version spans, written out also where one version sampled all."""
         return written_out(self.version_spans, len(self.token_ids), self.policy_version)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A sequence, and what the trainer's forward says of it at temperature 1."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Of each token but the first, in nats."""
+
+
+Reference = Callable[[tuple[int, ...]], Awaitable[Probe | None]]
+"""What an engine is checked against, given a sequence to ask for. Whoever cannot ask the trainer
+answers with a probe that was made before, of another sequence, or with None."""
 
 
 def check_request(token_ids: tuple[int, ...], sampling: Sampling) -> None:

@@ -30,6 +30,8 @@ from tir_alp.config import SGLangConfig
 from tir_alp.engines.base import (
     Completion,
     EngineFailed,
+    Probe,
+    Reference,
     Sampling,
     check_fit,
     check_request,
@@ -39,7 +41,7 @@ from tir_alp.engines.http_client import ServerFailed
 from tir_alp.engines.sglang_fleet import Fleet, Server
 from tir_alp.engines.sglang_request import SGLangRequest
 from tir_alp.engines.sglang_router import make_router
-from tir_alp.engines.weights import Probe, Reference, WeightSnapshot, snapshot_tensors
+from tir_alp.engines.weights import WeightSnapshot, snapshot_tensors
 
 _RETRY_S = 0.5
 _MOST_REMEMBERED = 1 << 16  # sequences and prompts whose server is remembered
@@ -318,7 +320,7 @@ class SGLangEngine:
         token_ids = self._recent
         if len(token_ids) < 2:
             token_ids = tuple(draw.randrange(self._vocab_size) for _ in range(_PROBE_TOKENS // 4))
-        return Probe(token_ids, tuple(await self._reference(token_ids)))
+        return await self._reference(token_ids)
 
     def _check_shapes(self, tensors: Mapping[str, Tensor], version: int) -> None:
         own = self.fleet.snapshot.tensors

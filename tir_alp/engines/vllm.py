@@ -26,6 +26,8 @@ from tir_alp.config import VLLMConfig
 from tir_alp.engines.base import (
     Completion,
     EngineFailed,
+    Probe,
+    Reference,
     Sampling,
     check_fit,
     check_request,
@@ -36,8 +38,6 @@ from tir_alp.engines.server_process import ServerProcess
 from tir_alp.engines.vllm_process import SOCKET, server_process, with_head, write_start
 from tir_alp.engines.vllm_request import VLLMClient, VLLMRequest
 from tir_alp.engines.weights import (
-    Probe,
-    Reference,
     WeightSnapshot,
     snapshot_tensors,
     verify_probe,
@@ -172,7 +172,7 @@ class VLLMEngine:
         if self._reference is None:
             return None
         ids = self._recent or tuple(range(min(_PROBE_TOKENS, self._vocab_size)))
-        return Probe(ids, tuple(await self._reference(ids)))
+        return await self._reference(ids)
 
     async def _admitted(self, request: VLLMRequest) -> None:
         """Wait until no weights are on their way, or the request is taken back."""

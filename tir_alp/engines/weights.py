@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,25 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tir_alp.engines.base import Probe
 from tir_alp.engines.http_client import ServerFailed
-
-Reference = Callable[[tuple[int, ...]], Awaitable[Sequence[float]]]
-"""Logprob of each token of a sequence but the first, by the trainer's forward at temperature 1."""
 
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
 """Largest mean difference of a probe's logprobs, by the server's dtype, in nats.
 
 What equal weights show is far below: 1e-6 for float32, 0.01 to 0.03 for bfloat16 on small models.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """A sequence, and what the trainer's forward says of it at temperature 1."""
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    """Of each token but the first."""
 
 
 @dataclass(frozen=True, slots=True)
