@@ -118,6 +118,8 @@ def test_recorded_groups_are_played_in_their_order_and_others_drawn_equally_by_e
     drawn = replace(COSTS, groups=(GroupCost(episodes),))
     assert simulate(drawn, ALONE, steps=9, seed=1) == simulate(drawn, ALONE, steps=9, seed=1)
     assert simulate(drawn, ALONE, steps=9, seed=1) != simulate(drawn, ALONE, steps=9, seed=2)
+    whole = replace(ALONE, group_size=3)
+    assert simulate(drawn, whole, steps=9, seed=1) == simulate(drawn, whole, steps=9, seed=2)
 
 
 def test_the_costs_of_an_engine_are_found_again_in_the_times_of_its_turns():

@@ -26,6 +26,7 @@ from tir_alp.tools.sandbox import SandboxRefused
 from tir_alp.watchdog import note_host
 
 _PAUSE_S = 0.1
+_SANDBOX_PAUSE_S = 1.0  # every episode that begins asks, and a host takes seconds to be replaced
 
 
 class Environments:
@@ -112,7 +113,7 @@ class RemoteEnvironment(gymnasium.Env[str, str]):
             except SandboxRefused:
                 if not self._all.has_sandboxes or time.monotonic() > deadline:
                     raise
-                time.sleep(_PAUSE_S)
+                time.sleep(_SANDBOX_PAUSE_S)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """As `Env.step`. Raises PartLost or HostGone if its host was lost."""
