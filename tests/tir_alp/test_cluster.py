@@ -11,7 +11,7 @@ import itertools
 import os
 import signal
 import socket
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -201,6 +201,21 @@ def test_servers_that_take_gpus_which_their_part_is_not_given_are_refused(words,
     made = load_config(["--engine.type", "sglang", *words], read_toml(TRAIN_CONFIG))
     with contextlib.nullcontext() if is_well else pytest.raises(ValueError, match=r"engines\.gpus"):
         cluster_module.check_gpus(made)
+
+
+@pytest.mark.parametrize(("failures", "is_taken"), [(2, True), (3, False)])
+def test_a_client_whose_server_dies_in_its_start_asks_again(monkeypatch, failures, is_taken):
+    left = [ConnectionAbortedError("Starting Ray client server failed")] * failures
+
+    def init(*_, **__):
+        if left:
+            raise left.pop()
+
+    monkeypatch.setattr(ray, "init", init)
+    settings = load_config(WORDS, read_toml(TRAIN_CONFIG)).cluster
+    with nullcontext() if is_taken else pytest.raises(ValueError, match="there is no Ray cluster"):
+        cluster_module.connect(settings)
+    assert not left
 
 
 def test_as_soon_as_a_part_cannot_start_none_is_left():

@@ -57,6 +57,7 @@ KINDS = {
 Start = Callable[[str, Any], Awaitable[None]]
 """Makes an actor ready for work, given the name of its place."""
 
+_CLIENT_TRIES = 3  # to be taken by a cluster, as a client
 _MOST_CALLS = 1 << 16  # at a time, of an actor whose calls share one event loop
 
 
@@ -313,16 +314,22 @@ def connect(config: ClusterConfig) -> None:
         where: dict[str, Any] = {"num_cpus": math.ceil(cpus), "include_dashboard": False}
     else:
         where = {}
-    try:
-        ray.init(
-            config.address,
-            namespace="tir_alp",
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-            **where,
-        )
-    except (ConnectionError, RayError, ValueError) as error:
-        raise ValueError(f"there is no Ray cluster at {config.address!r}: {error}") from error
+    for tries_left in reversed(range(_CLIENT_TRIES)):
+        try:
+            ray.init(
+                config.address,
+                namespace="tir_alp",
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+                **where,
+            )
+            return
+        except (ConnectionError, RayError, ValueError) as error:
+            # The head's server of a client can die in its start, forked beside gRPC's threads.
+            if tries_left and isinstance(error, ConnectionAbortedError):
+                say(f"the Ray cluster at {config.address!r} did not take us; once more")
+                continue
+            raise ValueError(f"there is no Ray cluster at {config.address!r}: {error}") from error
 
 
 async def _reserve(config: ClusterConfig) -> Any:
