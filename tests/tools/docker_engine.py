@@ -31,7 +31,10 @@ import docker.errors
 
 BASE_IMAGE = "tir-alp-base:test"
 PACKAGES = {"dockerd": "docker.io", "mmdebstrap": "mmdebstrap"}
-EXTRAS = {"runsc": "runsc", "podman": "podman", "docker-compose": "docker-compose"}
+EXTRAS = {
+    **{"runsc": "runsc", "podman": "podman", "newuidmap": "uidmap"},
+    "docker-compose": "docker-compose",
+}
 """Without these, some tests are skipped."""
 _IN_BASE_IMAGE = (
     "dash,coreutils,libc-bin,python3-minimal,python3,python3-pip,libpython3-stdlib,libstdc++6,"

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 import gymnasium
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RuntimeEnvSetupError
 from ray.util.placement_group import (
     placement_group,
     placement_group_table,
@@ -31,10 +31,12 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+import tir_alp
 from tir_alp.cluster.engine_host import EngineHost
 from tir_alp.cluster.engine_pool import EnginePool
 from tir_alp.cluster.environment_host import EnvironmentHost
 from tir_alp.cluster.environments import Environments
+from tir_alp.cluster.host import Host, code_of, differences
 from tir_alp.cluster.part import Part, wait_for
 from tir_alp.cluster.sandbox_host import SandboxHost
 from tir_alp.cluster.suspects import Suspects
@@ -78,6 +80,8 @@ class Cluster:
         # Actors are named for `ray list actors`; several runs may share a cluster.
         self._run = f"{config.name or 'run'}-{secrets.token_hex(3)}"
         self._numbers = itertools.count()
+        self._code = code_of(Path(tir_alp.__file__).parent)  # before anybody edits it
+        self._checked: set[str] = set()  # names of places whose first actor had the same
         self.parts: dict[str, list[Part]] = {kind: [] for kind in KINDS}
         """What there is, by kind."""
 
@@ -189,18 +193,45 @@ class Cluster:
     def _names(self, kind: str) -> list[str]:
         return [f"{KINDS[kind]}-{index}" for index in range(self._config_of(kind).count)]
 
-    def _make_parts(self, kind: str, host: type, start: Start, **options: Any) -> list[Part]:
+    def _make_parts(self, kind: str, host: type[Host], start: Start, **options: Any) -> list[Part]:
+        async def begin(name: str, actor: Any) -> None:
+            await self._check(kind, name, actor)
+            await start(name, actor)
+
         return [
             Part(
                 name,
                 self._maker(kind, index, host, **options),
-                functools.partial(start, name),
+                functools.partial(begin, name),
                 self._config.cluster,
                 self._say,
                 is_replaced=kind != "trainer",
             )
             for index, name in enumerate(self._names(kind))
         ]
+
+    async def _check(self, kind: str, name: str, actor: Any) -> None:
+        """See that an actor is there, and runs the code that this process runs.
+
+        Raises:
+            ValueError: It does not, or its image cannot be started. Of a later actor of the place
+                it is only said that its code is another: people work in the checkout of a run.
+        """
+        image = self._config_of(kind).image
+        try:
+            code = await wait_for(actor.code.remote())
+        except RuntimeEnvSetupError as error:
+            where = f"cluster.{kind}.image = {image!r}: " if image is not None else ""
+            raise ValueError(f"{where}{name} cannot be started: {_reason_of(error)}") from error
+        if not (differs := differences(self._code, code)):
+            self._checked.add(name)
+            return
+        text = f"{name} runs other code of tir_alp than this process: {differs}"
+        if name in self._checked:
+            self._say(text)
+            return
+        remedy = "build its image again" if image is not None else "install the same on all nodes"
+        raise ValueError(f"{text}; {remedy}")
 
     def _config_of(self, kind: str) -> PartsConfig:
         return parts_of(self._config.cluster)[kind]
@@ -348,6 +379,14 @@ async def _reserve(config: ClusterConfig) -> Any:
             f"has {ray.cluster_resources()}: lower cluster.*.count, cpus or gpus, or add nodes"
         ) from None
     return places
+
+
+def _reason_of(error: RuntimeEnvSetupError) -> str:
+    """What podman or Ray said, without the traceback of Ray's agent."""
+    text = str(error)
+    _, found, said = text.rpartition("stderr=")
+    lines = [line.strip() for line in (said if found else text).splitlines() if line.strip()]
+    return " | ".join(lines[-3:])
 
 
 def _bundle(part: PartsConfig) -> dict[str, float]:

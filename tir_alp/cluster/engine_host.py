@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tir_alp.cluster.host import Host
 from tir_alp.cluster.weights import unpack
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion, Probe, Sampling
@@ -16,7 +17,7 @@ from tir_alp.parts import open_engine
 from tir_alp.renderer import Renderer
 
 
-class EngineHost:
+class EngineHost(Host):
     """One engine. Its methods run in one event loop; a heartbeat waits for it as they do."""
 
     async def start(self, config: Config, path: str, version: int, renderer: Renderer) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import gymnasium
 import ray
 
+from tir_alp.cluster.host import Host
 from tir_alp.config import Config
 from tir_alp.environments import make_environment
 
 
-class EnvironmentHost:
+class EnvironmentHost(Host):
     """Environments. Calls block, and run in as many threads as the actor has."""
 
     def __init__(self) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 import ray
 
+from tir_alp.cluster.host import Host
 from tir_alp.tools.sandbox import SandboxConfig, SandboxError, create_sandbox
 from tir_alp.tools.sandbox.service import Service, ServiceConfig, serve
 
 _START_TIMEOUT_S = 120.0
 
 
-class SandboxHost:
+class SandboxHost(Host):
     """Serves one sandbox. It dies with its process, and so do the programs in it."""
 
     async def start(self, config: Mapping[str, Any], port: int, token: str) -> str:

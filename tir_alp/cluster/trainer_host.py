@@ -14,6 +14,7 @@ import ray
 
 from tir_alp.batch import Sample
 from tir_alp.checkpoint import Position
+from tir_alp.cluster.host import Host
 from tir_alp.cluster.weights import Packed, pack
 from tir_alp.config import Config
 from tir_alp.ledger import Row
@@ -22,7 +23,7 @@ from tir_alp.parts import make_learner
 _SIOCGIFADDR = 0x8915
 
 
-class TrainerHost:
+class TrainerHost(Host):
     """One rank. Calls block, and run one after another in a thread."""
 
     def meeting_place(self) -> tuple[str, int]:
