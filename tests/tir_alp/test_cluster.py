@@ -29,6 +29,7 @@ from tir_alp.cluster import cluster as cluster_module
 from tir_alp.cluster.cluster import open_cluster
 from tir_alp.cluster.engine_pool import EnginePool
 from tir_alp.cluster.environments import Environments
+from tir_alp.cluster.host import code_of, differences
 from tir_alp.cluster.suspects import Suspects
 from tir_alp.cluster.trainer_host import interface_of
 from tir_alp.cluster.weights import pack, unpack
@@ -157,6 +158,17 @@ def test_weights_of_any_dtype_come_through_the_object_store_as_they_were():
         name: (each.dtype, each.shape) for name, each in weights.items()
     }
     assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_modules_that_differ_are_named_and_those_that_one_side_lacks(tmp_path):
+    for name, text in {"a.py": "1", "b/c.py": "2", "b/d.txt": "3"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    code = code_of(tmp_path)
+    assert sorted(code) == ["a.py", "b/c.py"]
+    assert differences(code, code) == ""
+    assert differences(code, {"a.py": code["a.py"], "e.py": "0"}) == "b/c.py, e.py"
+    assert differences({f"{index}.py": "0" for index in range(7)}, {}).endswith("4.py and 2 more")
 
 
 def test_a_tensor_that_arrives_otherwise_than_it_was_sent_is_named():
@@ -380,6 +392,24 @@ def test_an_environment_runner_that_dies_fails_its_calls_and_a_poison_task_is_dr
             await asyncio.wait(waiting)
 
     run(body)
+
+
+def test_other_code_ends_a_start_and_is_only_said_of_a_later_actor(config, monkeypatch, capsys):
+    async def body():
+        async with open_cluster(config) as cluster:
+            part = cluster.parts["environments"][0]
+            pid = await pid_of(part)
+            monkeypatch.setattr(cluster_module, "differences", lambda *_: "loss.py")
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: part.num_replaced == 1)
+        with pytest.raises(ValueError, match=r"loss\.py; install the same on all nodes"):
+            async with open_cluster(config):
+                raise AssertionError("not reached")
+
+    run(body)
+    assert "environment-0 runs other code of tir_alp than this process: loss.py\n" in (
+        capsys.readouterr().err
+    )
 
 
 def test_parts_of_a_node_that_is_killed_go_on_on_another(config, nodes):
