@@ -1,28 +1,45 @@
 #!/bin/bash
-# Two nodes under Slurm: sbatch configs/cluster/slurm.sh [arguments of tir_alp.train]
-# Started in the checkout, which all nodes see. SIGTERM, which Slurm sends before the time is up, ends
-# the run with a checkpoint; submit it again with --resume runs/NAME.
+# A run on the nodes of a Slurm job. In the checkout, which all nodes see:
+#   sbatch configs/cluster/slurm.sh --config configs/cluster/two_nodes.toml
+#   sbatch configs/cluster/slurm.sh --resume runs/NAME
+# What stands behind the script are arguments of tir_alp.train. SIGTERM, which Slurm sends before the time is
+# up, ends the run with a checkpoint. The job's exit code is the run's.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --signal=B:TERM@300
 set -euo pipefail
+fail() { echo "slurm.sh: $*" >&2; exit 1; }
+[ $# -gt 0 ] || fail "what is to run? --config FILE, or --resume runs/NAME"
 source .venv/bin/activate
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | cut -d' ' -f1)
+# A step does not inherit the CPUs of the job by itself.
+on() { srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --nodelist="$1" "${@:2}"; }
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+address=$(on "${nodes[0]}" python -c 'import ray; print(ray.util.get_node_ip_address())')
+export RAY_ADDRESS="$address:$((20000 + SLURM_JOB_ID % 10000))" # jobs may share a node
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 
-srun --nodes=1 --ntasks=1 --nodelist="$head" \
-  ray start --head --node-ip-address="$address" --port=6379 --block &
-until ray status --address="$address:6379" >/dev/null 2>&1; do sleep 2; done
-srun --nodes=$((SLURM_NNODES - 1)) --ntasks=$((SLURM_NNODES - 1)) --exclude="$head" \
-  ray start --address="$address:6379" --block &
+start=(ray start --block --num-cpus="$SLURM_CPUS_PER_TASK")
+on "${nodes[0]}" env -u RAY_ADDRESS "${start[@]}" --head --node-ip-address="$address" \
+  --port="${RAY_ADDRESS##*:}" &
+head=$!
+until ray status >/dev/null 2>&1; do
+  kill -0 $head 2>/dev/null || fail "Ray's head on ${nodes[0]} has ended"
+  [ $SECONDS -lt 300 ] || fail "Ray's head on ${nodes[0]} is not there after $SECONDS s"
+  sleep 2
+done
+for node in "${nodes[@]:1}"; do
+  on "$node" "${start[@]}" --address="$RAY_ADDRESS" &
+done
+until joined=$(ray status | grep -c '^ 1 node_') && [ "$joined" -ge ${#nodes[@]} ]; do
+  [ $SECONDS -lt 600 ] || fail "$joined of ${#nodes[@]} nodes have joined Ray after $SECONDS s"
+  sleep 2
+done
 
-export RAY_ADDRESS="$address:6379"
-python -m tir_alp.train --config configs/cluster/two_nodes.toml "$@" &
+python -m tir_alp.train "$@" &
 run=$!
 trap 'kill -TERM $run' TERM
 wait $run || wait $run # the first wait ends with the signal, the second with the run
