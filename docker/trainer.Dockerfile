@@ -3,8 +3,8 @@
 #
 #   docker build -f docker/trainer.Dockerfile -t tir-alp .
 #
-# BASE_IMAGE: any with Python 3.11 or newer and pip; the same minor version of Python as where the run is
-# started, for Ray. EXTRAS: of pyproject.toml; "ray,data,lora" is enough where engines are embedded.
+# BASE_IMAGE: any of Debian's family with Python 3.11 or newer, its headers and pip; the same minor version of
+# Python as where the run is started, for Ray. EXTRAS: of pyproject.toml; "ray,data,lora" is enough where engines are embedded.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
 
 FROM ${BASE_IMAGE}

@@ -31,13 +31,12 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-import tir_alp
 from tir_alp.cluster.engine_host import EngineHost
 from tir_alp.cluster.engine_pool import EnginePool
 from tir_alp.cluster.environment_host import EnvironmentHost
 from tir_alp.cluster.environments import Environments
-from tir_alp.cluster.host import Host, code_of, differences
-from tir_alp.cluster.part import Part, wait_for
+from tir_alp.cluster.host import Host, differences, own_code
+from tir_alp.cluster.part import Part, reason_of, wait_for
 from tir_alp.cluster.sandbox_host import SandboxHost
 from tir_alp.cluster.suspects import Suspects
 from tir_alp.cluster.trainer import RemoteTrainer
@@ -80,7 +79,6 @@ class Cluster:
         # Actors are named for `ray list actors`; several runs may share a cluster.
         self._run = f"{config.name or 'run'}-{secrets.token_hex(3)}"
         self._numbers = itertools.count()
-        self._code = code_of(Path(tir_alp.__file__).parent)  # before anybody edits it
         self._checked: set[str] = set()  # names of places whose first actor had the same
         self.parts: dict[str, list[Part]] = {kind: [] for kind in KINDS}
         """What there is, by kind."""
@@ -222,8 +220,8 @@ class Cluster:
             code = await wait_for(actor.code.remote())
         except RuntimeEnvSetupError as error:
             where = f"cluster.{kind}.image = {image!r}: " if image is not None else ""
-            raise ValueError(f"{where}{name} cannot be started: {_reason_of(error)}") from error
-        if not (differs := differences(self._code, code)):
+            raise ValueError(f"{where}{name} cannot be started: {reason_of(error)}") from error
+        if not (differs := differences(own_code(), code)):
             self._checked.add(name)
             return
         text = f"{name} runs other code of tir_alp than this process: {differs}"
@@ -379,14 +377,6 @@ async def _reserve(config: ClusterConfig) -> Any:
             f"has {ray.cluster_resources()}: lower cluster.*.count, cpus or gpus, or add nodes"
         ) from None
     return places
-
-
-def _reason_of(error: RuntimeEnvSetupError) -> str:
-    """What podman or Ray said, without the traceback of Ray's agent."""
-    text = str(error)
-    _, found, said = text.rpartition("stderr=")
-    lines = [line.strip() for line in (said if found else text).splitlines() if line.strip()]
-    return " | ".join(lines[-3:])
 
 
 def _bundle(part: PartsConfig) -> dict[str, float]:

@@ -21,13 +21,18 @@ class Host:
     """Base of what lives in an actor."""
 
     def code(self) -> Mapping[str, str]:
-        """As `code_of`, of this process."""
-        return code_of(Path(tir_alp.__file__).parent)
+        """As `own_code`, of its process."""
+        return own_code()
 
 
 @functools.cache
+def own_code() -> Mapping[str, str]:
+    """As `code_of`, of tir_alp; what it was when it was first asked for, whoever edits it later."""
+    return code_of(Path(tir_alp.__file__).parent)
+
+
 def code_of(package: Path) -> Mapping[str, str]:
-    """Digest of each module below a folder, by its path in it; read once."""
+    """Digest of each module below a folder, by its path in it."""
     found = {}
     for folder, _, names in os.walk(package, followlinks=True):
         for name in names:

@@ -206,5 +206,8 @@ def reason_of(error: BaseException) -> str:
     """What happened, from what Ray says of it, which is long."""
     if found := re.search(r"Worker exit type: (\w+)", str(error)):
         return f"its process ended ({found[1]})"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    _, is_podman, said = str(error).rpartition("stderr=")
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    if is_podman and lines:
+        return " | ".join(lines[-3:])
     return lines[-1][:200] if lines else type(error).__name__
