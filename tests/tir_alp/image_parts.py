@@ -13,7 +13,7 @@ import sys
 
 import ray
 
-from tir_alp.cluster.cluster import connect, open_cluster
+from tir_alp.cluster.cluster import KINDS, connect, open_cluster
 from tir_alp.config import load_config, read_toml
 from tir_alp.tiny import TRAIN_CONFIG
 from tir_alp.train import train_from
@@ -25,7 +25,6 @@ SMALL = (
     *("--cluster.environments.cpus", "0.5", "--cluster.sandboxes.cpus", "0.5"),
     *("--cluster.start_timeout_s", "120", "--cluster.heartbeat_s", "0.5"),
 )
-KINDS = ("trainer", "engines", "environments", "sandboxes")
 
 
 def config_of(images, *words):

@@ -76,7 +76,7 @@ def make_image(folder, volumes):
         (root / name).symlink_to(f"usr/{name}")
     for name in ("passwd", "group", "nsswitch.conf", "ld.so.cache"):
         shutil.copy(Path("/etc", name), root / "etc")
-    # What is found first by `PYTHONPATH` is nothing, or a package without one of its modules.
+    # What the image `old` finds first by `PYTHONPATH`: the package, with one module that differs.
     old = root / "of-old"
     shutil.copytree(
         REPOSITORY / "tir_alp", old / "tir_alp", ignore=shutil.ignore_patterns("__pycache__")

@@ -32,7 +32,9 @@ import docker.errors
 BASE_IMAGE = "tir-alp-base:test"
 PACKAGES = {"dockerd": "docker.io", "mmdebstrap": "mmdebstrap"}
 EXTRAS = {
-    **{"runsc": "runsc", "podman": "podman", "newuidmap": "uidmap"},
+    "runsc": "runsc",
+    "podman": "podman",
+    "newuidmap": "uidmap",
     "docker-compose": "docker-compose",
 }
 """Without these, some tests are skipped."""
