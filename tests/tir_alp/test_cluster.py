@@ -427,7 +427,8 @@ def test_parts_of_a_node_that_is_killed_go_on_on_another(config, nodes):
             await asyncio.to_thread(nodes.remove_node, node, allow_graceful=False)
 
             def now():
-                return {part.health.get("pid") for part in parts if part.actor is not None}
+                alive = (part for part in parts if part.actor is not None)
+                return {part.health["pid"] for part in alive if "pid" in part.health}
 
             await until(lambda: len(now()) == 2 and now() != pids)
             assert len(now() & pids) == 1 and len(cluster.layout()) == 1
