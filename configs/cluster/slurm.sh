@@ -8,6 +8,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
+#SBATCH --no-kill
 #SBATCH --signal=B:TERM@300
 set -euo pipefail
 fail() { echo "slurm.sh: $*" >&2; exit 1; }
@@ -21,23 +22,23 @@ address=$(on "${nodes[0]}" python -c 'import ray; print(ray.util.get_node_ip_add
 export RAY_ADDRESS="$address:$((20000 + SLURM_JOB_ID % 10000))" # jobs may share a node
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # when the run has ended there is nothing to wait for
 
-start=(ray start --block --num-cpus="$SLURM_CPUS_PER_TASK")
+wait_for() { # until Ray is on so many nodes
+  until [ "$(ray status 2>/dev/null | grep -c '^ 1 node_')" -ge "$1" ]; do
+    [ "$(jobs -r | wc -l)" -eq "$1" ] || fail "Ray has ended on one of ${nodes[*]:0:$1}"
+    [ $SECONDS -lt 600 ] || fail "Ray is not on all of ${nodes[*]:0:$1} after $SECONDS s"
+    sleep 2
+  done
+}
+start=(ray start --block --disable-usage-stats --num-cpus="$SLURM_CPUS_PER_TASK")
 on "${nodes[0]}" env -u RAY_ADDRESS "${start[@]}" --head --node-ip-address="$address" \
   --port="${RAY_ADDRESS##*:}" &
-head=$!
-until ray status >/dev/null 2>&1; do
-  kill -0 $head 2>/dev/null || fail "Ray's head on ${nodes[0]} has ended"
-  [ $SECONDS -lt 300 ] || fail "Ray's head on ${nodes[0]} is not there after $SECONDS s"
-  sleep 2
-done
+wait_for 1
 for node in "${nodes[@]:1}"; do
   on "$node" "${start[@]}" --address="$RAY_ADDRESS" &
 done
-until joined=$(ray status | grep -c '^ 1 node_') && [ "$joined" -ge ${#nodes[@]} ]; do
-  [ $SECONDS -lt 600 ] || fail "$joined of ${#nodes[@]} nodes have joined Ray after $SECONDS s"
-  sleep 2
-done
+wait_for ${#nodes[@]}
 
 python -m tir_alp.train "$@" &
 run=$!
