@@ -22,11 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from tests.hosts import FIRST, HOSTS, LINKS, SECOND, hosts, ip, processes_of
 from tir_alp.cluster.drill import account_of
 
-HOSTS = {"tir-alp-a": "10.97.0.1", "tir-alp-b": "10.97.0.2"}
-FIRST, SECOND = HOSTS
-LINKS = "tir-alp-0", "tir-alp-1"
 RUN = (
     *("--cluster", "auto", "--cluster.spread", "true"),
     *("--cluster.engines.count", "2", "--cluster.environments.count", "2"),
@@ -35,29 +33,6 @@ RUN = (
     *("--eval.num_tasks", "8", "--checkpoint.every", "1", "--name", "linked"),
 )
 _START_S, _RUN_S, _END_S = 120.0, 900.0, 30.0
-
-
-def ip(*words: str) -> None:
-    """Call the tool of that name."""
-    subprocess.run(["ip", *words], check=True)
-
-
-@contextlib.contextmanager
-def hosts() -> Iterator[None]:
-    """Two network namespaces with a cable between them."""
-    try:
-        for host in HOSTS:
-            ip("netns", "add", host)
-        first = ("link", "add", "name", LINKS[0], "netns", FIRST, "type", "veth")
-        ip(*first, "peer", "name", LINKS[1], "netns", SECOND)
-        for (host, address), link in zip(HOSTS.items(), LINKS, strict=True):
-            ip("-n", host, "address", "add", f"{address}/24", "dev", link)
-            for each in (link, "lo"):
-                ip("-n", host, "link", "set", each, "up")
-        yield
-    finally:
-        for host in HOSTS:
-            subprocess.run(["ip", "netns", "delete", host], check=False)
 
 
 def within(host: str, *words: str, **settings: object) -> subprocess.Popen[bytes]:
@@ -104,12 +79,7 @@ def until(holds: Callable[[], object], seconds: float) -> bool:
 
 def parts_left() -> list[str]:
     """Processes of a run that live on either host, by the names that Ray gives them."""
-    names = []
-    for host in HOSTS:
-        pids = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True)
-        for pid in pids.stdout.split():
-            with contextlib.suppress(OSError):
-                names.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip())
+    names = [name for host in HOSTS for name in processes_of(host).values()]
     return [name for name in names if re.match(r"ray::\w+Host", name)]
 
 

@@ -36,6 +36,11 @@ EXTRAS = {
     "podman": "podman",
     "newuidmap": "uidmap",
     "docker-compose": "docker-compose",
+    "ip": "iproute2",
+    "munged": "munge",
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "sbatch": "slurm-client",
 }
 """Without these, some tests are skipped."""
 _IN_BASE_IMAGE = (
