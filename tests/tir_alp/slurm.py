@@ -47,7 +47,7 @@ NodeName={first} NodeHostname={first} NodeAddr={first_address} CPUs=64 Gres=gpu:
 NodeName={second} NodeHostname={second} NodeAddr={second_address} CPUs=64 Gres=gpu:8
 PartitionName=all Nodes=ALL Default=YES
 """
-# Of GPUs, only that there are files. No control groups are made; slurmd wants the file all the same.
+# Of GPUs, only that there are files. No control groups are made; slurmd wants their file.
 GPUS = "NodeName={first},{second} Name=gpu File={folder}/gpu[0-7]\n"
 CGROUPS = "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n"
 # What hosts do not share: their name, the files of Ray, shared memory.
@@ -101,9 +101,10 @@ class Slurm:
 @contextlib.contextmanager
 def slurm(folder: Path) -> Iterator[Slurm]:
     """Start the daemons on both hosts; end them, and all that they started."""
-    (first, second), (first_address, second_address) = HOSTS, HOSTS.values()
+    names = dict(zip(("first", "second"), HOSTS, strict=True))
+    names |= {f"{place}_address": HOSTS[host] for place, host in names.items()}
     for name, text in {"slurm": CONFIG, "gres": GPUS, "cgroup": CGROUPS}.items():
-        (folder / f"{name}.conf").write_text(text.format(**locals()))
+        (folder / f"{name}.conf").write_text(text.format(folder=folder, **names))
     lines = (f"{address} {host}\n" for host, address in HOSTS.items())
     (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
     (folder / "state").mkdir()
@@ -125,20 +126,11 @@ def slurm(folder: Path) -> Iterator[Slurm]:
     try:
         for host, command in commands:
             script = ON_HOST.format(host=host, folder=folder, command=command)
-            words = [
-                "ip",
-                "netns",
-                "exec",
-                host,
-                "unshare",
-                "--uts",
-                "--mount",
-                "sh",
-                "-ec",
-                script,
-            ]
+            apart = ["ip", "netns", "exec", host, "unshare", "--uts", "--mount"]
             with (folder / f"{command.split()[0]}-{host}.log").open("wb") as log:
-                daemon = subprocess.Popen(words, env=cluster.settings, stdout=log, stderr=log)
+                daemon = subprocess.Popen(
+                    [*apart, "sh", "-ec", script], env=cluster.settings, stdout=log, stderr=log
+                )
             daemons.append(daemon)
         deadline = time.monotonic() + _START_S
         while not cluster.is_ready():
