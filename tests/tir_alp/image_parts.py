@@ -13,7 +13,8 @@ import sys
 
 import ray
 
-from tir_alp.cluster.cluster import KINDS, connect, open_cluster
+from tir_alp.cluster.cluster import open_cluster
+from tir_alp.cluster.places import KINDS, connect
 from tir_alp.config import load_config, read_toml
 from tir_alp.tiny import TRAIN_CONFIG
 from tir_alp.train import train_from
@@ -62,7 +63,7 @@ async def replacement(image):
 async def main(image, old):
     async with asyncio.timeout(200):
         every = config_of(dict.fromkeys(KINDS, image), "--cluster.sandboxes.count", "1")
-        connect(every.cluster)
+        connect(every.cluster, print)
         await train_from(every, None)
         found = {
             "missing": await refusal("localhost/nothing:there"),

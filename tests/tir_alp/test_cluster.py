@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import signal
 import socket
 from contextlib import asynccontextmanager, nullcontext
@@ -30,6 +31,7 @@ from tir_alp.cluster.cluster import open_cluster
 from tir_alp.cluster.engine_pool import EnginePool
 from tir_alp.cluster.environments import Environments
 from tir_alp.cluster.host import code_of, differences
+from tir_alp.cluster.places import check_gpus, connect
 from tir_alp.cluster.suspects import Suspects
 from tir_alp.cluster.trainer_host import interface_of
 from tir_alp.cluster.weights import pack, unpack
@@ -96,7 +98,7 @@ def config(nodes, port):
     """Of a run whose cluster is up."""
     address = f"ray://127.0.0.1:{port}"
     made = load_config(["--cluster", address, *WORDS], read_toml(TRAIN_CONFIG))
-    cluster_module.connect(made.cluster)
+    connect(made.cluster, print)
     yield made
     ray.shutdown()
 
@@ -180,7 +182,7 @@ def test_a_tensor_that_arrives_otherwise_than_it_was_sent_is_named():
         unpack(packed)
 
 
-def test_a_cluster_that_is_too_small_says_so(config):
+def test_a_cluster_that_is_too_small_says_so(config, capsys):
     engines = config.cluster.engines.model_copy(update={"count": 100})
     small = config.cluster.model_copy(update={"engines": engines, "start_timeout_s": 1.0})
 
@@ -188,8 +190,12 @@ def test_a_cluster_that_is_too_small_says_so(config):
         async with open_cluster(config.model_copy(update={"cluster": small})):
             pass
 
-    with pytest.raises(ValueError, match=r"not have room for .*'engines': 100"):
+    asked = (
+        r".*'engines': 100.* [0-9]+ CPUs asked, [0-9]+ of [0-9]+ free, 0 GPUs asked, 0 of 0 free"
+    )
+    with pytest.raises(ValueError, match=rf"not have room within 1 s: {asked}: lower cluster"):
         run(body)
+    assert re.search(rf"^waiting for room in the cluster: {asked}$", capsys.readouterr().err, re.M)
 
     async def gone():
         groups = placement_group_table
@@ -212,7 +218,7 @@ def test_a_cluster_that_is_too_small_says_so(config):
 def test_servers_that_take_gpus_which_their_part_is_not_given_are_refused(words, is_well):
     made = load_config(["--engine.type", "sglang", *words], read_toml(TRAIN_CONFIG))
     with contextlib.nullcontext() if is_well else pytest.raises(ValueError, match=r"engines\.gpus"):
-        cluster_module.check_gpus(made)
+        check_gpus(made)
 
 
 @pytest.mark.parametrize(("failures", "is_taken"), [(2, True), (3, False)])
@@ -226,7 +232,7 @@ def test_a_client_whose_server_dies_in_its_start_asks_again(monkeypatch, failure
     monkeypatch.setattr(ray, "init", init)
     settings = load_config(WORDS, read_toml(TRAIN_CONFIG)).cluster
     with nullcontext() if is_taken else pytest.raises(ValueError, match="there is no Ray cluster"):
-        cluster_module.connect(settings)
+        connect(settings, print)
     assert not left
 
 

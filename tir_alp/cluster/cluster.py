@@ -1,7 +1,6 @@
-"""Places the parts of a run in a Ray cluster, and hands them out as `parts.Parts`.
+"""The parts of a run in a Ray cluster, handed out as `parts.Parts`.
 
-All places are reserved together, before anything starts: a cluster that is too small says so at
-once. A run that goes on from a checkpoint gets a new trainer; the other parts stay.
+A run that goes on from a checkpoint gets a new trainer; the other parts stay.
 """
 
 from __future__ import annotations
@@ -9,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-import logging
-import math
 import os
 import secrets
 import sys
@@ -25,7 +22,6 @@ import gymnasium
 import ray
 from ray.exceptions import RayError, RuntimeEnvSetupError
 from ray.util.placement_group import (
-    placement_group,
     placement_group_table,
     remove_placement_group,
 )
@@ -37,28 +33,19 @@ from tir_alp.cluster.environment_host import EnvironmentHost
 from tir_alp.cluster.environments import Environments
 from tir_alp.cluster.host import Host, differences, own_code
 from tir_alp.cluster.part import Part, reason_of, wait_for
+from tir_alp.cluster.places import KINDS, check_gpus, connect, parts_of, reserve
 from tir_alp.cluster.sandbox_host import SandboxHost
 from tir_alp.cluster.suspects import Suspects
 from tir_alp.cluster.trainer import RemoteTrainer
 from tir_alp.cluster.trainer_host import TrainerHost
-from tir_alp.config import ClusterConfig, Config, PartsConfig, ServersConfig
+from tir_alp.config import Config, PartsConfig
 from tir_alp.engines.base import Engine, Reference
 from tir_alp.parts import TrainerPart
 from tir_alp.renderer import Renderer
 from tir_alp.tools.sandbox.config import TOKEN_VARIABLE
 
-KINDS = {
-    "trainer": "trainer",
-    "engines": "engine",
-    "environments": "environment",
-    "sandboxes": "sandbox",
-}
-"""Kinds of parts, in the order of their places, and what one of them is called."""
-
 Start = Callable[[str, Any], Awaitable[None]]
 """Makes an actor ready for work, given the name of its place."""
-
-_CLIENT_TRIES = 3  # to be taken by a cluster, as a client
 _MOST_CALLS = 1 << 16  # at a time, of an actor whose calls share one event loop
 
 
@@ -285,9 +272,9 @@ async def open_cluster(config: Config) -> AsyncIterator[Cluster]:
     check_gpus(config)
     async with AsyncExitStack() as stack:
         if not ray.is_initialized():
-            connect(settings)
+            connect(settings, say)
             stack.callback(ray.shutdown)
-        places = await _reserve(settings)
+        places = await reserve(settings, say)
         stack.callback(remove_placement_group, places)
         cluster = Cluster(config, places, say)
         if len(layout := cluster.layout()) > 1:
@@ -300,88 +287,6 @@ async def open_cluster(config: Config) -> AsyncIterator[Cluster]:
 def say(text: str) -> None:
     """To whoever watches the run."""
     print(text, file=sys.stderr, flush=True)
-
-
-def check_gpus(config: Config) -> None:
-    """See that servers get the GPUs that they take: Ray shows a part no others.
-
-    Raises:
-        ValueError: If an engine has too few, or does not begin with its first.
-    """
-    engine, given = config.engine, config.cluster.engines.gpus
-    if not isinstance(engine, ServersConfig) or engine.device != "cuda":
-        return
-    if getattr(engine, "urls", ()):
-        return
-    taken = engine.tensor_parallel * getattr(engine, "num_servers", 1)
-    if engine.first_gpu or taken > math.ceil(given):
-        raise ValueError(
-            f"the servers of an engine take {taken} GPUs from engine.first_gpu = "
-            f"{engine.first_gpu} on, but Ray gives it {given:g}: set cluster.engines.gpus = "
-            f"{taken} and engine.first_gpu = 0"
-        )
-
-
-def parts_of(config: ClusterConfig) -> dict[str, PartsConfig]:
-    """What each kind of `KINDS` is to be."""
-    return {
-        "trainer": config.trainer,
-        "engines": config.engines,
-        "environments": config.environments,
-        "sandboxes": config.sandboxes,
-    }
-
-
-def connect(config: ClusterConfig) -> None:
-    """Join the cluster, or start one on this machine with as many cores as parts ask for.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if config.address == "local":
-        cpus = sum(part.count * part.cpus for part in parts_of(config).values())
-        where: dict[str, Any] = {"num_cpus": math.ceil(cpus), "include_dashboard": False}
-    else:
-        where = {}
-    for tries_left in reversed(range(_CLIENT_TRIES)):
-        try:
-            ray.init(
-                config.address,
-                namespace="tir_alp",
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-                **where,
-            )
-            return
-        except (ConnectionError, RayError, ValueError) as error:
-            # The head's server of a client can die in its start, forked beside gRPC's threads.
-            if tries_left and isinstance(error, ConnectionAbortedError):
-                say(f"the Ray cluster at {config.address!r} did not take us; once more")
-                continue
-            raise ValueError(f"there is no Ray cluster at {config.address!r}: {error}") from error
-
-
-async def _reserve(config: ClusterConfig) -> Any:
-    """The placement group, with a bundle a part in the order of `KINDS`."""
-    parts = parts_of(config)
-    bundles = [_bundle(parts[kind]) for kind in KINDS for _ in range(parts[kind].count)]
-    places = placement_group(bundles, strategy="SPREAD" if config.spread else "PACK")
-    try:
-        async with asyncio.timeout(config.start_timeout_s):
-            await wait_for(places.ready())
-    except TimeoutError:
-        remove_placement_group(places)
-        wanted = {kind: part.count for kind, part in parts.items()}
-        raise ValueError(
-            f"the cluster did not have room for {wanted} within {config.start_timeout_s:g} s; it "
-            f"has {ray.cluster_resources()}: lower cluster.*.count, cpus or gpus, or add nodes"
-        ) from None
-    return places
-
-
-def _bundle(part: PartsConfig) -> dict[str, float]:
-    gpus = {"GPU": part.gpus} if part.gpus else {}
-    return {"CPU": part.cpus, **gpus}
 
 
 def absolute(model: str) -> str:

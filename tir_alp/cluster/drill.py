@@ -32,8 +32,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tir_alp import checkpoint
-from tir_alp.cluster.cluster import KINDS, Cluster, open_cluster
+from tir_alp.cluster.cluster import Cluster, open_cluster
 from tir_alp.cluster.part import Part
+from tir_alp.cluster.places import KINDS
 from tir_alp.config import Config, load_config, read_toml
 from tir_alp.interrupt import Interrupted
 from tir_alp.queue_rows import state_from_row
