@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,13 @@ from pathlib import Path
 HOSTS = {"tir-alp-a": "10.97.0.1", "tir-alp-b": "10.97.0.2"}
 FIRST, SECOND = HOSTS
 LINKS = "tir-alp-0", "tir-alp-1"
+# What else hosts do not share: their name, shared memory, the files of Ray.
+_PREPARE = """
+hostname {host}
+mount -t tmpfs -o mode=1777 none /dev/shm
+mkdir -p /tmp/ray
+mount -t tmpfs none /tmp/ray
+"""
 
 
 def ip(*words: str) -> None:
@@ -44,3 +53,16 @@ def processes_of(host: str) -> dict[int, str]:
             words = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
             found[int(pid)] = words.strip()
     return found
+
+
+def within(host: str, script: str) -> list[str]:
+    """The command that runs a shell's script on a host."""
+    words = ["ip", "netns", "exec", host, "unshare", "--uts", "--mount"]
+    return [*words, "sh", "-ec", _PREPARE.format(host=host) + script]
+
+
+def end_processes_of(host: str) -> None:
+    """Kill what runs on a host."""
+    for pid in processes_of(host):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

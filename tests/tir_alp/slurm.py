@@ -13,14 +13,13 @@ import contextlib
 import os
 import re
 import secrets
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.hosts import FIRST, HOSTS, processes_of
+from tests.hosts import FIRST, HOSTS, end_processes_of, within
 
 NEEDED = ("ip", "munged", "slurmctld", "slurmd", "sbatch")
 CONFIG = """
@@ -50,14 +49,6 @@ PartitionName=all Nodes=ALL Default=YES
 # Of GPUs, only that there are files. No control groups are made; slurmd wants their file.
 GPUS = "NodeName={first},{second} Name=gpu File={folder}/gpu[0-7]\n"
 CGROUPS = "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n"
-# What hosts do not share: their name, the files of Ray, shared memory.
-ON_HOST = """
-hostname {host}
-mount --bind {folder}/hosts /etc/hosts
-mount -t tmpfs -o mode=1777 none /dev/shm
-mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray
-exec {command}
-"""
 _START_S = 30.0
 
 
@@ -125,12 +116,9 @@ def slurm(folder: Path) -> Iterator[Slurm]:
     cluster, daemons = Slurm(folder), []
     try:
         for host, command in commands:
-            script = ON_HOST.format(host=host, folder=folder, command=command)
-            apart = ["ip", "netns", "exec", host, "unshare", "--uts", "--mount"]
+            words = within(host, f"mount --bind {folder}/hosts /etc/hosts; exec {command}")
             with (folder / f"{command.split()[0]}-{host}.log").open("wb") as log:
-                daemon = subprocess.Popen(
-                    [*apart, "sh", "-ec", script], env=cluster.settings, stdout=log, stderr=log
-                )
+                daemon = subprocess.Popen(words, env=cluster.settings, stdout=log, stderr=log)
             daemons.append(daemon)
         deadline = time.monotonic() + _START_S
         while not cluster.is_ready():
@@ -141,8 +129,6 @@ def slurm(folder: Path) -> Iterator[Slurm]:
         yield cluster
     finally:
         for host in HOSTS:
-            for pid in processes_of(host):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            end_processes_of(host)
         for daemon in daemons:
             daemon.wait()
