@@ -22,7 +22,7 @@ from tir_alp.config import (
     read_toml,
 )
 from tir_alp.data import Task
-from tir_alp.doctor import Finding, Refused, demand, examine_engine
+from tir_alp.doctor import Finding, Refused, demand, examine_config, examine_engine
 from tir_alp.doctor.__main__ import main as doctor_main
 from tir_alp.doctor.config_keys import unread_keys
 from tir_alp.doctor.conversation import check_fence, check_template, check_tokenizer
@@ -334,6 +334,21 @@ def test_servers_on_the_trainers_gpu_are_counted_and_others_are_not():
     apart = load_config(["--engine.first_gpu", "1"], words)
     assert memory_needed(apart, shape, "cuda")["the engine's weights"] == 0
     assert memory_needed(limited, shape, "cpu")["cache"] == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_who_starts_the_parts_of_a_cluster_needs_no_gpu():
+    def checks(*words: str) -> set[str]:
+        settings = config("--trainer.device", "cuda", *words)
+        tokenizer = load_tokenizer(str(ABLE))
+        with closing(make_environment(settings)) as env:
+            parts = (tokenizer, Renderer(tokenizer), env, TASK)
+            return {finding.check for finding in examine_config(settings, str(ABLE), *parts)}
+
+    assert "disk" in checks("--cluster", "local")
+    assert "memory" not in checks("--cluster", "local")
+    with pytest.raises(ValueError, match="sees no GPU here"):
+        checks()
 
 
 def sandboxed(backend: str) -> Finding:

@@ -16,6 +16,7 @@ from tir_alp.doctor.conversation import check_fence, check_template, check_token
 from tir_alp.doctor.engine import EngineCheck, Judge, tolerance_of
 from tir_alp.doctor.finding import Finding
 from tir_alp.doctor.machine import (
+    Shape,
     check_disk,
     check_memory,
     free_memory,
@@ -46,7 +47,6 @@ def examine_config(
 ) -> list[Finding]:
     """What can be told without the model's weights; takes a second."""
     shape = shape_of(model_path)
-    device = compute_device(config.trainer.device).type
     unread = unread_keys(type(config), _PACKAGE)
     return [
         Finding(
@@ -55,17 +55,18 @@ def examine_config(
             f"nothing reads {', '.join(unread)}" if unread else "every key is read by something",
             "a key that changes nothing misleads: delete it, or let something read it",
         ),
-        *(
-            # Parts of a cluster have memory of their own.
-            []
-            if config.cluster.is_used
-            else [check_memory(memory_needed(config, shape, device), free_memory(device))]
-        ),
+        # Parts of a cluster have memory and GPUs of their own, and who starts them may have none.
+        *([] if config.cluster.is_used else [_check_memory(config, shape)]),
         check_disk(config, shape, Path("runs")),
         _check_history(tokenizer, config),
         check_fence(tokenizer, renderer),
         check_sandbox(env, task),
     ]
+
+
+def _check_memory(config: Config, shape: Shape) -> Finding:
+    device = compute_device(config.trainer.device).type
+    return check_memory(memory_needed(config, shape, device), free_memory(device))
 
 
 def _check_history(tokenizer: Any, config: Config) -> Finding:
