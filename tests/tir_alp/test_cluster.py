@@ -31,6 +31,7 @@ from tir_alp.cluster.cluster import open_cluster
 from tir_alp.cluster.engine_pool import EnginePool
 from tir_alp.cluster.environments import Environments
 from tir_alp.cluster.host import code_of, differences
+from tir_alp.cluster.part import reason_of
 from tir_alp.cluster.places import check_gpus, connect
 from tir_alp.cluster.suspects import Suspects
 from tir_alp.cluster.trainer_host import interface_of
@@ -416,6 +417,14 @@ def test_other_code_ends_a_start_and_is_only_said_of_a_later_actor(config, monke
     assert "environment-0 runs other code of tir_alp than this process: loss.py\n" in (
         capsys.readouterr().err
     )
+
+
+def test_the_last_words_of_podman_are_told():
+    said = "one\ntwo\n\nthree\nfour\n"
+    assert (
+        reason_of(RuntimeError(f"['podman', 'run'] failed: stderr={said}")) == "two | three | four"
+    )
+    assert reason_of(RuntimeError(said)) == "four"
 
 
 def test_parts_of_a_node_that_is_killed_go_on_on_another(config, nodes):

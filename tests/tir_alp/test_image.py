@@ -143,5 +143,6 @@ def test_parts_live_in_containers_and_wrong_images_are_named(folder):
     assert "remote (landlock)" in ended.stdout
     assert found["replaced"] == [True, True]
     assert "cluster.environments.image = 'localhost/nothing:there'" in found["missing"]
-    assert "cannot be started" in found["missing"]
+    assert "environment-0 cannot be started: " in found["missing"]
+    assert "docker://localhost/nothing:there" in found["missing"]  # as podman says it
     assert "other code of tir_alp than this process: loss.py; build its image" in found["old"]
