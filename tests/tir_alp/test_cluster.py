@@ -27,6 +27,7 @@ from ray.cluster_utils import Cluster as Nodes
 from ray.util.placement_group import placement_group_table
 
 from tir_alp.cluster import cluster as cluster_module
+from tir_alp.cluster import sandbox_host
 from tir_alp.cluster.cluster import open_cluster
 from tir_alp.cluster.engine_pool import EnginePool
 from tir_alp.cluster.environments import Environments
@@ -42,7 +43,7 @@ from tir_alp.parts import LocalParts, PartLost
 from tir_alp.policy import load_policy, load_tokenizer
 from tir_alp.renderer import Renderer
 from tir_alp.tiny import BASE, TRAIN_CONFIG
-from tir_alp.tools.sandbox import SandboxRefused
+from tir_alp.tools.sandbox import SandboxError, SandboxRefused
 from tir_alp.types import StopReason
 
 WORDS = (
@@ -417,6 +418,19 @@ def test_other_code_ends_a_start_and_is_only_said_of_a_later_actor(config, monke
     assert "environment-0 runs other code of tir_alp than this process: loss.py\n" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "why"), [(60.0, "had no address at .* within 0.5 s"), (0.0, "ended before it had")]
+)
+def test_a_sandbox_service_without_an_address_is_not_waited_for(seconds, why, monkeypatch):
+    async def serve(*_):
+        await asyncio.sleep(seconds)
+
+    monkeypatch.setattr(sandbox_host, "serve", serve)
+    monkeypatch.setattr(sandbox_host, "_START_TIMEOUT_S", 0.5)
+    with pytest.raises(SandboxError, match=why):
+        run(lambda: sandbox_host.SandboxHost().start({"backend": "unsafe"}, 0, "token"), seconds=20)
 
 
 def test_the_last_words_of_podman_are_told():

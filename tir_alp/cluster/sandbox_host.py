@@ -31,15 +31,17 @@ class SandboxHost(Host):
         Raises:
             SandboxRefused: This machine cannot hold a program in.
         """
-        self._exit = contextlib.AsyncExitStack()
-        sandbox = await self._exit.enter_async_context(
-            create_sandbox(SandboxConfig.model_validate(config))
-        )
-        self._service = Service(sandbox, ServiceConfig(token=token))
-        try:
-            return await self._listen(port)
-        except SandboxError:
-            return await self._listen(0)
+        async with contextlib.AsyncExitStack() as opened:
+            sandbox = await opened.enter_async_context(
+                create_sandbox(SandboxConfig.model_validate(config))
+            )
+            self._service = Service(sandbox, ServiceConfig(token=token))
+            try:
+                address = await self._listen(port)
+            except SandboxError:
+                address = await self._listen(0)
+            self._exit = opened.pop_all()
+        return address
 
     async def heartbeat(self) -> Mapping[str, float]:
         """The number of its process."""
@@ -65,5 +67,9 @@ class SandboxHost(Host):
         )
         if address.done():
             return address.result()
-        await self._serving
-        raise SandboxError(f"the service ended before it had an address at {node}:{port}")
+        if self._serving.done():
+            await self._serving  # says why, if it failed
+            raise SandboxError(f"the service ended before it had an address at {node}:{port}")
+        self._serving.cancel()
+        late = f"within {_START_TIMEOUT_S:g} s"
+        raise SandboxError(f"the service had no address at {node}:{port} {late}")
