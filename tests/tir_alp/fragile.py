@@ -1,4 +1,5 @@
-"""An environment that can end its process; apart from the tests, since each runner imports it."""
+"""What can end its process, apart from the tests, since each actor imports it: an environment, and
+a rank of the trainer."""
 
 import os
 import signal
@@ -7,6 +8,7 @@ import threading
 import gymnasium
 
 from tir_alp.envs.spaces import TextSpace
+from tir_alp.parallel import RankFailed
 from tir_alp.tools.sandbox import SandboxRefused
 
 
@@ -33,6 +35,19 @@ class Fragile(gymnasium.Env[str, str]):
         if self._task_id == "poison":
             os.kill(os.getpid(), signal.SIGKILL)
         return action, 0.0, False, False, {"pid": os.getpid()}
+
+
+class FragileRank:
+    """Nudges nothing: the scale says what happens."""
+
+    def nudge(self, scale):
+        if scale == 1:
+            raise RankFailed("rank 0 stopped")
+        if scale == 2:
+            raise OSError("no space left")
+        if scale == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        threading.Event().wait(60)
 
 
 gymnasium.register("Fragile-v0", entry_point="tests.tir_alp.fragile:Fragile")

@@ -26,6 +26,7 @@ import ray
 from ray.cluster_utils import Cluster as Nodes
 from ray.util.placement_group import placement_group_table
 
+from tests.tir_alp.fragile import FragileRank
 from tir_alp.cluster import cluster as cluster_module
 from tir_alp.cluster import sandbox_host
 from tir_alp.cluster.cluster import open_cluster
@@ -35,6 +36,7 @@ from tir_alp.cluster.host import code_of, differences
 from tir_alp.cluster.part import reason_of
 from tir_alp.cluster.places import check_gpus, connect
 from tir_alp.cluster.suspects import Suspects
+from tir_alp.cluster.trainer import RemoteTrainer
 from tir_alp.cluster.trainer_host import interface_of
 from tir_alp.cluster.weights import pack, unpack
 from tir_alp.config import SGLangConfig, TransformersConfig, load_config, read_toml
@@ -418,6 +420,26 @@ def test_other_code_ends_a_start_and_is_only_said_of_a_later_actor(config, monke
     assert "environment-0 runs other code of tir_alp than this process: loss.py\n" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "message"),
+    [
+        (1, PartLost, "a rank of the trainer was lost: rank 0 stopped"),
+        (2, OSError, "no space left"),  # a failure of ours, not the loss of a part
+        (3, PartLost, "a rank of the trainer was lost: its process ended"),
+        (4, PartLost, "the trainer did not answer within 0.5 s"),
+    ],
+)
+def test_a_trainer_that_fails_is_told_from_one_that_is_lost(config, scale, error, message):
+    actor: Any = ray.remote(FragileRank).options(num_cpus=0).remote()
+    rank: Any = SimpleNamespace(name="trainer-0", actor=actor)
+    with pytest.raises(error, match=message):
+        RemoteTrainer([rank], timeout_s=0.5 if scale == 4 else 60.0).nudge(scale)
+    ray.kill(actor)
+    rank.actor = None
+    with pytest.raises(PartLost, match="trainer-0 was lost"):
+        RemoteTrainer([rank], timeout_s=60.0).nudge(scale)
 
 
 @pytest.mark.parametrize(
