@@ -91,6 +91,7 @@ def nodes(port):
     head = {**NODE, "ray_client_server_port": port, "_system_config": SOON}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.getcwd())  # nodes know nothing of a client's modules
+        patch.setenv("GRPC_ENABLE_FORK_SUPPORT", "0")  # else a client's server may die in its start
         made = Nodes(initialize_head=True, head_node_args=head)
         made.add_node(**NODE)
     yield made
