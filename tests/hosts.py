@@ -55,10 +55,15 @@ def processes_of(host: str) -> dict[int, str]:
     return found
 
 
-def within(host: str, script: str) -> list[str]:
-    """The command that runs a shell's script on a host."""
-    words = ["ip", "netns", "exec", host, "unshare", "--uts", "--mount"]
-    return [*words, "sh", "-ec", _PREPARE.format(host=host) + script]
+def on(host: str, *words: str) -> list[str]:
+    """The command that runs another one in a host's network."""
+    return ["ip", "netns", "exec", host, *words]
+
+
+def apart(host: str, script: str) -> list[str]:
+    """The command that runs a shell's script on a host: it shares nothing of `_PREPARE`."""
+    shell = ("sh", "-ec", _PREPARE.format(host=host) + script)
+    return on(host, "unshare", "--uts", "--mount", *shell)
 
 
 def end_processes_of(host: str) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.hosts import FIRST, HOSTS, LINKS, SECOND, hosts, ip, processes_of
+from tests.hosts import FIRST, HOSTS, LINKS, SECOND, hosts, ip, on, processes_of
 from tir_alp.cluster.drill import account_of
 
 RUN = (
@@ -40,7 +40,7 @@ def within(host: str, *words: str, **settings: object) -> subprocess.Popen[bytes
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     environment["RAY_ADDRESS"] = f"{HOSTS[FIRST]}:6379"
     environment["PYTHONPATH"] = os.environ.get("PYTHONPATH") or os.getcwd()
-    command = ["ip", "netns", "exec", host, sys.executable, *words]
+    command = on(host, sys.executable, *words)
     return subprocess.Popen(command, env=environment, **settings)  # type: ignore[call-overload]
 
 

@@ -14,12 +14,12 @@ import os
 import re
 import secrets
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.hosts import FIRST, HOSTS, end_processes_of, within
+from tests.hosts import FIRST, HOSTS, apart, end_processes_of, on
+from tests.tools.processes import wait_until
 
 NEEDED = ("ip", "munged", "slurmctld", "slurmd", "sbatch")
 CONFIG = """
@@ -62,7 +62,7 @@ class Slurm:
     def call(self, *words: str, cwd: Path | None = None) -> str:
         """Run a command of Slurm on the first host; returns what it printed."""
         result = subprocess.run(
-            ["ip", "netns", "exec", FIRST, *words],
+            on(FIRST, *words),
             env=self.settings,
             cwd=cwd,
             capture_output=True,
@@ -75,6 +75,11 @@ class Slurm:
     @property
     def settings(self) -> dict[str, str]:
         return os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def logs(self) -> str:
+        """The last words of its daemons."""
+        logs = self.folder.glob("*.log")
+        return "\n".join(f"{log.name}: {log.read_text()[-500:]}" for log in logs)
 
     def field(self, job: str, name: str) -> str:
         """What `scontrol` says of a job, such as its `JobState` or `ExitCode`."""
@@ -116,16 +121,11 @@ def slurm(folder: Path) -> Iterator[Slurm]:
     cluster, daemons = Slurm(folder), []
     try:
         for host, command in commands:
-            words = within(host, f"mount --bind {folder}/hosts /etc/hosts; exec {command}")
+            words = apart(host, f"mount --bind {folder}/hosts /etc/hosts; exec {command}")
             with (folder / f"{command.split()[0]}-{host}.log").open("wb") as log:
                 daemon = subprocess.Popen(words, env=cluster.settings, stdout=log, stderr=log)
             daemons.append(daemon)
-        deadline = time.monotonic() + _START_S
-        while not cluster.is_ready():
-            if time.monotonic() > deadline:
-                logs = (f"{log.name}: {log.read_text()[-500:]}" for log in folder.glob("*.log"))
-                raise AssertionError("Slurm does not come up\n" + "\n".join(logs))
-            time.sleep(0.2)
+        wait_until(cluster.is_ready, _START_S, pause_s=0.2, more=cluster.logs)
         yield cluster
     finally:
         for host in HOSTS:

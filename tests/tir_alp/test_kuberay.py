@@ -5,7 +5,6 @@ import secrets
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,9 @@ pytest.importorskip("ray")
 
 import ray
 
-from tests.hosts import FIRST, end_processes_of, hosts, within
+from tests.hosts import FIRST, apart, end_processes_of, hosts, on
 from tests.runs import assert_honest
+from tests.tools.processes import wait_until
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SPEC = yaml.safe_load((CONFIGS / "cluster" / "kuberay.yaml").read_text())["spec"]
@@ -43,25 +43,21 @@ def call(tmp_path):
     settings["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
     def call(script):
-        words = ["ip", "netns", "exec", FIRST, "bash", "-c", script]
+        words = on(FIRST, "bash", "-c", script)
         return subprocess.run(words, env=settings, capture_output=True, text=True, timeout=120)
 
     with hosts():
         start = "ray start --head --block --num-cpus=8 --num-gpus=0 --node-ip-address=127.0.0.1"
-        with (tmp_path / "head.log").open("wb") as log:
-            words = within(FIRST, f"exec {start}")
-            head = subprocess.Popen(words, env=settings, cwd="/", stdout=log, stderr=log)
-        until(lambda: call(f"ray job list {SERVER}").returncode == 0, 60)
-        yield call
-        end_processes_of(FIRST)
-        head.wait()
-
-
-def until(holds, seconds):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+        log = tmp_path / "head.log"
+        with log.open("wb") as file:
+            words = apart(FIRST, f"exec {start}")
+            head = subprocess.Popen(words, env=settings, cwd="/", stdout=file, stderr=file)
+        try:
+            wait_until(lambda: call(f"ray job list {SERVER}").returncode == 0, more=log.read_text)
+            yield call
+        finally:
+            end_processes_of(FIRST)
+            head.wait()
 
 
 @pytest.mark.slow
@@ -75,7 +71,11 @@ def test_its_run_is_in_the_volume_and_has_a_checkpoint_when_it_is_stopped(call, 
     )
     assert submitted.returncode == 0, submitted.stderr
     run = tmp_path / "runs" / "run"
-    until(lambda: any(run.glob("trajectories/step_*.jsonl")), 100)
+    wait_until(
+        lambda: any(run.glob("trajectories/step_*.jsonl")),
+        100.0,
+        more=lambda: call(f"ray job logs {SERVER} it").stdout,
+    )
     stopped = call(f"ray job stop {SERVER} it")
     assert "Job 'it' was stopped" in stopped.stdout + stopped.stderr
     logs = call(f"ray job logs {SERVER} it").stdout

@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ pytest.importorskip("ray")
 from tests.hosts import HOSTS, SECOND, hosts, processes_of
 from tests.runs import assert_honest
 from tests.tir_alp.slurm import NEEDED, slurm
+from tests.tools.processes import wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -55,11 +55,8 @@ class Job:
         self.id = cluster.call(*map(str, command), cwd=folder).strip()
         self.output = folder / f"slurm-{self.id}.out"
 
-    def until(self, holds, seconds=120.0):
-        deadline = time.monotonic() + seconds
-        while not holds():
-            assert time.monotonic() < deadline, self.output.read_text()
-            time.sleep(0.2)
+    def until(self, holds):
+        wait_until(holds, 120.0, pause_s=0.2, more=self.output.read_text)
 
     def ended(self):
         """The state and the exit code of a job that has come to its end."""

@@ -34,12 +34,25 @@ def is_running(process: Process) -> bool:
     return found is not None and found[0] == process
 
 
-def wait_until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
-    """Wait for what has to happen sooner or later; a loaded machine may take its time."""
+def wait_until(
+    condition: Callable[[], object],
+    within_s: float = 60.0,
+    *,
+    pause_s: float = 0.02,
+    more: Callable[[], str] = str,
+) -> None:
+    """Wait for what has to happen sooner or later; a loaded machine may take its time.
+
+    Args:
+        condition: Whether it has happened.
+        within_s: Fails behind that.
+        pause_s: Between two looks; longer where a look is dear.
+        more: What is told of a failure.
+    """
     deadline = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < deadline, f"not within {within_s:g} s"
-        time.sleep(0.02)
+        assert time.monotonic() < deadline, f"not within {within_s:g} s\n{more()}"
+        time.sleep(pause_s)
 
 
 def _look(pid: int) -> tuple[Process, int] | None:

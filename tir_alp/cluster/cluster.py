@@ -21,10 +21,7 @@ from urllib.parse import urlsplit
 import gymnasium
 import ray
 from ray.exceptions import RayError, RuntimeEnvSetupError
-from ray.util.placement_group import (
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tir_alp.cluster.engine_host import EngineHost

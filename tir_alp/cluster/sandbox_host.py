@@ -71,5 +71,6 @@ class SandboxHost(Host):
             await self._serving  # says why, if it failed
             raise SandboxError(f"the service ended before it had an address at {node}:{port}")
         self._serving.cancel()
-        late = f"within {_START_TIMEOUT_S:g} s"
-        raise SandboxError(f"the service had no address at {node}:{port} {late}")
+        raise SandboxError(
+            f"the service had no address at {node}:{port} within {_START_TIMEOUT_S:g} s"
+        )
