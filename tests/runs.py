@@ -6,9 +6,9 @@ import asyncio
 import os
 from pathlib import Path
 
-from tir_alp.assembly import open_run
 from tir_alp.audit import audit_run
 from tir_alp.config import Config
+from tir_alp.run.open_run import open_run
 from tir_alp.train import train
 
 

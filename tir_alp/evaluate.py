@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from tir_alp.data import Task
-from tir_alp.metrics import evaluation_metrics
-from tir_alp.rollout import EpisodeFailed, EpisodeRunner
+from tir_alp.algorithm.metrics import evaluation_metrics
+from tir_alp.rollouts.data import Task
+from tir_alp.rollouts.episode import EpisodeFailed, EpisodeRunner
 from tir_alp.types import Trajectory
 
 

@@ -9,44 +9,37 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers.utils.logging import disable_progress_bar
 
-from tir_alp import checkpoint
-from tir_alp.advantage import group_advantages
-from tir_alp.assembly import Run, open_run
-from tir_alp.batch import Sample
-from tir_alp.checkpoint import Position
+from tir_alp.algorithm.advantage import group_advantages
+from tir_alp.algorithm.guards import Tripped, faint_noise, out_of_bounds
+from tir_alp.algorithm.metrics import rollout_metrics
 from tir_alp.config import Config, load_config, read_toml
 from tir_alp.evaluate import evaluate
-from tir_alp.guards import Tripped, faint_noise, out_of_bounds
-from tir_alp.interrupt import Interrupt, Interrupted
-from tir_alp.metrics import rollout_metrics
-from tir_alp.objective import objective
-from tir_alp.parts import PartLost, Parts, open_parts
-from tir_alp.queue_rows import state_to_row
-from tir_alp.renderer import PromptTooLong
-from tir_alp.report import write_run_report
-from tir_alp.rollout_queue import RolloutsFailed
-from tir_alp.run_folder import read_run_config
-from tir_alp.tiny import TRAIN_CONFIG
-from tir_alp.tools.sandbox import SandboxRefused
+from tir_alp.models.tiny import TRAIN_CONFIG
+from tir_alp.records.folder import read_run_config
+from tir_alp.records.trajectories import state_to_row
+from tir_alp.roles import PartLost
+from tir_alp.rollouts.queue import RolloutsFailed
+from tir_alp.rollouts.renderer import PromptTooLong
+from tir_alp.run.interrupt import Interrupted
+from tir_alp.run.open_run import Run
+from tir_alp.run.supervise import CannotStart, RunLost, train_from
+from tir_alp.training import checkpoint
+from tir_alp.training.batch import Sample
+from tir_alp.training.checkpoint import Position
 from tir_alp.types import TrajectoryGroup
 
 CHANGEABLE = ("steps", "eval", "checkpoint", "guards", "doctor", "cluster")
 """What may differ when a run is resumed."""
 
 T = TypeVar("T")
-
-_MOST_LOSSES = 3  # from one checkpoint; after them, what is wrong does not pass by itself
 
 
 async def train(run: Run) -> None:
@@ -201,118 +194,6 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class CannotStart(Exception):
-    """What the user has to mend before a run can begin."""
-
-
-class RunLost(Exception):
-    """A run that can go on only from its newest checkpoint.
-
-    Args:
-        path: Its folder.
-        reason: What it lost.
-        environment: See `Run`; None: it was not open yet.
-    """
-
-    def __init__(self, path: Path, reason: str, environment: dict[str, Any] | None = None) -> None:
-        super().__init__(reason)
-        self.path, self.environment = path, environment
-        self.step = checkpoint.newest(path / "checkpoints")[1].step
-
-
-async def train_from(config: Config, resume: Path | None) -> None:
-    """Train a new run, or go on with one, where the config says."""
-    async with AsyncExitStack() as stack:
-        try:
-            parts = await stack.enter_async_context(open_parts(config))
-        except (ValueError, SandboxRefused, PartLost) as error:
-            raise CannotStart(str(error)) from error
-        await train_stubbornly(parts, config, resume)
-
-
-async def train_stubbornly(parts: Parts, config: Config, resume: Path | None) -> None:
-    """Train in parts that are there; where the trainer is lost, go on from the last checkpoint.
-
-    Raises:
-        RunLost: If that does not help.
-    """
-    interrupt = Interrupt()
-    losses: Counter[int] = Counter()
-    environment: dict[str, Any] | None = None
-    with interrupt.listening():
-        while True:
-            try:
-                return await train_with(parts, config, resume, interrupt, environment)
-            except RunLost as lost:
-                losses[lost.step] += 1
-                if losses[lost.step] > _MOST_LOSSES:
-                    raise
-                print(f"{lost}; the run goes on from step {lost.step}", file=sys.stderr)
-                resume, environment = lost.path, lost.environment or environment
-
-
-async def train_with(
-    parts: Parts,
-    config: Config,
-    resume: Path | None,
-    interrupt: Interrupt,
-    environment: dict[str, Any] | None,
-) -> None:
-    """Open a run, say what it is, train, and say what to do next; see `open_run`.
-
-    Raises:
-        RunLost: If the run lost its trainer, or all of its engines.
-    """
-    async with AsyncExitStack() as stack:
-        try:
-            run = await stack.enter_async_context(
-                open_run(config, resume, parts, interrupt, environment)
-            )
-        except (ValueError, SandboxRefused) as error:
-            raise CannotStart(str(error)) from error
-        except PartLost as error:
-            if resume is None:
-                raise CannotStart(str(error)) from error
-            raise RunLost(resume, str(error)) from error
-        path = run.folder.path
-        run.console.print(
-            f"config {config.model_dump_json()}\n{objective(config.algorithm)}\n"
-            + f"environment {json.dumps(run.environment)}\n"
-            + "".join(f"warning: {warning}\n" for warning in run.environment.get("warnings", ()))
-            + f"run {path}"
-        )
-        is_lost = False
-        try:
-            await train(run)
-            run.console.print(
-                f"the model is in {path}/checkpoints/step_{config.steps}, metrics in "
-                f"{path}/metrics.jsonl\n"
-                f"next: tensorboard --logdir {path}  |  go on: python -m tir_alp.train "
-                f"--resume {path} --steps {config.steps * 2}"
-            )
-        except PartLost as error:
-            is_lost = True
-            raise RunLost(path, str(error), run.environment) from error
-        finally:
-            if not is_lost:
-                draw(run)
-
-
-def draw(run: Run) -> None:
-    """Write the report of a run. One that cannot be drawn is said so, and takes nothing else down.
-
-    It can be drawn again at any time: all that it needs is in the run's folder.
-    """
-    path = run.folder.path
-    try:
-        run.console.print(f"report: {write_run_report(path)}")
-    except Exception as error:  # a picture is not worth a run's end
-        run.console.print(
-            f"the report could not be drawn ({type(error).__name__}: {error}); the run itself is "
-            f"whole. Draw it, and see where it fails: python -m tir_alp.report {path}"
-        )
-
-
 def parse_command_line(arguments: Sequence[str]) -> tuple[Config, Path | None]:
     """Build the config of a new run, or of one to resume with `--resume FOLDER`."""
     parser = argparse.ArgumentParser("tir_alp.train", add_help=False, allow_abbrev=False)
@@ -346,7 +227,7 @@ def main(arguments: Sequence[str]) -> int:
             config, resume = parse_command_line(arguments)
         except ValueError as error:
             raise CannotStart(str(error)) from error
-        asyncio.run(train_from(config, resume))
+        asyncio.run(train_from(config, resume, train))
     except (CannotStart, PromptTooLong, RolloutsFailed, RunLost) as error:
         print(f"tir_alp.train: {error}", file=sys.stderr)
         return 2

@@ -271,7 +271,8 @@ class Batch:
 
     Tokens are packed: those of all sequences behind one another, without padding. What the loss
     needs is kept a row a sequence. Position t of a row is *about* token t of that sequence: its
-    logprob is the one of token t given the tokens before it. `tir_alp.batch` decides that, once.
+    logprob is the one of token t given the tokens before it. `tir_alp.training.batch`
+    decides that, once.
 
     Example, two sequences of 3 and 2 tokens:
 

@@ -9,9 +9,9 @@ on where a call ends. There are three formats:
 * `none`: nothing is a call.
 
 The second is also what an environment reads of a model that writes its calls in another JSON form:
-the renderer finds that form out from the chat template (`tir_alp.chat_template`), and `canonical`
-translates. A call ends at the first closing mark, whatever stands before it, so that its end is
-known as soon as the mark is written.
+the renderer finds that form out from the chat template (`tir_alp.rollouts.chat_template`), and
+`canonical` translates. A call ends at the first closing mark, whatever stands before it, so that
+its end is known as soon as the mark is written.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-from tir_alp.assembly import open_run
 from tir_alp.config import Config, load_config, read_toml
-from tir_alp.tiny import TRAIN_CONFIG
+from tir_alp.models.tiny import TRAIN_CONFIG
+from tir_alp.run.open_run import open_run
 from tir_alp.train import learn
 
 BARE = (

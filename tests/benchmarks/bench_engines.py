@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from tir_alp.config import SGLangConfig, VLLMConfig
 from tir_alp.engines.base import Engine, Sampling
 from tir_alp.engines.transformers import TransformersEngine
-from tir_alp.policy import load_policy
+from tir_alp.training.policy import load_policy
 
 VOCABULARY = 2048
 SETTINGS = ("equal", "different", "turns")
@@ -150,7 +150,7 @@ async def run(options: argparse.Namespace) -> None:
             stack.push_async_callback(engine.close)
             contestants["embedded"] = through(engine)
         if "sglang" in options.engines:
-            from tir_alp.engines.sglang import open_sglang
+            from tir_alp.engines.sglang.engine import open_sglang
 
             os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the server
             servers = await stack.enter_async_context(
@@ -166,7 +166,7 @@ async def run(options: argparse.Namespace) -> None:
             )
             contestants["SGLang"] = through(servers)
         if options.vllm_python is not None:
-            from tir_alp.engines.vllm import open_vllm
+            from tir_alp.engines.vllm.engine import open_vllm
 
             os.environ["OMP_NUM_THREADS"] = str(options.threads)
             model = load_policy(folder)

@@ -19,10 +19,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from tir_alp import ledger, run_folder
-from tir_alp.assembly import open_run
 from tir_alp.config import load_config, read_toml
-from tir_alp.tiny import TRAIN_CONFIG
+from tir_alp.models.tiny import TRAIN_CONFIG
+from tir_alp.records import folder as run_folder
+from tir_alp.records import ledger
+from tir_alp.run.open_run import open_run
 from tir_alp.train import train
 
 SPENT: defaultdict[str, float] = defaultdict(float)

@@ -61,7 +61,7 @@ def measure(path: Path, num_reads: int) -> Iterator[tuple[str, float, float, flo
     import pyarrow.parquet  # noqa: F401
 
     from tir_alp.config import DataConfig
-    from tir_alp.data import load_order
+    from tir_alp.rollouts.data import load_order
 
     before, peak, is_over = resident_mb(), 0.0, threading.Event()
 

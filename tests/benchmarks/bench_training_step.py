@@ -31,15 +31,16 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tir_alp.assembly import open_run
-from tir_alp.attention import PACKED
-from tir_alp.batch import Sample, loss_positions, pack
-from tir_alp.config import ALGORITHMS, TrainerConfig, load_config, read_toml
-from tir_alp.parallel import alone
-from tir_alp.policy import load_policy, token_logprobs
-from tir_alp.tiny import BASE, TRAIN_CONFIG
+from tir_alp.algorithm.presets import ALGORITHMS
+from tir_alp.config import TrainerConfig, load_config, read_toml
+from tir_alp.models.tiny import BASE, TRAIN_CONFIG
+from tir_alp.run.open_run import open_run
 from tir_alp.train import with_advantages
-from tir_alp.trainer import Trainer
+from tir_alp.training.attention import PACKED
+from tir_alp.training.batch import Sample, loss_positions, pack
+from tir_alp.training.policy import load_policy, token_logprobs
+from tir_alp.training.ranks import alone
+from tir_alp.training.trainer import Trainer
 from tir_alp.types import Batch
 
 CONFIG = TrainerConfig(lr=1e-4, updates_per_step=2)

@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.hosts import FIRST, HOSTS, LINKS, SECOND, hosts, ip, on, processes_of
-from tir_alp.cluster.drill import account_of
+from tir_alp.studies.drill import account_of
 
 RUN = (
     *("--cluster", "auto", "--cluster.spread", "true"),

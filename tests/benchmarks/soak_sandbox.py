@@ -24,11 +24,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.tools.processes import Process, descendants
+from tests.tools.sandbox.processes import Process, descendants
 from tir_alp.tools.sandbox import Limits, Outcome, RunResult, SandboxConfig, Session, create_sandbox
-from tir_alp.tools.sandbox.jails import Jail
-from tir_alp.tools.sandbox.plain import PlainJail
-from tir_alp.tools.sandbox.sandbox import LocalSandbox
+from tir_alp.tools.sandbox.backends.jail_protocol import Jail
+from tir_alp.tools.sandbox.backends.landlock import PlainJail
+from tir_alp.tools.sandbox.sessions.local_sandbox import LocalSandbox
 
 NUM_OF_JAIL = {"namespaces": 3, "landlock": 1}
 """Processes of a jail without sessions; the last of them is the fork server."""

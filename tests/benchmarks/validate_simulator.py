@@ -1,4 +1,6 @@
-"""What `tir_alp.simulate` forecasts, against runs: `python -m tests.benchmarks.validate_simulator`.
+"""What `tir_alp.studies.simulate` forecasts, held against runs.
+
+    python -m tests.benchmarks.validate_simulator
 
 A run with `max_staleness = 0` is recorded. From its costs the throughput of other layouts is
 forecast, and then these are run: the same tasks, on the same machine, which has to be quiet.
@@ -15,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tir_alp.run_folder import read_rows
-from tir_alp.simulate.costs import read_costs
-from tir_alp.simulate.pipeline import Layout, simulate
+from tir_alp.records.folder import read_rows
+from tir_alp.studies.simulate.costs import read_costs
+from tir_alp.studies.simulate.pipeline import Layout, simulate
 
 SLOW_TOOL = (
     *("--env.id", "tests.benchmarks.slow_tool:SlowTool-v0"),

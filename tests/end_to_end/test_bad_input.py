@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tests.tir_alp.test_doctor import FORGETFUL
+from tests.doctor.test_doctor import FORGETFUL
 from tir_alp import train
-from tir_alp.tiny import BASE
+from tir_alp.models.tiny import BASE
 
 TINY = ("--steps", "1", "--eval.num_tasks", "4", "--rollout.groups_per_step", "2")
 

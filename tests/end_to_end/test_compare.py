@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import assert_honest
-from tir_alp.config import ALGORITHMS
+from tir_alp.algorithm.presets import ALGORITHMS
 
 SMALL = (
     *("--steps", "2", "--rollout.groups_per_step", "2", "--rollout.group_size", "2"),
@@ -18,7 +18,7 @@ SMALL = (
 
 def compare(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tir_alp.tiny.compare", *words],
+        [sys.executable, "-m", "tir_alp.studies.compare", *words],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": os.getcwd()},
         capture_output=True,

@@ -14,7 +14,7 @@ pytest.importorskip("ray")
 @pytest.mark.timeout(1200)
 def test_killed_and_frozen_parts_lose_and_repeat_nothing(tmp_path):
     """In a process of its own, since it looks at all that is left of it."""
-    command = [sys.executable, "-m", "tir_alp.cluster.drill", "--faults", "3"]
+    command = [sys.executable, "-m", "tir_alp.studies.drill", "--faults", "3"]
     command += ["--folder", str(tmp_path), "--cluster.patience_s", "10"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1100)
     assert done.returncode == 0, done.stdout + done.stderr

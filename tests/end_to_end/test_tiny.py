@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from tests.runs import assert_honest
-from tir_alp.policy import load_policy
-from tir_alp.tiny import ABLE, BASE
-from tir_alp.tiny.make import ABLE_RECIPE, Recipe, digest, loss_of, warm_start
-from tir_alp.tiny.model import make_tokenizer
-from tir_alp.tiny.transcripts import transcript
+from tir_alp.models.tiny import ABLE, BASE
+from tir_alp.models.tiny.make import ABLE_RECIPE, Recipe, digest, loss_of, warm_start
+from tir_alp.models.tiny.model import make_tokenizer
+from tir_alp.models.tiny.transcripts import transcript
+from tir_alp.training.policy import load_policy
 
 MODELS = {BASE: Recipe(), ABLE: ABLE_RECIPE}
 EACH = pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)

@@ -43,8 +43,8 @@ def sglang_url(tmp_path_factory):
     if importlib.util.find_spec("sglang") is None:
         pytest.skip("sglang is not installed: docs/sglang.md")
     from tir_alp.config import SGLangConfig
-    from tir_alp.engines import sglang_process
-    from tir_alp.engines.sglang_fleet import KEY_VARIABLE
+    from tir_alp.engines.sglang import process as sglang_process
+    from tir_alp.engines.sglang.fleet import KEY_VARIABLE
 
     config = SGLangConfig(type="sglang", device="cpu", dtype="float32", max_cache_tokens=1 << 16)
     path = write_model(tmp_path_factory.mktemp("model"))
@@ -77,7 +77,7 @@ def router_url(sglang_url, tmp_path_factory):
     """Address of a router; the server of `sglang_url` is known to it."""
     if importlib.util.find_spec("sglang_router") is None:
         pytest.skip("sglang-router is not installed: docs/sglang.md")
-    from tir_alp.engines.sglang_router import RouterProcess
+    from tir_alp.engines.sglang.router import RouterProcess
 
     process = RouterProcess(tmp_path_factory.mktemp("router") / "log", "secret", print)
 
@@ -102,7 +102,7 @@ async def client_of(url):
     """Talks to a server, or to a router."""
     import aiohttp
 
-    from tir_alp.engines.sglang_client import SGLangClient
+    from tir_alp.engines.sglang.client import SGLangClient
 
     async with aiohttp.ClientSession() as session:
         yield SGLangClient(session, url, "secret", stall_timeout_s=60, load_timeout_s=60)
@@ -115,8 +115,8 @@ def vllm_server(tmp_path_factory):
         pytest.skip("vLLM has a Python of its own, and TIR_ALP_VLLM_PYTHON names none")
     import aiohttp
 
-    from tir_alp.engines import vllm_process
-    from tir_alp.engines.vllm_request import VLLMClient
+    from tir_alp.engines.vllm import process as vllm_process
+    from tir_alp.engines.vllm.request import VLLMClient
 
     folder = tmp_path_factory.mktemp("vllm")
     vllm_process.write_start(folder / "start", model(), model().state_dict(), torch.float32)

@@ -15,16 +15,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tir_alp.attention import PACKED, PackedSequences
 from tir_alp.config import SGLangConfig, VLLMConfig
 from tir_alp.engines.base import Completion, Engine, Reference
 from tir_alp.engines.transformers import TransformersEngine
-from tir_alp.policy import hidden_states, next_token_logits
-from tir_alp.tiny import BASE
-from tir_alp.tiny.model import make_model
+from tir_alp.models.tiny import BASE
+from tir_alp.models.tiny.model import make_model
+from tir_alp.training.attention import PACKED, PackedSequences
+from tir_alp.training.policy import hidden_states, next_token_logits
 
 if TYPE_CHECKING:
-    from tir_alp.engines.sglang import SGLangEngine
+    from tir_alp.engines.sglang.engine import SGLangEngine
 
 torch.set_num_threads(1)
 
@@ -123,7 +123,7 @@ async def served_by(
     reference: Reference | None = None,
     **settings: Any,
 ) -> AsyncIterator[SGLangEngine]:
-    from tir_alp.engines.sglang import open_sglang
+    from tir_alp.engines.sglang.engine import open_sglang
 
     config = SGLangConfig.model_validate(
         {"type": "sglang", "urls": urls, "device": "cpu", "dtype": "float32"} | settings
@@ -157,9 +157,9 @@ def vllm_config() -> VLLMConfig:
 @asynccontextmanager
 async def served_by_vllm(folder: Path, of: Any) -> AsyncIterator[Engine]:
     """An engine over the server of a folder, with the weights of a model as version 0."""
-    from tir_alp.engines.vllm import connected
-    from tir_alp.engines.vllm_process import SOCKET
-    from tir_alp.engines.weights import WeightSnapshot, snapshot_tensors
+    from tir_alp.engines.servers.weights import WeightSnapshot, snapshot_tensors
+    from tir_alp.engines.vllm.engine import connected
+    from tir_alp.engines.vllm.process import SOCKET
 
     tensors = snapshot_tensors(of.state_dict(), torch.float32, every_name=True)
     snapshot = WeightSnapshot(0, tensors, None)

@@ -33,9 +33,9 @@ from tests.engines.harness import (
 )
 from tir_alp.config import SGLangConfig, load_config, read_toml
 from tir_alp.engines.base import EngineFailed, Probe, Sampling
-from tir_alp.policy import load_tokenizer
-from tir_alp.renderer import Renderer
-from tir_alp.tiny import BASE, TRAIN_CONFIG
+from tir_alp.models.tiny import BASE, TRAIN_CONFIG
+from tir_alp.rollouts.renderer import Renderer
+from tir_alp.training.policy import load_tokenizer
 from tir_alp.types import StopReason
 
 pytestmark = [needs_sglang, pytest.mark.timeout(900)]
@@ -152,9 +152,9 @@ def test_weights_that_wait_come_between_two_completions(sglang_url):
 
 
 def test_a_server_with_other_weights_than_it_should_have_does_not_pass(sglang_url):
-    from tir_alp.engines.http_client import ServerFailed
-    from tir_alp.engines.sglang_weights import verify_tensors
-    from tir_alp.engines.weights import WeightSnapshot, snapshot_tensors, verify_probe
+    from tir_alp.engines.servers.http_client import ServerFailed
+    from tir_alp.engines.servers.weights import WeightSnapshot, snapshot_tensors, verify_probe
+    from tir_alp.engines.sglang.weights import verify_tensors
 
     slightly = model(0)
     with torch.no_grad():
@@ -182,8 +182,8 @@ def test_a_server_with_other_weights_than_it_should_have_does_not_pass(sglang_ur
 
 def test_where_a_server_reports_no_tensors_the_probe_is_asked_alone_and_has_to_be_there(sglang_url):
     """As SGLang does for Qwen3 and others that are not of Llama's kin: it answers 400."""
-    from tir_alp.engines.http_client import ServerFailed
-    from tir_alp.engines.sglang_weights import verify_tensors
+    from tir_alp.engines.servers.http_client import ServerFailed
+    from tir_alp.engines.sglang.weights import verify_tensors
 
     said: list[str] = []
 
@@ -218,7 +218,7 @@ def test_an_engine_far_from_the_trainer_checks_its_server_by_the_probe_that_come
     """As it lives in an actor of a cluster; the server reports no tensors here either."""
     pytest.importorskip("ray")
     from tir_alp.cluster.engine_host import EngineHost
-    from tir_alp.cluster.weights import pack
+    from tir_alp.cluster.packed_weights import pack
 
     packed = pack(OLD.state_dict())
 
@@ -308,7 +308,7 @@ def test_memory_is_lent_in_order_and_weights_come_back(sglang_url):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_memory_that_is_lent_is_free(tmp_path):
-    from tir_alp.engines.sglang import open_sglang
+    from tir_alp.engines.sglang.engine import open_sglang
 
     config = SGLangConfig(
         type="sglang", max_cache_tokens=1 << 18, weights="tensor", release_memory=True
@@ -516,9 +516,9 @@ def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, 
     """Two servers behind a router. One is killed, whose first restart fails for want of a
     descriptor; the other is frozen, the router is killed, and in the end all restarts fail.
     """
-    from tir_alp.engines import sglang_process
-    from tir_alp.engines.http_client import ServerFailed
-    from tir_alp.engines.sglang import open_sglang
+    from tir_alp.engines.servers.http_client import ServerFailed
+    from tir_alp.engines.sglang import process as sglang_process
+    from tir_alp.engines.sglang.engine import open_sglang
 
     free_port = sglang_process.free_port
     num_full = 0
@@ -630,8 +630,8 @@ def test_nothing_of_a_server_outlives_whoever_started_it(tmp_path):
     program = f"""
         import asyncio, pathlib
         from tir_alp.config import SGLangConfig
-        from tir_alp.engines import sglang_process as sglang
-        from tir_alp.engines.sglang_process import SGLangProcess
+        from tir_alp.engines.sglang import process as sglang
+        from tir_alp.engines.sglang.process import SGLangProcess
         async def main():
             config = SGLangConfig(type="sglang", device="cpu", dtype="float32")
             process = SGLangProcess(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tests.engines.harness import model
 from tir_alp.config import VLLMConfig
 
-vllm_process = pytest.importorskip("tir_alp.engines.vllm_process")
+vllm_process = pytest.importorskip("tir_alp.engines.vllm.process")
 
 
 def test_a_tied_head_is_written_as_one_of_its_own(tmp_path):

@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tir_alp.config import DataConfig
-from tir_alp.data import left_out
-from tir_alp.rows import open_rows
+from tir_alp.rollouts.data import left_out
+from tir_alp.rollouts.data_files import open_rows
 
 _words = st.text(min_size=1, max_size=20).filter(lambda text: text.strip())
 _blank = st.sampled_from(["", " ", "\t\n", "\u2003"])

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from tests.tools.docker_engine import (
+from tests.tools.sandbox.docker_engine import (
     Engine,
     EngineUnavailable,
     build_sandbox_image,
@@ -16,7 +16,7 @@ from tests.tools.docker_engine import (
     leftovers,
     make_base_image,
 )
-from tests.tools.ordinary_user import LENT_ENGINE
+from tests.tools.sandbox.ordinary_user import LENT_ENGINE
 from tir_alp.tools.sandbox import BlockingSandbox, BlockingSession, SandboxConfig, shared_sandbox
 
 # No sessions ahead: some tests count the children of this process, from which these would differ.

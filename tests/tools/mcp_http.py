@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from tests.tools.processes import wait_until
+from tests.tools.sandbox.processes import wait_until
 
 
 def free_port() -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.tools.mcp_http import http_server
-from tests.tools.processes import wait_until
+from tests.tools.sandbox.processes import wait_until
 from tir_alp.tools.outcome import Outcome
 
 pytest.importorskip("mcp", reason="the extra `mcp` is not installed")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tir_alp.audit.findings import Findings, Place
-from tir_alp.ledger import FORMAT, Attempt, Call
-from tir_alp.run_folder import step_file
-from tir_alp.trajectory_rows import from_row
+from tir_alp.records.folder import step_file
+from tir_alp.records.ledger_rows import FORMAT, Attempt, Call
+from tir_alp.records.trajectories import from_row
 from tir_alp.types import Trajectory
 
 Row = dict[str, Any]

@@ -8,8 +8,8 @@ from typing import Any
 import gymnasium
 
 from tir_alp.audit.trajectory import Answer, Replayed
-from tir_alp.data import Task
-from tir_alp.renderer import Renderer
+from tir_alp.rollouts.data import Task
+from tir_alp.rollouts.renderer import Renderer
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import Trajectory, Turn
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import gymnasium
 
-from tir_alp import checkpoint
 from tir_alp.audit import step as steps
 from tir_alp.audit.findings import Findings, Place
 from tir_alp.audit.records import Recorded, Row, read_ledger, read_trajectories, rows_of
@@ -17,11 +16,13 @@ from tir_alp.audit.replay import replay
 from tir_alp.audit.step import StepFiles
 from tir_alp.audit.trajectory import TrajectoryCheck
 from tir_alp.config import Config, parse_config
-from tir_alp.data import load_order
-from tir_alp.environments import make_environment, make_renderer
-from tir_alp.policy import load_tokenizer
-from tir_alp.run_folder import STEP_FOLDERS, read_run_config, step_file
-from tir_alp.tiny import SHIPPED
+from tir_alp.models.tiny import SHIPPED
+from tir_alp.records.folder import STEP_FOLDERS, read_run_config, step_file
+from tir_alp.rollouts.data import load_order
+from tir_alp.rollouts.environment import make_environment
+from tir_alp.rollouts.renderer import make_renderer
+from tir_alp.training import checkpoint
+from tir_alp.training.policy import load_tokenizer
 
 _METRICS = "metrics.jsonl"
 

@@ -9,13 +9,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tir_alp.advantage import group_advantages, has_signal
+from tir_alp.algorithm.advantage import group_advantages, has_signal
+from tir_alp.algorithm.metrics import rollout_metrics
 from tir_alp.audit.findings import Findings, Place
 from tir_alp.audit.records import GroupEntry, Recorded, Row, StepLedger, UpdateEntry
 from tir_alp.config import Config
-from tir_alp.ledger import Attempt, packed_row
-from tir_alp.metrics import rollout_metrics
-from tir_alp.rollout import MAX_ATTEMPTS
+from tir_alp.records.ledger_rows import Attempt, packed_row
+from tir_alp.rollouts.episode import MAX_ATTEMPTS
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import TrajectoryGroup
 

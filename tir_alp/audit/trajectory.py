@@ -12,8 +12,8 @@ from typing import Any
 from tir_alp.audit.findings import Findings, Place
 from tir_alp.audit.records import Recorded
 from tir_alp.config import RolloutConfig
-from tir_alp.ledger import Attempt, Call, answer_digest, digest, ids_digest
-from tir_alp.renderer import Renderer
+from tir_alp.records.ledger_rows import Attempt, Call, answer_digest, digest, ids_digest
+from tir_alp.rollouts.renderer import Renderer
 from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn
 
 _OF_OTHERS = "library_info"  # in `info`: what a library says beside its answer, times for instance

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tir_alp.cluster.host import Host
-from tir_alp.cluster.weights import unpack
+from tir_alp.cluster.packed_weights import unpack
+from tir_alp.cluster.same_code import Host
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion, Probe, Sampling
-from tir_alp.parts import open_engine
-from tir_alp.renderer import Renderer
+from tir_alp.engines.open import open_engine
+from tir_alp.rollouts.renderer import Renderer
 
 
 class EngineHost(Host):

@@ -21,13 +21,13 @@ from typing import Any
 import ray
 from torch import Tensor
 
-from tir_alp.cluster.part import Part, wait_for
-from tir_alp.cluster.weights import pack
+from tir_alp.cluster.packed_weights import pack
+from tir_alp.cluster.watched_actor import Part, wait_for
 from tir_alp.config import Config, ServersConfig
 from tir_alp.engines.base import Completion, Probe, Reference, Sampling
-from tir_alp.parts import PartLost
-from tir_alp.renderer import Renderer
-from tir_alp.watchdog import note_host
+from tir_alp.roles import PartLost
+from tir_alp.rollouts.renderer import Renderer
+from tir_alp.run.watchdog import note_host
 
 _PROBE_TOKENS = 256
 _PAUSE_S = 0.1

@@ -10,9 +10,9 @@ from typing import Any
 import gymnasium
 import ray
 
-from tir_alp.cluster.host import Host
+from tir_alp.cluster.same_code import Host
 from tir_alp.config import Config
-from tir_alp.environments import make_environment
+from tir_alp.rollouts.environment import make_environment
 
 
 class EnvironmentHost(Host):

@@ -10,9 +10,9 @@ from typing import Any
 
 import ray
 
-from tir_alp.cluster.host import Host
+from tir_alp.cluster.same_code import Host
 from tir_alp.tools.sandbox import SandboxConfig, SandboxError, create_sandbox
-from tir_alp.tools.sandbox.service import Service, ServiceConfig, serve
+from tir_alp.tools.sandbox.service.server import Service, ServiceConfig, serve
 
 _START_TIMEOUT_S = 120.0
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import ray
 
-from tir_alp.batch import Sample
-from tir_alp.checkpoint import Position
-from tir_alp.cluster.host import Host
-from tir_alp.cluster.weights import Packed, pack
+from tir_alp.cluster.packed_weights import Packed, pack
+from tir_alp.cluster.same_code import Host
 from tir_alp.config import Config
-from tir_alp.ledger import Row
-from tir_alp.parts import make_learner
+from tir_alp.records.ledger_rows import Row
+from tir_alp.training.batch import Sample
+from tir_alp.training.checkpoint import Position
+from tir_alp.training.local_trainer import make_learner
 
 _SIOCGIFADDR = 0x8915
 

@@ -14,17 +14,20 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from tir_alp.assembly import check_environment, reference_by
 from tir_alp.config import Config, load_config, read_toml
-from tir_alp.console import RunConsole
-from tir_alp.data import load_order
+from tir_alp.doctor.environment import check_environment
 from tir_alp.doctor.examine import examine_config, examine_engine
 from tir_alp.doctor.finding import Finding
-from tir_alp.environments import make_environment, make_renderer
-from tir_alp.parts import open_parts
-from tir_alp.policy import load_outline, load_tokenizer
-from tir_alp.tiny import SHIPPED, TRAIN_CONFIG
+from tir_alp.models.tiny import SHIPPED, TRAIN_CONFIG
+from tir_alp.roles import reference_by
+from tir_alp.rollouts.data import load_order
+from tir_alp.rollouts.environment import make_environment
+from tir_alp.rollouts.renderer import make_renderer
+from tir_alp.run.console import RunConsole
+from tir_alp.run.placement import open_parts
 from tir_alp.tools.sandbox import SandboxRefused
+from tir_alp.training.policy import load_tokenizer
+from tir_alp.training.structure import load_outline
 
 
 async def examine(config: Config) -> list[Finding]:

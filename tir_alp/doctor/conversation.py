@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from tir_alp.chat_template import ChatTemplate, check_prefix_stability, grow_conversation
 from tir_alp.doctor.finding import Finding
-from tir_alp.renderer import Renderer
+from tir_alp.rollouts.chat_template import ChatTemplate, check_prefix_stability, grow_conversation
+from tir_alp.rollouts.renderer import Renderer
 from tir_alp.tools.calls import has_call
 
 _SENTENCE = "Let x² ≈ 3.14·10⁻³; print('ok')\n\tThe answer is \\boxed{42}.\n"

@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from tir_alp.config import Config, ServersConfig
 from tir_alp.doctor.finding import Finding
-from tir_alp.engines.base import Completion, Engine, Sampling
+from tir_alp.engines.base import Completion, Engine, Judge, Sampling
 from tir_alp.types import StopReason
 
 _NUM_TOKENS = 16  # of a completion that is sampled for a check
@@ -26,20 +26,6 @@ _MEAN_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.05, "int8": 0
 _MAX_OVER_MEAN = 20  # a single token may be off by so many times the tolerance of the mean
 _NOISE_TOLERANCE = 1.5  # a unit of noise on the logits
 _SHIFT = 10  # a change of the weights has to move logprobs by so many tolerances
-
-
-class Judge(Protocol):
-    """Says what the engine should: a `Trainer`, or one in another process."""
-
-    def completion_logprobs(
-        self, prompt: Sequence[int], completion: Sequence[int], temperature: float, top_p: float
-    ) -> Sequence[float]:
-        """Logprob of each token of a completion, by one forward."""
-        ...
-
-    def nudge(self, scale: float) -> None:
-        """Change some weights a little; 0: back."""
-        ...
 
 
 def tolerance_of(config: Config) -> float:

@@ -10,10 +10,9 @@ from typing import Any
 import gymnasium
 
 from tir_alp.config import Config
-from tir_alp.data import Task
 from tir_alp.doctor.config_keys import unread_keys
 from tir_alp.doctor.conversation import check_fence, check_template, check_tokenizer
-from tir_alp.doctor.engine import EngineCheck, Judge, tolerance_of
+from tir_alp.doctor.engine import EngineCheck, tolerance_of
 from tir_alp.doctor.finding import Finding
 from tir_alp.doctor.machine import (
     Shape,
@@ -24,9 +23,10 @@ from tir_alp.doctor.machine import (
     shape_of,
 )
 from tir_alp.doctor.sandbox import check_sandbox
-from tir_alp.engines.base import Engine
-from tir_alp.policy import compute_device
-from tir_alp.renderer import Renderer
+from tir_alp.engines.base import Engine, Judge
+from tir_alp.rollouts.data import Task
+from tir_alp.rollouts.renderer import Renderer
+from tir_alp.training.policy import compute_device
 
 _PACKAGE = Path(__file__).parents[1]
 _NUM_RANDOM_IDS = 24

@@ -10,7 +10,7 @@ import torch
 
 from tir_alp.config import Config, ServersConfig, SGLangConfig
 from tir_alp.doctor.finding import Finding
-from tir_alp.policy import load_outline
+from tir_alp.training.structure import load_outline
 
 _FLOAT = 4  # bytes: weights, gradients and both moments of AdamW are float32
 _KEPT_A_LAYER = (16, 4)  # numbers kept for the backward pass, a token: of hidden and of inner size

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import gymnasium
 
-from tir_alp.data import Task
 from tir_alp.doctor.finding import Finding
+from tir_alp.rollouts.data import Task
 
 _PROGRAM = """\
 ```python

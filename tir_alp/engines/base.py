@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -146,3 +146,21 @@ class Engine(Protocol):
     async def close(self) -> None:
         """End what runs and free what is held."""
         ...
+
+
+class Judge(Protocol):
+    """Says what the engine should: a `Trainer`, or one in another process."""
+
+    def completion_logprobs(
+        self, prompt: Sequence[int], completion: Sequence[int], temperature: float, top_p: float
+    ) -> Sequence[float]:
+        """Logprob of each token of a completion, by one forward."""
+        ...
+
+    def nudge(self, scale: float) -> None:
+        """Change some weights a little; 0: back."""
+        ...
+
+
+Generate = Callable[[tuple[int, ...], Sampling], Awaitable[Completion]]
+"""What an episode knows of the engine."""

@@ -32,12 +32,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tir_alp.algorithm.noise import name_hashes, normal, nth_keys
 from tir_alp.engines.base import Completion, EngineFailed, Sampling, check_fit, check_request
-from tir_alp.engines.kv_cache import CachedStep, KVCache, RowStates
-from tir_alp.engines.precision import layer_matrices, quantised
-from tir_alp.engines.sampling import draws, sample
-from tir_alp.noise import name_hashes, normal, nth_keys
-from tir_alp.policy import hidden_states, load_policy, next_token_logits
+from tir_alp.engines.embedded.kv_cache import CachedStep, KVCache, RowStates
+from tir_alp.engines.embedded.precision import layer_matrices, quantised
+from tir_alp.engines.embedded.sampling import draws, sample
+from tir_alp.training.policy import hidden_states, load_policy, next_token_logits
 from tir_alp.types import StopReason, VersionSpan
 
 _MAX_PREFILL_TOKENS = 8192  # of the requests that join in one step, padding included

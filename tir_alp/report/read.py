@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tir_alp.config import ALGORITHMS, Config
-from tir_alp.run_folder import read_rows, read_run_config
+from tir_alp.algorithm.presets import ALGORITHMS
+from tir_alp.config import Config
+from tir_alp.records.folder import read_rows, read_run_config
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from tir_alp.tools.sandbox.base import Sandbox, Session
 from tir_alp.tools.sandbox.blocking import BlockingSandbox, BlockingSession, shared_sandbox
 from tir_alp.tools.sandbox.config import DockerConfig, Limits, SandboxConfig
 from tir_alp.tools.sandbox.create import create_sandbox
-from tir_alp.tools.sandbox.report import SandboxReport
-from tir_alp.tools.sandbox.result import RunResult, SandboxError, SandboxRefused
+from tir_alp.tools.sandbox.result import RunResult, SandboxError, SandboxRefused, SandboxReport
 
 __all__ = [
     "BlockingSandbox",

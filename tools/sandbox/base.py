@@ -6,8 +6,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol, Self
 
 from tir_alp.tools.sandbox.config import Limits
-from tir_alp.tools.sandbox.report import SandboxReport
-from tir_alp.tools.sandbox.result import RunResult
+from tir_alp.tools.sandbox.result import RunResult, SandboxReport
 
 
 class Session(Protocol):

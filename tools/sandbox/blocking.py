@@ -19,8 +19,7 @@ from typing import Any, TypeVar
 from tir_alp.tools.sandbox.base import Sandbox, Session
 from tir_alp.tools.sandbox.config import Limits, SandboxConfig
 from tir_alp.tools.sandbox.create import create_sandbox
-from tir_alp.tools.sandbox.report import SandboxReport
-from tir_alp.tools.sandbox.result import RunResult, SandboxError, failed_result
+from tir_alp.tools.sandbox.result import RunResult, SandboxError, SandboxReport, failed_result
 
 _T = TypeVar("_T")
 _START_TIMEOUT_S = 180.0

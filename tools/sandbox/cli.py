@@ -17,7 +17,7 @@ from rich.table import Table
 from tir_alp.tools.sandbox.config import TOKEN_VARIABLE, Limits, SandboxConfig
 from tir_alp.tools.sandbox.create import AUTOMATIC, BACKENDS, create_sandbox, examine
 from tir_alp.tools.sandbox.result import SandboxError, SandboxRefused
-from tir_alp.tools.sandbox.script import run_script
+from tir_alp.tools.sandbox.service.script import run_script
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _UNAVAILABLE = 69
@@ -110,7 +110,7 @@ async def _run(config: SandboxConfig, arguments: argparse.Namespace) -> int:
 async def _serve(config: SandboxConfig, arguments: argparse.Namespace) -> int:
     """Serve until interrupted."""
     try:
-        from tir_alp.tools.sandbox.service import Service, ServiceConfig, serve
+        from tir_alp.tools.sandbox.service.server import Service, ServiceConfig, serve
     except ImportError as error:
         raise SandboxError(f"{error}; the service needs: pip install 'tir_alp[service]'") from error
     if arguments.no_token and arguments.host not in _LOOPBACK:

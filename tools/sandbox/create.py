@@ -7,19 +7,18 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from tir_alp.tools.sandbox.backends.docker import plan_docker
+from tir_alp.tools.sandbox.backends.gvisor import AnyJail
+from tir_alp.tools.sandbox.backends.landlock import plan_landlock, plan_unsafe
+from tir_alp.tools.sandbox.backends.namespaces import plan_namespaces
 from tir_alp.tools.sandbox.base import Sandbox
-from tir_alp.tools.sandbox.bubblewrap import plan_namespaces
 from tir_alp.tools.sandbox.config import SandboxConfig
-from tir_alp.tools.sandbox.containers import plan_docker
-from tir_alp.tools.sandbox.gvisor import AnyJail
-from tir_alp.tools.sandbox.plain import plan_landlock, plan_unsafe
-from tir_alp.tools.sandbox.probes import Finding, probe, refuse_if_weak
-from tir_alp.tools.sandbox.report import SandboxReport
-from tir_alp.tools.sandbox.result import SandboxRefused
-from tir_alp.tools.sandbox.sandbox import LocalSandbox
+from tir_alp.tools.sandbox.probes.probe import Finding, probe, refuse_if_weak
+from tir_alp.tools.sandbox.result import SandboxRefused, SandboxReport
+from tir_alp.tools.sandbox.sessions.local_sandbox import LocalSandbox
 
 if TYPE_CHECKING:
-    from tir_alp.tools.sandbox.remote import RemoteSandbox
+    from tir_alp.tools.sandbox.service.client import RemoteSandbox
 
 BACKENDS: dict[str, Callable[[SandboxConfig], AnyJail]] = {
     "namespaces": plan_namespaces,
@@ -92,7 +91,7 @@ async def _start(
 
 async def _start_remote(config: SandboxConfig) -> RemoteSandbox:
     try:
-        from tir_alp.tools.sandbox.remote import RemoteSandbox
+        from tir_alp.tools.sandbox.service.client import RemoteSandbox
     except ImportError as error:
         raise SandboxRefused(f"{error}; `remote` needs: pip install 'tir_alp[service]'") from error
     sandbox = RemoteSandbox(config)

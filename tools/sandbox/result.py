@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tir_alp.tools.outcome import Outcome
 
@@ -60,3 +60,17 @@ class SandboxError(Exception):
 
 class SandboxRefused(SandboxError):
     """This machine does not hold what the backend promises, so the sandbox does not start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxReport:
+    """Which backend was taken, and why none that is stronger.
+
+    Example: `SandboxReport(backend="landlock", refused={"namespaces": "no bubblewrap: ..."})`.
+    """
+
+    backend: str
+    refused: dict[str, str] = field(default_factory=dict)
+    """Stronger backends and what kept each from starting."""
+    warnings: tuple[str, ...] = ()
+    """What must not be overlooked, in sentences."""

@@ -19,7 +19,7 @@ def engine_with_image() -> Iterator[str]:
     """
     with ExitStack() as stack:
         try:
-            tests = importlib.import_module("tests.tools.docker_engine")
+            tests = importlib.import_module("tests.tools.sandbox.docker_engine")
         except ImportError as error:  # the SDK, for one
             yield f"no engine of its own: {error}"
             return

@@ -15,7 +15,7 @@ import pytest
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 
-from tests.tools.processes import wait_until
+from tests.tools.sandbox.processes import wait_until
 from tir_alp.envs.interop.host_process import HostError, HostProcess
 from tir_alp.envs.interop.hosted_env import HostedEnv
 from tir_alp.envs.interop.libraries import find_python, folder_of

@@ -26,9 +26,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tir_alp.tools.sandbox.jail import confine, frames, kernel
-from tir_alp.tools.sandbox.jail.interpreter import Interpreter
+from tir_alp.tools.sandbox.jail.cells import Interpreter
 from tir_alp.tools.sandbox.jail.room_folder import FolderRoom
-from tir_alp.tools.sandbox.jail.room_guest import GuestRoom
+from tir_alp.tools.sandbox.jail.room_gvisor import GuestRoom
 from tir_alp.tools.sandbox.jail.room_namespaces import NamespacesRoom
 from tir_alp.tools.sandbox.jail.spec import JailSpec
 

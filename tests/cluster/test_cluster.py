@@ -1,0 +1,491 @@
+"""The parts of a run as actors of a real Ray cluster: one start for all tests here.
+
+The cluster has two nodes, both on this machine, and the tests are clients of it, as a run with
+`--cluster ray://HOST:PORT` is; the drill's test has a cluster of its own, `local`. The environment
+runs no sandbox, so that runners start fast.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import re
+import signal
+import socket
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+pytest.importorskip("ray")
+
+import ray
+from ray.cluster_utils import Cluster as Nodes
+from ray.util.placement_group import placement_group_table
+
+from tests.cluster.fragile import FragileRank
+from tir_alp.cluster import placement as cluster_module
+from tir_alp.cluster import sandbox_host
+from tir_alp.cluster.engine_pool import EnginePool
+from tir_alp.cluster.environment_pool import Environments
+from tir_alp.cluster.packed_weights import pack, unpack
+from tir_alp.cluster.placement import open_cluster
+from tir_alp.cluster.poison_tasks import Suspects
+from tir_alp.cluster.remote_trainer import RemoteTrainer
+from tir_alp.cluster.reservation import check_gpus, connect
+from tir_alp.cluster.same_code import code_of, differences
+from tir_alp.cluster.trainer_host import interface_of
+from tir_alp.cluster.watched_actor import reason_of
+from tir_alp.config import SGLangConfig, TransformersConfig, load_config, read_toml
+from tir_alp.engines.base import Completion, Probe, Sampling
+from tir_alp.models.tiny import BASE, TRAIN_CONFIG
+from tir_alp.roles import PartLost
+from tir_alp.rollouts.renderer import Renderer
+from tir_alp.run.local_placement import LocalParts
+from tir_alp.tools.sandbox import SandboxError, SandboxRefused
+from tir_alp.training.policy import load_policy, load_tokenizer
+from tir_alp.types import StopReason
+
+WORDS = (
+    *("--cluster.engines.count", "2", "--cluster.environments.count", "2"),
+    *("--cluster.spread", "true", "--cluster.heartbeat_s", "0.5", "--cluster.patience_s", "10"),
+    *("--rollout.groups_per_step", "2", "--rollout.group_size", "2"),
+    *("--env.id", "tests.cluster.fragile:Fragile-v0", "--env.kwargs", "{}"),
+)
+NODE = {"num_cpus": 5, "include_dashboard": False}
+SOON = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+"""When Ray notices that a node is gone: its own settings would take longer than the tests."""
+TASK = {"task": {"task_id": "any", "question": "q", "answer": "a"}}
+ENGINES = {"sglang": SGLangConfig(type="sglang"), "transformers": TransformersConfig()}
+PROMPT = (2, 45, 78, 33, 1, 3)
+
+
+class Short(Renderer):
+    """Its rule ends a completion at the third token."""
+
+    def stop_matcher(self):
+        count = itertools.count(1)
+        return lambda _: next(count) == 3
+
+
+RENDERER = Short(load_tokenizer(str(BASE)))
+
+
+async def unasked(token_ids):
+    raise AssertionError("the embedded engine asks for no reference")
+
+
+@pytest.fixture(scope="module")
+def port():
+    """At which clients of the cluster are heard."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def nodes(port):
+    """Two nodes, each with room for all parts; the second one may be killed."""
+    head = {**NODE, "ray_client_server_port": port, "_system_config": SOON}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.getcwd())  # nodes know nothing of a client's modules
+        patch.setenv("GRPC_ENABLE_FORK_SUPPORT", "0")  # else a client's server may die in its start
+        made = Nodes(initialize_head=True, head_node_args=head)
+        made.add_node(**NODE)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def config(nodes, port):
+    """Of a run whose cluster is up."""
+    address = f"ray://127.0.0.1:{port}"
+    made = load_config(["--cluster", address, *WORDS], read_toml(TRAIN_CONFIG))
+    connect(made.cluster, print)
+    yield made
+    ray.shutdown()
+
+
+def run(body, seconds=240):
+    async def limited():
+        async with asyncio.timeout(seconds):
+            return await body()
+
+    return asyncio.run(limited())
+
+
+async def until(holds):
+    while not holds():
+        await asyncio.sleep(0.05)
+
+
+async def pid_of(part):
+    await until(lambda: part.actor is not None and part.health)
+    return part.health["pid"]
+
+
+@asynccontextmanager
+async def engines(config):
+    async with (
+        open_cluster(config) as cluster,
+        cluster.engine(str(BASE), 0, RENDERER, unasked) as pool,
+    ):
+        assert isinstance(pool, EnginePool)
+        yield cluster, pool
+
+
+def play(cluster, task_id, action="hello"):
+    env = cluster.make_env()
+    try:
+        task = {**TASK["task"], "task_id": task_id}
+        assert env.reset(options={"task": task})[0] == "say"
+        return env.step(action)
+    finally:
+        env.close()
+
+
+def sampling(uid, max_tokens=20):
+    return Sampling(max_tokens=max_tokens, temperature=1.0, sequence_uid=uid)
+
+
+def test_weights_of_any_dtype_come_through_the_object_store_as_they_were():
+    square = torch.randn(4, 4)
+    weights = {
+        "a": torch.randn(3, 5).to(torch.bfloat16),
+        "b": torch.tensor(7),
+        "c": square.T,
+        "embedding": square,
+        "head": square,
+    }
+    again = unpack(pack(weights))
+    assert again["head"] is again["embedding"]  # tied, which engines go by
+    assert {name: (each.dtype, each.shape) for name, each in again.items()} == {
+        name: (each.dtype, each.shape) for name, each in weights.items()
+    }
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_modules_that_differ_are_named_and_those_that_one_side_lacks(tmp_path):
+    for name, text in {"a.py": "1", "b/c.py": "2", "b/d.txt": "3"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    code = code_of(tmp_path)
+    assert sorted(code) == ["a.py", "b/c.py"]
+    assert differences(code, code) == ""
+    assert differences(code, {"a.py": code["a.py"], "e.py": "0"}) == "b/c.py, e.py"
+    assert differences({f"{index}.py": "0" for index in range(7)}, {}).endswith("4.py and 2 more")
+
+
+def test_a_tensor_that_arrives_otherwise_than_it_was_sent_is_named():
+    packed = pack({f"layer.{index}": torch.randn(8) for index in range(100)})
+    tensor = packed["layer.12"]
+    assert not isinstance(tensor, str) and tensor.checksum is not None
+    tensor.plain[3] ^= 1
+    with pytest.raises(ValueError, match=r"'layer\.12' did not arrive"):
+        unpack(packed)
+
+
+def test_a_cluster_that_is_too_small_says_so(config, capsys):
+    engines = config.cluster.engines.model_copy(update={"count": 100})
+    small = config.cluster.model_copy(update={"engines": engines, "start_timeout_s": 1.0})
+
+    async def body():
+        async with open_cluster(config.model_copy(update={"cluster": small})):
+            pass
+
+    asked = (
+        r".*'engines': 100.* [0-9]+ CPUs asked, [0-9]+ of [0-9]+ free, 0 GPUs asked, 0 of 0 free"
+    )
+    with pytest.raises(ValueError, match=rf"not have room within 1 s: {asked}: lower cluster"):
+        run(body)
+    assert re.search(rf"^waiting for room in the cluster: {asked}$", capsys.readouterr().err, re.M)
+
+    async def gone():
+        groups = placement_group_table
+        await until(lambda: {each["state"] for each in groups().values()} <= {"REMOVED"})
+
+    run(gone, seconds=30)  # nor does it wait for room any longer
+
+
+@pytest.mark.parametrize(
+    ("words", "is_well"),
+    [
+        (("--engine.tensor_parallel", "2", "--cluster.engines.gpus", "1"), False),
+        (("--engine.num_servers", "2", "--cluster.engines.gpus", "2"), True),
+        (("--cluster.engines.gpus", "0.5"), True),
+        (("--cluster.engines.gpus", "1", "--engine.first_gpu", "1"), False),
+        (("--engine.device", "cpu"), True),
+        (("--engine.urls", '["http://host:1"]'), True),
+    ],
+)
+def test_servers_that_take_gpus_which_their_part_is_not_given_are_refused(words, is_well):
+    made = load_config(["--engine.type", "sglang", *words], read_toml(TRAIN_CONFIG))
+    with contextlib.nullcontext() if is_well else pytest.raises(ValueError, match=r"engines\.gpus"):
+        check_gpus(made)
+
+
+@pytest.mark.parametrize(("failures", "is_taken"), [(2, True), (3, False)])
+def test_a_client_whose_server_dies_in_its_start_asks_again(monkeypatch, failures, is_taken):
+    left = [ConnectionAbortedError("Starting Ray client server failed")] * failures
+
+    def init(*_, **__):
+        if left:
+            raise left.pop()
+
+    monkeypatch.setattr(ray, "init", init)
+    settings = load_config(WORDS, read_toml(TRAIN_CONFIG)).cluster
+    with nullcontext() if is_taken else pytest.raises(ValueError, match="there is no Ray cluster"):
+        connect(settings, print)
+    assert not left
+
+
+def test_as_soon_as_a_part_cannot_start_none_is_left():
+    closed = []
+
+    class Fake:
+        def __init__(self, name):
+            self.name = name
+
+        async def open(self):
+            if self.name == "broken":
+                raise ValueError("no model")
+            await asyncio.Event().wait()
+
+        async def close(self):
+            closed.append(self.name)
+
+    parts: Any = [Fake("slow"), Fake("broken")]
+    with pytest.raises(ValueError, match="no model"):
+        run(lambda: cluster_module.open_all(parts), seconds=10)
+    assert closed == ["slow", "broken"]
+
+
+def test_a_pool_is_as_well_as_its_worst_engine():
+    pool: Any = EnginePool.__new__(EnginePool)
+    first = {"running": 1, "tensors_compared": 4, "probe_difference": 0.2, "pid": 7}
+    second = {"running": 2, "tensors_compared": 3, "probe_difference": 0.1, "pid": 8}
+    here = [SimpleNamespace(health=health, actor="there") for health in (first, second)]
+    pool.parts = [*here, SimpleNamespace(health={}, actor=None)]
+    expected = {"running": 3, "tensors_compared": 3, "probe_difference": 0.2, "engines": 2}
+    assert pool.health() == expected
+
+
+@pytest.mark.parametrize(("engine", "has_probe"), [("sglang", True), ("transformers", False)])
+def test_servers_get_what_the_trainer_says_together_with_the_weights(config, engine, has_probe):
+    given = []
+
+    class Fake:
+        actor = object()
+
+        async def call(self, method, *arguments, timeout_s):
+            if method == "generate":
+                return Completion(
+                    token_ids=(8, 9),
+                    logprobs=(-1.0, -1.0),
+                    stop_reason=StopReason.LENGTH,
+                    policy_version=0,
+                )
+            given.append(arguments[1:])
+            return {}
+
+        def hear(self, health):
+            pass
+
+        name = "engine-0"
+
+    async def reference(token_ids):
+        return Probe(token_ids, (-2.0,) * (len(token_ids) - 1))
+
+    of_run = config.model_copy(update={"engine": ENGINES[engine]})
+
+    async def body():
+        pool = EnginePool(of_run, str(BASE), 0, RENDERER, reference, lambda _: cast(Any, [Fake()]))
+        await pool.generate((5, 6, 7), sampling(0))
+        await pool.load_weights(BASE, version=4)
+
+    run(body)
+    assert given == [(4, Probe((5, 6, 7, 8, 9), (-2.0,) * 4) if has_probe else None)]
+
+
+def test_ranks_meet_at_the_interface_that_other_nodes_reach():
+    assert interface_of("127.0.0.1") == "lo" and interface_of("203.0.113.1") is None
+
+
+def test_a_pool_of_engines_samples_what_one_engine_does_and_survives_the_loss_of_one(config):
+    """A dead engine's requests are made again elsewhere; a new one begins with new weights."""
+    weights = load_policy(str(BASE)).state_dict()
+    weights = {name: tensor * 1.5 for name, tensor in weights.items()}
+
+    async def alone():
+        async with LocalParts(config).engine(str(BASE), 0, RENDERER, unasked) as engine:
+            first = [await engine.generate(PROMPT, sampling(uid)) for uid in range(6)]
+            await engine.load_weights(weights, version=3)
+            second = [await engine.generate(PROMPT, sampling(uid)) for uid in range(6)]
+            return first, second
+
+    async def pooled():
+        async with engines(config) as (_, pool):
+            kinds = {name.split("/")[1] for name in ray.util.list_named_actors()}
+            assert kinds == {"engine-0", "engine-1", "environment-0", "environment-1"}
+            pid = await pid_of(pool.parts[0])
+            asked = [asyncio.create_task(pool.generate(PROMPT, sampling(u))) for u in range(6)]
+            os.kill(pid, signal.SIGKILL)
+            first = await asyncio.gather(*asked)
+            await pool.load_weights(weights, version=3)
+            await until(lambda: pool.parts[0].num_replaced == 1)
+            second = await asyncio.gather(*(pool.generate(PROMPT, sampling(u)) for u in range(6)))
+            ruled = replace(sampling(0), stop_matcher=RENDERER.stop_matcher)
+            assert len((await pool.generate(PROMPT, ruled)).token_ids) == 3
+            return first, second, pool.health()
+
+    first, second = run(alone)
+    pool_first, pool_second, health = run(pooled)
+    assert [each.token_ids for each in pool_first] == [each.token_ids for each in first]
+    assert [each.token_ids for each in pool_second] == [each.token_ids for each in second]
+    assert {each.policy_version for each in pool_second} == {3}
+    assert health["engines"] == 2
+
+
+async def await_sandboxes(environments, sandbox):
+    """An episode waits for sandbox hosts that are replaced, and not for those of somebody else."""
+    env = environments.config().env.model_copy(update={"kwargs": {"sandbox": str(sandbox)}})
+    config = environments.config().model_copy(update={"env": env})
+
+    def episode(has_sandboxes):
+        suspects = Suspects(print, 20.0)
+        parts = environments.parts
+        made = Environments(parts, lambda: config, suspects, 20.0, has_sandboxes).make()
+        try:
+            return made.reset(options={"task": {"task_id": "early"}})[0]
+        finally:
+            made.close()
+
+    with pytest.raises(SandboxRefused):
+        await asyncio.to_thread(episode, False)
+    waiting = asyncio.create_task(asyncio.to_thread(episode, True))
+    await asyncio.sleep(0.5)
+    assert not waiting.done()
+    sandbox.touch()
+    assert await waiting == "say"
+
+
+def test_an_environment_runner_that_dies_fails_its_calls_and_a_poison_task_is_dropped(
+    config, tmp_path
+):
+    async def body():
+        async with open_cluster(config) as cluster:
+            environments = cluster.environments
+
+            text, *_, info = await asyncio.to_thread(play, cluster, "good")
+            assert text == "hello" and info["pid"] != os.getpid()
+            await await_sandboxes(environments, tmp_path / "sandbox")
+
+            frozen = await pid_of(environments.parts[0])
+            waiting = [
+                asyncio.create_task(asyncio.to_thread(play, cluster, "slow", "wait")) for _ in "ab"
+            ]
+            await until(lambda: environments.parts[0].health.get("environments") == 1)
+            os.kill(frozen, signal.SIGSTOP)
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            assert isinstance(done.pop().exception(), PartLost)
+            for part in environments.parts:
+                await until(lambda part=part: part.actor is not None)
+
+            while "poison" not in environments.suspects.guilty:
+                with pytest.raises((PartLost, RuntimeError)):
+                    await asyncio.to_thread(play, cluster, "poison")
+            assert environments.suspects.guilty == ("poison",)
+            assert (await asyncio.to_thread(play, cluster, "good"))[0] == "hello"
+            os.kill(await pid_of(environments.parts[0]), signal.SIGKILL)
+            os.kill(await pid_of(environments.parts[1]), signal.SIGKILL)
+            await asyncio.wait(waiting)
+
+    run(body)
+
+
+def test_other_code_ends_a_start_and_is_only_said_of_a_later_actor(config, monkeypatch, capsys):
+    async def body():
+        async with open_cluster(config) as cluster:
+            part = cluster.parts["environments"][0]
+            pid = await pid_of(part)
+            monkeypatch.setattr(cluster_module, "differences", lambda *_: "loss.py")
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: part.num_replaced == 1)
+        with pytest.raises(ValueError, match=r"loss\.py; install the same on all nodes"):
+            async with open_cluster(config):
+                raise AssertionError("not reached")
+
+    run(body)
+    assert "environment-0 runs other code of tir_alp than this process: loss.py\n" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "message"),
+    [
+        (1, PartLost, "a rank of the trainer was lost: rank 0 stopped"),
+        (2, OSError, "no space left"),  # a failure of ours, not the loss of a part
+        (3, PartLost, "a rank of the trainer was lost: its process ended"),
+        (4, PartLost, "the trainer did not answer within 0.5 s"),
+    ],
+)
+def test_a_trainer_that_fails_is_told_from_one_that_is_lost(config, scale, error, message):
+    actor: Any = ray.remote(FragileRank).options(num_cpus=0).remote()
+    rank: Any = SimpleNamespace(name="trainer-0", actor=actor)
+    with pytest.raises(error, match=message):
+        RemoteTrainer([rank], timeout_s=0.5 if scale == 4 else 60.0).nudge(scale)
+    ray.kill(actor)
+    rank.actor = None
+    with pytest.raises(PartLost, match="trainer-0 was lost"):
+        RemoteTrainer([rank], timeout_s=60.0).nudge(scale)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "why"), [(60.0, "had no address at .* within 0.5 s"), (0.0, "ended before it had")]
+)
+def test_a_sandbox_service_without_an_address_is_not_waited_for(seconds, why, monkeypatch):
+    async def serve(*_):
+        await asyncio.sleep(seconds)
+
+    monkeypatch.setattr(sandbox_host, "serve", serve)
+    monkeypatch.setattr(sandbox_host, "_START_TIMEOUT_S", 0.5)
+    with pytest.raises(SandboxError, match=why):
+        run(lambda: sandbox_host.SandboxHost().start({"backend": "unsafe"}, 0, "token"), seconds=20)
+
+
+def test_the_last_words_of_podman_are_told():
+    said = "one\ntwo\n\nthree\nfour\n"
+    assert (
+        reason_of(RuntimeError(f"['podman', 'run'] failed: stderr={said}")) == "two | three | four"
+    )
+    assert reason_of(RuntimeError(said)) == "four"
+
+
+def test_parts_of_a_node_that_is_killed_go_on_on_another(config, nodes):
+    async def body():
+        # Places of the test before are given back by and by; parts are spread over what is free.
+        await until(lambda: ray.available_resources().get("CPU") == 2 * NODE["num_cpus"])
+        async with open_cluster(config) as cluster:
+            parts = cluster.parts["environments"]
+            assert ["environment" in line for line in cluster.layout()] == [True, True]
+            pids = {await pid_of(part) for part in parts}
+            begun = [cluster.make_env() for _ in parts]  # one on each node
+            for env in begun:
+                await asyncio.to_thread(env.reset, options=TASK)
+            (node,) = nodes.worker_nodes
+            await asyncio.to_thread(nodes.remove_node, node, allow_graceful=False)
+
+            def now():
+                alive = (part for part in parts if part.actor is not None)
+                return {part.health["pid"] for part in alive if "pid" in part.health}
+
+            await until(lambda: len(now()) == 2 and now() != pids)
+            assert len(now() & pids) == 1 and len(cluster.layout()) == 1
+            for env in begun:
+                assert (await asyncio.to_thread(env.reset, options=TASK))[0] == "say"
+
+    run(body)

@@ -1,0 +1,90 @@
+"""Who killed the host: no innocent task is dropped, a guilty one is: by its second host alone."""
+
+import threading
+
+import pytest
+
+from tir_alp.cluster.poison_tasks import HostGone, PoisonTask, Suspects
+
+
+def work(suspects, *task_ids, host="host-0", dies=False):
+    """Calls of tasks at the same time on one host, which dies in the end if told to."""
+    together = threading.Barrier(len(task_ids) + 1)
+
+    def call(task_id):
+        with suspects.at_work(task_id, host) as report_death:
+            together.wait(10)
+            if dies:
+                report_death("killed")
+
+    threads = [threading.Thread(target=call, args=(task_id,)) for task_id in task_ids]
+    for thread in threads:
+        thread.start()
+    together.wait(10)
+    for thread in threads:
+        thread.join()
+
+
+def test_a_task_that_ends_two_hosts_is_dropped_and_named():
+    said = []
+    suspects = Suspects(said.append, timeout_s=10)
+    work(suspects, "good", "bad", "fine", dies=True)
+    work(suspects, "bad", host="host-1", dies=True)
+    assert suspects.guilty == ()  # somebody else may have killed both
+    work(suspects, "bad", host="host-2", dies=True)
+    assert suspects.guilty == ("bad",)
+    assert said == ["task bad is dropped: it ended its host twice (host-1, killed; host-2, killed)"]
+    with pytest.raises(PoisonTask, match="bad"), suspects.at_work("bad", "host-0"):
+        pass
+
+
+def test_suspects_are_at_work_one_at_a_time_on_a_host_so_that_the_innocent_are_not_dropped():
+    suspects = Suspects(print, timeout_s=0.05)
+    work(suspects, "good", "bad", dies=True)
+    with suspects.at_work("good", "host-1"):
+        with pytest.raises(TimeoutError), suspects.at_work("bad", "host-1"):
+            pass
+        with suspects.at_work("other", "host-1"):
+            pass  # no suspect, and not held up
+        for host in ("host-2", "host-3"):
+            with suspects.at_work("bad", host) as report_death:
+                report_death("killed")
+    assert suspects.guilty == ("bad",)
+
+
+def test_who_waited_while_a_suspect_killed_its_host_is_not_guilty_of_it():
+    suspects = Suspects(print, timeout_s=10)
+    work(suspects, "good", "bad", dies=True)
+    for task in ("good", "bad"):  # one more, and it is guilty
+        work(suspects, task, host=f"of-{task}", dies=True)
+
+    refused = []
+
+    def wait():
+        with pytest.raises(HostGone), suspects.at_work("good", "host-1"):
+            pass
+        refused.append("good")
+
+    with suspects.at_work("bad", "host-1") as report_death:
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        report_death("killed")
+    waiting.join(10)
+    assert refused == ["good"]
+    for later in ("good", "new"):  # nor is who comes still later
+        with pytest.raises(HostGone), suspects.at_work(later, "host-1"):
+            pass
+    work(suspects, "new", host="host-2", dies=True)
+    assert suspects.guilty == ("bad",)
+    work(suspects, "good", "fine", host="host-3")
+    with suspects.at_work("good", "host-1", generation=1) as report_death:
+        report_death("killed")
+    assert suspects.guilty == ("bad", "good")
+
+
+def test_a_host_that_was_killed_by_others_again_and_again_costs_no_task():
+    suspects = Suspects(print, timeout_s=10)
+    for number in range(20):
+        tasks = (f"{letter}{number}" for letter in "abc")
+        work(suspects, *tasks, host=f"host-{number}", dies=True)
+    assert suspects.guilty == ()

@@ -1,0 +1,132 @@
+"""What the ranks of `test_ranks.py` run.
+
+`python -m torch.distributed.run --nproc-per-node N tests/training/ranks.py TASK FOLDER`
+"""
+
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.training.test_trainer import (
+    Groups,
+    gradients,
+    make_groups,
+    noisy,
+    trainer,
+    weights_of,
+    with_advantage,
+)
+from tir_alp.algorithm.presets import ALGORITHMS, AlgorithmConfig, CorrectionConfig, KLConfig
+from tir_alp.models.tiny.model import make_tokenizer
+from tir_alp.training import checkpoint
+from tir_alp.training.checkpoint import Position
+from tir_alp.training.policy import compute_device
+from tir_alp.training.ranks import RankFailed, Ranks, join
+from tir_alp.training.trainer import Trainer
+
+DEVICE = compute_device("auto")
+KEPT = CorrectionConfig(type="mis", low=0.995, high=1.005, normalise="kept")
+CASES: dict[str, tuple[AlgorithmConfig, dict[str, Any]]] = {
+    "some sequences at a time": (noisy(), {"micro_batch_tokens": 50}),
+    "noise on the logits": (noisy(site="logits", draws=2), {"gradient_checkpointing": True}),
+    "denominators that are only known after a forward": (
+        ALGORITHMS["mis_token"].model_copy(
+            update={"correction": KEPT, "kl": KLConfig(coefficient=0.1)}
+        ),
+        {"micro_batch_tokens": 50},
+    ),
+    "offloaded and computed twice": (noisy(), {"offload": True, "gradient_checkpointing": True}),
+    "adapters": (noisy(), {"lora": {"rank": 4, "alpha": 8.0}, "lr": 1e-2}),
+    "bfloat16": (noisy(init_std=0.01), {"dtype": "bfloat16", "gradient_checkpointing": True}),
+}
+"""Kinds of training that must not depend on the number of ranks."""
+
+Result = tuple[list[dict[str, float]], dict[str, Tensor], dict[str, Tensor]]
+
+
+def train(ranks: Ranks, case: str, folder: Path | None = None) -> Result:
+    """Two steps: what they report, the gradients of the first, and the weights at the end.
+
+    With a folder, a checkpoint is left there between them.
+    """
+    algorithm, settings = CASES[case]
+    one = trainer(algorithm, ranks=ranks, **{"max_grad_norm": 0.5} | settings)
+    reports = [one.step(make_groups(), 0)]
+    found = gradients(one)
+    if folder is not None:
+        checkpoint.save(folder, one, make_tokenizer(), Position(1, 4, 1), {}, keep=1)
+    reports.append(one.step(make_groups(), 1))
+    return reports, found, weights_of(one)
+
+
+def go_on(ranks: Ranks, case: str, folder: Path) -> Result:
+    """The second of these steps, from the checkpoint."""
+    algorithm, settings = CASES[case]
+    one = trainer(algorithm, ranks=ranks, **{"max_grad_norm": 0.5} | settings)
+    checkpoint.load(folder / "step_1", one)
+    return [one.step(make_groups(), 1)], gradients(one), weights_of(one)
+
+
+def fail(ranks: Ranks) -> str:
+    """A step in which the last rank alone cannot go on; what this one then says."""
+
+    def full(update: int, _: Any) -> None:
+        if ranks.rank == ranks.size - 1:
+            raise OSError("the disk is full")
+
+    return said_in(trainer(noisy(), ranks=ranks, bad=full), with_advantage(make_groups(), math.nan))
+
+
+def die(ranks: Ranks) -> str:
+    """A step before which the last rank is killed; what this one then says."""
+    one = trainer(noisy(), ranks=ranks)
+    if ranks.rank == ranks.size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of the launcher, which sees it die, too
+    return said_in(one, make_groups())
+
+
+def said_in(one: Trainer, groups: Groups) -> str:
+    try:
+        one.step(groups, 0)
+    except (RankFailed, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing failed"
+
+
+def failures(folder: Path) -> None:
+    """One after the other: a rank fails and stays alive, in another group a rank is killed."""
+    with join(10, DEVICE) as ranks:
+        said = folder / f"fail_{ranks.rank}"
+        said.write_text(fail(ranks))
+        while not (folder / "fail_0").exists():  # till then no closed connection tells of it
+            time.sleep(0.05)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", meeting, rank=ranks.rank, world_size=ranks.size)
+    with join(10, DEVICE) as ranks:
+        (folder / f"die_{ranks.rank}").write_text(die(ranks))
+
+
+def main(task: str, folder: Path) -> None:
+    """Train, and go on from the checkpoints in `one/`; or fail. The folder keeps what was found."""
+    torch.set_num_threads(1)
+    if task == "failures":
+        return failures(folder)
+    with join(120, DEVICE) as ranks:
+        found = {case: train(ranks, case, folder / case) for case in CASES}
+        torch.save(found, folder / f"train_{ranks.rank}.pt")
+        others = {case: folder / "one" / case for case in CASES}
+        gone_on = {case: go_on(ranks, case, path) for case, path in others.items() if path.exists()}
+        torch.save(gone_on, folder / f"go_on_{ranks.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,412 @@
+"""ALP: learnable Gaussian noise on the hidden state that enters each decoder layer.
+
+    h'_l = h_l + sigma_l * eps_l,      eps_l ~ N(0, I),      sigma_l = exp(log_sigma_l)
+
+No class is patched and the model is not changed: `LayerwisePerturbation.active` puts forward
+hooks on the layers, or for the ablation `site="logits"` on the output head, and takes them off
+again. Outside it the model is bit for bit itself, and `log_sigma` is never part of the model's
+state dict.
+
+The noise is not drawn from a generator, it is *looked up* (`noise.py`): a pure function of (seed,
+update, sequence uid, draw, layer, position, channel). That is the invariant of this file, and
+everything else follows from it: the same noise for a token however its sequence is padded, packed,
+split over micro-batches or recomputed, on every device and in every dtype; nothing to save for a
+resume.
+
+Not here: the optimizer group of `log_sigma`, and the sum of its gradient over data-parallel ranks.
+Both are the trainer's.
+
+Axis letters: B sequences, T tokens of the longest sequence, N tokens of all, L layers, H hidden.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
+
+from tir_alp.algorithm.noise import name_hashes, normal_pieces, nth_keys
+from tir_alp.algorithm.presets import PerturbationConfig
+from tir_alp.algorithm.sites import find_decoder_layers, find_output_head
+
+PaddingSide = Literal["left", "right"]
+
+_NUM_MEASURED = 256  # tokens that an `Effect` looks at: a sample, since it costs time
+_LOGITS = "logits"
+
+
+class NoiseKey(NamedTuple):
+    """Names the noise of one sequence in one update; the layer and the run's seed complete it."""
+
+    update: int
+    """Optimizer steps before this one."""
+    sequence_uid: int
+    """Identity of the sequence within the run."""
+
+
+@dataclass(slots=True)
+class Effect:
+    """What the noise did where it was added; filled only when measured.
+
+    The keys are those of `LayerwisePerturbation.names`. sigma can be too small to survive the
+    rounding to the compute dtype, so look here, not at sigma.
+    """
+
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    """Share of the elements of h' that differ from h in the compute dtype; scalars."""
+    relative: dict[str, Tensor] = field(default_factory=dict)
+    """RMS(h' - h) / RMS(h); scalars."""
+
+    def record(self, name: str, hidden: Tensor, perturbed: Tensor, place: _Place) -> None:
+        """Measure one layer on its first tokens, without waiting for the device."""
+        state, shift = (_wide(_rows(h)[:_NUM_MEASURED]) for h in (hidden, perturbed))
+        shift = shift - state  # 0 in the padding
+        num_tokens = torch.tensor(len(state), device=state.device)
+        if place.is_token is not None:
+            is_token = place.is_token.flatten()[:_NUM_MEASURED]
+            state, num_tokens = torch.where(is_token[:, None], state, 0), is_token.sum()
+        self.changed[name] = (shift != 0).sum() / (num_tokens * hidden.shape[-1])
+        self.relative[name] = (shift.square().sum() / state.square().sum()).sqrt()
+
+    def metrics(self) -> dict[str, float]:
+        """Each layer's RMS ratio and the means over layers, for the log; empty if unmeasured."""
+        if not self.changed:
+            return {}
+        relative = torch.stack([*self.relative.values()])
+        return {
+            "alp/effective": torch.stack([*self.changed.values()]).mean().item(),
+            "alp/relative_rms": relative.mean().item(),
+            **{
+                f"alp/relative_rms_{name}": value
+                for name, value in zip(self.relative, relative.tolist(), strict=True)
+            },
+        }
+
+
+class LayerwisePerturbation:
+    """The noise of ALP for any Hugging Face decoder, wrapped or not.
+
+        perturbation = LayerwisePerturbation(model, PerturbationConfig(init_std=0.01))
+        keys = [NoiseKey(update=3, sequence_uid=uid) for uid in batch.sequence_uids]
+        with perturbation.active(keys, batch.lengths):
+            loss = ...model(...)
+            loss.backward()                # inside: checkpointed layers run again in backward
+
+    `init_std=0` is exactly off: `log_sigma` is -inf and does not learn, and no hook is placed.
+
+    With `site="logits"` the noise is added to the logits instead, with one sigma. Logits that are
+    made for chosen tokens only, [M, V], must say which: `head(hidden, rows=rows)`, with `rows` [M]
+    the places of their hidden states among the packed tokens. Only inside `active` does the head
+    take that argument, and there it must be given: noise cannot be forgotten or misplaced.
+
+    Build it when the model stands on its device.
+    """
+
+    log_sigma: nn.Parameter
+    """[L] float32, one a perturbed layer, [1] for the logits; requires a gradient if learnable."""
+
+    def __init__(self, model: nn.Module, config: PerturbationConfig) -> None:
+        self.config = config
+        self._sites = _find_sites(model, config)
+        self._is_active = False
+        log_std = math.log(config.init_std) if config.init_std > 0 else -math.inf
+        device = next(model.parameters()).device
+        self.log_sigma = nn.Parameter(
+            torch.full((len(self._sites),), log_std, device=device),
+            requires_grad=config.learnable and config.init_std > 0,
+        )
+
+    @property
+    def sigma(self) -> Tensor:
+        """[L] standard deviations, detached."""
+        return self.log_sigma.detach().exp()
+
+    @property
+    def names(self) -> list[str]:
+        """What each entry of `log_sigma` belongs to: the index of its layer, or "logits"."""
+        return [*self._sites]
+
+    @contextmanager
+    def active(
+        self,
+        keys: Sequence[NoiseKey],
+        lengths: Sequence[int],
+        padding_side: PaddingSide = "right",
+        *,
+        draw: int = 0,
+        measure: bool = False,
+    ) -> Iterator[Effect]:
+        """Perturb every forward of the model inside the `with`, and nothing outside it.
+
+        The model's hidden states are either padded, [B, T, H] with T at least the longest
+        length, or packed, [1, sum(lengths), H]; which one is seen from their shape.
+
+        With gradient checkpointing (the non-reentrant kind, Hugging Face's default) the layers run
+        again in backward, so backward belongs inside too; outside, torch raises `CheckpointError`.
+
+        Args:
+            keys: One a sequence, all different.
+            lengths: Tokens of each sequence, without padding.
+            padding_side: Where padded hidden states have their padding, which gets no noise.
+            draw: Which of the `config.draws` independent draws of an update. With
+                `config.antithetic` every odd draw is the negative of the one before it.
+            measure: Whether to fill the yielded `Effect`.
+
+        Yields:
+            The effect of the last forward; empty unless `measure`.
+        """
+        if self._is_active:
+            raise RuntimeError("this perturbation is active already; `active` does not nest")
+        if len(keys) != len(lengths):
+            raise ValueError(f"{len(keys)} noise keys for {len(lengths)} lengths")
+        if len(set(keys)) != len(keys):
+            raise ValueError("two sequences have the same noise key: is sequence_uid set?")
+        effect = Effect()
+        if self.config.init_std == 0 and self.config.site == "hidden":
+            yield effect
+            return
+        sign = -1 if self.config.antithetic and draw % 2 else 1
+        stream = draw // 2 if self.config.antithetic else draw
+        streams = _Streams(
+            self.config.seed, keys, stream, [*self._sites], lengths, padding_side, sign
+        )
+        handles = []
+        self._is_active = True
+        try:
+            for row, (name, module) in enumerate(self._sites.items()):
+                add = functools.partial(self._add, row, name, effect if measure else None)
+                hooks = _hooks_of_head if name == _LOGITS else _hooks_of_layer
+                handles += hooks(module, streams, add)
+            yield effect
+        finally:
+            self._is_active = False
+            for handle in handles:
+                handle.remove()
+
+    def _add(
+        self, row: int, name: str, effect: Effect | None, hidden: Tensor, place: _Place
+    ) -> Tensor:
+        """The states with noise of the sigma at `row`."""
+        if self.config.init_std == 0:  # the hooks of a head are there all the same, for its `rows`
+            return hidden
+        log_sigma = self.log_sigma[row].to(hidden.device)
+        units = _units(hidden.detach(), self.config.scale, place.is_token)
+        token_keys = place.token_keys(row)
+        perturbed = _AddNoise.apply(hidden, log_sigma, token_keys, units, place.sign)
+        if effect is not None:
+            effect.record(name, hidden.detach(), perturbed.detach(), place)
+        return perturbed
+
+
+AddNoise = Callable[[Tensor, "_Place"], Tensor]
+
+
+def _hooks_of_layer(layer: nn.Module, streams: _Streams, add: AddNoise) -> list[RemovableHandle]:
+    """Perturb what enters a decoder layer."""
+
+    def hook(
+        layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        perturbed = add(hidden, streams.place(hidden.shape[:-1], hidden.device))
+        if args:
+            return (perturbed, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": perturbed}
+
+    return [layer.register_forward_pre_hook(hook, with_kwargs=True)]
+
+
+def _hooks_of_head(head: nn.Module, streams: _Streams, add: AddNoise) -> list[RemovableHandle]:
+    """Perturb what leaves the output head, and let it be told which tokens it is called for."""
+    chosen: list[Tensor | None] = []
+
+    def take_rows(
+        head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        chosen[:] = [kwargs.pop("rows", None)]
+        return args, kwargs
+
+    def perturb(head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:
+        (rows,) = chosen
+        if rows is not None:
+            return add(logits, streams.place_rows(rows))
+        if logits.dim() == 2:
+            raise ValueError("logits of chosen tokens need head(hidden, rows=...) to get noise")
+        return add(logits, streams.place(logits.shape[:-1], logits.device))
+
+    return [
+        head.register_forward_pre_hook(take_rows, with_kwargs=True),
+        head.register_forward_hook(perturb),
+    ]
+
+
+def _find_sites(model: nn.Module, config: PerturbationConfig) -> dict[str, nn.Module]:
+    """The modules whose states get noise, by name."""
+    if config.site == "logits":
+        return {_LOGITS: find_output_head(model)}
+    layers = find_decoder_layers(model)
+    start, stop = config.layers or (0, len(layers))
+    if stop > len(layers):
+        raise ValueError(f"layers [{start}, {stop}) of a model with {len(layers)} layers")
+    return {str(index): layers[index] for index in range(start, stop)}
+
+
+# ------------------------------------------------------------------------------- adding the noise
+
+
+class _AddNoise(torch.autograd.Function):
+    """h + sigma * unit * eps, added in float32 (or wider) and rounded once, to the dtype of h.
+
+    Backward, with g the gradient of h': dh = g, and dlog_sigma = sigma * sum(unit * eps * g),
+    equation (6). The noise is made in pieces that are used up at once, and made again for backward:
+    what is kept of it is 8 bytes a token.
+
+    `log_sigma` is saved on purpose even where it is fixed: a checkpointed layer that is recomputed
+    without its hook then saves one tensor less, which torch reports.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        log_sigma: Tensor,
+        token_keys: Tensor,
+        units: Tensor | None,
+        sign: int,
+    ) -> Tensor:
+        ctx.save_for_backward(log_sigma, units, token_keys if ctx.needs_input_grad[1] else None)
+        ctx.sign = sign
+        sigma = sign * log_sigma.exp()
+        perturbed = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        rows, result = _rows(hidden), _rows(perturbed)
+        for piece, noise in normal_pieces(token_keys, hidden.shape[-1]):
+            wide = _wide(rows[piece])
+            scale = sigma if units is None else sigma * units[piece]
+            torch.addcmul(wide, noise.to(wide.dtype), scale, out=result[piece])
+        return perturbed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        log_sigma, units, token_keys = ctx.saved_tensors
+        if token_keys is None:
+            return grad, None, None, None, None
+        rows, total = _rows(grad), log_sigma.new_zeros((), dtype=_wide_dtype(grad))
+        for piece, noise in normal_pieces(token_keys, grad.shape[-1]):
+            wide = _wide(rows[piece]) if units is None else _wide(rows[piece]) * units[piece]
+            total += torch.dot(wide.flatten(), noise.flatten().to(wide.dtype))
+        return grad, ctx.sign * log_sigma.exp() * total, None, None, None
+
+
+def _units(hidden: Tensor, scale: str, is_token: Tensor | None) -> Tensor | None:
+    """[N, 1] unit of sigma at each row of hidden states, 0 in the padding; None: 1 everywhere."""
+    if scale == "absolute":
+        return None if is_token is None else is_token.reshape(-1, 1).to(_wide_dtype(hidden))
+    rms = _wide(hidden).square().mean(-1).sqrt().reshape(-1, 1)
+    return rms if is_token is None else torch.where(is_token.reshape(-1, 1), rms, 0)
+
+
+def _rows(states: Tensor) -> Tensor:
+    """[N, H]: a row a token."""
+    return states.flatten(0, -2)
+
+
+def _wide_dtype(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(_wide_dtype(values))
+
+
+# ---------------------------------------------------------------------------- which noise is where
+
+
+class _Place(NamedTuple):
+    """Which token each row of the states is, and where its noise comes from.
+
+    `sequence`, `position` and `is_token` are [B, T] if padded and [1, N] if packed.
+    """
+
+    stream_keys: Tensor
+    """[L, B] int64, one a perturbed layer and sequence."""
+    sequence: Tensor
+    """Index of the token's sequence."""
+    position: Tensor
+    """The token's position there."""
+    is_token: Tensor | None
+    """False in the padding; None: there is none."""
+    sign: int
+    """+1, or -1 for the negative of the noise."""
+
+    def token_keys(self, row: int) -> Tensor:
+        """[N] int64 of one layer, a row a token or place: what its noise is made of."""
+        return nth_keys(self.stream_keys[row][self.sequence], self.position).flatten()
+
+
+@dataclass(slots=True)
+class _Streams:
+    """The noise streams of one micro-batch, and where its tokens stand in its states."""
+
+    seed: int
+    keys: Sequence[NoiseKey]
+    stream: int
+    names: Sequence[str]
+    lengths: Sequence[int]
+    padding_side: PaddingSide
+    sign: int
+    _places: dict[tuple[torch.Size, torch.device], _Place] = field(default_factory=dict)
+
+    def place(self, shape: torch.Size, device: torch.device) -> _Place:
+        """Locate the tokens: once, since all layers see the same shape, and then from memory."""
+        if (shape, device) not in self._places:
+            self._places[shape, device] = self._locate(shape, device)
+        return self._places[shape, device]
+
+    def place_rows(self, rows: Tensor) -> _Place:
+        """Locate chosen tokens of packed states."""
+        whole = self.place(torch.Size((1, sum(self.lengths))), rows.device)
+        return whole._replace(sequence=whole.sequence[:, rows], position=whole.position[:, rows])
+
+    def _locate(self, shape: torch.Size, device: torch.device) -> _Place:
+        rows, columns = shape
+        num_tokens, num_sequences = sum(self.lengths), len(self.lengths)
+        is_padded = rows == num_sequences and columns >= max(self.lengths)
+        if not is_padded and (rows, columns) != (1, num_tokens):
+            raise ValueError(
+                f"hidden states of {rows} rows of {columns} tokens are neither padded nor packed "
+                f"sequences of lengths {list(self.lengths)}"
+            )
+        stream_keys = self._stream_keys().to(device)
+        lengths = torch.tensor(self.lengths, device=device)
+        index = torch.arange(num_sequences, device=device)
+        column = torch.arange(columns, device=device)
+        if is_padded:
+            starts = columns - lengths if self.padding_side == "left" else torch.zeros_like(lengths)
+            position = column - starts[:, None]
+            is_token = (position >= 0) & (position < lengths[:, None])
+            if num_tokens == rows * columns:
+                is_token = None
+            sequence = index[:, None].expand(shape)
+            return _Place(stream_keys, sequence, position, is_token, self.sign)
+        sequence = index.repeat_interleave(lengths, output_size=num_tokens)
+        starts = lengths.cumsum(0) - lengths
+        position = column - starts[sequence]
+        return _Place(stream_keys, sequence[None], position[None], None, self.sign)
+
+    def _stream_keys(self) -> Tensor:
+        """[L, B]. Layers count from 1; 0 stands for the logits."""
+        suffix = f"/{self.stream}" if self.stream else ""
+        sequences = name_hashes(
+            f"{self.seed}/{key.update}/{key.sequence_uid}{suffix}" for key in self.keys
+        )
+        numbers = torch.tensor([0 if name == _LOGITS else int(name) + 1 for name in self.names])
+        return nth_keys(sequences, numbers[:, None])

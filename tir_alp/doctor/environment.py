@@ -1,0 +1,46 @@
+"""Checks that an environment can take an action, and that prompts leave room to write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Any
+
+import gymnasium
+
+from tir_alp.config import Config
+from tir_alp.rollouts.data import Task
+from tir_alp.rollouts.renderer import Renderer
+from tir_alp.tools.outcome import Outcome
+
+_HARMLESS = ("```python\nprint(1)\n```",)  # for an environment that does not say what is
+
+
+def check_environment(
+    config: Config,
+    renderer: Renderer,
+    tasks: Sequence[Task],
+    make_env: Callable[[], gymnasium.Env[str, str]],
+) -> dict[str, Any]:
+    """See that prompts leave room to write, and that the environment can take an action.
+
+    The actions are harmless, those of the environment's `harmless_actions()` if it has that. What
+    they need, a sandbox for instance, starts or refuses here and not in the first step.
+
+    Returns:
+        What the environment's `run_report()` says for people to read, which can go through JSON;
+        empty if it has no such method. `warnings` in it are sentences not to be overlooked.
+    """
+    with closing(make_env()) as env:
+        for task in tasks:
+            text, _ = env.reset(seed=task.seed, options=task.to_options())
+            renderer.prompt_within(text, config.rollout.max_context_tokens, task.task_id)
+        says = env.has_wrapper_attr("harmless_actions")
+        actions = env.get_wrapper_attr("harmless_actions")() if says else ()
+        for action in actions or _HARMLESS:
+            env.reset(seed=tasks[0].seed, options=tasks[0].to_options())
+            info = env.step(action)[-1]
+            if Outcome(info.get("outcome", Outcome.OK)).is_infrastructure:
+                raise ValueError(f"{config.env.id!r} cannot work here: {info.get('error')}")
+        has_report = env.has_wrapper_attr("run_report")
+        return env.get_wrapper_attr("run_report")() if has_report else {}

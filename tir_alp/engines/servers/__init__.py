@@ -1,0 +1,1 @@
+"""Processes that serve a model, whichever kind they are."""

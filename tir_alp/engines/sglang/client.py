@@ -1,0 +1,104 @@
+"""One SGLang server: what is said to it, and what its answers mean."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+from tir_alp.engines.servers.http_client import ServerClient, ServerFailed
+
+_MEMORY = ["kv_cache", "weights"]
+
+
+def label(version: int, index: int) -> str:
+    """What the server number `index` calls weights of a version."""
+    return f"{version}@{index}"
+
+
+def read_label(said: str) -> tuple[int, int]:
+    """Version and server of a label. Raises ValueError if it is none of ours."""
+    version, _, index = said.partition("@")
+    return int(version), int(index)
+
+
+class SGLangClient(ServerClient):
+    """Talks to one server, or to a router in front of several.
+
+    Args:
+        index: Number of the server; a router has none.
+        arguments: Of `ServerClient`.
+    """
+
+    def __init__(self, *arguments: Any, index: int = 0, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._index = index
+
+    def label(self, version: int) -> str:
+        """What the server calls weights of a version: what it samples says so, and whose it is."""
+        return label(version, self._index)
+
+    def events(self, payload: Mapping[str, Any], key: str) -> AsyncGenerator[dict[str, Any]]:
+        """Begin a generation and yield its events up to the one that has a `finish_reason`.
+
+        Args:
+            payload: The request.
+            key: A router sends requests with equal keys to one server; a server overlooks it.
+
+        Raises:
+            ServerFailed: If the server refuses, breaks off, or is silent for too long.
+        """
+        return self.stream(
+            "/generate",
+            payload,
+            lambda said: said["meta_info"]["finish_reason"] is not None,
+            {"X-SMG-Routing-Key": key},
+        )
+
+    async def abort(self, request_id: str) -> None:
+        """End one request; its stream ends with what it has."""
+        await self.call("/abort_request", rid=request_id)
+
+    async def pause(self) -> None:
+        """Stop sampling; what runs goes back to the queue and will be read again from the start."""
+        await self.call("/pause_generation", mode="retract")
+
+    async def go_on(self) -> None:
+        """Sample again."""
+        await self.call("/continue_generation")
+
+    async def release_memory(self) -> None:
+        """Forget all prefixes, and free the memory of weights and cache.
+
+        What still runs has half of the deadline to end: a server that is asked while anything runs
+        dies of it.
+        """
+        await self.call(f"/flush_cache?timeout={self._stall_timeout_s / 2:g}")
+        await self.call("/release_memory_occupation", tags=_MEMORY)
+
+    async def resume_memory(self) -> None:
+        """Take the memory again; weights have to be loaded into it."""
+        await self.call("/resume_memory_occupation", tags=_MEMORY)
+
+    async def weights_by_name(self, name: str, num_rows: int) -> list[Any] | None:
+        """The first rows of a tensor, or None where the model's class does not tell."""
+        try:
+            said = await self.call(
+                "/get_weights_by_name", self.load_timeout_s, name=name, truncate_size=num_rows
+            )
+        except ServerFailed as error:
+            if not error.refused:
+                raise
+            return None  # how it says that the class, e.g. Qwen3's, does not know how
+        return said if isinstance(said, list) else None
+
+    async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Logprob of each token but the first, given those before it, at temperature 1."""
+        said = await self.call(
+            "/generate",
+            input_ids=list(token_ids),
+            return_logprob=True,
+            logprob_start_len=0,
+            sampling_params={"max_new_tokens": 0, "temperature": 1.0},
+        )
+        assert isinstance(said, dict)
+        return [entry[0] for entry in said["meta_info"]["input_token_logprobs"][1:]]

@@ -1,0 +1,425 @@
+"""The servers of an engine: how they come and go, and which of them may be believed.
+
+Started by us or there already, each server is in one of two states. It *serves* once it has the
+newest weights and both checks of `sglang_weights` have passed. It is *lost* when its process ends,
+when it is silent or fails request after request, or when an update of its weights fails. It serves
+again only after a restart or a reload, and the same checks.
+
+Not here: what they are asked to sample, and by whom.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from tir_alp.config import SGLangConfig
+from tir_alp.engines.base import EngineFailed
+from tir_alp.engines.servers.http_client import ServerFailed
+from tir_alp.engines.servers.weights import WeightSnapshot, verify_probe
+from tir_alp.engines.sglang.client import SGLangClient
+from tir_alp.engines.sglang.process import SGLangProcess, server_arguments, server_environment
+from tir_alp.engines.sglang.request import SGLangRequest
+from tir_alp.engines.sglang.weights import (
+    DiskTransfer,
+    DistributedTransfer,
+    TensorCheck,
+    TensorTransfer,
+    WeightTransfer,
+    verify_tensors,
+)
+
+KEY_VARIABLE = "TIR_ALP_SGLANG_KEY"
+"""Environment variable with the key of servers, and of a router, that run already."""
+
+MOST_STARTS = 3
+"""In a row, without a completion between them."""
+
+_HEALTH_EVERY_S = 5.0
+_RETRY_S = 0.5
+_MOST_FAILURES = 3  # requests of a server in a row; then it is lost
+
+
+class Server:
+    """What is known of one server."""
+
+    def __init__(self, index: int, name: str, process: SGLangProcess | None) -> None:
+        self.index, self.name, self.process = index, name, process
+        self.address: SGLangClient | None = None
+        self.requests: set[SGLangRequest] = set()
+        self.versions: set[int] = set()
+        self.failures = self.starts = 0
+        self.tensors_compared = -1
+        """In the check behind the newest weights; -1 before the first."""
+        self.probe_difference = 0.0
+        """Mean |difference| in the other one, in nats."""
+        self.held = True
+        """Not to be asked for its health, e.g. while it loads."""
+        self.is_lent = False
+        """Whether its memory is somebody else's for now."""
+        self.settled = asyncio.Event()
+        """Set while the weights that it samples from are verified."""
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    @property
+    def serves(self) -> bool:
+        """Whether what it samples next is by verified weights."""
+        return self.settled.is_set() and not self.lost.done()
+
+    @property
+    def client(self) -> SGLangClient:
+        """Where it is asked."""
+        assert self.address is not None
+        return self.address
+
+    @contextmanager
+    def sampling(self, request: SGLangRequest) -> Iterator[None]:
+        """It has the request as long as the block runs."""
+        self.requests.add(request)
+        try:
+            yield
+        finally:
+            self.requests.discard(request)
+
+
+class Fleet:
+    """The servers of an engine, and the weights that they are to have.
+
+    Args:
+        config: Of the servers.
+        model_path: Folder or Hugging Face id that servers start from.
+        snapshot: The weights that are there.
+        seed: Of the servers' draws.
+        folder: For logs, and for weights if the config names no other.
+        session: For all connections.
+        key: That our own servers ask for.
+        say: Told of starts, losses and recoveries.
+    """
+
+    def __init__(
+        self,
+        config: SGLangConfig,
+        *,
+        model_path: str,
+        snapshot: WeightSnapshot,
+        seed: int,
+        folder: Path,
+        session: aiohttp.ClientSession,
+        key: str,
+        say: Callable[[str], None],
+    ) -> None:
+        self._config, self._model_path, self._seed = config, model_path, seed
+        self._folder, self._session, self._say = folder, session, say
+        self._key = os.environ.get(KEY_VARIABLE) if config.urls else key
+        self.snapshot = snapshot
+        self._transfer = _transfer(config, folder)
+        self._weights_lock = asyncio.Lock()
+        self.servers = self._make_servers()
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when `addresses` has changed."""
+        self._changed = asyncio.Event()
+        self._memory_is_ours = asyncio.Event()
+        self._memory_is_ours.set()
+        self._broken: EngineFailed | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def addresses(self) -> set[str]:
+        """Of the servers that are not lost."""
+        return {
+            server.address.url
+            for server in self.servers
+            if server.address is not None and not server.lost.done()
+        }
+
+    async def start(self) -> None:
+        """Bring up all servers, and see that they sample what the trainer would.
+
+        Raises:
+            EngineFailed: If one cannot start.
+        """
+        await asyncio.gather(*(self._bring_up(server) for server in self.servers))
+        for server in self.servers:
+            self.watch(self._look_after(server), server.name)
+
+    async def give(self, snapshot: WeightSnapshot) -> None:
+        """Give weights to all servers that serve; the others get them when they are back."""
+        async with self._weights_lock:
+            self.snapshot = snapshot
+            self._memory_is_ours.set()
+            ready = [server for server in self.servers if not server.lost.done()]
+            await asyncio.gather(*(self._load_or_lose(server) for server in ready))
+
+    async def lend_memory(self) -> None:
+        """Free the memory of all servers until weights are given to them. Nothing may run."""
+        async with self._weights_lock:
+            self._memory_is_ours.clear()
+            ready = [server for server in self.servers if not server.lost.done()]
+            await asyncio.gather(*(self._lend(server) for server in ready))
+
+    async def any_serves(self) -> None:
+        """Wait for a server that serves. Raises EngineFailed if there cannot be one any more."""
+        timeout_s = self._config.start_timeout_s * MOST_STARTS
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not any(server.serves for server in self.servers):
+                    if self._broken is not None:
+                        raise self._broken
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise EngineFailed(f"no SGLang server served for {timeout_s:g} s") from None
+
+    def count_failure(self, server: Server, error: ServerFailed) -> None:
+        """A request failed; several in a row, and the server is lost."""
+        server.failures += 1
+        if server.failures >= _MOST_FAILURES:
+            self._lose(server, f"{server.failures} requests failed in a row, the last one: {error}")
+
+    def watch(self, work: Coroutine[Any, Any, None], whose: str) -> None:
+        """Run what looks after something. Where that ends, the engine is broken and says so."""
+
+        async def watched() -> None:
+            try:
+                await work
+            except Exception as error:  # nobody would notice that this task is no more
+                if not isinstance(error, EngineFailed):
+                    error = EngineFailed(f"{whose} is not looked after any more: {error!r}")
+                self._say(str(error))
+                self._broken = error
+                self._changed.set()
+
+        self.spawn(watched())
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something until it ends, or until `close`."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """End our servers, and give the others their memory back."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for server in self.servers:
+            if server.process is not None:
+                await server.process.kill()
+            elif server.is_lent:
+                with suppress(ServerFailed):
+                    await server.client.resume_memory()
+        self._transfer.close()
+
+    # ------------------------------------------------------------------------------ weights
+
+    async def _load_or_lose(self, server: Server) -> None:
+        try:
+            await self._load(server)
+        except EngineFailed as error:
+            self._lose(server, f"its weights could not be updated: {error}")
+
+    async def _load(self, server: Server) -> None:
+        """Give a server the newest weights, and verify them. The weights' lock is held."""
+        client, snapshot = server.client, self.snapshot
+        self._hold(server)
+        if server.is_lent:
+            await client.resume_memory()
+            server.is_lent = False
+        if snapshot.tensors is not None:
+            await client.pause()
+            try:
+                await self._transfer.send(client, snapshot)
+            except (RuntimeError, OSError) as error:  # of the group, or of the disk
+                self._transfer.forget(client)
+                with suppress(ServerFailed):  # else it could not begin another one
+                    await client.call("/end_weight_update")
+                if isinstance(error, EngineFailed):
+                    raise
+                raise EngineFailed(f"weights could not be sent to {client.url}: {error}") from error
+            checked = await verify_tensors(client, snapshot)
+            await client.go_on()
+            self._say_checked(server, checked)
+        server.probe_difference = await verify_probe(client, snapshot, self._config.dtype) or 0.0
+        server.versions.add(snapshot.version)
+        server.held = False
+        server.settled.set()
+        self._changed.set()
+
+    async def _lend(self, server: Server) -> None:
+        self._hold(server)
+        try:
+            await server.client.release_memory()
+            server.is_lent = True
+        except ServerFailed as error:
+            self._lose(server, f"its memory could not be released: {error}")
+
+    def _say_checked(self, server: Server, checked: TensorCheck) -> None:
+        """Say how weights are verified, where it is the first time or not as it was before."""
+        if checked.num_compared != server.tensors_compared:
+            probe = "the logprobs of a probe" if self.snapshot.probe else "no probe"
+            self._say(
+                f"{server.name}: new weights are verified by {checked.num_compared} sampled "
+                f"tensors, equal to the last bit (digest {checked.digest}), and {probe}"
+                if checked.num_compared
+                else f"{server.name} reports no tensors of this model: new weights are verified by "
+                f"{probe} alone"
+            )
+        server.tensors_compared = checked.num_compared
+
+    def _hold(self, server: Server) -> None:
+        """No new requests, and no completion gets out, until the weights are verified."""
+        server.held = True
+        server.settled.clear()
+
+    # -------------------------------------------------------------------------- come and go
+
+    def _make_servers(self) -> list[Server]:
+        config, model_path = self._config, self._model_path
+        if config.urls:
+            servers = [Server(index, url, None) for index, url in enumerate(config.urls)]
+            for server in servers:
+                server.address = self._connect(server, server.name)
+            return servers
+        if importlib.util.find_spec("sglang") is None:
+            raise ValueError(
+                'engine.type = "sglang" needs the package sglang: install it as docs/sglang.md '
+                "says, or name servers that run already with engine.urls"
+            )
+        assert self._key is not None
+        names = [f"SGLang server {index}" for index in range(config.num_servers)]
+        return [
+            Server(
+                index,
+                name,
+                SGLangProcess(
+                    name,
+                    server_arguments(config, model_path, self.snapshot.version, self._seed, index),
+                    server_environment(config, model_path),
+                    self._folder / f"server_{index}.log",
+                    self._key,
+                    self._say,
+                ),
+            )
+            for index, name in enumerate(names)
+        ]
+
+    def _connect(self, server: Server, url: str) -> SGLangClient:
+        return SGLangClient(
+            self._session,
+            url,
+            self._key,
+            stall_timeout_s=self._config.stall_timeout_s,
+            load_timeout_s=self._config.load_timeout_s,
+            index=server.index,
+        )
+
+    async def _bring_up(self, server: Server) -> None:
+        """Start a server, or wait for one that is not ours, and give it the newest weights."""
+        if server.process is not None:
+            await server.process.kill()
+            server.address = self._connect(server, await server.process.listen())
+            server.versions, server.is_lent = set(), False
+            await server.process.wait_until_ready(server.client, self._config.start_timeout_s)
+        else:
+            await self._wait_for(server)
+        async with self._weights_lock:
+            await self._load(server)
+
+    async def _wait_for(self, server: Server) -> None:
+        """Wait for a server that is not ours; one that we left paused would not look healthy."""
+        began, client = time.monotonic(), server.client
+        while time.monotonic() - began < self._config.start_timeout_s:
+            with suppress(ServerFailed):
+                await client.go_on()
+                await client.prompt_logprobs((0, 0))  # asked for its health it waits a second
+                if self.snapshot.tensors is None:
+                    label = client.label(self.snapshot.version)
+                    await client.call("/update_weight_version", new_version=label)
+                return
+            await asyncio.sleep(_RETRY_S)
+        raise EngineFailed(f"there is no healthy SGLang server at {server.name}")
+
+    async def _look_after(self, server: Server) -> None:
+        """Notice that a server is lost, and bring it back."""
+        while True:
+            self._lose(server, await self._until_lost(server))
+            await self._bring_back(server)
+
+    async def _until_lost(self, server: Server) -> str:
+        ended = asyncio.create_task(server.process.ended()) if server.process else None
+        try:
+            while True:
+                waited_for = {server.lost, *([ended] if ended else [])}
+                await asyncio.wait(
+                    waited_for, timeout=_HEALTH_EVERY_S, return_when=asyncio.FIRST_COMPLETED
+                )
+                if ended is not None and ended.done():
+                    assert server.process is not None
+                    return f"its process ended with {ended.result()}:\n{server.process.tail()}"
+                if server.lost.done():
+                    return server.lost.result()
+                client, limit = server.client, self._config.stall_timeout_s
+                if server.held or time.monotonic() - client.heard < _HEALTH_EVERY_S:
+                    continue
+                if await client.is_healthy() or server.held:
+                    continue
+                if time.monotonic() - client.heard > limit:  # nor has any request been answered
+                    return f"it has said nothing for {limit:g} s"
+        finally:
+            if ended is not None:
+                ended.cancel()
+
+    def _lose(self, server: Server, reason: str) -> None:
+        server.settled.clear()
+        if not server.lost.done():
+            server.lost.set_result(reason)
+            self._say(f"{server.name} is lost: {reason}")
+            self.on_change()
+
+    async def _bring_back(self, server: Server) -> None:
+        reason = server.lost.result()
+        if server.process is not None:
+            with suppress(EngineFailed):  # it is tried again below
+                await server.process.kill()
+        await self._memory_is_ours.wait()
+        while True:
+            server.starts += 1
+            if server.starts > MOST_STARTS:
+                raise EngineFailed(
+                    f"{server.name} was lost {MOST_STARTS} times in a row, the last time: {reason}"
+                )
+            if server.address is not None:
+                self._transfer.forget(server.address)
+            try:
+                await self._bring_up(server)
+            except (EngineFailed, OSError) as error:  # of the server, or of a machine that is full
+                reason = str(error)
+                self._say(f"{server.name} did not come back: {reason}")
+                await asyncio.sleep(_RETRY_S)
+                continue
+            finally:
+                server.failures = 0
+            server.lost = asyncio.get_running_loop().create_future()
+            self._changed.set()
+            self.on_change()
+            self._say(f"{server.name} is back, with verified weights of {self.snapshot.version}")
+            return
+
+
+def _transfer(config: SGLangConfig, folder: Path) -> WeightTransfer:
+    match config.weights:
+        case "disk":
+            return DiskTransfer(config.weights_folder or folder)
+        case "tensor":
+            return TensorTransfer(config.tensor_parallel)
+        case "distributed":
+            backend = "gloo" if config.device == "cpu" else "nccl"
+            return DistributedTransfer(backend, num_ranks=config.tensor_parallel)

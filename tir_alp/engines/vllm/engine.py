@@ -1,0 +1,308 @@
+"""Drives one vLLM server, which has a Python of its own, over a socket in a private folder.
+
+Completions that run are waited for before new weights are taken, and nothing is admitted meanwhile,
+as by the embedded engine. vLLM could also go on with new weights in mid-generation, and it does say
+which weights sampled which tokens; but it then keeps the keys and values of the old ones, and no
+forward of any weights gives the logprobs that were sampled from.
+
+A server that ends or fails to take weights is not started again: the run stops and can be resumed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import torch
+from torch import Tensor
+
+from tir_alp.config import VLLMConfig
+from tir_alp.engines.base import (
+    Completion,
+    EngineFailed,
+    Probe,
+    Reference,
+    Sampling,
+    check_fit,
+    check_request,
+    check_vocabulary,
+)
+from tir_alp.engines.servers.http_client import ServerFailed
+from tir_alp.engines.servers.process import ServerProcess
+from tir_alp.engines.servers.weights import (
+    WeightSnapshot,
+    snapshot_tensors,
+    verify_probe,
+    write_version,
+)
+from tir_alp.engines.vllm.process import SOCKET, server_process, with_head, write_start
+from tir_alp.engines.vllm.request import VLLMClient, VLLMRequest
+
+_PROBE_TOKENS = 64
+
+
+class VLLMEngine:
+    """Samples with one vLLM server; `open_vllm` makes one.
+
+    Args:
+        config: Of the server.
+        client: Talks to it.
+        folder: That it can read, too: for weights.
+        snapshot: The weights that it has; of its tensors only names and shapes are kept.
+        vocab_size: Tokens have ids below it.
+        reference: What the server is checked against; None: not at all.
+    """
+
+    def __init__(
+        self,
+        config: VLLMConfig,
+        client: VLLMClient,
+        folder: Path,
+        snapshot: WeightSnapshot,
+        vocab_size: int,
+        reference: Reference | None,
+    ) -> None:
+        self._config, self._client, self._folder = config, client, folder
+        self._snapshot = _outline(snapshot)
+        self._vocab_size, self._reference = vocab_size, reference
+        self._room = asyncio.Semaphore(config.max_running)
+        self._requests: set[VLLMRequest] = set()
+        self._running: set[VLLMRequest] = set()
+        self._is_open, self._is_idle = asyncio.Event(), asyncio.Event()
+        self._is_open.set()
+        self._is_idle.set()
+        self._weights_lock = asyncio.Lock()
+        self._broken: EngineFailed | None = None
+        self._probe_difference, self._tokens_generated = 0.0, 0
+        self._recent: tuple[int, ...] = ()
+
+    async def generate(self, token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
+        """Continue a sequence; see `Engine.generate`.
+
+        Raises:
+            ValueError: If a token is not in the vocabulary, or the server says that it can never
+                sample this.
+            EngineFailed: If the server failed.
+        """
+        check_request(token_ids, sampling)
+        check_vocabulary(token_ids, self._vocab_size)
+        request = VLLMRequest(token_ids, sampling)
+        self._requests.add(request)
+        try:
+            async with self._room:
+                await self._admitted(request)
+                if request.aborted.is_set():
+                    return request.completion(self._snapshot.version)
+                return await self._run(request)
+        finally:
+            self._requests.discard(request)
+
+    async def load_weights(self, source: Mapping[str, Tensor] | Path, version: int) -> None:
+        """Take new weights as soon as the completions that run now have ended.
+
+        Raises:
+            ValueError: If names or shapes are not those of the weights before; nothing is changed.
+            EngineFailed: If the server does not take them, or samples from others afterwards. It
+                samples no more then.
+        """
+        async with self._weights_lock:
+            self._is_open.clear()
+            try:
+                snapshot = await self._snapshot_of(source, version)
+                await self._is_idle.wait()
+                try:
+                    await self._load(snapshot)
+                except BaseException as error:  # also cancelled: it may have some of the weights
+                    self.fail(f"its weights were not updated: {error!r}")
+                    raise
+            finally:
+                self._is_open.set()
+
+    async def lend_memory(self) -> None:
+        """Nothing: the server keeps its memory."""
+
+    async def abort(self, sequence_uid: int | None = None) -> None:
+        """End the completions of one sequence, or all, with what they have."""
+        for request in self._requests:
+            if sequence_uid in (None, request.sampling.sequence_uid):
+                request.aborted.set()
+
+    def health(self) -> Mapping[str, float]:
+        """Requests running and waiting, tokens made, and what the check of the weights found."""
+        return {
+            "running": len(self._running),
+            "waiting": len(self._requests) - len(self._running),
+            "tokens_generated": self._tokens_generated,
+            "probe_difference": self._probe_difference,
+        }
+
+    async def close(self) -> None:
+        """End what runs; the server ends with `open_vllm`."""
+        await self.abort()
+
+    def fail(self, reason: str) -> None:
+        """Refuse everything from now on."""
+        self._broken = self._broken or EngineFailed(f"the vLLM server is lost: {reason}")
+
+    async def take_up(self, process: ServerProcess) -> None:
+        """Wait for the server that starts, and see that it has the weights of its folder.
+
+        Raises:
+            EngineFailed: If it does not answer in time, or has others.
+        """
+        await process.wait_until_ready(self._client, self._config.start_timeout_s)
+        version = self._snapshot.version
+        await self._client.call("/update_weight_version", new_version=str(version))
+        self._snapshot = replace(self._snapshot, probe=await self._make_probe())
+        await self._verify()
+
+    async def _verify(self) -> None:
+        """Compare the server's logprobs of a sequence with those of the reference."""
+        difference = await verify_probe(self._client, self._snapshot, self._config.dtype)
+        self._probe_difference = difference or 0.0
+
+    async def _make_probe(self) -> Probe | None:
+        """A sequence, of the last completion if there is one, and what the reference says of it."""
+        if self._reference is None:
+            return None
+        ids = self._recent or tuple(range(min(_PROBE_TOKENS, self._vocab_size)))
+        return await self._reference(ids)
+
+    async def _admitted(self, request: VLLMRequest) -> None:
+        """Wait until no weights are on their way, or the request is taken back."""
+        while not self._is_open.is_set() and not request.aborted.is_set():
+            waits = [asyncio.create_task(e.wait()) for e in (self._is_open, request.aborted)]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+        if self._broken is not None:
+            raise self._broken
+
+    async def _run(self, request: VLLMRequest) -> Completion:
+        self._running.add(request)
+        self._is_idle.clear()
+        try:
+            completion = await request.run(self._client, self._snapshot.version)
+        except ServerFailed as error:
+            if error.refused:
+                raise ValueError(f"a request was refused: {error}") from error
+            raise
+        finally:  # its connection is closed, and with it ends what the server still samples
+            self._running.discard(request)
+            if not self._running:
+                self._is_idle.set()
+        self._tokens_generated += len(completion.token_ids)
+        self._recent = (*request.token_ids, *completion.token_ids)[:_PROBE_TOKENS]
+        return completion
+
+    async def _snapshot_of(
+        self, source: Mapping[str, Tensor] | Path, version: int
+    ) -> WeightSnapshot:
+        dtype = getattr(torch, self._config.dtype)
+        tensors = await asyncio.to_thread(snapshot_tensors, source, dtype, every_name=True)
+        assert self._snapshot.tensors is not None
+        tensors = with_head(tensors)
+        check_fit(self._snapshot.tensors, tensors, version)
+        return WeightSnapshot(version, tensors, await self._make_probe())
+
+    async def _load(self, snapshot: WeightSnapshot) -> None:
+        if self._broken is not None:
+            raise self._broken
+        path = await asyncio.to_thread(write_version, self._folder, snapshot)
+        await self._client.load(path, snapshot.version)
+        self._snapshot = _outline(snapshot)
+        await self._verify()
+
+
+def _outline(snapshot: WeightSnapshot) -> WeightSnapshot:
+    """The snapshot with tensors that have no memory: a lost server is not given them again."""
+    assert snapshot.tensors is not None
+    return replace(snapshot, tensors={n: t.to("meta") for n, t in snapshot.tensors.items()})
+
+
+@asynccontextmanager
+async def connected(
+    config: VLLMConfig,
+    socket: Path,
+    folder: Path,
+    snapshot: WeightSnapshot,
+    vocab_size: int,
+    reference: Reference | None = None,
+) -> AsyncIterator[VLLMEngine]:
+    """An engine over a server that listens on a socket; the arguments are those of `VLLMEngine`."""
+    async with aiohttp.ClientSession(
+        connector=aiohttp.UnixConnector(str(socket), limit=0), timeout=aiohttp.ClientTimeout()
+    ) as session:
+        client = VLLMClient(
+            session,
+            "http://localhost",
+            None,
+            stall_timeout_s=config.stall_timeout_s,
+            load_timeout_s=config.load_timeout_s,
+        )
+        engine = VLLMEngine(config, client, folder, snapshot, vocab_size, reference)
+        try:
+            yield engine
+        finally:
+            await engine.close()
+
+
+@asynccontextmanager
+async def open_vllm(
+    config: VLLMConfig,
+    outline: Any,
+    weights: Mapping[str, Tensor] | Path,
+    *,
+    version: int = 0,
+    seed: int = 0,
+    reference: Reference | None = None,
+    say: Callable[[str], None] = print,
+) -> AsyncIterator[VLLMEngine]:
+    """Bring a server up, and take it down behind the block.
+
+    Args:
+        config: Of the server.
+        outline: A model with the architecture that it is to serve; its own weights do not matter.
+        weights: That it starts with: tensors, or a folder in the Hugging Face format.
+        version: Their policy version.
+        seed: Of the server's draws.
+        reference: Logprobs by the trainer's forward; None: what the server says is not checked.
+        say: Told of the start.
+
+    Raises:
+        ValueError: If it cannot start, or does not sample what it should.
+    """
+    with tempfile.TemporaryDirectory(prefix="tir_alp-vllm-") as name:
+        folder = Path(name)
+        start = write_start(folder / "start", outline, weights, getattr(torch, config.dtype))
+        snapshot = _outline(WeightSnapshot(version, start, None))
+        del start, weights  # they are as large as the model
+        process = server_process(config, folder, seed, say)
+        vocab_size = outline.config.get_text_config().vocab_size
+        opened = connected(config, folder / SOCKET, folder, snapshot, vocab_size, reference)
+        try:
+            async with opened as engine:
+                try:
+                    await process.start()
+                    await engine.take_up(process)
+                except (EngineFailed, OSError) as error:
+                    raise ValueError(f"the engine cannot start: {error}") from error
+                watch = asyncio.create_task(_watch(process, engine))
+                try:
+                    yield engine
+                finally:
+                    watch.cancel()
+        finally:
+            await process.kill()
+
+
+async def _watch(process: ServerProcess, engine: VLLMEngine) -> None:
+    engine.fail(f"its process ended with {await process.ended()}:\n{process.tail()}")

@@ -1,0 +1,149 @@
+"""A vLLM server's process: the folder that it starts from, its command line, its stages."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tir_alp.config import VLLMConfig
+from tir_alp.engines.servers.process import ServerProcess
+from tir_alp.engines.servers.weights import snapshot_tensors
+
+SOCKET = "socket"
+"""Name of the server's socket in its folder."""
+
+_CACHE_BLOCK = 32  # tokens
+_STAGES = (
+    ("", "importing vLLM"),
+    ("Initializing a V1 LLM engine", "starting its processes"),
+    ("Loading weights took", "allocating the cache"),
+    ("Started server process", "answering"),
+)
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def with_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give weights a head of their own, where it is tied to the embedding and so has no name."""
+    if HEAD in tensors or EMBEDDING not in tensors:
+        return dict(tensors)
+    return {**tensors, HEAD: tensors[EMBEDDING].clone()}
+
+
+def write_start(
+    folder: Path, outline: Any, weights: Mapping[str, Tensor] | Path, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Write the folder that a server starts from; returns the tensors that are in it.
+
+    A head that is tied to the embedding is written, and served, as one of its own: vLLM's CPU build
+    goes on with the head that it packed at its start when a tied model gets new weights.
+
+    Args:
+        folder: To write.
+        outline: A model of the same architecture.
+        weights: Tensors, or a folder whose files have them.
+        dtype: Of the server.
+
+    Raises:
+        ValueError: If a tensor of the model is missing.
+    """
+    names = set(outline.state_dict())
+    if outline.config.get_text_config().tie_word_embeddings:
+        names.discard(HEAD)  # the file of a model may have one all the same, which nobody reads
+    own = snapshot_tensors(weights, dtype, every_name=True)
+    if missing := sorted(names - own.keys()):
+        raise ValueError(
+            f"the weights that vLLM is to start with lack {len(missing)} tensors of the model, "
+            f"the first is {missing[0]!r}"
+        )
+    tensors = with_head({name: each for name, each in own.items() if name in names})
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = outline.config.to_dict() | {
+        "architectures": [type(outline).__name__],
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    return tensors
+
+
+def server_process(
+    config: VLLMConfig, folder: Path, seed: int, say: Callable[[str], None]
+) -> ServerProcess:
+    """The server of a folder that `write_start` has written `start` into.
+
+    Raises:
+        ValueError: If there is no such Python.
+    """
+    if not os.access(config.python, os.X_OK):
+        raise ValueError(
+            f"engine.python = {str(config.python)!r} is no program: give the Python of an "
+            "environment with vLLM, made as docs/sglang.md says"
+        )
+    words = {
+        "--model": folder / "start",
+        "--uds": folder / SOCKET,
+        "--dtype": config.dtype,
+        "--max-num-seqs": config.max_running,
+        "--tensor-parallel-size": config.tensor_parallel,
+        "--seed": seed % (1 << 30),
+        "--logprobs-mode": "processed_logprobs",  # those that are sampled from
+    }
+    flags = ["--skip-tokenizer-init", "--enable-scale-out"]  # which is ids in and ids out
+    environment = {
+        "VLLM_SERVER_DEV_MODE": "1",  # to take weights
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # so that its processes die with it
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if config.max_cache_tokens is not None:
+        words["--block-size"] = _CACHE_BLOCK
+        words["--num-gpu-blocks-override"] = -(-config.max_cache_tokens // _CACHE_BLOCK)
+        # GiB that have to be free, or else 92 % of the memory have to; the blocks are as many as
+        # the line above says.
+        environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
+    if config.device == "cpu":
+        flags.append("--enforce-eager")
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus(config.first_gpu, config.tensor_parallel)
+    return ServerProcess(
+        "vLLM server",
+        [
+            *(
+                str(config.python),
+                "-P",
+                str(Path(__file__).parents[1] / "servers" / "vllm_main.py"),
+            ),
+            *(str(word) for pair in words.items() for word in pair),
+            *(*flags, *config.arguments),
+        ],
+        environment,
+        folder / "server.log",
+        say,
+        stages=_STAGES,
+    )
+
+
+def gpus(first: int, count: int) -> str:
+    """GPUs by their number among those that this process sees, as CUDA_VISIBLE_DEVICES names them.
+
+    Raises:
+        ValueError: If it is known to see too few.
+    """
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if seen is None:
+        return ",".join(map(str, range(first, first + count)))
+    names = [name for name in seen.split(",") if name]
+    if first + count > len(names):
+        raise ValueError(
+            f"the server takes {count} GPUs from engine.first_gpu = {first} on, but "
+            f"CUDA_VISIBLE_DEVICES is {seen!r}"
+        )
+    return ",".join(names[first : first + count])

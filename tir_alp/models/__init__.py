@@ -1,0 +1,1 @@
+"""Models that need no download at run time."""

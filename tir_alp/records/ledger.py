@@ -1,0 +1,132 @@
+"""What engine, environments and trainer each say that they did: the auditor's second source.
+
+Trajectories are made by the rollouts. The ledger is written at the borders instead, by other code:
+what the engine returned, before anything was cut; what each environment answered; and what the
+trainer had packed when it computed the loss. `tir_alp.audit` proves that the two tell the same.
+
+Only episodes of training are written down. One file a step, `docs/audit.md` has its format.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import gymnasium
+
+from tir_alp.engines.base import Completion, Generate, Sampling
+from tir_alp.records.ledger_rows import (
+    FORMAT,
+    Attempt,
+    Call,
+    Row,
+    answer_digest,
+    digest,
+    ids_digest,
+)
+from tir_alp.types import TrajectoryGroup
+
+
+class Ledger:
+    """Collects what happens until a step takes it.
+
+    Args:
+        group_size: Sequences of a group; which of them belong to it follows.
+        seed: Of the rollouts. What is sampled with another one, e.g. for an evaluation, is not
+            written down.
+    """
+
+    def __init__(self, group_size: int, seed: int) -> None:
+        self._group_size, self._seed = group_size, seed
+        self._attempts: defaultdict[int, list[Attempt]] = defaultdict(list)
+        self._updates: list[Row] = []
+
+    def engine(self, generate: Generate) -> Generate:
+        """Wrap the engine's own `generate`."""
+
+        async def recorded(token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
+            completion = await generate(token_ids, sampling)
+            if sampling.seed == self._seed:
+                call = Call(len(token_ids), ids_digest(token_ids), completion)
+                self._attempts[sampling.sequence_uid][-1].calls.append(call)
+            return completion
+
+        return recorded
+
+    def watch(self, env: gymnasium.Env[str, str], uid: int) -> gymnasium.Env[str, str]:
+        """Wrap the environment of one attempt at the episode of a sequence."""
+        attempt = Attempt(uid)
+        self._attempts[uid].append(attempt)
+        return _Watched(env, attempt)
+
+    def updated(self, rows: Iterable[Row]) -> None:
+        """Write down what updates had packed: rows by `update_row`, made where the loss was."""
+        self._updates.extend(rows)
+
+    def kept(self, group_ids: Iterable[int]) -> list[Row]:
+        """The attempts at groups that have ended and wait, for the checkpoint."""
+        uids = [uid for group_id in group_ids for uid in self._uids(group_id)]
+        return [each.to_row() for uid in uids for each in self._attempts.get(uid, ())]
+
+    def restore(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take up what `kept` gave."""
+        for row in rows:
+            calls = [Call.from_row(call) for call in row["calls"]]
+            self._attempts[row["uid"]].append(Attempt(row["uid"], row["prompt"], calls))
+
+    def take(
+        self,
+        trained: Iterable[TrajectoryGroup],
+        replaced: Iterable[TrajectoryGroup],
+        lost: Iterable[TrajectoryGroup],
+    ) -> list[Row]:
+        """The rows of one step, by what became of its groups; they are forgotten here."""
+        fates = {"trained": trained, "replaced": replaced, "lost": lost}
+        groups = [
+            {
+                "kind": "group",
+                "group_id": group.group_id,
+                "task_id": group.task_id,
+                "fate": fate,
+                "dropped": group.num_dropped,
+            }
+            for fate, each in fates.items()
+            for group in each
+        ]
+        groups.sort(key=lambda group: group["group_id"])
+        uids = [uid for group in groups for uid in self._uids(group["group_id"])]
+        attempts = [each for uid in uids for each in self._attempts.pop(uid, ())]
+        updates, self._updates = self._updates, []
+        rows = [*groups, *(attempt.to_row() for attempt in attempts), *updates]
+        return [{"kind": "ledger", "format": FORMAT}, *rows, {"kind": "end", "rows": len(rows)}]
+
+    def _uids(self, group_id: int) -> range:
+        return range(group_id * self._group_size, (group_id + 1) * self._group_size)
+
+
+class _Watched(gymnasium.Wrapper[str, str, str, str]):
+    """Writes down what an environment says, in the thread in which it says it."""
+
+    def __init__(self, env: gymnasium.Env[str, str], attempt: Attempt) -> None:
+        super().__init__(env)
+        self._attempt = attempt
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        text, info = self.env.reset(seed=seed, options=options)
+        self._attempt.prompt = digest(text)
+        return text, info
+
+    def step(self, action: str) -> tuple[str, Any, bool, bool, dict[str, Any]]:
+        answer = self.env.step(action)
+        _, _, terminated, truncated, info = answer
+        call = self._attempt.calls[-1]
+        call.outcome = str(info.get("outcome", "ok"))
+        call.ended = bool(terminated or truncated)
+        call.answer = answer_digest(action, *answer)
+        return answer
+
+
+# ----------------------------------------------------------------------------- pure: what is kept

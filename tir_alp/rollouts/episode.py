@@ -1,0 +1,282 @@
+"""One coroutine an episode: the policy writes, the environment answers, until one of them ends it.
+
+Tokens are only ever appended. The environment is a blocking `gymnasium.Env` and runs in threads;
+there is no barrier between turns, an episode waits for nothing but its own next part. Every wait
+has a deadline, and what fails is named by task, sequence, turn and part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import gymnasium
+
+from tir_alp.config import RolloutConfig
+from tir_alp.engines.base import Completion, Generate, Sampling
+from tir_alp.rollouts.data import Task
+from tir_alp.rollouts.renderer import Renderer
+from tir_alp.run.watchdog import Watchdog
+from tir_alp.tools.outcome import Outcome
+from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn
+
+T = TypeVar("T")
+
+
+Watch = Callable[[gymnasium.Env[str, str], int], gymnasium.Env[str, str]]
+"""Given an environment and the uid of the sequence that is to be played in it."""
+
+MAX_ATTEMPTS = 2
+"""An episode that infrastructure broke gets one more, in a fresh environment."""
+
+
+class EpisodeFailed(Exception):
+    """Infrastructure failed under an episode: there is nothing to score.
+
+    Args:
+        outcome: Which kind of failure.
+        where: Task, sequence, turn and part, and what it said.
+    """
+
+    def __init__(self, outcome: Outcome, where: str) -> None:
+        super().__init__(where)
+        self.outcome = outcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpisodeRunner:
+    """What all episodes of a run share."""
+
+    make_env: Callable[[], gymnasium.Env[str, str]]
+    generate: Generate
+    renderer: Renderer
+    limits: RolloutConfig
+    threads: Executor
+    """Where environments block."""
+    slots: asyncio.Semaphore
+    """Bounds the episodes at a time to the number of threads: an environment may wait for what
+    another one holds, e.g. a sandbox session, so none may have to wait for a thread as well."""
+    seed: int
+    """Root of the draws."""
+    on_failure: Callable[[EpisodeFailed], None]
+    """Told of every failed attempt."""
+    admission: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Held by each episode from its first moment to its last."""
+    watch: Watch = lambda env, uid: env
+    """Wraps the environment of each attempt at an episode, e.g. to write down what it says."""
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    """Knows what episodes wait for."""
+
+    async def run_group(self, task: Task, group_id: int) -> TrajectoryGroup:
+        """Sample a group of episodes of one task; one that fails twice is dropped, and counted.
+
+        A lone survivor is dropped too: there is nothing left to compare its reward with.
+        """
+        first = group_id * self.limits.group_size
+        attempts = [
+            self._run_stubborn(task, group_id, first + index)
+            for index in range(self.limits.group_size)
+        ]
+        trajectories = [each for each in await asyncio.gather(*attempts) if each is not None]
+        if len(trajectories) < min(2, self.limits.group_size):
+            trajectories = []
+        return TrajectoryGroup(
+            task_id=task.task_id,
+            group_id=group_id,
+            trajectories=tuple(trajectories),
+            num_dropped=self.limits.group_size - len(trajectories),
+        )
+
+    async def _run_stubborn(self, task: Task, group_id: int, uid: int) -> Trajectory | None:
+        for _ in range(MAX_ATTEMPTS):
+            try:
+                return await self.run_episode(task, group_id, uid)
+            except EpisodeFailed as failure:
+                self.on_failure(failure)
+        return None
+
+    async def run_episode(
+        self, task: Task, group_id: int, sequence_uid: int, temperature: float | None = None
+    ) -> Trajectory:
+        """Play one episode to its end.
+
+        Args:
+            task: What the environment is reset to.
+            group_id: Recorded in the trajectory.
+            sequence_uid: Recorded, and keys the draws.
+            temperature: Instead of the rollouts' own, e.g. 0 for a greedy episode.
+
+        Raises:
+            EpisodeFailed: If engine, environment, tool or grader failed or missed a deadline.
+            PromptTooLong: If the prompt leaves no room in the context.
+        """
+        async with self.slots:
+            with self.admission():
+                return await self._run(task, group_id, sequence_uid, temperature)
+
+    async def _run(
+        self, task: Task, group_id: int, sequence_uid: int, temperature: float | None
+    ) -> Trajectory:
+        episode = f"task {task.task_id}, sequence {sequence_uid}"
+        began = time.monotonic()
+        env = await self._in_thread(self.make_env, f"{episode}: making the environment")
+        env = self.watch(env, sequence_uid)
+        try:
+            text, _ = await self._in_thread(
+                lambda: env.reset(seed=task.seed, options=task.to_options()),
+                f"{episode}: env.reset",
+            )
+            prompt = self.renderer.prompt_within(text, self.limits.max_context_tokens, task.task_id)
+            sampling = Sampling(
+                max_tokens=self.limits.max_turn_tokens,
+                temperature=self.limits.temperature if temperature is None else temperature,
+                stop_token_ids=self.renderer.stop_token_ids,
+                stop_matcher=self.renderer.stop_matcher,
+                seed=self.seed,
+                sequence_uid=sequence_uid,
+            )
+            prepare_s = time.monotonic() - began
+            turns, terminated, truncated = await self._play(env, prompt, sampling, episode)
+        finally:
+            self.threads.submit(env.close)
+        first = replace(turns[0], timing={**turns[0].timing, "prepare": prepare_s})
+        turns = mask_void_turns((first, *turns[1:]), self.limits.void_turns)
+        turns = mask_overlong(turns, self.limits.overlong, truncated)
+        return Trajectory(
+            task_id=task.task_id,
+            group_id=group_id,
+            prompt=prompt,
+            turns=turns,
+            terminated=terminated,
+            truncated=truncated,
+            sequence_uid=sequence_uid,
+        )
+
+    async def _play(
+        self, env: gymnasium.Env[str, str], prompt: TokenSpan, sampling: Sampling, episode: str
+    ) -> tuple[tuple[Turn, ...], bool, bool]:
+        """The turns of an episode that has been reset, and how it ended."""
+        token_ids = prompt.token_ids
+        turns: list[Turn] = []
+        while True:
+            where = f"{episode}, turn {len(turns)}"
+            room = self.limits.max_context_tokens - len(token_ids)
+            began = time.monotonic()
+            completion = await self._complete(
+                token_ids, replace(sampling, max_tokens=min(sampling.max_tokens, room)), where
+            )
+            generated = time.monotonic()
+            action = self.renderer.action(completion.token_ids)
+            text, reward, terminated, truncated, info = await self._in_thread(
+                lambda action=action: env.step(action), f"{where}: env.step"
+            )
+            stepped = time.monotonic()
+            outcome = Outcome(info.get("outcome", Outcome.OK))
+            if outcome.is_infrastructure:
+                raise EpisodeFailed(outcome, f"{where}: {info.get('error') or outcome}")
+            observation = TokenSpan(())
+            if not terminated and not truncated:
+                observation = self.renderer.observation(text, completion.stop_reason)
+            token_ids += completion.token_ids + observation.token_ids
+            if len(token_ids) >= self.limits.max_context_tokens and not terminated:
+                observation, truncated = TokenSpan(()), True
+            turns.append(
+                Turn(
+                    completion=TokenSpan(completion.token_ids, completion.logprobs),
+                    observation=observation,
+                    policy_version=completion.policy_version,
+                    stop_reason=completion.stop_reason,
+                    outcome=outcome,
+                    reward=float(reward),
+                    info={**info, "observation": text},
+                    timing={
+                        "begin": began,
+                        "generate": generated - began,
+                        "tool": stepped - generated,
+                    },
+                    version_spans=completion.version_spans,
+                )
+            )
+            if terminated or truncated:
+                return tuple(turns), bool(terminated), bool(truncated)
+
+    async def _complete(
+        self, token_ids: tuple[int, ...], sampling: Sampling, where: str
+    ) -> Completion:
+        try:
+            async with asyncio.timeout(self.limits.generate_timeout_s):
+                with self.watchdog.waiting(f"{where}: the engine"):
+                    completion = await self.generate(token_ids, sampling)
+        except TimeoutError:
+            limit = self.limits.generate_timeout_s
+            message = f"{where}: the engine gave no completion within {limit:g} s"
+            raise EpisodeFailed(Outcome.INFRA_ERROR, message) from None
+        except RuntimeError as error:  # of the forward, e.g. out of memory; the engine goes on
+            message = f"{where}: the engine failed: {error}"
+            raise EpisodeFailed(Outcome.INFRA_ERROR, message) from error
+        if completion.stop_reason is StopReason.ABORT:
+            raise EpisodeFailed(Outcome.CANCELLED, f"{where}: the completion was aborted")
+        return self.renderer.cut(completion)
+
+    async def _in_thread(self, call: Callable[[], T], where: str) -> T:
+        """Run a blocking call of the environment. A thread that misses its deadline is given up.
+
+        What it raises fails the episode and not the run: one broken task must not cost the others.
+        """
+        try:
+            async with asyncio.timeout(self.limits.env_timeout_s):
+                try:
+                    with self.watchdog.waiting(where):
+                        context = contextvars.copy_context()
+                        loop = asyncio.get_running_loop()
+                        return await loop.run_in_executor(self.threads, context.run, call)
+                except Exception as error:
+                    message = f"{where} raised {error!r}"
+                    raise EpisodeFailed(Outcome.INFRA_ERROR, message) from error
+        except TimeoutError:
+            message = f"{where} did not answer within {self.limits.env_timeout_s:g} s"
+            raise EpisodeFailed(Outcome.INFRA_ERROR, message) from None
+
+
+def mask_void_turns(turns: tuple[Turn, ...], policy: str) -> tuple[Turn, ...]:
+    """Take void turns, or all turns beside one, out of the loss (spec 3, SimpleTIR).
+
+    Args:
+        turns: Of one trajectory.
+        policy: `keep`, `mask_turn` or `mask_trajectory`.
+    """
+    is_void = [turn.is_void for turn in turns]
+    if policy == "keep":
+        return turns
+    return _mask(turns, is_void if policy == "mask_turn" else [any(is_void)] * len(turns))
+
+
+def mask_overlong(turns: tuple[Turn, ...], policy: str, truncated: bool) -> tuple[Turn, ...]:
+    """Take completions that a limit cut, or all turns of an over-long trajectory, out of the loss.
+
+    For whole trajectories this is the overlong filtering of DAPO: what a limit ended was not
+    finished, and its reward says little.
+
+    Args:
+        turns: Of one trajectory.
+        policy: `mask_turn` or `mask_trajectory`; the others leave the turns as they are.
+        truncated: Whether a limit ended the trajectory.
+    """
+    is_cut = [turn.is_cut for turn in turns]
+    if policy not in ("mask_turn", "mask_trajectory"):
+        return turns
+    whole = [truncated or any(is_cut)] * len(turns)
+    return _mask(turns, is_cut if policy == "mask_turn" else whole)
+
+
+def _mask(turns: tuple[Turn, ...], is_out: Sequence[bool]) -> tuple[Turn, ...]:
+    return tuple(
+        replace(turn, completion=replace(turn.completion, trainable=False)) if out else turn
+        for turn, out in zip(turns, is_out, strict=True)
+    )

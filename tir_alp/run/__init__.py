@@ -1,0 +1,1 @@
+"""Opens, supervises and ends a run."""

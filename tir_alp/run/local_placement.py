@@ -1,0 +1,54 @@
+"""What a run is made of, wherever it lives: in this process, or in actors of a cluster.
+
+The loop in `train` sees an engine, a trainer and environments. `LocalParts` makes them here;
+`tir_alp.cluster` makes the same in other processes, on this machine or on many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import gymnasium
+
+from tir_alp.config import Config
+from tir_alp.engines.base import Engine, Reference
+from tir_alp.engines.open import open_engine
+from tir_alp.roles import TrainerPart
+from tir_alp.rollouts.environment import make_environment
+from tir_alp.rollouts.renderer import Renderer
+from tir_alp.training.local_trainer import make_learner
+
+
+class LocalParts:
+    """All in this process.
+
+    Args:
+        config: Of the run.
+        say: Told what happens to servers.
+    """
+
+    def __init__(self, config: Config, say: Callable[[str], None] = print) -> None:
+        self._config, self._say = config, say
+
+    def engine(
+        self, path: str, version: int, renderer: Renderer, reference: Reference
+    ) -> AbstractAsyncContextManager[Engine]:
+        """As `Parts.engine`."""
+        return open_engine(self._config, path, version, reference, self._say)
+
+    async def trainer(self, run: Path, initial: str, found: Path | None) -> TrainerPart:
+        """As `Parts.trainer`."""
+        learner = make_learner(self._config, run, initial, found)
+        if (size := learner.ranks.size) > 1:
+            learner.close()
+            raise ValueError(
+                f"a run is one process, but this is one of {size} ranks: start it without "
+                "torch.distributed.run, and with --cluster and --cluster.trainer.count"
+            )
+        return learner
+
+    def make_env(self) -> gymnasium.Env[str, str]:
+        """As `Parts.make_env`."""
+        return make_environment(self._config)

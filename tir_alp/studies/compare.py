@@ -1,0 +1,83 @@
+"""Trains the able tiny model with every method under the same mismatch, and compares them.
+
+    python -m tir_alp.studies.compare [--algorithms grpo alp_sequence] [--seeds 3]
+        [-- --steps 20 ...]
+
+What stands behind `--` goes to every run. Runs that have ended are kept, so that a comparison which
+was interrupted goes on where it was. The table and the pictures are those of `tir_alp.report`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tir_alp.algorithm.presets import ALGORITHMS
+
+COMPARE_CONFIG = Path(__file__).with_name("compare.toml")
+"""The run that compares methods; `configs/tiny_mismatch.toml`."""
+
+_ENDED = "ended"  # a file in the folder of a run that needs no second try
+
+
+def train(folder: str, algorithm: str, seed: int, words: Sequence[str], threads: int) -> Path:
+    """Train one run below `runs/`, unless it has been; a run that a guard stopped has ended too.
+
+    Raises:
+        RuntimeError: It did not end as a run does; has its last words.
+    """
+    name = f"{folder}/{algorithm}-seed{seed}"
+    path = Path("runs") / name
+    if (path / _ENDED).exists():
+        return path
+    shutil.rmtree(path, ignore_errors=True)
+    command = [sys.executable, "-m", "tir_alp.train", "--config", str(COMPARE_CONFIG)]
+    command += ["--name", name, "--algorithm", algorithm, "--seed", str(seed), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    result = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if result.returncode not in (0, 3):
+        raise RuntimeError(f"{name} failed with status {result.returncode}:\n{result.stdout}")
+    (path / _ENDED).touch()
+    print(f"{name}: {result.stdout.strip().splitlines()[-1 if result.returncode else -4]}")
+    return path
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train, then report; returns the exit code of the report."""
+    words: Sequence[str] = ()
+    if "--" in arguments:
+        end = arguments.index("--")
+        arguments, words = arguments[:end], arguments[end + 1 :]
+    parser = argparse.ArgumentParser("tir_alp.studies.compare", description=__doc__)
+    parser.add_argument("--algorithms", nargs="+", choices=[*ALGORITHMS], default=[*ALGORITHMS])
+    parser.add_argument("--seeds", type=int, default=3, help="runs a method")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--name", default="compare", help="folder below runs/")
+    options = parser.parse_args(arguments)
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        runs = [
+            pool.submit(train, options.name, algorithm, seed, words, threads)
+            for seed in range(options.seeds)
+            for algorithm in options.algorithms
+        ]
+        try:
+            paths = [run.result() for run in runs]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    out = Path("runs") / options.name / "report"
+    report = [sys.executable, "-m", "tir_alp.report", *map(str, paths), "--out", str(out)]
+    return subprocess.run(report).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,214 @@
+"""Measures what ALP is for: logprob by the trainer against logprob by the engine, at equal weights.
+
+    python -m tir_alp.studies.mismatch [--model tiny-able] [--engine sglang]
+        [--dtypes float32 bfloat16] [--temperatures 1.0 0.7] [--tokens 3000] [--out mismatch.png]
+
+Each engine samples; the trainer's forward, in float32, then says what it thinks of each sampled
+token. Printed is d = trainer - engine, and the ratio e^d that a policy gradient would see. In
+float32 the difference is what rounding leaves: the check that all else is equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tir_alp.config import DataConfig, SGLangConfig
+from tir_alp.engines.base import Completion, Engine, Sampling
+from tir_alp.engines.transformers import TransformersEngine
+from tir_alp.models.tiny import SHIPPED
+from tir_alp.rollouts.data import load_held_out
+from tir_alp.rollouts.renderer import Renderer
+from tir_alp.training.attention import PackedSequences
+from tir_alp.training.policy import (
+    compute_device,
+    hidden_states,
+    load_policy,
+    load_tokenizer,
+    token_logprobs,
+)
+from tir_alp.training.structure import end_token_ids
+
+_TOKENS_EACH = 64
+_NUM_AT_ONCE = 32
+_QUANTILES = (0.02, 0.5, 0.98)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Differences of one dtype and temperature."""
+
+    dtype: str
+    temperature: float
+    differences: torch.Tensor
+    """[N] trainer - engine logprob of each sampled token, in nats."""
+
+    def line(self) -> str:
+        """A row of the table."""
+        d = self.differences.double()
+        low, middle, high = torch.quantile(d.exp(), torch.tensor(_QUANTILES).double()).tolist()
+        return (
+            f"| {self.dtype} | {self.temperature:g} | {len(d)} | {d.abs().max():.1e} "
+            f"| {d.abs().mean():.1e} | {d.mean():+.1e} | {low:.5f} | {middle:.5f} | {high:.5f} |"
+        )
+
+
+HEADER = (
+    "| engine dtype | temperature | tokens | max abs d | mean abs d | mean d "
+    "| P2 of e^d | P50 | P98 |\n|---|---|---|---|---|---|---|---|---|"
+)
+
+
+@torch.no_grad()
+def trainer_logprobs(
+    model: Any, prompt: Sequence[int], completion: Completion, temperature: float
+) -> torch.Tensor:
+    """Logprobs of a completion's tokens by one forward of the trainer's."""
+    ids = torch.tensor((*prompt, *completion.token_ids), device=model.device)
+    places = torch.arange(len(ids), device=ids.device)
+    hidden = hidden_states(model, ids, places, PackedSequences((len(ids),), ids.device))
+    start = len(prompt)
+    logprobs, _ = token_logprobs(
+        model, hidden[start - 1 : -1], ids[start:], temperature=temperature
+    )
+    return logprobs.cpu()
+
+
+async def measure(
+    engine: Engine,
+    model: Any,
+    prompts: Sequence[tuple[int, ...]],
+    *,
+    dtype: str,
+    temperature: float,
+    num_tokens: int,
+) -> Measurement:
+    """Sample at least `num_tokens` tokens, and compare each with the trainer's forward."""
+    differences: list[torch.Tensor] = []
+    count = uid = 0
+    while count < num_tokens:
+        uids = range(uid, uid + _NUM_AT_ONCE)
+        uid += _NUM_AT_ONCE
+        completions = await asyncio.gather(
+            *(
+                engine.generate(
+                    prompts[each % len(prompts)],
+                    Sampling(max_tokens=_TOKENS_EACH, temperature=temperature, sequence_uid=each),
+                )
+                for each in uids
+            )
+        )
+        for each, completion in zip(uids, completions, strict=True):
+            own = trainer_logprobs(model, prompts[each % len(prompts)], completion, temperature)
+            differences.append(own - torch.tensor(completion.logprobs))
+            count += len(completion.token_ids)
+    return Measurement(dtype, temperature, torch.cat(differences))
+
+
+@asynccontextmanager
+async def _opened(name: str, path: str, model: Any, dtype: str) -> AsyncIterator[Engine]:
+    if name == "transformers":
+        own = load_policy(path, model.device)
+        engine = TransformersEngine(own, max_cache_tokens=1 << 16, precision=dtype)
+        try:
+            yield engine
+        finally:
+            await engine.close()
+        return
+    from tir_alp.engines.sglang.engine import open_sglang
+
+    settings = SGLangConfig.model_validate(
+        {
+            "type": "sglang",
+            "device": model.device.type,
+            "dtype": dtype,
+            "max_cache_tokens": 1 << 16,
+        }
+    )
+    vocab_size = model.config.get_text_config().vocab_size
+    async with open_sglang(
+        settings,
+        model_path=path,
+        vocab_size=vocab_size,
+        end_token_ids=end_token_ids(model),
+        say=lambda line: print(line, file=sys.stderr),
+    ) as engine:
+        yield engine
+
+
+def draw(measurements: Sequence[Measurement], out: Path) -> None:
+    """Plot the distribution of |d|, a line a measurement."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for each in measurements:
+        ordered = each.differences.abs().clamp_min(1e-9).sort().values
+        share = torch.arange(1, len(ordered) + 1) / len(ordered)
+        axes.plot(ordered, share, label=f"{each.dtype}, temperature {each.temperature:g}")
+    axes.set(
+        xscale="log", xlabel="|logprob of trainer - engine|, nats", ylabel="share of the tokens"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out, dpi=120)
+
+
+async def run(options: argparse.Namespace) -> list[Measurement]:
+    """Measure every dtype at every temperature, and print a row for each."""
+    path = str(SHIPPED.get(options.model, options.model))
+    model = load_policy(path, compute_device("auto")).eval()
+    renderer = Renderer(load_tokenizer(path))
+    tasks = load_held_out(DataConfig(), 64)
+    prompts = [renderer.prompt(task.question).token_ids for task in tasks]
+    measurements = []
+    print(HEADER)
+    for dtype in options.dtypes:
+        async with _opened(options.engine, path, model, dtype) as engine:
+            for temperature in options.temperatures:
+                measured = await measure(
+                    engine,
+                    model,
+                    prompts,
+                    dtype=dtype,
+                    temperature=temperature,
+                    num_tokens=options.tokens,
+                )
+                print(measured.line(), flush=True)
+                measurements.append(measured)
+    return measurements
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        "tir_alp.studies.mismatch", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--model", default="tiny-able", help="name, folder or Hugging Face id")
+    parser.add_argument("--engine", choices=["sglang", "transformers"], default="sglang")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 0.7])
+    parser.add_argument("--tokens", type=int, default=3000, help="at least so many each")
+    parser.add_argument("--out", type=Path, help="a picture of the distributions")
+    options = parser.parse_args(arguments)
+    try:
+        measurements = asyncio.run(run(options))
+    except ValueError as error:
+        print(f"tir_alp.studies.mismatch: {error}", file=sys.stderr)
+        return 2
+    if options.out is not None:
+        draw(measurements, options.out)
+        print(f"picture: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

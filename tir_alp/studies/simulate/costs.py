@@ -1,0 +1,214 @@
+"""Reads from the folder of a run what its parts cost.
+
+The trajectories say when each turn began to generate and how long it took. So the number of
+requests that the engine had at any time is known, and what a decoding step costs is a linear
+regression.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tir_alp.records.folder import read_run_config, step_file
+from tir_alp.studies.simulate.pipeline import (
+    Costs,
+    EngineCost,
+    EpisodeCost,
+    GroupCost,
+    TrainerCost,
+    TurnCost,
+)
+
+_ROUNDS = 10  # of fitting an engine: what a step costs says how many steps were crowded
+_WARM_UP = 1  # steps whose times are not those of the others: caches fill, threads start
+
+
+@dataclass(frozen=True, slots=True)
+class TimedTurn:
+    """When a completion was in the engine, and how large it was."""
+
+    begin_s: float
+    end_s: float
+    prefill_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedStep:
+    """What the folder of a run says of one training step."""
+
+    groups: tuple[GroupCost, ...]
+    """In the order in which they were begun; those without signal too."""
+    turns: tuple[TimedTurn, ...]
+    train_s: float
+    rest_s: float
+    """Of the step, but for rollouts and training: the weight update."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were trained on, those of prompts and tools included."""
+        trained = [group for group in self.groups if group.has_signal]
+        return sum(episode.num_tokens for group in trained for episode in group.episodes)
+
+
+def read_costs(run: Path, *, slowdown: float = 1.0) -> Costs:
+    """Measure a recorded run of one engine and one trainer rank.
+
+    Args:
+        run: Its folder. It must have rolled out and trained in turn (`rollout.max_staleness = 0`):
+            otherwise its times hold what the parts cost each other.
+        slowdown: By how much engine and trainer would stretch each other; see `Costs`.
+
+    Raises:
+        ValueError: If this is no such run, or it is too short.
+    """
+    if staleness := read_run_config(run)["rollout"]["max_staleness"]:
+        raise ValueError(
+            f"{run} had rollout.max_staleness = {staleness}: engine and trainer ran at the same "
+            "time, and their times cannot be told apart; measure a run with 0"
+        )
+    steps = [*read_steps(run)][_WARM_UP:]
+    if len(steps) < 2:
+        raise ValueError(f"{run} has {len(steps)} steps behind the first; at least 2 are needed")
+    step_s, request_s, prefill_token_s = fit_engine([turn for step in steps for turn in step.turns])
+    return Costs(
+        groups=tuple(group for step in steps for group in step.groups),
+        engine=EngineCost(step_s, request_s, prefill_token_s),
+        trainer=fit_trainer([s.num_tokens for s in steps], [s.train_s for s in steps]),
+        sync_s=float(np.median([step.rest_s for step in steps])),
+        slowdown=slowdown,
+    )
+
+
+def read_steps(run: Path) -> Iterator[RecordedStep]:
+    """Read a run, step by step.
+
+    Raises:
+        ValueError: If a file is not what a run writes; it is named.
+    """
+    for row in _rows(run / "metrics.jsonl"):
+        if "time/train" not in row:
+            continue  # of an evaluation
+        groups: dict[int, GroupCost] = {}
+        turns: list[TimedTurn] = []
+        for folder in ("trajectories", "replaced"):
+            file = run / folder / step_file(row["step"])
+            if folder == "trajectories" or file.exists():
+                episodes, more = read_groups(file)
+                has_signal = folder == "trajectories"
+                groups |= {i: GroupCost(tuple(each), has_signal) for i, each in episodes.items()}
+                turns += more
+        try:
+            whole_s = row["tokens/generated"] / row["tokens/per_second"]
+            rest_s = whole_s - row["time/rollout"] - row["time/train"]
+        except KeyError as error:
+            raise ValueError(f"{run}/metrics.jsonl: step {row['step']} has no {error}") from error
+        ordered = tuple(groups[index] for index in sorted(groups))
+        yield RecordedStep(ordered, tuple(turns), row["time/train"], max(rest_s, 0.0))
+
+
+def read_groups(file: Path) -> tuple[dict[int, list[EpisodeCost]], list[TimedTurn]]:
+    """Read a file of trajectories: what the episodes cost, by group, and when turns began.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    groups: dict[int, list[EpisodeCost]] = defaultdict(list)
+    turns: list[TimedTurn] = []
+    for trajectory in _rows(file):
+        try:
+            episode = read_episode(trajectory)
+            groups[trajectory["group_id"]].append(episode)
+            for turn, cost in zip(trajectory["turns"], episode.turns, strict=True):
+                begin, seconds = turn["timing"]["begin"], turn["timing"]["generate"]
+                turns.append(
+                    TimedTurn(begin, begin + seconds, cost.new_tokens, cost.completion_tokens)
+                )
+        except KeyError as error:
+            raise ValueError(f"{file}: a trajectory has no {error}") from error
+    return groups, turns
+
+
+def read_episode(trajectory: Mapping[str, Any]) -> EpisodeCost:
+    """Read the costs of one recorded trajectory."""
+    context = new = len(trajectory["prompt"]["token_ids"])
+    turns = []
+    for turn in trajectory["turns"]:
+        completion = len(turn["completion"]["token_ids"])
+        turns.append(TurnCost(context, new, completion, turn["timing"]["tool"]))
+        new = len(turn["observation"]["token_ids"])
+        context += completion + new
+    return EpisodeCost(trajectory["turns"][0]["timing"]["prepare"], tuple(turns))
+
+
+def fit_engine(turns: Sequence[TimedTurn]) -> tuple[float, float, float]:
+    """Seconds of a decoding step, of a request in it, and of a token read: least squares.
+
+    A completion of n tokens is n steps long. Each costs its share of what runs beside it, and
+    waits while the prompts of others are read.
+    """
+    begins = np.array([turn.begin_s for turn in turns])
+    ends = np.array([turn.end_s for turn in turns])
+    tokens = np.array([turn.completion_tokens for turn in turns], float)
+    times = np.concatenate([begins, ends])
+    order = np.argsort(times, kind="stable")
+    times = times[order]
+    running = np.cumsum(np.concatenate([np.ones(len(turns)), -np.ones(len(turns))])[order])[:-1]
+
+    def within(rate: np.ndarray) -> np.ndarray:
+        """Integral over each completion of what has this rate between two of `times`."""
+        integral = np.concatenate([[0.0], np.cumsum(rate * np.diff(times))])
+        return np.interp(ends, times, integral) - np.interp(begins, times, integral)
+
+    by_begin = np.argsort(begins, kind="stable")
+    read = np.cumsum([0, *(turns[index].prefill_tokens for index in by_begin)])
+    first, last = (np.searchsorted(begins[by_begin], each, side="left") for each in (begins, ends))
+    prefill = (read[last] - read[first]).astype(float)
+    fit = [1.0, 0.0, 0.0]
+    for _ in range(_ROUNDS):
+        # Requests beside a completion are counted a step, not a second: crowded steps last longer.
+        steps_a_second = 1 / (fit[0] + fit[1] * np.maximum(running, 1))
+        beside = within(running * steps_a_second) / np.maximum(within(steps_a_second), 1e-12)
+        fit = _nonnegative(np.stack([tokens, tokens * beside, prefill], axis=1), ends - begins)
+        if fit[0] + fit[1] == 0:
+            raise ValueError("the recorded completions took no time: they cannot be measured")
+    return fit[0], fit[1], fit[2]
+
+
+def fit_trainer(num_tokens: Sequence[int], seconds: Sequence[float]) -> TrainerCost:
+    """Seconds of a training step, and of a token in it: least squares."""
+    columns = np.stack([np.ones(len(num_tokens)), np.array(num_tokens, float)], axis=1)
+    return TrainerCost(*_nonnegative(columns, np.array(seconds)))
+
+
+def _nonnegative(columns: np.ndarray, values: np.ndarray) -> list[float]:
+    """Least squares whose coefficients are costs: one that comes out negative is none."""
+    kept = [*range(columns.shape[1])]
+    while True:
+        solution = np.linalg.lstsq(columns[:, kept], values, rcond=None)[0]
+        if (solution >= 0).all() or len(kept) == 1:
+            break
+        kept.pop(int(np.argmin(solution)))
+    result = [0.0] * columns.shape[1]
+    for index, value in zip(kept, solution, strict=True):
+        result[index] = max(float(value), 0.0)
+    return result
+
+
+def _rows(file: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        with file.open() as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{file}, line {number}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}") from error

@@ -1,0 +1,101 @@
+"""AdamW over the shards of the weights, and over log sigma with a learning rate of its own.
+
+Its state is made at once and not in the first update, so that a run that has no room for it ends
+at its start, and so that a checkpoint of step 0 is one like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tir_alp.config import TrainerConfig
+
+
+class Optimizer:
+    """Moves the weights and log sigma.
+
+    Args:
+        weights: What is trained of the model, by name.
+        log_sigma: Of the noise, the same on every rank; None: there is none.
+        config: Learning rates, decay, bounds.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, nn.Parameter],
+        log_sigma: nn.Parameter | None,
+        config: TrainerConfig,
+    ) -> None:
+        self._bound = config.max_grad_norm
+        self._parts = {"grad_norm/policy": [*weights.values()]}
+        groups: list[dict[str, Any]] = [
+            {"params": [*weights.values()], "lr": config.lr, "weight_decay": config.weight_decay}
+        ]
+        self._named = {**weights}
+        if log_sigma is not None:
+            rate = config.perturbation_lr
+            groups.append({"params": [log_sigma], "lr": rate, "weight_decay": 0.0})
+            self._named["log_sigma"] = log_sigma
+            self._parts["grad_norm/log_sigma"] = [log_sigma]
+        self._adamw = torch.optim.AdamW(groups, betas=config.betas, fused=True)
+        for parameter in self._named.values():
+            self._adamw.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Names of what `clip_gradients` returns."""
+        return tuple(self._parts)
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        self._adamw.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """Make the update."""
+        self._adamw.step()
+
+    def clip_gradients(self) -> dict[str, float]:
+        """Bound the gradient of the weights and, by itself, log sigma's; return both norms."""
+        return {name: _clip(part, self._bound) for name, part in self._parts.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and count of updates, as `parameter.moment`, shared with the optimizer."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self._named.items()
+            for key, value in self._adamw.state[parameter].items()
+        }
+
+
+def _clip(parameters: Sequence[nn.Parameter], bound: float) -> float:
+    """Scale gradients down to a bound of the norm that they have over all ranks; that norm."""
+    gradients = [each.grad for each in parameters if each.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    torch.nn.utils.clip_grads_with_norm_(parameters, bound, norm)
+    return norm.item()
+
+
+_LEAST_NORMS = 8  # before that there is no telling what a spike is
+
+
+MOST_NORMS = 64
+"""Gradient norms of the last updates that the next is compared with."""
+
+
+def is_spike(norm: float, recent: Sequence[float], factor: float | None) -> bool:
+    """Whether a gradient norm is more than `factor` times the median of those before it."""
+    if factor is None or len(recent) < _LEAST_NORMS:
+        return False
+    return norm > factor * median(recent)

@@ -1,0 +1,1 @@
+"""What confines the fork server: one module per backend."""

@@ -1,0 +1,1 @@
+"""One interpreter in a jail, from the outside."""

@@ -1,0 +1,1 @@
+"""Attacks that the sandbox makes on itself before it starts."""

@@ -1,0 +1,347 @@
+"""The sandbox as an HTTP service: sessions, single programs, and what older clients call.
+
+    POST   /v1/sessions                 {}                  -> {"session": ID}
+    POST   /v1/sessions/ID/run          {"code", "limits"?} -> a `RunResult`
+    POST   /v1/sessions/ID/fork         {}                  -> {"session": ID}
+    DELETE /v1/sessions/ID
+    POST   /v1/run                      {"code", "stdin"?, "limits"?}, the same and "exit_status"
+    GET    /v1/health, /metrics
+    POST   /run_code, /run_jupyter, /faas/sandbox/              see `compat.py`
+
+What a program does is a result, with status 200. A 429 or 503 means that nothing ran, and when to
+come again; a 404, that the session is gone. Whoever does not know the token gets a 401.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hmac
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tir_alp.tools.outcome import Outcome
+from tir_alp.tools.sandbox.base import Sandbox, Session
+from tir_alp.tools.sandbox.config import Limits
+from tir_alp.tools.sandbox.result import RunResult, SandboxError
+from tir_alp.tools.sandbox.service import compat
+from tir_alp.tools.sandbox.service.files import Fetched, fetch_files, put_files
+from tir_alp.tools.sandbox.service.metrics import ServiceMetrics
+from tir_alp.tools.sandbox.service.script import ScriptResult, run_script
+
+_SHUTDOWN_S = 10.0
+"""What running calls get to come to their end."""
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class ServiceConfig(BaseModel):
+    """How much the service lets its clients do."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    token: str | None
+    """What clients have to send as `Authorization: Bearer TOKEN`. None: nothing."""
+    max_waiting: int = 256
+    """Requests that may wait for a session; the next is turned away with a 429."""
+    max_wait_s: float = 30.0
+    """How long one waits before it is turned away with a 503."""
+    max_wall_s: float = 120.0
+    """The longest that a call may ask for."""
+    max_body_bytes: int = 4 << 20
+    session_ttl_s: float = 1800.0
+    """A session that nobody has called for so long is closed: its client is gone."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Cell(_Strict):
+    code: str
+    limits: Limits | None = None
+
+
+class _Script(_Cell):
+    stdin: str = ""
+
+
+@dataclass(slots=True)
+class _Lease:
+    """A client's session."""
+
+    session: Session
+    last_use: float = field(default_factory=time.monotonic)
+    num_calls: int = 0
+    """That are running now."""
+
+
+class Service:
+    """Serves one sandbox. `application` is what aiohttp runs."""
+
+    def __init__(self, sandbox: Sandbox, config: ServiceConfig) -> None:
+        self._sandbox = sandbox
+        self._config = config
+        self._leases: dict[str, _Lease] = {}
+        self._num_waiting = 0
+        self._metrics = ServiceMetrics(lambda: len(self._leases), lambda: self._num_waiting)
+
+    def application(self) -> web.Application:
+        """The routes."""
+        app = web.Application(
+            middlewares=[self._authorise, _report_bad_requests],
+            client_max_size=self._config.max_body_bytes,
+        )
+        app.add_routes(
+            [
+                web.get("/v1/health", self._health),
+                web.get("/metrics", self._show_metrics),
+                web.post("/v1/sessions", self._open),
+                web.post("/v1/sessions/{id}/run", self._run),
+                web.post("/v1/sessions/{id}/fork", self._fork),
+                web.delete("/v1/sessions/{id}", self._close),
+                web.post("/v1/run", self._run_script),
+                web.post("/run_code", self._fusion),
+                web.post("/faas/sandbox/run_code", self._fusion),
+                web.post("/run_jupyter", self._fusion_notebook),
+                web.post("/faas/sandbox", self._faas),
+                web.post("/faas/sandbox/", self._faas),
+            ]
+        )
+        app.cleanup_ctx.append(self._close_forgotten_sessions)
+        return app
+
+    # ------------------------------------------------------------------ our own API
+
+    async def _health(self, request: web.Request) -> web.Response:
+        report = dataclasses.asdict(self._sandbox.report)
+        return web.json_response({**report, "sessions": len(self._leases)})
+
+    async def _show_metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=self._metrics.text(), content_type="text/plain")
+
+    async def _open(self, request: web.Request) -> web.Response:
+        return self._lease(await self._admitted(self._sandbox.open_session()))
+
+    async def _fork(self, request: web.Request) -> web.Response:
+        with self._in_use(request) as lease:
+            return self._lease(await self._admitted(lease.session.fork()))
+
+    async def _run(self, request: web.Request) -> web.Response:
+        cell = await _body(request, _Cell)
+        self._check_wall(cell.limits.wall_s if cell.limits else 0.0)
+        with self._in_use(request) as lease:
+            result = await lease.session.run(cell.code, cell.limits)
+        self._metrics.count_call(result)
+        return web.json_response(dataclasses.asdict(result))
+
+    async def _close(self, request: web.Request) -> web.Response:
+        lease = self._leases.pop(request.match_info["id"], None)
+        if lease is not None:
+            await lease.session.close()
+        return web.json_response({})
+
+    async def _run_script(self, request: web.Request) -> web.Response:
+        script = await _body(request, _Script)
+        ended = await self._script(script.code, script.stdin, script.limits)
+        reply = dataclasses.asdict(ended.result)
+        return web.json_response({**reply, "exit_status": ended.exit_status})
+
+    # ------------------------------------------------------------------ older clients
+
+    async def _fusion(self, request: web.Request) -> web.Response:
+        asked = await _body(request, compat.FusionRequest)
+        limits = Limits(wall_s=asked.run_timeout)
+        self._check_wall(limits.wall_s)
+        async with await self._admitted(self._sandbox.open_session()) as session:
+            try:
+                folder = await _put(session, asked)
+                ended = await run_script(
+                    session, asked.code, stdin=asked.stdin or "", limits=limits
+                )
+                self._metrics.count_call(ended.result)
+                fetched = await self._fetch(session, folder, asked, [ended.result])
+            except SandboxError as error:
+                return web.json_response(compat.fusion_failure(str(error)))
+        return web.json_response(compat.fusion_reply(ended, fetched))
+
+    async def _fusion_notebook(self, request: web.Request) -> web.Response:
+        asked = await _body(request, compat.FusionNotebook)
+        self._check_wall(asked.total_timeout)
+        results: list[RunResult] = []
+        async with await self._admitted(self._sandbox.open_session()) as session:
+            try:
+                folder = await _put(session, asked)
+                deadline = time.monotonic() + asked.total_timeout
+                for code in asked.cells:
+                    left_s = max(0.001, deadline - time.monotonic())
+                    wall_s = min(left_s, asked.cell_timeout or left_s)
+                    results.append(await session.run(code, Limits(wall_s=wall_s)))
+                    self._metrics.count_call(results[-1])
+                    if results[-1].outcome not in (Outcome.OK, Outcome.TOOL_ERROR):
+                        break
+                fetched = await self._fetch(session, folder, asked, results)
+            except SandboxError as error:
+                return web.json_response(compat.notebook_failure(str(error)))
+        return web.json_response(compat.notebook_reply(results, fetched))
+
+    async def _fetch(
+        self, session: Session, folder: str, asked: compat.Files, results: Sequence[RunResult]
+    ) -> Fetched:
+        failed = any(result.outcome.is_infrastructure for result in results)
+        if failed or not asked.fetch_files:
+            return Fetched()
+        return await fetch_files(session, folder, asked.fetch_files, self._config.max_body_bytes)
+
+    async def _faas(self, request: web.Request) -> web.Response:
+        asked = await _body(request, compat.FaasRequest)
+        limits = Limits(wall_s=asked.run_timeout)
+        ended = await self._script(asked.code, asked.stdin or "", limits)
+        if ended.result.outcome.is_infrastructure:
+            raise self._refusal(503, ended.result.stderr)
+        return web.json_response(compat.faas_reply(ended))
+
+    # ------------------------------------------------------------------ admission
+
+    async def _script(self, code: str, stdin: str, limits: Limits | None) -> ScriptResult:
+        self._check_wall(limits.wall_s if limits else 0.0)
+        async with await self._admitted(self._sandbox.open_session()) as session:
+            ended = await run_script(session, code, stdin=stdin, limits=limits)
+        self._metrics.count_call(ended.result)
+        return ended
+
+    async def _admitted(self, opening: Coroutine[Any, Any, Session]) -> Session:
+        """Wait for a session, but neither too long nor behind too many others."""
+        if self._num_waiting >= self._config.max_waiting:
+            opening.close()
+            raise self._refusal(429, f"{self._num_waiting} requests are waiting already")
+        self._num_waiting += 1
+        try:
+            # Not `wait_for`: cancelled in the wrong moment, it would lose the session that it has.
+            async with asyncio.timeout(self._config.max_wait_s):
+                return await opening
+        except TimeoutError:
+            wait_s = self._config.max_wait_s
+            raise self._refusal(503, f"no session became free within {wait_s:g} s") from None
+        except SandboxError as error:
+            raise self._refusal(503, str(error)) from error
+        finally:
+            self._num_waiting -= 1
+
+    def _refusal(self, status: int, reason: str) -> web.HTTPException:
+        self._metrics.count_refusal(status)
+        kind = web.HTTPTooManyRequests if status == 429 else web.HTTPServiceUnavailable
+        return kind(text=reason, headers={"Retry-After": "1"})
+
+    def _check_wall(self, wall_s: float) -> None:
+        if wall_s > self._config.max_wall_s:
+            raise web.HTTPBadRequest(
+                text=f"{wall_s:g} s were asked for; at most {self._config.max_wall_s:g} s are given"
+            )
+
+    # ------------------------------------------------------------------ sessions of clients
+
+    def _lease(self, session: Session) -> web.Response:
+        name = secrets.token_urlsafe(16)
+        self._leases[name] = _Lease(session)
+        return web.json_response({"session": name})
+
+    @contextlib.contextmanager
+    def _in_use(self, request: web.Request) -> Iterator[_Lease]:
+        lease = self._leases.get(request.match_info["id"])
+        if lease is None:
+            raise web.HTTPNotFound(text="no such session: it was closed, forgotten or never opened")
+        lease.num_calls += 1
+        try:
+            yield lease
+        finally:
+            lease.num_calls -= 1
+            lease.last_use = time.monotonic()
+
+    async def _close_forgotten_sessions(self, app: web.Application) -> AsyncIterator[None]:
+        """Runs as long as the application; at its end no session is left."""
+
+        async def sweep() -> None:
+            while True:
+                await asyncio.sleep(self._config.session_ttl_s / 4)
+                oldest = time.monotonic() - self._config.session_ttl_s
+                for name, lease in list(self._leases.items()):
+                    if lease.num_calls == 0 and lease.last_use < oldest:
+                        del self._leases[name]
+                        await lease.session.close()
+
+        sweeper = asyncio.create_task(sweep())
+        yield
+        sweeper.cancel()
+        await asyncio.gather(*(lease.session.close() for lease in self._leases.values()))
+        self._leases.clear()
+
+    # ------------------------------------------------------------------ middleware
+
+    @web.middleware
+    async def _authorise(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self._config.token is not None:
+            sent = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+            if not hmac.compare_digest(sent, f"Bearer {self._config.token}".encode()):
+                raise web.HTTPUnauthorized(text="send the token: Authorization: Bearer TOKEN")
+        return await handler(request)
+
+
+@web.middleware
+async def _report_bad_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except ValidationError as error:
+        faults = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
+        text = "; ".join(f"{place}: {fault}" if place else fault for place, fault in faults)
+        return web.Response(status=400, text=text)
+
+
+async def _put(session: Session, asked: compat.Files) -> str:
+    """Returns the working folder; nothing is asked of the session where no file moves."""
+    return await put_files(session, asked.contents) if asked.moves_files else ""
+
+
+async def _body(request: web.Request, model: type[_Model]) -> _Model:
+    return model.model_validate_json(await request.read())
+
+
+async def serve(
+    app: web.Application,
+    host: str,
+    port: int,
+    stop: asyncio.Event,
+    announce: Callable[[str], None],
+) -> None:
+    """Serve until `stop` is set. A client that goes away takes its call with it.
+
+    Args:
+        app: What to serve.
+        host: Where to listen.
+        port: 0 takes any that is free.
+        stop: Ends it.
+        announce: Called with the address as soon as clients can connect.
+
+    Raises:
+        SandboxError: The address cannot be had.
+    """
+    runner = web.AppRunner(
+        app, handler_cancellation=True, access_log=None, shutdown_timeout=_SHUTDOWN_S
+    )
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            raise SandboxError(f"cannot listen on {host}:{port}: {error}") from error
+        announce(f"http://{host}:{runner.addresses[0][1]}")
+        await stop.wait()
+    finally:
+        await runner.cleanup()

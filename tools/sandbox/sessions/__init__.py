@@ -1,0 +1,1 @@
+"""Sessions of the local sandbox, and where their interpreters come from."""
