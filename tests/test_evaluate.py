@@ -69,7 +69,7 @@ def test_every_task_is_played_k_times_and_once_greedily():
     assert {sampling.seed for sampling in asked} == {5}
     assert metrics["eval/accuracy"] == metrics["eval/pass_at_k"] == 1 / 3
     assert metrics["eval/greedy_accuracy"] == 2 / 3
-    assert (metrics["eval/tasks"], metrics["eval/dropped"]) == (3, 0)
+    assert (metrics["eval/tasks"], metrics["eval/failed"]) == (3, 0)
 
 
 def test_without_greedy_there_are_only_samples():
@@ -80,6 +80,6 @@ def test_without_greedy_there_are_only_samples():
 
 def test_an_episode_that_was_lost_is_counted_and_not_called_wrong():
     metrics, _, failures = run(frozenset({0, 5, 8}), samples=2, greedy=True)
-    assert metrics["eval/dropped"] == len(failures) == 3
+    assert metrics["eval/failed"] == len(failures) == 3
     assert metrics["eval/accuracy"] == 1 / 3  # task 0 and task 2 have one sample left each
     assert metrics["eval/greedy_accuracy"] == 1.0  # of those that are left

@@ -367,7 +367,7 @@ class DoctorConfig(Section):
     """Those that may fail; the run says so and starts all the same."""
 
 
-class PartsConfig(Section):
+class ActorsConfig(Section):
     """Equal parts of one kind; each is a process that is placed as a whole."""
 
     count: int = Field(default=1, ge=0)
@@ -375,7 +375,7 @@ class PartsConfig(Section):
     cpus: float = Field(default=1.0, gt=0.0)
     """Cores that each is given, of those that the cluster says it has."""
     gpus: float = Field(default=0.0, ge=0.0)
-    """GPUs of each. Parts with half a GPU share one: an engine and a trainer rank, for instance."""
+    """GPUs of each. Two actors with half a GPU each share one, such as an engine and a rank."""
     image: str | None = None
     """Docker image that each runs in; None: what its node has installed."""
 
@@ -386,13 +386,13 @@ class ClusterConfig(Section):
     address: str = "none"
     """`none`: one process, no cluster, and nothing else here counts. `local`: a Ray cluster on this
     machine, for this run. Else the address of a running one: `auto`, or `ray://HOST:10001`."""
-    trainer: PartsConfig = PartsConfig()
+    trainer: ActorsConfig = ActorsConfig()
     """Ranks of the trainer."""
-    engines: PartsConfig = PartsConfig()
+    engines: ActorsConfig = ActorsConfig()
     """What samples."""
-    environments: PartsConfig = PartsConfig()
+    environments: ActorsConfig = ActorsConfig()
     """Where environments and graders run."""
-    sandboxes: PartsConfig = PartsConfig(count=0)
+    sandboxes: ActorsConfig = ActorsConfig(count=0)
     """Hosts of the sandbox that `env.kwargs.sandbox` describes; 0: each environment runner has its
     own."""
     spread: bool = False

@@ -39,4 +39,4 @@ async def evaluate(
     ]
     best = [each for each in played[num_sampled:] if each is not None]
     dropped = sum(trajectory is None for trajectory in played)
-    return {**evaluation_metrics(sampled, best), "eval/dropped": dropped}
+    return {**evaluation_metrics(sampled, best), "eval/failed": dropped}

@@ -11,19 +11,19 @@ from typing import Any, Protocol
 
 import gymnasium
 
-from tir_alp.engines.base import Engine, Judge, Probe, Reference
+from tir_alp.engines.base import AskTrainer, Engine, LogprobSource, Probe
 from tir_alp.records.ledger_rows import Row
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.training.batch import Sample
 from tir_alp.training.checkpoint import Position
 
 
-class PartLost(RuntimeError):
+class RoleLost(RuntimeError):
     """A part of the run died, or was ended because it did not answer."""
 
 
-class TrainerPart(Judge, Protocol):
-    """The trainer of a run; see `Learner`. Its calls block."""
+class TrainerRole(LogprobSource, Protocol):
+    """The trainer of a run; see `LocalTrainer`. Its calls block."""
 
     def step(
         self, groups: Sequence[Sequence[Sample]], step: int
@@ -50,11 +50,11 @@ class TrainerPart(Judge, Protocol):
         ...
 
 
-class Parts(Protocol):
+class Placement(Protocol):
     """Makes the parts of a run."""
 
     def engine(
-        self, path: str, version: int, renderer: Renderer, reference: Reference
+        self, path: str, version: int, renderer: Renderer, ask_trainer: AskTrainer
     ) -> AbstractAsyncContextManager[Engine]:
         """An engine with the weights in the folder `path`, for as long as the block runs.
 
@@ -62,12 +62,12 @@ class Parts(Protocol):
             path: Of the first weights.
             version: Their version.
             renderer: Of the run: its rule ends completions.
-            reference: What the engine's logprobs can be held against.
+            ask_trainer: What the engine's logprobs can be held against.
         """
         ...
 
-    async def trainer(self, run: Path, initial: str, found: Path | None) -> TrainerPart:
-        """A trainer; the arguments are the run's folder and those of `Learner`."""
+    async def trainer(self, run: Path, initial: str, found: Path | None) -> TrainerRole:
+        """A trainer; the arguments are the run's folder and those of `LocalTrainer`."""
         ...
 
     def make_env(self) -> gymnasium.Env[str, str]:
@@ -75,12 +75,12 @@ class Parts(Protocol):
         ...
 
 
-def reference_by(trainer: TrainerPart, thread: ThreadPoolExecutor) -> Reference:
+def ask_trainer_in(trainer: TrainerRole, thread: ThreadPoolExecutor) -> AskTrainer:
     """What engines are checked against, computed in the trainer's thread."""
 
-    async def reference(token_ids: tuple[int, ...]) -> Probe:
+    async def ask_trainer(token_ids: tuple[int, ...]) -> Probe:
         call = (trainer.completion_logprobs, token_ids[:1], token_ids[1:], 1.0, 1.0)
         logprobs = await asyncio.get_running_loop().run_in_executor(thread, *call)
         return Probe(token_ids, tuple(logprobs))
 
-    return reference
+    return ask_trainer

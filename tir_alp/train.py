@@ -25,7 +25,7 @@ from tir_alp.evaluate import evaluate
 from tir_alp.models.tiny import TRAIN_CONFIG
 from tir_alp.records.folder import read_run_config
 from tir_alp.records.trajectories import state_to_row
-from tir_alp.roles import PartLost
+from tir_alp.roles import RoleLost
 from tir_alp.rollouts.queue import RolloutsFailed
 from tir_alp.rollouts.renderer import PromptTooLong
 from tir_alp.run.interrupt import Interrupted
@@ -54,19 +54,19 @@ async def train(run: Run) -> None:
             if step == 0:
                 if config.guards.on_trip == "roll_back" or config.cluster.is_used:
                     await save(run, 0)
-                await run.interrupt.bound(measure(run, step=0))
+                await run.interrupt.interruptible(measure(run, step=0))
             while step < config.steps:
                 began = time.monotonic()
-                groups = await run.interrupt.bound(run.rollouts.take())
+                groups = await run.interrupt.interruptible(run.rollouts.take())
                 await learn(run, groups, step, began)
                 step += 1
                 if due(step, config.eval.every) and step < config.steps:
-                    await run.interrupt.bound(measure(run, step))
+                    await run.interrupt.interruptible(measure(run, step))
                 if due(step, config.checkpoint.every) or step == config.steps:
                     await save(run, step)
-            await run.interrupt.bound(measure(run, step))
+            await run.interrupt.interruptible(measure(run, step))
         except Interrupted:
-            with contextlib.suppress(PartLost):  # then the checkpoint before it has to do
+            with contextlib.suppress(RoleLost):  # then the checkpoint before it has to do
                 await save(run, step)
             raise
 
@@ -86,7 +86,7 @@ async def learn(run: Run, groups: Sequence[TrajectoryGroup], step: int, began: f
     await run.engine.lend_memory()
     metrics = await update(run, groups, step)
     trained = time.monotonic()
-    metrics |= rollout_metrics(groups, step, run.rollouts.dropped)
+    metrics |= rollout_metrics(groups, step, run.rollouts.replaced)
     record(run, groups, step)
     await check_health(run, metrics, step)
     recorded = time.monotonic()
@@ -129,7 +129,7 @@ def with_advantages(groups: Sequence[TrajectoryGroup], config: Config) -> list[l
 
 def record(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> None:
     """Write down what a step trained on, and who says so."""
-    replaced, lost = run.rollouts.dropped, run.rollouts.lost
+    replaced, lost = run.rollouts.replaced, run.rollouts.lost
     run.folder.record(step + 1, groups, replaced, run.ledger.take(groups, replaced, lost))
 
 

@@ -256,7 +256,7 @@ class TrajectoryGroup:
     task_id: str
     group_id: int
     trajectories: tuple[Trajectory, ...]
-    num_dropped: int = 0
+    num_failed: int = 0
     """Episodes that infrastructure failures took out of the group."""
 
     @property

@@ -81,7 +81,7 @@ def test_a_step_is_described_by_its_turns_and_trajectories():
     )
     second = trajectory(turn(4, info={"void": True}, policy_version=5), truncated=True)
     groups = [
-        TrajectoryGroup("a", 0, (first, second), num_dropped=1),
+        TrajectoryGroup("a", 0, (first, second), num_failed=1),
         TrajectoryGroup("b", 1, (second, second)),
     ]
     metrics = rollout_metrics(groups, step=6)
@@ -94,7 +94,7 @@ def test_a_step_is_described_by_its_turns_and_trajectories():
         "rollout/overlong": 0.75,
         "rollout/zero_signal_groups": 1,
         "rollout/refills": 0,
-        "rollout/dropped": 1,
+        "rollout/failed": 1,
         "difficulty/none": 0.5,
         "difficulty/some": 0.5,
         "difficulty/all": 0,
@@ -123,7 +123,7 @@ def test_groups_that_were_replaced_count_as_sampled_but_not_as_trained_on():
     kept = TrajectoryGroup("a", 0, (trajectory(turn(reward=1.0)), trajectory(turn())))
     stale = turn(3, policy_version=-5)
     metrics = rollout_metrics(
-        [kept], 0, dropped=[TrajectoryGroup("b", 1, (trajectory(stale),) * 2)]
+        [kept], 0, replaced=[TrajectoryGroup("b", 1, (trajectory(stale),) * 2)]
     )
     assert metrics["rollout/reward"] == 0.25
     assert metrics["tokens/generated"] == 2 + 6

@@ -410,7 +410,7 @@ def missing_file(copy: Copy) -> Any:
 def edited_metric(copy: Copy) -> Any:
     rows = [row for row in copy.rows("metrics.jsonl") if "tokens/loss" in row]
     row = copy.rng.choice(rows)
-    names = ("tokens/loss", "tokens/generated", "rollout/reward", "rollout/dropped", "outcome/ok")
+    names = ("tokens/loss", "tokens/generated", "rollout/reward", "rollout/failed", "outcome/ok")
     row[copy.rng.choice(names)] += 1
     return True
 

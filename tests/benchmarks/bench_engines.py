@@ -161,7 +161,7 @@ async def run(options: argparse.Namespace) -> None:
                     model_path=folder,
                     vocab_size=VOCABULARY,
                     end_token_ids=frozenset(),
-                    say=lambda line: print(line, file=sys.stderr),
+                    log=lambda line: print(line, file=sys.stderr),
                 )
             )
             contestants["SGLang"] = through(servers)
@@ -181,7 +181,7 @@ async def run(options: argparse.Namespace) -> None:
                     ),
                     model,
                     model.state_dict(),
-                    say=lambda line: print(line, file=sys.stderr),
+                    log=lambda line: print(line, file=sys.stderr),
                 )
             )
             contestants["vLLM"] = through(server)

@@ -40,7 +40,7 @@ class Fragile(gymnasium.Env[str, str]):
 class FragileRank:
     """Nudges nothing: the scale says what happens."""
 
-    def nudge(self, scale):
+    def perturb_weights(self, scale):
         if scale == 1:
             raise RankFailed("rank 0 stopped")
         if scale == 2:

@@ -1,4 +1,4 @@
-"""Parts of a run in containers: `test_image.py` starts this as an ordinary user who has podman.
+"""Processes of a run in containers: `test_image.py` starts this as an ordinary user who has podman.
 
     python -m tests.cluster.image_parts IMAGE OLD_IMAGE
 

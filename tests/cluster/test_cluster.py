@@ -42,9 +42,9 @@ from tir_alp.cluster.watched_actor import reason_of
 from tir_alp.config import SGLangConfig, TransformersConfig, load_config, read_toml
 from tir_alp.engines.base import Completion, Probe, Sampling
 from tir_alp.models.tiny import BASE, TRAIN_CONFIG
-from tir_alp.roles import PartLost
+from tir_alp.roles import RoleLost
 from tir_alp.rollouts.renderer import Renderer
-from tir_alp.run.local_placement import LocalParts
+from tir_alp.run.local_placement import LocalPlacement
 from tir_alp.tools.sandbox import SandboxError, SandboxRefused
 from tir_alp.training.policy import load_policy, load_tokenizer
 from tir_alp.types import StopReason
@@ -291,7 +291,7 @@ def test_servers_get_what_the_trainer_says_together_with_the_weights(config, eng
             given.append(arguments[1:])
             return {}
 
-        def hear(self, health):
+        def relay_log(self, health):
             pass
 
         name = "engine-0"
@@ -320,7 +320,7 @@ def test_a_pool_of_engines_samples_what_one_engine_does_and_survives_the_loss_of
     weights = {name: tensor * 1.5 for name, tensor in weights.items()}
 
     async def alone():
-        async with LocalParts(config).engine(str(BASE), 0, RENDERER, unasked) as engine:
+        async with LocalPlacement(config).engine(str(BASE), 0, RENDERER, unasked) as engine:
             first = [await engine.generate(PROMPT, sampling(uid)) for uid in range(6)]
             await engine.load_weights(weights, version=3)
             second = [await engine.generate(PROMPT, sampling(uid)) for uid in range(6)]
@@ -390,12 +390,12 @@ def test_an_environment_runner_that_dies_fails_its_calls_and_a_poison_task_is_dr
             await until(lambda: environments.parts[0].health.get("environments") == 1)
             os.kill(frozen, signal.SIGSTOP)
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            assert isinstance(done.pop().exception(), PartLost)
+            assert isinstance(done.pop().exception(), RoleLost)
             for part in environments.parts:
                 await until(lambda part=part: part.actor is not None)
 
             while "poison" not in environments.suspects.guilty:
-                with pytest.raises((PartLost, RuntimeError)):
+                with pytest.raises((RoleLost, RuntimeError)):
                     await asyncio.to_thread(play, cluster, "poison")
             assert environments.suspects.guilty == ("poison",)
             assert (await asyncio.to_thread(play, cluster, "good"))[0] == "hello"
@@ -427,21 +427,21 @@ def test_other_code_ends_a_start_and_is_only_said_of_a_later_actor(config, monke
 @pytest.mark.parametrize(
     ("scale", "error", "message"),
     [
-        (1, PartLost, "a rank of the trainer was lost: rank 0 stopped"),
+        (1, RoleLost, "a rank of the trainer was lost: rank 0 stopped"),
         (2, OSError, "no space left"),  # a failure of ours, not the loss of a part
-        (3, PartLost, "a rank of the trainer was lost: its process ended"),
-        (4, PartLost, "the trainer did not answer within 0.5 s"),
+        (3, RoleLost, "a rank of the trainer was lost: its process ended"),
+        (4, RoleLost, "the trainer did not answer within 0.5 s"),
     ],
 )
 def test_a_trainer_that_fails_is_told_from_one_that_is_lost(config, scale, error, message):
     actor: Any = ray.remote(FragileRank).options(num_cpus=0).remote()
     rank: Any = SimpleNamespace(name="trainer-0", actor=actor)
     with pytest.raises(error, match=message):
-        RemoteTrainer([rank], timeout_s=0.5 if scale == 4 else 60.0).nudge(scale)
+        RemoteTrainer([rank], timeout_s=0.5 if scale == 4 else 60.0).perturb_weights(scale)
     ray.kill(actor)
     rank.actor = None
-    with pytest.raises(PartLost, match="trainer-0 was lost"):
-        RemoteTrainer([rank], timeout_s=60.0).nudge(scale)
+    with pytest.raises(RoleLost, match="trainer-0 was lost"):
+        RemoteTrainer([rank], timeout_s=60.0).perturb_weights(scale)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Parts in images, by Ray and podman: as an ordinary user, for whom Ray's `--userns=keep-id` is."""
+"""Actors in images, by Ray and podman: as an ordinary user, whom Ray's `--userns=keep-id` needs."""
 
 import json
 import os

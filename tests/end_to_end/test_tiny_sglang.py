@@ -34,7 +34,7 @@ def test_the_tiny_agent_learns_from_an_sglang_server(tmp_path):
     assert sum(rewards[-3:]) > 1.2 * sum(rewards[:3])
     for row in steps:  # each step is sampled by the newest weights
         assert row["staleness/max"] == 0
-        assert row["rollout/dropped"] == 0
+        assert row["rollout/failed"] == 0
         assert row["engine/tensors_compared"] == 4  # of each sync, to the last bit
         assert row["engine/probe_difference"] < 1e-5
     assert max(row["mismatch/probe_max"] for row in steps) < 1e-4  # float32 is exact

@@ -84,7 +84,7 @@ def test_metrics_have_the_public_names_and_evaluation_stands_before_and_after(fi
     for row in training:
         assert row.keys() >= PUBLIC_METRICS
         assert row["staleness/mean"] == 0
-        assert row["train/skipped_updates"] == row["rollout/dropped"] == 0
+        assert row["train/skipped_updates"] == row["rollout/failed"] == 0
 
 
 def documented(name):

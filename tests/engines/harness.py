@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tir_alp.config import SGLangConfig, VLLMConfig
-from tir_alp.engines.base import Completion, Engine, Reference
+from tir_alp.engines.base import AskTrainer, Completion, Engine
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.models.tiny import BASE
 from tir_alp.models.tiny.model import make_model
@@ -57,7 +57,7 @@ def write_model(folder: Path) -> str:
 
 
 @torch.no_grad()
-def log_probs(of: Any, token_ids: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
+def logprobs(of: Any, token_ids: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
     """[T, V] of the token behind each token, in one forward of the trainer's kind."""
     ids = torch.tensor(token_ids)
     hidden = hidden_states(of, ids, torch.arange(len(ids)), PackedSequences((len(ids),)))
@@ -68,7 +68,7 @@ def logprobs_of(
     of: Any, prompt: Sequence[int], completion: Completion, temperature: float = 1.0
 ) -> torch.Tensor:
     """What a model says of a completion's tokens."""
-    every = log_probs(of, (*prompt, *completion.token_ids), temperature)
+    every = logprobs(of, (*prompt, *completion.token_ids), temperature)
     places = torch.arange(len(prompt) - 1, len(prompt) + len(completion.token_ids) - 1)
     return every[places, torch.tensor(completion.token_ids, dtype=torch.int64)]
 
@@ -118,9 +118,9 @@ def served(url: str, of: Any, **settings: Any) -> AbstractAsyncContextManager[SG
 async def served_by(
     urls: Sequence[str],
     of: Any | None,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
     on_update: str = "keep",
-    reference: Reference | None = None,
+    ask_trainer: AskTrainer | None = None,
     **settings: Any,
 ) -> AsyncIterator[SGLangEngine]:
     from tir_alp.engines.sglang.engine import open_sglang
@@ -134,8 +134,8 @@ async def served_by(
         vocab_size=VOCABULARY,
         end_token_ids=frozenset({1}),
         on_update=on_update,
-        reference=reference,
-        say=say,
+        ask_trainer=ask_trainer,
+        log=log,
     ) as engine:
         if of is not None:
             await engine.load_weights(of.state_dict(), 0)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.engines.harness import PROMPTS, distance, log_probs, logprobs_of, model
+from tests.engines.harness import PROMPTS, distance, logprobs, logprobs_of, model
 from tir_alp.engines.base import Completion, Sampling
 from tir_alp.types import StopReason
 
@@ -66,7 +66,7 @@ def test_logprobs_under_top_p_are_those_of_the_truncated_distribution(harness):
     request = (PROMPT, Sampling(max_tokens=20, temperature=0.7, top_p=0.5))
     completion = sampled(harness, request)[0]
     ids = (*PROMPT, *completion.token_ids)
-    rows = log_probs(OLD, ids, 0.7)[len(PROMPT) - 1 : -1].exp()
+    rows = logprobs(OLD, ids, 0.7)[len(PROMPT) - 1 : -1].exp()
     for row, token_id, logprob in zip(
         rows.tolist(), completion.token_ids, completion.logprobs, strict=True
     ):
@@ -84,7 +84,7 @@ def test_greedy_takes_the_most_probable_tokens_and_is_certain_of_them(harness):
     warm = (PROMPT, Sampling(max_tokens=20, sequence_uid=1))
     greedy = (PROMPT, Sampling(max_tokens=20, temperature=0.0))
     completion, other = sampled(harness, greedy, warm)
-    best = log_probs(OLD, (*PROMPT, *completion.token_ids)).argmax(-1)
+    best = logprobs(OLD, (*PROMPT, *completion.token_ids)).argmax(-1)
     assert completion.token_ids == tuple(best[len(PROMPT) - 1 : -1].tolist())
     assert completion.logprobs == (0.0,) * 20
     assert distance({0: OLD}, PROMPT, other) < 1e-4
@@ -97,7 +97,7 @@ def test_tokens_are_drawn_as_often_as_they_are_probable(harness):
         for uid in range(num_draws)
     ]
     drawn = torch.tensor([each.token_ids[0] for each in sampled(harness, *requests)])
-    for token_id, share in enumerate(log_probs(OLD, PROMPT, 2.0)[-1].exp().tolist()):
+    for token_id, share in enumerate(logprobs(OLD, PROMPT, 2.0)[-1].exp().tolist()):
         sigma = math.sqrt(num_draws * share * (1 - share))
         assert abs(int((drawn == token_id).sum()) - num_draws * share) <= 5 * sigma + 1
 

@@ -23,7 +23,7 @@ from tests.engines.harness import (
     PROMPTS,
     VOCABULARY,
     distance,
-    log_probs,
+    logprobs,
     logprobs_of,
     model,
     needs_sglang,
@@ -187,13 +187,13 @@ def test_where_a_server_reports_no_tensors_the_probe_is_asked_alone_and_has_to_b
 
     said: list[str] = []
 
-    async def reference(token_ids):
+    async def ask_trainer(token_ids):
         return probe_of(OLD, token_ids)
 
     async def work():
         async with (
             proxy_of(sglang_url, path="/get_weights_by_name", fault="unknown") as proxy,
-            served_by((proxy.url,), None, said.append, reference=reference) as engine,
+            served_by((proxy.url,), None, said.append, ask_trainer=ask_trainer) as engine,
         ):
             await engine.load_weights(OLD.state_dict(), 1)
             assert engine.health()["tensors_compared"] == 0
@@ -209,7 +209,7 @@ def test_where_a_server_reports_no_tensors_the_probe_is_asked_alone_and_has_to_b
 
 
 def probe_of(of, token_ids) -> Probe:
-    every = log_probs(of, token_ids)
+    every = logprobs(of, token_ids)
     said = every[:-1].gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
     return Probe(token_ids, tuple(said))
 
@@ -567,7 +567,7 @@ def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, 
             model_path=write_model(tmp_path),
             vocab_size=VOCABULARY,
             end_token_ids=frozenset({1}),
-            say=said.append,
+            log=said.append,
         ) as engine:
             await engine.load_weights(NEW.state_dict(), 1)
             servers: Any = engine.fleet.servers

@@ -194,9 +194,9 @@ def test_logprobs_of_other_attentions_are_those_of_the_librarys_own(config):
     for prompt, completion in zip(prompts, sampled(*requests, of=packed), strict=True):
         ids = torch.tensor(prompt + completion.token_ids)
         with torch.no_grad():
-            log_probs = eager(ids[None], use_cache=False).logits[0].log_softmax(-1)
+            logprobs = eager(ids[None], use_cache=False).logits[0].log_softmax(-1)
         places = torch.arange(len(prompt), len(ids))
-        expected = log_probs[places - 1, ids[places]]
+        expected = logprobs[places - 1, ids[places]]
         assert torch.tensor(completion.logprobs).sub(expected).abs().max() < 1e-4
 
 

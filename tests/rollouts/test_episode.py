@@ -335,7 +335,7 @@ def test_an_episode_that_infrastructure_broke_gets_another_in_a_fresh_environmen
     policy = Policy()
     group, failures = play(group_of(3), policy, first, second, group_size=1)
     assert [trajectory.reward for trajectory in group.trajectories] == [1.0]
-    assert group.num_dropped == 0
+    assert group.num_failed == 0
     assert [str(each) for each in failures] == ["task t7, sequence 3, turn 0: infra_error"]
     assert (first.num_closed, second.num_closed) == (1, 1)
     assert policy.samplings[0].sequence_uid == policy.samplings[1].sequence_uid == 3
@@ -354,7 +354,7 @@ def test_an_episode_that_fails_twice_is_dropped_and_counted_and_has_no_reward():
     envs = [BreaksAtB() for _ in range(5)]
     group, failures = play(group_of(1), generate, *envs, group_size=4)
     assert [each.sequence_uid for each in group.trajectories] == [4, 5, 6]
-    assert (group.num_dropped, group.rewards) == (1, (1.0, 1.0, 1.0))
+    assert (group.num_failed, group.rewards) == (1, (1.0, 1.0, 1.0))
     assert [str(each) for each in failures] == ["task t7, sequence 7, turn 0: infra_error"] * 2
     assert [env.num_closed for env in envs] == [1] * 5
 
@@ -366,7 +366,7 @@ def test_a_lone_survivor_has_nothing_to_be_compared_with():
 
     envs = [Scripted(ANSWERED) for _ in range(3)]
     group, failures = play(group_of(0), generate, *envs, group_size=2)
-    assert (group.trajectories, group.num_dropped) == ((), 2)
+    assert (group.trajectories, group.num_failed) == ((), 2)
     assert [each.outcome for each in failures] == [Outcome.CANCELLED] * 2
     assert str(failures[0]) == "task t7, sequence 1, turn 0: the completion was aborted"
 

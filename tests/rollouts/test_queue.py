@@ -256,12 +256,12 @@ def test_a_group_without_signal_is_replaced_by_another_task_and_not_by_a_copy():
         sampler.end(*range(100))
         queue = queue_of(sampler, has_signal=signal_in(1, 4, 5, 6), max_refills=3)
         assert ids(await queue.take()) == [1, 4]
-        assert [group.group_id for group in queue.dropped] == [0, 2, 3]
+        assert [group.group_id for group in queue.replaced] == [0, 2, 3]
         assert queue.state.position == 5
         assert sampler.begun == [0, 1, 2, 3, 4]
         queue.release()
         assert ids(await queue.take()) == [5, 6]
-        assert queue.dropped == ()
+        assert queue.replaced == ()
 
     run(body)
 
@@ -273,7 +273,7 @@ def test_when_nothing_has_signal_the_step_ends_all_the_same(max_refills):
         sampler.end(*range(100))
         queue = queue_of(sampler, has_signal=signal_in(), max_refills=max_refills)
         assert ids(await queue.take()) == [max_refills, max_refills + 1]
-        assert len(queue.dropped) == max_refills
+        assert len(queue.replaced) == max_refills
 
     run(body)
 
@@ -284,7 +284,7 @@ def test_groups_that_lost_all_their_episodes_use_up_no_refill():
         sampler.end(*range(100))
         queue = queue_of(sampler, has_signal=signal_in(3, 4), max_refills=1)
         assert ids(await queue.take()) == [3, 4]
-        assert [group.group_id for group in queue.dropped] == [1]
+        assert [group.group_id for group in queue.replaced] == [1]
 
     run(body)
 
@@ -294,7 +294,7 @@ def test_refilling_makes_no_group_staler_and_puts_no_more_in_flight(max_stalenes
     sampler = TimedSampler(max_staleness, [0, 0, 0.001, 0.005])
 
     async def body() -> tuple[list[int], int]:
-        staleness, num_dropped = [], 0
+        staleness, num_failed = [], 0
         queue = queue_of(
             sampler,
             max_staleness=max_staleness,
@@ -305,16 +305,16 @@ def test_refilling_makes_no_group_staler_and_puts_no_more_in_flight(max_stalenes
         for step in range(12):
             groups = await queue.take()
             staleness += [step - each.trajectories[0].turns[0].policy_version for each in groups]
-            num_dropped += len(queue.dropped)
+            num_failed += len(queue.replaced)
             sampler.version = step + 1
             queue.release()
         await queue.close()
-        return staleness, num_dropped
+        return staleness, num_failed
 
-    staleness, num_dropped = run(body)
+    staleness, num_failed = run(body)
     assert max(staleness) <= max_staleness
     assert sampler.most_in_flight <= (max_staleness + 1) * 3
-    assert num_dropped > 12
+    assert num_failed > 12
 
 
 # ------------------------------------------------------------------------------ failure and end

@@ -12,7 +12,7 @@ def test_it_tells_once_where_and_on_which_host_an_episode_is_stuck():
     said: list[str] = []
 
     async def main() -> None:
-        watchdog = Watchdog(after_s=0.02, say=said.append)
+        watchdog = Watchdog(after_s=0.02, log=said.append)
 
         async def stuck() -> None:
             with watchdog.waiting("task t, sequence 7, turn 2: the engine"):

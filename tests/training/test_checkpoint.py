@@ -30,7 +30,7 @@ TURN = Turn(
     version_spans=(VersionSpan(3, 0, 1), VersionSpan(4, 1, 2)),
 )
 TRAJECTORY = Trajectory("t", 5, TokenSpan((1, 2)), (TURN,), True, False, sequence_uid=9)
-ROLLOUTS = QueueState(8, (5, 7), {5: TrajectoryGroup("t", 5, (TRAJECTORY,) * 2, num_dropped=1)})
+ROLLOUTS = QueueState(8, (5, 7), {5: TrajectoryGroup("t", 5, (TRAJECTORY,) * 2, num_failed=1)})
 """Whatever a group can hold."""
 ROWS = state_to_row(ROLLOUTS)
 

@@ -20,7 +20,7 @@ _AGGREGATIONS = {
 }
 
 
-def objective(algorithm: AlgorithmConfig) -> str:
+def formula(algorithm: AlgorithmConfig) -> str:
     """Lines of text that say what is minimised."""
     noise = algorithm.perturbation
     numerator = "log pi(y_t)" if noise is None else "log pi_perturbed(y_t)"

@@ -159,7 +159,7 @@ def _ratios(log_ratios: Tensor) -> Tensor:
 
 
 def rollout_metrics(
-    groups: Sequence[TrajectoryGroup], step: int, dropped: Sequence[TrajectoryGroup] = ()
+    groups: Sequence[TrajectoryGroup], step: int, replaced: Sequence[TrajectoryGroup] = ()
 ) -> dict[str, float]:
     """Describe the trajectories of one step.
 
@@ -170,10 +170,10 @@ def rollout_metrics(
     Args:
         groups: Those that are trained on.
         step: Number of the step, from 0.
-        dropped: Groups without signal that others took the place of. They were sampled, so all but
+        replaced: Groups without signal that others took the place of. They were sampled, so all but
             the staleness is about them too: without them the reward would look too good or bad.
     """
-    sampled = [*groups, *dropped]
+    sampled = [*groups, *replaced]
     trajectories = [each for group in sampled for each in group.trajectories]
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     outcomes = Counter(turn.outcome for turn in turns)
@@ -186,9 +186,9 @@ def rollout_metrics(
         "rollout/truncated": _mean(trajectory.truncated for trajectory in trajectories),
         "rollout/overlong": _mean(trajectory.is_overlong for trajectory in trajectories),
         "rollout/zero_signal_groups": sum(len(set(group.rewards)) == 1 for group in sampled),
-        "rollout/refills": len(dropped),
+        "rollout/refills": len(replaced),
         **difficulty_metrics(sampled),
-        "rollout/dropped": sum(group.num_dropped for group in sampled),
+        "rollout/failed": sum(group.num_failed for group in sampled),
         "tokens/generated": sum(len(turn.completion) for turn in turns),
         "time/generate": _seconds(trajectories, "generate"),
         "time/tool": _seconds(trajectories, "tool"),

@@ -206,10 +206,10 @@ class LayerwisePerturbation:
         return perturbed
 
 
-AddNoise = Callable[[Tensor, "_Place"], Tensor]
+Perturb = Callable[[Tensor, "_Place"], Tensor]
 
 
-def _hooks_of_layer(layer: nn.Module, streams: _Streams, add: AddNoise) -> list[RemovableHandle]:
+def _hooks_of_layer(layer: nn.Module, streams: _Streams, add: Perturb) -> list[RemovableHandle]:
     """Perturb what enters a decoder layer."""
 
     def hook(
@@ -224,7 +224,7 @@ def _hooks_of_layer(layer: nn.Module, streams: _Streams, add: AddNoise) -> list[
     return [layer.register_forward_pre_hook(hook, with_kwargs=True)]
 
 
-def _hooks_of_head(head: nn.Module, streams: _Streams, add: AddNoise) -> list[RemovableHandle]:
+def _hooks_of_head(head: nn.Module, streams: _Streams, add: Perturb) -> list[RemovableHandle]:
     """Perturb what leaves the output head, and let it be told which tokens it is called for."""
     chosen: list[Tensor | None] = []
 

@@ -32,7 +32,7 @@ class GroupEntry:
     group_id: int
     task_id: str
     fate: str
-    num_dropped: int
+    num_failed: int
     place: Place
 
 

@@ -97,10 +97,10 @@ def _check_members(
         )
     for group_id, group in groups.items():
         findings.expect(
-            present[group_id] + group.num_dropped == group_size and present[group_id] > 0,
+            present[group_id] + group.num_failed == group_size and present[group_id] > 0,
             "groups",
             group.place,
-            f"group {group_id} has {present[group_id]} trajectories and {group.num_dropped} "
+            f"group {group_id} has {present[group_id]} trajectories and {group.num_failed} "
             f"dropped; rollout.group_size is {group_size}",
         )
 
@@ -167,13 +167,13 @@ def groups_of(recorded: Sequence[Recorded], entries: Sequence[GroupEntry]) -> li
     members: dict[int, list[Recorded]] = {}
     for each in recorded:
         members.setdefault(each.trajectory.group_id, []).append(each)
-    dropped = {entry.group_id: entry.num_dropped for entry in entries}
+    dropped = {entry.group_id: entry.num_failed for entry in entries}
     return [
         TrajectoryGroup(
             task_id=group[0].trajectory.task_id,
             group_id=group_id,
             trajectories=tuple(each.trajectory for each in group),
-            num_dropped=dropped.get(group_id, 0),
+            num_failed=dropped.get(group_id, 0),
         )
         for group_id, group in members.items()
     ]

@@ -22,10 +22,10 @@ import ray
 from torch import Tensor
 
 from tir_alp.cluster.packed_weights import pack
-from tir_alp.cluster.watched_actor import Part, wait_for
+from tir_alp.cluster.watched_actor import WatchedActor, wait_for
 from tir_alp.config import Config, ServersConfig
-from tir_alp.engines.base import Completion, Probe, Reference, Sampling
-from tir_alp.roles import PartLost
+from tir_alp.engines.base import AskTrainer, Completion, Probe, Sampling
+from tir_alp.roles import RoleLost
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.run.watchdog import note_host
 
@@ -50,7 +50,7 @@ class EnginePool:
         path: Folder of the first weights.
         version: Their version.
         renderer: Of the run, whose rule ends completions.
-        reference: What servers are checked against behind new weights.
+        ask_trainer: What servers are checked against behind new weights.
         make_parts: Makes the places of the engines, given how an actor is started.
     """
 
@@ -60,25 +60,25 @@ class EnginePool:
         path: str,
         version: int,
         renderer: Renderer,
-        reference: Reference,
-        make_parts: Callable[[Callable[[Any], Any]], list[Part]],
+        ask_trainer: AskTrainer,
+        make_parts: Callable[[Callable[[Any], Any]], list[WatchedActor]],
     ) -> None:
         self._config, self._first = config, (path, version, ray.put(renderer))
         self._rule = renderer.stop_matcher
-        self.reference = reference
+        self.ask_trainer = ask_trainer
         self._recent: tuple[int, ...] = ()  # of the last sequence
         # The newest weights, their version, and what their logprobs are held against.
         self._source: tuple[Any, int, Probe | None] | None = None
-        self._running: Counter[Part] = Counter()
+        self._running: Counter[WatchedActor] = Counter()
         self.parts = make_parts(self._start)
 
     async def generate(self, token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
-        """As `Engine.generate`. Raises PartLost if two engines are lost under a request."""
+        """As `Engine.generate`. Raises RoleLost if two engines are lost under a request."""
         has_rule = sampling.stop_matcher == self._rule  # the hosts have it: it would be heavy
         if has_rule:
             sampling = replace(sampling, stop_matcher=None)
         request = (token_ids, sampling, has_rule)
-        lost: list[PartLost] = []
+        lost: list[RoleLost] = []
         while len(lost) < 2:
             part = await self._choose(sampling.sequence_uid)
             note_host(part.name)
@@ -88,18 +88,18 @@ class EnginePool:
                 completion = await part.call("generate", *request, timeout_s=timeout_s)
                 self._recent = (*token_ids, *completion.token_ids)[:_PROBE_TOKENS]
                 return completion
-            except PartLost as error:
+            except RoleLost as error:
                 lost.append(error)
             finally:
                 self._running[part] -= 1
-        raise PartLost("; ".join(map(str, lost)))
+        raise RoleLost("; ".join(map(str, lost)))
 
     async def load_weights(self, source: Mapping[str, Tensor] | Path | Any, version: int) -> None:
         """As `Engine.load_weights`, from tensors, a folder or a handle.
 
         Raises:
             ValueError: If no engine could take them.
-            PartLost: If there is no engine within the deadline of a start.
+            RoleLost: If there is no engine within the deadline of a start.
         """
         if isinstance(source, WeightsRef):
             source = source.ref
@@ -115,14 +115,14 @@ class EnginePool:
         """As `Engine.lend_memory`, in all engines; one that fails is replaced."""
         timeout_s = self._config.cluster.step_timeout_s
 
-        async def lend(part: Part) -> None:
+        async def lend(part: WatchedActor) -> None:
             actor = part.actor
             try:
                 await part.call("lend_memory", timeout_s=timeout_s)
-            except PartLost:
+            except RoleLost:
                 pass
             except Exception as error:
-                part.doubt(actor, f"it did not free its memory: {error!r}")
+                part.report_suspicion(actor, f"it did not free its memory: {error!r}")
 
         await asyncio.gather(*map(lend, self.parts))
 
@@ -163,23 +163,27 @@ class EnginePool:
         """For servers; the embedded engine compares all that it was given."""
         if not isinstance(self._config.engine, ServersConfig):
             return None
-        return await self.reference(self._recent or tuple(range(_PROBE_TOKENS // 4)))
+        return await self.ask_trainer(self._recent or tuple(range(_PROBE_TOKENS // 4)))
 
     async def _give(
-        self, part: Part, source: Any, version: int, probe: Probe | None
+        self, part: WatchedActor, source: Any, version: int, probe: Probe | None
     ) -> Exception | None:
         """Give an engine the weights; one that fails is replaced, and begins with them."""
         actor, timeout_s = part.actor, self._config.cluster.step_timeout_s
         try:
-            part.hear(await part.call("load_weights", source, version, probe, timeout_s=timeout_s))
-        except PartLost as error:
+            part.relay_log(
+                await part.call("load_weights", source, version, probe, timeout_s=timeout_s)
+            )
+        except RoleLost as error:
             return error
         except Exception as error:  # whatever it is, half of its weights may be the new ones
-            part.doubt(actor, f"it did not take the weights of version {version}: {error!r}")
+            part.report_suspicion(
+                actor, f"it did not take the weights of version {version}: {error!r}"
+            )
             return error
         return None
 
-    async def _choose(self, sequence_uid: int) -> Part:
+    async def _choose(self, sequence_uid: int) -> WatchedActor:
         """The engine for a sequence; waits until there is one. The caller has the deadline."""
         while not (there := [part for part in self.parts if part.actor is not None]):
             await asyncio.sleep(_PAUSE_S)
@@ -191,5 +195,5 @@ class EnginePool:
         deadline = time.monotonic() + timeout_s
         while all(part.actor is None for part in self.parts):
             if time.monotonic() > deadline:
-                raise PartLost(f"there is no engine, and none could be started in {timeout_s:g} s")
+                raise RoleLost(f"there is no engine, and none could be started in {timeout_s:g} s")
             await asyncio.sleep(_PAUSE_S)

@@ -19,9 +19,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from tir_alp.cluster.poison_tasks import HostGone, Suspects
-from tir_alp.cluster.watched_actor import Part, reason_of
+from tir_alp.cluster.watched_actor import WatchedActor, reason_of
 from tir_alp.config import Config
-from tir_alp.roles import PartLost
+from tir_alp.roles import RoleLost
 from tir_alp.run.watchdog import note_host
 from tir_alp.tools.sandbox import SandboxRefused
 
@@ -42,7 +42,7 @@ class Environments:
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[WatchedActor],
         config: Callable[[], Config],
         suspects: Suspects,
         timeout_s: float,
@@ -52,18 +52,18 @@ class Environments:
         self.has_sandboxes = has_sandboxes
         self.config = config
         self._keys = itertools.count()
-        self._num_here: Counter[Part] = Counter()
+        self._num_here: Counter[WatchedActor] = Counter()
         self._lock = threading.Lock()
 
     def make(self) -> RemoteEnvironment:
         """An environment, which gets its host when it is reset."""
         return RemoteEnvironment(self, next(self._keys))
 
-    def occupy(self) -> tuple[Part, int, Any]:
+    def occupy(self) -> tuple[WatchedActor, int, Any]:
         """Choose a host, and count one environment more on it: its place, generation and actor.
 
         Raises:
-            PartLost: There is none within the deadline.
+            RoleLost: There is none within the deadline.
         """
         deadline = time.monotonic() + self.timeout_s
         while time.monotonic() < deadline:
@@ -74,9 +74,9 @@ class Environments:
                     self._num_here[chosen[0]] += 1
                     return chosen
             time.sleep(_PAUSE_S)
-        raise PartLost(f"there was no environment runner for {self.timeout_s:g} s")
+        raise RoleLost(f"there was no environment runner for {self.timeout_s:g} s")
 
-    def leave(self, part: Part) -> None:
+    def leave(self, part: WatchedActor) -> None:
         """Count one environment less on a host."""
         with self._lock:
             self._num_here[part] -= 1
@@ -87,7 +87,7 @@ class RemoteEnvironment(gymnasium.Env[str, str]):
 
     def __init__(self, environments: Environments, key: int) -> None:
         self._all, self._key = environments, key
-        self._place: tuple[Part, int, Any] | None = None
+        self._place: tuple[WatchedActor, int, Any] | None = None
         self._task_id = ""
 
     def reset(
@@ -96,7 +96,7 @@ class RemoteEnvironment(gymnasium.Env[str, str]):
         """Begin an episode of `options["task"]`, where the environment is or gets to be.
 
         Raises:
-            PartLost: Its host was lost.
+            RoleLost: Its host was lost.
             PoisonTask: The task is dropped.
             SandboxRefused: There is no sandbox, or all of their hosts are lost for too long.
         """
@@ -116,7 +116,7 @@ class RemoteEnvironment(gymnasium.Env[str, str]):
                 time.sleep(_SANDBOX_PAUSE_S)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """As `Env.step`. Raises PartLost or HostGone if its host was lost."""
+        """As `Env.step`. Raises RoleLost or HostGone if its host was lost."""
         return self._call("step", action)
 
     def run_report(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class RemoteEnvironment(gymnasium.Env[str, str]):
                 return ray.get(answer, timeout=self._all.timeout_s)
             except RayActorError as error:
                 report_death(reason_of(error))
-                raise part.doubt(actor, reason_of(error)) from error
+                raise part.report_suspicion(actor, reason_of(error)) from error
             except GetTimeoutError as error:
                 raise TimeoutError(f"{part.name} did not answer") from error
             except RayTaskError as error:

@@ -1,4 +1,4 @@
-"""The parts of a run in a Ray cluster, handed out as `parts.Parts`.
+"""The roles of a run as actors of a Ray cluster, handed out as `roles.Placement`.
 
 A run that goes on from a checkpoint gets a new trainer; the other parts stay.
 """
@@ -34,10 +34,10 @@ from tir_alp.cluster.reservation import KINDS, check_gpus, connect, parts_of, re
 from tir_alp.cluster.same_code import Host, differences, own_code
 from tir_alp.cluster.sandbox_host import SandboxHost
 from tir_alp.cluster.trainer_host import TrainerHost
-from tir_alp.cluster.watched_actor import Part, reason_of, wait_for
-from tir_alp.config import Config, PartsConfig
-from tir_alp.engines.base import Engine, Reference
-from tir_alp.roles import TrainerPart
+from tir_alp.cluster.watched_actor import WatchedActor, reason_of, wait_for
+from tir_alp.config import ActorsConfig, Config
+from tir_alp.engines.base import AskTrainer, Engine
+from tir_alp.roles import TrainerRole
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.tools.sandbox.config import TOKEN_VARIABLE
 
@@ -52,11 +52,11 @@ class Cluster:
     Args:
         config: Of the run.
         places: The placement group, with a bundle a part.
-        say: Told, in a sentence, what happens to parts.
+        log: Told, in a sentence, what happens to parts.
     """
 
-    def __init__(self, config: Config, places: Any, say: Callable[[str], None]) -> None:
-        self._config, self._places, self._say = config, places, say
+    def __init__(self, config: Config, places: Any, log: Callable[[str], None]) -> None:
+        self._config, self._places, self._log = config, places, log
         self._token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
         self._addresses: dict[str, str] = {}  # of sandbox hosts, by their place
         self._engines: EnginePool | None = None
@@ -64,7 +64,7 @@ class Cluster:
         self._run = f"{config.name or 'run'}-{secrets.token_hex(3)}"
         self._numbers = itertools.count()
         self._checked: set[str] = set()  # names of places whose first actor had the same
-        self.parts: dict[str, list[Part]] = {kind: [] for kind in KINDS}
+        self.parts: dict[str, list[WatchedActor]] = {kind: [] for kind in KINDS}
         """What there is, by kind."""
 
     async def open(self) -> None:
@@ -84,7 +84,7 @@ class Cluster:
         self.environments = Environments(
             self.parts["environments"],
             self._env_config,
-            Suspects(self._say, rollout.env_timeout_s),
+            Suspects(self._log, rollout.env_timeout_s),
             rollout.env_timeout_s,
             has_sandboxes=bool(self.parts["sandboxes"]),
         )
@@ -97,40 +97,40 @@ class Cluster:
         await asyncio.gather(*stops, return_exceptions=True)  # those that cannot are killed
         await close_all([part for parts in self.parts.values() for part in parts])
 
-    # ------------------------------------------------------------------ as parts.Parts
+    # ------------------------------------------------------------------ as roles.Placement
 
     @asynccontextmanager
     async def engine(
-        self, path: str, version: int, renderer: Renderer, reference: Reference
+        self, path: str, version: int, renderer: Renderer, ask_trainer: AskTrainer
     ) -> AsyncIterator[Engine]:
-        """As `Parts.engine`: all engines, as one. Those that are there take the weights."""
-        pool = await self._pool(absolute(path), version, renderer, reference)
+        """As `Placement.engine`: all engines, as one. Those that are there take the weights."""
+        pool = await self._pool(absolute(path), version, renderer, ask_trainer)
         try:
             yield pool
         finally:
             await pool.close()
 
     async def _pool(
-        self, path: str, version: int, renderer: Renderer, reference: Reference
+        self, path: str, version: int, renderer: Renderer, ask_trainer: AskTrainer
     ) -> EnginePool:
         if self._engines is not None:
-            self._engines.reference = reference
+            self._engines.ask_trainer = ask_trainer
             await self._engines.abort()
             await self._engines.load_weights(Path(path), version)
             return self._engines
 
-        def make(start: Callable[[Any], Awaitable[None]]) -> list[Part]:
+        def make(start: Callable[[Any], Awaitable[None]]) -> list[WatchedActor]:
             options = {"max_concurrency": _MOST_CALLS}
             return self._make_parts("engines", EngineHost, lambda _, each: start(each), **options)
 
-        pool = EnginePool(self._config, path, version, renderer, reference, make)
+        pool = EnginePool(self._config, path, version, renderer, ask_trainer, make)
         self.parts["engines"] = pool.parts
         await open_all(pool.parts)
         self._engines = pool
         return pool
 
-    async def trainer(self, run: Path, initial: str, found: Path | None) -> TrainerPart:
-        """As `Parts.trainer`: all ranks, as one."""
+    async def trainer(self, run: Path, initial: str, found: Path | None) -> TrainerRole:
+        """As `Placement.trainer`: all ranks, as one."""
         await close_all(self.parts["trainer"])
         paths = (run.resolve(), absolute(initial), None if found is None else found.resolve())
         size = self._config.cluster.trainer.count
@@ -157,7 +157,7 @@ class Cluster:
         return RemoteTrainer(ranks, self._config.cluster.step_timeout_s)
 
     def make_env(self) -> gymnasium.Env[str, str]:
-        """As `Parts.make_env`."""
+        """As `Placement.make_env`."""
         return self.environments.make()
 
     # ------------------------------------------------------------------ places
@@ -175,18 +175,20 @@ class Cluster:
     def _names(self, kind: str) -> list[str]:
         return [f"{KINDS[kind]}-{index}" for index in range(self._config_of(kind).count)]
 
-    def _make_parts(self, kind: str, host: type[Host], start: Start, **options: Any) -> list[Part]:
+    def _make_parts(
+        self, kind: str, host: type[Host], start: Start, **options: Any
+    ) -> list[WatchedActor]:
         async def begin(name: str, actor: Any) -> None:
             await self._check(kind, name, actor)
             await start(name, actor)
 
         return [
-            Part(
+            WatchedActor(
                 name,
                 self._maker(kind, index, host, **options),
                 functools.partial(begin, name),
                 self._config.cluster,
-                self._say,
+                self._log,
                 is_replaced=kind != "trainer",
             )
             for index, name in enumerate(self._names(kind))
@@ -210,12 +212,12 @@ class Cluster:
             return
         text = f"{name} runs other code of tir_alp than this process: {differs}"
         if name in self._checked:
-            self._say(text)
+            self._log(text)
             return
         remedy = "build its image again" if image is not None else "install the same on all nodes"
         raise ValueError(f"{text}; {remedy}")
 
-    def _config_of(self, kind: str) -> PartsConfig:
+    def _config_of(self, kind: str) -> ActorsConfig:
         return parts_of(self._config.cluster)[kind]
 
     def _maker(self, kind: str, index: int, host: type, **options: Any) -> Callable[[], Any]:
@@ -269,19 +271,19 @@ async def open_cluster(config: Config) -> AsyncIterator[Cluster]:
     check_gpus(config)
     async with AsyncExitStack() as stack:
         if not ray.is_initialized():
-            connect(settings, say)
+            connect(settings, log)
             stack.callback(ray.shutdown)
-        places = await reserve(settings, say)
+        places = await reserve(settings, log)
         stack.callback(remove_placement_group, places)
-        cluster = Cluster(config, places, say)
+        cluster = Cluster(config, places, log)
         if len(layout := cluster.layout()) > 1:
-            say("\n".join(layout))
+            log("\n".join(layout))
         stack.push_async_callback(cluster.close)
         await cluster.open()
         yield cluster
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """To whoever watches the run."""
     print(text, file=sys.stderr, flush=True)
 
@@ -291,7 +293,7 @@ def absolute(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).exists() else model
 
 
-async def open_all(parts: Sequence[Part]) -> None:
+async def open_all(parts: Sequence[WatchedActor]) -> None:
     """Open parts at once; as soon as one of them cannot start, none is left."""
     opening = [asyncio.create_task(part.open()) for part in parts]
     try:
@@ -305,6 +307,6 @@ async def open_all(parts: Sequence[Part]) -> None:
         raise
 
 
-async def close_all(parts: Sequence[Part]) -> None:
+async def close_all(parts: Sequence[WatchedActor]) -> None:
     """Close parts at once."""
     await asyncio.gather(*(part.close() for part in parts))

@@ -28,12 +28,12 @@ class Suspects:
     """Which tasks were at work when a host died.
 
     Args:
-        say: Told, in a sentence, of a task that is dropped.
+        log: Told, in a sentence, of a task that is dropped.
         timeout_s: How long a suspect waits for another one.
     """
 
-    def __init__(self, say: Callable[[str], None], timeout_s: float) -> None:
-        self._say, self._timeout_s = say, timeout_s
+    def __init__(self, log: Callable[[str], None], timeout_s: float) -> None:
+        self._log, self._timeout_s = log, timeout_s
         self._lock = threading.Lock()
         self._locks: defaultdict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
         self._dead: set[tuple[str, int]] = set()
@@ -94,4 +94,4 @@ class Suspects:
             if len(ended) < _ENOUGH or task_id in self._guilty:
                 return
             self._guilty[task_id] = f"it ended its host twice ({'; '.join(ended)})"
-        self._say(f"task {task_id} is dropped: {self._guilty[task_id]}")
+        self._log(f"task {task_id} is dropped: {self._guilty[task_id]}")

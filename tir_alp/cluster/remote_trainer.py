@@ -1,7 +1,7 @@
 """The trainer of a run in other processes: every call goes to all ranks, rank 0 answers.
 
 A rank that is lost is not replaced by itself: what it held is in the run's newest checkpoint, from
-which all ranks begin again. So its loss ends the calls with `PartLost`, and the run goes on from
+which all ranks begin again. So its loss ends the calls with `RoleLost`, and the run goes on from
 there.
 """
 
@@ -15,39 +15,39 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from tir_alp.cluster.engine_pool import WeightsRef
-from tir_alp.cluster.watched_actor import Part, reason_of
+from tir_alp.cluster.watched_actor import WatchedActor, reason_of
 from tir_alp.records.ledger_rows import Row
-from tir_alp.roles import PartLost
+from tir_alp.roles import RoleLost
 from tir_alp.training.batch import Sample
 from tir_alp.training.checkpoint import Position
 from tir_alp.training.ranks import RankFailed
 
 
 class RemoteTrainer:
-    """As `parts.TrainerPart`; its calls block, and each has a deadline.
+    """As `parts.TrainerRole`; its calls block, and each has a deadline.
 
     Args:
         ranks: The places of the ranks, opened.
         timeout_s: Deadline of a call.
     """
 
-    def __init__(self, ranks: Sequence[Part], timeout_s: float) -> None:
+    def __init__(self, ranks: Sequence[WatchedActor], timeout_s: float) -> None:
         self._ranks, self._timeout_s = ranks, timeout_s
 
     def step(
         self, groups: Sequence[Sequence[Sample]], step: int
     ) -> tuple[dict[str, float], list[Row]]:
-        """As `Learner.step`."""
+        """As `LocalTrainer.step`."""
         return self._call("step", ray.put(groups), step)
 
     def completion_logprobs(
         self, prompt: Sequence[int], completion: Sequence[int], temperature: float, top_p: float
     ) -> list[float]:
-        """As `Learner.completion_logprobs`."""
+        """As `LocalTrainer.completion_logprobs`."""
         return self._call("completion_logprobs", prompt, completion, temperature, top_p)
 
-    def nudge(self, scale: float) -> None:
-        """As `Learner.nudge`."""
+    def perturb_weights(self, scale: float) -> None:
+        """As `LocalTrainer.perturb_weights`."""
         self._call("nudge", scale)
 
     def weights(self) -> WeightsRef:
@@ -59,11 +59,11 @@ class RemoteTrainer:
     def save(
         self, folder: Path, position: Position, rollouts: Mapping[str, Any], keep: int
     ) -> Path:
-        """As `Learner.save`; the folder has to be one that ranks and run share."""
+        """As `LocalTrainer.save`; the folder has to be one that ranks and run share."""
         return self._call("save", folder.resolve(), position, rollouts, keep)
 
     def load(self, path: Path) -> None:
-        """As `Learner.load`."""
+        """As `LocalTrainer.load`."""
         self._call("load", path.resolve())
 
     def _call(self, method: str, *arguments: Any) -> Any:
@@ -73,20 +73,20 @@ class RemoteTrainer:
         actors = [part.actor for part in self._ranks]
         for part, actor in zip(self._ranks, actors, strict=True):
             if actor is None:
-                raise PartLost(f"{part.name} was lost")
+                raise RoleLost(f"{part.name} was lost")
         return [getattr(actor, method).remote(*arguments) for actor in actors]
 
     def _wait(self, refs: Sequence[Any]) -> list[Any]:
         try:
             return ray.get(list(refs), timeout=self._timeout_s)
         except RayActorError as error:
-            raise PartLost(f"a rank of the trainer was lost: {reason_of(error)}") from error
+            raise RoleLost(f"a rank of the trainer was lost: {reason_of(error)}") from error
         except GetTimeoutError as error:
             limit = f"{self._timeout_s:g} s"
-            raise PartLost(f"the trainer did not answer within {limit}") from error
+            raise RoleLost(f"the trainer did not answer within {limit}") from error
         except RayTaskError as error:
             if isinstance(error.cause, RankFailed):
-                raise PartLost(f"a rank of the trainer was lost: {error.cause}") from error
+                raise RoleLost(f"a rank of the trainer was lost: {error.cause}") from error
             raise error.cause from None
 
     def close(self) -> None:

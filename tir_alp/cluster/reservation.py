@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from tir_alp.cluster.watched_actor import wait_for
-from tir_alp.config import ClusterConfig, Config, PartsConfig, ServersConfig
+from tir_alp.config import ActorsConfig, ClusterConfig, Config, ServersConfig
 
 KINDS = {
     "trainer": "trainer",
@@ -51,7 +51,7 @@ def check_gpus(config: Config) -> None:
         )
 
 
-def parts_of(config: ClusterConfig) -> dict[str, PartsConfig]:
+def parts_of(config: ClusterConfig) -> dict[str, ActorsConfig]:
     """What each kind of `KINDS` is to be."""
     return {
         "trainer": config.trainer,
@@ -61,7 +61,7 @@ def parts_of(config: ClusterConfig) -> dict[str, PartsConfig]:
     }
 
 
-def connect(config: ClusterConfig, say: Callable[[str], None]) -> None:
+def connect(config: ClusterConfig, log: Callable[[str], None]) -> None:
     """Join the cluster, or start one on this machine with as many cores as parts ask for.
 
     Raises:
@@ -85,12 +85,12 @@ def connect(config: ClusterConfig, say: Callable[[str], None]) -> None:
         except (ConnectionError, RayError, ValueError) as error:
             # The head's server of a client can die in its start, forked beside gRPC's threads.
             if tries_left and isinstance(error, ConnectionAbortedError):
-                say(f"the Ray cluster at {config.address!r} did not take us; once more")
+                log(f"the Ray cluster at {config.address!r} did not take us; once more")
                 continue
             raise ValueError(f"there is no Ray cluster at {config.address!r}: {error}") from error
 
 
-async def reserve(config: ClusterConfig, say: Callable[[str], None]) -> Any:
+async def reserve(config: ClusterConfig, log: Callable[[str], None]) -> Any:
     """The placement group, with a bundle a part in the order of `KINDS`.
 
     Raises:
@@ -102,7 +102,7 @@ async def reserve(config: ClusterConfig, say: Callable[[str], None]) -> Any:
     ready = wait_for(places.ready())
     first_s = min(_SAID_AFTER_S, config.start_timeout_s)
     if not (await asyncio.wait([ready], timeout=first_s))[0]:
-        say(f"waiting for room in the cluster: {_room(parts)}")
+        log(f"waiting for room in the cluster: {_room(parts)}")
         if not (await asyncio.wait([ready], timeout=config.start_timeout_s - first_s))[0]:
             remove_placement_group(places)
             raise ValueError(
@@ -113,7 +113,7 @@ async def reserve(config: ClusterConfig, say: Callable[[str], None]) -> Any:
     return places
 
 
-def _room(parts: dict[str, PartsConfig]) -> str:
+def _room(parts: dict[str, ActorsConfig]) -> str:
     """What parts ask for, and what of the cluster is free."""
     wanted = {kind: part.count for kind, part in parts.items()}
     has, free = ray.cluster_resources(), ray.available_resources()
@@ -125,6 +125,6 @@ def _room(parts: dict[str, PartsConfig]) -> str:
     return ", ".join(figures)
 
 
-def _bundle(part: PartsConfig) -> dict[str, float]:
+def _bundle(part: ActorsConfig) -> dict[str, float]:
     gpus = {"GPU": part.gpus} if part.gpus else {}
     return {"CPU": part.cpus, **gpus}

@@ -18,7 +18,7 @@ from tir_alp.config import Config
 from tir_alp.records.ledger_rows import Row
 from tir_alp.training.batch import Sample
 from tir_alp.training.checkpoint import Position
-from tir_alp.training.local_trainer import make_learner
+from tir_alp.training.local_trainer import make_local_trainer
 
 _SIOCGIFADDR = 0x8915
 
@@ -40,38 +40,38 @@ class TrainerHost(Host):
         if interface := interface_of(ray.util.get_node_ip_address()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self._rank = int(ranks["RANK"])
-        self._learner = make_learner(config, run, initial, found)
+        self._learner = make_local_trainer(config, run, initial, found)
 
     def step(
         self, groups: Sequence[Sequence[Sample]], step: int
     ) -> tuple[dict[str, float], list[Row]]:
-        """As `Learner.step`."""
+        """As `LocalTrainer.step`."""
         return self._learner.step(groups, step)
 
     def completion_logprobs(
         self, prompt: Sequence[int], completion: Sequence[int], temperature: float, top_p: float
     ) -> list[float]:
-        """As `Learner.completion_logprobs`."""
+        """As `LocalTrainer.completion_logprobs`."""
         return self._learner.completion_logprobs(prompt, completion, temperature, top_p)
 
-    def nudge(self, scale: float) -> None:
-        """As `Learner.nudge`."""
-        self._learner.nudge(scale)
+    def perturb_weights(self, scale: float) -> None:
+        """As `LocalTrainer.perturb_weights`."""
+        self._learner.perturb_weights(scale)
 
     @ray.method(num_returns=2)
     def weights(self) -> tuple[Packed, bool]:
-        """As `Learner.weights`, packed, and a sign that they are there; for rank 0 alone."""
+        """As `LocalTrainer.weights`, packed, and a sign that they are there; for rank 0 alone."""
         weights = self._learner.weights()
         return ({} if self._rank else pack(weights)), True
 
     def save(
         self, folder: Path, position: Position, rollouts: Mapping[str, Any], keep: int
     ) -> Path:
-        """As `Learner.save`."""
+        """As `LocalTrainer.save`."""
         return self._learner.save(folder, position, rollouts, keep)
 
     def load(self, path: Path) -> None:
-        """As `Learner.load`."""
+        """As `LocalTrainer.load`."""
         self._learner.load(path)
 
     @ray.method(concurrency_group="health")

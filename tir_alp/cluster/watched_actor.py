@@ -1,9 +1,9 @@
 """One place in the cluster, and the actor in it: watched, and replaced when it dies or hangs.
 
 An actor counts as lost when its process is gone, or when it does not answer a heartbeat in time. It
-is then killed, whatever it does, and calls that wait for it fail with `PartLost`. Another one is
+is then killed, whatever it does, and calls that wait for it fail with `RoleLost`. Another one is
 started in its place, again and again, for a node may come back. All of it is in the event loop of
-the run; only `doubt` may be called from other threads.
+the run; only `report_suspicion` may be called from other threads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from tir_alp.config import ClusterConfig
-from tir_alp.roles import PartLost
+from tir_alp.roles import RoleLost
 
 Make = Callable[[], Any]
 """Makes an actor, which need not be there yet."""
@@ -26,7 +26,7 @@ Make = Callable[[], Any]
 _MAX_PAUSE_S = 60.0  # between two starts that failed
 
 
-class Part:
+class WatchedActor:
     """A place for an actor.
 
     Args:
@@ -34,7 +34,7 @@ class Part:
         make: Makes the actor.
         start: Makes it ready for work, e.g. loads a model.
         config: Deadlines.
-        say: Told, in a sentence, what happens to it.
+        log: Told, in a sentence, what happens to it.
         is_replaced: Whether another actor takes the place of one that is lost.
     """
 
@@ -44,7 +44,7 @@ class Part:
         make: Make,
         start: Callable[[Any], Awaitable[None]],
         config: ClusterConfig,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         is_replaced: bool = True,
     ) -> None:
         self.name, self.num_replaced = name, 0
@@ -52,7 +52,7 @@ class Part:
         """Actors that were lost here; rises when it is known."""
         self.health: Mapping[str, Any] = {}
         """What the last heartbeat of the actor said, its `pid` too; empty before the first."""
-        self._make, self._start, self._config, self._say = make, start, config, say
+        self._make, self._start, self._config, self._log = make, start, config, log
         self._is_replaced = is_replaced
         self._actor: Any = None
         self._doubted: Any = None
@@ -66,7 +66,7 @@ class Part:
         return None if self._actor is self._doubted else self._actor
 
     async def open(self) -> None:
-        """Start the first actor. Raises what its start raises, and PartLost if it dies in it."""
+        """Start the first actor. Raises what its start raises, and RoleLost if it dies in it."""
         await self._begin()
         self._watcher = asyncio.create_task(self._watch(), name=f"watching {self.name}")
 
@@ -83,18 +83,18 @@ class Part:
         """Call a method of the actor; cancelled, the call is cancelled there too.
 
         Raises:
-            PartLost: There is no actor, or it died.
+            RoleLost: There is no actor, or it died.
             TimeoutError: It did not answer in time.
         """
         actor = self.actor
         if actor is None:
-            raise PartLost(f"{self.name} is not there yet: it is being replaced")
+            raise RoleLost(f"{self.name} is not there yet: it is being replaced")
         answer = getattr(actor, method).remote(*arguments)
         try:
             async with asyncio.timeout(timeout_s):
                 return await wait_for(answer)
         except RayActorError as error:
-            raise self.doubt(actor, reason_of(error)) from error
+            raise self.report_suspicion(actor, reason_of(error)) from error
         except RayTaskError as error:
             raise error.cause from None  # what the method raised
         except BaseException:
@@ -102,19 +102,19 @@ class Part:
                 ray.cancel(answer)
             raise
 
-    def hear(self, health: Mapping[str, Any]) -> None:
+    def relay_log(self, health: Mapping[str, Any]) -> None:
         """Take note of a heartbeat; what is `said` in it is told."""
         self.health = {name: value for name, value in health.items() if name != "said"}
         for text in health.get("said", ()):
-            self._say(f"{self.name}: {text}")
+            self._log(f"{self.name}: {text}")
 
-    def doubt(self, actor: Any, reason: str) -> PartLost:
+    def report_suspicion(self, actor: Any, reason: str) -> RoleLost:
         """Have an actor replaced, unless it has been; returns what to raise. From any thread."""
         if actor is self._actor:
             self._doubted = actor
         with contextlib.suppress(RuntimeError):  # the run has ended
             self._loop.call_soon_threadsafe(self._doubts.put_nowait, (actor, reason))
-        return PartLost(f"{self.name} was lost: {reason}")
+        return RoleLost(f"{self.name} was lost: {reason}")
 
     # -------------------------------------------------------------------------- watching
 
@@ -141,7 +141,7 @@ class Part:
         patience_s = self._config.patience_s
         try:
             async with asyncio.timeout(patience_s):
-                self.hear(await wait_for(self._actor.heartbeat.remote()))
+                self.relay_log(await wait_for(self._actor.heartbeat.remote()))
         except TimeoutError:
             return f"it has not answered for {patience_s:g} s"
         except RayError as error:
@@ -154,19 +154,19 @@ class Part:
         self.health = {}
         kill(actor)
         if not self._is_replaced:
-            self._say(f"{self.name} was lost: {reason}")
+            self._log(f"{self.name} was lost: {reason}")
             return
-        self._say(f"{self.name} is replaced: {reason}")
+        self._log(f"{self.name} is replaced: {reason}")
         pause_s = 0.1
         while self._actor is None:
             try:
                 await self._begin()
             except Exception as error:  # whatever it is: it is said, and it may pass
-                self._say(f"{self.name} could not be started: {error}; again in {pause_s:g} s")
+                self._log(f"{self.name} could not be started: {error}; again in {pause_s:g} s")
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _MAX_PAUSE_S)
         self.num_replaced += 1
-        self._say(f"{self.name} is back")
+        self._log(f"{self.name} is back")
 
     async def _begin(self) -> None:
         """Make an actor and start it; one that does not start is killed."""
@@ -175,14 +175,14 @@ class Part:
             async with asyncio.timeout(self._config.start_timeout_s):
                 await self._start(actor)
         except RayActorError as error:
-            raise PartLost(f"{self.name} died in its start: {reason_of(error)}") from error
+            raise RoleLost(f"{self.name} died in its start: {reason_of(error)}") from error
         except RayTaskError as error:
             kill(actor)
             raise error.cause from None
         except TimeoutError:
             kill(actor)
             limit_s = self._config.start_timeout_s
-            raise PartLost(f"{self.name} did not start within {limit_s:g} s") from None
+            raise RoleLost(f"{self.name} did not start within {limit_s:g} s") from None
         except BaseException:
             kill(actor)
             raise

@@ -19,12 +19,12 @@ from tir_alp.doctor.environment import check_environment
 from tir_alp.doctor.examine import examine_config, examine_engine
 from tir_alp.doctor.finding import Finding
 from tir_alp.models.tiny import SHIPPED, TRAIN_CONFIG
-from tir_alp.roles import reference_by
+from tir_alp.roles import ask_trainer_in
 from tir_alp.rollouts.data import load_order
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.renderer import make_renderer
 from tir_alp.run.console import RunConsole
-from tir_alp.run.placement import open_parts
+from tir_alp.run.placement import open_placement
 from tir_alp.tools.sandbox import SandboxRefused
 from tir_alp.training.policy import load_tokenizer
 from tir_alp.training.structure import load_outline
@@ -41,7 +41,7 @@ async def examine(config: Config) -> list[Finding]:
     with closing(make_environment(config)) as env:
         renderer = make_renderer(config, tokenizer, env)
     tasks = load_order(config.data, config.seed)
-    async with open_parts(config, RunConsole().print) as parts:
+    async with open_placement(config, RunConsole().print) as parts:
         check = (check_environment, config, renderer, [tasks[0]], parts.make_env)
         await asyncio.to_thread(*check)
         with closing(parts.make_env()) as env:
@@ -53,7 +53,7 @@ async def examine(config: Config) -> list[Finding]:
             ]
         trainer = await parts.trainer(Path("runs"), path, None)
         with ThreadPoolExecutor(1) as thread, closing(trainer):
-            engine = parts.engine(path, 0, renderer, reference_by(trainer, thread))
+            engine = parts.engine(path, 0, renderer, ask_trainer_in(trainer, thread))
             async with engine as opened:
                 return findings + await examine_engine(
                     *(config, opened, load_outline(path), trainer, trainer.weights, 0),

@@ -17,7 +17,7 @@ import torch
 
 from tir_alp.config import Config, ServersConfig
 from tir_alp.doctor.finding import Finding
-from tir_alp.engines.base import Completion, Engine, Judge, Sampling
+from tir_alp.engines.base import Completion, Engine, LogprobSource, Sampling
 from tir_alp.types import StopReason
 
 _NUM_TOKENS = 16  # of a completion that is sampled for a check
@@ -61,7 +61,7 @@ class EngineCheck:
     """
 
     engine: Engine
-    judge: Judge
+    judge: LogprobSource
     num_rows: int
     prompts: Sequence[tuple[int, ...]]
     temperature: float
@@ -194,7 +194,7 @@ class EngineCheck:
             changed = await self._sample(temperature=self.temperature)
             ahead, _, _ = await in_thread(self._distance, changed)
         finally:
-            await in_thread(self.judge.nudge, 0.0)  # bit for bit back
+            await in_thread(self.judge.perturb_weights, 0.0)  # bit for bit back
         await self.engine.load_weights(await in_thread(weights), version=version)
         restored = await self._sample(temperature=self.temperature)
         back, _, num_tokens = await in_thread(self._distance, restored)
@@ -215,7 +215,7 @@ class EngineCheck:
         """Change some weights until the judge has moved; by how much it has, in nats."""
         shift = 0.0
         for scale in (0.05, 0.1, 0.2, 0.4, 0.8):
-            self.judge.nudge(scale)
+            self.judge.perturb_weights(scale)
             shift = self._distance(probe)[0]
             if shift >= _SHIFT * self.tolerance:
                 break

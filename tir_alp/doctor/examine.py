@@ -23,7 +23,7 @@ from tir_alp.doctor.machine import (
     shape_of,
 )
 from tir_alp.doctor.sandbox import check_sandbox
-from tir_alp.engines.base import Engine, Judge
+from tir_alp.engines.base import Engine, LogprobSource
 from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.training.policy import compute_device
@@ -55,7 +55,7 @@ def examine_config(
             f"nothing reads {', '.join(unread)}" if unread else "every key is read by something",
             "a key that changes nothing misleads: delete it, or let something read it",
         ),
-        # Parts of a cluster have memory and GPUs of their own, and who starts them may have none.
+        # Actors have memory and GPUs of their own; the process that starts them may have none.
         *([] if config.cluster.is_used else [_check_memory(config, shape)]),
         check_disk(config, shape, Path("runs")),
         _check_history(tokenizer, config),
@@ -79,7 +79,7 @@ async def examine_engine(
     config: Config,
     engine: Engine,
     outline: Any,
-    judge: Judge,
+    judge: LogprobSource,
     weights: Callable[[], Any],
     version: int,
     tokenizer: Any,

@@ -81,7 +81,7 @@ class Probe:
     """Of each token but the first, in nats."""
 
 
-Reference = Callable[[tuple[int, ...]], Awaitable[Probe | None]]
+AskTrainer = Callable[[tuple[int, ...]], Awaitable[Probe | None]]
 """What an engine is checked against, given a sequence to ask for. Whoever cannot ask the trainer
 answers with a probe that was made before, of another sequence, or with None."""
 
@@ -148,7 +148,7 @@ class Engine(Protocol):
         ...
 
 
-class Judge(Protocol):
+class LogprobSource(Protocol):
     """Says what the engine should: a `Trainer`, or one in another process."""
 
     def completion_logprobs(
@@ -157,7 +157,7 @@ class Judge(Protocol):
         """Logprob of each token of a completion, by one forward."""
         ...
 
-    def nudge(self, scale: float) -> None:
+    def perturb_weights(self, scale: float) -> None:
         """Change some weights a little; 0: back."""
         ...
 

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from tir_alp.config import Config, ServersConfig, SGLangConfig, VLLMConfig
-from tir_alp.engines.base import Engine, Reference
+from tir_alp.engines.base import AskTrainer, Engine
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.training.policy import compute_device, load_policy
 from tir_alp.training.structure import end_token_ids, load_outline
@@ -18,8 +18,8 @@ async def open_engine(
     config: Config,
     path: str,
     version: int,
-    reference: Reference,
-    say: Callable[[str], None],
+    ask_trainer: AskTrainer,
+    log: Callable[[str], None],
 ) -> AsyncIterator[Engine]:
     """The engine that the config names, in this process or in servers that it starts.
 
@@ -42,8 +42,8 @@ async def open_engine(
             Path(path) if Path(path).is_dir() else load_policy(path).state_dict(),
             version=version,
             seed=config.seed,
-            reference=reference,
-            say=say,
+            ask_trainer=ask_trainer,
+            log=log,
         ) as engine:
             yield engine
         return
@@ -56,9 +56,9 @@ async def open_engine(
             vocab_size=outline.config.get_text_config().vocab_size,
             end_token_ids=end_token_ids(outline),
             seed=config.seed,
-            reference=reference,
+            ask_trainer=ask_trainer,
             on_update=on_update,
-            say=say,
+            log=log,
         ) as engine:
             yield engine
         return

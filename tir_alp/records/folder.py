@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tir_alp.algorithm.formula import objective
+from tir_alp.algorithm.formula import formula
 from tir_alp.config import Config
 from tir_alp.records.trajectories import to_row
 from tir_alp.types import Batch, Trajectory, TrajectoryGroup
@@ -42,7 +42,7 @@ class RunFolder:
                 "another --name"
             ) from None
         (self.path / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
-        (self.path / "objective.txt").write_text(objective(config.algorithm) + "\n")
+        (self.path / "objective.txt").write_text(formula(config.algorithm) + "\n")
         self._open()
 
     def reopen(self, step: int) -> None:

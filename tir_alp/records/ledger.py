@@ -89,7 +89,7 @@ class Ledger:
                 "group_id": group.group_id,
                 "task_id": group.task_id,
                 "fate": fate,
-                "dropped": group.num_dropped,
+                "dropped": group.num_failed,
             }
             for fate, each in fates.items()
             for group in each

@@ -151,7 +151,7 @@ def _group_row(group: TrajectoryGroup) -> dict[str, Any]:
         "task_id": group.task_id,
         "group_id": group.group_id,
         "trajectories": [to_row(each) for each in group.trajectories],
-        "num_dropped": group.num_dropped,
+        "num_failed": group.num_failed,
     }
 
 

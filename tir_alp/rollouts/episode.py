@@ -90,7 +90,7 @@ class EpisodeRunner:
             task_id=task.task_id,
             group_id=group_id,
             trajectories=tuple(trajectories),
-            num_dropped=self.limits.group_size - len(trajectories),
+            num_failed=self.limits.group_size - len(trajectories),
         )
 
     async def _run_stubborn(self, task: Task, group_id: int, uid: int) -> Trajectory | None:

@@ -71,7 +71,7 @@ class RolloutQueue:
         max_refills: Groups without signal that a step may replace by others.
     """
 
-    dropped: tuple[TrajectoryGroup, ...]
+    replaced: tuple[TrajectoryGroup, ...]
     """Groups without signal that the last `take` replaced."""
     lost: tuple[TrajectoryGroup, ...]
     """Groups that the last `take` skipped, since all their episodes had failed."""
@@ -96,7 +96,7 @@ class RolloutQueue:
         self._resumed, self._finished = deque(state.pending), dict(state.finished)
         self._next_group = state.next_group
         self._has_signal, self._max_refills = has_signal, max_refills
-        self.dropped = self.lost = ()
+        self.replaced = self.lost = ()
 
     @property
     def state(self) -> QueueState:
@@ -125,13 +125,13 @@ class RolloutQueue:
             RolloutsFailed: If so many groups in a row are lost that it cannot be their tasks.
         """
         seen: list[tuple[int, asyncio.Future[TrajectoryGroup]]] = []
-        self.dropped = self.lost = ()
+        self.replaced = self.lost = ()
         try:
             return await self._take(seen)
         except BaseException:
             self._in_flight.extendleft(reversed(seen))
-            self._free -= len(self.dropped) + len(self.lost)
-            self.dropped = self.lost = ()
+            self._free -= len(self.replaced) + len(self.lost)
+            self.replaced = self.lost = ()
             raise
 
     async def _take(
@@ -148,10 +148,10 @@ class RolloutQueue:
             seen.append(self._in_flight.popleft())
             if group.trajectories:
                 num_lost = 0
-                if len(self.dropped) == self._max_refills or self._has_signal(group):
+                if len(self.replaced) == self._max_refills or self._has_signal(group):
                     groups.append(group)
                 else:
-                    self.dropped += (group,)
+                    self.replaced += (group,)
                     self._free += 1
                 continue
             self._free += 1

@@ -44,7 +44,7 @@ class Interrupt:
             for each in _SIGNALS:
                 loop.remove_signal_handler(each)
 
-    async def bound(self, work: Coroutine[Any, Any, T]) -> T:
+    async def interruptible(self, work: Coroutine[Any, Any, T]) -> T:
         """Do something that may be given up at any moment.
 
         Raises:

@@ -1,6 +1,6 @@
 """What a run is made of, wherever it lives: in this process, or in actors of a cluster.
 
-The loop in `train` sees an engine, a trainer and environments. `LocalParts` makes them here;
+The loop in `train` sees an engine, a trainer and environments. `LocalPlacement` makes them here;
 `tir_alp.cluster` makes the same in other processes, on this machine or on many.
 """
 
@@ -13,34 +13,34 @@ from pathlib import Path
 import gymnasium
 
 from tir_alp.config import Config
-from tir_alp.engines.base import Engine, Reference
+from tir_alp.engines.base import AskTrainer, Engine
 from tir_alp.engines.open import open_engine
-from tir_alp.roles import TrainerPart
+from tir_alp.roles import TrainerRole
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.renderer import Renderer
-from tir_alp.training.local_trainer import make_learner
+from tir_alp.training.local_trainer import make_local_trainer
 
 
-class LocalParts:
+class LocalPlacement:
     """All in this process.
 
     Args:
         config: Of the run.
-        say: Told what happens to servers.
+        log: Told what happens to servers.
     """
 
-    def __init__(self, config: Config, say: Callable[[str], None] = print) -> None:
-        self._config, self._say = config, say
+    def __init__(self, config: Config, log: Callable[[str], None] = print) -> None:
+        self._config, self._log = config, log
 
     def engine(
-        self, path: str, version: int, renderer: Renderer, reference: Reference
+        self, path: str, version: int, renderer: Renderer, ask_trainer: AskTrainer
     ) -> AbstractAsyncContextManager[Engine]:
-        """As `Parts.engine`."""
-        return open_engine(self._config, path, version, reference, self._say)
+        """As `Placement.engine`."""
+        return open_engine(self._config, path, version, ask_trainer, self._log)
 
-    async def trainer(self, run: Path, initial: str, found: Path | None) -> TrainerPart:
-        """As `Parts.trainer`."""
-        learner = make_learner(self._config, run, initial, found)
+    async def trainer(self, run: Path, initial: str, found: Path | None) -> TrainerRole:
+        """As `Placement.trainer`."""
+        learner = make_local_trainer(self._config, run, initial, found)
         if (size := learner.ranks.size) > 1:
             learner.close()
             raise ValueError(
@@ -50,5 +50,5 @@ class LocalParts:
         return learner
 
     def make_env(self) -> gymnasium.Env[str, str]:
-        """As `Parts.make_env`."""
+        """As `Placement.make_env`."""
         return make_environment(self._config)

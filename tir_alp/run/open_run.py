@@ -25,7 +25,7 @@ from tir_alp.models.tiny import SHIPPED
 from tir_alp.records.folder import RunFolder
 from tir_alp.records.ledger import Ledger
 from tir_alp.records.trajectories import state_from_row
-from tir_alp.roles import Parts, TrainerPart, reference_by
+from tir_alp.roles import Placement, TrainerRole, ask_trainer_in
 from tir_alp.rollouts.data import Task, left_out, load_held_out, load_order
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.episode import EpisodeRunner, Watch
@@ -34,7 +34,7 @@ from tir_alp.rollouts.queue import QueueState, RolloutQueue
 from tir_alp.rollouts.renderer import make_renderer
 from tir_alp.run.console import RunConsole
 from tir_alp.run.interrupt import Interrupt
-from tir_alp.run.local_placement import LocalParts
+from tir_alp.run.local_placement import LocalPlacement
 from tir_alp.run.watchdog import Watchdog
 from tir_alp.training import checkpoint
 from tir_alp.training.checkpoint import Position
@@ -52,12 +52,12 @@ class Run:
 
     config: Config
     position: Position
-    environment: dict[str, Any]
+    environment_report: dict[str, Any]
     """What the environment says that it runs in; see `check_environment`."""
     console: RunConsole
     folder: RunFolder
     engine: Engine
-    trainer: TrainerPart
+    trainer: TrainerRole
     interrupt: Interrupt
     rollouts: RolloutQueue
     ledger: Ledger
@@ -71,7 +71,7 @@ class Run:
 async def open_run(
     config: Config,
     resume: Path | None = None,
-    parts: Parts | None = None,
+    parts: Placement | None = None,
     interrupt: Interrupt | None = None,
     environment: dict[str, Any] | None = None,
 ) -> AsyncIterator[Run]:
@@ -91,7 +91,7 @@ async def open_run(
     async with AsyncExitStack() as stack:
         console = RunConsole()
         initial = str(SHIPPED.get(config.model.path, config.model.path))
-        parts = parts or LocalParts(config, console.print)
+        parts = parts or LocalPlacement(config, console.print)
         path, position, found = initial, Position(0, 0, 0), None
         pending, attempts = QueueState(), []
         if resume is not None:
@@ -143,7 +143,7 @@ async def open_run(
         engine = await stack.enter_async_context(
             parts.engine(
                 *(path, position.policy_version, renderer),
-                reference_by(trainer, trainer_thread),
+                ask_trainer_in(trainer, trainer_thread),
             )
         )
         if not is_examined:
@@ -164,7 +164,7 @@ async def open_run(
         folder.note_left_out(not_taken)
         folder.note_environment(position.step, environment)
 
-        watchdog = Watchdog(say=console.print)
+        watchdog = Watchdog(log=console.print)
         watching = asyncio.create_task(watchdog.watch(), name="watchdog")
         stack.callback(watching.cancel)
         generate = ledger.engine(engine.generate)
@@ -201,7 +201,7 @@ async def open_run(
         yield Run(
             config=config,
             position=position,
-            environment=environment,
+            environment_report=environment,
             console=console,
             folder=folder,
             engine=engine,

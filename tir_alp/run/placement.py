@@ -6,19 +6,21 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from tir_alp.config import Config
-from tir_alp.roles import Parts
-from tir_alp.run.local_placement import LocalParts
+from tir_alp.roles import Placement
+from tir_alp.run.local_placement import LocalPlacement
 
 
 @asynccontextmanager
-async def open_parts(config: Config, say: Callable[[str], None] = print) -> AsyncIterator[Parts]:
+async def open_placement(
+    config: Config, log: Callable[[str], None] = print
+) -> AsyncIterator[Placement]:
     """Here, or on the cluster that the config names.
 
     Raises:
         ValueError: If there is no such cluster, or it is too small.
     """
     if not config.cluster.is_used:
-        yield LocalParts(config, say)
+        yield LocalPlacement(config, log)
         return
     try:
         from tir_alp.cluster.placement import open_cluster

@@ -10,13 +10,13 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from tir_alp.algorithm.formula import objective
+from tir_alp.algorithm.formula import formula
 from tir_alp.config import Config
 from tir_alp.report import write_run_report
-from tir_alp.roles import PartLost, Parts
+from tir_alp.roles import Placement, RoleLost
 from tir_alp.run.interrupt import Interrupt
 from tir_alp.run.open_run import Run, open_run
-from tir_alp.run.placement import open_parts
+from tir_alp.run.placement import open_placement
 from tir_alp.tools.sandbox import SandboxRefused
 from tir_alp.training import checkpoint
 
@@ -49,13 +49,15 @@ async def train_from(config: Config, resume: Path | None, train: Loop) -> None:
     """Train a new run, or go on with one, where the config says."""
     async with AsyncExitStack() as stack:
         try:
-            parts = await stack.enter_async_context(open_parts(config))
-        except (ValueError, SandboxRefused, PartLost) as error:
+            parts = await stack.enter_async_context(open_placement(config))
+        except (ValueError, SandboxRefused, RoleLost) as error:
             raise CannotStart(str(error)) from error
         await train_stubbornly(parts, config, resume, train)
 
 
-async def train_stubbornly(parts: Parts, config: Config, resume: Path | None, train: Loop) -> None:
+async def train_stubbornly(
+    parts: Placement, config: Config, resume: Path | None, train: Loop
+) -> None:
     """Train in parts that are there; where the trainer is lost, go on from the last checkpoint.
 
     Raises:
@@ -77,7 +79,7 @@ async def train_stubbornly(parts: Parts, config: Config, resume: Path | None, tr
 
 
 async def train_with(
-    parts: Parts,
+    parts: Placement,
     config: Config,
     resume: Path | None,
     train: Loop,
@@ -96,15 +98,17 @@ async def train_with(
             )
         except (ValueError, SandboxRefused) as error:
             raise CannotStart(str(error)) from error
-        except PartLost as error:
+        except RoleLost as error:
             if resume is None:
                 raise CannotStart(str(error)) from error
             raise RunLost(resume, str(error)) from error
         path = run.folder.path
         run.console.print(
-            f"config {config.model_dump_json()}\n{objective(config.algorithm)}\n"
-            + f"environment {json.dumps(run.environment)}\n"
-            + "".join(f"warning: {warning}\n" for warning in run.environment.get("warnings", ()))
+            f"config {config.model_dump_json()}\n{formula(config.algorithm)}\n"
+            + f"environment {json.dumps(run.environment_report)}\n"
+            + "".join(
+                f"warning: {warning}\n" for warning in run.environment_report.get("warnings", ())
+            )
             + f"run {path}"
         )
         is_lost = False
@@ -116,9 +120,9 @@ async def train_with(
                 f"next: tensorboard --logdir {path}  |  go on: python -m tir_alp.train "
                 f"--resume {path} --steps {config.steps * 2}"
             )
-        except PartLost as error:
+        except RoleLost as error:
             is_lost = True
-            raise RunLost(path, str(error), run.environment) from error
+            raise RunLost(path, str(error), run.environment_report) from error
         finally:
             if not is_lost:
                 draw(run)

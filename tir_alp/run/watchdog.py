@@ -36,11 +36,11 @@ class Watchdog:
 
     Args:
         after_s: A wait that is longer is worth a word, once.
-        say: Told a sentence.
+        log: Told a sentence.
     """
 
-    def __init__(self, after_s: float = 60.0, say: Callable[[str], None] = print) -> None:
-        self._after_s, self._say = after_s, say
+    def __init__(self, after_s: float = 60.0, log: Callable[[str], None] = print) -> None:
+        self._after_s, self._log = after_s, log
         self._waits: set[_Wait] = set()
 
     @contextmanager
@@ -61,7 +61,7 @@ class Watchdog:
         for wait in sorted(self._waits, key=lambda wait: wait.since):
             if not wait.is_told and now - wait.since > self._after_s:
                 wait.is_told = True
-                self._say(f"stuck for {now - wait.since:.0f} s: {wait.where}, on {wait.host}")
+                self._log(f"stuck for {now - wait.since:.0f} s: {wait.where}, on {wait.host}")
 
     async def watch(self) -> None:
         """Look again and again; cancel it."""

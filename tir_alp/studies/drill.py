@@ -33,7 +33,7 @@ from pathlib import Path
 
 from tir_alp.cluster.placement import Cluster, open_cluster
 from tir_alp.cluster.reservation import KINDS
-from tir_alp.cluster.watched_actor import Part
+from tir_alp.cluster.watched_actor import WatchedActor
 from tir_alp.config import Config, load_config, read_toml
 from tir_alp.models.tiny import TRAIN_CONFIG
 from tir_alp.records.trajectories import from_row, state_from_row
@@ -172,7 +172,7 @@ async def disturb(
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def hit(part: Part, how: signal.Signals) -> bool:
+def hit(part: WatchedActor, how: signal.Signals) -> bool:
     """Send a signal to the process of a part, if there is one that is known."""
     with contextlib.suppress(OSError, KeyError):
         pid = part.health["pid"]

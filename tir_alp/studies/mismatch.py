@@ -139,7 +139,7 @@ async def _opened(name: str, path: str, model: Any, dtype: str) -> AsyncIterator
         model_path=path,
         vocab_size=vocab_size,
         end_token_ids=end_token_ids(model),
-        say=lambda line: print(line, file=sys.stderr),
+        log=lambda line: print(line, file=sys.stderr),
     ) as engine:
         yield engine
 

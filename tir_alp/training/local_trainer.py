@@ -27,7 +27,7 @@ from tir_alp.training.trainer import OnBadUpdate, Trainer
 from tir_alp.types import Batch
 
 
-class Learner:
+class LocalTrainer:
     """A trainer, its tokenizer and its checkpoints.
 
     Of several ranks, each has one, and calls go to all. Close it.
@@ -91,9 +91,9 @@ class Learner:
         """As `Trainer.completion_logprobs`."""
         return self._trainer.completion_logprobs(prompt, completion, temperature, top_p)
 
-    def nudge(self, scale: float) -> None:
-        """As `Trainer.nudge`."""
-        self._trainer.nudge(scale)
+    def perturb_weights(self, scale: float) -> None:
+        """As `Trainer.perturb_weights`."""
+        self._trainer.perturb_weights(scale)
 
     def save(
         self, folder: Path, position: Position, rollouts: Mapping[str, Any], keep: int
@@ -132,7 +132,7 @@ def with_run_seed(config: Config) -> AlgorithmConfig:
     return config.algorithm.model_copy(update={"perturbation": noise})
 
 
-def make_learner(config: Config, run: Path, initial: str, found: Path | None) -> Learner:
+def make_local_trainer(config: Config, run: Path, initial: str, found: Path | None) -> LocalTrainer:
     """The trainer that the config asks for, in this process."""
     on_bad_update = RunFolder(run).dump_bad_update
-    return Learner(config, initial=initial, found=found, on_bad_update=on_bad_update)
+    return LocalTrainer(config, initial=initial, found=found, on_bad_update=on_bad_update)

@@ -192,10 +192,10 @@ def _chunk_logprobs(
     place: dict[str, Tensor],
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    log_probs = torch.log_softmax(head(hidden, **place).float() / temperature, dim=-1)
+    logprobs = torch.log_softmax(head(hidden, **place).float() / temperature, dim=-1)
     with torch.no_grad():
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
-    return log_probs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropy
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropy
 
 
 class PolicyLogprobs(nn.Module):

@@ -36,7 +36,7 @@ from tir_alp.training.optimizer import MOST_NORMS, Optimizer, is_spike
 from tir_alp.training.policy import WRAPPER, PolicyLogprobs, recompute_layers
 from tir_alp.training.ranks import Ranks
 from tir_alp.training.sharding import gathered, shard
-from tir_alp.training.weight_nudge import Nudge
+from tir_alp.training.weight_nudge import WeightNudge
 from tir_alp.types import Batch
 
 _NUM_PROBED = 128  # tokens, about, of each step whose logprobs are also taken without noise
@@ -97,7 +97,7 @@ class Trainer:
         log_sigma = None if self._perturbation is None else self._perturbation.log_sigma
         self._optimizer = Optimizer(self._trained(), log_sigma, config)
         self._norms = {name: deque[float](maxlen=MOST_NORMS) for name in self._optimizer.norms}
-        self._nudge = Nudge(self.model)
+        self._nudge = WeightNudge(self.model)
 
     def step(self, groups: Sequence[Sequence[Sample]], step: int) -> dict[str, float]:
         """Make the updates of one step.
@@ -149,7 +149,7 @@ class Trainer:
             ids = torch.tensor([*prompt, *completion], device=self.ranks.device)
             return self._policy.completion_logprobs(ids, len(prompt), temperature, top_p).tolist()
 
-    def nudge(self, scale: float) -> None:
+    def perturb_weights(self, scale: float) -> None:
         """Change some of the weights by `scale` times their spread, or by 0: bit for bit back.
 
         That is to see whether an engine follows.

@@ -15,7 +15,7 @@ _NUM_TENSORS = 8  # evenly spaced, to see whether all layers are taken
 _ADAPTER = ".lora_"  # one of its two factors is 0 at first, and then the other changes nothing
 
 
-class Nudge:
+class WeightNudge:
     """Changes some of the weights of a model, which may be sharded.
 
     Args:

@@ -1,1 +1,1 @@
-"""Parts of the embedded engine."""
+"""What the embedded engine is made of: its cache, its sampling, its rounding."""

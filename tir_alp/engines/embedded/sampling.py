@@ -32,27 +32,27 @@ def sample(
         after temperature and truncation; 0 for greedy rows, which have only one outcome.
     """
     greedy = temperature == 0
-    log_probs = torch.log_softmax(logits / torch.where(greedy, 1.0, temperature)[:, None], dim=-1)
+    logprobs = torch.log_softmax(logits / torch.where(greedy, 1.0, temperature)[:, None], dim=-1)
     if bool((top_p < 1).any()):
-        log_probs = _truncate(log_probs, top_p)
+        logprobs = _truncate(logprobs, top_p)
     if bool(greedy.any()):
-        best = torch.zeros_like(log_probs, dtype=torch.bool)
+        best = torch.zeros_like(logprobs, dtype=torch.bool)
         best.scatter_(1, logits.argmax(-1, keepdim=True), True)
         point = torch.where(best, 0.0, -torch.inf)
-        log_probs = torch.where(greedy[:, None], point, log_probs)
-    cumulative = log_probs.double().exp().cumsum(-1)
+        logprobs = torch.where(greedy[:, None], point, logprobs)
+    cumulative = logprobs.double().exp().cumsum(-1)
     threshold = (uniform * cumulative[:, -1]).unsqueeze(1)
     # right=True: the first token whose cumulative probability exceeds the draw has a chance > 0.
     token_ids = torch.searchsorted(cumulative, threshold, right=True).clamp_max_(
         logits.shape[1] - 1
     )
-    return token_ids.squeeze(1), log_probs.gather(1, token_ids).squeeze(1)
+    return token_ids.squeeze(1), logprobs.gather(1, token_ids).squeeze(1)
 
 
-def _truncate(log_probs: Tensor, top_p: Tensor) -> Tensor:
+def _truncate(logprobs: Tensor, top_p: Tensor) -> Tensor:
     """Keep the most probable tokens that together reach `top_p`, at least one; renormalise."""
-    ordered, order = log_probs.sort(dim=-1, descending=True)
+    ordered, order = logprobs.sort(dim=-1, descending=True)
     before = ordered.exp().cumsum(-1) - ordered.exp()
-    dropped = torch.zeros_like(log_probs, dtype=torch.bool)
+    dropped = torch.zeros_like(logprobs, dtype=torch.bool)
     dropped.scatter_(1, order, before >= top_p[:, None])
-    return torch.log_softmax(log_probs.masked_fill(dropped, -torch.inf), dim=-1)
+    return torch.log_softmax(logprobs.masked_fill(dropped, -torch.inf), dim=-1)

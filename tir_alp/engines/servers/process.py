@@ -41,8 +41,8 @@ class ServerProcess:
         name: To people.
         command: What is run.
         environment: What is added to ours.
-        log: File that gets what it prints.
-        say: Told of its progress.
+        log_path: File that gets what it prints.
+        log: Told of its progress.
         stages: Lines of its log, in order, and what it does from there on; "" is the start.
         leaves: How the names of its files below /dev/shm begin that it leaves behind when it is
             killed; those that it had mapped are removed with it. "": it leaves none.
@@ -53,15 +53,15 @@ class ServerProcess:
         name: str,
         command: Sequence[str],
         environment: Mapping[str, str],
-        log: Path,
-        say: Callable[[str], None],
+        log_path: Path,
+        log: Callable[[str], None],
         stages: Sequence[tuple[str, str]],
         leaves: str = "",
     ) -> None:
         self.name = name
-        self.log = log
+        self.log_path = log_path
         self._command, self._environment = command, environment
-        self._say, self._stages, self._leaves = say, stages, leaves
+        self._log, self._stages, self._leaves = log, stages, leaves
         self._left: set[Path] = set()
         self._process: asyncio.subprocess.Process | None = None
         self._log_start = 0
@@ -73,7 +73,7 @@ class ServerProcess:
 
     async def start(self, *arguments: str) -> None:
         """Start the process, with more words for its command line."""
-        with self.log.open("ab") as log:
+        with self.log_path.open("ab") as log:
             self._log_start = log.tell()
             self._process = await asyncio.create_subprocess_exec(
                 *(*self._command, *arguments),
@@ -104,10 +104,10 @@ class ServerProcess:
                 )
             if (reached := self._stage()) != stage or now - said > _SAY_EVERY_S:
                 stage, said = reached, now
-                self._say(f"{self.name}: {stage} ({now - began:.0f} s)")
+                self._log(f"{self.name}: {stage} ({now - began:.0f} s)")
             await asyncio.sleep(_POLL_S)
         self._note_shared_memory(_members(self._process.pid))
-        self._say(f"{self.name}: ready after {time.monotonic() - began:.0f} s")
+        self._log(f"{self.name}: ready after {time.monotonic() - began:.0f} s")
 
     async def ended(self) -> int:
         """Wait until the process has ended; returns its exit code."""
@@ -147,7 +147,7 @@ class ServerProcess:
         return "\n".join(line[:_LINE_LENGTH] for line in lines)
 
     def _printed(self) -> str:
-        with self.log.open("rb") as log:
+        with self.log_path.open("rb") as log:
             log.seek(self._log_start)
             return log.read().decode(errors="replace")
 

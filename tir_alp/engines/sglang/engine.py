@@ -28,10 +28,10 @@ from torch import Tensor
 
 from tir_alp.config import SGLangConfig
 from tir_alp.engines.base import (
+    AskTrainer,
     Completion,
     EngineFailed,
     Probe,
-    Reference,
     Sampling,
     check_fit,
     check_request,
@@ -60,9 +60,9 @@ class SGLangEngine:
         end_token_ids: At which the model's own config ends a sequence.
         seed: Of the servers' draws.
         folder: For logs, and for weights if the config names no other.
-        reference: What the servers are checked against; None: sampled tensors alone.
+        ask_trainer: What the servers are checked against; None: sampled tensors alone.
         on_update: What new weights do to running completions: "keep" or "wait".
-        say: Told of starts, losses and recoveries.
+        log: Told of starts, losses and recoveries.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class SGLangEngine:
         end_token_ids: frozenset[int],
         seed: int,
         folder: Path,
-        reference: Reference | None,
+        ask_trainer: AskTrainer | None,
         on_update: str,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         self._config, self._model_path, self._vocab_size = config, model_path, vocab_size
         self._end_token_ids = end_token_ids
-        self._seed, self._reference = seed, reference
+        self._seed, self._ask_trainer = seed, ask_trainer
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout()
         )
@@ -94,9 +94,9 @@ class SGLangEngine:
             folder=folder,
             session=self._session,
             key=key,
-            say=say,
+            log=log,
         )
-        self.router = make_router(config, self.fleet, folder, self._session, key, say)
+        self.router = make_router(config, self.fleet, folder, self._session, key, log)
         self._recent: tuple[int, ...] = ()
         self._room = asyncio.Semaphore(config.max_running * len(self.fleet.servers))
         self._homes: OrderedDict[int | tuple[int, ...], Server] = OrderedDict()
@@ -314,13 +314,13 @@ class SGLangEngine:
             await self._ended.wait()
 
     async def _make_probe(self) -> Probe | None:
-        if self._reference is None:
+        if self._ask_trainer is None:
             return None
         draw = random.Random(self._seed)
         token_ids = self._recent
         if len(token_ids) < 2:
             token_ids = tuple(draw.randrange(self._vocab_size) for _ in range(_PROBE_TOKENS // 4))
-        return await self._reference(token_ids)
+        return await self._ask_trainer(token_ids)
 
     def _check_shapes(self, tensors: Mapping[str, Tensor], version: int) -> None:
         own = self.fleet.snapshot.tensors
@@ -341,9 +341,9 @@ async def open_sglang(
     vocab_size: int,
     end_token_ids: frozenset[int],
     seed: int = 0,
-    reference: Reference | None = None,
+    ask_trainer: AskTrainer | None = None,
     on_update: str = "keep",
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> AsyncIterator[SGLangEngine]:
     """Bring servers up, and take down behind the block those that we started.
 
@@ -361,9 +361,9 @@ async def open_sglang(
             end_token_ids=end_token_ids,
             seed=seed,
             folder=Path(folder),
-            reference=reference,
+            ask_trainer=ask_trainer,
             on_update=on_update,
-            say=say,
+            log=log,
         )
         try:
             try:

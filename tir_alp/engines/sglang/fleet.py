@@ -101,7 +101,7 @@ class Fleet:
         folder: For logs, and for weights if the config names no other.
         session: For all connections.
         key: That our own servers ask for.
-        say: Told of starts, losses and recoveries.
+        log: Told of starts, losses and recoveries.
     """
 
     def __init__(
@@ -114,10 +114,10 @@ class Fleet:
         folder: Path,
         session: aiohttp.ClientSession,
         key: str,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         self._config, self._model_path, self._seed = config, model_path, seed
-        self._folder, self._session, self._say = folder, session, say
+        self._folder, self._session, self._log = folder, session, log
         self._key = os.environ.get(KEY_VARIABLE) if config.urls else key
         self.snapshot = snapshot
         self._transfer = _transfer(config, folder)
@@ -193,7 +193,7 @@ class Fleet:
             except Exception as error:  # nobody would notice that this task is no more
                 if not isinstance(error, EngineFailed):
                     error = EngineFailed(f"{whose} is not looked after any more: {error!r}")
-                self._say(str(error))
+                self._log(str(error))
                 self._broken = error
                 self._changed.set()
 
@@ -265,7 +265,7 @@ class Fleet:
         """Say how weights are verified, where it is the first time or not as it was before."""
         if checked.num_compared != server.tensors_compared:
             probe = "the logprobs of a probe" if self.snapshot.probe else "no probe"
-            self._say(
+            self._log(
                 f"{server.name}: new weights are verified by {checked.num_compared} sampled "
                 f"tensors, equal to the last bit (digest {checked.digest}), and {probe}"
                 if checked.num_compared
@@ -305,7 +305,7 @@ class Fleet:
                     server_environment(config, model_path),
                     self._folder / f"server_{index}.log",
                     self._key,
-                    self._say,
+                    self._log,
                 ),
             )
             for index, name in enumerate(names)
@@ -381,7 +381,7 @@ class Fleet:
         server.settled.clear()
         if not server.lost.done():
             server.lost.set_result(reason)
-            self._say(f"{server.name} is lost: {reason}")
+            self._log(f"{server.name} is lost: {reason}")
             self.on_change()
 
     async def _bring_back(self, server: Server) -> None:
@@ -402,7 +402,7 @@ class Fleet:
                 await self._bring_up(server)
             except (EngineFailed, OSError) as error:  # of the server, or of a machine that is full
                 reason = str(error)
-                self._say(f"{server.name} did not come back: {reason}")
+                self._log(f"{server.name} did not come back: {reason}")
                 await asyncio.sleep(_RETRY_S)
                 continue
             finally:
@@ -410,7 +410,7 @@ class Fleet:
             server.lost = asyncio.get_running_loop().create_future()
             self._changed.set()
             self.on_change()
-            self._say(f"{server.name} is back, with verified weights of {self.snapshot.version}")
+            self._log(f"{server.name} is back, with verified weights of {self.snapshot.version}")
             return
 
 

@@ -28,9 +28,9 @@ class SGLangProcess(ServerProcess):
         name: To people.
         arguments: Of `sglang.launch_server`, without host, port and key.
         environment: What is added to ours.
-        log: File that gets what it prints.
+        log_path: File that gets what it prints.
         api_key: What it asks of its clients.
-        say: Told of its progress.
+        log: Told of its progress.
     """
 
     def __init__(
@@ -38,14 +38,14 @@ class SGLangProcess(ServerProcess):
         name: str,
         arguments: Sequence[str],
         environment: Mapping[str, str],
-        log: Path,
+        log_path: Path,
         api_key: str,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         command = [sys.executable, "-m", "tir_alp.engines.servers.sglang_main", *arguments]
         environment = {**environment, KEY_VARIABLE: api_key}
         leaves = "sglang_loads_"  # what its scheduler says of its load
-        super().__init__(name, command, environment, log, say, stages=_STAGES, leaves=leaves)
+        super().__init__(name, command, environment, log_path, log, stages=_STAGES, leaves=leaves)
 
     async def listen(self) -> str:
         """Start the process; returns the address at which it is going to listen."""

@@ -46,7 +46,7 @@ class Router:
         fleet: The servers that it is to have.
         server_key: That they ask for.
         config: For deadlines.
-        say: Told of losses and recoveries.
+        log: Told of losses and recoveries.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class Router:
         fleet: Fleet,
         server_key: str | None,
         config: SGLangConfig,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         self.process, self._connect = process, connect
         self.client = connect(url)
         self._fleet, self._server_key = fleet, server_key
-        self._config, self._say = config, say
+        self._config, self._log = config, log
         self.serves = False
         """Whether it can be asked: it answers, and has a server."""
         self._starts = 0
@@ -111,10 +111,10 @@ class Router:
             reason = await self._until_lost()
             self.serves = False
             while reason:
-                self._say(f"SGLang's router is lost, and not asked until it is back: {reason}")
+                self._log(f"SGLang's router is lost, and not asked until it is back: {reason}")
                 self._starts += 1
                 if self._starts > MOST_STARTS:
-                    self._say(
+                    self._log(
                         f"SGLang's router was lost {MOST_STARTS} times in a row and is given up: "
                         "completions go straight to the servers"
                     )
@@ -125,7 +125,7 @@ class Router:
                 except (EngineFailed, OSError) as error:
                     reason = str(error)
                     await asyncio.sleep(_RETRY_S)
-            self._say("SGLang's router is back")
+            self._log("SGLang's router is back")
 
     def answered(self) -> None:
         """A completion came through it."""
@@ -217,12 +217,12 @@ class RouterProcess(ServerProcess):
     the fewest. It makes no request twice, and asks no server for its health: that is our business.
 
     Args:
-        log: File that gets what it prints.
+        log_path: File that gets what it prints.
         api_key: What it asks of its clients.
-        say: Told of its progress.
+        log: Told of its progress.
     """
 
-    def __init__(self, log: Path, api_key: str, say: Callable[[str], None]) -> None:
+    def __init__(self, log_path: Path, api_key: str, log: Callable[[str], None]) -> None:
         words = ["--policy", "manual", "--assignment-mode", "min_load", "--log-level", "warn"]
         words += ["--request-timeout-secs", str(24 * 3600)]  # who asks has a deadline
         flags = ["--disable-retries", "--disable-circuit-breaker", "--disable-health-check"]
@@ -231,8 +231,8 @@ class RouterProcess(ServerProcess):
             "SGLang's router",
             [sys.executable, "-m", entry, *words, *flags],
             {OWN_KEY_VARIABLE: api_key},
+            log_path,
             log,
-            say,
             stages=(("", "starting"),),
         )
 
@@ -250,7 +250,7 @@ def make_router(
     folder: Path,
     session: aiohttp.ClientSession,
     key: str,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Router | None:
     """The router that the config asks for, not yet started; None if it asks for none.
 
@@ -277,11 +277,11 @@ def make_router(
         )
 
     return Router(
-        RouterProcess(folder / "router.log", key, say) if is_ours else None,
+        RouterProcess(folder / "router.log", key, log) if is_ours else None,
         connect,
         config.router,
         fleet,
         given_key if config.urls else key,
         config,
-        say,
+        log,
     )

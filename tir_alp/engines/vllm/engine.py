@@ -1,7 +1,7 @@
 """Drives one vLLM server, which has a Python of its own, over a socket in a private folder.
 
 Completions that run are waited for before new weights are taken, and nothing is admitted meanwhile,
-as by the embedded engine. vLLM could also go on with new weights in mid-generation, and it does say
+as by the embedded engine. vLLM could also go on with new weights in mid-generation, and it does log
 which weights sampled which tokens; but it then keeps the keys and values of the old ones, and no
 forward of any weights gives the logprobs that were sampled from.
 
@@ -24,10 +24,10 @@ from torch import Tensor
 
 from tir_alp.config import VLLMConfig
 from tir_alp.engines.base import (
+    AskTrainer,
     Completion,
     EngineFailed,
     Probe,
-    Reference,
     Sampling,
     check_fit,
     check_request,
@@ -56,7 +56,7 @@ class VLLMEngine:
         folder: That it can read, too: for weights.
         snapshot: The weights that it has; of its tensors only names and shapes are kept.
         vocab_size: Tokens have ids below it.
-        reference: What the server is checked against; None: not at all.
+        ask_trainer: What the server is checked against; None: not at all.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class VLLMEngine:
         folder: Path,
         snapshot: WeightSnapshot,
         vocab_size: int,
-        reference: Reference | None,
+        ask_trainer: AskTrainer | None,
     ) -> None:
         self._config, self._client, self._folder = config, client, folder
         self._snapshot = _outline(snapshot)
-        self._vocab_size, self._reference = vocab_size, reference
+        self._vocab_size, self._ask_trainer = vocab_size, ask_trainer
         self._room = asyncio.Semaphore(config.max_running)
         self._requests: set[VLLMRequest] = set()
         self._running: set[VLLMRequest] = set()
@@ -163,16 +163,16 @@ class VLLMEngine:
         await self._verify()
 
     async def _verify(self) -> None:
-        """Compare the server's logprobs of a sequence with those of the reference."""
+        """Compare the server's logprobs of a sequence with the trainer's."""
         difference = await verify_probe(self._client, self._snapshot, self._config.dtype)
         self._probe_difference = difference or 0.0
 
     async def _make_probe(self) -> Probe | None:
-        """A sequence, of the last completion if there is one, and what the reference says of it."""
-        if self._reference is None:
+        """A sequence, of the last completion if there is one, and the trainer's logprobs for it."""
+        if self._ask_trainer is None:
             return None
         ids = self._recent or tuple(range(min(_PROBE_TOKENS, self._vocab_size)))
-        return await self._reference(ids)
+        return await self._ask_trainer(ids)
 
     async def _admitted(self, request: VLLMRequest) -> None:
         """Wait until no weights are on their way, or the request is taken back."""
@@ -235,7 +235,7 @@ async def connected(
     folder: Path,
     snapshot: WeightSnapshot,
     vocab_size: int,
-    reference: Reference | None = None,
+    ask_trainer: AskTrainer | None = None,
 ) -> AsyncIterator[VLLMEngine]:
     """An engine over a server that listens on a socket; the arguments are those of `VLLMEngine`."""
     async with aiohttp.ClientSession(
@@ -248,7 +248,7 @@ async def connected(
             stall_timeout_s=config.stall_timeout_s,
             load_timeout_s=config.load_timeout_s,
         )
-        engine = VLLMEngine(config, client, folder, snapshot, vocab_size, reference)
+        engine = VLLMEngine(config, client, folder, snapshot, vocab_size, ask_trainer)
         try:
             yield engine
         finally:
@@ -263,8 +263,8 @@ async def open_vllm(
     *,
     version: int = 0,
     seed: int = 0,
-    reference: Reference | None = None,
-    say: Callable[[str], None] = print,
+    ask_trainer: AskTrainer | None = None,
+    log: Callable[[str], None] = print,
 ) -> AsyncIterator[VLLMEngine]:
     """Bring a server up, and take it down behind the block.
 
@@ -274,8 +274,8 @@ async def open_vllm(
         weights: That it starts with: tensors, or a folder in the Hugging Face format.
         version: Their policy version.
         seed: Of the server's draws.
-        reference: Logprobs by the trainer's forward; None: what the server says is not checked.
-        say: Told of the start.
+        ask_trainer: Logprobs by the trainer's forward; None: what the server says is not checked.
+        log: Told of the start.
 
     Raises:
         ValueError: If it cannot start, or does not sample what it should.
@@ -285,9 +285,9 @@ async def open_vllm(
         start = write_start(folder / "start", outline, weights, getattr(torch, config.dtype))
         snapshot = _outline(WeightSnapshot(version, start, None))
         del start, weights  # they are as large as the model
-        process = server_process(config, folder, seed, say)
+        process = server_process(config, folder, seed, log)
         vocab_size = outline.config.get_text_config().vocab_size
-        opened = connected(config, folder / SOCKET, folder, snapshot, vocab_size, reference)
+        opened = connected(config, folder / SOCKET, folder, snapshot, vocab_size, ask_trainer)
         try:
             async with opened as engine:
                 try:

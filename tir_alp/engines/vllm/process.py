@@ -74,7 +74,7 @@ def write_start(
 
 
 def server_process(
-    config: VLLMConfig, folder: Path, seed: int, say: Callable[[str], None]
+    config: VLLMConfig, folder: Path, seed: int, log: Callable[[str], None]
 ) -> ServerProcess:
     """The server of a folder that `write_start` has written `start` into.
 
@@ -126,7 +126,7 @@ def server_process(
         ],
         environment,
         folder / "server.log",
-        say,
+        log,
         stages=_STAGES,
     )
 

@@ -127,7 +127,7 @@ class Interpreter(abc.ABC):
     async def _send(self, message: dict[str, Any]) -> None: ...
 
     def _take_control(self, data: bytes) -> None:
-        """Judge what came from its control channel; nothing is the end of that."""
+        """LogprobSource what came from its control channel; nothing is the end of that."""
         if not data:
             self.lose(Outcome.TOOL_ERROR, CRASHED)
             return
