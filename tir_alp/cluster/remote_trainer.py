@@ -48,7 +48,7 @@ class RemoteTrainer:
 
     def perturb_weights(self, scale: float) -> None:
         """As `LocalTrainer.perturb_weights`."""
-        self._call("nudge", scale)
+        self._call("perturb_weights", scale)
 
     def weights(self) -> WeightsRef:
         """A handle to the weights. It outlives the trainer: the object is the run's own."""
