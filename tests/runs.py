@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tir_alp.audit import audit_run
 from tir_alp.config import Config
+from tir_alp.doctor.start import Doctor
+from tir_alp.run.local_placement import LocalPlacement
 from tir_alp.run.open_run import open_run
 from tir_alp.train import train
 
@@ -16,7 +18,7 @@ def train_with(folder: Path, config: Config) -> Path:
     """Train in this process, below a folder, without a report; returns the folder of the run."""
 
     async def main() -> Path:
-        async with open_run(config) as run:
+        async with open_run(config, LocalPlacement(config), Doctor()) as run:
             await train(run)
             return run.folder.path.resolve()
 

@@ -6,14 +6,8 @@ from pathlib import Path
 import pytest
 
 from tir_alp.algorithm.presets import ALGORITHMS, PerturbationConfig, merge
-from tir_alp.config import (
-    Config,
-    SGLangConfig,
-    TransformersConfig,
-    load_config,
-    parse_config,
-    read_toml,
-)
+from tir_alp.config import Config, SGLangConfig, TransformersConfig
+from tir_alp.run.command_line import load_config, parse_config, read_toml
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.toml"))
 
@@ -38,7 +32,7 @@ def refusal(arguments: list[str], below: dict | None = None) -> str:
         ),
         ({"steps": "many"}, "steps: Input should be a valid integer"),
         ({"trainer": {"lr": -1.0}}, "trainer.lr: Input should be greater than 0"),
-        ({"algorithm": "ppo"}, "algorithm: Value error, no algorithm 'ppo'; there are grpo, "),
+        ({"algorithm": "ppo"}, "algorithm: no algorithm 'ppo'; there are grpo, "),
         ({"algorithm": {"clip_low": 0.1}}, "algorithm.denominator: Field required"),
         ({"rollout": {"void_turns": "drop"}}, "rollout.void_turns: Input should be 'keep', "),
     ],
@@ -266,8 +260,8 @@ def test_sglang_is_chosen_by_its_type():
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        ({"wrong": 1}, r"^engine\.wrong: there is no such key$"),
-        ({"type": "sglang", "precision": "int8"}, r"^engine\.precision: there is no such key$"),
+        ({"wrong": 1}, r"^engine\.wrong: there is no such key"),
+        ({"type": "sglang", "precision": "int8"}, r"^engine\.precision: there is no such key"),
         ({"type": "sglang", "max_running": 0}, r"^engine\.max_running: Input should be greater"),
         ({"type": "other"}, "^engine: Input tag 'other'"),
         ({"type": "sglang", "urls": ["http://a"], "num_servers": 2}, "leave one of them out"),

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
     Field,
-    ValidationError,
     model_validator,
 )
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
-from pydantic_settings.exceptions import SettingsError
 
 from tir_alp.algorithm.presets import (
     ALGORITHMS,
     AlgorithmConfig,
     Section,
-    merge,
     resolve_algorithm,
 )
 
@@ -419,10 +414,8 @@ class ClusterConfig(Section):
         return self
 
 
-class Config(BaseSettings):
+class Config(Section):
     """A whole run."""
-
-    model_config = SettingsConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     name: str | None = None
     """Folder of the run below `runs/`; None: made of algorithm, seed and time."""
@@ -447,13 +440,6 @@ class Config(BaseSettings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     doctor: DoctorConfig = DoctorConfig()
     cluster: ClusterConfig = ClusterConfig()
-
-    @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: Any, **_: Any
-    ) -> tuple[Any, ...]:
-        """Take values from the caller alone: nothing comes from environment variables."""
-        return (init_settings,)
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -515,61 +501,3 @@ class Config(BaseSettings):
                 f"over trainer.updates_per_step ({trainer.updates_per_step})"
             )
         return self
-
-
-def read_toml(file: Path) -> dict[str, Any]:
-    """Read a config file. Raises ValueError if it is not there or not TOML."""
-    try:
-        return tomllib.loads(file.read_text())
-    except OSError as error:
-        raise ValueError(f"cannot read the config {str(file)!r}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{file} is not valid TOML: {error}") from error
-
-
-def load_config(arguments: Sequence[str], below: Mapping[str, Any]) -> Config:
-    """Build a run's config: defaults, then `below`, then `--dotted.key value` arguments.
-
-    Where the arguments name another environment than `below`, its `env.kwargs` are left out.
-
-    Args:
-        arguments: Words of a command line.
-        below: What a file says.
-
-    Raises:
-        ValueError: With one line for each key that is unknown or has a wrong value.
-    """
-    # `--algorithm grpo` names a preset; as an option of its own it would hide `--algorithm.*`.
-    short = {"--algorithm": "--algorithm.name", "--cluster": "--cluster.address"}
-    words = [word.partition("=") for word in arguments]
-    spelled = ["".join((short.get(name, name), *rest)) for name, *rest in words]
-    try:
-        source = CliSettingsSource(Config, cli_parse_args=spelled, cli_exit_on_error=False)
-        from_command_line = source()
-    except SettingsError as error:
-        raise ValueError(str(error).removeprefix("error parsing CLI: ")) from error
-    below = {"algorithm": Config.model_fields["algorithm"].default.name, **below}
-    if isinstance(below["algorithm"], str):
-        below["algorithm"] = {"name": below["algorithm"]}
-    named = from_command_line.get("env", {}).get("id")
-    if named is not None and named != below.get("env", {}).get("id"):
-        below["env"] = {}  # what it says there is about another environment
-    return parse_config(merge(below, from_command_line))
-
-
-def parse_config(values: Mapping[str, Any]) -> Config:
-    """Validate a config that is given as nested mappings. Raises ValueError, a line a mistake."""
-    try:
-        return Config(**values)
-    except ValidationError as error:
-        lines = []
-        for mistake in error.errors():
-            place = mistake["loc"]
-            if place[:1] == ("engine",):  # behind it stands which of the engines was meant
-                place = (place[0], *place[2:])
-            key = ".".join(map(str, place)) or "config"
-            if mistake["type"] == "extra_forbidden":
-                lines.append(f"{key}: there is no such key")
-            else:
-                lines.append(f"{key}: {mistake['msg']} (it is {mistake['input']!r:.100})")
-        raise ValueError("\n".join(lines)) from error

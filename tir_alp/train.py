@@ -1,26 +1,24 @@
 """Trains a tool-using agent: `python -m tir_alp.train [--config FILE] [--dotted.key VALUE ...]`.
 
 The loop is `train`, and reads as the algorithm: take groups, update, give the engine the new
-weights, go on.
+weights, go on. It holds handles and never a tensor, so nothing in this module needs torch.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-from transformers.utils.logging import disable_progress_bar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tir_alp.algorithm.advantage import group_advantages
 from tir_alp.algorithm.guards import Tripped, faint_noise, out_of_bounds
 from tir_alp.algorithm.metrics import rollout_metrics
-from tir_alp.config import Config, load_config, read_toml
+from tir_alp.algorithm.presets import ALGORITHMS
+from tir_alp.config import Config
 from tir_alp.evaluate import evaluate
 from tir_alp.models.tiny import TRAIN_CONFIG
 from tir_alp.records.folder import read_run_config
@@ -28,16 +26,34 @@ from tir_alp.records.trajectories import state_to_row
 from tir_alp.roles import RoleLost
 from tir_alp.rollouts.queue import RolloutsFailed
 from tir_alp.rollouts.renderer import PromptTooLong
+from tir_alp.run.command_line import Command, overlay, read_config
 from tir_alp.run.interrupt import Interrupted
-from tir_alp.run.open_run import Run
-from tir_alp.run.supervise import CannotStart, RunLost, train_from
 from tir_alp.training import checkpoint
 from tir_alp.training.batch import Sample
 from tir_alp.training.checkpoint import Position
 from tir_alp.types import TrajectoryGroup
 
+if TYPE_CHECKING:
+    from tir_alp.run.open_run import Run
+    from tir_alp.run.supervise import Services
+
 CHANGEABLE = ("steps", "eval", "checkpoint", "guards", "doctor", "cluster")
-"""What may differ when a run is resumed."""
+"""Sections that may differ when a run is resumed."""
+
+_COMMAND = Command(
+    """\
+usage: python -m tir_alp.train [--config FILE] [--algorithm NAME] [--dotted.key VALUE ...]
+       python -m tir_alp.train --resume RUN [--steps N]
+
+Train a model that reasons over several turns with tools. Without arguments: a tiny model on this
+machine's CPU, which takes minutes and downloads nothing.""",
+    {
+        "config FILE": "TOML file with settings (default: the embedded tiny model)",
+        "resume RUN": f"go on with the run in this folder; may change {', '.join(CHANGEABLE)}",
+        "algorithm NAME": f"a preset: {', '.join(ALGORITHMS)}",
+        "cluster ADDRESS": "where processes live: none, local, auto or ray://HOST:PORT",
+    },
+)
 
 T = TypeVar("T")
 
@@ -46,7 +62,7 @@ async def train(run: Run) -> None:
     """Train from the run's position to its last step, evaluating before and after.
 
     Raises:
-        Interrupted: If somebody asked for an end; a checkpoint is there then.
+        Interrupted: The user asked for an end; there is a checkpoint then.
     """
     config, step = run.config, run.position.step
     with run.console.training(step, config.steps):
@@ -77,10 +93,10 @@ async def learn(run: Run, groups: Sequence[TrajectoryGroup], step: int, began: f
     Trainer and engine can take turns with the memory of a GPU: the engine's is free in between.
 
     Args:
-        run: Of which.
-        groups: Of the step.
-        step: Its number.
-        began: When it began to wait for them, by `time.monotonic`.
+        run: The run.
+        groups: The groups that the step trains on.
+        step: Number of the step, from 0.
+        began: `time.monotonic` when the wait for the groups began.
     """
     rolled_out = time.monotonic()
     await run.engine.lend_memory()
@@ -113,7 +129,7 @@ async def update(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> dict
 
 
 async def with_trainer(run: Run, call: Callable[..., T], *arguments: Any) -> T:
-    """Ask the trainer, in its thread: what it answers may take long, or never come."""
+    """Call the trainer in its thread; the answer may take long, or never come."""
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(run.trainer_thread, call, *arguments)
 
@@ -128,7 +144,7 @@ def with_advantages(groups: Sequence[TrajectoryGroup], config: Config) -> list[l
 
 
 def record(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> None:
-    """Write down what a step trained on, and who says so."""
+    """Record what a step trained on, in the trajectories and in the ledger."""
     replaced, lost = run.rollouts.replaced, run.rollouts.lost
     run.folder.record(step + 1, groups, replaced, run.ledger.take(groups, replaced, lost))
 
@@ -137,7 +153,7 @@ async def check_health(run: Run, metrics: Mapping[str, float], step: int) -> Non
     """Stop or roll back a run whose update went out of bounds, before the engine gets its weights.
 
     Raises:
-        Tripped: If it cannot, or shall not, go on.
+        Tripped: The run must stop.
     """
     guards, folder = run.config.guards, run.folder
     if step == run.position.step and (warning := faint_noise(metrics)):
@@ -155,9 +171,9 @@ async def check_health(run: Run, metrics: Mapping[str, float], step: int) -> Non
 
 
 def roll_back(run: Run) -> Position:
-    """Give the trainer the newest checkpoint's weights and state; returns where that run stood.
+    """Load weights and state of the newest checkpoint into the trainer; returns its position.
 
-    It reads and checks the whole checkpoint, so it belongs in the trainer's thread.
+    It reads and verifies the whole checkpoint, so it belongs in the trainer's thread.
     """
     path, position, _ = checkpoint.newest(run.folder.checkpoints)
     run.trainer.load(path)
@@ -181,7 +197,7 @@ async def measure(run: Run, step: int) -> None:
 
 
 async def save(run: Run, step: int) -> None:
-    """Write a checkpoint of where the run stands behind `step` steps."""
+    """Write a checkpoint of the run after `step` steps."""
     state = run.rollouts.state
     rollouts = {"queue": state_to_row(state), "attempts": run.ledger.kept(state.finished)}
     position = Position(step=step, group=state.position, policy_version=step)
@@ -190,44 +206,60 @@ async def save(run: Run, step: int) -> None:
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps, or never (0), happens after `step`."""
+    """Whether something that happens every `every` steps (0: never) happens after `step`."""
     return every > 0 and step % every == 0
 
 
-def parse_command_line(arguments: Sequence[str]) -> tuple[Config, Path | None]:
-    """Build the config of a new run, or of one to resume with `--resume FOLDER`."""
-    parser = argparse.ArgumentParser("tir_alp.train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    parser.add_argument("--resume", type=Path)
-    options, words = parser.parse_known_args(arguments)
-    if options.resume is None:
-        return load_config(words, read_toml(options.config or TRAIN_CONFIG)), None
-    if options.config is not None:
+def read_arguments(arguments: Sequence[str]) -> tuple[Config, Path | None]:
+    """Build the config of a new run, or of one to go on with by `--resume FOLDER`.
+
+    Raises:
+        ValueError: With one line for each mistake.
+    """
+    words = _COMMAND.read(arguments)
+    if "resume" not in words.options:
+        return read_config(words, TRAIN_CONFIG), None
+    if "config" in words.options:
         raise ValueError("--resume goes on with the run's own config: leave --config out")
-    saved = read_run_config(options.resume)
-    config = load_config(words, saved)
+    folder = Path(words.options["resume"])
+    saved = read_run_config(folder)
+    before, config = overlay({}, saved), overlay(words.values, saved)
     changed = [
-        name
-        for name, value in load_config([], saved)
-        if name not in CHANGEABLE and getattr(config, name) != value
+        name for name, value in before if name not in CHANGEABLE and getattr(config, name) != value
     ]
     if changed:
         raise ValueError(
             f"{changed[0]} cannot change in the middle of a run; with --resume only "
             f"{', '.join(CHANGEABLE)} can"
         )
-    return config, options.resume
+    return config, folder
+
+
+def services() -> Services:
+    """What a run uses of the layers above it. Imported when a run starts, since it needs torch."""
+    from tir_alp.cluster import open_cluster
+    from tir_alp.doctor.start import Doctor
+    from tir_alp.report import write_run_report
+    from tir_alp.run.supervise import Services
+
+    return Services(train, Doctor(), open_cluster, write_run_report)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code: 2 for what the user has to mend, 3 for a guard."""
-    disable_progress_bar()  # the library's own, for every file it reads or writes
+    """Run the command; returns its exit code: 2 for what the user has to fix, 3 for a guard."""
     try:
-        try:
-            config, resume = parse_command_line(arguments)
-        except ValueError as error:
-            raise CannotStart(str(error)) from error
-        asyncio.run(train_from(config, resume, train))
+        config, resume = read_arguments(arguments)
+    except ValueError as error:
+        print(f"tir_alp.train: {error}", file=sys.stderr)
+        return 2
+    # Imported here because it needs torch, and a mistake in the command line is answered at once.
+    from transformers.utils.logging import disable_progress_bar
+
+    from tir_alp.run.supervise import CannotStart, RunLost, train_from
+
+    disable_progress_bar()  # the library's own, for every file that it reads or writes
+    try:
+        asyncio.run(train_from(config, resume, services()))
     except (CannotStart, PromptTooLong, RolloutsFailed, RunLost) as error:
         print(f"tir_alp.train: {error}", file=sys.stderr)
         return 2

@@ -14,9 +14,9 @@ from tests.audit.corruptions import CORRUPTIONS, TOKENIZER, Copy
 from tests.runs import assert_honest, train_with
 from tir_alp.audit import audit_run
 from tir_alp.audit.__main__ import main
-from tir_alp.config import load_config, read_toml
 from tir_alp.envs.spaces import TextSpace
 from tir_alp.models.tiny import TRAIN_CONFIG
+from tir_alp.run.command_line import load_config, read_toml
 
 SMALL = (
     *("--name", "small", "--model.path", "tiny-able", "--steps", "2", "--seed", "5"),

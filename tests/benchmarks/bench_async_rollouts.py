@@ -21,8 +21,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-from tir_alp.config import Config, load_config, read_toml
+from tir_alp.config import Config
+from tir_alp.doctor.start import Doctor
 from tir_alp.models.tiny import TRAIN_CONFIG
+from tir_alp.run.command_line import load_config, read_toml
+from tir_alp.run.local_placement import LocalPlacement
 from tir_alp.run.open_run import open_run
 from tir_alp.train import learn
 
@@ -50,7 +53,7 @@ async def measure(config: Config, is_trained: bool) -> tuple[float, float, float
     """
     warm = config.rollout.max_staleness + 2
     num_steps = warm + config.steps
-    async with open_run(config) as run:
+    async with open_run(config, LocalPlacement(config), Doctor()) as run:
         num_tokens, began, learning_s, ages = 0, 0.0, 0.0, []
         with run.console.training(0, num_steps):
             for step in range(num_steps):

@@ -19,10 +19,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from tir_alp.config import load_config, read_toml
 from tir_alp.models.tiny import TRAIN_CONFIG
 from tir_alp.records import folder as run_folder
 from tir_alp.records import ledger
+from tir_alp.run.command_line import load_config, read_toml
 from tir_alp.run.open_run import open_run
 from tir_alp.train import train
 
@@ -56,7 +56,8 @@ def main() -> None:
     words = ("--steps", str(steps), "--eval.num_tasks", "1", "--name", "records")
 
     async def run() -> float:
-        async with open_run(load_config(words, read_toml(TRAIN_CONFIG))) as opened:
+        config = load_config(words, read_toml(TRAIN_CONFIG))
+        async with open_run(config, LocalPlacement(config), Doctor()) as opened:
             began = time.process_time()
             await train(opened)
             return time.process_time() - began

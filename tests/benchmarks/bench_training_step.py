@@ -32,8 +32,11 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tir_alp.algorithm.presets import ALGORITHMS
-from tir_alp.config import TrainerConfig, load_config, read_toml
+from tir_alp.config import TrainerConfig
+from tir_alp.doctor.start import Doctor
 from tir_alp.models.tiny import BASE, TRAIN_CONFIG
+from tir_alp.run.command_line import load_config, read_toml
+from tir_alp.run.local_placement import LocalPlacement
 from tir_alp.run.open_run import open_run
 from tir_alp.train import with_advantages
 from tir_alp.training.attention import PACKED
@@ -51,7 +54,7 @@ def roll_out() -> list[list[Sample]]:
 
     async def take() -> list[list[Sample]]:
         config = load_config(["--name", "bench"], read_toml(TRAIN_CONFIG))
-        async with open_run(config) as run:
+        async with open_run(config, LocalPlacement(config), Doctor()) as run:
             return with_advantages(await run.rollouts.take(), config)
 
     home = Path.cwd()

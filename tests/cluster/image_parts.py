@@ -15,10 +15,10 @@ import ray
 
 from tir_alp.cluster.placement import open_cluster
 from tir_alp.cluster.reservation import KINDS, connect
-from tir_alp.config import load_config, read_toml
 from tir_alp.models.tiny import TRAIN_CONFIG
+from tir_alp.run.command_line import load_config, read_toml
 from tir_alp.run.supervise import train_from
-from tir_alp.train import train
+from tir_alp.train import services
 
 SMALL = (
     *("--cluster", "local", "--steps", "1", "--eval.num_tasks", "4", "--name", "run"),
@@ -65,7 +65,7 @@ async def main(image, old):
     async with asyncio.timeout(200):
         every = config_of(dict.fromkeys(KINDS, image), "--cluster.sandboxes.count", "1")
         connect(every.cluster, print)
-        await train_from(every, None, train)
+        await train_from(every, None, services())
         found = {
             "missing": await refusal("localhost/nothing:there"),
             "old": await refusal(old),

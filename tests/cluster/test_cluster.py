@@ -39,11 +39,12 @@ from tir_alp.cluster.reservation import check_gpus, connect
 from tir_alp.cluster.same_code import code_of, differences
 from tir_alp.cluster.trainer_host import interface_of
 from tir_alp.cluster.watched_actor import reason_of
-from tir_alp.config import SGLangConfig, TransformersConfig, load_config, read_toml
+from tir_alp.config import SGLangConfig, TransformersConfig
 from tir_alp.engines.base import Completion, Probe, Sampling
 from tir_alp.models.tiny import BASE, TRAIN_CONFIG
 from tir_alp.roles import RoleLost
 from tir_alp.rollouts.renderer import Renderer
+from tir_alp.run.command_line import load_config, read_toml
 from tir_alp.run.local_placement import LocalPlacement
 from tir_alp.tools.sandbox import SandboxError, SandboxRefused
 from tir_alp.training.policy import load_policy, load_tokenizer

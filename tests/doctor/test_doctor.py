@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from tir_alp.algorithm.presets import Section
-from tir_alp.config import Config, TrainerConfig, TransformersConfig, load_config, read_toml
-from tir_alp.doctor import Finding, Refused, demand, examine_config, examine_engine
+from tir_alp.config import Config, TrainerConfig, TransformersConfig
+from tir_alp.doctor.examine import Refused, demand, examine_config, examine_engine
+from tir_alp.doctor.finding import Finding
 from tir_alp.doctor.__main__ import main as doctor_main
 from tir_alp.doctor.config_keys import unread_keys
 from tir_alp.doctor.conversation import check_fence, check_template, check_tokenizer
@@ -27,6 +28,7 @@ from tir_alp.models.tiny import ABLE, TRAIN_CONFIG
 from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.renderer import Renderer
+from tir_alp.run.command_line import load_config, read_toml
 from tir_alp.tools.sandbox import SandboxConfig, create, shared_sandbox
 from tir_alp.tools.sandbox.backends import seccomp
 from tir_alp.tools.sandbox.backends.landlock import PlainJail

@@ -34,7 +34,9 @@ def copy_of_the_tiny_model(folder):
 
 
 def test_an_unknown_key(refusal):
-    assert "--trainer.lrate 1" in refusal("--trainer.lrate", "1")
+    assert "--trainer.lrate: there is no such key; did you mean --trainer.lr?" in refusal(
+        "--trainer.lrate", "1"
+    )
 
 
 def test_an_unknown_key_in_a_file(refusal, tmp_path):

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from tests.runs import assert_honest
-from tir_alp.config import load_config, read_toml
 from tir_alp.models.tiny import TRAIN_CONFIG
 from tir_alp.records.trajectories import state_from_row, state_to_row
 from tir_alp.run import supervise
+from tir_alp.run.command_line import load_config, read_toml
 from tir_alp.run.interrupt import Interrupted
 from tir_alp.run.supervise import train_from
-from tir_alp.train import train
+from tir_alp.train import services
 from tir_alp.training import checkpoint
 
 WORDS = (
@@ -43,11 +43,13 @@ def rows(file):
 
 def test_ctrl_c_and_resume_lose_no_task_and_repeat_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(supervise, "draw", lambda run: None)  # pictures take longer than the runs
+    monkeypatch.setattr(
+        supervise, "draw", lambda run, draw_report: None
+    )  # pictures take longer than the runs
     path = tmp_path / "runs" / "ahead"
 
     async def interrupted() -> None:
-        training = asyncio.create_task(train_from(config(1000), None, train))
+        training = asyncio.create_task(train_from(config(1000), None, services()))
         while not (path / "trajectories" / "step_000002.jsonl").exists():
             assert not training.done(), training.exception()
             await asyncio.sleep(0.01)
@@ -61,7 +63,7 @@ def test_ctrl_c_and_resume_lose_no_task_and_repeat_none(tmp_path, monkeypatch):
     assert position.step >= 2 and len(before.pending) >= 4
 
     steps = position.step + 1
-    asyncio.run(train_from(config(steps), path, train))
+    asyncio.run(train_from(config(steps), path, services()))
     last = path / "checkpoints" / f"step_{steps}"
     after = state_from_row(checkpoint.load_rollouts(last)["queue"])
     files = sorted((path / "trajectories").iterdir())

@@ -31,10 +31,11 @@ from tests.engines.harness import (
     served_by,
     write_model,
 )
-from tir_alp.config import SGLangConfig, load_config, read_toml
+from tir_alp.config import SGLangConfig
 from tir_alp.engines.base import EngineFailed, Probe, Sampling
 from tir_alp.models.tiny import BASE, TRAIN_CONFIG
 from tir_alp.rollouts.renderer import Renderer
+from tir_alp.run.command_line import load_config, read_toml
 from tir_alp.training.policy import load_tokenizer
 from tir_alp.types import StopReason
 

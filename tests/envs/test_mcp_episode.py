@@ -20,7 +20,7 @@ import pytest
 
 from tests.tools.mcp_http import http_server
 from tests.tools.sandbox.processes import wait_until
-from tir_alp.config import Config, RolloutConfig, load_config
+from tir_alp.config import Config, RolloutConfig
 from tir_alp.doctor.environment import check_environment
 from tir_alp.engines.base import Completion
 from tir_alp.models.tiny.model import make_tokenizer
@@ -28,6 +28,7 @@ from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.episode import EpisodeFailed, EpisodeRunner
 from tir_alp.rollouts.renderer import make_renderer
+from tir_alp.run.command_line import load_config
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import StopReason, Trajectory
 

@@ -3,14 +3,14 @@
 import gymnasium
 import pytest
 
-from tir_alp.config import load_config
 from tir_alp.doctor.environment import check_environment
 from tir_alp.envs.spaces import TextSpace
 from tir_alp.models.tiny import BASE
 from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.renderer import Renderer
-from tir_alp.run.open_run import run_name
+from tir_alp.run.command_line import load_config
+from tir_alp.run.prepare import run_name
 from tir_alp.training.local_trainer import with_run_seed
 from tir_alp.training.policy import load_tokenizer
 

@@ -15,12 +15,13 @@ from tir_alp.audit.records import Recorded, Row, read_ledger, read_trajectories,
 from tir_alp.audit.replay import replay
 from tir_alp.audit.step import StepFiles
 from tir_alp.audit.trajectory import TrajectoryCheck
-from tir_alp.config import Config, parse_config
+from tir_alp.config import Config
 from tir_alp.models.tiny import SHIPPED
 from tir_alp.records.folder import STEP_FOLDERS, read_run_config, step_file
 from tir_alp.rollouts.data import load_order
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.renderer import make_renderer
+from tir_alp.run.command_line import parse_config
 from tir_alp.training import checkpoint
 from tir_alp.training.policy import load_tokenizer
 

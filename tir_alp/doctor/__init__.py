@@ -4,8 +4,3 @@
 start, and does not start where one fails, unless `doctor.ignore` names it. `docs/audit.md` says
 what each of them proves.
 """
-
-from tir_alp.doctor.examine import Refused, demand, examine_config, examine_engine
-from tir_alp.doctor.finding import Finding
-
-__all__ = ["Finding", "Refused", "demand", "examine_config", "examine_engine"]

@@ -32,15 +32,23 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._events = path / "events.jsonl"
 
+    def check_is_new(self) -> None:
+        """Refuse the name of a run that is there already. Raises ValueError."""
+        if self.path.exists():
+            raise self._exists()
+
+    def _exists(self) -> ValueError:
+        return ValueError(
+            f"the run {self.path} exists: resume it with --resume {self.path}, or give "
+            "another --name"
+        )
+
     def create(self, config: Config) -> None:
         """Make the folder of a new run. Raises ValueError if there is one already."""
         try:
             self.path.mkdir(parents=True)
         except FileExistsError:
-            raise ValueError(
-                f"the run {self.path} exists: resume it with --resume {self.path}, or give "
-                "another --name"
-            ) from None
+            raise self._exists() from None
         (self.path / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
         (self.path / "objective.txt").write_text(formula(config.algorithm) + "\n")
         self._open()

@@ -1,49 +1,73 @@
-"""Puts the parts of a run together from its config, and takes them apart again.
+"""Opens a run in four stages, and closes it again.
 
-Everything that a user can get wrong is found here, before the run's folder is made: model,
-tokenizer, tasks, environment, prompt. Each is a ValueError that says what to do.
+    prepare   reads config, checkpoint, tokenizer and tasks; starts nothing     (prepare.py)
+    check     examines machine, environment and chat template                   (StartChecks)
+    launch    starts trainer and engine, which are then checked against         (launch.py)
+              each other
+    collect   makes the run's folder, ledger and rollout queue                  (here)
+
+Nothing is written before `collect`, so a run that cannot start leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from tir_alp import doctor
+import gymnasium
+
 from tir_alp.algorithm.advantage import group_advantages, has_signal
 from tir_alp.config import Config
-from tir_alp.doctor.environment import check_environment
 from tir_alp.engines.base import Engine
-from tir_alp.models.tiny import SHIPPED
 from tir_alp.records.folder import RunFolder
 from tir_alp.records.ledger import Ledger
-from tir_alp.records.trajectories import state_from_row
-from tir_alp.roles import Placement, TrainerRole, ask_trainer_in
-from tir_alp.rollouts.data import Task, left_out, load_held_out, load_order
-from tir_alp.rollouts.environment import make_environment
+from tir_alp.roles import Placement, TrainerRole
+from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.episode import EpisodeRunner, Watch
 from tir_alp.rollouts.lockstep import LogicalOrder
-from tir_alp.rollouts.queue import QueueState, RolloutQueue
-from tir_alp.rollouts.renderer import make_renderer
+from tir_alp.rollouts.queue import RolloutQueue
 from tir_alp.run.console import RunConsole
 from tir_alp.run.interrupt import Interrupt
-from tir_alp.run.local_placement import LocalPlacement
+from tir_alp.run.launch import Launched, launch
+from tir_alp.run.prepare import Prepared, prepare
 from tir_alp.run.watchdog import Watchdog
-from tir_alp.training import checkpoint
 from tir_alp.training.checkpoint import Position
-from tir_alp.training.policy import load_tokenizer
-from tir_alp.training.structure import load_outline
 
 _EVALUATION = 1 << 32  # evaluation draws from seeds of its own
-_NUM_CHECKED = 256  # tasks whose prompts are measured before a run begins
-_NUM_NAMED = 20  # rows that were left out
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """The outcome of the checks that need no weights; none of them failed."""
+
+    environment_report: dict[str, Any]
+    """The environment's own description of where it runs; see `doctor.check_environment`."""
+    warnings: Sequence[str] = ()
+    """Checks that failed and are ignored, in sentences."""
+    prompts: Sequence[str] = ()
+    """Texts of a few tasks."""
+
+
+class StartChecks(Protocol):
+    """Examines a run before it begins; raises ValueError where it would not be sound."""
+
+    def before_launch(
+        self, prepared: Prepared, make_env: Callable[[], gymnasium.Env[str, str]]
+    ) -> Examined:
+        """Check what needs no weights; blocks."""
+        ...
+
+    async def after_launch(
+        self, prepared: Prepared, launched: Launched, prompts: Sequence[str]
+    ) -> Sequence[str]:
+        """Check engine and trainer against each other; returns warnings, in sentences."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +76,7 @@ class Run:
 
     config: Config
     position: Position
-    environment_report: dict[str, Any]
-    """What the environment says that it runs in; see `check_environment`."""
+    examined: Examined
     console: RunConsole
     folder: RunFolder
     engine: Engine
@@ -64,167 +87,127 @@ class Run:
     evaluation: EpisodeRunner
     held_out: Sequence[Task]
     trainer_thread: ThreadPoolExecutor
-    """Where the trainer computes, so that the event loop goes on meanwhile."""
+    """See `Launched`."""
 
 
 @asynccontextmanager
 async def open_run(
     config: Config,
+    placement: Placement,
+    checks: StartChecks,
+    *,
     resume: Path | None = None,
-    parts: Placement | None = None,
     interrupt: Interrupt | None = None,
-    environment: dict[str, Any] | None = None,
+    examined: Examined | None = None,
 ) -> AsyncIterator[Run]:
-    """Build a run, new or from the newest whole checkpoint of the folder `resume`.
+    """Open a run, new or from the newest whole checkpoint of the folder `resume`.
 
     Args:
         config: Of the run.
-        resume: Folder to go on with.
-        parts: Makes its parts; None: in this process.
+        placement: Where its trainer, engine and environments live.
+        checks: Made before the run begins.
+        resume: Folder of a run to go on with.
         interrupt: Shared with the run before it.
-        environment: Of the same run when it was open before, in the same parts: it passed all
+        examined: From the same run when it was open before, in the same placement: it passed all
             checks then, and is not examined again.
 
     Raises:
-        ValueError: For what a user can mend; nothing has been written then.
+        ValueError: For what a user can fix; nothing has been written then.
     """
+    console = RunConsole()
+    # In threads, not in the event loop: that is where actors which are lost meanwhile get replaced.
+    prepared = await asyncio.to_thread(prepare, config, resume, console.print)
+    is_new = examined is None
+    if examined is None:
+        examined = await asyncio.to_thread(checks.before_launch, prepared, placement.make_env)
     async with AsyncExitStack() as stack:
-        console = RunConsole()
-        initial = str(SHIPPED.get(config.model.path, config.model.path))
-        parts = parts or LocalPlacement(config, console.print)
-        path, position, found = initial, Position(0, 0, 0), None
-        pending, attempts = QueueState(), []
-        if resume is not None:
-            newest = asyncio.to_thread(checkpoint.newest, resume / "checkpoints")
-            found, position, refused = await newest
-            path = str(found)
-            kept = checkpoint.load_rollouts(found)
-            pending, attempts = state_from_row(kept["queue"]), kept["attempts"]
-            console.print("".join(f"refused: {reason}\n" for reason in refused) + f"from {found}")
-            if position.step >= config.steps:
-                raise ValueError(
-                    f"{resume} has made its {position.step} steps: give --steps more to go on"
-                )
-
-        tokenizer = load_tokenizer(path)
-        with closing(make_environment(config)) as env:
-            renderer = make_renderer(config, tokenizer, env)
-        tasks = load_order(config.data, config.seed)
-        held_out = load_held_out(config.data, config.eval.num_tasks)
-        not_taken = left_out(config.data)
-        if not_taken:
-            console.print(describe_left_out(not_taken))
-        soon = [tasks[position.group + offset] for offset in range(_NUM_CHECKED)]
-
-        def look_at_environment() -> tuple[dict[str, Any], list[doctor.Finding], list[str]]:
-            report = check_environment(config, renderer, [*soon, *held_out], parts.make_env)
-            with closing(parts.make_env()) as env:
-                found = doctor.examine_config(config, path, tokenizer, renderer, env, soon[0])
-                texts = [env.reset(seed=each.seed, options=each.to_options()) for each in soon[:2]]
-            return report, found, [text for text, _ in texts]
-
-        is_examined, ignored, prompts = environment is not None, [], []
-        if environment is None:
-            # Not in the event loop: that is where a runner which is lost meanwhile gets replaced.
-            environment, findings, prompts = await asyncio.to_thread(look_at_environment)
-            ignored = doctor.demand(findings, config.doctor.ignore)
-
-        rollout = config.rollout
-        num_episodes = (rollout.max_staleness + 1) * rollout.groups_per_step * rollout.group_size
-        env_threads = ThreadPoolExecutor(num_episodes, thread_name_prefix="env")
-        stack.callback(env_threads.shutdown, wait=False, cancel_futures=True)
-        slots = asyncio.Semaphore(num_episodes)
-        folder = RunFolder(resume or Path("runs") / run_name(config))
-        trainer = await parts.trainer(folder.path, initial, found)
-        stack.callback(trainer.close)
-        trainer_thread = ThreadPoolExecutor(1, thread_name_prefix="trainer")
-        stack.callback(trainer_thread.shutdown)
-
-        engine = await stack.enter_async_context(
-            parts.engine(
-                *(path, position.policy_version, renderer),
-                ask_trainer_in(trainer, trainer_thread),
-            )
-        )
-        if not is_examined:
-            findings = await doctor.examine_engine(
-                *(config, engine, load_outline(path), trainer, trainer.weights),
-                *(position.policy_version, tokenizer, renderer, prompts),
-            )
-            ignored += doctor.demand(findings, config.doctor.ignore)
-        for each in ignored:
+        launched = await stack.enter_async_context(launch(prepared, placement))
+        warnings = list(examined.warnings)
+        if is_new:
+            warnings += await checks.after_launch(prepared, launched, examined.prompts)
+        for each in warnings if is_new else ():
             console.print(f"warning: {each}")
-        ledger = Ledger(rollout.group_size, config.seed)
-        ledger.restore(attempts)
-        if found is not None:
-            folder.reopen(position.step)
-        else:
-            folder.create(config)
-        stack.enter_context(closing(folder))
-        folder.note_left_out(not_taken)
-        folder.note_environment(position.step, environment)
-
-        watchdog = Watchdog(log=console.print)
-        watching = asyncio.create_task(watchdog.watch(), name="watchdog")
-        stack.callback(watching.cancel)
-        generate = ledger.engine(engine.generate)
-        order = LogicalOrder(generate) if config.deterministic else None
-
-        def runner(seed: int, watch: Watch = lambda env, uid: env) -> EpisodeRunner:
-            return EpisodeRunner(
-                make_env=parts.make_env,
-                generate=generate if order is None else order.generate,
-                renderer=renderer,
-                limits=rollout,
-                threads=env_threads,
-                slots=slots,
-                seed=seed,
-                on_failure=lambda failure: console.print(f"episode failed: {failure}"),
-                watchdog=watchdog,
-                admission=contextlib.nullcontext if order is None else order.episode,
-                watch=watch,
-            )
-
-        rollouts = RolloutQueue(
-            runner(config.seed, ledger.watch).run_group,
-            tasks.__getitem__,
-            groups_per_step=rollout.groups_per_step,
-            max_staleness=rollout.max_staleness,
-            hold=rollout.hold,
-            state=pending,
-            has_signal=lambda group: has_signal(
-                group, group_advantages(group, config.algorithm, rollout)
-            ),
-            max_refills=rollout.max_refills,
-        )
-        stack.push_async_callback(rollouts.close)
-        yield Run(
-            config=config,
-            position=position,
-            environment_report=environment,
-            console=console,
-            folder=folder,
-            engine=engine,
-            trainer=trainer,
-            interrupt=interrupt or Interrupt(),
-            rollouts=rollouts,
-            ledger=ledger,
-            evaluation=runner(config.seed + _EVALUATION),
-            held_out=held_out,
-            trainer_thread=trainer_thread,
+        yield collect(
+            prepared, launched, examined, placement, console, interrupt or Interrupt(), stack
         )
 
 
-def describe_left_out(sentences: Sequence[str]) -> str:
-    """Say which rows of the data were left out, or at least how many."""
-    some = "".join(f"  {sentence}\n" for sentence in sentences[:_NUM_NAMED])
-    more = len(sentences) - _NUM_NAMED
-    return f"left out of the data:\n{some}" + (
-        f"  and {more} more, in left_out.txt\n" if more > 0 else ""
+def collect(
+    prepared: Prepared,
+    launched: Launched,
+    examined: Examined,
+    placement: Placement,
+    console: RunConsole,
+    interrupt: Interrupt,
+    stack: AsyncExitStack,
+) -> Run:
+    """Make the folder, the ledger and the rollout queue; `stack` closes them."""
+    config, rollout = prepared.config, prepared.config.rollout
+    ledger = Ledger(rollout.group_size, config.seed)
+    ledger.restore(prepared.progress.attempts)
+    _open_folder(prepared, examined)
+    stack.enter_context(closing(prepared.folder))
+
+    watchdog = Watchdog(log=console.print)
+    watching = asyncio.create_task(watchdog.watch(), name="watchdog")
+    stack.callback(watching.cancel)
+    num_episodes = (rollout.max_staleness + 1) * rollout.groups_per_step * rollout.group_size
+    env_threads = ThreadPoolExecutor(num_episodes, thread_name_prefix="env")
+    stack.callback(env_threads.shutdown, wait=False, cancel_futures=True)
+    slots = asyncio.Semaphore(num_episodes)
+    generate = ledger.engine(launched.engine.generate)
+    order = LogicalOrder(generate) if config.deterministic else None
+
+    def runner(seed: int, watch: Watch = lambda env, uid: env) -> EpisodeRunner:
+        return EpisodeRunner(
+            make_env=placement.make_env,
+            generate=generate if order is None else order.generate,
+            renderer=prepared.renderer,
+            limits=rollout,
+            threads=env_threads,
+            slots=slots,
+            seed=seed,
+            on_failure=lambda failure: console.print(f"episode failed: {failure}"),
+            watchdog=watchdog,
+            admission=contextlib.nullcontext if order is None else order.episode,
+            watch=watch,
+        )
+
+    rollouts = RolloutQueue(
+        runner(config.seed, ledger.watch).run_group,
+        prepared.tasks.__getitem__,
+        groups_per_step=rollout.groups_per_step,
+        max_staleness=rollout.max_staleness,
+        hold=rollout.hold,
+        state=prepared.progress.pending,
+        has_signal=lambda group: has_signal(
+            group, group_advantages(group, config.algorithm, rollout)
+        ),
+        max_refills=rollout.max_refills,
+    )
+    stack.push_async_callback(rollouts.close)
+    return Run(
+        config=config,
+        position=prepared.progress.position,
+        examined=examined,
+        console=console,
+        folder=prepared.folder,
+        engine=launched.engine,
+        trainer=launched.trainer,
+        interrupt=interrupt,
+        rollouts=rollouts,
+        ledger=ledger,
+        evaluation=runner(config.seed + _EVALUATION),
+        held_out=prepared.held_out,
+        trainer_thread=launched.trainer_thread,
     )
 
 
-def run_name(config: Config) -> str:
-    """The run's folder below `runs/`."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    return config.name or f"{config.algorithm.name}-seed{config.seed}-{stamp}"
+def _open_folder(prepared: Prepared, examined: Examined) -> None:
+    folder, step = prepared.folder, prepared.progress.position.step
+    if prepared.progress.checkpoint is not None:
+        folder.reopen(step)
+    else:
+        folder.create(prepared.config)
+    folder.note_left_out(prepared.left_out)
+    folder.note_environment(step, examined.environment_report)

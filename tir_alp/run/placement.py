@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from tir_alp.config import Config
 from tir_alp.roles import Placement
 from tir_alp.run.local_placement import LocalPlacement
 
+OpenCluster = Callable[[Config], AbstractAsyncContextManager[Placement]]
+"""Opens the cluster that a config names."""
+
 
 @asynccontextmanager
 async def open_placement(
-    config: Config, log: Callable[[str], None] = print
+    config: Config, open_cluster: OpenCluster, log: Callable[[str], None] = print
 ) -> AsyncIterator[Placement]:
-    """Here, or on the cluster that the config names.
+    """Open the placement that the config asks for.
+
+    Args:
+        config: Of the run.
+        open_cluster: Used where the config names a cluster.
+        log: Called with a line for people about what happens to the engine's servers.
 
     Raises:
         ValueError: If there is no such cluster, or it is too small.
@@ -22,9 +30,5 @@ async def open_placement(
     if not config.cluster.is_used:
         yield LocalPlacement(config, log)
         return
-    try:
-        from tir_alp.cluster.placement import open_cluster
-    except ImportError as error:
-        raise ValueError(f"{error}; a cluster needs: pip install 'tir_alp[ray]'") from error
     async with open_cluster(config) as cluster:
         yield cluster

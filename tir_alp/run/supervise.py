@@ -7,94 +7,118 @@ import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tir_alp.algorithm.formula import formula
 from tir_alp.config import Config
-from tir_alp.report import write_run_report
 from tir_alp.roles import Placement, RoleLost
 from tir_alp.run.interrupt import Interrupt
-from tir_alp.run.open_run import Run, open_run
-from tir_alp.run.placement import open_placement
+from tir_alp.run.open_run import Examined, Run, StartChecks, open_run
+from tir_alp.run.placement import OpenCluster, open_placement
 from tir_alp.tools.sandbox import SandboxRefused
 from tir_alp.training import checkpoint
+from tir_alp.training.checkpoint import CheckpointError
 
-Loop = Callable[[Run], Awaitable[None]]
-"""Trains an open run to its end."""
+_MOST_LOSSES = 3  # from one checkpoint; after them the cause does not go away by itself
 
-_MOST_LOSSES = 3  # from one checkpoint; after them, what is wrong does not pass by itself
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What a run uses of the layers above it."""
+
+    train: Callable[[Run], Awaitable[None]]
+    """The loop."""
+    checks: StartChecks
+    open_cluster: OpenCluster
+    draw_report: Callable[[Path], Path]
+    """Draws the report of the run in a folder; returns the page."""
 
 
 class CannotStart(Exception):
-    """What the user has to mend before a run can begin."""
+    """The user has to fix something before a run can begin."""
 
 
 class RunLost(Exception):
-    """A run that can go on only from its newest checkpoint.
+    """A run that can only go on from its newest checkpoint.
 
     Args:
-        path: Its folder.
-        reason: What it lost.
-        environment: See `Run`; None: it was not open yet.
+        path: Folder of the run.
+        reason: What was lost.
+        examined: See `open_run`; None: the run was not open yet.
     """
 
-    def __init__(self, path: Path, reason: str, environment: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, reason: str, examined: Examined | None = None) -> None:
         super().__init__(reason)
-        self.path, self.environment = path, environment
-        self.step = checkpoint.newest(path / "checkpoints")[1].step
+        self.path, self.examined = path, examined
 
 
-async def train_from(config: Config, resume: Path | None, train: Loop) -> None:
-    """Train a new run, or go on with one, where the config says."""
+async def train_from(config: Config, resume: Path | None, services: Services) -> None:
+    """Train a new run, or go on with the one in `resume`, where the config places it.
+
+    Raises:
+        CannotStart: For what a user can fix.
+        RunLost: The trainer was lost too often, or before there was a checkpoint.
+    """
     async with AsyncExitStack() as stack:
         try:
-            parts = await stack.enter_async_context(open_placement(config))
+            placement = await stack.enter_async_context(
+                open_placement(config, services.open_cluster)
+            )
         except (ValueError, SandboxRefused, RoleLost) as error:
             raise CannotStart(str(error)) from error
-        await train_stubbornly(parts, config, resume, train)
+        await train_stubbornly(placement, config, resume, services)
 
 
 async def train_stubbornly(
-    parts: Placement, config: Config, resume: Path | None, train: Loop
+    placement: Placement, config: Config, resume: Path | None, services: Services
 ) -> None:
-    """Train in parts that are there; where the trainer is lost, go on from the last checkpoint.
+    """Train in an open placement; where the trainer is lost, go on from the last checkpoint.
 
     Raises:
         RunLost: If that does not help.
     """
     interrupt = Interrupt()
     losses: Counter[int] = Counter()
-    environment: dict[str, Any] | None = None
+    examined: Examined | None = None
     with interrupt.listening():
         while True:
             try:
-                return await train_with(parts, config, resume, train, interrupt, environment)
+                return await train_once(placement, config, resume, services, interrupt, examined)
             except RunLost as lost:
-                losses[lost.step] += 1
-                if losses[lost.step] > _MOST_LOSSES:
+                step = newest_step(lost.path)
+                losses[-1 if step is None else step] += 1
+                if step is None or losses[step] > _MOST_LOSSES:
                     raise
-                print(f"{lost}; the run goes on from step {lost.step}", file=sys.stderr)
-                resume, environment = lost.path, lost.environment or environment
+                print(f"{lost}; the run goes on from step {step}", file=sys.stderr)
+                resume, examined = lost.path, lost.examined or examined
 
 
-async def train_with(
-    parts: Placement,
+async def train_once(
+    placement: Placement,
     config: Config,
     resume: Path | None,
-    train: Loop,
+    services: Services,
     interrupt: Interrupt,
-    environment: dict[str, Any] | None,
+    examined: Examined | None,
 ) -> None:
-    """Open a run, say what it is, train, and say what to do next; see `open_run`.
+    """Open a run, describe it, train, and print what to do next; see `open_run`.
 
     Raises:
+        CannotStart: For what a user can fix.
         RunLost: If the run lost its trainer, or all of its engines.
     """
     async with AsyncExitStack() as stack:
         try:
             run = await stack.enter_async_context(
-                open_run(config, resume, parts, interrupt, environment)
+                open_run(
+                    config,
+                    placement,
+                    services.checks,
+                    resume=resume,
+                    interrupt=interrupt,
+                    examined=examined,
+                )
             )
         except (ValueError, SandboxRefused) as error:
             raise CannotStart(str(error)) from error
@@ -102,42 +126,57 @@ async def train_with(
             if resume is None:
                 raise CannotStart(str(error)) from error
             raise RunLost(resume, str(error)) from error
-        path = run.folder.path
-        run.console.print(
-            f"config {config.model_dump_json()}\n{formula(config.algorithm)}\n"
-            + f"environment {json.dumps(run.environment_report)}\n"
-            + "".join(
-                f"warning: {warning}\n" for warning in run.environment_report.get("warnings", ())
-            )
-            + f"run {path}"
-        )
+        run.console.print(describe(run))
         is_lost = False
         try:
-            await train(run)
-            run.console.print(
-                f"the model is in {path}/checkpoints/step_{config.steps}, metrics in "
-                f"{path}/metrics.jsonl\n"
-                f"next: tensorboard --logdir {path}  |  go on: python -m tir_alp.train "
-                f"--resume {path} --steps {config.steps * 2}"
-            )
+            await services.train(run)
+            run.console.print(describe_end(run))
         except RoleLost as error:
             is_lost = True
-            raise RunLost(path, str(error), run.environment_report) from error
+            raise RunLost(run.folder.path, str(error), run.examined) from error
         finally:
             if not is_lost:
-                draw(run)
+                draw(run, services.draw_report)
 
 
-def draw(run: Run) -> None:
-    """Write the report of a run. One that cannot be drawn is said so, and takes nothing else down.
+def describe(run: Run) -> str:
+    """What a run is: its settings, its objective, and where its programs run."""
+    report = run.examined.environment_report
+    warnings = "".join(f"warning: {warning}\n" for warning in report.get("warnings", ()))
+    return (
+        f"config {run.config.model_dump_json()}\n{formula(run.config.algorithm)}\n"
+        f"environment {json.dumps(report)}\n{warnings}run {run.folder.path}"
+    )
 
-    It can be drawn again at any time: all that it needs is in the run's folder.
+
+def describe_end(run: Run) -> str:
+    """Where a finished run left its model and its metrics, and how to go on."""
+    path, steps = run.folder.path, run.config.steps
+    return (
+        f"the model is in {path}/checkpoints/step_{steps}, metrics in {path}/metrics.jsonl\n"
+        f"next: tensorboard --logdir {path}  |  go on: python -m tir_alp.train "
+        f"--resume {path} --steps {steps * 2}"
+    )
+
+
+def draw(run: Run, draw_report: Callable[[Path], Path]) -> None:
+    """Draw the report of a run. A failure is printed and takes nothing else down.
+
+    The report can be drawn again at any time: everything it needs is in the run's folder.
     """
     path = run.folder.path
     try:
-        run.console.print(f"report: {write_run_report(path)}")
+        run.console.print(f"report: {draw_report(path)}")
     except Exception as error:  # a picture is not worth a run's end
         run.console.print(
             f"the report could not be drawn ({type(error).__name__}: {error}); the run itself is "
             f"whole. Draw it, and see where it fails: python -m tir_alp.report {path}"
         )
+
+
+def newest_step(path: Path) -> int | None:
+    """The step of a run's newest whole checkpoint; None if it has none."""
+    try:
+        return checkpoint.newest(path / "checkpoints")[1].step
+    except CheckpointError:
+        return None

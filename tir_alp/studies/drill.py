@@ -34,13 +34,14 @@ from pathlib import Path
 from tir_alp.cluster.placement import Cluster, open_cluster
 from tir_alp.cluster.reservation import KINDS
 from tir_alp.cluster.watched_actor import WatchedActor
-from tir_alp.config import Config, load_config, read_toml
+from tir_alp.config import Config
 from tir_alp.models.tiny import TRAIN_CONFIG
 from tir_alp.records.trajectories import from_row, state_from_row
 from tir_alp.rollouts.queue import QueueState
+from tir_alp.run.command_line import load_config, read_toml
 from tir_alp.run.interrupt import Interrupted
 from tir_alp.run.supervise import train_from, train_stubbornly
-from tir_alp.train import train
+from tir_alp.train import services
 from tir_alp.training import checkpoint
 from tir_alp.types import Trajectory
 
@@ -126,7 +127,7 @@ async def drill(config: Config, faults: int, seed: int) -> Counter[str]:
         disturbing = asyncio.create_task(disturb(cluster, made, faults, random.Random(seed), done))
         try:
             with contextlib.suppress(Interrupted):
-                await train_stubbornly(cluster, config, None, train)
+                await train_stubbornly(cluster, config, None, services())
         finally:
             disturbing.cancel()
             results = await asyncio.gather(disturbing, return_exceptions=True)
@@ -205,7 +206,7 @@ def measure(config: Config, faults: int, seed: int, folder: Path) -> Report:
             "cluster": config.cluster.model_copy(update={"address": "none"}),
         }
     )
-    asyncio.run(train_from(twin, None, train))
+    asyncio.run(train_from(twin, None, services()))
     _, twins = trajectories(folder / "runs" / "undisturbed")
     both = sorted(rows.keys() & twins.keys())
     differences = [rows[uid].reward - twins[uid].reward for uid in both]

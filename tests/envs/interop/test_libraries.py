@@ -23,10 +23,10 @@ from gymnasium.utils.env_checker import check_env
 
 from tests.runs import assert_honest, train_with
 from tests.tools.sandbox.processes import wait_until
-from tir_alp.config import load_config, read_toml
 from tir_alp.envs.interop.libraries import folder_of
 from tir_alp.models.tiny import TRAIN_CONFIG
 from tir_alp.rollouts.data import Task
+from tir_alp.run.command_line import load_config, read_toml
 from tir_alp.train import main
 
 TASKS = [Task(f"t{number}", f"What is 6*{number}?", str(6 * number)) for number in (7, 8)]

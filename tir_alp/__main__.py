@@ -1,0 +1,45 @@
+"""`tir-alp COMMAND ...`, which is `python -m tir_alp.COMMAND ...`."""
+
+from __future__ import annotations
+
+import difflib
+import runpy
+import sys
+from collections.abc import Sequence
+
+from tir_alp import __version__
+
+COMMANDS = {
+    "train": "train a model with tools, or go on with a run",
+    "doctor": "check that a run is sound on this machine, before it starts",
+    "audit": "prove that every token of a saved run is accounted for",
+    "report": "draw the page of a run, or of several over one another",
+    "sandbox": "run programs in the sandbox, probe it, serve it over HTTP",
+    "envs": "begin an environment of your own, and examine one",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["--version"]:
+        print(__version__)
+        return 0
+    if not words or words[0] in ("--help", "-h"):
+        print("usage: tir-alp COMMAND ...   (or: python -m tir_alp.COMMAND ...)\n")
+        print("".join(f"  {name:<10}{text}\n" for name, text in COMMANDS.items()))
+        print("tir-alp COMMAND --help describes a command; --version prints the version.")
+        return 0 if words else 2
+    command, *rest = words
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
+        print(f"tir-alp: there is no command {command!r}; {hint}", file=sys.stderr)
+        return 2
+    sys.argv = [f"tir-alp {command}", *rest]
+    runpy.run_module(f"tir_alp.{command}", run_name="__main__", alter_sys=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

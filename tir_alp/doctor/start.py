@@ -1,0 +1,94 @@
+"""The checks of a run's start: in a run, where a failure stops it, and for the command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Any
+
+import gymnasium
+
+from tir_alp.doctor.environment import check_environment
+from tir_alp.doctor.examine import demand, examine_config, examine_engine
+from tir_alp.doctor.finding import Finding
+from tir_alp.run.launch import Launched
+from tir_alp.run.open_run import Examined
+from tir_alp.run.prepare import Prepared
+from tir_alp.training.structure import load_outline
+
+_NUM_CHECKED = 256  # tasks whose prompts are measured before a run begins
+
+
+class Doctor:
+    """The checks of a run, as `StartChecks`."""
+
+    def before_launch(
+        self, prepared: Prepared, make_env: Callable[[], gymnasium.Env[str, str]]
+    ) -> Examined:
+        """Check machine, environment, chat template and sandbox.
+
+        Raises:
+            Refused: A check failed that the config does not ignore.
+        """
+        report = examine_environment(prepared, make_env, _NUM_CHECKED)
+        findings, prompts = examine_inputs(prepared, make_env)
+        warnings = demand(findings, prepared.config.doctor.ignore)
+        return Examined(report, warnings, prompts)
+
+    async def after_launch(
+        self, prepared: Prepared, launched: Launched, prompts: Sequence[str]
+    ) -> Sequence[str]:
+        """Check engine and trainer against each other.
+
+        Raises:
+            Refused: A check failed that the config does not ignore.
+        """
+        findings = await examine_launched(prepared, launched, prompts)
+        return demand(findings, prepared.config.doctor.ignore)
+
+
+def examine_environment(
+    prepared: Prepared, make_env: Callable[[], gymnasium.Env[str, str]], num_tasks: int
+) -> dict[str, Any]:
+    """Measure the prompts of the next tasks and take an action; see `check_environment`."""
+    first = prepared.progress.position.group
+    tasks = [prepared.tasks[first + offset] for offset in range(num_tasks)]
+    return check_environment(
+        prepared.config, prepared.renderer, [*tasks, *prepared.held_out], make_env
+    )
+
+
+def examine_inputs(
+    prepared: Prepared, make_env: Callable[[], gymnasium.Env[str, str]]
+) -> tuple[list[Finding], list[str]]:
+    """Check what needs no weights; returns the findings, and the texts of the next two tasks."""
+    first = prepared.progress.position.group
+    with closing(make_env()) as env:
+        findings = examine_config(
+            prepared.config,
+            prepared.model_path,
+            prepared.tokenizer,
+            prepared.renderer,
+            env,
+            prepared.tasks[first],
+        )
+        tasks = [prepared.tasks[first], prepared.tasks[first + 1]]
+        texts = [env.reset(seed=each.seed, options=each.to_options())[0] for each in tasks]
+    return findings, texts
+
+
+async def examine_launched(
+    prepared: Prepared, launched: Launched, prompts: Sequence[str]
+) -> list[Finding]:
+    """Check engine and trainer against each other; both are afterwards as they were before."""
+    return await examine_engine(
+        prepared.config,
+        launched.engine,
+        load_outline(prepared.model_path),
+        launched.trainer,
+        launched.trainer.weights,
+        prepared.progress.position.step,
+        prepared.tokenizer,
+        prepared.renderer,
+        prompts,
+    )

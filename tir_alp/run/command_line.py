@@ -1,0 +1,214 @@
+"""Reads a command line into a run's config.
+
+    --config FILE --algorithm NAME --dotted.key VALUE --dotted.key=VALUE --flag
+
+The command line wins over the file, the file over the defaults; of two equal keys the later one
+wins. Nothing here needs torch, so that `--help` and the report of a mistake come at once.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_origin
+
+from pydantic import ValidationError
+
+from tir_alp import __version__
+from tir_alp.algorithm.presets import merge
+from tir_alp.config import Config
+from tir_alp.run.settings import annotations_of, help_page, item_annotations, unknown_key
+
+_SHORT = {"algorithm": "algorithm.name", "cluster": "cluster.address"}
+"""Sections that may be given by one word: a preset's name, a cluster's address."""
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """A command line, sorted by what each word is."""
+
+    options: Mapping[str, str]
+    """Options of the command itself, without their dashes, such as `config`."""
+    values: Mapping[str, Any]
+    """Settings as nested mappings, ready to be validated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command that takes the settings of a run."""
+
+    usage: str
+    """How it is called, and what it does."""
+    options: Mapping[str, str]
+    """Options that are not settings, such as `config FILE`, with their descriptions."""
+
+    def read(self, words: Sequence[str]) -> Words:
+        """Sort the words; `--help [SECTION]` and `--version` are answered here.
+
+        Raises:
+            SystemExit: After an answer.
+            ValueError: For a word that is not understood.
+        """
+        if "--version" in words:
+            print(__version__)
+            raise SystemExit(0)
+        for word in ("--help", "-h"):
+            if word in words:
+                after = words[words.index(word) + 1 :]
+                section = after[0] if after and not after[0].startswith("-") else ""
+                described = {f"--{name}": text for name, text in self.options.items()}
+                described["--help [SECTION]"] = "this page, or only one section: --help rollout"
+                described["--version"] = "the version of tir_alp"
+                print(help_page(self.usage, described, section))
+                raise SystemExit(0)
+        return split_words(words, [name.split()[0] for name in self.options])
+
+
+def split_words(words: Sequence[str], options: Sequence[str]) -> Words:
+    """Sort the words of a command line.
+
+    Args:
+        words: As the shell passes them.
+        options: Names that are not settings and take one value each.
+
+    Raises:
+        ValueError: For a word that is neither; the message suggests the key that was meant.
+    """
+    found: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r} is not expected here: give settings as --dotted.key VALUE")
+        key, has_value, text = word.removeprefix("--").partition("=")
+        key = _SHORT.get(key, key)
+        annotations = [] if key in options else annotations_of(key)
+        if key not in options and not annotations:
+            raise ValueError(unknown_key(key, dashes="--"))
+        if not has_value:
+            if rest and not rest[0].startswith("--"):
+                text = rest.pop(0)
+            elif bool in annotations:
+                text = "true"
+            else:
+                raise ValueError(f"--{key} needs a value")
+        if key in options:
+            found[key] = text
+        else:
+            _put(values, key, _value(text, annotations), bool(item_annotations(annotations)))
+    return Words(found, values)
+
+
+def read_config(words: Words, default: Path) -> Config:
+    """Build a new run's config from a command line and the file that it names, else `default`.
+
+    Raises:
+        ValueError: With one line for each mistake.
+    """
+    file = words.options.get("config")
+    return overlay(words.values, read_toml(default if file is None else Path(file)))
+
+
+def load_config(words: Sequence[str], below: Mapping[str, Any]) -> Config:
+    """Build a run's config: defaults, then `below`, then the settings of a command line.
+
+    Where the command line names another environment than `below`, its `env.kwargs` are left out.
+
+    Args:
+        words: Settings as `--dotted.key VALUE`.
+        below: The contents of a config file.
+
+    Raises:
+        ValueError: With one line for each key that is unknown or has a wrong value.
+    """
+    return overlay(split_words(words, ()).values, below)
+
+
+def overlay(values: Mapping[str, Any], below: Mapping[str, Any]) -> Config:
+    """As `load_config`, for settings that are nested mappings already."""
+    below = {"algorithm": Config.model_fields["algorithm"].default.name, **below}
+    if isinstance(below["algorithm"], str):
+        below["algorithm"] = {"name": below["algorithm"]}
+    named = values.get("env", {}).get("id")
+    if named is not None and named != below.get("env", {}).get("id"):
+        below["env"] = {}  # its settings are those of another environment
+    return parse_config(merge(below, values))
+
+
+def _put(values: dict[str, Any], key: str, value: Any, is_list: bool) -> None:
+    """Set a dotted key of nested mappings; a list that is given twice grows."""
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.get(section)
+        values[section] = inner if isinstance(inner, dict) else {}
+        values = values[section]
+    if is_list and isinstance(values.get(last), list) and isinstance(value, list):
+        value = values[last] + value
+    if isinstance(value, Mapping) and isinstance(values.get(last), Mapping):
+        value = merge(values[last], value)
+    values[last] = value
+
+
+def _value(text: str, annotations: Sequence[Any]) -> Any:
+    """The value that a word stands for; a wrong one is left to the validation of the config."""
+    if text in ("null", "none", "None") and type(None) in annotations:
+        return None
+    if items := item_annotations(annotations):
+        if not text.startswith("["):
+            return [_value(each.strip(), items) for each in text.split(",") if each.strip()]
+    elif any(each in (str, Path) or get_origin(each) is Literal for each in annotations):
+        return text
+    return _literal(text)
+
+
+def _literal(text: str) -> Any:
+    """Read JSON, else TOML, else take the text as it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        return tomllib.loads(f"value = {text}")["value"] if "\n" not in text else text
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """Read a config file. Raises ValueError if it is not there or not TOML."""
+    try:
+        return tomllib.loads(file.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"cannot read the config {str(file)!r}: {reason}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file} is not valid TOML: {error}") from error
+
+
+def parse_config(values: Mapping[str, Any]) -> Config:
+    """Validate a config that is given as nested mappings.
+
+    Raises:
+        ValueError: With one line for each mistake, which begins with its key.
+    """
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        raise ValueError("\n".join(map(_mistake, error.errors()))) from error
+
+
+def _mistake(mistake: Any) -> str:
+    """One line about a mistake: the key, what is wrong, and the value if it is not evident."""
+    location = mistake["loc"]
+    if location[:1] == ("engine",):  # the second entry names the kind of engine that was meant
+        location = (location[0], *location[2:])
+    key = ".".join(map(str, location))
+    message = mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] == "extra_forbidden":
+        return unknown_key(key)
+    if mistake["type"] == "value_error":  # the message names the value itself
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message} (it is {mistake['input']!r:.100})"

@@ -1,0 +1,200 @@
+"""Every key of the config: its type, its default, what it means, and what it was confused with.
+
+Nothing here needs torch, so that `--help` and the report of a mistake come at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from tir_alp.config import Config
+
+_WIDTH = 100
+_KEY_WIDTH = 40
+_LONGEST_CHOICES = 24  # characters; more choices are listed in the description
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One key of the config."""
+
+    key: str
+    """Dotted path, such as `rollout.group_size`."""
+    annotation: Any
+    default: Any
+    description: str
+
+
+# ------------------------------------------------------------------------------- what can be set
+
+
+def _flat(annotation: Any) -> Iterator[Any]:
+    """The members of unions, without their metadata."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _flat(get_args(annotation)[0])
+    elif origin in (Union, types.UnionType):
+        for each in get_args(annotation):
+            yield from _flat(each)
+    else:
+        yield annotation
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    return [
+        each for each in _flat(annotation) if isinstance(each, type) and issubclass(each, BaseModel)
+    ]
+
+
+def item_annotations(annotations: Sequence[Any]) -> list[Any]:
+    """What the items of a list may be; empty if the value is not a list."""
+    for each in annotations:
+        if get_origin(each) in (tuple, list):
+            return [item for inner in get_args(each) if inner is not ... for item in _flat(inner)]
+    return []
+
+
+def annotations_of(key: str) -> list[Any]:
+    """The types that a dotted key may have; empty if there is no such key."""
+    found: list[Any] = [Config]
+    for name in key.split("."):
+        inner: list[Any] = []
+        for each in found:
+            if get_origin(each) is dict or each is Any:
+                inner.append(Any)
+            elif isinstance(each, type) and issubclass(each, BaseModel):
+                field = each.model_fields.get(name)
+                inner += [] if field is None else _flat(field.annotation)
+        found = inner
+    return found
+
+
+def settings(section: type[BaseModel] = Config, prefix: str = "") -> list[Setting]:
+    """List every key below a section: first its own, then those of the sections in it."""
+    found: dict[str, Setting] = {}
+    inner: dict[str, list[type[BaseModel]]] = {}
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        if sections := _sections(field.annotation):
+            inner[f"{key}."] = sections
+            continue
+        default = field.get_default(call_default_factory=True, validated_data={})
+        found[key] = Setting(key, field.annotation, default, field.description or "")
+    for each, sections in inner.items():
+        for one in sections:
+            for setting in settings(one, each):
+                found.setdefault(setting.key, setting)
+    return [*found.values()]
+
+
+def unknown_key(key: str, dashes: str = "") -> str:
+    """Report an unknown key, with the keys that may have been meant."""
+    meant = suggestions(key)
+    hint = f"; did you mean {' or '.join(dashes + each for each in meant)}?" if meant else ""
+    return f"{dashes}{key}: there is no such key{hint}"
+
+
+def suggestions(key: str) -> list[str]:
+    """Up to two keys that an unknown one may stand for, by its spelling or by its meaning."""
+    every = {each.key: each.description.lower() for each in settings()}
+    prefix, _, last = key.rpartition(".")
+    near = difflib.get_close_matches(key, every, 2, cutoff=0.8)
+    if not near:
+        same = [each for each in every if each.rpartition(".")[2] == last]
+        near = same[:2] if len(same) <= 2 else []
+    if not near:  # by the words of the description: `learning_rate` is `lr`
+        words = last.replace("-", "_").lower().split("_")
+        near = [each for each, text in every.items() if all(word in text for word in words)]
+        near = [each for each in near if each.startswith(f"{prefix}.")] or near
+        near = near[:2] if len(near) <= 3 else []
+    if not near:
+        near = difflib.get_close_matches(key, every, 1, cutoff=0.6)
+    return near
+
+
+# ------------------------------------------------------------------------------------------ help
+
+
+def help_page(usage: str, options: Mapping[str, str], section: str = "") -> str:
+    """Describe a command and its settings.
+
+    Args:
+        usage: The lines that show how the command is called, and what it does.
+        options: Options that are not settings, with their descriptions.
+        section: Only the settings below this key; empty: all of them.
+
+    Raises:
+        ValueError: If there is no such section.
+    """
+    chosen = [each for each in settings() if not section or each.key.startswith(f"{section}.")]
+    if not chosen:
+        raise ValueError(unknown_key(section))
+    lines = [] if section else [usage, "", *_entries(options.items())]
+    if not section:
+        lines += ["", "Settings, on the command line or in the file:"]
+    group = None
+    for each in chosen:
+        name = each.key.rpartition(".")[0]
+        if name != group:
+            group = name
+            lines += ["", f"{name or 'run'}: {_about(name)}"]
+        what = f"{each.description} {_default(each)}".strip()
+        lines += _entries([(f"--{each.key} {_type_name(each.annotation)}", what)])
+    return "\n".join(lines)
+
+
+def _entries(pairs: Any) -> Iterator[str]:
+    for name, text in pairs:
+        head = f"  {name}"
+        wrapped = textwrap.wrap(" ".join(text.split()), _WIDTH - _KEY_WIDTH)
+        if len(head) >= _KEY_WIDTH:
+            yield head
+            head = ""
+        for line in wrapped or [""]:
+            yield f"{head:<{_KEY_WIDTH}}{line}".rstrip()
+            head = ""
+
+
+def _about(name: str) -> str:
+    """First sentence about a section."""
+    about = [each for each in annotations_of(name) if each is not type(None)] if name else [Config]
+    docs = [(each.__doc__ or "").split("\n\n")[0] for each in about]
+    return " ".join(docs[0].split())
+
+
+def _type_name(annotation: Any) -> str:
+    names = {int: "INT", float: "NUMBER", bool: "true|false", str: "TEXT", Path: "PATH"}
+    flat = [each for each in _flat(annotation) if each is not type(None)]
+    if items := item_annotations(flat):
+        return f"{_type_name(items[0])},..." if len(items) == 1 else "LIST"
+    if get_origin(flat[0]) is Literal:
+        choices = "|".join(map(str, get_args(flat[0])))
+        return choices if len(choices) <= _LONGEST_CHOICES else "NAME"
+    return names.get(flat[0], "TABLE")
+
+
+def _default(setting: Setting) -> str:
+    flat = [*_flat(setting.annotation)]
+    choices = [choice for each in flat if get_origin(each) is Literal for choice in get_args(each)]
+    said = ""
+    if len("|".join(map(str, choices))) > _LONGEST_CHOICES:
+        said = f"One of {', '.join(map(str, choices))}. "
+    value = setting.default
+    if value is PydanticUndefined:
+        return f"{said}(required)"
+    if value in (None, "", (), {}):
+        return f"{said}(default: none)"
+    if isinstance(value, bool):
+        value = str(value).lower()
+    if isinstance(value, tuple | list):
+        value = ",".join(map(str, value))
+    return f"{said}(default: {value})"
