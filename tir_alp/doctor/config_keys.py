@@ -18,7 +18,10 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-_DESCRIBE = ("config.py", "objective.py", "doctor/", "report/", "audit/")
+_DESCRIBE = (
+    *("config.py", "algorithm/formula.py", "report/", "audit/"),
+    *(f"doctor/{name}.py" for name in ("conversation", "engine", "examine", "machine", "table")),
+)
 """What only says what a key is set to does not make it do anything."""
 
 _NAME = re.compile(r"\w+")
