@@ -2,17 +2,25 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types wheel clean
+.PHONY: demo test check fast lint types layers wheel clean
 
 demo: .venv/ready ## train the tiny agent on this machine's CPU
 	$(BIN)/python -m tir_alp.train $(ARGS)
 
-test: .venv/ready-dev ## run the tests
+test: .venv/ready-dev ## run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: .venv/ready-dev
+check: lint types fast ## what to run before a commit: minutes
+
+fast: .venv/ready-dev ## the tests that take seconds, without processes of a sandbox, servers or a cluster
+	$(BIN)/python -m pytest -q -m "not slow and not sandbox" $(FAST) $(ARGS)
+
+lint: .venv/ready-dev layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+layers: .venv/ready-dev ## who may import whom: the contract is in pyproject.toml
+	$(BIN)/lint-imports
 
 types: .venv/ready-dev
 	$(BIN)/pyright
@@ -22,6 +30,9 @@ wheel: .venv/ready-dev ## build a wheel and use it where the checkout is out of 
 
 clean:
 	rm -rf .venv build dist *.egg-info
+
+FAST := tests/algorithm tests/training tests/rollouts tests/records tests/run tests/report tests/studies \
+	tests/test_*.py
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("tir_alp needs Python 3.11 or newer; set PYTHON=")'

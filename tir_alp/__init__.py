@@ -1,3 +1,3 @@
 """tir_alp: reinforcement learning of language models that use tools, stable off-policy."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
