@@ -6,7 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from tir_alp.envs.tasks import Split, check_index, is_held_out
+from tir_alp.envs.tasks import check_index
+from tir_alp.tools.held_out import Split, is_held_out
 
 _MAX_DRAWS = 256
 _NUM_TESTS = 6

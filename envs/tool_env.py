@@ -29,7 +29,7 @@ from tir_alp.envs.grading import Grade
 from tir_alp.envs.parsing import boxed_answer
 from tir_alp.envs.reward_shaping import EpisodeFacts, RewardShaping, reward_parts
 from tir_alp.envs.spaces import TextSpace
-from tir_alp.envs.tasks import TaskSource, is_held_out
+from tir_alp.envs.tasks import TaskSource
 from tir_alp.tools.arguments import ArgumentCheck
 from tir_alp.tools.base import (
     ReportingTool,
@@ -48,6 +48,7 @@ from tir_alp.tools.calls import (
     find_call,
     write_call,
 )
+from tir_alp.tools.held_out import is_held_out
 from tir_alp.tools.outcome import Outcome
 
 CODE_EXECUTION_RESULT = "\nCode execution result: {output}\n"

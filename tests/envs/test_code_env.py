@@ -5,7 +5,7 @@ import pytest
 
 from tir_alp.envs.code_grading import Case, read_cases
 from tir_alp.envs.code_tasks import CodeTasks
-from tir_alp.envs.tasks import is_held_out
+from tir_alp.tools.held_out import is_held_out
 
 pytestmark = pytest.mark.sandbox
 

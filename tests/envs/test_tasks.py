@@ -2,7 +2,8 @@ import re
 
 import pytest
 
-from tir_alp.envs.tasks import ArithmeticTasks, ReasoningGymTasks, arithmetic_task, is_held_out
+from tir_alp.envs.tasks import ArithmeticTasks, ReasoningGymTasks, arithmetic_task
+from tir_alp.tools.held_out import is_held_out
 
 
 def test_an_arithmetic_task_follows_from_seed_and_index():

@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeGuard
 import numpy as np
 
 from tir_alp.config import SourceConfig
-from tir_alp.envs.tasks import Split, is_held_out
+from tir_alp.tools.held_out import Split, is_held_out
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")  # which no tokenizer takes
 _BATCH_ROWS = 1024  # of a row group that are turned into Python objects at a time
