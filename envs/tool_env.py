@@ -26,7 +26,7 @@ import gymnasium
 from gymnasium.error import ResetNeeded
 
 from tir_alp.envs.grading import Grade
-from tir_alp.envs.parsing import boxed_answer
+from tir_alp.envs.parsing import Answer, boxed_answer, parse_action
 from tir_alp.envs.reward_shaping import EpisodeFacts, RewardShaping, reward_parts
 from tir_alp.envs.spaces import TextSpace
 from tir_alp.envs.tasks import TaskSource
@@ -45,7 +45,6 @@ from tir_alp.tools.calls import (
     BadCall,
     CallFormat,
     ToolCall,
-    find_call,
     write_call,
 )
 from tir_alp.tools.held_out import is_held_out
@@ -229,47 +228,43 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         return prompt, {"task": copy.deepcopy(self._task)}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Take one turn of the model; see the module's docstring for what it may hold."""
+        """Take one turn of the model; the module's docstring describes what a turn may hold."""
         if self._task is None:
             raise ResetNeeded("no episode is under way: call reset() before step()")
         self._num_turns += 1
         self._num_chars += len(action)
         observation, answer_reward, terminated, truncated = "", 0.0, False, False
-        call = find_call(action, self.call_format)
-        answer = self.answer_in(action) if call is None else None
-        if call is not None:
-            if self._recorded is None:
-                result = self._run_tool(call)
-                observation = self._observation.replace("{output}", result.text)
-            else:
-                result = self._recorded_result()
-                observation = result.text
-            self._good_calls += result.outcome is Outcome.OK
-            truncated = result.outcome.is_infrastructure or self._num_turns >= self._max_turns
-            info = StepInfo(
-                outcome=result.outcome.value,
-                tool_calls=1,
-                error=result.error,
-                tool_s=result.duration_s,
-            )
-        elif answer is not None:
-            grade = self.grade(self._task, answer)
-            answer_reward = grade.reward
-            truncated = grade.outcome.is_infrastructure
-            terminated = not truncated
-            info = StepInfo(
-                outcome=grade.outcome.value,
-                answer=answer,
-                correct=grade.correct,
-                error=grade.error,
-            )
-        else:
-            terminated = True
-            info = StepInfo(void=True)
+        turn = parse_action(action, self.call_format, self.answer_in)
+        match turn:
+            case None:
+                terminated = True
+                info = StepInfo(void=True)
+            case Answer(answer):
+                grade = self.grade(self._task, answer)
+                answer_reward = grade.reward
+                truncated = grade.outcome.is_infrastructure
+                terminated = not truncated
+                info = StepInfo(
+                    outcome=grade.outcome.value,
+                    answer=answer,
+                    correct=grade.correct,
+                    error=grade.error,
+                )
+            case call:
+                result, observation = self._call_tool(call)
+                self._good_calls += result.outcome is Outcome.OK
+                truncated = result.outcome.is_infrastructure or self._num_turns >= self._max_turns
+                info = StepInfo(
+                    outcome=result.outcome.value,
+                    tool_calls=1,
+                    error=result.error,
+                    tool_s=result.duration_s,
+                )
         rewards: dict[str, float] = {}
         if terminated or truncated:
             if not Outcome(info.outcome).is_infrastructure:
-                facts = EpisodeFacts(answer is not None, self._good_calls, self._num_chars)
+                has_answer = isinstance(turn, Answer)
+                facts = EpisodeFacts(has_answer, self._good_calls, self._num_chars)
                 rewards = reward_parts(answer_reward, self._shaping, facts)
             self._end_episode()
         info = {**info.to_dict(), "rewards": rewards}
@@ -315,6 +310,14 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
             f"{type(self).__name__} has too few different questions for a {split} split: none in "
             f"{_MAX_DRAWS} draws"
         )
+
+    def _call_tool(self, call: ToolCall | BadCall) -> tuple[ToolResult, str]:
+        """Return what a call came to, from the tool or from the recorded episode, and its text."""
+        if self._recorded is not None:
+            result = self._recorded_result()
+            return result, result.text
+        result = self._run_tool(call)
+        return result, self._observation.replace("{output}", result.text)
 
     def _run_tool(self, call: ToolCall | BadCall) -> ToolResult:
         if isinstance(call, BadCall):

@@ -20,7 +20,7 @@ from tir_alp import doctor
 from tir_alp.algorithm.advantage import group_advantages, has_signal
 from tir_alp.config import Config
 from tir_alp.doctor.environment import check_environment
-from tir_alp.engines.base import Engine
+from tir_alp.engines.base import Engine, Generate
 from tir_alp.models.tiny import SHIPPED
 from tir_alp.records.folder import RunFolder
 from tir_alp.records.ledger import Ledger
@@ -28,8 +28,8 @@ from tir_alp.records.trajectories import state_from_row
 from tir_alp.roles import Placement, TrainerRole, ask_trainer_in
 from tir_alp.rollouts.data import Task, left_out, load_held_out, load_order
 from tir_alp.rollouts.environment import make_environment
-from tir_alp.rollouts.episode import EpisodeRunner, Watch
-from tir_alp.rollouts.lockstep import LogicalOrder
+from tir_alp.rollouts.episode import EpisodeRunner, RecordEnv
+from tir_alp.rollouts.lockstep import Lockstep
 from tir_alp.rollouts.queue import QueueState, RolloutQueue
 from tir_alp.rollouts.renderer import make_renderer
 from tir_alp.run.console import RunConsole
@@ -154,7 +154,7 @@ async def open_run(
             ignored += doctor.demand(findings, config.doctor.ignore)
         for each in ignored:
             console.print(f"warning: {each}")
-        ledger = Ledger(rollout.group_size, config.seed)
+        ledger = Ledger(rollout.group_size)
         ledger.restore(attempts)
         if found is not None:
             folder.reopen(position.step)
@@ -167,26 +167,27 @@ async def open_run(
         watchdog = Watchdog(log=console.print)
         watching = asyncio.create_task(watchdog.watch(), name="watchdog")
         stack.callback(watching.cancel)
-        generate = ledger.engine(engine.generate)
-        order = LogicalOrder(generate) if config.deterministic else None
+        lockstep = Lockstep() if config.deterministic else None
 
-        def runner(seed: int, watch: Watch = lambda env, uid: env) -> EpisodeRunner:
+        def runner(
+            seed: int, generate: Generate, record_env: RecordEnv = lambda env, uid: env
+        ) -> EpisodeRunner:
             return EpisodeRunner(
                 make_env=parts.make_env,
-                generate=generate if order is None else order.generate,
+                generate=generate if lockstep is None else lockstep.in_step(generate),
                 renderer=renderer,
                 limits=rollout,
                 threads=env_threads,
                 slots=slots,
                 seed=seed,
                 on_failure=lambda failure: console.print(f"episode failed: {failure}"),
-                watchdog=watchdog,
-                admission=contextlib.nullcontext if order is None else order.episode,
-                watch=watch,
+                waiting=watchdog.waiting,
+                admission=contextlib.nullcontext if lockstep is None else lockstep.episode,
+                record_env=record_env,
             )
 
         rollouts = RolloutQueue(
-            runner(config.seed, ledger.watch).run_group,
+            runner(config.seed, ledger.recording(engine.generate), ledger.record_env).run_group,
             tasks.__getitem__,
             groups_per_step=rollout.groups_per_step,
             max_staleness=rollout.max_staleness,
@@ -209,7 +210,7 @@ async def open_run(
             interrupt=interrupt or Interrupt(),
             rollouts=rollouts,
             ledger=ledger,
-            evaluation=runner(config.seed + _EVALUATION),
+            evaluation=runner(config.seed + _EVALUATION, engine.generate),
             held_out=held_out,
             trainer_thread=trainer_thread,
         )
