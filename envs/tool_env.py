@@ -133,7 +133,7 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         tasks: TaskSource,
         instruction: str | None = None,
         max_turns: int = 5,
-        call_format: CallFormat = "fenced",
+        call_format: CallFormat | None = None,
         tools_in_prompt: bool = False,
         observation: str = "{output}",
         shaping: Mapping[str, float] | None = None,
@@ -142,6 +142,9 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
             raise ValueError(f"max_turns is {max_turns}: an episode needs at least one turn")
         if not len(tasks):
             raise ValueError("there is not one task to draw from")
+        if call_format is None:
+            names = [tool.name for tool in tools]
+            call_format = "fenced" if "python" in names else "tool_call" if names else "none"
         if call_format not in CALL_FORMATS:
             raise ValueError(f"call_format is {call_format!r}; it is one of {CALL_FORMATS}")
         if "{output}" not in observation:

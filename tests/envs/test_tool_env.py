@@ -59,6 +59,14 @@ def quiz(text="42", outcome=Outcome.OK, error="", max_turns=3, tasks=TASKS):
     return env, tool
 
 
+def test_calls_are_written_as_the_tools_need_by_default():
+    calculator = Script(ToolResult(outcome=Outcome.OK, text="", duration_s=0), name="calculator")
+    python = Script(ToolResult(outcome=Outcome.OK, text="", duration_s=0))
+    forms = [Quiz(tools=tools, tasks=TASKS).call_format for tools in ([], [calculator], [python])]
+    assert forms == ["none", "tool_call", "fenced"]
+    assert Quiz(tools=[calculator, python], tasks=TASKS).call_format == "fenced"
+
+
 def info(**changes):
     nothing = {
         "outcome": "ok",
@@ -149,7 +157,7 @@ def test_a_program_that_fails_is_an_observation_like_any_other(outcome):
 
 
 def test_a_call_of_a_tool_that_is_not_there_is_told_to_the_model():
-    env = Quiz(tools=[], tasks=TASKS, max_turns=3)
+    env = Quiz(tools=[], tasks=TASKS, max_turns=3, call_format="fenced")
     observation, _, terminated, truncated, step = begin(env).step(CODE)
     assert "there is no tool named 'python'" in observation
     assert (terminated, truncated, step["outcome"]) == (False, False, "tool_error")
