@@ -51,7 +51,7 @@ DROPS_OLD_THINKING = (
     _LOOP + "{% if loop.last %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] }}"
     "{% endif %}" + _END
 )
-FORGETS_WHAT_IS_FAR_BEHIND = (
+DROPS_EARLY_TURNS = (
     "{% for m in messages %}{% if loop.revindex <= 12 or loop.first %}<|{{ m.role }}|>"
     "{{ m.content }}<|end|>{% endif %}" + _END.removeprefix("<|end|>")
 )
@@ -144,7 +144,7 @@ def test_an_episode_is_what_the_template_makes_of_it(template):
 
 
 def test_a_template_that_shows_no_tools_is_refused_for_native_calls():
-    with pytest.raises(ValueError, match="does not tell the model its tools"):
+    with pytest.raises(ValueError, match="does not show the model its tools"):
         Renderer(make_tokenizer(), call_format="tool_call", tools=TOOLS)
 
 
@@ -200,14 +200,14 @@ def test_templates_that_only_append_are_stable(template):
     ("template", "sentence"),
     [
         (DROPS_THINKING, "it drops the thinking of a turn ('thought 0'"),
-        (DROPS_OLD_THINKING, "message 3 changes what stood before it"),
-        (FORGETS_WHAT_IS_FAR_BEHIND, "message 14 changes what stood before it"),
-        (SHORTENS_OLD_OUTPUTS, "message 7 changes what stood before it"),
+        (DROPS_OLD_THINKING, "message 3 changes the text before it"),
+        (DROPS_EARLY_TURNS, "message 14 changes the text before it"),
+        (SHORTENS_OLD_OUTPUTS, "message 7 changes the text before it"),
         (SHORTENS_OUTPUTS, "it shortens a long output of a tool ('output 0'"),
-        (PREFILLS, "it asks for turn 1 with a text that it does not keep"),
+        (PREFILLS, "it does not keep the prompt for turn 1"),
     ],
     ids=[
-        *("drops thinking", "drops old thinking", "forgets what is far behind"),
+        *("drops thinking", "drops old thinking", "drops early turns"),
         *("shortens old outputs", "shortens outputs", "prefills"),
     ],
 )

@@ -349,7 +349,7 @@ def test_a_system_message_stands_before_the_question_and_other_roles_are_broken(
     (row,) = [task for tasks in open_rows(config).splits.values() for task in tasks]
     assert row["question"] == "system\n\nuser"
     (said,) = left_out(config)
-    assert said.startswith(f"{path}:1: 'prompt' must be a message of the user")
+    assert said.startswith(f"{path}:1: 'prompt' must be a user message")
 
 
 def test_a_file_that_is_no_parquet_is_refused(tmp_path):
