@@ -202,7 +202,7 @@ def test_a_server_that_cannot_be_meant_is_named_with_its_place(mcp, said):
 
 def test_two_tools_of_one_name_are_refused():
     command = [sys.executable, "-m", "mcp_server_time", "--local-timezone", "UTC"]
-    with pytest.raises(ValueError, match=r"need names of their own, not \['calculator', 'conv"):
+    with pytest.raises(ValueError, match=r"need different names, not \['calculator', 'conv"):
         kwargs = config_of(command=command).env.kwargs
         server = kwargs["mcp"][0]
         values = {"id": "tir_alp.envs:MultiTool-v0", "kwargs": kwargs | {"mcp": [server, server]}}

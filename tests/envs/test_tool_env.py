@@ -273,7 +273,7 @@ def test_a_step_without_an_episode_is_refused(before):
 def test_an_episode_needs_a_turn_and_a_task():
     with pytest.raises(ValueError, match="max_turns is 0"):
         quiz(max_turns=0)
-    with pytest.raises(ValueError, match="not one task"):
+    with pytest.raises(ValueError, match="there are no tasks to draw from"):
         quiz(tasks=[])
 
 
@@ -314,5 +314,5 @@ def test_a_recorded_episode_is_played_again_without_its_tools():
 def test_a_call_that_the_record_does_not_have_is_refused():
     env, _ = quiz()
     env.reset(options={"task": TASKS[3], "tool_results": [None]})
-    with pytest.raises(ValueError, match="turn 0 calls a tool, and tool_results has no result"):
+    with pytest.raises(ValueError, match="turn 0 calls a tool, but tool_results has no result"):
         env.step(CODE)
