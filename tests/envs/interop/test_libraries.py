@@ -137,7 +137,7 @@ def test_skyrl_gym_scores_our_tasks_by_its_own_rules():
         env.reset()
     env.close()
     check("SkyRLGym-v0", **{**GSM8K, "settings": {"task": TASKS[0].to_options()["task"]}})
-    with pytest.raises(ValueError, match=r"there is none of that name; there are: aime"):
+    with pytest.raises(ValueError, match=r"there is no environment of that name; there are: aime"):
         make("SkyRLGym-v0", **{**GSM8K, "name": "gsm9k"})
 
 
