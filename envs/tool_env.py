@@ -2,7 +2,7 @@ r"""The base class of environments: a source of tasks, a prompt, tools and a gra
 
 Text in, text out. One `step` is one turn of the model, and a turn does one of three things:
 
-* It calls a tool: the observation is the tool's text, and the episode continues.
+* It makes a tool call: the observation is the tool's text, and the episode continues.
 * It answers, in `\boxed{...}` unless an environment defines another form: the answer is graded, and
   the episode terminates.
 * It does neither: the turn is void, and the episode terminates without an answer.
@@ -345,7 +345,7 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         turn = self._num_turns - 1
         result = self._recorded[turn] if turn < len(self._recorded) else None
         if result is None:
-            raise ValueError(f"turn {turn} calls a tool, but tool_results has no result for it")
+            raise ValueError(f"turn {turn} has a tool call, but tool_results has no result for it")
         return ToolResult(**{**result, "outcome": Outcome(result["outcome"])})
 
     def _end_episode(self) -> None:

@@ -87,25 +87,25 @@ def test_the_docs_show_the_examples_and_they_are_short(file):
 
 
 @pytest.mark.parametrize("name", ["Letter", "a-b", "", "../x"])
-def test_a_name_that_is_none_is_refused(tmp_path, capsys, name):
+def test_a_bad_package_name_is_refused(tmp_path, capsys, name):
     assert main(["new", name, "--into", str(tmp_path)]) == 2
     assert "is not a package name" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_there_is_not_overwritten(tmp_path, capsys):
+def test_an_existing_folder_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     assert main(["new", "mine", "--into", str(tmp_path)]) == 2
     assert "exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["PythonMath", "SingleTurnMath", "MultiTool", "PythonCode"])
-def test_ours_pass(name, capsys):
+def test_the_shipped_environments_pass(name, capsys):
     assert main(["check", f"tir_alp.envs:{name}-v0", "--seeds", "2"]) == 0
     assert capsys.readouterr().out == "all checks passed\n"
 
 
-def test_an_environment_that_is_not_there(capsys):
+def test_an_unknown_environment_is_reported(capsys):
     assert main(["check", "no_such_package:Env-v0"]) == 2
     assert "cannot make the environment 'no_such_package:Env-v0'" in capsys.readouterr().err
 
@@ -168,7 +168,7 @@ def test_each_fault_is_found_by_its_rule(kind, rules):
         del gymnasium.registry[name]
 
 
-def test_an_environment_of_another_kind_is_checked_as_far_as_it_goes():
+def test_an_environment_without_the_base_class_is_checked_as_far_as_possible():
     class Plain(gymnasium.Env):
         observation_space = action_space = Fair().action_space
 

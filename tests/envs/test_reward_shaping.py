@@ -15,7 +15,7 @@ def quiz(outcome=Outcome.OK, **settings):
     return begin(Quiz(tools=[tool], tasks=tasks, **settings))
 
 
-def test_parts_add_up():
+def test_the_terms_add_up():
     parts = reward_terms(1.0, RewardShaping(**SHAPING), EpisodeFacts(True, 3, 10))
     assert parts == {"answer": 1.0, "format": 0.1, "tool_use": 0.2, "length": -0.1}
 
@@ -50,14 +50,14 @@ def test_nothing_is_earned_where_infrastructure_failed():
     assert (step[1], step[4]["rewards"]) == (0.0, {})
 
 
-def test_every_episode_begins_at_nothing():
+def test_the_terms_of_an_episode_start_at_zero():
     env = quiz(shaping={"tool_use": 0.2})
     env.step(CODE)
     begin(env)
     assert env.step(r"\boxed{42}")[4]["rewards"] == {"answer": 1.0, "tool_use": 0.0}
 
 
-def test_a_part_that_is_not_there_is_refused():
+def test_an_unknown_term_is_refused():
     with pytest.raises(ValueError, match=r"env\.kwargs\.shaping: .*'lenght'"):
         quiz(shaping={"lenght": 1.0})
     with pytest.raises(ValueError, match=r"shaping\.length_chars is 0"):

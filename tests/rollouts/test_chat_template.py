@@ -1,4 +1,4 @@
-"""Turn formats, with small templates that behave as those of known model families do."""
+"""Turn formats, with small templates that behave like those of known model families."""
 
 import json
 
@@ -98,7 +98,7 @@ def test_the_form_of_calls_is_found_in_the_template(template, marks):
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "written"),
     [
         (
             HERMES_LIKE,
@@ -109,12 +109,12 @@ def test_the_form_of_calls_is_found_in_the_template(template, marks):
     ],
     ids=["hermes", "mistral", "llama"],
 )
-def test_the_environment_reads_the_same_call_of_every_model(template, said):
-    action = native(template).action(ids(said))
+def test_the_environment_reads_the_same_call_of_every_model(template, written):
+    action = native(template).action(ids(written))
     assert parse_action(action, "tool_call") == ToolCall("python", {"code": "1"})
 
 
-def test_a_call_of_another_form_that_cannot_be_read_stays_one():
+def test_a_malformed_call_in_the_model_s_form_is_still_a_call():
     action = native(MISTRAL_LIKE).action(ids("[TOOL_CALLS] [oops"))
     assert action == "<tool_call> [oops</tool_call>"
 
@@ -148,7 +148,7 @@ def test_a_template_that_shows_no_tools_is_refused_for_native_calls():
         Renderer(make_tokenizer(), call_format="tool_call", tools=TOOLS)
 
 
-def test_a_template_with_calls_that_are_no_json_is_refused():
+def test_a_template_with_calls_in_a_form_other_than_json_is_refused():
     template = "{{ tools }}" + XML
     with pytest.raises(ValueError, match="'<f=probe_tool>', which is not JSON"):
         native(template)
@@ -211,7 +211,7 @@ def test_templates_that_only_append_are_stable(template):
         *("shortens old outputs", "shortens outputs", "prefills"),
     ],
 )
-def test_what_a_template_rewrites_is_said(template, sentence):
+def test_what_a_template_rewrites_is_reported(template, sentence):
     assert sentence in "; ".join(check_prefix_stability(tokenizer_with(template)))
 
 

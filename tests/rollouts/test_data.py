@@ -24,7 +24,7 @@ def ids(order, start, stop):
 
 
 def read_jsonl(path, **settings: Any):
-    """All tasks of a file, in its order."""
+    """Return all tasks of a file, in its order."""
     splits = open_rows(DataConfig(source="jsonl", path=path, **settings)).splits.values()
     found = [(n, each[index]) for each in splits for index, n in enumerate(each.numbers)]
     return [task for _, task in sorted(found, key=lambda each: each[0])]
@@ -238,7 +238,7 @@ def test_a_broken_row_is_named_by_file_and_line(tmp_path, line, message):
         read_jsonl(path)
 
 
-def test_bytes_that_are_no_text_are_named_too(tmp_path):
+def test_bytes_that_are_not_text_are_reported_too(tmp_path):
     path = tmp_path / "tasks.jsonl"
     path.write_bytes(b'{"question": "\xff", "answer": "2"}\n')
     with pytest.raises(ValueError, match=r"tasks\.jsonl:1: not JSON"):
@@ -252,7 +252,7 @@ def test_a_missing_file_and_an_empty_one_are_clear(tmp_path):
         read_jsonl(write(tmp_path / "empty.jsonl", ""))
 
 
-def test_of_many_broken_rows_each_is_named_and_the_rest_is_read(tmp_path):
+def test_each_of_many_broken_rows_is_reported_and_the_rest_is_read(tmp_path):
     kinds = ["{", "[1]", '{"answer": "2"}', '{"question": "1"}', "\\x00", "nul", '"a"', "{}"]
     lines = [kinds[n % len(kinds)] for n in range(10_000)]
     lines[::100] = [json.dumps({"question": f"q{n}", "answer": n}) for n in range(100)]
@@ -348,8 +348,8 @@ def test_a_system_message_stands_before_the_question_and_other_roles_are_broken(
     config = DataConfig(source="parquet", path=path, broken_rows="skip")
     (row,) = [task for tasks in open_rows(config).splits.values() for task in tasks]
     assert row["question"] == "system\n\nuser"
-    (said,) = left_out(config)
-    assert said.startswith(f"{path}:1: 'prompt' must be a user message")
+    (sentence,) = left_out(config)
+    assert sentence.startswith(f"{path}:1: 'prompt' must be a user message")
 
 
 def test_a_file_that_is_no_parquet_is_refused(tmp_path):

@@ -46,7 +46,7 @@ def limited(body) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_episodes_pass_together_by_uid_however_long_their_tools_take(seed):
+def test_episodes_sample_together_by_uid_however_long_their_tools_take(seed):
     rng, engine = random.Random(seed), Engine(seed)
     lengths = {3: 3, 1: 1, 2: 2, 0: 3}
 
@@ -64,7 +64,7 @@ def test_episodes_pass_together_by_uid_however_long_their_tools_take(seed):
     assert engine.asked == [0, 1, 2, 3, 0, 2, 3, 0, 3]
 
 
-def test_nobody_passes_before_all_have_come():
+def test_no_completion_starts_before_all_episodes_wait():
     engine = Engine()
 
     async def body() -> None:

@@ -125,7 +125,7 @@ class ChatTemplate:
         )
 
     def call(self, words: str = "") -> Message:
-        """Return a message that calls a tool, with arguments in the form that the template wants.
+        """Return a message with a tool call, its arguments in the form that the template wants.
 
         Args:
             words: Text of the message, before the call.

@@ -177,7 +177,7 @@ class Opened:
 def open_rows(config: SourceConfig) -> Opened:
     """Read a file once: check every row, and index the rows of each split.
 
-    A process does not read an unchanged file a second time.
+    A process reads an unchanged file only once.
 
     Raises:
         ValueError: The file cannot be read, has no rows, or has a broken one where that is fatal.
