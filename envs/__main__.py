@@ -1,4 +1,4 @@
-"""`python -m tir_alp.envs new NAME` begins an environment, `... check ID` examines one."""
+"""`python -m tir_alp.envs new NAME` writes an environment, `... check ID` examines one."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from tir_alp.envs.scaffold import write_package
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a command; returns its exit code: 1 for what `check` found, 2 for a wrong command."""
+    """Run a command and return its exit code: 1 if `check` found faults, 2 for a wrong command."""
     parser = argparse.ArgumentParser("tir_alp.envs", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    new = commands.add_parser("new", help="write a package with one environment, and its tests")
-    new.add_argument("name", help="of the package, e.g. letter_count")
-    new.add_argument("--into", type=Path, default=Path("."), help="folder to write it in")
+    new = commands.add_parser("new", help="write a package with one environment and its tests")
+    new.add_argument("name", help="name of the package, e.g. letter_count")
+    new.add_argument("--into", type=Path, default=Path("."), help="folder to write the package in")
     examine = commands.add_parser("check", help="examine an environment, as a linter would")
-    examine.add_argument("id", help="what gymnasium.make takes, e.g. letter_count:LetterCount-v0")
-    examine.add_argument("--seeds", type=int, default=4, help="tasks to play")
+    examine.add_argument(
+        "id", help="id as gymnasium.make takes it, e.g. letter_count:LetterCount-v0"
+    )
+    examine.add_argument("--seeds", type=int, default=4, help="number of tasks to play")
     options = parser.parse_args(arguments)
     try:
         if options.command == "new":
             folder, env_id = write_package(options.name, options.into)
             print(
-                f"{folder} is written. Next:\n"
+                f"wrote {folder}. Next:\n"
                 f"  pip install -e {folder}\n"
                 f"  python -m pytest {folder}\n"
                 f"  python -m tir_alp.envs check {env_id}\n"
@@ -45,5 +47,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, "")  # a package of the folder one stands in
+    sys.path.insert(0, "")  # modules in the working folder
     sys.exit(main(sys.argv[1:]))

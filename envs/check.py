@@ -1,7 +1,7 @@
-"""Does an environment keep what the trainer relies on? Findings, as a linter gives them.
+"""Checks that an environment keeps the contract that the trainer relies on, as a linter would.
 
-Each rule has a name. What an environment does not offer (`gold_action`, say) is not checked, and a
-note says so.
+Each rule has a name. A method that an environment does not offer, such as `gold_action`, is not
+checked; a note reports that.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from gymnasium.utils.env_checker import check_env
 
 from tir_alp.tools.outcome import Outcome
 
-_SAID = "I do not know."
+_NO_ANSWER = "I do not know."
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong, or that could not be checked."""
+    """One violation, or one thing that could not be checked."""
 
     rule: str
     text: str
     is_note: bool = False
-    """Whether it is no fault."""
+    """Whether this is information rather than a fault."""
 
 
 def check(id: str, seeds: Iterable[int]) -> list[Finding]:
     """Examine an environment.
 
     Args:
-        id: What `gymnasium.make` takes.
-        seeds: Of the tasks that are played.
+        id: Id of the environment, as `gymnasium.make` takes it.
+        seeds: Seeds of the tasks to play.
 
     Raises:
-        ValueError: There is no such environment.
+        ValueError: The environment cannot be made.
     """
     try:
         env = gymnasium.make(id, disable_env_checker=True).unwrapped
@@ -51,12 +51,12 @@ def check(id: str, seeds: Iterable[int]) -> list[Finding]:
 
 
 def _gymnasium(env: gymnasium.Env[Any, Any]) -> Iterator[Finding]:
-    """Gymnasium's own checker, whose warnings are findings too."""
+    """Run Gymnasium's own checker; its warnings are findings too."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             check_env(env, skip_render_check=True)
-        except Exception as error:  # it asserts, and the environment may raise anything
+        except Exception as error:  # the checker asserts, and an environment may raise anything
             yield Finding("gymnasium", f"{type(error).__name__}: {error}")
     for warning in caught:
         yield Finding("gymnasium", " ".join(str(warning.message).split()))
@@ -65,7 +65,7 @@ def _gymnasium(env: gymnasium.Env[Any, Any]) -> Iterator[Finding]:
 def _seeds(
     env: gymnasium.Env[Any, Any], again: gymnasium.Env[Any, Any], seeds: list[int]
 ) -> Iterator[Finding]:
-    """The same seed gives the same task, in another instance too."""
+    """Check that the same seed gives the same task, also in another instance."""
     first = [env.reset(seed=seed)[0] for seed in seeds]
     second = [again.reset(seed=seed)[0] for seed in seeds]
     for seed, one, other in zip(seeds, first, second, strict=True):
@@ -76,15 +76,15 @@ def _seeds(
 
 
 def _texts(env: gymnasium.Env[Any, Any]) -> Iterator[Finding]:
-    """Observations are texts, any text is an action, and a step never both ends and is cut."""
+    """Check that observations and actions are texts, and that no step ends in two ways."""
     observation, _ = env.reset(seed=0)
     if not isinstance(observation, str) or not observation:
-        yield Finding("text", f"reset gives {observation!r:.60} instead of a text")
+        yield Finding("text", f"reset returns {observation!r:.60} instead of a text")
         return
     for action in ("", "\u03c0 \U0001f600 \ud800", "```python\n", "\\boxed{", "<tool_call>"):
         env.reset(seed=0)
         if not env.action_space.contains(action):
-            yield Finding("text", f"the action space does not have {action!r}")
+            yield Finding("text", f"the action space does not contain {action!r}")
             continue
         try:
             observation, _, terminated, truncated, info = env.step(action)
@@ -92,16 +92,18 @@ def _texts(env: gymnasium.Env[Any, Any]) -> Iterator[Finding]:
             yield Finding("text", f"the action {action!r} raises {type(error).__name__}: {error}")
             continue
         if not isinstance(observation, str):
-            yield Finding("text", f"the action {action!r} gives {observation!r:.60}, no text")
+            yield Finding(
+                "text", f"the action {action!r} returns {observation!r:.60} instead of a text"
+            )
         if terminated and truncated:
             yield Finding("end", f"the action {action!r} terminates and truncates at once")
         outcome = info.get("outcome", Outcome.OK)
         if outcome not in list(Outcome):
-            yield Finding("outcome", f"{outcome!r} is none of {', '.join(Outcome)}")
+            yield Finding("outcome", f"{outcome!r} is not one of {', '.join(Outcome)}")
 
 
 def _answers(env: gymnasium.Env[Any, Any], seeds: list[int]) -> Iterator[Finding]:
-    """Gold answers earn 1 and are correct; wrong ones, and none, are not."""
+    """Check that gold answers are correct and earn 1, and that other turns do not."""
     for name, is_gold in (("gold_action", True), ("wrong_action", False)):
         make = getattr(env, name, None)
         if make is None:
@@ -109,15 +111,21 @@ def _answers(env: gymnasium.Env[Any, Any], seeds: list[int]) -> Iterator[Finding
             continue
         for seed in seeds:
             _, info = env.reset(seed=seed)
-            _, reward, terminated, _, step = env.step(make(info["task"]))
+            try:
+                _, reward, terminated, _, step = env.step(make(info["task"]))
+            except Exception as error:
+                yield Finding(name, f"seed {seed} raises {type(error).__name__}: {error}")
+                continue
             earned = step.get("rewards", {}).get("answer", reward)
             if not terminated:
-                yield Finding(name, f"seed {seed}: the episode goes on; {step.get('error')}")
+                yield Finding(
+                    name, f"seed {seed}: the episode does not terminate; {step.get('error')}"
+                )
             elif is_gold and (earned != 1 or step.get("correct") is False):
                 yield Finding(name, f"seed {seed}: the gold answer earns {earned:g}, not 1")
             elif not is_gold and (earned >= 1 or step.get("correct")):
                 yield Finding(name, f"seed {seed}: a wrong answer earns {earned:g}")
     env.reset(seed=0)
-    reward = float(env.step(_SAID)[1])
+    reward = float(env.step(_NO_ANSWER)[1])
     if reward >= 1:
-        yield Finding("no_answer", f"{_SAID!r} earns {reward:g}")
+        yield Finding("no_answer", f"{_NO_ANSWER!r} earns {reward:g}")

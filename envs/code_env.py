@@ -1,4 +1,4 @@
-"""`PythonCode-v0`: write a function; hidden tests in the sandbox decide."""
+"""`PythonCode-v0`: write a function, which hidden tests grade."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tir_alp.tools.sandbox import SandboxConfig, SandboxError, SandboxRefused, s
 
 
 class PythonCodeEnv(ToolEnv):
-    r"""A function to write, and a Python tool to try it in; reward 1 if all hidden tests pass.
+    r"""A function to write, and a Python tool to try it in; the reward is 1 if all tests pass.
 
-    A task needs `entry_point`, the name of the function, and `tests`; see `code_grading`. The tests
-    never enter the sandbox with what they expect.
+    A task needs `entry_point`, the name of the function, and `tests`; see `code_grading`. The
+    values that the tests expect never enter the sandbox.
 
     Args:
-        sandbox: settings of the sandbox; its limits hold for each test. None for the defaults.
-        tasks: where `reset` draws from when it is not given a task; default: generated ones.
-        settings: those of `ToolEnv`.
+        sandbox: Settings of the sandbox, whose limits apply to each test; None for the defaults.
+        tasks: Tasks that `reset` draws from if it is not given one; default: generated ones.
+        settings: Settings of `ToolEnv`.
     """
 
     instruction: ClassVar[str] = """\
@@ -49,18 +49,18 @@ are sure of the function, write all of it in a block that begins with a line ```
         )
 
     def prompt(self, task: Mapping[str, Any]) -> str:
-        """Return the instruction and the question. Raises ValueError for tests that are none."""
+        """Return the instruction and the question. Raises ValueError for malformed tests."""
         read_cases(task["tests"], task["entry_point"])
         return super().prompt(task)
 
     def answer_in(self, action: str) -> str | None:
-        """Return the last complete block that is tagged as the solution."""
+        """Return the code of the last complete block tagged `solution`, or None."""
         blocks = [each for each in code_blocks(action) if each.is_complete]
         solutions = [block.code for block in blocks if block.tag == "solution"]
         return solutions[-1] if solutions else None
 
     def grade(self, task: Mapping[str, Any], answer: str) -> Grade:
-        """Run the hidden tests in a session that nothing else has been in."""
+        """Run the hidden tests in a fresh session."""
         try:
             sandbox = shared_sandbox(self._sandbox)
         except SandboxRefused:
@@ -71,9 +71,9 @@ are sure of the function, write all of it in a block that begins with a line ```
         return grade_function(answer, task["entry_point"], cases, sandbox, self._sandbox.limits)
 
     def gold_action(self, task: Mapping[str, Any]) -> str:
-        """Return a turn with the reference, if the task has one as its answer."""
+        """Return a turn with the reference solution, which is the task's answer if it has one."""
         return f"```solution\n{task['answer']}\n```"
 
     def wrong_action(self, task: Mapping[str, Any]) -> str:
-        """Return a turn with a function that returns something else."""
+        """Return a turn with a function that returns a wrong value."""
         return f"```solution\ndef {task['entry_point']}(*args, **kwargs):\n    return 'no'\n```"

@@ -1,8 +1,8 @@
-"""Does a function do what hidden tests ask? Told on the host, from what the function returns.
+"""Grades a function with hidden tests, on the host, by the values that the function returns.
 
-The sandbox gets the function and the arguments of one test after the other. What is expected never
-enters it, and no code of ours that decides anything runs there: a program that has taken over its
-interpreter can do no better than to return the right value.
+The sandbox receives the function, and the arguments of one test at a time. The expected values
+never enter it, and none of the code that decides runs there: the best that a program can do, even
+after taking over its interpreter, is to return the right value.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from tir_alp.envs.grading import Grade
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.sandbox import BlockingSandbox, Limits, SandboxError, SandboxRefused
 
-_SPARE_CHARS = 1000  # what a value may be written longer than the expected one
+_SPARE_CHARS = 1000  # a value's text may be this much longer than that of the expected value
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One hidden test: a call, and what it has to return.
+    """One hidden test: the arguments of a call, and the value that it has to return.
 
     Example: `Case(args=([3, 1, 2],), expected=[1, 2, 3])`.
     """
@@ -36,12 +36,13 @@ def read_cases(tests: Any, entry_point: str) -> list[Case]:
     """Read the tests of a task.
 
     Args:
-        tests: A list; of objects with `args`, `expected` and perhaps `kwargs`, or of sentences of
-            the form `assert f(1, 2) == 3`, as in MBPP.
+        tests: A list of objects with `args`, `expected` and optionally `kwargs`, or of assertions
+            of the form `assert f(1, 2) == 3`, as in MBPP.
         entry_point: Name of the function.
 
     Raises:
-        ValueError: One of them, which is named, is neither, or holds more than Python literals.
+        ValueError: A test, which the message names, has neither form, or holds values other than
+            Python literals.
     """
     if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
         raise ValueError("'tests' must be a list that is not empty")
@@ -57,14 +58,14 @@ def grade_function(
     sandbox: BlockingSandbox,
     limits: Limits,
 ) -> Grade:
-    """Run a function on the arguments of all tests and compare what it returns.
+    """Run a function on the arguments of all tests, and compare the values that it returns.
 
     Args:
         source: Program that defines the function.
-        entry_point: Its name.
-        cases: Hidden tests; the first that fails ends the grading.
-        sandbox: Where it runs, in a session of its own.
-        limits: Of the definition and of each test.
+        entry_point: Name of the function.
+        cases: Hidden tests; the first failure ends the grading.
+        sandbox: Sandbox in which the function runs, in a session of its own.
+        limits: Limits for running the definition, and for each test.
     """
     try:
         session = sandbox.session()
@@ -114,11 +115,11 @@ def _same(found: Any, expected: Any) -> bool:
     return found == expected
 
 
-def _read_case(test: Any, place: str, entry_point: str) -> Case:
+def _read_case(test: Any, label: str, entry_point: str) -> Case:
     if isinstance(test, str):
-        return _read_assertion(test, place, entry_point)
+        return _read_assertion(test, label, entry_point)
     if not isinstance(test, Mapping) or not {"args", "expected"} <= test.keys():
-        raise ValueError(f"{place} must have 'args' and 'expected', or be an assertion: {test!r}")
+        raise ValueError(f"{label} must have 'args' and 'expected', or be an assertion: {test!r}")
     case = Case(tuple(test["args"]), test["expected"], dict(test.get("kwargs", {})))
     try:
         whole = (case.args, case.expected, dict(case.kwargs))
@@ -126,11 +127,11 @@ def _read_case(test: Any, place: str, entry_point: str) -> Case:
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         is_literal = False
     if not is_literal:
-        raise ValueError(f"{place} holds more than Python literals: {test!r}")
+        raise ValueError(f"{label} holds more than Python literals: {test!r}")
     return case
 
 
-def _read_assertion(text: str, place: str, entry_point: str) -> Case:
+def _read_assertion(text: str, label: str, entry_point: str) -> Case:
     try:
         (statement,) = ast.parse(text.strip()).body
         assert isinstance(statement, ast.Assert) and isinstance(statement.test, ast.Compare)
@@ -146,6 +147,6 @@ def _read_assertion(text: str, place: str, entry_point: str) -> Case:
         return Case(args, ast.literal_eval(expected), {str(key): kwargs[key] for key in kwargs})
     except (AssertionError, ValueError, SyntaxError, MemoryError, RecursionError):
         raise ValueError(
-            f"{place} is not of the form `assert {entry_point}(...) == ...` with Python literals: "
+            f"{label} is not of the form `assert {entry_point}(...) == ...` with Python literals: "
             f"{text!r}"
         ) from None

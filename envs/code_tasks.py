@@ -1,4 +1,4 @@
-"""Small functions to write, generated: a question, a reference, hidden tests."""
+"""Generated tasks about small functions: a question, a reference solution, hidden tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from tir_alp.envs.tasks import Split, check_index, is_held_out
+from tir_alp.envs.tasks import check_index
+from tir_alp.tools.held_out import Split, is_held_out
 
 _MAX_DRAWS = 256
 _NUM_TESTS = 6
@@ -37,7 +38,7 @@ _CONDITIONS: tuple[tuple[str, str, str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class CodeTasks:
-    """The first `size` tasks of a seed."""
+    """The first `size` tasks of a seed; `split` None is both splits."""
 
     seed: int
     size: int
@@ -63,7 +64,7 @@ def _task(rng: random.Random) -> dict[str, Any]:
     result = result.format(condition=conditions[0], condition_one=conditions[1])
     source = f"def f(xs):\n    return {expression.format(test=conditions[2])}\n"
     space: dict[str, Any] = {}
-    exec(source, space)  # a sentence of our own
+    exec(source, space)  # generated above, no model's text
     lists = [[], *([rng.randint(-60, 60) for _ in range(rng.randint(1, 12))] for _ in range(5))]
     tests = [{"args": [xs], "expected": space["f"](xs)} for xs in lists[:_NUM_TESTS]]
     question = f"Write a function f(xs) that takes a list of whole numbers and returns {result}."

@@ -1,4 +1,4 @@
-"""A few processes that grade, each killed and replaced when it is over its deadline."""
+"""A few processes that grade; each is killed and replaced when it exceeds its deadline."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import Any
 
 _PROCESS = Path(__file__).with_name("grader_process.py")
 _MATH_JUDGE = Path(__file__).with_name("math_judge.py")
-_MOST_BYTES = 1 << 16  # of a verdict
+_MOST_BYTES = 1 << 16  # size of a verdict
 
 
 class GraderError(Exception):
-    """An answer could not be graded. It says nothing about whether the answer is right."""
+    """An answer could not be graded; whether it is right is unknown."""
 
 
 class GraderPool:
-    """Grades from any number of threads with at most `num_workers` processes.
+    """Grades for any number of threads with at most `num_workers` processes.
 
-    Processes start when they are first needed. A slot in the queue is the right to use one of
-    them: it holds an idle worker, or None where it has yet to be started or was killed.
+    Processes start when they are first needed. A slot in the queue is the right to use one
+    process: it holds an idle worker, or None if the worker has yet to be started or was killed.
 
     Args:
-        num_workers: Processes at a time.
-        judge_file: Who decides; see `grader_process`.
-        deadline_s: Of one verdict.
-        start_deadline_s: Of a worker's start.
-        queue_deadline_s: Of the wait for a free worker.
+        num_workers: Maximum number of processes.
+        judge_file: File with the function that decides; see `grader_process`.
+        deadline_s: Seconds for one verdict.
+        start_deadline_s: Seconds for the start of a worker.
+        queue_deadline_s: Seconds to wait for a free worker.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class GraderPool:
             self._slots.put(None)
 
     def verify(self, *request: Any) -> Any:
-        """Return the judge's verdict: by the default one, whether math-verify takes two for equal.
+        """Return the judge's verdict; the default judge asks math-verify whether two are equal.
 
         Args:
-            request: What the judge wants: by default an answer and the truth.
+            request: Arguments of the judge; for the default one, an answer and the truth.
 
         Raises:
-            GraderError: it did not say so in time, crashed, or cannot say.
+            GraderError: The judge exceeded its deadline, crashed, or could not decide.
         """
         try:
             worker = self._slots.get(timeout=self.queue_deadline_s)
@@ -82,7 +82,7 @@ class GraderPool:
         return verdict
 
     def close(self) -> None:
-        """End all processes; a later call would start new ones. Waits for those at work."""
+        """End all processes after their current verdicts; a later call would start new ones."""
         slots = []
         for _ in range(self.num_workers):
             try:
@@ -96,19 +96,19 @@ class GraderPool:
 
 
 class _Worker:
-    """One process, which answers one request at a time."""
+    """One process, which handles one request at a time."""
 
     def __init__(self, judge_file: Path, start_deadline_s: float):
         self._pipe, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                # -P: the folder of the file, with our `parsing` and `tasks`, stays off the path
+                # -P keeps the file's folder, with `parsing` and `tasks`, off the path
                 [sys.executable, "-P", str(_PROCESS), str(theirs.fileno()), str(judge_file)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for us, not for the grader
+                start_new_session=True,  # Ctrl-C is meant for the trainer, not for the grader
             )
         try:
             self._receive(start_deadline_s, "did not start")
@@ -117,7 +117,7 @@ class _Worker:
             raise
 
     def ask(self, request: tuple[Any, ...], deadline_s: float) -> Any:
-        """Send a request and return its answer, or raise `GraderError`."""
+        """Send a request and return its verdict, or raise `GraderError`."""
         try:
             self._pipe.send(request)
         except OSError:
@@ -133,7 +133,7 @@ class _Worker:
         if not self._pipe.poll(deadline_s):
             raise GraderError(f"the grader {failure} within {deadline_s:g} s and was killed")
         try:
-            # JSON: what comes back was in one process with a model's answer, so it is no pickle.
+            # JSON, never a pickle: the sender has processed a model's answer.
             return json.loads(self._pipe.recv_bytes(_MOST_BYTES))
         except (EOFError, OSError):
             status = self._process.wait()

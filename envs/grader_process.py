@@ -1,8 +1,8 @@
-"""The process in which `grader_pool` runs a judge; it is started by its path.
+"""The process in which `grader_pool` runs a judge; it is started by path.
 
-It imports nothing of ours but the judge, serves one request after the other and may be killed at
-any moment. A judge is a file with a function `judge(*request)`, whose value goes through JSON; a
-text says why there is no verdict.
+It imports nothing of this package but the judge, serves one request after the other, and may be
+killed at any moment. A judge is a file with a function `judge(*request)`. Its value is sent as
+JSON; a string means that there is no verdict, and gives the reason.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def _serve(requests: Connection, file: str) -> None:
             request, deadline_s = requests.recv()
         except EOFError:
             return
-        # The pool kills at the deadline. Should the pool itself be gone, the kernel does.
+        # The pool kills this process at the deadline. If the pool is gone, the kernel does.
         signal.setitimer(signal.ITIMER_REAL, deadline_s + ORPHAN_GRACE_S)
         try:
             verdict = judge(*request)
         except MemoryError:
             raise  # this process is no longer fit for work
         except Exception as error:
-            said = ", ".join(f"{part!r:.200}" for part in request)
-            verdict = f"the judge failed on {said}: {type(error).__name__}: {error}"
+            arguments = ", ".join(f"{each!r:.200}" for each in request)
+            verdict = f"the judge failed on {arguments}: {type(error).__name__}: {error}"
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         requests.send_bytes(json.dumps(verdict).encode())
 

@@ -1,8 +1,8 @@
-"""Is an answer right? `grade` says yes, no, or that it could not be found out.
+"""Grades answers: `grade` returns that an answer is right, wrong, or could not be graded.
 
-Only the answer itself is looked at, never the transcript around it. What math-verify has to decide
-is decided in a process that can be killed; a grader that hangs or crashes gives `GRADER_ERROR`,
-and never a wrong answer.
+Only the answer itself is examined, never the transcript around it. math-verify runs in a process
+that can be killed; a grader that hangs or crashes results in `GRADER_ERROR`, never in a wrong
+answer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tir_alp.tools.outcome import Outcome
 
 _RATIONAL = re.compile(r"[+-]?[0-9]{1,100}(?:/0*[1-9][0-9]{0,99})?")
 _NUMBER = re.compile(r"[+-]?[0-9][0-9,.]*(?:/[0-9]+)?")
-# A sum, difference or product. Not: a sign, an exponent's sign, a power of ten in 1.5\times10^3.
+# A sum, difference or product, but no sign, exponent's sign, or power of ten in 1.5\times10^3.
 _UNEVALUATED = re.compile(
     r"(?:[*\u00b7\u00d7\u22c5]|\\times|\\cdot)(?!\s*10\s*\^)|\u00f7|\\(?:div|sum|prod)"
     r"|[^\s{($]\s*[-+]"
@@ -32,37 +32,37 @@ def _replace_pool() -> None:
     _pool = GraderPool(num_workers=_pool.num_workers)
 
 
-# A forked child must not talk to its parent's graders: the two would read each other's verdicts.
+# A forked child must not use its parent's graders: the two would read each other's verdicts.
 os.register_at_fork(after_in_child=_replace_pool)
 atexit.register(lambda: _pool.close())
 
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """What came of comparing an answer with the truth."""
+    """The result of comparing an answer with the truth."""
 
     correct: bool | None
-    """None where it could not be found out."""
+    """Whether the answer is right; None if it could not be graded."""
     outcome: Outcome = Outcome.OK
     """`OK` or `GRADER_ERROR`."""
     error: str = ""
-    """For people: why there is no verdict, or what made a right value a wrong answer."""
+    """Why there is no verdict, or why an answer with the right value is wrong; for people."""
     score: float | None = None
-    """What the answer earns; None: 1 if it is correct, else 0."""
+    """Reward of the answer; None: 1 if it is correct, else 0."""
 
     @property
     def reward(self) -> float:
-        """What the answer earns."""
+        """Reward of the answer."""
         return float(bool(self.correct)) if self.score is None else self.score
 
 
 def grade(answer: str, truth: str) -> Grade:
     r"""Compare an answer with the truth.
 
-    Equal strings and plain integers and fractions are compared here, in microseconds; all else by
-    math-verify, which takes some milliseconds.
+    Equal strings, plain integers and fractions are compared here, in microseconds; everything else
+    is compared by math-verify, in a few milliseconds.
 
-    Where the truth is a number, a sum or a product is not an answer, even of that value:
+    If the truth is a number, a sum or product is not accepted, even if its value is right:
     otherwise boxing the question `37*48+112` would solve it.
 
     Example:

@@ -11,7 +11,7 @@ from tir_alp.envs.tool_env import EnvSettings, ToolEnv
 from tir_alp.tools.python_tool import PythonTool
 
 ENDLESS_ARITHMETIC = ArithmeticTasks(seed=0, size=2**31)
-"""Where `reset` draws from when it is given neither a task nor a source of them."""
+"""Tasks that `reset` draws from if the environment is given neither a task nor a source."""
 
 
 class PythonMathEnv(ToolEnv):
@@ -29,10 +29,10 @@ class PythonMathEnv(ToolEnv):
         1.0
 
     Args:
-        sandbox: settings of the sandbox that runs the code; None for the defaults.
-        stateful: whether variables are kept between the calls of an episode.
-        tasks: where `reset` draws from when it is not given a task; default: endless arithmetic.
-        settings: those of `ToolEnv`.
+        sandbox: Settings of the sandbox that runs the code; None for the defaults.
+        stateful: Whether variables persist between the calls of an episode.
+        tasks: Tasks that `reset` draws from if it is not given one; default: endless arithmetic.
+        settings: Settings of `ToolEnv`.
     """
 
     instruction: ClassVar[str] = """\
@@ -54,19 +54,19 @@ what it prints; then go on. When you know the answer, write it in \\boxed{}."""
         )
 
     def grade(self, task: Mapping[str, Any], answer: str) -> Grade:
-        """Compare with the task's answer, as mathematics."""
+        """Compare the answer with the task's, as mathematics."""
         return grade(answer, str(task["answer"]))
 
 
 class SingleTurnMathEnv(ToolEnv):
-    r"""A question whose answer is a number or an expression, and no tool: one turn.
+    r"""A question whose answer is a number or an expression, to be answered in one turn, no tools.
 
-    Code is not run, and a box inside a code block is no answer.
+    Code is not run, and a box inside a code block is not an answer.
 
     Args:
-        tasks: where `reset` draws from when it is not given a task; default: endless arithmetic.
-        instruction: text before the question; "" for none.
-        shaping: as of `ToolEnv`.
+        tasks: Tasks that `reset` draws from if it is not given one; default: endless arithmetic.
+        instruction: Text before the question; "" for none, None for the default.
+        shaping: Reward shaping, as in `ToolEnv`.
     """
 
     instruction: ClassVar[str] = (
@@ -90,5 +90,5 @@ class SingleTurnMathEnv(ToolEnv):
         )
 
     def grade(self, task: Mapping[str, Any], answer: str) -> Grade:
-        """Compare with the task's answer, as mathematics."""
+        """Compare the answer with the task's, as mathematics."""
         return grade(answer, str(task["answer"]))

@@ -1,7 +1,7 @@
-"""What `grader_process` asks math-verify: whether an answer equals the truth.
+"""The default judge of `grader_process`: asks math-verify whether an answer equals the truth.
 
-Neither of math-verify's own time limits is used: they raise from a signal handler, which sympy's
-`except Exception` blocks and long C calls can swallow.
+Neither of math-verify's own time limits is used: they raise from a signal handler, and such an
+exception can be swallowed by sympy's `except Exception` blocks and delayed by long C calls.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from math_verify.parser import LatexExtractionConfig
 
 
 def _parse(text: str) -> list:
-    # In a box of its own the whole text is the expression: nothing is searched for inside it.
+    # Inside a box the whole text counts as the expression: nothing is searched for in it.
     return parse(
         f"\\boxed{{{text}}}",
         extraction_config=(LatexExtractionConfig(boxed_match_priority=0),),
@@ -22,7 +22,7 @@ def _parse(text: str) -> list:
 
 
 def judge(answer: str, truth: str) -> bool | str:
-    """Return whether the answer equals the truth, or that the truth cannot be read."""
+    """Return whether the answer equals the truth, or a string if the truth cannot be parsed."""
     expected = _parse(truth)
     if not expected:
         return f"math-verify cannot read the truth {truth!r}"

@@ -1,4 +1,4 @@
-"""`MultiTool-v0`: one mathematical question and several tools, called in JSON."""
+"""`MultiTool-v0`: a mathematical question and several tools, called in JSON."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ TOOLS: dict[str, Callable[[Mapping[str, Any] | None], Tool]] = {
     "calculator": lambda sandbox: CalculatorTool(),
     "sympy": SympyTool,
 }
-"""By name, made with the settings of the sandbox."""
+"""Maps the name of a tool to a function that makes it, given the settings of the sandbox."""
 
 
 class MultiToolEnv(ToolEnv):
     r"""A question whose answer is a number or an expression, and tools to choose from.
 
     Args:
-        tools: names of `TOOLS`.
-        mcp: MCP servers whose tools join them: the fields of `tir_alp.tools.mcp.McpServer` each,
-            and perhaps `only`, the names of the tools to take.
-        sandbox: settings of the sandbox that runs code; None for the defaults.
-        tasks: where `reset` draws from when it is not given a task; default: endless arithmetic.
-        settings: those of `ToolEnv`; calls are native ones unless `call_format` says otherwise.
+        tools: Names of tools in `TOOLS`.
+        mcp: MCP servers whose tools are added. Each is a dict with the fields of
+            `tir_alp.tools.mcp.McpServer`, and optionally `only`, the names of the tools to use.
+        sandbox: Settings of the sandbox that runs code; None for the defaults.
+        tasks: Tasks that `reset` draws from if it is not given one; default: endless arithmetic.
+        settings: Settings of `ToolEnv`; `call_format` defaults to `tool_call`.
     """
 
     instruction: ClassVar[str] = (
@@ -61,15 +61,15 @@ class MultiToolEnv(ToolEnv):
         )
 
     def grade(self, task: Mapping[str, Any], answer: str) -> Grade:
-        """Compare with the task's answer, as mathematics."""
+        """Compare the answer with the task's, as mathematics."""
         return grade(answer, str(task["answer"]))
 
 
 def _tools_of(servers: Sequence[Mapping[str, Any]]) -> list[Tool]:
-    """The tools of MCP servers, as the config has them.
+    """Return the tools of MCP servers, given their settings in the config.
 
     Raises:
-        ValueError: It begins with the place in the config, and says what is wrong there.
+        ValueError: The message begins with the key path in the config, and names the fault.
     """
     if not servers:
         return []
@@ -88,10 +88,10 @@ def _tools_of(servers: Sequence[Mapping[str, Any]]) -> list[Tool]:
         try:
             found += mcp_tools(settings, only)
         except ValidationError as error:
-            said = "; ".join(
+            faults = "; ".join(
                 ": ".join([*map(str, each["loc"]), each["msg"]]) for each in error.errors()
             )
-            raise ValueError(f"env.kwargs.mcp[{index}]: {said}") from error
+            raise ValueError(f"env.kwargs.mcp[{index}]: {faults}") from error
         except (McpError, ValueError) as error:
             raise ValueError(f"env.kwargs.mcp[{index}]: {error}") from error
     return found

@@ -1,8 +1,8 @@
-"""`ReasoningGym-v0`: a task of reasoning-gym by the name of its data set, with its own scorer.
+"""`ReasoningGym-v0`: tasks of reasoning-gym by the name of a data set, with the set's own scorer.
 
-Nine of the scorers evaluate the answer as Python (`EVALUATING`). An answer to one of theirs that
-could do more than compute is never given to them: it scores 0. The others only compare. All run in
-processes that can be killed.
+Nine of the scorers evaluate the answer as Python (`EVALUATING`). An answer that could do more than
+compute is never passed to one of these: it scores 0. The other scorers only compare. All of them
+run in processes that can be killed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EVALUATING = frozenset(
         "string_insertion",
     }
 )
-"""Data sets whose scorers evaluate the answer."""
+"""Data sets whose scorers evaluate the answer as Python."""
 
 _FUNCTIONS = frozenset(
     {
@@ -44,8 +44,8 @@ _FUNCTIONS = frozenset(
         *("Abs", "Rational", "Integer"),
     }
 )
-_MOST_CHARS = 10_000  # of an answer that is evaluated
-_MAY_PRECEDE = frozenset("+-*/^%,([{=<>:|&~")  # an opening parenthesis that calls nothing
+_MOST_CHARS = 10_000  # length of an answer that may be evaluated
+_MAY_PRECEDE = frozenset("+-*/^%,([{=<>:|&~")  # what may stand before a parenthesis that is no call
 _NAME = re.compile(r"[^\W\d]\w*$")
 _PROGRAM = re.compile(r"__|[\\#;]|\.\s*[^\W\d]")
 
@@ -60,22 +60,22 @@ def _replace_pool() -> None:
     _pool = GraderPool(num_workers=_pool.num_workers, judge_file=_pool.judge_file)
 
 
-# A forked child must not talk to its parent's graders: the two would read each other's verdicts.
+# A forked child must not use its parent's graders: the two would read each other's verdicts.
 os.register_at_fork(after_in_child=_replace_pool)
 atexit.register(lambda: _pool.close())
 
 
 class ReasoningGymEnv(ToolEnv):
-    """A task of reasoning-gym, and a Python tool; reward is what the data set's scorer says.
+    """A task of reasoning-gym, and a Python tool; the reward is the score of the set's scorer.
 
-    A task needs `dataset`, the name of its data set, and `metadata`, as its rows have it.
+    A task needs `dataset`, the name of its data set, and `metadata`, as in the rows of that set.
 
     Args:
-        dataset: where `reset` draws from when it is not given a task.
-        seed: which tasks of it.
-        sandbox: settings of the sandbox that runs code; None for the defaults.
-        tasks: instead of `dataset`.
-        settings: those of `ToolEnv`.
+        dataset: Data set that `reset` draws from if it is not given a task.
+        seed: Seed of the data set.
+        sandbox: Settings of the sandbox that runs code; None for the defaults.
+        tasks: Tasks that `reset` draws from, in place of `dataset`.
+        settings: Settings of `ToolEnv`.
     """
 
     instruction: ClassVar[str] = """\
@@ -99,14 +99,14 @@ nothing else between them."""
         super().__init__(tools=[PythonTool(sandbox=sandbox)], tasks=tasks, **settings)
 
     def answer_in(self, action: str) -> str | None:
-        """Return what stands between the last pair of answer tags in the model's own prose."""
+        """Return the text between the last pair of answer tags in the model's own prose."""
         tagged = [
             each for each in map(_tagged, prose(action, self.call_format)) if each is not None
         ]
         return tagged[-1] if tagged else None
 
     def grade(self, task: Mapping[str, Any], answer: str) -> Grade:
-        """Ask the data set's own scorer. Full marks are correct; part marks are a part reward."""
+        """Ask the data set's own scorer. A full score is correct; a lower one is the reward."""
         name = str(task["dataset"])
         if name in EVALUATING and is_program(answer):
             return Grade(correct=False, error="the answer is a program")
@@ -122,12 +122,12 @@ nothing else between them."""
         return f"<answer>{task['answer']}</answer>"
 
     def wrong_action(self, task: Mapping[str, Any]) -> str:
-        """Return a turn without an answer: some scorers give marks for anything at all."""
+        """Return a turn without an answer: some scorers give a score for any answer at all."""
         return "I do not know."
 
 
 def is_program(answer: str) -> bool:
-    """Whether an answer, evaluated, could call or reach anything but functions of mathematics.
+    """Whether evaluating an answer could call or access anything but mathematical functions.
 
     Example:
         >>> is_program("(x + 1)*sin(x)"), is_program("[exec][0]('...')")

@@ -1,4 +1,4 @@
-"""What `grader_process` asks reasoning-gym: what a data set's own scorer says of an answer."""
+"""A judge of `grader_process`: scores an answer with a data set's own scorer."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ _scorer: Callable[[str], Callable[..., float]] = functools.cache(get_score_answe
 
 
 def judge(name: str, answer: str, entry: Mapping[str, Any]) -> float:
-    """Return the score, which nothing that the scorer prints gets in the way of."""
+    """Return the score; the scorer's own output is discarded."""
     with contextlib.redirect_stdout(io.StringIO()):
         return float(_scorer(name)(answer=answer, entry=dict(entry)))

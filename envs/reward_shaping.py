@@ -1,4 +1,4 @@
-"""What an episode earns beside its answer: small, named parts, so that each can be watched."""
+"""Rewards of an episode besides that of its answer: small named terms, each logged."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RewardShaping:
-    """How much each part weighs; 0 leaves it out.
+    """The weight of each term; 0 leaves it out.
 
-    Example, a tenth for an answer in its box, and up to two tenths less for many words:
+    Example, 0.1 for an answer in a box, and up to 0.2 less for long episodes:
     `RewardShaping(format=0.1, length=-0.2, length_chars=20_000)`.
     """
 
     format: float = 0.0
-    """Earned by an episode that ends with an answer where answers belong, right or wrong."""
+    """Reward of an episode that ends with an answer in the expected form, right or wrong."""
     tool_use: float = 0.0
-    """Earned once by an episode in which a tool call came out well."""
+    """Reward of an episode with at least one successful tool call."""
     length: float = 0.0
-    """Earned in full by an episode of `length_chars` characters or more, in proportion below;
-    negative to keep episodes short."""
+    """Reward of an episode of `length_chars` characters or more, and a proportional part of it
+    below that; negative to keep episodes short."""
     length_chars: int = 16_384
-    """Of all that the model wrote in an episode."""
+    """Characters written by the model in an episode, at which `length` counts in full."""
 
     def __post_init__(self) -> None:
         if self.length_chars < 1:
@@ -30,28 +30,28 @@ class RewardShaping:
 
 @dataclass(frozen=True, slots=True)
 class EpisodeFacts:
-    """What the parts depend on."""
+    """The facts about an episode on which the terms depend."""
 
     has_answer: bool
     good_calls: int
-    """Tool calls whose outcome was `OK`."""
+    """Number of tool calls whose outcome was `OK`."""
     num_chars: int
-    """That the model wrote."""
+    """Number of characters that the model wrote."""
 
 
-def reward_parts(
+def reward_terms(
     answer_reward: float, shaping: RewardShaping, facts: EpisodeFacts
 ) -> dict[str, float]:
-    """Return what an episode earns, by part; the reward is their sum.
+    """Return the reward of an episode by term; the reward is their sum.
 
     Example:
-        >>> reward_parts(1.0, RewardShaping(tool_use=0.5), EpisodeFacts(True, 2, 80))
+        >>> reward_terms(1.0, RewardShaping(tool_use=0.5), EpisodeFacts(True, 2, 80))
         {'answer': 1.0, 'tool_use': 0.5}
     """
-    parts = {
+    terms = {
         "format": shaping.format * facts.has_answer,
         "tool_use": shaping.tool_use * (facts.good_calls > 0),
         "length": shaping.length * min(1.0, facts.num_chars / shaping.length_chars),
     }
-    weighed = {name: part for name, part in parts.items() if getattr(shaping, name)}
+    weighed = {name: term for name, term in terms.items() if getattr(shaping, name)}
     return {"answer": answer_reward, **weighed}

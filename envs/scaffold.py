@@ -1,4 +1,8 @@
-"""The package that `python -m tir_alp.envs new NAME` writes: one environment, and its tests."""
+"""The package that `python -m tir_alp.envs new NAME` writes: one environment and its tests.
+
+The package lies in `src/`. `python -m` puts the working folder first on the path; a package that
+lay in a folder of its own name would be shadowed there by that folder, as a namespace package.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,8 @@ name = "{name}"
 version = "0.1.0"
 dependencies = ["tir_alp"]
 
-[tool.setuptools]
-packages = ["{name}"]
+[tool.setuptools.packages.find]
+where = ["src"]
 """
 
 _INIT = """\
@@ -26,7 +30,7 @@ gymnasium.register(id="{title}-v0", entry_point="{name}.env:{title}Env")
 """
 
 _ENV = '''\
-"""How often does a letter occur in a word? Change the tasks, the instruction and the grade."""
+"""How often does a letter occur in a word? Change the tasks, the instruction and the grading."""
 
 import random
 
@@ -58,7 +62,6 @@ class {title}Env(ToolEnv):
 '''
 
 _TEST = """\
-import {name}  # registers it
 import gymnasium
 from tir_alp.envs.check import check
 
@@ -75,31 +78,36 @@ def test_an_episode_with_the_tool():
     assert env.step("```python\\nprint('banana'.count('a'))\\n```")[0] == "3"
     assert env.step("\\\\boxed{{3}}")[1:3] == (1.0, True)
     env.close()
-    assert {name}.__name__ == "{name}"
 """
 
 
 def write_package(name: str, into: Path) -> tuple[Path, str]:
     """Write a package.
 
+    Args:
+        name: Name of the package, and of the folder that is made for it.
+        into: Folder in which that folder is made.
+
     Returns:
-        Its folder, and the id of its environment as the trainer takes it.
+        The folder, and the id of the environment as `--env.id` takes it.
 
     Raises:
-        ValueError: The name is no name of a package, or there is such a folder.
+        ValueError: The name is not a package name, or the folder exists already.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ValueError(f"{name!r} is no name of a package: use small letters, digits and _")
+        raise ValueError(
+            f"{name!r} is not a package name: use lower-case letters, digits and underscores"
+        )
     folder = into / name
     title = "".join(part.capitalize() for part in name.split("_"))
     files = {
         "pyproject.toml": _PYPROJECT,
-        f"{name}/__init__.py": _INIT,
-        f"{name}/env.py": _ENV,
+        f"src/{name}/__init__.py": _INIT,
+        f"src/{name}/env.py": _ENV,
         "tests/test_env.py": _TEST,
     }
     if folder.exists():
-        raise ValueError(f"{folder} is there already: give another name, or --into")
+        raise ValueError(f"{folder} exists already: use another name, or --into")
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text.format(name=name, title=title))

@@ -10,8 +10,8 @@ import gymnasium
 class TextSpace(gymnasium.Space[str]):
     r"""Every `str`, whatever its characters and its length.
 
-    `gymnasium.spaces.Text` admits a fixed character set only, so that the first `π` of a model
-    would be outside of it.
+    `gymnasium.spaces.Text` admits only a fixed character set, so that a model's first `π` would be
+    outside of it.
 
     Example:
         >>> "π ≈ 3.14\n" in TextSpace()
@@ -22,9 +22,9 @@ class TextSpace(gymnasium.Space[str]):
         super().__init__(shape=None, dtype=str, seed=seed)
 
     def sample(self, mask: None = None, probability: None = None) -> str:
-        """Draw up to 32 characters of Unicode's first plane, surrogates left out."""
+        """Draw up to 32 characters of the Unicode range below the surrogates."""
         if mask is not None or probability is not None:
-            raise ValueError("a TextSpace has no masks: it samples any characters")
+            raise ValueError("a TextSpace takes no mask or probability")
         points = self.np_random.integers(1, 0xD800, size=self.np_random.integers(33))
         return "".join(map(chr, points))
 

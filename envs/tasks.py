@@ -1,47 +1,39 @@
-"""Where tasks come from: our own arithmetic, and reasoning-gym by the name of a data set.
+"""Generated tasks: arithmetic, and the data sets of reasoning-gym by name.
 
-A task is a dict with `task_id`, `question` and `answer`, all texts; those of reasoning-gym also
+A task is a dict with `task_id`, `question` and `answer`, all strings; tasks of reasoning-gym also
 have `dataset` and `metadata`, for its scorers. Every source is a pure function of its arguments and
-an index: nothing is stored, and any task can be made again from its index.
+an index: nothing is stored, and any task can be computed again from its index.
 
-One rule divides every source in two: `is_held_out(question)`. It looks at nothing but the question,
-so that no question is in both splits, whatever the seeds and sizes.
+One rule divides every source into two splits: `tir_alp.tools.held_out.is_held_out(question)`.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-Split = Literal["train", "held_out"]
+from tir_alp.tools.held_out import Split, is_held_out, stable_hash
 
-_HELD_OUT_SHARE = 1 / 8
-_MAX_DRAWS = 256  # (1 - 1/8)^256 < 1e-14: only a source of very few questions can fail
+_MAX_DRAWS = 256  # (1 - 1/8)^256 < 1e-14: only a source with very few questions can fail
 
 
 class TaskSource(Protocol):
-    """Tasks by index. A list of dicts is one too."""
+    """Tasks by index; a list of dicts is one."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
-def is_held_out(question: str) -> bool:
-    """Whether a question belongs to the held-out split: one in eight does, by its hash."""
-    return _hash(f"split/{question}") < _HELD_OUT_SHARE * 2**128
-
-
 def arithmetic_task(seed: int, index: int, split: Split = "train") -> dict[str, str]:
-    """Return a question that takes a calculator, e.g. "What is 37*48+112?", and its answer.
+    """Return a question that needs a calculator, e.g. "What is 37*48+112?", and its answer.
 
     There are 14 million questions. They are short because the smallest models read characters.
     """
     for draw in range(_MAX_DRAWS):
-        bits = _hash(f"arithmetic/{seed}/{index}/{draw}")
+        bits = stable_hash(f"arithmetic/{seed}/{index}/{draw}")
         bits, a = divmod(bits, 89)
         bits, b = divmod(bits, 89)
         bits, c = divmod(bits, 900)
@@ -78,13 +70,14 @@ class ArithmeticTasks:
 class ReasoningGymTasks:
     """Tasks of one data set of reasoning-gym, e.g. "gcd" or "basic_arithmetic".
 
-    `ReasoningGym-v0` asks the data set's own scorer; other environments grade answers as
-    mathematics, for which only data sets with such answers make sense. `split` None is both.
+    `ReasoningGym-v0` grades with the data set's own scorer. Other environments grade answers as
+    mathematics, so use them only with data sets that have such answers. `split` None is both
+    splits.
     """
 
-    def __init__(self, name: str, *, seed: int, size: int, split: Split | None = "train"):
-        self._name, self._seed, self._size, self._split = name, seed, size, split
-        self._draws = _reasoning_gym(name, seed, size)
+    def __init__(self, dataset: str, *, seed: int, size: int, split: Split | None = "train"):
+        self._dataset, self._seed, self._size, self._split = dataset, seed, size, split
+        self._draws = _reasoning_gym(dataset, seed, size)
 
     def __len__(self) -> int:
         return self._size
@@ -96,29 +89,33 @@ class ReasoningGymTasks:
             row = self._draw(draw)
             if self._split in (None, "held_out" if is_held_out(row["question"]) else "train"):
                 return {
-                    "task_id": f"reasoning_gym/{self._name}/{self._seed}/{draw}",
+                    "task_id": f"reasoning_gym/{self._dataset}/{self._seed}/{draw}",
                     "question": row["question"],
                     "answer": str(row["answer"]),
-                    "dataset": self._name,
+                    "dataset": self._dataset,
                     "metadata": row["metadata"],
                 }
         raise ValueError(
-            f"reasoning-gym's {self._name!r} has too few different questions for a "
+            f"reasoning-gym's {self._dataset!r} has too few different questions for a "
             f"{self._split} split: none in {_MAX_DRAWS} draws"
         )
 
     def _draw(self, draw: int) -> Mapping[str, Any]:
-        """Row `draw` of the data set, were it endless: it makes each from seed plus index."""
+        """Return row `draw` of the data set as if it were endless: seed plus index make a row."""
         try:
             return self._draws[draw]
-        except IndexError:  # one of those that make all their rows at once
-            block, place = divmod(draw, self._size)
-            return _reasoning_gym(self._name, self._seed + block * self._size, self._size)[place]
+        except IndexError:  # a data set that makes all its rows at once
+            block, offset = divmod(draw, self._size)
+            return _reasoning_gym(self._dataset, self._seed + block * self._size, self._size)[
+                offset
+            ]
 
 
-@functools.lru_cache(maxsize=32)  # environments of one run ask for the same, and some take seconds
+@functools.lru_cache(
+    maxsize=32
+)  # the environments of a run ask for the same sets, and some take seconds
 def _reasoning_gym(name: str, seed: int, size: int) -> Any:
-    import reasoning_gym  # takes seconds: only for those who use it
+    import reasoning_gym  # takes seconds, so only when it is used
     from reasoning_gym.factory import DATASETS
 
     if name not in DATASETS:
@@ -129,12 +126,6 @@ def _reasoning_gym(name: str, seed: int, size: int) -> Any:
 
 
 def check_index(index: int, size: int) -> None:
-    """Raise IndexError for an index outside of a source, so that a loop over it ends."""
+    """Raise IndexError for an index outside a source, so that a loop over the source ends."""
     if not 0 <= index < size:
         raise IndexError(f"task {index} of {size}")
-
-
-def _hash(text: str) -> int:
-    """128 bits that stay the same on every machine and in every version of Python."""
-    data = text.encode(errors="surrogatepass")  # JSON can hold halves of surrogate pairs
-    return int.from_bytes(hashlib.blake2b(data, digest_size=16).digest())

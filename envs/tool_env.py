@@ -1,16 +1,17 @@
-r"""The base of our environments: an environment is a source of tasks, a prompt, tools and a grader.
+r"""The base class of environments: a source of tasks, a prompt, tools and a grading rule.
 
-Text in, text out. One `step` is one turn of the model, and what ends it is one of three:
+Text in, text out. One `step` is one turn of the model, and a turn does one of three things:
 
-* it calls a tool: the observation is the tool's text, and the episode goes on;
-* it answers, in `\boxed{...}` unless an environment says otherwise: the answer is graded, and the
-  episode terminates;
-* neither: the turn is void, and the episode terminates with nothing for an answer.
+* It makes a tool call: the observation is the tool's text, and the episode continues.
+* It answers, in `\boxed{...}` unless an environment defines another form: the answer is graded, and
+  the episode terminates.
+* It does neither: the turn is void, and the episode terminates without an answer.
 
-A call wins over an answer in the same text (`parsing.parse_action` says why). Answers terminate;
-limits truncate, never both. Every `info` of a step holds exactly the fields of `StepInfo`. When its
-`outcome` is one of infrastructure (`Outcome.is_infrastructure`: the sandbox or the grader failed),
-the episode is truncated and its reward of 0 means nothing: retry the task, or drop it.
+A call takes precedence over an answer in the same text (see `parsing.parse_action`). Answers
+terminate an episode and limits truncate it, never both. The `info` of a step has exactly the fields
+of `StepInfo`. If its `outcome` is an infrastructure failure (`Outcome.is_infrastructure`: the
+sandbox or the grader failed), the episode is truncated and its reward of 0 is meaningless: retry
+the task, or drop it.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ import gymnasium
 from gymnasium.error import ResetNeeded
 
 from tir_alp.envs.grading import Grade
-from tir_alp.envs.parsing import boxed_answer
-from tir_alp.envs.reward_shaping import EpisodeFacts, RewardShaping, reward_parts
+from tir_alp.envs.parsing import Answer, boxed_answer, parse_action
+from tir_alp.envs.reward_shaping import EpisodeFacts, RewardShaping, reward_terms
 from tir_alp.envs.spaces import TextSpace
-from tir_alp.envs.tasks import TaskSource, is_held_out
+from tir_alp.envs.tasks import TaskSource
 from tir_alp.tools.arguments import ArgumentCheck
 from tir_alp.tools.base import (
     ReportingTool,
@@ -45,15 +46,15 @@ from tir_alp.tools.calls import (
     BadCall,
     CallFormat,
     ToolCall,
-    find_call,
     write_call,
 )
+from tir_alp.tools.held_out import is_held_out
 from tir_alp.tools.outcome import Outcome
 
 CODE_EXECUTION_RESULT = "\nCode execution result: {output}\n"
-"""The wording of observations in SimpleTIR, as a value of `observation`."""
+"""SimpleTIR's wording of observations, as a value of `observation`."""
 
-_MAX_DRAWS = 256  # of a task for a split that has one question in eight
+_MAX_DRAWS = 256  # until a task is in the split asked for, which may have one question in eight
 _TOOLS_TEXT = """\
 You may call these tools:
 {schemas}
@@ -64,36 +65,36 @@ and stop; you are shown the result."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInfo:
-    """What `step` reports beside the reward, as a dict with these keys.
+    """The info of a step, which `step` returns as a dict with these keys.
 
     Example, a wrong answer: `StepInfo(answer="7", correct=False)`.
     """
 
     outcome: str = Outcome.OK.value
-    """Value of the `Outcome` of the tool call or of the grading; "ok" where there was neither."""
+    """Value of the `Outcome` of the tool call or the grading; "ok" if there was neither."""
     tool_calls: int = 0
-    """Tool calls of this step."""
+    """Number of tool calls in this step."""
     void: bool = False
-    """Whether the turn held neither a call nor an answer."""
+    """Whether the turn contained neither a call nor an answer."""
     answer: str | None = None
     """The answer, as the model wrote it."""
     correct: bool | None = None
-    """Whether it is right; None where nothing was graded."""
+    """Whether the answer is right; None if nothing was graded."""
     error: str = ""
-    """For people: what failed."""
+    """Description of a failure, for people."""
     tool_s: float = 0.0
-    """Seconds the tool took, queueing included."""
+    """Duration of the tool call in seconds, queueing included."""
     rewards: dict[str, float] = field(default_factory=dict)
-    """The parts that the reward of an episode's last step is the sum of; empty before it, and where
+    """The terms whose sum is the reward of an episode's last step; empty in earlier steps, and if
     infrastructure failed."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name; `dataclasses.asdict` takes a quarter of an episode to copy them."""
+        """Return the fields by name; `dataclasses.asdict` would take a quarter of an episode."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 
 class EnvSettings(TypedDict, total=False):
-    """The settings that every `ToolEnv` takes; its docstring says what they mean."""
+    """The settings of every `ToolEnv`; its docstring describes them."""
 
     instruction: str | None
     max_turns: int
@@ -104,27 +105,28 @@ class EnvSettings(TypedDict, total=False):
 
 
 class ToolEnv(gymnasium.Env[str, str], ABC):
-    """A Gymnasium environment of tasks that a model answers, with tools at hand.
+    """A Gymnasium environment with tasks to answer, and tools to use on the way.
 
-    A subclass says what the model is told (`instruction`) and whether an answer is right (`grade`).
-    An environment is used by one thread at a time, but not always by the same one.
+    A subclass defines the `instruction` for the model, and `grade`, which decides whether an answer
+    is right. An environment is used by one thread at a time, but not always by the same one.
 
     Args:
-        tools: what the model can call. A Python block calls the one named `python`.
-        tasks: where `reset` draws a task from when it is not given one.
-        instruction: text before the question; "" for none, None for that of the class.
-        max_turns: turns after which an episode without an answer is truncated.
-        call_format: how calls are written; see `tir_alp.tools.calls`.
-        tools_in_prompt: describe the tools, and how to call them, in the prompt. Else that is left
-            to the chat template, which finds them in `tool_schemas`.
-        observation: what the model reads of a tool's output, which stands for `{output}` in it.
-        shaping: values of `RewardShaping`, by name; None for none.
+        tools: Tools that the model can call. A Python block calls the one named `python`.
+        tasks: Tasks that `reset` draws from if it is not given one.
+        instruction: Text before the question; "" for none, None for that of the class.
+        max_turns: Number of turns after which an episode without an answer is truncated.
+        call_format: How calls are written; see `tir_alp.tools.calls`. None: "fenced" if there is a
+            tool named `python`, "tool_call" if there are only others, "none" without tools.
+        tools_in_prompt: Whether the prompt describes the tools and how to call them. If not, the
+            chat template has to; it finds the tools in `tool_schemas`.
+        observation: Wording of observations; `{output}` stands for the output of the tool.
+        shaping: Values of `RewardShaping`, by name; None for none.
     """
 
     instruction: ClassVar[str] = ""
-    """Text before the question, unless the setting of that name says another."""
+    """Text before the question; the setting of the same name overrides it."""
     task_keys: ClassVar[tuple[str, ...]] = ("question", "answer")
-    """What every task must have."""
+    """Keys that every task must have."""
 
     def __init__(
         self,
@@ -133,7 +135,7 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         tasks: TaskSource,
         instruction: str | None = None,
         max_turns: int = 5,
-        call_format: CallFormat = "fenced",
+        call_format: CallFormat | None = None,
         tools_in_prompt: bool = False,
         observation: str = "{output}",
         shaping: Mapping[str, float] | None = None,
@@ -141,11 +143,14 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         if max_turns < 1:
             raise ValueError(f"max_turns is {max_turns}: an episode needs at least one turn")
         if not len(tasks):
-            raise ValueError("there is not one task to draw from")
+            raise ValueError("there are no tasks to draw from")
+        if call_format is None:
+            names = [tool.name for tool in tools]
+            call_format = "fenced" if "python" in names else "tool_call" if names else "none"
         if call_format not in CALL_FORMATS:
-            raise ValueError(f"call_format is {call_format!r}; it is one of {CALL_FORMATS}")
+            raise ValueError(f"call_format is {call_format!r}; it must be one of {CALL_FORMATS}")
         if "{output}" not in observation:
-            raise ValueError(f"observation is {observation!r}: nothing in it stands for {{output}}")
+            raise ValueError(f"observation is {observation!r}: it must contain {{output}}")
         try:
             self._shaping = RewardShaping(**(shaping or {}))  # pyright: ignore[reportArgumentType]
         except TypeError as error:
@@ -156,7 +161,8 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         schemas = [function_schema(tool) for tool in tools]
         shown = call_format == "tool_call" and not tools_in_prompt
         self.tool_schemas: tuple[dict[str, Any], ...] = tuple(schemas) if shown else ()
-        """What a chat template has to tell the model; empty where the prompt does, or need not."""
+        """Schemas that the chat template has to show to the model; empty if the prompt does so, or
+        if calls do not need them."""
         self._preamble = [self.instruction if instruction is None else instruction]
         if tools_in_prompt:
             lines = "\n".join(json.dumps(schema["function"]) for schema in schemas)
@@ -164,7 +170,7 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         self._tools = {tool.name: tool for tool in tools}
         if len(self._tools) < len(tools):
             names = sorted(tool.name for tool in tools)
-            raise ValueError(f"tools of one environment need names of their own, not {names}")
+            raise ValueError(f"the tools of an environment need different names, not {names}")
         self._checks = {tool.name: ArgumentCheck(tool.name, tool.parameters) for tool in tools}
         self._tasks = tasks
         self._max_turns = max_turns
@@ -175,23 +181,23 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         self._num_turns = self._num_chars = self._good_calls = 0
 
     def prompt(self, task: Mapping[str, Any]) -> str:
-        """Return what the model is asked: the instruction, the tools, the question."""
-        return "\n\n".join(part for part in (*self._preamble, task["question"]) if part)
+        """Return the prompt of a task: the instruction, the tools and the question."""
+        return "\n\n".join(text for text in (*self._preamble, task["question"]) if text)
 
     @abstractmethod
     def grade(self, task: Mapping[str, Any], answer: str) -> Grade:
-        """Compare an answer with the task's truth. Blocking, within a deadline of its own."""
+        """Compare an answer with the truth. It may block, within a deadline of its own."""
 
     def answer_in(self, action: str) -> str | None:
-        """Return the answer that a turn without a call gives, or None."""
+        """Return the answer in a turn that contains no call, or None."""
         return boxed_answer(action, self.call_format)
 
     def gold_action(self, task: Mapping[str, Any]) -> str:
-        """Return a turn that answers right; `python -m tir_alp.envs check` plays it."""
+        """Return a turn with the right answer, which `python -m tir_alp.envs check` plays."""
         return f"\\boxed{{{task['answer']}}}"
 
     def wrong_action(self, task: Mapping[str, Any]) -> str:
-        """Return a turn that answers wrong."""
+        """Return a turn with a wrong answer, which `check` plays as well."""
         return r"\boxed{-1000001}"
 
     def reset(
@@ -200,14 +206,14 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         """Begin an episode.
 
         Args:
-            seed: seeds the draw of tasks.
-            options: `{"task": {...}}` to set the task; without it one is drawn, with
-                `{"split": "train"}` or "held_out" one of that split. To play a recorded episode
-                again, `tool_results` has one entry a turn: None where no tool was called, else the
-                fields of a `ToolResult`, which answers instead of the tool.
+            seed: Seed of the draw of a task.
+            options: `{"task": {...}}` sets the task. Without it one is drawn, from a split if
+                `split` is "train" or "held_out". To replay a recorded episode, `tool_results` has
+                one entry per turn: None if no tool was called, else the fields of a `ToolResult`,
+                which is used in place of the tool's.
 
         Returns:
-            The prompt, and `{"task": {...}}` with the whole task, its answer included.
+            The prompt, and `{"task": {...}}` with the complete task, its answer included.
         """
         super().reset(seed=seed)
         self._end_episode()
@@ -228,56 +234,52 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         return prompt, {"task": copy.deepcopy(self._task)}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Take one turn of the model; see the module's docstring for what it may hold."""
+        """Play one turn of the model; the module's docstring describes what a turn may do."""
         if self._task is None:
             raise ResetNeeded("no episode is under way: call reset() before step()")
         self._num_turns += 1
         self._num_chars += len(action)
         observation, answer_reward, terminated, truncated = "", 0.0, False, False
-        call = find_call(action, self.call_format)
-        answer = self.answer_in(action) if call is None else None
-        if call is not None:
-            if self._recorded is None:
-                result = self._run_tool(call)
-                observation = self._observation.replace("{output}", result.text)
-            else:
-                result = self._recorded_result()
-                observation = result.text
-            self._good_calls += result.outcome is Outcome.OK
-            truncated = result.outcome.is_infrastructure or self._num_turns >= self._max_turns
-            info = StepInfo(
-                outcome=result.outcome.value,
-                tool_calls=1,
-                error=result.error,
-                tool_s=result.duration_s,
-            )
-        elif answer is not None:
-            grade = self.grade(self._task, answer)
-            answer_reward = grade.reward
-            truncated = grade.outcome.is_infrastructure
-            terminated = not truncated
-            info = StepInfo(
-                outcome=grade.outcome.value,
-                answer=answer,
-                correct=grade.correct,
-                error=grade.error,
-            )
-        else:
-            terminated = True
-            info = StepInfo(void=True)
+        turn = parse_action(action, self.call_format, self.answer_in)
+        match turn:
+            case None:
+                terminated = True
+                info = StepInfo(void=True)
+            case Answer(answer):
+                grade = self.grade(self._task, answer)
+                answer_reward = grade.reward
+                truncated = grade.outcome.is_infrastructure
+                terminated = not truncated
+                info = StepInfo(
+                    outcome=grade.outcome.value,
+                    answer=answer,
+                    correct=grade.correct,
+                    error=grade.error,
+                )
+            case call:
+                result, observation = self._call_tool(call)
+                self._good_calls += result.outcome is Outcome.OK
+                truncated = result.outcome.is_infrastructure or self._num_turns >= self._max_turns
+                info = StepInfo(
+                    outcome=result.outcome.value,
+                    tool_calls=1,
+                    error=result.error,
+                    tool_s=result.duration_s,
+                )
         rewards: dict[str, float] = {}
         if terminated or truncated:
             if not Outcome(info.outcome).is_infrastructure:
-                facts = EpisodeFacts(answer is not None, self._good_calls, self._num_chars)
-                rewards = reward_parts(answer_reward, self._shaping, facts)
+                has_answer = isinstance(turn, Answer)
+                facts = EpisodeFacts(has_answer, self._good_calls, self._num_chars)
+                rewards = reward_terms(answer_reward, self._shaping, facts)
             self._end_episode()
         info = {**info.to_dict(), "rewards": rewards}
         return observation, sum(rewards.values()), terminated, truncated, info
 
     def harmless_actions(self) -> tuple[str, ...]:
-        """Turns that a trainer can play before it begins, so that what they need starts or fails.
+        """Return turns for a trainer to play before a run, so that what tools need starts or fails.
 
-        Each calls a tool and changes nothing: one for each tool that says how it is tried.
+        There is one turn per tool that defines `harmless`, with a call that changes nothing.
         """
         calls = [
             ToolCall(tool.name, tool.harmless)
@@ -288,10 +290,10 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         return tuple(turn for turn in turns if turn is not None)
 
     def run_report(self) -> dict[str, Any]:
-        """Say what the tools' calls run in, for a trainer that asks.
+        """Report what the tools' calls run in.
 
         Returns:
-            `{"tools": {name: {...}}, "warnings": [sentence, ...]}`, of the tools that report.
+            `{"tools": {name: {...}}, "warnings": [sentence, ...]}`, from the tools that report.
         """
         tools = self._tools.items()
         reports = {name: tool.report() for name, tool in tools if isinstance(tool, ReportingTool)}
@@ -305,7 +307,7 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         self._end_episode()
 
     def _draw(self, split: str | None) -> Mapping[str, Any]:
-        """Draw a task, of one of the two splits if one is asked for."""
+        """Draw a task, from a split if one is given."""
         for _ in range(_MAX_DRAWS):
             task = self._tasks[int(self.np_random.integers(len(self._tasks)))]
             if split is None or is_held_out(str(task["question"])) == (split == "held_out"):
@@ -314,6 +316,14 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
             f"{type(self).__name__} has too few different questions for a {split} split: none in "
             f"{_MAX_DRAWS} draws"
         )
+
+    def _call_tool(self, call: ToolCall | BadCall) -> tuple[ToolResult, str]:
+        """Run a call, or take its recorded result; return the result and the observation."""
+        if self._recorded is not None:
+            result = self._recorded_result()
+            return result, result.text
+        result = self._run_tool(call)
+        return result, self._observation.replace("{output}", result.text)
 
     def _run_tool(self, call: ToolCall | BadCall) -> ToolResult:
         if isinstance(call, BadCall):
@@ -330,12 +340,12 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         return tool.run(call.arguments, self._sessions[call.name])
 
     def _recorded_result(self) -> ToolResult:
-        """What the record says that a tool answered in this turn."""
+        """Return the recorded result of the tool call in this turn."""
         assert self._recorded is not None
         turn = self._num_turns - 1
         result = self._recorded[turn] if turn < len(self._recorded) else None
         if result is None:
-            raise ValueError(f"turn {turn} calls a tool, and tool_results has no result of it")
+            raise ValueError(f"turn {turn} has a tool call, but tool_results has no result for it")
         return ToolResult(**{**result, "outcome": Outcome(result["outcome"])})
 
     def _end_episode(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,16 +42,27 @@ class EnvConfig(Section):
     """Passed to the environment."""
 
 
+SOURCES = {
+    "arithmetic": "tir_alp.envs.tasks:ArithmeticTasks",
+    "code": "tir_alp.envs.code_tasks:CodeTasks",
+    "reasoning_gym": "tir_alp.envs.tasks:ReasoningGymTasks",
+}
+"""Entry points of the task sources that come with the package; imported when one is opened."""
+FILE_SOURCES = ("jsonl", "parquet", "hub")
+_SOURCE_NAMES = (*SOURCES, *FILE_SOURCES, "env")
+_ENTRY_POINT = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
+
+
 class SourceConfig(Section):
     """Where tasks come from. One question in eight is held out, by its hash."""
 
-    source: Literal["arithmetic", "code", "reasoning_gym", "jsonl", "parquet", "hub", "env"] = (
-        "arithmetic"
-    )
-    """Our own arithmetic or small functions to write, a data set of reasoning-gym, a file, a data
-    set of the Hugging Face hub, or what the environment draws itself."""
+    source: str = "arithmetic"
+    """`arithmetic` or `code` (generated), `reasoning_gym` (one of its data sets), `jsonl` or
+    `parquet` (a file), `hub` (a data set of the Hugging Face hub), `env` (the environment draws the
+    tasks), or a source of your own by its entry point, `my_module:MyTasks`."""
     dataset: str | None = None
-    """Name of the data set of reasoning-gym, e.g. "gcd"; id or folder of the one of the hub."""
+    """Name of a data set of reasoning-gym, e.g. "gcd"; id or folder of a data set of the hub;
+    passed on to a source of your own."""
     subset: str | None = None
     """Of a data set of the hub that has several."""
     split: str = "train"
@@ -74,17 +86,26 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _check_source(self) -> SourceConfig:
+        is_foreign = self.source not in _SOURCE_NAMES
+        if is_foreign and not _ENTRY_POINT.fullmatch(self.source):
+            raise ValueError(
+                f"there is no source {self.source!r}: use one of "
+                f"{', '.join(map(repr, _SOURCE_NAMES))}, or 'my_module:MyTasks' for your own"
+            )
         needs = {"reasoning_gym": "dataset", "hub": "dataset", "jsonl": "path", "parquet": "path"}
         needed = needs.get(self.source)
         for name in ("dataset", "path"):
-            if (getattr(self, name) is None) == (name == needed):
-                verb = "needs" if name == needed else "does not take"
-                raise ValueError(f"the source {self.source!r} {verb} a {name}")
+            is_given = getattr(self, name) is not None
+            if name == needed and not is_given:
+                raise ValueError(f"the source {self.source!r} needs a {name}")
+            is_taken = name == needed or (is_foreign and name == "dataset")
+            if is_given and not is_taken:
+                raise ValueError(f"the source {self.source!r} does not take a {name}")
         of_rows = {"question_column", "answer_column", "broken_rows"}
         of_rows |= {"min_question_chars", "max_question_chars"}
         changed = _changed(self)
         foreign = set() if self.source == "hub" else changed & {"subset", "split"}
-        if self.source not in ("jsonl", "parquet", "hub"):
+        if self.source not in FILE_SOURCES:
             foreign |= changed & of_rows
         if foreign:
             raise ValueError(f"the source {self.source!r} does not take a {sorted(foreign)[0]}")

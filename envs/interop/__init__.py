@@ -1,5 +1,6 @@
-"""Environments of other libraries, and ours for other libraries.
+"""Environments of other libraries for tir_alp, and environments of tir_alp for other libraries.
 
-A library runs in a process of its own, with an interpreter of its own: its pins need not agree with
-ours, and whatever it does can be ended. `host/` is what runs there, and imports nothing of ours.
+A library runs in a process of its own, with an interpreter of its own: its pinned dependencies need
+not agree with those of tir_alp, and the process can be killed. The code in `host/` runs there and
+imports nothing from tir_alp.
 """

@@ -14,22 +14,26 @@ from tir_alp.envs.interop.libraries import LIBRARIES, find_python, install
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one of the two; returns the exit code."""
+    """Run a command and return its exit code."""
     parser = argparse.ArgumentParser("tir_alp.envs.interop", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for_install = commands.add_parser("install", help="a library, into an environment of its own")
+    for_install = commands.add_parser(
+        "install", help="install a library into a virtual environment of its own"
+    )
     for_install.add_argument("library", choices=LIBRARIES)
-    for_install.add_argument("packages", nargs="*", help="further packages to install beside it")
-    for_serve = commands.add_parser("serve", help="an environment as an OpenEnv server")
-    for_serve.add_argument("id", help="such as tir_alp.envs:PythonMath-v0")
-    for_serve.add_argument("--kwargs", default={}, type=json.loads, help="of the environment, JSON")
+    for_install.add_argument("packages", nargs="*", help="further packages to install with it")
+    for_serve = commands.add_parser("serve", help="serve an environment as an OpenEnv server")
+    for_serve.add_argument("id", help="id of the environment, e.g. tir_alp.envs:PythonMath-v0")
+    for_serve.add_argument("--kwargs", default={}, type=json.loads, help="its settings, as JSON")
     for_serve.add_argument("--host", default="127.0.0.1")
     for_serve.add_argument("--port", default=8000, type=int)
-    for_serve.add_argument("--max-sessions", default=256, type=int, help="at a time")
+    for_serve.add_argument(
+        "--max-sessions", default=256, type=int, help="maximum number of sessions"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.command == "install":
-            print(f"{options.library} is in {install(options.library, options.packages)}")
+            print(f"installed {options.library} in {install(options.library, options.packages)}")
             return 0
         python = find_python("openenv")
     except subprocess.CalledProcessError as error:

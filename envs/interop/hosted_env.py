@@ -1,12 +1,12 @@
-"""A Gymnasium environment whose episodes are those of another library, in a process of its own.
+"""A Gymnasium environment that plays the episodes of another library, in a process of its own.
 
-Registered as `Gem-v0`, `SkyRLGym-v0`, `OpenEnv-v0`, `Verifiers-v0`, and `Hosted-v0` for any
-`gymnasium` environment of texts whose packages cannot be in our interpreter. All environments of a
-process that use the same library and interpreter share one host, which lives as long as this
-process; one that died or was killed is replaced by the next environment.
+Registered as `Gem-v0`, `SkyRLGym-v0`, `OpenEnv-v0`, `Verifiers-v0`, and as `Hosted-v0` for any
+`gymnasium` environment of texts whose packages cannot be installed in this interpreter. All
+environments of a process with the same library and interpreter share one host, which lives as long
+as this process. A host that died or was killed is replaced when the next environment is made.
 
-Whatever goes wrong with a library is an `infra_error`: the episode is truncated, and its reward of
-0 means nothing.
+Every failure of a library is an `infra_error`: the episode is truncated, and its reward of 0 is
+meaningless.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from tir_alp.tools.outcome import Outcome
 class HostedEnv(gymnasium.Env[str, str]):
     """One environment of another library.
 
-    The seed of an episode is the task's `seed` or, without one, follows from its `task_id`: so a
-    group plays one and the same game, if the library draws by nothing but the seed.
+    The seed of an episode is the task's `seed`; without one, it is derived from the `task_id`. All
+    episodes of a group therefore play the same game, if the library draws by the seed alone.
 
     Args:
-        library: Which one, of `LIBRARIES`.
-        name: Which of its environments; for OpenEnv, the address of a server.
-        settings: For the library; `docs/interop.md` has them.
-        instruction: Text before the first observation, which says what the model may do.
-        python: The interpreter that has the library; None: see `find_python`.
-        start_timeout_s: For the library to be imported, and for each reset.
-        step_timeout_s: For each step.
+        library: Name of the library, a key of `LIBRARIES`.
+        name: Name of its environment; for OpenEnv, the address of a server.
+        settings: Settings for the library; `docs/interop.md` lists them.
+        instruction: Text before the first observation, to describe what the model may do.
+        python: Interpreter that has the library; None: see `find_python`.
+        start_timeout_s: Seconds to import the library, and seconds for each reset.
+        step_timeout_s: Seconds for each step.
 
     Raises:
-        ValueError: The library is not installed, or has no such environment.
-        HostError: Its process does not start.
+        ValueError: The library is not installed, or has no environment of that name.
+        HostError: The library's process does not start.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class HostedEnv(gymnasium.Env[str, str]):
                 "open", start_timeout_s, name=name, settings=dict(settings or {})
             )
         except LibraryError as error:
-            raise ValueError(f"{library} does not make {name!r}: {error}") from error
+            raise ValueError(f"{library} cannot make {name!r}: {error}") from error
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -81,8 +81,8 @@ class HostedEnv(gymnasium.Env[str, str]):
         """Begin an episode.
 
         Args:
-            seed: Seeds the draw of the library's seed, where there is no task.
-            options: `{"task": {...}}`.
+            seed: Seed from which the library's seed is drawn if there is no task.
+            options: `{"task": {...}}` sets the task.
 
         Returns:
             The first observation, and `{"task": {...}, "library_seed": ...}`.
@@ -103,9 +103,9 @@ class HostedEnv(gymnasium.Env[str, str]):
         return prompt, {"task": copy.deepcopy(task), "library_seed": library_seed}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Take one turn of the model.
+        """Play one turn of the model.
 
-        The info has the fields of `StepInfo`, and `library_info`: what the library reports.
+        The info has the fields of `StepInfo`, and the library's own info as `library_info`.
         """
         if not self._is_under_way:
             raise ResetNeeded("no episode is under way: call reset() before step()")
@@ -114,9 +114,9 @@ class HostedEnv(gymnasium.Env[str, str]):
         except (HostError, LibraryError) as error:
             return self._broken(str(error))
         if not math.isfinite(answer["reward"]):
-            return self._broken(f"{self._library} gave a reward of {answer['reward']}")
+            return self._broken(f"{self._library} returned a reward of {answer['reward']}")
         terminated = answer["terminated"]
-        # Some libraries say both where a limit ends the last turn: it has ended, then.
+        # Some libraries set both if a limit ends the last turn; that counts as terminated.
         truncated = answer["truncated"] and not terminated
         self._is_under_way = not (terminated or truncated)
         info = StepInfo(
@@ -132,7 +132,7 @@ class HostedEnv(gymnasium.Env[str, str]):
         return "", 0.0, False, True, {**info.to_dict(), "library_info": {}}
 
     def run_report(self) -> dict[str, Any]:
-        """Which version of the library the episodes run in."""
+        """Report the version of the library."""
         return {"libraries": {self._library: self._host.version}, "warnings": []}
 
     def close(self) -> None:
@@ -143,7 +143,7 @@ class HostedEnv(gymnasium.Env[str, str]):
             try:
                 self._host.ask("close", self._step_timeout_s, env=number)
             except (HostError, LibraryError):
-                return  # its own failure, after the last turn: there is nothing left to save
+                return  # a failure after the last turn loses nothing
 
 
 def _seed(task: Mapping[str, Any]) -> int:
@@ -159,7 +159,7 @@ _lock = threading.Lock()
 
 
 def _shared_host(python: str, library: str, start_timeout_s: float) -> HostProcess:
-    """The live process of this library and interpreter, started if there is none."""
+    """Return the live process of a library and interpreter; start one if there is none."""
     key = (python, library)
     with _lock:
         host = _hosts.get(key)

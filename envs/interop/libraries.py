@@ -1,7 +1,7 @@
-"""Which libraries there are, and where each is installed.
+"""The supported libraries, and where each is installed.
 
-Their pins do not agree with ours or with one another's, so each has a virtual environment of its
-own: `python -m tir_alp.envs.interop install NAME` makes it.
+Their pinned dependencies agree neither with those of tir_alp nor with each other, so each library
+has a virtual environment of its own, which `python -m tir_alp.envs.interop install NAME` makes.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 FOLDER_VARIABLE = "TIR_ALP_INTEROP"
-"""Environment variable: the folder of the virtual environments, else `~/.cache/tir_alp/interop`."""
+"""Environment variable: folder of the virtual environments; default ~/.cache/tir_alp/interop."""
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """A library that others publish environments for."""
+    """A library for which others publish environments."""
 
     module: str
-    """Of `host/`."""
+    """Name of the module in `host/` that adapts the library."""
     imports: str
-    """What it is imported as."""
+    """Name under which the library is imported."""
     requirements: tuple[str, ...]
-    """For pip: the versions that the tests run with."""
+    """Requirements for pip, with the versions that the tests use."""
 
 
 LIBRARIES = {
@@ -41,21 +41,21 @@ LIBRARIES = {
 
 
 def folder_of(library: str) -> Path:
-    """Where the virtual environment of a library is, or would be."""
+    """Return the folder of a library's virtual environment, whether or not it exists."""
     base = os.environ.get(FOLDER_VARIABLE)
     return (Path(base) if base else Path.home() / ".cache" / "tir_alp" / "interop") / library
 
 
 def find_python(library: str, python: str | None = None) -> str:
-    """The interpreter that has a library.
+    """Return the interpreter that has a library.
 
     Args:
-        library: Of `LIBRARIES`.
-        python: One that is told. None: that of the library's own virtual environment, or ours if
-            the library is installed beside us.
+        library: Name of the library, a key of `LIBRARIES`.
+        python: Interpreter to use. None: that of the library's virtual environment, or else this
+            one if the library is installed here.
 
     Raises:
-        ValueError: There is no such library, or it is not installed.
+        ValueError: The library is unknown or not installed.
     """
     if library not in LIBRARIES:
         raise ValueError(f"there is no library {library!r}; there are: {', '.join(LIBRARIES)}")
@@ -73,20 +73,20 @@ def find_python(library: str, python: str | None = None) -> str:
 
 
 def install(library: str, packages: Sequence[str] = ()) -> Path:
-    """Make or renew the virtual environment of a library, by pip.
+    """Create or update the virtual environment of a library with pip; return its folder.
 
     Args:
-        library: Of `LIBRARIES`.
-        packages: Further ones to install beside it, such as one with environments.
+        library: Name of the library, a key of `LIBRARIES`.
+        packages: Further packages to install, e.g. one with environments.
 
     Raises:
-        subprocess.CalledProcessError: pip failed, and said why.
+        subprocess.CalledProcessError: pip failed; it has printed the reason.
     """
     folder = folder_of(library)
     python = folder / "bin" / "python"
     if not python.exists():
         venv.EnvBuilder(with_pip=True).create(folder)
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
-    pip += ["--no-compile"]  # most of what comes along is never imported, the rest is compiled then
+    pip += ["--no-compile"]  # most packages are never imported; the others are compiled then
     subprocess.run([*pip, *LIBRARIES[library].requirements, *packages], check=True)
     return folder

@@ -1,10 +1,10 @@
 """Serves a Gymnasium environment of texts as an OpenEnv server.
 
-It is run by the interpreter that has OpenEnv, which has nothing of ours; the environment lives in a
-process of ours behind a pipe. `python -m tir_alp.envs.interop serve` starts it.
+It runs in the interpreter that has OpenEnv and not tir_alp; the environment runs in a process of
+tir_alp's interpreter, at the other end of a pipe. `python -m tir_alp.envs.interop serve` starts it.
 
-An action is `{"text": ...}`, an observation has `text`, `truncated`, and `info`. A reset takes
-`task`, or draws a task by the seed. An infrastructure failure is an error of the session, never a
+An action is `{"text": ...}`; an observation has `text`, `truncated` and `info`. A reset takes a
+`task`, or draws one by the seed. An infrastructure failure is an error of the session, never a
 reward of 0.
 """
 
@@ -37,13 +37,13 @@ class TextAction(Action):
 class TextObservation(Observation):
     """What the model reads next."""
 
-    text: str = Field(default="", description="What the environment says")
+    text: str = Field(default="", description="Observation of the environment")
     truncated: bool = Field(default=False, description="Whether a limit ended the episode")
-    info: dict[str, Any] = Field(default_factory=dict, description="What it reports beside that")
+    info: dict[str, Any] = Field(default_factory=dict, description="Info of the environment")
 
 
 class TextEnvironment(Environment):
-    """One session: one environment in the process that all sessions share."""
+    """One session, with one environment in the process that all sessions share."""
 
     SUPPORTS_CONCURRENT_SESSIONS = True
 
@@ -66,7 +66,7 @@ class TextEnvironment(Environment):
         return TextObservation(text=text)
 
     def step(self, action: TextAction, timeout_s: float | None = None, **_: Any) -> TextObservation:
-        """Take one turn."""
+        """Play one turn."""
         answer = self._host.ask(
             "step", timeout_s or _TIMEOUT_S, env=self._number, action=action.text
         )
@@ -83,7 +83,7 @@ class TextEnvironment(Environment):
 
     @property
     def state(self) -> State:
-        """Which episode, and how far."""
+        """The id of the episode, and its number of steps."""
         return self._state
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ class TextEnvironment(Environment):
 
 
 def main(settings: dict[str, Any]) -> None:
-    """Serve until the process is told to end."""
+    """Serve until the process is interrupted."""
     host = HostProcess([settings["python"]], "host_gymnasium", _START_TIMEOUT_S)
     try:
         app = create_fastapi_app(

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.bench_async_rollouts
 
 Both are the same engine, environment, tasks and delays. Turn-synchronous: no episode gets its next
-completion before all have had their tool's answer (`LogicalOrder`, which `deterministic` uses).
+completion before all have had their tool's answer (`Lockstep`, which `deterministic` uses).
 Asynchronous: an episode waits for nothing but its own next part; with a staleness above 0 rollouts
 also go on while the trainer learns and while weights are loaded (`rollout.on_update = "keep"`).
 

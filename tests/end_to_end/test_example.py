@@ -1,4 +1,4 @@
-"""The example of docs/environments.md: installed as a user installs it, and trained by one command.
+"""The examples of docs/environments.md: installed as a user does it, and trained by one command.
 
 Third-party packages, and tir_alp itself, are lent by the venv that runs the tests.
 """
@@ -21,6 +21,24 @@ def run(*command, **more):
     return done.stdout
 
 
+LENT = [str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
+SMALL = ("--steps", "1", "--rollout.groups_per_step", "2", "--rollout.group_size", "2")
+
+
+def train(python, folder, env_id, *settings):
+    """Make one step in a folder; return the rows of its metrics."""
+    said = run(
+        *(python, "-m", "tir_alp.train", "--name", "example", "--env.id", env_id),
+        *("--data.source", "env", "--eval.num_tasks", "2", *SMALL, *settings),
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(LENT)},
+    )
+    assert "step 1: accuracy" in said
+    recorded = folder / "runs/example/trajectories/step_000001.jsonl"
+    assert json.loads(recorded.read_text().splitlines()[0])["task_id"].startswith("env/train/0/")
+    return [json.loads(each) for each in (folder / "runs/example/metrics.jsonl").open()]
+
+
 def test_a_third_party_environment_is_installed_and_trained(tmp_path):
     wheels, venv = tmp_path / "wheels", tmp_path / "venv"
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
@@ -31,18 +49,14 @@ def test_a_third_party_environment_is_installed_and_trained(tmp_path):
     run(sys.executable, "-m", "venv", "--without-pip", venv)
     (wheel,) = wheels.iterdir()
     run(*pip, "--python", venv / "bin/python", "install", "--no-deps", "--quiet", wheel)
-    lent = [str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
-    assert sysconfig.get_path("purelib") in lent
-    settings = ("--env.kwargs", '{"instruction": "", "sandbox": {"preload": []}, "max_turns": 2}')
-    said = run(
-        *(venv / "bin/python", "-m", "tir_alp.train", "--name", "example", "--steps", "1"),
-        *("--env.id", "letter_count:LetterCount-v0", "--data.source", "env", *settings),
-        *("--rollout.groups_per_step", "2", "--rollout.group_size", "2", "--eval.num_tasks", "2"),
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(lent)},
-    )
-    assert "step 1: accuracy" in said
-    recorded = tmp_path / "runs/example/trajectories/step_000001.jsonl"
-    assert json.loads(recorded.read_text().splitlines()[0])["task_id"].startswith("env/train/0/")
-    rows = [json.loads(each) for each in (tmp_path / "runs/example/metrics.jsonl").open()]
+    assert sysconfig.get_path("purelib") in LENT
+    kwargs = '{"instruction": "", "sandbox": {"preload": []}, "max_turns": 2}'
+    python = venv / "bin/python"
+    rows = train(python, tmp_path, "letter_count:LetterCount-v0", "--env.kwargs", kwargs)
+    assert rows[1]["outcome/infra_error"] == 0 and "reward/answer" in rows[1]
+
+
+def test_an_environment_in_one_file_is_trained_from_its_folder(tmp_path):
+    run("cp", ROOT / "docs/examples/my_env.py", tmp_path)
+    rows = train(sys.executable, tmp_path, "my_env:Mine-v0")
     assert rows[1]["outcome/infra_error"] == 0 and "reward/answer" in rows[1]

@@ -1,11 +1,11 @@
-"""Hidden tests stay hidden, whatever the function tries."""
+"""Hidden tests stay hidden, whatever a function tries."""
 
 import gymnasium
 import pytest
 
 from tir_alp.envs.code_grading import Case, read_cases
 from tir_alp.envs.code_tasks import CodeTasks
-from tir_alp.envs.tasks import is_held_out
+from tir_alp.tools.held_out import is_held_out
 
 pytestmark = pytest.mark.sandbox
 
@@ -50,9 +50,9 @@ def test_a_right_function_scores(env):
         ("def f(xs):\n    print(42)", "test 0 returned something else"),
     ],
 )
-def test_a_function_that_is_wrong_scores_nothing_and_it_is_said_why(env, code, error):
-    reward, said = submit(env, code)
-    assert reward == 0.0 and said.startswith(error)
+def test_a_wrong_function_scores_nothing_and_the_reason_is_reported(env, code, error):
+    reward, message = submit(env, code)
+    assert reward == 0.0 and message.startswith(error)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_values_of_every_literal_kind_are_compared(env, value, written):
     assert submit(env, "def f():\n    return 'else'", task)[0] == 0.0
 
 
-def test_a_list_is_no_tuple_and_one_is_not_true(env):
+def test_a_list_is_not_a_tuple_and_one_is_not_true(env):
     task = TASK | {"tests": [{"args": [], "expected": [1]}]}
     assert submit(env, "def f():\n    return (1,)", task)[0] == 0.0
     assert submit(env, "def f():\n    return [True]", task)[0] == 0.0
@@ -149,7 +149,7 @@ def test_assertions_are_read_as_calls_and_what_they_expect():
         ([{"args": [], "expected": float("nan")}], "test 0 holds more than Python literals"),
     ],
 )
-def test_tests_that_are_none_are_refused_when_the_episode_begins(env, tests, message):
+def test_malformed_tests_are_refused_when_the_episode_begins(env, tests, message):
     with pytest.raises(ValueError, match=message):
         env.reset(options={"task": TASK | {"tests": tests}})
 

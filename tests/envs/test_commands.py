@@ -1,6 +1,7 @@
-"""The two commands for authors, as a shell runs them."""
+"""The commands and the documented examples for authors of environments."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,51 +18,94 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs/examples/letter_count"
 
 
-def test_a_new_package_has_tests_that_pass_and_is_the_example_of_the_docs(tmp_path, capsys):
-    assert main(["new", "letter_count", "--into", str(tmp_path)]) == 0
-    assert "--env.id letter_count:LetterCount-v0 --data.source env" in capsys.readouterr().out
-    folder = tmp_path / "letter_count"
-    for file in ("pyproject.toml", "letter_count/__init__.py", "letter_count/env.py"):
-        assert (folder / file).read_text() == (EXAMPLE / file).read_text()
-    path = os.pathsep.join([str(ROOT), str(folder)])
+def run(*command, cwd, path=()):
+    """Run a command with third-party packages, and tir_alp itself, lent by this interpreter."""
+    lent = [*map(str, path), str(ROOT), *(each for each in sys.path if "site-packages" in each)]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": path},
+        list(map(str, command)),
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(lent)},
         capture_output=True,
         text=True,
         timeout=250,
     )
-    assert done.returncode == 0, done.stdout
-    assert "2 passed" in done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
-def test_the_docs_show_the_example_and_it_is_short():
-    code = (EXAMPLE / "letter_count/env.py").read_text()
+def test_a_new_package_is_the_example_of_the_docs_and_works_where_it_was_written(tmp_path):
+    """Every command that `new` prints, from the folder that contains the package's folder."""
+    python = tmp_path / "venv/bin/python"
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
+    work = tmp_path / "work"
+    work.mkdir()
+    printed = run(python, "-m", "tir_alp.envs", "new", "letter_count", cwd=work)
+    assert "--env.id letter_count:LetterCount-v0 --data.source env" in printed
+    for file in ("pyproject.toml", "src/letter_count/__init__.py", "src/letter_count/env.py"):
+        assert (work / "letter_count" / file).read_text() == (EXAMPLE / file).read_text()
+    how = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet")
+    run(python, "-m", "pip", "install", *how, "-e", "letter_count", cwd=work)
+    pytest_options = ("-q", "-p", "no:cacheprovider")
+    printed = run(python, "-m", "pytest", *pytest_options, "letter_count", cwd=work)
+    assert "2 passed" in printed
+    check_it = ("-m", "tir_alp.envs", "check", "letter_count:LetterCount-v0")
+    assert run(python, *check_it, cwd=work) == "all checks passed\n"
+
+
+@pytest.mark.parametrize(("file", "name"), [("my_env", "Mine"), ("shop_env", "Shop")])
+def test_an_environment_in_one_file_needs_no_package(tmp_path, file, name):
+    shutil.copy(ROOT / f"docs/examples/{file}.py", tmp_path)
+    check_it = (sys.executable, "-m", "tir_alp.envs", "check", f"{file}:{name}-v0")
+    assert run(*check_it, cwd=tmp_path) == "all checks passed\n"
+
+
+def test_a_tool_of_ones_own_is_a_class(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs/examples")
+    env = gymnasium.make("shop_env:Shop-v0", tools_in_prompt=True)
+    try:
+        task = {"question": "What do 3 times fig cost?", "answer": "36"}
+        prompt, _ = env.reset(options={"task": task})
+        assert '"name": "price"' in prompt
+        call = '<tool_call>{"name": "price", "arguments": {"fruit": "fig"}}</tool_call>'
+        price, _, terminated, _, info = env.step(call)
+        assert (price, info["outcome"], terminated) == ("12", "ok", False)
+        refused = env.step(call.replace("fruit", "fish"))
+        assert refused[0].startswith("Error: ") and refused[-1]["outcome"] == "tool_error"
+        assert env.step(r"\boxed{36}")[1:3] == (1.0, True)
+    finally:
+        env.close()
+        del gymnasium.registry["Shop-v0"]
+
+
+@pytest.mark.parametrize(
+    "file", ["my_env.py", "shop_env.py", "letter_count/src/letter_count/env.py"]
+)
+def test_the_docs_show_the_examples_and_they_are_short(file):
+    code = (ROOT / "docs/examples" / file).read_text()
     assert f"```python\n{code}```" in (ROOT / "docs/environments.md").read_text()
-    assert len(code.splitlines()) <= 40
+    assert len(code.splitlines()) <= 60
 
 
 @pytest.mark.parametrize("name", ["Letter", "a-b", "", "../x"])
-def test_a_name_that_is_none_is_refused(tmp_path, capsys, name):
+def test_a_bad_package_name_is_refused(tmp_path, capsys, name):
     assert main(["new", name, "--into", str(tmp_path)]) == 2
-    assert "is no name of a package" in capsys.readouterr().err
+    assert "is not a package name" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_there_is_not_overwritten(tmp_path, capsys):
+def test_an_existing_folder_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     assert main(["new", "mine", "--into", str(tmp_path)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["PythonMath", "SingleTurnMath", "MultiTool", "PythonCode"])
-def test_ours_pass(name, capsys):
+def test_the_shipped_environments_pass(name, capsys):
     assert main(["check", f"tir_alp.envs:{name}-v0", "--seeds", "2"]) == 0
     assert capsys.readouterr().out == "all checks passed\n"
 
 
-def test_an_environment_that_is_not_there(capsys):
+def test_an_unknown_environment_is_reported(capsys):
     assert main(["check", "no_such_package:Env-v0"]) == 2
     assert "cannot make the environment 'no_such_package:Env-v0'" in capsys.readouterr().err
 
@@ -124,7 +168,7 @@ def test_each_fault_is_found_by_its_rule(kind, rules):
         del gymnasium.registry[name]
 
 
-def test_an_environment_of_another_kind_is_checked_as_far_as_it_goes():
+def test_an_environment_without_the_base_class_is_checked_as_far_as_possible():
     class Plain(gymnasium.Env):
         observation_space = action_space = Fair().action_space
 

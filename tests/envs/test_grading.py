@@ -12,7 +12,7 @@ from tir_alp.envs.grader_pool import GraderError, GraderPool
 from tir_alp.envs.grading import Grade, grade
 from tir_alp.tools.outcome import Outcome
 
-HANGS = ("9^{9^{9^{9}}}", "1/3")  # sympy sets out to write the number down
+HANGS = ("9^{9^{9^{9}}}", "1/3")  # sympy tries to write the number out
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_a_fraction_over_zero_is_a_wrong_answer():
     assert grade("1/0", "5").correct is False
 
 
-def test_a_truth_that_cannot_be_read_is_an_error_of_the_grader():
+def test_a_truth_that_cannot_be_parsed_is_a_grader_error():
     result = grade("5", "}{")
     assert (result.correct, result.outcome) == (None, Outcome.GRADER_ERROR)
     assert "'}{'" in result.error
@@ -114,7 +114,7 @@ def test_a_truth_that_cannot_be_read_is_an_error_of_the_grader():
 # --------------------------------------------------------------------- hangs, crashes, ends
 
 
-def test_a_hang_is_an_error_of_the_grader_and_never_a_wrong_answer(monkeypatch, pool):
+def test_a_hang_is_a_grader_error_and_never_a_wrong_answer(monkeypatch, pool):
     monkeypatch.setattr(grading, "_pool", pool)
     result = grade(*HANGS)
     assert (result.correct, result.outcome) == (None, Outcome.GRADER_ERROR)

@@ -16,7 +16,7 @@ def env():
     env.close()
 
 
-def test_gymnasiums_checker_has_nothing_to_say():
+def test_gymnasiums_checker_finds_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         env = gymnasium.make(ID)

@@ -1,4 +1,4 @@
-"""MCP servers from PyPI and npm answer tool calls in an episode, and are killed in one."""
+"""MCP servers from PyPI and npm answer tool calls in an episode, and are killed during one."""
 
 import asyncio
 import json
@@ -51,7 +51,7 @@ only = ["convert_time"]
 
 
 def config_of(**server: Any) -> Config:
-    """The config above, with another server."""
+    """Return the config above with another server."""
     values = tomllib.loads(TOML)
     (listed,) = values["env"]["kwargs"]["mcp"]
     if "url" in server:
@@ -65,25 +65,25 @@ def call(name: str, **arguments: Any) -> str:
 
 
 def play(
-    config: Config, task: Task, action: str, said: str, break_it: Callable[[], threading.Event]
+    config: Config, task: Task, action: str, output: str, break_it: Callable[[], threading.Event]
 ) -> tuple[Trajectory, list[EpisodeFailed]]:
-    """Two calls of a tool that says something, then the answer; the first attempt is broken.
+    """Play two calls of a tool that outputs `output`, then the answer; break the first attempt.
 
-    The next one goes on when the event that `break_it` returns is set.
+    The second attempt continues once the event that `break_it` returns is set.
     """
     failures: list[EpisodeFailed] = []
     tokenizer = make_tokenizer()
     with closing(make_environment(config)) as env:
         renderer = make_renderer(config, tokenizer, env)
     check_environment(config, renderer, [task], lambda: make_environment(config))
-    is_mended: list[threading.Event] = []
+    is_fixed: list[threading.Event] = []
 
     async def policy(token_ids, sampling) -> Completion:
-        num_calls = tokenizer.decode(list(token_ids)).count(said)
-        if num_calls == 1 and not is_mended:
-            is_mended.append(break_it())
-        if num_calls == 0 and is_mended:
-            await asyncio.to_thread(is_mended[0].wait, 240)
+        num_calls = tokenizer.decode(list(token_ids)).count(output)
+        if num_calls == 1 and not is_fixed:
+            is_fixed.append(break_it())
+        if num_calls == 0 and is_fixed:
+            await asyncio.to_thread(is_fixed[0].wait, 240)
         text = action if num_calls < 2 else rf"\boxed{{{task.answer}}}"
         ids = tuple(tokenizer.encode(text, add_special_tokens=False))
         return Completion(
@@ -124,7 +124,7 @@ def processes(mark: str) -> list[int]:
 
 
 def kill_soon(pid: int, then: Callable[[], object] = lambda: None) -> threading.Event:
-    """Stop a process, so that the next call waits, and kill it while that is waiting."""
+    """Stop a process, so that the next call waits, and kill it while the call is waiting."""
     os.kill(pid, signal.SIGSTOP)
     is_done = threading.Event()
 
@@ -145,7 +145,7 @@ def assert_played_again(trajectory: Trajectory, failures: list[EpisodeFailed], t
     wait_until(lambda: not [each for each in threading.enumerate() if each.name == "mcp"])
 
 
-def test_a_server_from_pypi_is_killed_in_mid_call_and_the_next_attempt_plays_to_the_end():
+def test_a_stdio_server_is_killed_during_a_call_and_the_retry_finishes():
     mark = uuid.uuid4().hex
     command = [sys.executable, "-m", "mcp_server_time", "--local-timezone", "UTC"]
     action = call("convert_time", source_timezone="UTC", time="12:00", target_timezone="Asia/Tokyo")
@@ -165,7 +165,7 @@ def test_a_server_from_pypi_is_killed_in_mid_call_and_the_next_attempt_plays_to_
 
 
 @pytest.mark.skipif(not shutil.which("mcp-server-everything"), reason="npm's server is not there")
-def test_a_server_from_npm_is_killed_over_http_and_the_next_attempt_finds_its_successor():
+def test_an_http_server_is_killed_during_a_call_and_the_retry_finds_its_successor():
     def command(port: int) -> list[str]:
         return ["mcp-server-everything", "streamableHttp"]
 
@@ -186,7 +186,7 @@ def test_a_server_from_npm_is_killed_over_http_and_the_next_attempt_finds_its_su
 
 
 @pytest.mark.parametrize(
-    ("mcp", "said"),
+    ("mcp", "message"),
     [
         ({"command": ["true"]}, r"^env\.kwargs\.mcp is a list of servers"),
         ([{"commando": ["true"]}], r"^env\.kwargs\.mcp\[0\]: commando: Extra inputs"),
@@ -195,15 +195,15 @@ def test_a_server_from_npm_is_killed_over_http_and_the_next_attempt_finds_its_su
         ([{"command": ["no-such-server"]}], r"^env\.kwargs\.mcp\[0\]: .* did not start: .*not fo"),
     ],
 )
-def test_a_server_that_cannot_be_meant_is_named_with_its_place(mcp, said):
+def test_a_malformed_server_is_reported_with_its_key_path(mcp, message):
     config = load_config([], {"env": {"id": "tir_alp.envs:MultiTool-v0", "kwargs": {"mcp": mcp}}})
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         make_environment(config)
 
 
 def test_two_tools_of_one_name_are_refused():
     command = [sys.executable, "-m", "mcp_server_time", "--local-timezone", "UTC"]
-    with pytest.raises(ValueError, match=r"need names of their own, not \['calculator', 'conv"):
+    with pytest.raises(ValueError, match=r"need different names, not \['calculator', 'conv"):
         kwargs = config_of(command=command).env.kwargs
         server = kwargs["mcp"][0]
         values = {"id": "tir_alp.envs:MultiTool-v0", "kwargs": kwargs | {"mcp": [server, server]}}

@@ -32,7 +32,7 @@ def test_several_tools_serve_one_episode(env):
 
 
 @pytest.mark.parametrize(
-    ("action", "told"),
+    ("action", "message"),
     [
         (call("calculater", expression="1"), "there is no tool named 'calculater'; there are: ["),
         (call("calculator"), "'expression' is a required property"),
@@ -52,15 +52,15 @@ def test_several_tools_serve_one_episode(env):
         (f"<tool_call>{'[' * 100_000}</tool_call>", "the call is not JSON"),
     ],
 )
-def test_a_bad_call_is_told_to_the_model_and_the_episode_goes_on(env, action, told):
+def test_the_model_reads_why_a_call_is_bad_and_the_episode_continues(env, action, message):
     observation, reward, terminated, truncated, info = env.step(action)
-    assert observation.startswith("Error: ") and told in observation
+    assert observation.startswith("Error: ") and message in observation
     assert len(observation) < 1000
     assert (reward, terminated, truncated) == (0.0, False, False)
     assert (info["outcome"], info["tool_calls"]) == ("tool_error", 1)
 
 
-def test_halves_of_surrogate_pairs_reach_a_tool_as_an_error(env):
+def test_lone_surrogates_in_a_call_are_an_error(env):
     action = (
         r'<tool_call>{"name": "python", "arguments": {"code": "print(1) # \ud800"}}</tool_call>'
     )
@@ -80,23 +80,25 @@ def test_a_box_in_a_call_is_no_answer(env):
     assert (step[1], step[4]["void"]) == (0.0, True)
 
 
-def test_templates_are_told_the_tools_or_the_prompt_does():
+def test_either_the_template_or_the_prompt_shows_the_tools():
     native = gymnasium.make(ID, tools=["calculator"], instruction="").unwrapped
     (schema,) = native.tool_schemas  # type: ignore[attr-defined]
     assert schema["function"]["name"] == "calculator"
     assert native.reset(options=TASK)[0] == "What is 6*7?"
-    told = gymnasium.make(ID, tools=["calculator"], instruction="", tools_in_prompt=True).unwrapped
-    assert told.tool_schemas == ()  # type: ignore[attr-defined]
-    prompt = told.reset(options=TASK)[0]
+    in_prompt = gymnasium.make(
+        ID, tools=["calculator"], instruction="", tools_in_prompt=True
+    ).unwrapped
+    assert in_prompt.tool_schemas == ()  # type: ignore[attr-defined]
+    prompt = in_prompt.reset(options=TASK)[0]
     assert '"name": "calculator"' in prompt and prompt.endswith("\n\nWhat is 6*7?")
 
 
-def test_a_tool_that_is_not_there_cannot_be_asked_for():
+def test_an_unknown_tool_is_refused():
     with pytest.raises(ValueError, match="there is no tool 'abacus'; there are: python"):
         gymnasium.make(ID, tools=["abacus"])
 
 
-def test_a_fresh_interpreter_a_call_on_request():
+def test_a_fresh_interpreter_per_call_on_request():
     env = gymnasium.make("tir_alp.envs:PythonMath-v0", stateful=False)
     env.reset(options=TASK)
     assert env.step("```python\nx = 1\n```")[4]["outcome"] == "ok"

@@ -118,7 +118,7 @@ def test_a_box_in_prose_is_an_answer():
 
 
 @pytest.mark.parametrize("box_first", [True, False])
-def test_a_block_wins_over_a_box_on_either_side(box_first):
+def test_a_block_takes_precedence_over_a_box_on_either_side(box_first):
     block, box = "```python\nx\n```", r"\boxed{1}"
     text = f"{box}\n{block}" if box_first else f"{block}\n{box}"
     assert parse_action(text) == call("x\n")
@@ -158,7 +158,7 @@ PIECES = ["```", "```py\n", "```python\n", "\n", "\r\n", "\\boxed{", "{", "}", "
 @settings(max_examples=500, deadline=None)
 @given(st.lists(st.sampled_from([*PIECES, "\ud800"])).map("".join))
 def test_a_call_is_known_at_its_closing_fence_and_not_before(text):
-    # The rollout stops sampling there: it must see the very call that the environment will see.
+    # The rollout stops sampling there, so both must see the same call.
     block = next((block for block in code_blocks(text) if block.is_python), None)
     if block is None:
         assert not isinstance(parse_action(text), ToolCall)

@@ -14,9 +14,9 @@ from tir_alp.tools.outcome import Outcome
 
 ID = "tir_alp.envs:ReasoningGym-v0"
 NO_TEXT = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
-"""Data sets whose rows have no answer: many are right, and a scorer plays them through."""
+"""Data sets whose rows have no answer: many answers are right, and a scorer simulates them."""
 OF_OTHERS = {"composite"}
-"""It mixes other data sets, which have to be named."""
+"""This data set mixes others, which have to be named."""
 
 
 def data_sets():
@@ -47,7 +47,7 @@ def test_every_data_set_with_a_textual_answer_takes_its_own(monkeypatch, capsys)
     assert len(names) == 100
 
 
-def test_the_data_sets_that_are_left_out_have_no_answer():
+def test_the_excluded_data_sets_have_no_answer():
     from reasoning_gym import create_dataset
 
     assert {
@@ -101,7 +101,7 @@ def test_answers_that_could_do_more_than_compute_are_programs(answer):
         "",
     ],
 )
-def test_answers_that_are_meant_are_none(answer):
+def test_honest_answers_are_not_programs(answer):
     assert not is_program(answer)
 
 
@@ -114,7 +114,7 @@ def test_a_program_for_an_answer_scores_nothing_and_never_runs(monkeypatch):
     assert info["error"] == "the answer is a program"
 
 
-def test_part_marks_are_a_reward_and_no_right_answer():
+def test_a_partial_score_is_a_reward_but_not_a_right_answer():
     env = gymnasium.make(ID, dataset="countdown")
     env.reset(seed=0)
     _, reward, _, _, info = env.step("<answer>1 + 1</answer>")

@@ -1,4 +1,4 @@
-"""What holds for every environment that we register."""
+"""Properties of every registered environment."""
 
 import warnings
 from typing import Any
@@ -15,7 +15,7 @@ IDS = sorted(
     if str(spec.entry_point).startswith("tir_alp.envs.")
     and not str(spec.entry_point).startswith(
         "tir_alp.envs.interop"
-    )  # others' games: tests/envs/interop
+    )  # environments of other libraries: tests/envs/interop
 )
 BARE: dict[str, Any] = {"sandbox": {"preload": []}}
 
@@ -28,7 +28,7 @@ def comparable(info):
     return {key: value for key, value in info.items() if not key.endswith("tool_s")}
 
 
-def test_there_are_five():
+def test_five_environments_are_registered():
     assert IDS == [
         "MultiTool-v0",
         "PythonCode-v0",
@@ -40,7 +40,7 @@ def test_there_are_five():
 
 
 @pytest.mark.parametrize("id", IDS)
-def test_gymnasiums_checker_has_nothing_to_say(id):
+def test_gymnasiums_checker_finds_nothing(id):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         env = gymnasium.make(id, **settings(id))
@@ -75,7 +75,7 @@ def test_gold_answers_score_one_and_wrong_ones_nothing(id):
         ("SingleTurnMath-v0", {}, 0),
     ],
 )
-def test_what_is_tried_before_a_run_does_reach_the_tools(id, more, num_tried):
+def test_the_actions_before_a_run_reach_the_tools(id, more, num_tried):
     env = gymnasium.make(id, **settings(id), **more)
     actions = env.get_wrapper_attr("harmless_actions")()
     assert len(actions) == num_tried
@@ -139,7 +139,7 @@ def test_vector_and_single_agree_step_by_step(id, mode, more):
                 assert observations[index] == observation
                 assert (rewards[index], terminated[index], truncated[index]) == (reward, ended, cut)
                 for key in ("outcome", "tool_calls", "void", "answer", "correct", "error"):
-                    # A vector's arrays of bools have no None.
+                    # The boolean arrays of a vector environment have no None.
                     assert infos[key][index] == info[key] or info[key] is None
             over = terminated | truncated
             if over.any():

@@ -2,7 +2,8 @@ import re
 
 import pytest
 
-from tir_alp.envs.tasks import ArithmeticTasks, ReasoningGymTasks, arithmetic_task, is_held_out
+from tir_alp.envs.tasks import ArithmeticTasks, ReasoningGymTasks, arithmetic_task
+from tir_alp.tools.held_out import is_held_out
 
 
 def test_an_arithmetic_task_follows_from_seed_and_index():
@@ -48,7 +49,7 @@ def test_one_question_in_eight_is_held_out():
     assert 1100 < sum(is_held_out(f"question {n}") for n in range(10_000)) < 1400
 
 
-def test_half_a_surrogate_pair_is_in_some_split():
+def test_a_lone_surrogate_is_in_some_split():
     assert is_held_out("\ud800") in (True, False)
 
 
@@ -76,6 +77,6 @@ def test_reasoning_gym_shares_no_question_between_splits():
     assert len({held_out[index]["task_id"] for index in range(20)}) == 20
 
 
-def test_a_data_set_that_reasoning_gym_does_not_have_is_named():
+def test_a_data_set_that_reasoning_gym_does_not_have_is_reported():
     with pytest.raises(ValueError, match=r"no data set 'gdc'; it has: .*gcd"):
         ReasoningGymTasks("gdc", seed=0, size=10)

@@ -24,7 +24,7 @@ class Session:
 
 @dataclass
 class Script:
-    """A tool that answers every call in the same way."""
+    """A tool that returns the same result for every call."""
 
     result: ToolResult
     name: str = "python"
@@ -57,6 +57,14 @@ def quiz(text="42", outcome=Outcome.OK, error="", max_turns=3, tasks=TASKS):
     tool = Script(ToolResult(outcome=outcome, text=text, duration_s=0.25, error=error))
     env = Quiz(tools=[tool], tasks=tasks, max_turns=max_turns)
     return env, tool
+
+
+def test_calls_are_written_as_the_tools_need_by_default():
+    calculator = Script(ToolResult(outcome=Outcome.OK, text="", duration_s=0), name="calculator")
+    python = Script(ToolResult(outcome=Outcome.OK, text="", duration_s=0))
+    forms = [Quiz(tools=tools, tasks=TASKS).call_format for tools in ([], [calculator], [python])]
+    assert forms == ["none", "tool_call", "fenced"]
+    assert Quiz(tools=[calculator, python], tasks=TASKS).call_format == "fenced"
 
 
 def info(**changes):
@@ -132,7 +140,7 @@ def test_a_box_printed_by_the_tool_neither_scores_nor_ends_the_episode():
     assert env.step("The tool said it.")[1:3] == (0.0, True)
 
 
-def test_a_block_wins_over_the_box_behind_it():
+def test_a_block_takes_precedence_over_the_box_after_it():
     env, tool = quiz()
     _, reward, terminated, _, _ = begin(env).step(CODE + "\n\\boxed{42}")
     assert (reward, terminated, len(tool.calls)) == (0.0, False, 1)
@@ -148,8 +156,8 @@ def test_a_program_that_fails_is_an_observation_like_any_other(outcome):
     assert step["outcome"] == outcome.value
 
 
-def test_a_call_of_a_tool_that_is_not_there_is_told_to_the_model():
-    env = Quiz(tools=[], tasks=TASKS, max_turns=3)
+def test_the_model_reads_that_a_tool_does_not_exist():
+    env = Quiz(tools=[], tasks=TASKS, max_turns=3, call_format="fenced")
     observation, _, terminated, truncated, step = begin(env).step(CODE)
     assert "there is no tool named 'python'" in observation
     assert (terminated, truncated, step["outcome"]) == (False, False, "tool_error")
@@ -191,7 +199,7 @@ def test_a_failing_sandbox_truncates_and_is_named():
     assert step[4] == info(outcome="infra_error", tool_calls=1, error="host 3 is gone", tool_s=0.25)
 
 
-def test_a_failing_grader_truncates_and_says_neither_right_nor_wrong():
+def test_a_failing_grader_truncates_and_gives_no_verdict():
     env, _ = quiz()
     step = begin(env).step(r"\boxed{hang}")
     assert step[:4] == ("", 0.0, False, True)
@@ -265,7 +273,7 @@ def test_a_step_without_an_episode_is_refused(before):
 def test_an_episode_needs_a_turn_and_a_task():
     with pytest.raises(ValueError, match="max_turns is 0"):
         quiz(max_turns=0)
-    with pytest.raises(ValueError, match="not one task"):
+    with pytest.raises(ValueError, match="there are no tasks to draw from"):
         quiz(tasks=[])
 
 
@@ -274,7 +282,7 @@ class ReportingScript(Script):
         return ToolReport(runs_in={"host": "there"}, warnings=("mind the gap",))
 
 
-def test_tools_that_can_say_what_they_run_in_are_asked():
+def test_tools_that_report_what_they_run_in_are_asked():
     env, silent = quiz()
     assert env.run_report() == {"tools": {}, "warnings": []}
     speaking = ReportingScript(silent.result, name="speaking")
@@ -303,8 +311,8 @@ def test_a_recorded_episode_is_played_again_without_its_tools():
     assert env.step(CODE)[0] == "42"
 
 
-def test_a_call_that_the_record_does_not_have_is_refused():
+def test_a_call_without_a_recorded_result_is_refused():
     env, _ = quiz()
     env.reset(options={"task": TASKS[3], "tool_results": [None]})
-    with pytest.raises(ValueError, match="turn 0 calls a tool, and tool_results has no result"):
+    with pytest.raises(ValueError, match="turn 0 has a tool call, but tool_results has no result"):
         env.step(CODE)

@@ -1,10 +1,10 @@
-"""Adversarial texts for everything that reads what a model wrote.
+"""Adversarial texts for all code that reads what a model wrote.
 
 `python -m tests.fuzz.parsers --texts 100000` is the long run; a test makes a short one. hypothesis
-writes the texts: grammars of fences, calls, boxes and tags, cut anywhere, doubled and nested, in
-CRLF and half surrogate pairs; each then also with one of its pieces repeated up to a megabyte.
+writes the texts: grammars of fences, calls, boxes and tags, cut anywhere, doubled and nested, with
+CRLF and lone surrogates; some with one of their pieces repeated up to a megabyte.
 
-What must hold for each: nothing raises, nothing takes long, nothing scores that holds no answer.
+For each text: nothing raises, nothing takes long, and nothing scores without an answer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tir_alp.tools.calls import (
 )
 
 SLOWEST_S = 20.0
-"""No parse may take longer, on however busy a machine; a quadratic one takes minutes."""
+"""No parse may take longer, even on a busy machine; a quadratic one takes minutes."""
 
 _PIECES = (
     *("```", "```py\n", "```python\n", "```python\r\n", "```solution\n", "`", "``", "\n", "\r\n"),
@@ -81,7 +81,7 @@ _PIECES = (
     *("(", ")", "**", "/", "-", "__import__('os')", "#", "<think>", "</think>", "<|im_end|>"),
 )
 _BOXED_SEVEN = re.compile(r"\\boxed\s*\{\s*7\s*\}")
-"""Written without the parsers: what no text may score without."""
+"""An answer that scores, described without the parsers: no text may score without a match."""
 
 _MARKS = (
     CallMarks(),
@@ -100,7 +100,7 @@ _texts = st.one_of(
 
 
 def read(text: str, seen: Counter[str]) -> None:
-    """Give a text to every parser, and see what holds of all of them."""
+    """Pass a text to every parser, and check what must hold."""
     for call_format in CALL_FORMATS:
         action = parse_action(text, call_format)
         seen[type(action).__name__] += 1
@@ -117,7 +117,7 @@ def read(text: str, seen: Counter[str]) -> None:
     for marks in _MARKS:
         canonical(text, marks)
         if has_call(text, "tool_call", marks):
-            # What generation stops at is a call to the environment too, if a bad one.
+            # If generation stops for a call, the environment must see one, even a bad one.
             assert find_call(canonical(text, marks), "tool_call") is not None
     tagged = _tagged(text)
     assert tagged is None or ("<answer>" in text and tagged in text)
@@ -129,7 +129,7 @@ def read(text: str, seen: Counter[str]) -> None:
 
 
 def play(text: str, seen: Counter[str]) -> None:
-    """Give a text to an environment: it scores if it has the answer in a box, and not else."""
+    """Play a text in an environment: it scores only with the right answer in a box."""
     for call_format in CALL_FORMATS:
         env = Quiz(tools=[], tasks=TASKS, max_turns=3, call_format=call_format)
         env.reset(options={"task": {"question": "q", "answer": "7"}})
@@ -142,10 +142,14 @@ def play(text: str, seen: Counter[str]) -> None:
 
 
 def fuzz(num_texts: int, num_megabytes: int) -> Counter[str]:
-    """Read so many texts, and some of a megabyte.
+    """Read generated texts, and count what was found in them.
+
+    Args:
+        num_texts: Number of short texts.
+        num_megabytes: Number of texts of a megabyte.
 
     Raises:
-        AssertionError: Something does not hold; hypothesis says for which text.
+        AssertionError: A property does not hold; hypothesis reports the text.
     """
     seen: Counter[str] = Counter()
     how: Any = {"deadline": None, "database": None, "derandomize": True}
@@ -173,7 +177,7 @@ def fuzz(num_texts: int, num_megabytes: int) -> Counter[str]:
 
 
 def main() -> int:
-    """Run it, and print how often each thing was seen."""
+    """Run the fuzzer, and print how often each result was seen."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", type=int, default=100_000)
     parser.add_argument("--megabytes", type=int, default=100)

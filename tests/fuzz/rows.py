@@ -1,8 +1,8 @@
-"""Malformed rows for the reader of data sets: each has to be named, by file and line.
+"""Malformed rows for the reader of data sets: each has to be reported by file and line.
 
 `python -m tests.fuzz.rows --rows 10000` is the long run; a test makes a short one. hypothesis
-writes the rows: good ones cut short, with a value of another kind in the place of one that is
-needed, in our form and in verl's, and lines that are something else altogether.
+writes the rows: good rows that are cut short or have a required value of the wrong type, in
+tir_alp's form and in verl's, and lines that are no rows at all.
 """
 
 from __future__ import annotations
@@ -90,10 +90,14 @@ _bytes = st.binary(min_size=1, max_size=30).filter(
 
 
 def fuzz(num_rows: int, folder: Path) -> Counter[str]:
-    """Read so many malformed rows; returns how often each kind of complaint was made.
+    """Read malformed rows; return how often each kind of complaint was made.
+
+    Args:
+        num_rows: Number of rows.
+        folder: Folder for the file with the rows.
 
     Raises:
-        AssertionError: A row was not named, or one that is broken was taken.
+        AssertionError: A row was not reported, or a broken one was accepted.
     """
     lines: list[bytes] = []
 
@@ -109,19 +113,19 @@ def fuzz(num_rows: int, folder: Path) -> Counter[str]:
     path = folder / "rows.jsonl"
     path.write_bytes(b"\n".join(lines) + b'\n{"question": "1+1?", "answer": 2}\n')
     config = DataConfig(source="jsonl", path=path, broken_rows="skip")
-    told = left_out(config)
-    places = [sentence.split(": ")[0] for sentence in told]
-    named = set(places)
+    sentences = left_out(config)
+    locations = [sentence.split(": ")[0] for sentence in sentences]
+    reported = set(locations)
     expected = [f"{path}:{number}" for number in range(1, len(lines) + 1)]
-    for place, line in zip(expected, lines, strict=True):
-        assert place in named, f"not named: {line[:200]!r}"
-    assert places == expected
+    for location, line in zip(expected, lines, strict=True):
+        assert location in reported, f"not reported: {line[:200]!r}"
+    assert locations == expected
     assert sum(len(tasks) for tasks in open_rows(config).splits.values()) == 1
-    return Counter(re.split(r"[,(;:]", sentence.split(": ", 1)[1])[0] for sentence in told)
+    return Counter(re.split(r"[,(;:]", sentence.split(": ", 1)[1])[0] for sentence in sentences)
 
 
 def main() -> int:
-    """Run it, and print how often each complaint was made."""
+    """Run the fuzzer, and print how often each complaint was made."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=10_000)
     options = parser.parse_args()
@@ -130,7 +134,7 @@ def main() -> int:
         seen = fuzz(options.rows, Path(folder))
     for name, count in seen.most_common():
         print(f"{count:10d} {name}")
-    print(f"{sum(seen.values())} malformed rows, each named, {time.monotonic() - began:.0f} s")
+    print(f"{sum(seen.values())} malformed rows, each reported, {time.monotonic() - began:.0f} s")
     return 0 if sum(seen.values()) >= options.rows else 1
 
 

@@ -14,10 +14,10 @@ def test_adversarial_texts_break_no_parser():
         assert seen[kind], f"no text was read as {kind}: the texts have become too tame"
 
 
-def test_the_run_does_find_what_breaks(monkeypatch):
+def test_the_fuzzer_finds_a_broken_parser(monkeypatch):
     def careless(text: str, call_format: CallFormat = "fenced"):
         if "\ud800" in text:
-            raise LookupError("half a surrogate pair")
+            raise LookupError("a lone surrogate")
         return parse_action(text, call_format)
 
     monkeypatch.setattr("tests.fuzz.parsers.parse_action", careless)

@@ -1,4 +1,4 @@
-"""Turn formats, with small templates that behave as those of known model families do."""
+"""Turn formats, with small templates that behave like those of known model families."""
 
 import json
 
@@ -51,7 +51,7 @@ DROPS_OLD_THINKING = (
     _LOOP + "{% if loop.last %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] }}"
     "{% endif %}" + _END
 )
-FORGETS_WHAT_IS_FAR_BEHIND = (
+DROPS_EARLY_TURNS = (
     "{% for m in messages %}{% if loop.revindex <= 12 or loop.first %}<|{{ m.role }}|>"
     "{{ m.content }}<|end|>{% endif %}" + _END.removeprefix("<|end|>")
 )
@@ -98,7 +98,7 @@ def test_the_form_of_calls_is_found_in_the_template(template, marks):
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "written"),
     [
         (
             HERMES_LIKE,
@@ -109,12 +109,12 @@ def test_the_form_of_calls_is_found_in_the_template(template, marks):
     ],
     ids=["hermes", "mistral", "llama"],
 )
-def test_the_environment_reads_the_same_call_of_every_model(template, said):
-    action = native(template).action(ids(said))
+def test_the_environment_reads_the_same_call_of_every_model(template, written):
+    action = native(template).action(ids(written))
     assert parse_action(action, "tool_call") == ToolCall("python", {"code": "1"})
 
 
-def test_a_call_of_another_form_that_cannot_be_read_stays_one():
+def test_a_malformed_call_in_the_model_s_form_is_still_a_call():
     action = native(MISTRAL_LIKE).action(ids("[TOOL_CALLS] [oops"))
     assert action == "<tool_call> [oops</tool_call>"
 
@@ -144,11 +144,11 @@ def test_an_episode_is_what_the_template_makes_of_it(template):
 
 
 def test_a_template_that_shows_no_tools_is_refused_for_native_calls():
-    with pytest.raises(ValueError, match="does not tell the model its tools"):
+    with pytest.raises(ValueError, match="does not show the model its tools"):
         Renderer(make_tokenizer(), call_format="tool_call", tools=TOOLS)
 
 
-def test_a_template_with_calls_that_are_no_json_is_refused():
+def test_a_template_with_calls_in_a_form_other_than_json_is_refused():
     template = "{{ tools }}" + XML
     with pytest.raises(ValueError, match="'<f=probe_tool>', which is not JSON"):
         native(template)
@@ -200,18 +200,18 @@ def test_templates_that_only_append_are_stable(template):
     ("template", "sentence"),
     [
         (DROPS_THINKING, "it drops the thinking of a turn ('thought 0'"),
-        (DROPS_OLD_THINKING, "message 3 changes what stood before it"),
-        (FORGETS_WHAT_IS_FAR_BEHIND, "message 14 changes what stood before it"),
-        (SHORTENS_OLD_OUTPUTS, "message 7 changes what stood before it"),
+        (DROPS_OLD_THINKING, "message 3 changes the text before it"),
+        (DROPS_EARLY_TURNS, "message 14 changes the text before it"),
+        (SHORTENS_OLD_OUTPUTS, "message 7 changes the text before it"),
         (SHORTENS_OUTPUTS, "it shortens a long output of a tool ('output 0'"),
-        (PREFILLS, "it asks for turn 1 with a text that it does not keep"),
+        (PREFILLS, "it does not keep the prompt for turn 1"),
     ],
     ids=[
-        *("drops thinking", "drops old thinking", "forgets what is far behind"),
+        *("drops thinking", "drops old thinking", "drops early turns"),
         *("shortens old outputs", "shortens outputs", "prefills"),
     ],
 )
-def test_what_a_template_rewrites_is_said(template, sentence):
+def test_what_a_template_rewrites_is_reported(template, sentence):
     assert sentence in "; ".join(check_prefix_stability(tokenizer_with(template)))
 
 

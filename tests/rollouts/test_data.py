@@ -1,14 +1,18 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from tir_alp.config import DataConfig
-from tir_alp.envs.tasks import is_held_out
 from tir_alp.rollouts.data import Task, TaskOrder, left_out, load_held_out, load_order, load_source
 from tir_alp.rollouts.data_files import open_rows
+from tir_alp.tools.held_out import is_held_out
 
+ROOT = Path(__file__).parents[2]
 ROWS = [
     {"task_id": f"t{number}", "question": f"q{number}", "answer": str(number)}
     for number in range(10)
@@ -20,7 +24,7 @@ def ids(order, start, stop):
 
 
 def read_jsonl(path, **settings: Any):
-    """All tasks of a file, in its order."""
+    """Return all tasks of a file, in its order."""
     splits = open_rows(DataConfig(source="jsonl", path=path, **settings)).splits.values()
     found = [(n, each[index]) for each in splits for index, n in enumerate(each.numbers)]
     return [task for _, task in sorted(found, key=lambda each: each[0])]
@@ -111,6 +115,8 @@ def test_too_few_held_out_tasks_are_an_error_that_says_how_many_there_are(tmp_pa
         ({"path": "tasks.jsonl"}, "'arithmetic' does not take a path"),
         ({"source": "jsonl", "path": "a", "dataset": "gcd"}, "'jsonl' does not take a dataset"),
         ({"source": "csv"}, "'arithmetic', 'code', 'reasoning_gym', 'jsonl'"),
+        ({"source": "my-tasks:Tasks"}, "or 'my_module:MyTasks' for your own"),
+        ({"source": "my_tasks:Tasks", "path": "a"}, "'my_tasks:Tasks' does not take a path"),
         ({"source": "env", "broken_rows": "skip"}, "'env' does not take a broken_rows"),
         ({"source": "jsonl", "path": "a", "subset": "b"}, "'jsonl' does not take a subset"),
         ({"mix": [{"weight": 0}]}, "greater than 0"),
@@ -122,6 +128,78 @@ def test_too_few_held_out_tasks_are_an_error_that_says_how_many_there_are(tmp_pa
 def test_settings_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         DataConfig(**settings)
+
+
+# ---------------------------------------------------------------------- a source of one's own
+
+
+FOREIGN = """
+from tir_alp.tools.held_out import is_held_out
+
+
+class Squares:
+    def __init__(self, seed, size, split, dataset="small"):
+        wanted = split == "held_out"
+        numbers = [n for n in range(seed, 40 * size) if is_held_out(f"{n} squared?") == wanted]
+        self.numbers, self.dataset = numbers[:size], dataset
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, index):
+        n = self.numbers[index]
+        return {"task_id": f"{self.dataset}/{n}", "question": f"{n} squared?", "answer": str(n**2)}
+
+
+class Nameless(Squares):
+    def __getitem__(self, index):
+        return {"question": "2+2?"}
+"""
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    name = f"squares_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(FOREIGN)
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def test_a_source_from_outside_the_package_is_named_by_its_entry_point(foreign):
+    config = DataConfig(source=f"{foreign}:Squares", num_tasks=30, seed=4)
+    order = load_order(config, seed=0)
+    train = {order[position].question for position in range(30)}
+    held_out = load_held_out(config, 8)
+    assert len(train) == 30 and len(held_out) == 8
+    assert not train & {task.question for task in held_out}
+    assert held_out[0].task_id.startswith("small/")
+    config = DataConfig(source=f"{foreign}:Squares", dataset="large")
+    assert load_source(config)[0]["task_id"].startswith("large/")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:Squares", "cannot import the task source 'no_such_module:Squares'"),
+        ("{foreign}:Cubes", "cannot import the task source .*no attribute 'Cubes'"),
+        ("{foreign}:is_held_out", "cannot open the task source .* with seed, size, split: "),
+        ("{foreign}:Nameless", "a task of .* has no 'task_id' and no 'answer'"),
+    ],
+)
+def test_a_foreign_source_that_cannot_be_opened_is_named(foreign, name, message):
+    config = DataConfig(source=name.format(foreign=foreign))
+    with pytest.raises(ValueError, match=message):
+        load_source(config)
+
+
+def test_importing_the_data_registers_no_environment():
+    program = (
+        "import gymnasium; before = set(gymnasium.registry)\n"
+        "import tir_alp.rollouts.data\n"
+        "print(set(gymnasium.registry) - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 # ----------------------------------------------------------------------------------- files
@@ -160,7 +238,7 @@ def test_a_broken_row_is_named_by_file_and_line(tmp_path, line, message):
         read_jsonl(path)
 
 
-def test_bytes_that_are_no_text_are_named_too(tmp_path):
+def test_bytes_that_are_not_text_are_reported_too(tmp_path):
     path = tmp_path / "tasks.jsonl"
     path.write_bytes(b'{"question": "\xff", "answer": "2"}\n')
     with pytest.raises(ValueError, match=r"tasks\.jsonl:1: not JSON"):
@@ -174,7 +252,7 @@ def test_a_missing_file_and_an_empty_one_are_clear(tmp_path):
         read_jsonl(write(tmp_path / "empty.jsonl", ""))
 
 
-def test_of_many_broken_rows_each_is_named_and_the_rest_is_read(tmp_path):
+def test_each_of_many_broken_rows_is_reported_and_the_rest_is_read(tmp_path):
     kinds = ["{", "[1]", '{"answer": "2"}', '{"question": "1"}', "\\x00", "nul", '"a"', "{}"]
     lines = [kinds[n % len(kinds)] for n in range(10_000)]
     lines[::100] = [json.dumps({"question": f"q{n}", "answer": n}) for n in range(100)]
@@ -270,8 +348,8 @@ def test_a_system_message_stands_before_the_question_and_other_roles_are_broken(
     config = DataConfig(source="parquet", path=path, broken_rows="skip")
     (row,) = [task for tasks in open_rows(config).splits.values() for task in tasks]
     assert row["question"] == "system\n\nuser"
-    (said,) = left_out(config)
-    assert said.startswith(f"{path}:1: 'prompt' must be a message of the user")
+    (sentence,) = left_out(config)
+    assert sentence.startswith(f"{path}:1: 'prompt' must be a user message")
 
 
 def test_a_file_that_is_no_parquet_is_refused(tmp_path):

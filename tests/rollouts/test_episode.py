@@ -40,7 +40,7 @@ def completion(*ids: int, reason=StopReason.EOS, version: int = 0) -> Completion
 
 
 class Scripted(gymnasium.Env[str, str]):
-    """Answers each step with the next line of its script, or does what is written there."""
+    """Returns the next line of its script from each step, or calls it if it is a function."""
 
     def __init__(self, *script: Any, prompt: str = "ab"):
         self.script, self.prompt = list(script), prompt
@@ -62,7 +62,7 @@ class Scripted(gymnasium.Env[str, str]):
 
 
 class Policy:
-    """Says its lines, and writes down what it was given to read."""
+    """Returns its lines as completions, and records the contexts that it was given."""
 
     def __init__(self, *lines: Completion):
         self.lines = list(lines)
@@ -83,7 +83,7 @@ def play(
     max_observation_tokens: int = 64,
     **limits: Any,
 ) -> tuple[Any, list[EpisodeFailed]]:
-    """Do some work with a runner that makes `envs` in order; returns the failures as well."""
+    """Do some work with a runner that makes `envs` in order; return the failures as well."""
     failures: list[EpisodeFailed] = []
     waiting = list(envs)
 
@@ -161,7 +161,7 @@ def test_an_end_token_that_was_sampled_stands_once():
     assert trajectory.token_ids == (*PROMPT, A, END, TOOL, B, END, ASSISTANT, B, END)
 
 
-def test_the_engine_is_told_what_is_sampled_and_by_which_key():
+def test_the_engine_gets_the_sampling_settings_and_the_sequence():
     policy = Policy()
     episode(policy, Scripted(ANSWERED), temperature=0.7)
     (sampling,) = policy.samplings
@@ -173,7 +173,7 @@ def test_the_engine_is_told_what_is_sampled_and_by_which_key():
     assert [matches(token) for token in CALL] == [False] * (len(CALL) - 1) + [True]
 
 
-def test_a_greedy_episode_is_asked_for_by_its_temperature():
+def test_a_temperature_of_zero_makes_an_episode_greedy():
     policy = Policy()
     play(lambda runner: runner.run_episode(TASK, 0, 0, 0.0), policy, Scripted(ANSWERED))
     assert policy.samplings[0].temperature == 0
@@ -203,7 +203,7 @@ def test_an_observation_that_leaves_no_room_to_write_ends_the_episode(
     policy = Policy(completion(A, END), completion(END))
     limits = {"max_turn_tokens": 2, "max_context_tokens": max_context_tokens}
     trajectory = episode(policy, Scripted(GO_ON, ANSWERED), **limits)
-    assert len(trajectory.turns) == num_turns  # 5 of the prompt, 2 said, 4 shown
+    assert len(trajectory.turns) == num_turns  # 5 tokens of the prompt, 2 sampled, 4 shown
     assert trajectory.truncated == (num_turns == 1)
     assert len(trajectory.turns[0].observation) == (0 if num_turns == 1 else 4)
 
@@ -296,7 +296,7 @@ def test_a_completion_that_a_limit_cut_leaves_the_loss_as_configured(policy, tru
 
 
 @pytest.mark.parametrize(("policy", "learnt"), [("mask_turn", True), ("mask_trajectory", False)])
-def test_a_trajectory_that_ran_out_of_turns_is_over_long_but_no_turn_of_it(policy, learnt):
+def test_a_trajectory_that_ran_out_of_turns_is_overlong_but_none_of_its_turns(policy, learnt):
     masked = mask_overlong(turns(False), policy, truncated=True)
     assert [turn.completion.trainable for turn in masked] == [learnt]
     assert mask_overlong(turns(False), policy, truncated=False) == turns(False)
@@ -316,7 +316,7 @@ def test_the_policy_for_over_long_turns_reaches_the_trajectory(policy, learnt):
 
 
 @pytest.mark.parametrize("outcome", [each for each in Outcome if each.is_infrastructure])
-def test_what_the_policy_is_not_answerable_for_fails_the_episode(outcome):
+def test_a_failure_of_infrastructure_fails_the_episode(outcome):
     env = Scripted(GO_ON, broken(outcome.value, "the sandbox is gone"))
     error = failure(Policy(), env)
     assert error.outcome is outcome
@@ -325,7 +325,7 @@ def test_what_the_policy_is_not_answerable_for_fails_the_episode(outcome):
 
 
 @pytest.mark.parametrize("outcome", [each for each in Outcome if not each.is_infrastructure])
-def test_what_the_policy_is_answerable_for_is_part_of_the_trajectory(outcome):
+def test_a_failure_of_the_policy_is_part_of_the_trajectory(outcome):
     env = Scripted(("b", 0.0, False, False, {"outcome": outcome.value}), ANSWERED)
     assert episode(Policy(), env).turns[0].outcome is outcome
 
@@ -342,7 +342,7 @@ def test_an_episode_that_infrastructure_broke_gets_another_in_a_fresh_environmen
 
 
 def test_an_episode_that_fails_twice_is_dropped_and_counted_and_has_no_reward():
-    """Which environment an episode gets depends on the threads, so all of sequence 7's fail."""
+    """The environment of an episode depends on the threads, so all of sequence 7's fail."""
 
     async def generate(token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
         return completion(B if sampling.sequence_uid == 7 else A, END)
@@ -392,19 +392,19 @@ def test_a_mistake_in_an_environment_fails_its_episode_and_is_named():
 
 
 class Hanging(Scripted):
-    """Hangs in one of its parts until the test is over, or somebody closes it."""
+    """Hangs in one of its methods until the test ends or the environment is closed."""
 
-    def __init__(self, part: str):
+    def __init__(self, method: str):
         super().__init__(GO_ON, ANSWERED)
-        self.part, self.closed = part, threading.Event()
+        self.method, self.closed = method, threading.Event()
 
     def reset(self, *, seed=None, options=None):
-        if self.part == "reset":
+        if self.method == "reset":
             self.closed.wait(10)
         return super().reset(seed=seed, options=options)
 
     def step(self, action):
-        if self.part == "step" and self.actions:
+        if self.method == "step" and self.actions:
             self.closed.wait(10)
         return super().step(action)
 
@@ -414,14 +414,14 @@ class Hanging(Scripted):
 
 
 @pytest.mark.parametrize(
-    ("part", "where"),
+    ("method", "where"),
     [
         ("reset", "task t7, sequence 40: env.reset"),
         ("step", "task t7, sequence 40, turn 1: env.step"),
     ],
 )
-def test_an_environment_that_hangs_meets_its_deadline_and_is_named(part, where):
-    env = Hanging(part)
+def test_an_environment_that_hangs_meets_its_deadline_and_is_named(method, where):
+    env = Hanging(method)
     began = time.monotonic()
     error = failure(Policy(), env, env_timeout_s=0.2)
     assert time.monotonic() - began < 5
@@ -526,13 +526,13 @@ def test_an_episode_is_admitted_for_as_long_as_it_plays():
     assert inside == ["enter", "generate", "generate", "exit"]
 
 
-# --------------------------------------------------------------------- the environment we ship
+# --------------------------------------------------------------------- a shipped environment
 
 
 def test_python_math_plays_a_call_and_an_answer():
     tokenizer = make_tokenizer()
 
-    def says(text: str) -> Completion:
+    def complete(text: str) -> Completion:
         return completion(*tokenizer.encode(text, add_special_tokens=False), END)
 
     env = gymnasium.make(
@@ -541,7 +541,7 @@ def test_python_math_plays_a_call_and_an_answer():
         instruction="",
         sandbox={"preload": []},
     )
-    policy = Policy(says("```python\nprint(6*7)\n```\nSo it is"), says("\\boxed{42}"))
+    policy = Policy(complete("```python\nprint(6*7)\n```\nSo it is"), complete("\\boxed{42}"))
     trajectory = episode(policy, env)  # type: ignore[arg-type]
     call, answer = trajectory.turns
     assert tokenizer.decode(list(trajectory.token_ids)) == (

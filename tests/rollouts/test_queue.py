@@ -1,4 +1,4 @@
-"""The queue: how many groups are in flight, in which order they come out, how stale they can be."""
+"""The queue: how many groups are in flight, the order they come out in, how stale they can be."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ def group(task: Task, group_id: int, version: int = 0, num_trajectories: int = 1
 
 
 class Sampler:
-    """Begins groups when it is called, and ends each when it is told to."""
+    """Starts a group for each call, and finishes each on request."""
 
     def __init__(self, dead: frozenset[int] = frozenset()):
         self.begun: list[int] = []
@@ -53,7 +53,7 @@ class Sampler:
 
 
 class TimedSampler:
-    """Ends its groups after random pauses; each is as old as the version at its beginning."""
+    """Finishes its groups after random pauses; each has the policy version of its start."""
 
     def __init__(self, seed: int, pauses: list[float]):
         self.version = self.most_in_flight = self._in_flight = 0
@@ -94,7 +94,7 @@ def run(body: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
-def test_so_many_groups_are_begun_and_no_more(max_staleness):
+def test_no_more_groups_are_started_than_the_capacity(max_staleness):
     async def body() -> None:
         sampler = Sampler()
         queue = queue_of(sampler, max_staleness=max_staleness)
@@ -105,7 +105,9 @@ def test_so_many_groups_are_begun_and_no_more(max_staleness):
         sampler.end(*range(100))
         assert ids(await taking) == [0, 1]
         await settle()
-        assert sampler.begun == list(range(capacity))  # taken is not yet trained on
+        assert sampler.begun == list(
+            range(capacity)
+        )  # a group that was taken is not yet trained on
         queue.release()
         await settle()
         assert sampler.begun == list(range(capacity + 2))
@@ -129,7 +131,7 @@ def test_with_staleness_zero_nothing_begins_before_the_weights_are_live():
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2, 5])
 def test_no_group_is_staler_than_allowed_whatever_the_durations(max_staleness):
-    """The policy version advances by one a step; a group is as old as when it was begun."""
+    """The policy version advances by one per step; a group has the version of its start."""
     rng = random.Random(max_staleness)
     sampler = TimedSampler(max_staleness, [0, 0, 0.001, 0.01])
 
@@ -195,7 +197,7 @@ def test_an_outage_ends_the_waiting():
 
 
 def test_a_resumed_queue_neither_loses_nor_repeats_a_group():
-    """3 and 5 have ended and are not sampled again; 4 was in flight, and begins again."""
+    """Groups 3 and 5 have ended and are not sampled again; 4 was in flight, and starts again."""
 
     async def body() -> None:
         sampler = Sampler()
@@ -267,7 +269,7 @@ def test_a_group_without_signal_is_replaced_by_another_task_and_not_by_a_copy():
 
 
 @pytest.mark.parametrize("max_refills", [0, 1, 5])
-def test_when_nothing_has_signal_the_step_ends_all_the_same(max_refills):
+def test_a_step_ends_even_if_no_group_has_signal(max_refills):
     async def body() -> None:
         sampler = Sampler()
         sampler.end(*range(100))
@@ -320,7 +322,7 @@ def test_refilling_makes_no_group_staler_and_puts_no_more_in_flight(max_stalenes
 # ------------------------------------------------------------------------------ failure and end
 
 
-def test_an_error_reaches_whoever_takes():
+def test_an_error_reaches_the_caller_of_take():
     async def run_group(task: Task, group_id: int) -> TrajectoryGroup:
         raise ZeroDivisionError
 
@@ -353,7 +355,7 @@ def test_a_queue_that_holds_hands_nothing_out_while_a_group_is_in_flight():
         await settle()
         sampler.end(0, 1, 2)
         await settle()
-        assert not taking.done()  # groups 0 and 1 are there, but 3 would see the next weights
+        assert not taking.done()  # groups 0 and 1 have ended, but 3 would see the next weights
         sampler.end(3)
         assert [each.group_id for each in await taking] == [0, 1]
         queue.release()

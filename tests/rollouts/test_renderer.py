@@ -1,4 +1,4 @@
-"""Text to tokens and back. Ids are literal; the tiny tokenizer has one token a byte.
+"""Text to tokens and back. Ids are literal; the tiny tokenizer has one token per byte.
 
 Its marks are <|pad|> 0, <|end|> 1, <|user|> 2, <|assistant|> 3, <|tool|> 4, <|system|> 5.
 """
@@ -28,7 +28,7 @@ BLOCK = "So:\n```python\nprint(1)\n```"
 
 
 def byte_ids(text: str) -> list[int]:
-    """Ids of printable ASCII and line ends, known without the tokenizer."""
+    """Ids of printable ASCII and line ends, computed without the tokenizer."""
     order = sorted(ByteLevel.alphabet())
     return [
         6 + order.index({" ": "\u0120", "\n": "\u010a", "\r": "\u010d"}.get(c, c)) for c in text
@@ -41,7 +41,7 @@ def completion(ids, reason=StopReason.LENGTH) -> Completion:
 
 
 def stop_at(renderer: Renderer, ids) -> int | None:
-    """Index of the token at which the matcher first says True."""
+    """Return the index of the first token for which the matcher returns True."""
     matches = renderer.stop_matcher()
     return next((index for index, token in enumerate(ids) if matches(token)), None)
 
@@ -58,7 +58,7 @@ def test_a_system_prompt_stands_before_the_task():
     assert prompt.token_ids == (SYSTEM, B, END, USER, A, END, ASSISTANT)
 
 
-def test_nobody_sampled_a_prompt_or_an_observation():
+def test_prompts_and_observations_have_no_logprobs():
     renderer = Renderer(make_tokenizer())
     assert not any(renderer.prompt("a").loss_mask)
     assert not any(renderer.observation("a", StopReason.STOP).loss_mask)
@@ -104,7 +104,7 @@ def test_text_from_outside_never_becomes_a_special_token(text):
     )
 
 
-def test_half_a_surrogate_pair_is_shown_as_a_replacement_character():
+def test_a_lone_surrogate_is_shown_as_a_replacement_character():
     renderer = Renderer(make_tokenizer())
     assert renderer.prompt("a\ud800") == renderer.prompt("a\ufffd")
     whole = renderer.observation("\udfff\U0001f600", StopReason.EOS)
@@ -129,7 +129,7 @@ def test_the_limit_of_an_observation_is_exact_however_small(limit):
     assert len(renderer.observation("abcdefgh", StopReason.EOS)) == limit + 3
 
 
-def test_a_prompt_without_room_behind_it_is_named_with_its_task_and_the_setting():
+def test_a_prompt_that_leaves_no_room_is_reported_with_its_task_and_the_setting():
     renderer = Renderer(make_tokenizer())
     assert len(renderer.prompt_within("ab", 6, "t7")) == 5
     message = "task t7 has 5 tokens.*rollout.max_context_tokens = 5: raise it"
@@ -202,7 +202,7 @@ def test_a_character_spread_over_tokens_does_not_disturb_the_matcher():
 
 def test_bytes_that_are_no_text_do_not_disturb_the_matcher():
     order = sorted(ByteLevel.alphabet())
-    stray = 6 + order.index("\u00ff")  # a byte that UTF-8 never has
+    stray = 6 + order.index("\u00ff")  # a byte that UTF-8 never contains
     ids = [stray, *byte_ids("\n```python\nprint(1)\n```")]
     assert stop_at(Renderer(make_tokenizer()), ids) == len(ids) - 1
 
@@ -213,7 +213,7 @@ def test_every_matcher_starts_afresh():
     assert stop_at(renderer, ids[8:]) is None
 
 
-def test_cut_drops_what_stands_behind_the_first_block():
+def test_cut_drops_what_follows_the_first_block():
     ids = byte_ids(BLOCK + "\nand ```python\nprint(2)\n```")
     kept = Renderer(make_tokenizer()).cut(completion(ids))
     length = len(BLOCK)
@@ -230,7 +230,7 @@ def test_cut_leaves_alone_what_has_no_block():
 
 
 def bpe_tokenizer(*words: str, **changes):
-    """The tiny tokenizer, with one token for each of `words` and of their prefixes."""
+    """Make the tiny tokenizer, with one more token for each of `words` and their prefixes."""
     tiny = make_tokenizer()
     vocabulary = dict(tiny.get_vocab())
     merges = []
@@ -344,7 +344,7 @@ def test_a_template_that_does_not_keep_what_it_is_given_is_refused(template, rol
         Renderer(tokenizer)
 
 
-def test_a_template_that_refuses_a_role_is_refused_in_its_own_words():
+def test_a_template_that_refuses_a_role_is_reported_with_its_message():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
         "{% for message in messages %}{% if message.role == 'tool' %}"
@@ -358,7 +358,7 @@ def test_a_template_that_refuses_a_role_is_refused_in_its_own_words():
 
 
 class Echo(gymnasium.Env[str, str]):
-    """Answers `<length of the action>` twice and then ends the episode."""
+    """Returns `<length of the action>` twice and then ends the episode."""
 
     def reset(self, *, seed=None, options=None):
         self.actions: list[str] = []
@@ -370,7 +370,7 @@ class Echo(gymnasium.Env[str, str]):
 
 
 class Watched:
-    """A tokenizer that writes down what it is asked to encode, whatever the way."""
+    """A tokenizer that records every text it has to encode, by whichever method."""
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
@@ -424,5 +424,5 @@ def test_nothing_that_the_model_wrote_is_ever_encoded():
     assert [turn.completion.token_ids for turn in trajectory.turns] == [
         each.token_ids for each in sampled
     ]
-    # Random bytes are no text, so a second tokenisation would have given other tokens.
+    # Random bytes are not text, so a second tokenisation would have given other tokens.
     assert any("\ufffd" in action for action in env.actions)

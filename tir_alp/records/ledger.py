@@ -32,33 +32,30 @@ class Ledger:
     """Collects what happens until a step takes it.
 
     Args:
-        group_size: Sequences of a group; which of them belong to it follows.
-        seed: Of the rollouts. What is sampled with another one, e.g. for an evaluation, is not
-            written down.
+        group_size: Sequences per group; the uids of a group's sequences follow from it.
     """
 
-    def __init__(self, group_size: int, seed: int) -> None:
-        self._group_size, self._seed = group_size, seed
+    def __init__(self, group_size: int) -> None:
+        self._group_size = group_size
         self._attempts: defaultdict[int, list[Attempt]] = defaultdict(list)
         self._updates: list[Row] = []
 
-    def engine(self, generate: Generate) -> Generate:
-        """Wrap the engine's own `generate`."""
+    def recording(self, generate: Generate) -> Generate:
+        """Wrap the engine's `generate` so that each call is recorded with its sequence."""
 
         async def recorded(token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
             completion = await generate(token_ids, sampling)
-            if sampling.seed == self._seed:
-                call = Call(len(token_ids), ids_digest(token_ids), completion)
-                self._attempts[sampling.sequence_uid][-1].calls.append(call)
+            call = Call(len(token_ids), ids_digest(token_ids), completion)
+            self._attempts[sampling.sequence_uid][-1].calls.append(call)
             return completion
 
         return recorded
 
-    def watch(self, env: gymnasium.Env[str, str], uid: int) -> gymnasium.Env[str, str]:
+    def record_env(self, env: gymnasium.Env[str, str], uid: int) -> gymnasium.Env[str, str]:
         """Wrap the environment of one attempt at the episode of a sequence."""
         attempt = Attempt(uid)
         self._attempts[uid].append(attempt)
-        return _Watched(env, attempt)
+        return _RecordedEnv(env, attempt)
 
     def updated(self, rows: Iterable[Row]) -> None:
         """Write down what updates had packed: rows by `update_row`, made where the loss was."""
@@ -105,8 +102,8 @@ class Ledger:
         return range(group_id * self._group_size, (group_id + 1) * self._group_size)
 
 
-class _Watched(gymnasium.Wrapper[str, str, str, str]):
-    """Writes down what an environment says, in the thread in which it says it."""
+class _RecordedEnv(gymnasium.Wrapper[str, str, str, str]):
+    """Records each answer of an environment, in the thread of the call."""
 
     def __init__(self, env: gymnasium.Env[str, str], attempt: Attempt) -> None:
         super().__init__(env)

@@ -1,8 +1,8 @@
-"""What a tokenizer's chat template puts around messages, found out by asking it. Text, no tokens.
+"""Finds what a tokenizer's chat template puts around messages, by rendering some. Text, no tokens.
 
-A template is asked with stand-ins for contents, once, at start-up. From then on a conversation is
-only appended to. That is right for a template that, too, only appends; `check_prefix_stability`
-says what another one rewrites.
+A template is rendered with stand-ins for contents, once, at start-up. From then on a conversation
+is only appended to. That is correct for a template that itself only appends;
+`check_prefix_stability` reports what any other template rewrites.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from jinja2 import TemplateError
 
 from tir_alp.tools.calls import HERMES, CallMarks
 
-# Stand-ins. The quote and the line end in the tool's show whether it is written as JSON.
+# Stand-ins. The quote and line end in the tool's output show whether it is written as JSON.
 _USER, _ASSISTANT, _TOOL = "\u2068user\u2069", "\u2068assistant\u2069", '\u2068tool"\n\u2069'
 _NAME, _KEY, _VALUE = "probe_tool", "probe_key", "probe_value"
 _ID = "call00000"  # Mistral's templates want nine letters or digits
-_NUM_CALLS = 8  # of the probe for rewriting: some templates forget only what is far behind
+_NUM_CALLS = 8  # in the conversation that reveals rewriting: some templates drop only early turns
 
 Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What a template puts before and behind a content."""
+    """The text that a template puts before and after a content."""
 
     before: str
     after: str
@@ -38,12 +38,12 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """The chat template of a tokenizer, with what every conversation begins with.
+    """The chat template of a tokenizer, with the system prompt and tools of every conversation.
 
     Args:
-        tokenizer: Of Hugging Face, with a template that knows the role `tool`.
+        tokenizer: A Hugging Face tokenizer with a template that knows the role `tool`.
         system: System prompt; empty for none.
-        tools: JSON schemas of functions, as `tools` of `apply_chat_template`; empty for none.
+        tools: JSON schemas of functions, as for `apply_chat_template`; empty for none.
     """
 
     tokenizer: Any
@@ -51,7 +51,11 @@ class ChatTemplate:
     tools: tuple[Mapping[str, Any], ...] = ()
 
     def render(self, messages: Sequence[Message], *, generation: bool = False) -> str:
-        """Render a conversation. Raises ValueError in the words of a template that refuses it."""
+        """Render a conversation.
+
+        Raises:
+            ValueError: The template refuses a message; the text contains the template's reason.
+        """
         opening = [{"role": "system", "content": self.system}] if self.system else []
         try:
             return self.tokenizer.apply_chat_template(
@@ -65,18 +69,18 @@ class ChatTemplate:
             raise ValueError(f"the chat template of {name!r} refuses a message: {error}") from error
 
     def prompt_frame(self) -> Frame:
-        """What stands around a task, up to where the first completion starts."""
+        """The text around a task, up to the start of the first completion."""
         return self._frame([_user()], _USER)
 
     def observation_frame(self, marks: CallMarks | None = None) -> Frame:
-        """What stands around a tool's output, between two completions.
+        """The text around a tool's output, between two completions.
 
         Args:
-            marks: Of native calls; None where calls are ordinary text.
+            marks: How native calls are written; None if calls are ordinary text.
         """
         if not self.tools or marks is None:
             messages = [_user(), {"role": "assistant", "content": _ASSISTANT}, _tool(_TOOL)]
-            return self._frame(messages, _TOOL, behind=_ASSISTANT)
+            return self._frame(messages, _TOOL, after=_ASSISTANT)
         called = self.call()
         text = self.render([_user(), called, _tool(_TOOL)], generation=True)
         _, end, _ = _find_json(text, _NAME)
@@ -86,31 +90,31 @@ class ChatTemplate:
         return self._frame([_user(), called, _tool(_TOOL)], _TOOL, start=max(end, closing))
 
     def call_marks(self) -> CallMarks:
-        """How the template writes a call of a tool.
+        """Find out how the template writes a tool call.
 
         Raises:
-            ValueError: It takes no tools, or writes calls in a form that is not JSON.
+            ValueError: The template takes no tools, or writes calls in a form other than JSON.
         """
         name = self.tokenizer.name_or_path
         if not self.tools:
             return HERMES
         if self.render([_user()]) == ChatTemplate(self.tokenizer, self.system).render([_user()]):
             raise ValueError(
-                f"the chat template of {name!r} does not tell the model its tools; use one that "
+                f"the chat template of {name!r} does not show the model its tools; use one that "
                 "does, or let the environment do so: env.kwargs.tools_in_prompt = true"
             )
         plain = self.render([_user(), {"role": "assistant", "content": _ASSISTANT}])
         head, _, end_of_turn = plain.partition(_ASSISTANT)
         text = self.render([_user(), self.call()])
         same = next((i for i, (a, b) in enumerate(zip(head, text, strict=False)) if a != b), None)
-        said = text[len(head) if same is None else same :].removesuffix(end_of_turn)
-        start, end, call = _find_json(said, _NAME)
+        written = text[len(head) if same is None else same :].removesuffix(end_of_turn)
+        start, end, call = _find_json(written, _NAME)
         if not call:
             raise ValueError(
-                f"the chat template of {name!r} writes a call as {said[:200]!r}, which is not "
+                f"the chat template of {name!r} writes a call as {written[:200]!r}, which is not "
                 'JSON; use another template, or calls in fences: env.kwargs.call_format = "fenced"'
             )
-        opening, closing = said[:start].strip(), said[end:].strip()
+        opening, closing = written[:start].strip(), written[end:].strip()
         in_list = opening.endswith("[") and closing.startswith("]")
         return CallMarks(
             opening=opening[:-1].strip() if in_list else opening,
@@ -121,7 +125,11 @@ class ChatTemplate:
         )
 
     def call(self, words: str = "") -> Message:
-        """A message that calls a tool, with arguments as this template wants them."""
+        """Return a message with a tool call, its arguments in the form that the template wants.
+
+        Args:
+            words: Text of the message, before the call.
+        """
         arguments: dict[str, str] = {_KEY: _VALUE}
         try:
             self.render([_user(), _call(words, arguments)])
@@ -130,51 +138,55 @@ class ChatTemplate:
         return _call(words, arguments)
 
     def _frame(
-        self, messages: Sequence[Message], content: str, *, behind: str = "", start: int = 0
+        self, messages: Sequence[Message], content: str, *, after: str = "", start: int = 0
     ) -> Frame:
+        """Split a rendered conversation around a content.
+
+        What comes before the content counts from `start`, or from the end of the text `after`.
+        """
         text = self.render(messages, generation=True)
         written, as_json = content, False
         if content not in text:
             written, as_json = json.dumps(content, ensure_ascii=False)[1:-1], True
-        if text.count(written) != 1 or behind not in text:
+        if text.count(written) != 1 or after not in text:
             role = messages[-1]["role"]
             raise ValueError(
                 f"the chat template of {self.tokenizer.name_or_path!r} does not keep the content "
                 f"of a {role!r} message as it is; use a template that does"
             )
-        if behind:
-            start = text.index(behind) + len(behind)
-        before, after = text[start:].split(written)
-        return Frame(before, after, as_json)
+        if after:
+            start = text.index(after) + len(after)
+        prefix, suffix = text[start:].split(written)
+        return Frame(prefix, suffix, as_json)
 
 
 @dataclass(frozen=True, slots=True)
 class GrowingConversation:
-    """How a template renders a conversation of some calls and an answer, while it grows."""
+    """How a template renders a conversation of several calls and an answer as it grows."""
 
     thoughts: tuple[str, ...]
-    """What the assistant thought before it called or answered."""
+    """The assistant's thinking before each call and before the answer."""
     outputs: tuple[str, ...]
-    """What its tools said: long texts."""
+    """The tools' outputs, which are long."""
     texts: tuple[str, ...]
-    """After each message."""
+    """The conversation after each message."""
     prompts: tuple[str, ...]
-    """Before each turn: what asks the model for it."""
+    """The conversation before each turn of the assistant, with the generation prompt."""
 
 
 def grow_conversation(template: ChatTemplate) -> GrowingConversation:
-    """Render an episode of eight calls with thinking, long outputs, and an answer. Pure.
+    """Render an episode of eight calls, with thinking and long outputs, and an answer. Pure.
 
     Raises:
         ValueError: The template refuses one of the messages.
     """
     thoughts = [f"\u2068thought {turn}\u2069" for turn in range(_NUM_CALLS + 1)]
     outputs = [f"\u2068output {turn}\u2069{100 * ' of some words'}" for turn in range(_NUM_CALLS)]
-    said = [f"<think>\n{each}\n</think>\n\n\u2068words\u2069" for each in thoughts]
-    turns: list[Message] = [{"role": "assistant", "content": each} for each in said]
+    contents = [f"<think>\n{each}\n</think>\n\n\u2068words\u2069" for each in thoughts]
+    turns: list[Message] = [{"role": "assistant", "content": each} for each in contents]
     if template.tools and template.call_marks().opening:
-        turns[:-1] = [template.call(each) for each in said[:-1]]
-    elif template.tools:  # in this form a message that is a call is nothing else
+        turns[:-1] = [template.call(each) for each in contents[:-1]]
+    elif template.tools:  # in this form, a message with a call contains nothing else
         turns[:-1], thoughts = [template.call()] * _NUM_CALLS, thoughts[-1:]
     messages = [_user()]
     for turn, output in zip(turns, outputs, strict=False):
@@ -195,18 +207,18 @@ def check_prefix_stability(
 ) -> tuple[str, ...]:
     """Find out whether a chat template only appends as a conversation grows. Pure.
 
-    What an episode is trained on is the text as it was sampled, thinking included. A template that
-    drops or changes some of it would show the deployed model something else. `Renderer` calls this
-    when it is made, and so does the doctor before a run.
+    An episode is trained on as it was sampled, thinking included. A template that drops or changes
+    some of it would show the deployed model something else. `Renderer` calls this when it is
+    constructed, and the doctor calls it before a run.
 
     Args:
-        tokenizer: Of Hugging Face, with a chat template.
+        tokenizer: A Hugging Face tokenizer with a chat template.
         system: System prompt; empty for none.
-        tools: JSON schemas of functions, if calls are the template's own.
+        tools: JSON schemas of functions, if calls are written in the template's own form.
 
     Returns:
-        A sentence for the first thing of each kind that the template rewrites; none for one that
-        only appends.
+        One sentence per kind of rewriting, about its first instance; empty if the template only
+        appends.
     """
     try:
         grown = grow_conversation(ChatTemplate(tokenizer, system, tuple(tools)))
@@ -220,17 +232,17 @@ def check_prefix_stability(
             if thought not in texts[-1]
         ),
         (
-            f"it shortens a long output of a tool ({output[1:9]!r} is not whole in it)"
+            f"it shortens a long output of a tool ({output[1:9]!r} is not complete in it)"
             for output in grown.outputs
             if output not in texts[-1]
         ),
         (
-            f"message {length} changes what stood before it: {_at(shorter, longer)}"
+            f"message {length} changes the text before it: {_difference(shorter, longer)}"
             for length, (shorter, longer) in enumerate(pairwise(texts), start=2)
             if not longer.startswith(shorter)
         ),
         (
-            f"it asks for turn {turn} with a text that it does not keep: {_at(prompt, text)}"
+            f"it does not keep the prompt for turn {turn}: {_difference(prompt, text)}"
             for turn, (prompt, text) in enumerate(
                 zip(grown.prompts, texts[1::2], strict=True), start=1
             )
@@ -241,16 +253,17 @@ def check_prefix_stability(
     return tuple(sentence for sentence in first if sentence is not None)
 
 
-def _at(expected: str, found: str) -> str:
-    place = next(
+def _difference(expected: str, found: str) -> str:
+    position = next(
         (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b),
         min(len(expected), len(found)),
     )
-    return f"{found[place : place + 40]!r} instead of {expected[place : place + 40]!r}"
+    end = position + 40
+    return f"{found[position:end]!r} instead of {expected[position:end]!r}"
 
 
 def _find_json(text: str, name: str) -> tuple[int, int, dict[str, Any]]:
-    """Where the JSON object of a call of `name` stands in a text, and what it is; {}: nowhere."""
+    """Return start, end and value of the JSON object that calls `name`; (0, 0, {}) if none."""
     decoder, position = json.JSONDecoder(), text.find("{")
     while position >= 0:
         try:

@@ -1,24 +1,32 @@
 """Tasks for training and evaluation: loaded, filtered, mixed, shuffled, resumed at a position.
 
-The order of an epoch follows from (seed, epoch), and a source makes or finds each task from its
-index, so the task at any position can be had without those before it.
+The order of an epoch is a function of (seed, epoch), and a source computes or reads each task from
+its index. The task at any position is therefore available without reading the ones before it.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from tir_alp.config import DataConfig, SourceConfig
-from tir_alp.envs.code_tasks import CodeTasks
-from tir_alp.envs.tasks import ArithmeticTasks, ReasoningGymTasks, Split, TaskSource
+from tir_alp.config import FILE_SOURCES, SOURCES, DataConfig, SourceConfig
 from tir_alp.rollouts.data_files import Opened, open_rows
+from tir_alp.tools.held_out import Split
 
-_FILES = ("jsonl", "parquet", "hub")
-_BLOCK = 1024  # positions over which a mixture has its weights
+_KEYS = ("task_id", "question", "answer")
+_BLOCK = 1024  # positions over which a mixture has exactly its weights
+
+
+class TaskSource(Protocol):
+    """Tasks by index; a list of dicts is one. Each has `task_id`, `question` and `answer`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +42,18 @@ class Task:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns."""
     seed: int | None = None
-    """Where the environment draws the task itself: by this seed, with `metadata` as options."""
+    """Seed by which the environment draws the task itself, with `metadata` as its options; None if
+    the task is given to the environment."""
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Task:
-        """Make a task from a row, whose columns beside the three become metadata."""
+        """Make a task from a row; columns other than id, question and answer become metadata."""
         metadata = dict(row)
-        three = {name: metadata.pop(name) for name in ("task_id", "question", "answer")}
-        return cls(**three, metadata=metadata, seed=metadata.pop(EnvTasks.SEED, None))
+        required = {name: metadata.pop(name) for name in _KEYS}
+        return cls(**required, metadata=metadata, seed=metadata.pop(EnvTasks.SEED, None))
 
     def to_options(self) -> dict[str, Any]:
-        """Return the `options` of `env.reset`, beside `seed`: the row as it was, if it is ours."""
+        """Return the `options` of `env.reset`: the original row, unless the environment draws."""
         if self.seed is not None:
             return dict(self.metadata)
         row = {"task_id": self.task_id, "question": self.question, "answer": self.answer}
@@ -53,9 +62,10 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class EnvTasks:
-    """Tasks that an environment draws itself, by seed: no seed is in both splits.
+    """Tasks that an environment draws itself, by seed; the two splits share no seed.
 
-    Environments that know the option `split`, as all of ours do, then share no question either.
+    In environments that know the option `split`, as every `ToolEnv` does, they share no question
+    either.
     """
 
     SEED = "_env_seed"
@@ -79,16 +89,16 @@ class EnvTasks:
 
 
 class Order(Protocol):
-    """Endless tasks by position."""
+    """An endless sequence of tasks, indexed by position."""
 
     def __getitem__(self, position: int, /) -> Task: ...
 
 
 def load_order(config: DataConfig, seed: int) -> Order:
-    """Return the training tasks in the order of a run.
+    """Return the training tasks in the order in which a run uses them.
 
     Raises:
-        ValueError: there are none, or one of them is broken; it says which, and what to do.
+        ValueError: A source has no tasks or a broken one; the message says which, and what to do.
     """
     if not config.mix:
         return TaskOrder(load_source(config), seed)
@@ -102,39 +112,61 @@ def load_source(
     """Return the tasks of one source, by index.
 
     Args:
-        config: Which source.
-        split: Which of its two halves.
-        size: Instead of the config's number of tasks, where they are generated.
+        config: Names the source and holds its settings.
+        split: Which of its two splits to return.
+        size: Number of tasks to generate, in place of `config.num_tasks`; files ignore it.
 
     Raises:
-        ValueError: there are none, or one of them is broken; it says which, and what to do.
+        ValueError: The source has no tasks or a broken one; the message says which, and what to do.
     """
-    seed, size = config.seed, config.num_tasks if size is None else size
-    match config.source:
-        case "arithmetic":
-            return ArithmeticTasks(seed, size, split)
-        case "code":
-            return CodeTasks(seed, size, split)
-        case "env":
-            return EnvTasks(seed, size, split)
-        case "reasoning_gym":
-            assert config.dataset is not None
-            return ReasoningGymTasks(config.dataset, seed=seed, size=size, split=split)
-        case _:
-            tasks = open_rows(config).splits[split]
-            if not len(tasks):
-                raise ValueError(
-                    f"{tasks.rows.name}: no tasks are left for the {split} split, which has "
-                    f"{'one' if split == 'held_out' else 'seven'} in eight; add some more"
-                )
-            return tasks
+    if config.source in FILE_SOURCES:
+        tasks = open_rows(config).splits[split]
+        if not len(tasks):
+            raise ValueError(
+                f"{tasks.rows.name}: no tasks are left for the {split} split, which gets "
+                f"{'one' if split == 'held_out' else 'seven'} in eight; add some more"
+            )
+        return tasks
+    size = config.num_tasks if size is None else size
+    if config.source == "env":
+        return EnvTasks(config.seed, size, split)
+    return _open_entry_point(config, split, size)
+
+
+def _open_entry_point(config: SourceConfig, split: Split, size: int) -> TaskSource:
+    """Import a source and call it: `MyTasks(seed=..., size=..., split=...)`.
+
+    It gets `dataset` as well if the config has one.
+    """
+    name = SOURCES.get(config.source, config.source)
+    module, _, attribute = name.partition(":")
+    arguments: dict[str, Any] = {"seed": config.seed, "size": size, "split": split}
+    if config.dataset is not None:
+        arguments["dataset"] = config.dataset
+    try:
+        make = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot import the task source {name!r}: {error}") from error
+    try:
+        source = make(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"cannot open the task source {name!r} with {', '.join(arguments)}: {error}"
+        ) from error
+    if len(source):
+        missing = [key for key in _KEYS if key not in source[0]]
+        if missing:
+            raise ValueError(f"a task of {name!r} has no {' and no '.join(map(repr, missing))}")
+    return source
 
 
 def load_held_out(config: DataConfig, num_tasks: int) -> list[Task]:
-    """Return `num_tasks` tasks whose questions are in no training source; of a mixture by weight.
+    """Return `num_tasks` tasks whose questions are in no training source.
+
+    The sources of a mixture contribute by their weights.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: A source has fewer held-out tasks than its share.
     """
     sources: Sequence[SourceConfig] = config.mix or (config,)
     shares = _shares([getattr(each, "weight", 1.0) for each in sources], num_tasks)
@@ -145,18 +177,19 @@ def load_held_out(config: DataConfig, num_tasks: int) -> list[Task]:
         held_out = load_source(source, "held_out", share)
         if len(held_out) < share:
             raise ValueError(
-                f"{source.path or source.dataset} has {len(held_out)} held-out tasks (one in "
-                f"eight), not {share}: evaluate on at most {len(held_out)}, or add tasks"
+                f"{source.path or source.dataset or source.source} has {len(held_out)} held-out "
+                f"tasks (one in eight), not {share}: evaluate on at most {len(held_out)}, or add "
+                "tasks"
             )
         tasks += [Task.from_row(held_out[index]) for index in range(share)]
     return tasks
 
 
 def left_out(config: DataConfig) -> list[str]:
-    """Say which rows of the files were left out: a sentence each, then one about their lengths."""
+    """List the rows of files that were left out: one sentence per row, then one on lengths."""
     sentences = []
     for source in config.mix or (config,):
-        if source.source in _FILES:
+        if source.source in FILE_SOURCES:
             opened: Opened = open_rows(source)
             sentences += opened.broken
             if opened.num_filtered:
@@ -168,17 +201,17 @@ def left_out(config: DataConfig) -> list[str]:
 
 
 class TaskOrder:
-    """Endless tasks by position: every epoch has all of them, in an order of its own.
+    """Endless tasks by position: every epoch contains all tasks, in an order of its own.
 
-    The task at a position is a function of (source, seed, position), so to resume is to remember a
+    The task at a position is a function of (source, seed, position), so a run resumes from a single
     number.
 
     Args:
         source: The tasks.
-        seed: Decides the order, together with the number of the epoch.
+        seed: Together with the number of the epoch, determines the order.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: The source has no tasks.
     """
 
     def __init__(self, source: TaskSource, seed: int) -> None:
@@ -189,22 +222,22 @@ class TaskOrder:
         self._order = np.empty(0, np.int64)
 
     def __getitem__(self, position: int, /) -> Task:
-        epoch, place = divmod(position, len(self._source))
+        epoch, offset = divmod(position, len(self._source))
         if epoch != self._epoch:
             rng = np.random.default_rng((self._seed, epoch))
             self._epoch, self._order = epoch, rng.permutation(len(self._source))
-        return Task.from_row(self._source[int(self._order[place])])
+        return Task.from_row(self._source[int(self._order[offset])])
 
 
 class MixedOrder:
-    """Endless tasks of several orders, by weight: any 1024 from a multiple of it have the weights.
+    """Endless tasks of several orders, by weight; each block of 1024 positions has the weights.
 
-    As with `TaskOrder`, a position is all that a resume needs.
+    As with `TaskOrder`, a run resumes from a position alone.
 
     Args:
-        orders: One a source.
-        weights: Positive, one a source.
-        seed: Decides the order of the sources.
+        orders: One order per source.
+        weights: One positive weight per source.
+        seed: Determines the order in which the sources take turns.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int) -> None:
@@ -214,18 +247,18 @@ class MixedOrder:
         self._sources = np.empty(0, np.int64)
 
     def __getitem__(self, position: int, /) -> Task:
-        block, place = divmod(position, _BLOCK)
+        block, offset = divmod(position, _BLOCK)
         if block != self._block:
             rng = np.random.default_rng((self._seed, block, 1))
             once = np.repeat(np.arange(len(self._shares)), self._shares)
             self._block, self._sources = block, rng.permutation(once)
-        source = int(self._sources[place])
-        before = int((self._sources[:place] == source).sum())
+        source = int(self._sources[offset])
+        before = int((self._sources[:offset] == source).sum())
         return self._orders[source][block * self._shares[source] + before]
 
 
 def _shares(weights: Sequence[float], total: int) -> list[int]:
-    """Divide `total` by weight into whole numbers; what is left goes to the largest remainders."""
+    """Divide `total` by weight into whole numbers; the largest remainders get what is left."""
     exact = [total * weight / sum(weights) for weight in weights]
     shares = [int(each) for each in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (shares[i] - exact[i], i))

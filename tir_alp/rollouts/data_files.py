@@ -1,10 +1,10 @@
-"""Data sets in files: read once to be checked and indexed, then row by row as they are needed.
+"""Data sets in files: read once to check and index them, then row by row as rows are needed.
 
-What stays in memory is an index, some 16 bytes a row, however long the rows are. A row that is
-broken is named by file and line (or row), and is fatal or left out, as the config says.
+Only an index stays in memory, 16 bytes per row, however long the rows are. A broken row is reported
+by file and line (or row); the config decides whether it is fatal or left out.
 
-Rows come in two forms: with a question and an answer in two columns, and as verl has them, with
-`prompt` (a list of messages), `reward_model.ground_truth`, `data_source` and `extra_info`.
+Rows come in two forms: question and answer in two columns, or verl's form with `prompt` (a list of
+messages), `reward_model.ground_truth`, `data_source` and `extra_info`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import os
-import re
 import tempfile
 from array import array
 from collections.abc import Iterator, Mapping
@@ -24,28 +23,28 @@ from typing import Any, Protocol, TypeGuard
 import numpy as np
 
 from tir_alp.config import SourceConfig
-from tir_alp.envs.tasks import Split, is_held_out
+from tir_alp.rollouts.surrogates import SURROGATE
+from tir_alp.tools.held_out import Split, is_held_out
 
-_HALF_PAIR = re.compile("[\ud800-\udfff]")  # which no tokenizer takes
-_BATCH_ROWS = 1024  # of a row group that are turned into Python objects at a time
+_BATCH_ROWS = 1024  # rows of a row group that are converted to Python objects at a time
 
 
 class RawRows(Protocol):
-    """Rows of a file as they are. Each has a key, by which it can be read again."""
+    """The unparsed rows of a file. Each has a key, by which it can be read again."""
 
     name: str
 
     def __iter__(self) -> Iterator[tuple[int, int, Any]]:
-        """Yield number (of the line or row, for people), key and row."""
+        """Yield, for each row, the line or row number shown to users, the key and the row."""
         ...
 
     def read(self, key: int) -> Any:
-        """Return the row of a key."""
+        """Return the row with a key."""
         ...
 
 
 class JsonLines:
-    """A file with one JSON object a line; blank lines are no rows. A key is a place in the file."""
+    """A file with one JSON object per line; blank lines are skipped. A key is a byte offset."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -62,7 +61,7 @@ class JsonLines:
                 key += len(line)
 
     def read(self, key: int) -> bytes:
-        """Read a line; from any thread, since nothing is moved."""
+        """Read one line. Safe in any thread, because the file position is not used."""
         line, size = b"", 1 << 14
         while b"\n" not in line:
             more = os.pread(self._descriptor, size, key + len(line))
@@ -76,10 +75,11 @@ class JsonLines:
 
 
 class ParquetRows:
-    """A parquet file. A key is the number of a row, from 0.
+    """A parquet file. A key is a row number, counted from 0.
 
-    Row groups are decompressed one after the other, once, into an Arrow file without a name in the
-    folder for temporary files; that is mapped into memory, and each access reads one row of it.
+    When the file is opened, its row groups are decompressed one after the other into an unnamed
+    Arrow file in the folder for temporary files. That file is mapped into memory, and each access
+    reads one row of it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -87,7 +87,7 @@ class ParquetRows:
 
         self.name, self.file = str(path), path.name
         self._map = _unpacked(path)
-        pyarrow.default_memory_pool().release_unused()  # else it keeps 100 MB for nothing
+        pyarrow.default_memory_pool().release_unused()  # otherwise it keeps 100 MB unused
         self._batches = pyarrow.ipc.open_file(self._map)
         sizes = [self._batch(index).num_rows for index in range(self._batches.num_record_batches)]
         self._starts = np.cumsum([0, *sizes])
@@ -104,13 +104,13 @@ class ParquetRows:
         index = int(np.searchsorted(self._starts, key, side="right")) - 1
         return self._batch(index).slice(key - int(self._starts[index]), 1).to_pylist()[0]
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019 (it holds no data, and one file lives as long)
+    @functools.lru_cache(maxsize=1)  # noqa: B019 (the cache holds no data, and lives as long as the file)
     def _batch(self, index: int) -> Any:
         return self._batches.get_batch(index)
 
 
 def _unpacked(path: Path) -> Any:
-    """Map the Arrow file that is made of a parquet file, row group after row group."""
+    """Convert a parquet file to an Arrow file, one row group at a time, and map that file."""
     import pyarrow
     import pyarrow.parquet
 
@@ -125,7 +125,7 @@ def _unpacked(path: Path) -> Any:
 
 
 class HubRows:
-    """A data set of the Hugging Face hub, by its id or folder. A key is the number of a row."""
+    """A data set of the Hugging Face hub, by id or folder. A key is a row number."""
 
     def __init__(self, dataset: str, subset: str | None, split: str) -> None:
         import datasets
@@ -149,9 +149,9 @@ class FileTasks:
     rows: RawRows
     config: SourceConfig
     keys: np.ndarray
-    """[N] int64."""
+    """[N] int64, the key of each row."""
     numbers: np.ndarray
-    """[N] int64, of the lines or rows."""
+    """[N] int64, the line or row number of each row."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -165,22 +165,22 @@ class FileTasks:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A file that has been read once."""
+    """A file that has been checked and indexed."""
 
     splits: Mapping[Split, FileTasks]
     broken: tuple[str, ...]
-    """A sentence for each row that was left out because it is broken."""
+    """One sentence per row that was left out because it is broken."""
     num_filtered: int
-    """Rows that were left out because of their length."""
+    """Number of rows that were left out because of their length."""
 
 
 def open_rows(config: SourceConfig) -> Opened:
-    """Read a file once: check every row, and index those of either split.
+    """Read a file once: check every row, and index the rows of each split.
 
-    A file that has not changed is not read a second time by one process.
+    A process reads an unchanged file only once.
 
     Raises:
-        ValueError: It cannot be read, has no row, or, where that is fatal, a broken one.
+        ValueError: The file cannot be read, has no rows, or has a broken one where that is fatal.
     """
     version = (0, 0)
     if config.path is not None:
@@ -217,7 +217,7 @@ def _open_version(config: SourceConfig, version: tuple[int, int]) -> Opened:
         keys.append(key)
         numbers.append(number)
     if not num_rows:
-        raise ValueError(f"{rows.name} holds no tasks: it needs one JSON object a line, or rows")
+        raise ValueError(f"{rows.name} holds no tasks: it needs one JSON object per line, or rows")
     splits: dict[Split, FileTasks] = {
         split: FileTasks(rows, config, np.array(keys, np.int64), np.array(numbers, np.int64))
         for split, (keys, numbers) in found.items()
@@ -226,39 +226,41 @@ def _open_version(config: SourceConfig, version: tuple[int, int]) -> Opened:
 
 
 def read_row(raw: Any, rows: RawRows, number: int, config: SourceConfig) -> dict[str, Any]:
-    """Make a task of a row: `task_id`, `question`, `answer`, and what else it has.
+    """Convert a row to a task: `task_id`, `question`, `answer`, and the row's other columns.
 
     Args:
-        raw: Bytes of a line of JSON, or the row itself.
-        rows: Where it comes from.
-        number: Of its line or row.
-        config: Says in which columns question and answer are.
+        raw: A line of JSON as bytes, or the row itself.
+        rows: The file that the row comes from.
+        number: Line or row number.
+        config: Names the columns of question and answer.
 
     Raises:
-        ValueError: It is broken; begins with file and number.
+        ValueError: The row is broken; the message begins with file and number.
     """
-    place = f"{rows.name}:{number}"
+    location = f"{rows.name}:{number}"
     if isinstance(raw, bytes):
         try:
             raw = json.loads(raw)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: not JSON ({error}): mend or delete the line") from None
+            raise ValueError(f"{location}: not JSON ({error}): fix or delete the line") from None
     if not isinstance(raw, dict):
-        raise ValueError(f'{place}: not an object: write {{"question": ..., "answer": ...}}')
+        raise ValueError(f'{location}: not an object: write {{"question": ..., "answer": ...}}')
     columns = config.question_column, config.answer_column
     if columns == ("question", "answer") and "question" not in raw and "reward_model" in raw:
-        question, answer = _prompt_of(raw, place), _inside(raw, "reward_model.ground_truth")
+        question, answer = _prompt_of(raw, location), _inside(raw, "reward_model.ground_truth")
         columns = "prompt", "reward_model.ground_truth"
     else:
         question, answer = (_inside(raw, column) for column in columns)
     if not _is_text(question):
         raise ValueError(
-            f"{place}: {columns[0]!r} must be a text that is not empty, not {question!r:.100}"
+            f"{location}: {columns[0]!r} must be a text that is not empty, not {question!r:.100}"
         )
     if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         answer = str(answer)
     if not _is_text(answer):
-        raise ValueError(f"{place}: {columns[1]!r} must be a text or a number, not {answer!r:.100}")
+        raise ValueError(
+            f"{location}: {columns[1]!r} must be a text or a number, not {answer!r:.100}"
+        )
     task_id = raw.get("task_id")
     if task_id is None:
         task_id = f"{Path(rows.name).name}:{number}"
@@ -266,12 +268,12 @@ def read_row(raw: Any, rows: RawRows, number: int, config: SourceConfig) -> dict
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
-    """Whether it is a text with something in it, and no half of a surrogate pair."""
-    return isinstance(value, str) and bool(value.strip()) and not _HALF_PAIR.search(value)
+    """Whether a value is a text that is not blank and contains no lone surrogate."""
+    return isinstance(value, str) and bool(value.strip()) and not SURROGATE.search(value)
 
 
-def _prompt_of(raw: Mapping[str, Any], place: str) -> Any:
-    """The text of a prompt in verl's form: one message of the user, perhaps behind a system's."""
+def _prompt_of(raw: Mapping[str, Any], location: str) -> Any:
+    """Return the text of a prompt in verl's form: a user message, optionally after a system one."""
     prompt = raw.get("prompt")
     if isinstance(prompt, str):
         return prompt
@@ -279,7 +281,7 @@ def _prompt_of(raw: Mapping[str, Any], place: str) -> Any:
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
     if roles not in (["user"], ["system", "user"]):
         raise ValueError(
-            f"{place}: 'prompt' must be a message of the user, perhaps behind one of the system; "
+            f"{location}: 'prompt' must be a user message, optionally after a system message; "
             f"its roles are {roles!r:.100}"
         )
     contents = [message.get("content") for message in messages]
@@ -287,7 +289,7 @@ def _prompt_of(raw: Mapping[str, Any], place: str) -> Any:
 
 
 def _inside(row: Any, column: str) -> Any:
-    """The value of a column, whose name may have dots for objects in objects; None: none."""
+    """Return the value of a column, or None; dots in its name lead into nested objects."""
     for name in column.split("."):
         row = row.get(name) if isinstance(row, dict) else None
     return row
@@ -300,7 +302,9 @@ def _raw_rows(config: SourceConfig) -> RawRows:
             return HubRows(config.dataset, config.subset, config.split)
         except ImportError as error:
             raise ValueError(f"{error}; install it: pip install 'tir_alp[data]'") from error
-        except Exception as error:  # of many kinds, by what is wrong with id, subset, split or net
+        except (
+            Exception
+        ) as error:  # the type depends on whether id, subset, split or network is wrong
             raise ValueError(f"cannot load the data set {config.dataset!r}: {error}") from error
     assert config.path is not None
     if config.source == "jsonl":

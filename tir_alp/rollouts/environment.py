@@ -1,19 +1,18 @@
-"""Environments by the name that the config gives them, and the renderer that fits one."""
+"""Makes environments by the id that the config gives."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import gymnasium
 
 from tir_alp.config import Config
 
-if TYPE_CHECKING:
-    pass
-
 
 def make_environment(config: Config) -> gymnasium.Env[str, str]:
-    """Make one environment. Raises ValueError if there is none of that name, or it refuses."""
+    """Make one environment.
+
+    Raises:
+        ValueError: There is no environment of that id, or it refuses its settings.
+    """
     try:
         return gymnasium.make(config.env.id, disable_env_checker=True, **config.env.kwargs)
     except (gymnasium.error.Error, ImportError) as error:

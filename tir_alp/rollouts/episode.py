@@ -1,8 +1,8 @@
-"""One coroutine an episode: the policy writes, the environment answers, until one of them ends it.
+"""One coroutine per episode: the policy writes, the environment answers, until the episode ends.
 
-Tokens are only ever appended. The environment is a blocking `gymnasium.Env` and runs in threads;
-there is no barrier between turns, an episode waits for nothing but its own next part. Every wait
-has a deadline, and what fails is named by task, sequence, turn and part.
+Tokens are only ever appended. The environment is a blocking `gymnasium.Env` and runs in threads.
+There is no barrier between turns: an episode waits only for its own next completion or step. Every
+wait has a deadline, and a failure names task, sequence, turn and call.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import gymnasium
 
@@ -22,61 +22,60 @@ from tir_alp.config import RolloutConfig
 from tir_alp.engines.base import Completion, Generate, Sampling
 from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.renderer import Renderer
-from tir_alp.run.watchdog import Watchdog
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn
 
 T = TypeVar("T")
 
-
-Watch = Callable[[gymnasium.Env[str, str], int], gymnasium.Env[str, str]]
-"""Given an environment and the uid of the sequence that is to be played in it."""
+RecordEnv = Callable[[gymnasium.Env[str, str], int], gymnasium.Env[str, str]]
+"""Wraps the environment in which the sequence of the given uid will be played."""
 
 MAX_ATTEMPTS = 2
-"""An episode that infrastructure broke gets one more, in a fresh environment."""
+"""An episode that failed because of infrastructure is played once more, in a fresh environment."""
 
 
 class EpisodeFailed(Exception):
-    """Infrastructure failed under an episode: there is nothing to score.
+    """Infrastructure failed during an episode: there is nothing to score.
 
     Args:
-        outcome: Which kind of failure.
-        where: Task, sequence, turn and part, and what it said.
+        outcome: Kind of failure.
+        message: Names task, sequence, turn and call, and describes the failure.
     """
 
-    def __init__(self, outcome: Outcome, where: str) -> None:
-        super().__init__(where)
+    def __init__(self, outcome: Outcome, message: str) -> None:
+        super().__init__(message)
         self.outcome = outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeRunner:
-    """What all episodes of a run share."""
+    """Plays episodes; its fields are what all episodes of a run share."""
 
     make_env: Callable[[], gymnasium.Env[str, str]]
     generate: Generate
     renderer: Renderer
     limits: RolloutConfig
     threads: Executor
-    """Where environments block."""
+    """Run the blocking calls of environments."""
     slots: asyncio.Semaphore
-    """Bounds the episodes at a time to the number of threads: an environment may wait for what
-    another one holds, e.g. a sandbox session, so none may have to wait for a thread as well."""
+    """Limits concurrent episodes to the number of threads. An environment may wait for something
+    that another one holds, e.g. a sandbox session, so none may have to wait for a thread too."""
     seed: int
-    """Root of the draws."""
+    """Root seed of sampling."""
     on_failure: Callable[[EpisodeFailed], None]
-    """Told of every failed attempt."""
+    """Called after every failed attempt."""
     admission: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Held by each episode from its first moment to its last."""
-    watch: Watch = lambda env, uid: env
-    """Wraps the environment of each attempt at an episode, e.g. to write down what it says."""
-    watchdog: Watchdog = field(default_factory=Watchdog)
-    """Knows what episodes wait for."""
+    """Context that each episode holds from beginning to end."""
+    record_env: RecordEnv = lambda env, uid: env
+    """Wraps the environment of each attempt at an episode, e.g. to record its answers."""
+    waiting: Callable[[str], AbstractContextManager[Any]] = nullcontext
+    """Context that an episode holds while it waits; the argument describes what it waits for."""
 
     async def run_group(self, task: Task, group_id: int) -> TrajectoryGroup:
-        """Sample a group of episodes of one task; one that fails twice is dropped, and counted.
+        """Sample a group of episodes of one task.
 
-        A lone survivor is dropped too: there is nothing left to compare its reward with.
+        An episode that fails twice is dropped and counted. A lone survivor is dropped as well:
+        there is nothing to compare its reward with.
         """
         first = group_id * self.limits.group_size
         attempts = [
@@ -107,14 +106,14 @@ class EpisodeRunner:
         """Play one episode to its end.
 
         Args:
-            task: What the environment is reset to.
-            group_id: Recorded in the trajectory.
-            sequence_uid: Recorded, and keys the draws.
-            temperature: Instead of the rollouts' own, e.g. 0 for a greedy episode.
+            task: The task to reset the environment to.
+            group_id: Id of the group, recorded in the trajectory.
+            sequence_uid: Uid of the sequence, recorded in the trajectory; sampling depends on it.
+            temperature: Sampling temperature in place of the configured one, e.g. 0 for greedy.
 
         Raises:
-            EpisodeFailed: If engine, environment, tool or grader failed or missed a deadline.
-            PromptTooLong: If the prompt leaves no room in the context.
+            EpisodeFailed: Engine, environment, tool or grader failed or missed a deadline.
+            PromptTooLong: The prompt leaves no room in the context.
         """
         async with self.slots:
             with self.admission():
@@ -126,7 +125,7 @@ class EpisodeRunner:
         episode = f"task {task.task_id}, sequence {sequence_uid}"
         began = time.monotonic()
         env = await self._in_thread(self.make_env, f"{episode}: making the environment")
-        env = self.watch(env, sequence_uid)
+        env = self.record_env(env, sequence_uid)
         try:
             text, _ = await self._in_thread(
                 lambda: env.reset(seed=task.seed, options=task.to_options()),
@@ -161,7 +160,7 @@ class EpisodeRunner:
     async def _play(
         self, env: gymnasium.Env[str, str], prompt: TokenSpan, sampling: Sampling, episode: str
     ) -> tuple[tuple[Turn, ...], bool, bool]:
-        """The turns of an episode that has been reset, and how it ended."""
+        """Play an episode after its reset; return its turns, and (terminated, truncated)."""
         token_ids = prompt.token_ids
         turns: list[Turn] = []
         while True:
@@ -211,13 +210,13 @@ class EpisodeRunner:
     ) -> Completion:
         try:
             async with asyncio.timeout(self.limits.generate_timeout_s):
-                with self.watchdog.waiting(f"{where}: the engine"):
+                with self.waiting(f"{where}: the engine"):
                     completion = await self.generate(token_ids, sampling)
         except TimeoutError:
             limit = self.limits.generate_timeout_s
             message = f"{where}: the engine gave no completion within {limit:g} s"
             raise EpisodeFailed(Outcome.INFRA_ERROR, message) from None
-        except RuntimeError as error:  # of the forward, e.g. out of memory; the engine goes on
+        except RuntimeError as error:  # in the forward, e.g. out of memory; the engine goes on
             message = f"{where}: the engine failed: {error}"
             raise EpisodeFailed(Outcome.INFRA_ERROR, message) from error
         if completion.stop_reason is StopReason.ABORT:
@@ -225,14 +224,14 @@ class EpisodeRunner:
         return self.renderer.cut(completion)
 
     async def _in_thread(self, call: Callable[[], T], where: str) -> T:
-        """Run a blocking call of the environment. A thread that misses its deadline is given up.
+        """Run a blocking call of the environment; abandon the thread if it misses its deadline.
 
-        What it raises fails the episode and not the run: one broken task must not cost the others.
+        An exception fails the episode and not the run: one broken task must not cost the others.
         """
         try:
             async with asyncio.timeout(self.limits.env_timeout_s):
                 try:
-                    with self.watchdog.waiting(where):
+                    with self.waiting(where):
                         context = contextvars.copy_context()
                         loop = asyncio.get_running_loop()
                         return await loop.run_in_executor(self.threads, context.run, call)
@@ -245,10 +244,10 @@ class EpisodeRunner:
 
 
 def mask_void_turns(turns: tuple[Turn, ...], policy: str) -> tuple[Turn, ...]:
-    """Take void turns, or all turns beside one, out of the loss (spec 3, SimpleTIR).
+    """Take void turns, or all turns of a trajectory with one, out of the loss (SimpleTIR).
 
     Args:
-        turns: Of one trajectory.
+        turns: The turns of one trajectory.
         policy: `keep`, `mask_turn` or `mask_trajectory`.
     """
     is_void = [turn.is_void for turn in turns]
@@ -258,14 +257,14 @@ def mask_void_turns(turns: tuple[Turn, ...], policy: str) -> tuple[Turn, ...]:
 
 
 def mask_overlong(turns: tuple[Turn, ...], policy: str, truncated: bool) -> tuple[Turn, ...]:
-    """Take completions that a limit cut, or all turns of an over-long trajectory, out of the loss.
+    """Take completions that a limit cut off, or all of an overlong trajectory, out of the loss.
 
-    For whole trajectories this is the overlong filtering of DAPO: what a limit ended was not
-    finished, and its reward says little.
+    For whole trajectories this is the overlong filtering of DAPO: a trajectory that a limit ended
+    is unfinished, and its reward means little.
 
     Args:
-        turns: Of one trajectory.
-        policy: `mask_turn` or `mask_trajectory`; the others leave the turns as they are.
+        turns: The turns of one trajectory.
+        policy: `mask_turn` or `mask_trajectory`; other values leave the turns unchanged.
         truncated: Whether a limit ended the trajectory.
     """
     is_cut = [turn.is_cut for turn in turns]

@@ -1,9 +1,10 @@
-"""Makes rollouts repeatable: work is admitted in logical order, not as it happens to arrive.
+"""Makes rollouts repeatable: episodes sample in lockstep instead of whenever they are ready.
 
-Which sequences share a forward decides the last bits of their logprobs, and how long tools take
-decides which sequences those are. Here every episode waits until all the others wait too; then all
-go on together, in the order of their uids. That costs the overlap of tools and sampling, so it is
-for tests, for debugging, and for proving that a resumed run equals one that was never stopped.
+Which sequences share a forward pass decides the last bits of their logprobs, and the duration of
+tool calls decides which sequences share one. Here every episode waits until all others wait as
+well; then all continue together, in the order of their uids. Tools and sampling no longer overlap,
+so this is for tests, for debugging, and for proving that a resumed run equals one that was never
+stopped.
 """
 
 from __future__ import annotations
@@ -15,22 +16,21 @@ from contextlib import contextmanager
 from tir_alp.engines.base import Completion, Generate, Sampling
 
 
-class LogicalOrder:
-    """A `generate` that lets all episodes of a step pass together.
+class Lockstep:
+    """A gate that lets the completions of all running episodes start together.
 
-    It holds as long as all episodes that are to run together enter before the first of them asks
-    for a completion. Episodes begin with a hop to a thread, and those of a synchronous step are all
-    begun in one turn of the event loop, so they do.
+    It works if all episodes that run together enter `episode` before the first of them asks for a
+    completion. They do: each begins with a hop to a thread, and a synchronous step starts all of
+    its episodes within one turn of the event loop.
     """
 
-    def __init__(self, generate: Generate) -> None:
-        self._generate = generate
+    def __init__(self) -> None:
         self._num_episodes = 0
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
 
     @contextmanager
     def episode(self) -> Iterator[None]:
-        """Count as one of those to wait for."""
+        """Count as a running episode, for which the others wait."""
         self._num_episodes += 1
         try:
             yield
@@ -38,19 +38,25 @@ class LogicalOrder:
             self._num_episodes -= 1
             self._open_if_complete()
 
-    async def generate(self, token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
-        """Wait for the others, then sample."""
+    def in_step(self, generate: Generate) -> Generate:
+        """Wrap a `generate` so that each call first waits for all running episodes."""
+
+        async def wait_then_generate(token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
+            await self._wait(sampling.sequence_uid)
+            return await generate(token_ids, sampling)
+
+        return wait_then_generate
+
+    async def _wait(self, uid: int) -> None:
         loop = asyncio.get_running_loop()
-        passed = loop.create_future()
-        entry = (sampling.sequence_uid, passed)
+        entry = (uid, loop.create_future())
         self._waiting.append(entry)
-        loop.call_soon(self._open_if_complete)  # not now: whoever comes last is to wait, too
+        loop.call_soon(self._open_if_complete)  # not now: the last to arrive waits as well
         try:
-            await passed
+            await entry[1]
         finally:
-            if entry in self._waiting:  # its deadline came before the others did
+            if entry in self._waiting:  # its deadline passed before the others arrived
                 self._waiting.remove(entry)
-        return await self._generate(token_ids, sampling)
 
     def _open_if_complete(self) -> None:
         if len(self._waiting) < self._num_episodes:

@@ -1,17 +1,16 @@
-"""Groups in flight. The limit on staleness lives here and only here.
+"""Groups in flight. Staleness is limited here and nowhere else.
 
 At most `(max_staleness + 1) * groups_per_step` groups are in flight or waiting to be trained on,
-and they are taken in the order in which they were begun. A slot is freed when the weights that were
-trained on its group are live in the engine. So the group that step s trains on was begun after the
-weights of step s - max_staleness were live; with 0, after those of step s itself: exactly
-synchronous, by the same code.
+and they are taken in the order in which they were started. A slot is freed when the weights that
+were trained on its group are live in the engine. The group that step s trains on was therefore
+started after the weights of step s - max_staleness were live. With `max_staleness` 0 these are the
+weights of step s itself: exactly synchronous, by the same code.
 
-What a checkpoint needs to go on is `state`: which groups are pending, in their order, and those of
-them whose episodes have all ended. The others of them begin again. So no task is lost, and none is
-trained on twice.
+A checkpoint stores `state`: the pending groups in their order, and the results of those whose
+episodes have all ended. The others start again. No task is lost, and none is trained on twice.
 
-With `hold` nothing is handed out while a group is in flight, so that every token of the group that
-step s trains on was sampled by the weights of step s - max_staleness: exactly so stale.
+With `hold`, no group is handed out while any is in flight. Every token of the group that step s
+trains on was then sampled by the weights of step s - max_staleness: exactly that stale.
 """
 
 from __future__ import annotations
@@ -27,33 +26,32 @@ from tir_alp.types import TrajectoryGroup
 HasSignal = Callable[[TrajectoryGroup], bool]
 RunGroup = Callable[[Task, int], Awaitable[TrajectoryGroup]]
 
-
-_MOST_LOST = 8  # groups in a row; more are taken for an outage, which waiting does not mend
+_MOST_LOST = 8  # groups in a row; more count as an outage, which waiting does not fix
 
 
 class RolloutsFailed(Exception):
-    """Nothing comes back any more: engine, environment or sandbox are down."""
+    """No group returns a trajectory any more: engine, environment or sandbox is down."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueueState:
     """Order and contents of a queue between two steps.
 
-    Example, 5 and 7 wait to be handed out, and only 7 has ended; 0 to 4 and 6 are done with:
+    Example: groups 5 and 7 are pending, and only 7 has ended; 0 to 4 and 6 are done:
 
         QueueState(next_group=8, pending=(5, 7), finished={7: group})
     """
 
     next_group: int = 0
-    """The first group that has not been begun."""
+    """Id of the first group that has not been started."""
     pending: tuple[int, ...] = ()
-    """Groups that were begun, and neither trained on nor dropped; in order."""
+    """Ids of the groups that were started and neither trained on nor dropped, in order."""
     finished: Mapping[int, TrajectoryGroup] = field(default_factory=dict)
-    """Those of them whose episodes have all ended."""
+    """Results of the pending groups whose episodes have all ended, by id."""
 
     @property
     def position(self) -> int:
-        """The first group that is not done with."""
+        """Id of the first group that is not done."""
         return min((*self.pending, self.next_group))
 
 
@@ -61,20 +59,20 @@ class RolloutQueue:
     """Keeps groups in flight and hands them out in order.
 
     Args:
-        run_group: Samples the group of a task, given the group's id.
-        task_at: The task of a group id; a pure function of it, so that a position is one number.
-        groups_per_step: Groups that a step takes.
-        max_staleness: Steps that the weights behind a group may lag.
-        hold: Whether they lag by exactly so many, once there are so many.
-        state: Where a resumed run goes on.
+        run_group: Samples the group for a task and a group id.
+        task_at: Returns the task for a group id; a pure function, so that a position is one number.
+        groups_per_step: Number of groups that a step takes.
+        max_staleness: Number of steps by which the weights that sampled a group may lag.
+        hold: Whether they lag by exactly `max_staleness` steps, once a run has made that many.
+        state: State to continue from, in a resumed run.
         has_signal: Whether a group can teach anything.
-        max_refills: Groups without signal that a step may replace by others.
+        max_refills: Number of groups without signal that a step may replace.
     """
 
     replaced: tuple[TrajectoryGroup, ...]
     """Groups without signal that the last `take` replaced."""
     lost: tuple[TrajectoryGroup, ...]
-    """Groups that the last `take` skipped, since all their episodes had failed."""
+    """Groups that the last `take` skipped because all their episodes had failed."""
 
     def __init__(
         self,
@@ -100,13 +98,13 @@ class RolloutQueue:
 
     @property
     def state(self) -> QueueState:
-        """What a new queue needs to go on in the place of this one, between two steps."""
+        """The state from which a new queue can continue; valid between two steps."""
         finished = {
             group_id: group.result()
             for group_id, group in self._in_flight
             if group.done() and not group.cancelled() and group.exception() is None
         }
-        # One that lost all its episodes has nothing to go on with, and gets another chance.
+        # A group that lost all its episodes has no results to keep: it starts again.
         finished = {group_id: group for group_id, group in finished.items() if group.trajectories}
         pending = [group_id for group_id, _ in self._in_flight]
         waiting = {each: self._finished[each] for each in self._resumed if each in self._finished}
@@ -115,14 +113,14 @@ class RolloutQueue:
     async def take(self) -> list[TrajectoryGroup]:
         """Return the next `groups_per_step` groups, in order.
 
-        Consumes free slots and tasks; waits for the oldest groups in flight. A group that lost all
-        its episodes, and as long as `max_refills` allows one without signal, is skipped: its slot
-        is used again at once, for another task. So the weights behind a group lag no more than
-        without skipping. When no more may be replaced, groups without signal are returned too.
-        A `take` that is cancelled or fails has handed out nothing: its groups are still pending.
+        Consumes free slots and tasks; waits for the oldest groups in flight. A group is skipped if
+        it lost all its episodes, or if it has no signal and `max_refills` allows another
+        replacement. The slot of a skipped group is used for another task at once, so skipping does
+        not increase staleness. After `max_refills` replacements, groups without signal are returned
+        too. A `take` that is cancelled or fails hands out nothing: its groups are still pending.
 
         Raises:
-            RolloutsFailed: If so many groups in a row are lost that it cannot be their tasks.
+            RolloutsFailed: More groups in a row were lost than their tasks could explain.
         """
         seen: list[tuple[int, asyncio.Future[TrajectoryGroup]]] = []
         self.replaced = self.lost = ()
@@ -137,7 +135,7 @@ class RolloutQueue:
     async def _take(
         self, seen: list[tuple[int, asyncio.Future[TrajectoryGroup]]]
     ) -> list[TrajectoryGroup]:
-        """As `take`; what it takes out of those in flight is added to `seen`."""
+        """Do the work of `take`; every group removed from those in flight is added to `seen`."""
         groups: list[TrajectoryGroup] = []
         num_lost = 0
         while len(groups) < self._groups_per_step:
@@ -170,7 +168,7 @@ class RolloutQueue:
         self._fill()
 
     async def close(self) -> None:
-        """Cancel what is in flight."""
+        """Cancel the groups in flight."""
         groups = [group for _, group in self._in_flight]
         for group in groups:
             group.cancel()
@@ -188,6 +186,6 @@ class RolloutQueue:
     def _begin(self, group_id: int) -> asyncio.Future[TrajectoryGroup]:
         if (finished := self._finished.pop(group_id, None)) is None:
             return asyncio.ensure_future(self._run_group(self._task_at(group_id), group_id))
-        ended = asyncio.get_running_loop().create_future()
-        ended.set_result(finished)
-        return ended
+        result = asyncio.get_running_loop().create_future()
+        result.set_result(finished)
+        return result

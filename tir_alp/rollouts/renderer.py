@@ -1,14 +1,14 @@
-"""Where text becomes tokens and tokens become text; nothing else in the trainer does either.
+"""Converts text to tokens and tokens to text; nothing else in the trainer does either.
 
-What the model wrote is only ever decoded. What it reads (task, tool output) is encoded alone, piece
-by piece, and appended: a trajectory's tokens are the ones that were sampled and the ones that were
-shown, never a second tokenisation of their text. Text from outside cannot become a special token.
+Text that the model wrote is only ever decoded. Text that it reads (task, tool output) is encoded
+piece by piece and appended: a trajectory consists of the tokens that were sampled and the tokens
+that were shown, never of a second tokenisation of their text. Text from outside cannot become a
+special token.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -19,32 +19,31 @@ from tokenizers.decoders import DecodeStream
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion
 from tir_alp.rollouts.chat_template import ChatTemplate, Frame, check_prefix_stability
+from tir_alp.rollouts.surrogates import SURROGATE
 from tir_alp.tools.calls import HERMES, CallFormat, canonical, has_call
 from tir_alp.types import StopReason, TokenSpan, cut_version_spans
 
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
-
 
 class PromptTooLong(ValueError):
-    """A task whose prompt leaves no room in the context."""
+    """The prompt of a task leaves no room in the context."""
 
 
 class Renderer:
-    """Renders one conversation format: that of the tokenizer's chat template.
+    """Renders the conversation format of a tokenizer's chat template.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer with a chat template that knows the role `tool`.
         system: System prompt; empty for none.
-        max_observation_tokens: Longer tool outputs lose tokens in their middle.
+        max_observation_tokens: Longer observations lose tokens from their middle.
         call_format: How the environment reads calls; see `tir_alp.tools.calls`.
-        tools: JSON schemas that the template shows to the model, for native calls; the form in
-            which the model writes calls is then the template's.
-        rewritten_history: What to do with a template that rewrites what was said, e.g. drops
-            thinking: "refuse" it, or "append" all the same: the history is what was sampled.
+        tools: JSON schemas that the template shows to the model for native calls; the model then
+            writes calls in the template's form.
+        rewritten_history: What to do with a template that rewrites earlier turns, e.g. drops their
+            thinking: "refuse" it, or "append" anyway, so that the history stays as sampled.
 
     Raises:
-        ValueError: If the tokenizer is slow, has no end-of-sequence token or no chat template, or
-            if the template refuses, drops, changes or rewrites what it is given.
+        ValueError: The tokenizer is slow, has no end-of-sequence token or no chat template, or the
+            template refuses, drops, changes or rewrites messages.
     """
 
     def __init__(
@@ -82,18 +81,18 @@ class Renderer:
             )
         end_of_turn = self._observation_frame[0][:1]
         self.stop_token_ids = frozenset({tokenizer.eos_token_id, *end_of_turn})
-        """A completion ends with the first of these that is sampled."""
+        """A completion ends with the first of these tokens that is sampled."""
 
     def prompt(self, text: str) -> TokenSpan:
-        """Encode a task as the policy gets to read it, up to where its first completion starts."""
+        """Encode a task as the policy reads it, up to the start of its first completion."""
         before, after = self._prompt_frame
         return TokenSpan((*before, *self._encode_plain(text), *after))
 
     def prompt_within(self, text: str, max_context_tokens: int, task_id: str) -> TokenSpan:
-        """Encode a task, and see that there is room to write behind it.
+        """Encode a task, and check that the context has room for a completion after it.
 
         Raises:
-            PromptTooLong: If there is none.
+            PromptTooLong: The context has no room for one.
         """
         prompt = self.prompt(text)
         if len(prompt) >= max_context_tokens:
@@ -104,28 +103,28 @@ class Renderer:
         return prompt
 
     def observation(self, text: str, after: StopReason) -> TokenSpan:
-        """Encode an environment's answer alone, up to where the next completion starts.
+        """Encode an observation alone, up to the start of the next completion.
 
         Args:
-            text: What the environment said.
-            after: How the completion before it ended: an end-of-turn token that the policy sampled
-                itself is not written a second time.
+            text: The observation, as the environment returned it.
+            after: How the completion before it ended: an end-of-turn token that the policy itself
+                sampled is not added a second time.
         """
-        before, behind = self._observation_frame
+        prefix, suffix = self._observation_frame
         if after is StopReason.EOS:
-            before = before[1:]
+            prefix = prefix[1:]
         if self._observation_as_json:
             text = json.dumps(text, ensure_ascii=False)[1:-1]
         ids = self._encode_plain(text)
         if len(ids) > self._max_observation_tokens:
             head = self._max_observation_tokens // 2
             ids = ids[:head] + ids[len(ids) - (self._max_observation_tokens - head) :]
-        return TokenSpan((*before, *ids, *behind))
+        return TokenSpan((*prefix, *ids, *suffix))
 
     def action(self, token_ids: Sequence[int]) -> str:
         """Decode a completion for the environment, without its end-of-turn token.
 
-        A call in the model's own form becomes one in the form that environments read.
+        A call in the model's own form is converted to the form that environments read.
         """
         if token_ids and token_ids[-1] in self.stop_token_ids:
             token_ids = token_ids[:-1]
@@ -133,10 +132,10 @@ class Renderer:
         return canonical(text, self.marks)
 
     def stop_matcher(self) -> Callable[[int], bool]:
-        """Make a matcher to feed token by token: True at the token that completes a call.
+        """Return a function to call with each token; it returns True when a call is complete.
 
-        The end of a call may be spread over several tokens, and a token may reach past it; the
-        token that makes the call complete is the last one to keep.
+        The end of a call may be spread over several tokens, and a token may extend past it; the
+        token that completes the call is the last one to keep.
         """
         last = {"fenced": "`", "tool_call": self.marks.closing[-1:], "none": ""}[self.call_format]
         stream = DecodeStream(skip_special_tokens=False)
@@ -153,7 +152,7 @@ class Renderer:
         return feed
 
     def cut(self, completion: Completion) -> Completion:
-        """Drop what an engine sampled behind the first call: ids, logprobs and versions."""
+        """Drop the tokens after the first call, with their logprobs and versions."""
         matches = self.stop_matcher()
         for index, token_id in enumerate(completion.token_ids):
             if matches(token_id):
@@ -169,15 +168,15 @@ class Renderer:
     def _encode_plain(self, text: str) -> tuple[int, ...]:
         """Encode text from outside: `<|im_end|>` in it is ten characters, not the token.
 
-        Half of a surrogate pair, which a tool can say and no tokenizer takes, becomes U+FFFD.
+        A lone surrogate, which a tool can return and no tokenizer encodes, becomes U+FFFD.
         """
-        text = _HALF_PAIR.sub("\ufffd", text)
+        text = SURROGATE.sub("\ufffd", text)
         return tuple(
             self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         )
 
     def _encode_frame(self, frame: Frame) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ids of what the template puts before and behind a content, its special tokens as such."""
+        """Encode what the template puts before and after a content, with its special tokens."""
         encode = self._tokenizer.encode
         return (
             tuple(encode(frame.before, add_special_tokens=False)),
@@ -186,27 +185,23 @@ class Renderer:
 
 
 def make_renderer(config: Config, tokenizer: Any, env: gymnasium.Env[str, str]) -> Renderer:
-    """Make the renderer that fits tokenizer and environment.
+    """Make the renderer for a tokenizer and an environment.
 
-    The environment says how it reads calls (`call_format`, else fenced code) and which tools the
-    chat template has to show (`tool_schemas`, else none).
+    The environment defines how it reads calls (`call_format`; fenced code if it has none) and which
+    tools the chat template has to show (`tool_schemas`; none if it has none).
 
     Raises:
-        ValueError: They do not fit together.
+        ValueError: Tokenizer and environment do not fit together.
     """
-    turns = {
+    call_settings = {
         name: env.get_wrapper_attr(attribute)
         for name, attribute in (("call_format", "call_format"), ("tools", "tool_schemas"))
         if env.has_wrapper_attr(attribute)
     }
-    from tir_alp.rollouts.renderer import (
-        Renderer,  # not needed where environments run, nor is torch
-    )
-
     return Renderer(
         tokenizer,
         system=config.model.system,
         max_observation_tokens=config.rollout.max_observation_tokens,
         rewritten_history=config.model.rewritten_history,
-        **turns,
+        **call_settings,
     )

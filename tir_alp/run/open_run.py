@@ -24,13 +24,13 @@ import gymnasium
 
 from tir_alp.algorithm.advantage import group_advantages, has_signal
 from tir_alp.config import Config
-from tir_alp.engines.base import Engine
+from tir_alp.engines.base import Engine, Generate
 from tir_alp.records.folder import RunFolder
 from tir_alp.records.ledger import Ledger
 from tir_alp.roles import Placement, TrainerRole
 from tir_alp.rollouts.data import Task
-from tir_alp.rollouts.episode import EpisodeRunner, Watch
-from tir_alp.rollouts.lockstep import LogicalOrder
+from tir_alp.rollouts.episode import EpisodeRunner, RecordEnv
+from tir_alp.rollouts.lockstep import Lockstep
 from tir_alp.rollouts.queue import RolloutQueue
 from tir_alp.run.console import RunConsole
 from tir_alp.run.interrupt import Interrupt
@@ -143,7 +143,7 @@ def collect(
 ) -> Run:
     """Make the folder, the ledger and the rollout queue; `stack` closes them."""
     config, rollout = prepared.config, prepared.config.rollout
-    ledger = Ledger(rollout.group_size, config.seed)
+    ledger = Ledger(rollout.group_size)
     ledger.restore(prepared.progress.attempts)
     _open_folder(prepared, examined)
     stack.enter_context(closing(prepared.folder))
@@ -155,26 +155,29 @@ def collect(
     env_threads = ThreadPoolExecutor(num_episodes, thread_name_prefix="env")
     stack.callback(env_threads.shutdown, wait=False, cancel_futures=True)
     slots = asyncio.Semaphore(num_episodes)
-    generate = ledger.engine(launched.engine.generate)
-    order = LogicalOrder(generate) if config.deterministic else None
+    lockstep = Lockstep() if config.deterministic else None
 
-    def runner(seed: int, watch: Watch = lambda env, uid: env) -> EpisodeRunner:
+    def runner(
+        seed: int, generate: Generate, record_env: RecordEnv = lambda env, uid: env
+    ) -> EpisodeRunner:
         return EpisodeRunner(
             make_env=placement.make_env,
-            generate=generate if order is None else order.generate,
+            generate=generate if lockstep is None else lockstep.in_step(generate),
             renderer=prepared.renderer,
             limits=rollout,
             threads=env_threads,
             slots=slots,
             seed=seed,
             on_failure=lambda failure: console.print(f"episode failed: {failure}"),
-            watchdog=watchdog,
-            admission=contextlib.nullcontext if order is None else order.episode,
-            watch=watch,
+            waiting=watchdog.waiting,
+            admission=contextlib.nullcontext if lockstep is None else lockstep.episode,
+            record_env=record_env,
         )
 
+    generate = launched.engine.generate
+    recorded = runner(config.seed, ledger.recording(generate), ledger.record_env)
     rollouts = RolloutQueue(
-        runner(config.seed, ledger.watch).run_group,
+        recorded.run_group,
         prepared.tasks.__getitem__,
         groups_per_step=rollout.groups_per_step,
         max_staleness=rollout.max_staleness,
@@ -197,7 +200,7 @@ def collect(
         interrupt=interrupt,
         rollouts=rollouts,
         ledger=ledger,
-        evaluation=runner(config.seed + _EVALUATION),
+        evaluation=runner(config.seed + _EVALUATION, generate),
         held_out=prepared.held_out,
         trainer_thread=launched.trainer_thread,
     )

@@ -1,1 +1,1 @@
-"""What runs in the other library's interpreter. Nothing here imports anything of ours."""
+"""Code that runs in the other library's interpreter; it imports nothing from tir_alp."""

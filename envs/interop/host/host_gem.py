@@ -1,4 +1,4 @@
-"""GEM, the package `gem-llm`: `gem.make(NAME, **settings)`."""
+"""Adapts GEM, the package `gem-llm`: `gem.make(NAME, **settings)`."""
 
 # pyright: reportMissingImports=false
 
@@ -10,16 +10,16 @@ from typing import Any
 import gem
 
 MAX_THREADS = 1
-"""GEM draws from Python's one global generator: two at a time would change each other's games."""
+"""GEM draws from Python's global generator: concurrent games would change each other's draws."""
 
 
 def version() -> str:
-    """Which one is installed."""
+    """Return the installed version."""
     return package_version("gem-llm")
 
 
 class Environment:
-    """One environment of GEM's."""
+    """One environment of GEM."""
 
     def __init__(self, name: str, settings: dict[str, Any]) -> None:
         self._env = gem.make(name, **settings)
@@ -30,7 +30,7 @@ class Environment:
         return _with_suffix(text, info)
 
     def step(self, action: str) -> dict[str, Any]:
-        """One turn. What GEM shows below each observation, such as a board, is part of it."""
+        """Play one turn. The suffix that GEM shows below an observation is part of it."""
         text, reward, terminated, truncated, info = self._env.step(action)
         return {
             "observation": _with_suffix(text, info),

@@ -1,6 +1,6 @@
-"""The program that plays a seat in verifiers: one request to the model a turn, and no tools.
+"""The program that plays a seat in verifiers: one request to the model per turn, and no tools.
 
-A module of its own, since verifiers finds such programs by the name of a module.
+It is a module of its own because verifiers finds such programs by module name.
 """
 
 # pyright: reportMissingImports=false
@@ -19,7 +19,7 @@ __all__ = ["OneRequestHarness"]
 
 
 class OneRequestHarness(Harness[HarnessConfig]):
-    """Sends the conversation and is done; it goes on where somebody else speaks next."""
+    """Sends the conversation once and exits; verifiers resumes it after the other side's turn."""
 
     APPENDS_SYSTEM_PROMPT = True
     SUPPORTS_RESUME = True
@@ -36,14 +36,14 @@ class OneRequestHarness(Harness[HarnessConfig]):
         mcp_urls: Any,
         data: Any,
     ) -> ProgramResult:
-        """Ask once. The reply is recorded where the request passes through."""
+        """Send one request. The endpoint that the request passes through records the reply."""
         system, prompt = self.resolve_prompt(data)
         messages = [{"role": "system", "content": system}] if system else []
         if isinstance(prompt, str):
             messages.append({"role": "user", "content": prompt})
         else:
             messages += [message_to_wire(message) for message in prompt or []]
-        # Plain HTTP on this machine: no certificates to load; and whoever waits has a deadline.
+        # Plain HTTP on this machine, so no certificates; the caller of the step has a deadline.
         async with httpx.AsyncClient(timeout=None, verify=False, trust_env=False) as client:
             reply = await client.post(
                 f"{endpoint}/chat/completions",

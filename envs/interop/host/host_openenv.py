@@ -1,13 +1,14 @@
-"""OpenEnv, the package `openenv`: a client of the server at the address NAME.
+"""Adapts OpenEnv, the package `openenv`: a client of the server at the address NAME.
 
-An OpenEnv environment takes actions and gives observations with fields of its own. Settings say
-which of them hold text:
+An OpenEnv environment defines the fields of its actions and observations. Settings select the ones
+that hold text:
 
-* `action_field`: the field that the model's text becomes. None: the text itself has to be the
+* `action_field`: the field that receives the model's text. None: the text itself must be the
   action, as a JSON object, alone or in the last block between fences.
 * `action`: further fields of every action.
-* `observation_field`: the field that is shown. None: all of them but metadata, as JSON.
-* `reset`: further arguments of every reset. With `send_task`, `task` is one of them.
+* `observation_field`: the field to show. None: all fields except metadata, as JSON.
+* `reset`: further arguments of every reset.
+* `send_task`: whether every reset receives the `task`.
 """
 
 # pyright: reportMissingImports=false
@@ -22,11 +23,11 @@ from typing import Any
 from openenv.core import GenericEnvClient
 
 _FENCED = re.compile(r"^```(?:json)?[ \t]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_PATIENT = 1e6  # whoever asks has a deadline, and ends this process
+_PATIENT = 1e6  # the caller has a deadline, and ends this process
 
 
 def version() -> str:
-    """Which one is installed."""
+    """Return the installed version."""
     return package_version("openenv")
 
 
@@ -50,7 +51,7 @@ class Environment:
         return self._text(self._client.reset(seed=seed, **self._reset, **sent))
 
     def step(self, action: str) -> dict[str, Any]:
-        """One turn. A text that is no action is answered without a step."""
+        """Play one turn. A text that is not an action gets an error message and makes no step."""
         if self._action_field is not None:
             fields = {self._action_field: action}
         else:
@@ -65,7 +66,9 @@ class Environment:
                     "info": {},
                 }
         result = self._client.step({**self._action, **fields})
-        truncated = bool(result.observation.get("truncated"))  # as ours say, and no rule of OpenEnv
+        truncated = bool(
+            result.observation.get("truncated")
+        )  # set by tir_alp's own server; OpenEnv has no such field
         return {
             "observation": self._text(result),
             "reward": float(result.reward or 0.0),
@@ -93,7 +96,7 @@ class Environment:
 
 
 def _parse(text: str) -> tuple[dict[str, Any] | None, str]:
-    """The action in a text; or None, and what is wrong."""
+    """Return the action in a text and "", or None and a message about the fault."""
     blocks = _FENCED.findall(text)
     try:
         action = json.loads(blocks[-1] if blocks else text)

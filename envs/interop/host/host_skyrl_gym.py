@@ -1,8 +1,8 @@
-"""SkyRL-Gym, the package `skyrl-gym`: `skyrl_gym.make(NAME, env_config=..., extras=...)`.
+"""Adapts SkyRL-Gym, the package `skyrl-gym`: `skyrl_gym.make(NAME, env_config=..., extras=...)`.
 
-Its environments bring no tasks. The question and the answer of ours become the prompt and the
-ground truth; a task's other columns are passed as extras, and so is `settings.extras`. A reset
-without a task is of `settings.task`.
+Its environments have no tasks of their own. The question and answer of a task become the prompt and
+the ground truth; its other keys are passed as extras, and so is `settings.extras`. A reset without
+a task uses `settings.task`.
 """
 
 # pyright: reportMissingImports=false
@@ -19,19 +19,19 @@ from texts import as_text
 
 
 def version() -> str:
-    """Which one is installed."""
+    """Return the installed version."""
     return package_version("skyrl-gym")
 
 
 class Environment:
-    """One environment of SkyRL-Gym's; it is made anew for every task."""
+    """One environment of SkyRL-Gym, which is made anew for every task."""
 
     def __init__(self, name: str, settings: dict[str, Any]) -> None:
         if unknown := settings.keys() - {"env_config", "extras", "task"}:
             raise ValueError(f"settings of SkyRL-Gym are env_config, extras, task, not {unknown}")
         if ":" not in name and name not in registry:
             raise ValueError(
-                f"there is none of that name; there are: {', '.join(sorted(registry))}"
+                f"there is no environment of that name; there are: {', '.join(sorted(registry))}"
             )
         self._name = name
         self._config = OmegaConf.create(settings.get("env_config", {}))
@@ -40,12 +40,10 @@ class Environment:
         self._env: Any = None
 
     def reset(self, seed: int, task: dict[str, Any]) -> str:
-        """Begin an episode of a task with `question` and `answer`, or of that of the settings."""
+        """Begin an episode of a task with `question` and `answer`, or of the settings' task."""
         task = task or self._task
         if not {"question", "answer"} <= task.keys():
-            raise ValueError(
-                "SkyRL-Gym has no tasks of its own: give one, with question and answer"
-            )
+            raise ValueError("SkyRL-Gym has no tasks of its own: pass one with question and answer")
         self.close()
         extras = {
             "reward_spec": {"method": "rule", "ground_truth": task["answer"]},
@@ -58,7 +56,7 @@ class Environment:
         return as_text(messages)
 
     def step(self, action: str) -> dict[str, Any]:
-        """One turn."""
+        """Play one turn."""
         output = self._env.step(action)
         return {
             "observation": as_text(output["observations"]),

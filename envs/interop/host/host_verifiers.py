@@ -1,14 +1,14 @@
-"""verifiers, the package of that name, in its `verifiers.v1` form: the taskset NAME.
+"""Adapts verifiers, the package of that name, in its `verifiers.v1` form: the taskset NAME.
 
-There the environment calls the model, here the model acts on the environment. What turns one into
-the other is a model endpoint of our own: a request to it is an observation, and its answer is the
-action. So an episode runs through all of verifiers: its task, user, stops and rewards.
+In verifiers the environment calls the model; in Gymnasium the model acts on the environment. A
+model endpoint in this process converts one to the other: a request to it is an observation, and its
+reply is the action. An episode therefore uses all of verifiers: its task, user, stops and rewards.
 
-Settings are those of verifiers' environment (`taskset`, `timeout`, ...) and `num_tasks`: how many
-tasks there are to choose from, all of them by default. A task's `index` chooses one, or the seed.
+Settings are those of verifiers' environment (`taskset`, `timeout`, ...) and `num_tasks`, the number
+of tasks to choose from, by default all. The `index` of a task selects one, or else the seed.
 
-Tools are not supported: verifiers hands them to programs that speak its tool protocol, and refuses
-to start a taskset with tools for one that does not.
+Tools are not supported: verifiers passes them to programs that speak its tool protocol, and refuses
+to start a taskset with tools for a program that does not.
 """
 
 # pyright: reportMissingImports=false
@@ -33,7 +33,7 @@ _SEAT = {"harness": {"id": "host_harness"}, "runtime": {"type": "subprocess"}}
 
 
 def version() -> str:
-    """Which one is installed."""
+    """Return the installed version."""
     return package_version("verifiers")
 
 
@@ -45,24 +45,24 @@ class Environment:
         self._episode: _Episode | None = None
 
     def reset(self, seed: int, task: dict[str, Any]) -> str:
-        """Begin an episode, and wait for what the model is asked first."""
+        """Begin an episode, and wait for the first request to the model."""
         self.close()
         index = task.get("index")
         tasks = self._taskset.tasks
         chosen = tasks[seed % len(tasks) if index is None else int(index)]
         episode = self._episode = _in_loop(_stage.begin(self._taskset, chosen))
-        said = _in_loop(episode.heard())
-        if said is None:
+        request = _in_loop(episode.next_request())
+        if request is None:
             raise RuntimeError(f"the episode ended before the model was asked: {self._end()}")
-        return as_text(said)
+        return as_text(request)
 
     def step(self, action: str) -> dict[str, Any]:
-        """Answer the model's part, and wait for the next request or the end."""
+        """Reply for the model, and wait for the next request or the end."""
         assert self._episode is not None
-        said = _in_loop(self._episode.answer(action))
-        if said is not None:
+        request = _in_loop(self._episode.reply(action))
+        if request is not None:
             return {
-                "observation": as_text(said),
+                "observation": as_text(request),
                 "reward": 0.0,
                 "terminated": False,
                 "truncated": False,
@@ -78,32 +78,32 @@ class Environment:
         }
 
     def close(self) -> None:
-        """Give up an episode that is under way."""
+        """Cancel the episode that is under way, if any."""
         if self._episode is not None:
             _in_loop(self._episode.cancel())
             self._episode = None
 
     def _end(self) -> Any:
-        """The trace of a finished episode.
+        """Return the trace of a finished episode.
 
         Raises:
-            RuntimeError: verifiers failed in it, so that its reward means nothing.
+            RuntimeError: verifiers failed during the episode, so its reward is meaningless.
         """
         assert self._episode is not None
         finished = self._episode.run.result()
         if not finished.ok or len(finished.traces) != 1:
             errors = [*finished.errors, *(e for trace in finished.traces for e in trace.errors)]
-            said = "; ".join(f"{error.type}: {error.message}" for error in errors)
-            raise RuntimeError(said or f"it left {len(finished.traces)} traces and not one")
+            message = "; ".join(f"{error.type}: {error.message}" for error in errors)
+            raise RuntimeError(message or f"it left {len(finished.traces)} traces instead of one")
         return finished.traces[0]
 
 
 class _Taskset:
-    """A taskset with its environment, which serves all its episodes."""
+    """A taskset, with the environment that serves all of its episodes."""
 
     def __init__(self, env: Any, num_tasks: int | None) -> None:
         if num_tasks is None and not env.taskset.bounded:
-            raise ValueError("the taskset is endless: say in settings.num_tasks how many to take")
+            raise ValueError("the taskset is endless: set settings.num_tasks")
         self.env = env
         self.tasks = list(itertools.islice(env.taskset, num_tasks))
         if not self.tasks:
@@ -111,7 +111,7 @@ class _Taskset:
 
 
 class _Episode:
-    """An episode that waits for the model, or that the model waits for."""
+    """A running episode: its requests to the model, and the replies to them."""
 
     def __init__(self) -> None:
         self.run: asyncio.Task[Any]
@@ -119,18 +119,18 @@ class _Episode:
         self._history: list[tuple[str, Any]] = []
         self._reply: asyncio.Future[str] | None = None
 
-    async def asked(self, messages: Messages) -> str:
-        """One request to the model: wait for the action."""
+    async def complete(self, messages: Messages) -> str:
+        """Handle a request to the model: wait for the action, and return it."""
         reply: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._requests.put_nowait((messages, reply))
         return await reply
 
-    async def heard(self) -> Messages | None:
-        """What is new in the next request; None at the end.
+    async def next_request(self) -> Messages | None:
+        """Wait for the next request, and return its new messages; None at the end.
 
         Raises:
-            ValueError: The request is not what was said so far, and more: the conversation was
-                rewritten, or there is a second one. Neither can be trained on token by token.
+            ValueError: The request does not continue the conversation so far: it was rewritten, or
+                there is a second one. Neither can be trained on token by token.
         """
         request = asyncio.ensure_future(self._requests.get())
         await asyncio.wait((request, self.run), return_when=asyncio.FIRST_COMPLETED)
@@ -145,21 +145,21 @@ class _Episode:
         self._history = turns
         return new
 
-    async def answer(self, action: str) -> Messages | None:
-        """Act, and return what is new then; None at the end."""
+    async def reply(self, action: str) -> Messages | None:
+        """Reply with an action, and return the new messages after it; None at the end."""
         assert self._reply is not None
         self._history.append(("assistant", action))
         self._reply.set_result(action)
-        return await self.heard()
+        return await self.next_request()
 
     async def cancel(self) -> None:
-        """End it, whatever it is doing."""
+        """End the episode, whatever it is doing."""
         self.run.cancel()
         await asyncio.wait((self.run,))
 
 
 class _Stage:
-    """What all episodes of this process share: tasksets, and the endpoint for the model."""
+    """Shared by all episodes of this process: the tasksets, and the endpoint for the model."""
 
     def __init__(self) -> None:
         self._tasksets: dict[str, _Taskset] = {}
@@ -169,7 +169,7 @@ class _Stage:
         self._address = ""
 
     async def taskset(self, name: str, settings: dict[str, Any]) -> _Taskset:
-        """The taskset of that name and settings, loaded and serving."""
+        """Return the taskset with a name and settings, loaded and serving."""
         key = repr((name, settings))
         async with self._lock:
             if not self._address:
@@ -188,7 +188,7 @@ class _Stage:
         return self._tasksets[key]
 
     async def begin(self, taskset: _Taskset, task: Any) -> _Episode:
-        """Start an episode; its requests come in under a model name of its own."""
+        """Start an episode, whose requests arrive under a model name of its own."""
         episode, model = _Episode(), f"episode-{next(self._numbers)}"
         client = EvalClientConfig(base_url=self._address, api_key_var="NO_KEY")
         context = ModelContext(model=model, client=client)
@@ -212,7 +212,7 @@ class _Stage:
         episode = self._episodes.get(body["model"])
         if episode is None:
             raise web.HTTPNotFound(text=f"no episode under way is called {body['model']!r}")
-        action = await episode.asked(body["messages"])
+        action = await episode.complete(body["messages"])
         message = {"role": "assistant", "content": action}
         return web.json_response(
             {

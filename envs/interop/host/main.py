@@ -1,9 +1,9 @@
 """Runs the environments of one library, at the other end of a pipe: `main.py FD MODULE`.
 
-It is run by an interpreter that has the library and perhaps nothing else: nothing of ours is
-imported here. A line in is a question, a line out its answer. Questions are answered by threads, so
-that a slow environment keeps only its own episode waiting; one environment is asked one thing at a
-time. When the pipe ends, so does the process.
+It runs in an interpreter that has the library and perhaps nothing else, so it imports nothing from
+tir_alp. Each line that arrives is a request, and each line sent is a reply. Threads handle the
+requests, so that a slow environment delays only its own episode; an environment gets one request at
+a time. The process ends when the pipe does.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 _MAX_THREADS = 256
-"""At a time, unless the module says otherwise in `MAX_THREADS`."""
+"""Maximum number of threads, unless the module defines `MAX_THREADS`."""
 
 
 def main(descriptor: int, library: str) -> None:
-    """Answer until the pipe ends."""
+    """Handle requests until the pipe ends."""
     pipe = socket.socket(fileno=descriptor)
     sending = threading.Lock()
 
-    def send(answer: dict[str, Any]) -> None:
-        line = (json.dumps(answer, default=str) + "\n").encode()
+    def send(message: dict[str, Any]) -> None:
+        line = (json.dumps(message, default=str) + "\n").encode()
         with sending:
             pipe.sendall(line)
 
@@ -36,23 +36,23 @@ def main(descriptor: int, library: str) -> None:
     environments: dict[int, Any] = {}
     numbers = itertools.count()
 
-    def run(question: dict[str, Any]) -> Any:
-        if question["op"] == "open":
+    def run(request: dict[str, Any]) -> Any:
+        if request["op"] == "open":
             number = next(numbers)
-            environments[number] = module.Environment(question["name"], question["settings"])
+            environments[number] = module.Environment(request["name"], request["settings"])
             return number
-        if question["op"] == "close":
-            return environments.pop(question["env"]).close()
-        environment = environments[question["env"]]
-        if question["op"] == "reset":
-            return environment.reset(question["seed"], question["task"])
-        return environment.step(question["action"])
+        if request["op"] == "close":
+            return environments.pop(request["env"]).close()
+        environment = environments[request["env"]]
+        if request["op"] == "reset":
+            return environment.reset(request["seed"], request["task"])
+        return environment.step(request["action"])
 
-    def answer(question: dict[str, Any]) -> None:
+    def handle(request: dict[str, Any]) -> None:
         try:
-            reply = {"id": question["id"], "result": run(question)}
-        except BaseException as error:  # of anybody's code, a cancelled coroutine's too
-            reply = {"id": question["id"], "error": f"{type(error).__name__}: {error}"}
+            reply = {"id": request["id"], "result": run(request)}
+        except BaseException as error:  # the library may raise anything, CancelledError included
+            reply = {"id": request["id"], "error": f"{type(error).__name__}: {error}"}
         try:
             send(reply)
         except OSError:
@@ -62,8 +62,8 @@ def main(descriptor: int, library: str) -> None:
     with pipe.makefile("r", encoding="utf-8", newline="\n") as lines:
         threads = ThreadPoolExecutor(getattr(module, "MAX_THREADS", _MAX_THREADS))
         for line in lines:
-            threads.submit(answer, json.loads(line))
-    os._exit(0)  # threads of the library's may be stuck
+            threads.submit(handle, json.loads(line))
+    os._exit(0)  # threads of the library may hang
 
 
 if __name__ == "__main__":

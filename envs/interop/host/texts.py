@@ -1,4 +1,4 @@
-"""What libraries say as messages, as one text: our environments are text only."""
+"""Converts the messages of a library to one text, because environments are text only."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 def as_text(messages: Messages) -> str:
-    """Join the contents of messages that the model reads, the system's included.
+    """Join the contents of messages that the model reads, system messages included.
 
     Raises:
-        ValueError: One of them is the model's own, or holds something other than text.
+        ValueError: A message is the model's own, or contains something other than text.
     """
-    parts = []
+    texts = []
     for message in messages:
         if message["role"] == "assistant":
-            raise ValueError("a prompt with turns of the model's in it cannot be shown as one text")
+            raise ValueError("a prompt with turns of the model cannot be shown as one text")
         content = message["content"]
         if not isinstance(content, str):
             kinds = [part.get("type") for part in content]
             if kinds != ["text"] * len(kinds):
-                raise ValueError(f"a message holds {kinds}, and only texts can be shown")
+                raise ValueError(f"a message contains {kinds}, and only texts can be shown")
             content = "\n".join(part["text"] for part in content)
-        parts.append(content)
-    return "\n\n".join(parts)
+        texts.append(content)
+    return "\n\n".join(texts)

@@ -9,7 +9,7 @@ import gymnasium
 
 
 class NaughtyEnv(gymnasium.Env):
-    """`step` of a line of a play: "say TEXT", "end REWARD", "hang", "die", "raise", "cancel"."""
+    """Actions: "say TEXT", "end REWARD", "hang", "die", "raise", "cancel" and "print"."""
 
     def __init__(self, refuse: bool = False):
         if refuse:

@@ -1,4 +1,4 @@
-"""The pipe and what can go wrong at its other end, with a library that is only Gymnasium."""
+"""The pipe, and failures at its other end, with Gymnasium as the library."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ PATIENT = 240.0
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> str:
-    """An interpreter that finds the environments of these tests, and nothing of ours."""
+    """An interpreter that finds the environments of these tests, and not tir_alp."""
     script = tmp_path_factory.mktemp("bin") / "python"
     script.write_text(
         f'#!/bin/sh\nPYTHONPATH="{Path(__file__).parent}" exec {sys.executable} "$@"\n'
@@ -53,7 +53,7 @@ def test_texts_rewards_and_ends_come_through(python):
     assert (text, reward, terminated, truncated) == (said, 0.0, False, False)
     assert (info["outcome"], info["library_info"]) == ("ok", {"said": said})
     assert env.step("print")[0] == "printed"
-    # Both flags at once: the episode ended by itself.
+    # Both flags at once count as terminated.
     assert env.step("end 0.5")[:4] == ("", 0.5, True, False)
     with pytest.raises(ResetNeeded):
         env.step("say more")
@@ -70,7 +70,7 @@ def test_a_group_plays_the_same_game_and_another_task_another_one(python):
 
 
 @pytest.mark.filterwarnings("error")
-def test_gymnasiums_checker_has_nothing_to_say(python):
+def test_gymnasiums_checker_finds_nothing(python):
     check_env(naughty(python), skip_render_check=True)
 
 
@@ -83,10 +83,10 @@ def test_what_the_library_cannot_score_is_no_reward(python, action):
     assert (reward, terminated, truncated) == (0.0, False, True)
     assert Outcome(info["outcome"]) is Outcome.INFRA_ERROR
     assert ("what now?" in info["error"]) or ("nan" in info["error"])
-    assert other.step("say on")[0] == "on"  # the process lives
+    assert other.step("say on")[0] == "on"  # the process is still alive
 
 
-def test_a_step_that_hangs_is_ended_with_its_process_and_the_next_episode_has_a_new_one(python):
+def test_a_step_that_hangs_ends_its_process_and_the_next_episode_gets_a_new_one(python):
     env, other = naughty(python, step_timeout_s=1.0), naughty(python)
     other.reset()
     env.reset()
@@ -102,18 +102,18 @@ def test_a_step_that_hangs_is_ended_with_its_process_and_the_next_episode_has_a_
     assert again.step("say hello")[0] == "hello"
 
 
-def test_a_process_that_dies_is_named_with_its_last_words(python):
+def test_a_process_that_dies_is_reported_with_its_error_output(python):
     env = naughty(python)
     env.reset()
     info = env.step("die")[-1]
     assert info["outcome"] == "infra_error"
-    assert "ended with status 7; it said: my last words" in info["error"]
+    assert "ended with status 7; its error output: my last words" in info["error"]
     with pytest.raises(HostError):
         env.reset()
 
 
 def test_what_cannot_be_made_or_reset_is_named(python):
-    with pytest.raises(ValueError, match=r"gymnasium does not make .*: ValueError: not today"):
+    with pytest.raises(ValueError, match=r"gymnasium cannot make .*: ValueError: not today"):
         naughty(python, settings={"refuse": True})
     env = naughty(python)
     with pytest.raises(Exception, match="no such task"):
@@ -133,7 +133,7 @@ def test_a_library_that_is_not_installed_says_how_to_get_it(monkeypatch, tmp_pat
         find_python("gym")
 
 
-def test_the_process_ends_with_ours():
+def test_the_host_ends_with_its_parent():
     program = (
         "from tir_alp.envs.interop.host_process import HostProcess\n"
         "import sys, time\n"

@@ -1,4 +1,4 @@
-"""Real environments of real libraries, where they are installed: rules, rewards, exact tokens.
+"""Real environments of real libraries, if they are installed: rules, rewards, exact tokens.
 
 `python -m tir_alp.envs.interop install LIBRARY` installs one; without it, its tests are skipped.
 """
@@ -45,7 +45,7 @@ def make(env_id: str, **kwargs: Any) -> gymnasium.Env[str, str]:
 
 
 def check(env_id: str, **kwargs: Any) -> None:
-    """Gymnasium's checker has nothing to say, not even a warning."""
+    """Assert that Gymnasium's checker finds nothing, not even a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         env = make(env_id, **kwargs)
@@ -63,10 +63,13 @@ SMALL = (
 def trained(
     folder: Path, env_id: str, kwargs: dict[str, Any], max_context_tokens: int
 ) -> list[dict[str, Any]]:
-    """Train one step on an environment and audit the run; returns the recorded trajectories."""
+    """Train one step on an environment and audit the run; return the recorded trajectories."""
     words = ["--env.id", f"tir_alp.envs:{env_id}", "--env.kwargs", json.dumps(kwargs), *SMALL]
     words += ["--rollout.max_context_tokens", str(max_context_tokens)]
-    words += ["--doctor.ignore", '["tokenizer"]']  # a token a byte: some prompts are very long
+    words += [
+        "--doctor.ignore",
+        '["tokenizer"]',
+    ]  # one token per byte, so some prompts are very long
     run = train_with(folder, load_config(words, read_toml(TRAIN_CONFIG)))
     assert_honest(run)
     recorded = (run / "trajectories" / "step_000001.jsonl").read_text().splitlines()
@@ -125,7 +128,7 @@ GSM8K = {"name": "gsm8k_multi_turn", "settings": {"extras": {"max_turns": 3}}, *
 
 
 @needs("skyrl-gym")
-def test_skyrl_gym_scores_our_tasks_by_its_own_rules():
+def test_skyrl_gym_scores_given_tasks_by_its_own_rules():
     env = make("SkyRLGym-v0", **GSM8K)
     text, _ = env.reset(options=TASKS[0].to_options())
     assert text == "What is 6*7?"
@@ -137,7 +140,7 @@ def test_skyrl_gym_scores_our_tasks_by_its_own_rules():
         env.reset()
     env.close()
     check("SkyRLGym-v0", **{**GSM8K, "settings": {"task": TASKS[0].to_options()["task"]}})
-    with pytest.raises(ValueError, match=r"there is none of that name; there are: aime"):
+    with pytest.raises(ValueError, match=r"there is no environment of that name; there are: aime"):
         make("SkyRLGym-v0", **{**GSM8K, "name": "gsm9k"})
 
 
@@ -152,7 +155,7 @@ def test_skyrl_gym_is_trained_on_and_every_token_is_accounted_for(tmp_path):
 
 @pytest.fixture
 def hangman(tmp_path, monkeypatch) -> dict[str, Any]:
-    """Hangman of TextArena, by the taskset that comes with verifiers.
+    """Hangman of TextArena, through the taskset that comes with verifiers.
 
     Its words come from a hub that may be out of reach; here are some.
     """
@@ -181,7 +184,7 @@ def test_a_user_of_verifiers_answers_and_scores(hangman):
         assert re.search(r"C00 C01 C02 C03 C04", board) or "letter" in board
     assert ended and 0 < total <= 1
     assert info["library_info"]["stop_condition"] == "user_closed"
-    env.reset(options={"task": {"index": 1}})  # an episode given up for another
+    env.reset(options={"task": {"index": 1}})  # an episode abandoned for another
     env.close()
     check("Verifiers-v0", **hangman)
 
@@ -203,7 +206,7 @@ def free_port() -> int:
 
 @contextmanager
 def served(command: list[str], port: int, **settings: Any) -> Iterator[str]:
-    """A server that answers, at its address."""
+    """Run a server; yield its address once it responds."""
     process = subprocess.Popen(command, **settings)
     address = f"http://127.0.0.1:{port}"
 
@@ -225,7 +228,7 @@ def served(command: list[str], port: int, **settings: Any) -> Iterator[str]:
 
 @needs("openenv")
 def test_an_openenv_server_is_trained_on_and_every_token_is_accounted_for(tmp_path):
-    """The environment that OpenEnv's own template makes."""
+    """Serve the environment that OpenEnv's own template makes."""
     python = folder_of("openenv") / "bin" / "python"
     template = subprocess.run(
         [python, "-c", "import openenv.cli.templates as t; print(t.__path__[0])"],
@@ -267,14 +270,14 @@ def test_an_openenv_server_is_trained_on_and_every_token_is_accounted_for(tmp_pa
         assert json.loads(text) == {"echoed_message": "six", "message_length": 3}
         as_json.close()
         check("OpenEnv-v0", **kwargs)
-        # It never ends by itself, and every turn reads all of the context.
+        # The episode never ends by itself, and every turn reads the whole context.
         trajectories = trained(tmp_path, "OpenEnv-v0", kwargs, max_context_tokens=256)
         assert all(len(trajectory["turns"]) > 1 for trajectory in trajectories)
 
 
 @needs("openenv")
 @pytest.mark.sandbox
-def test_our_environment_is_served_to_openenv_and_trained_on_through_it(tmp_path):
+def test_an_environment_of_tir_alp_is_served_by_openenv_and_trained_on(tmp_path):
     port = free_port()
     kwargs = json.dumps({"instruction": "", "max_turns": 3, "sandbox": {"preload": []}})
     command = [sys.executable, "-m", "tir_alp.envs.interop", "serve"]

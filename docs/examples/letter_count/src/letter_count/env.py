@@ -1,4 +1,4 @@
-"""How often does a letter occur in a word? Change the tasks, the instruction and the grade."""
+"""How often does a letter occur in a word? Change the tasks, the instruction and the grading."""
 
 import random
 
