@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tir_alp.algorithm.presets import Section
+from tir_alp.algorithm.section import Section
 from tir_alp.config import Config, TrainerConfig, TransformersConfig, load_config, read_toml
 from tir_alp.doctor import Finding, Refused, demand, examine_config, examine_engine
 from tir_alp.doctor.__main__ import main as doctor_main

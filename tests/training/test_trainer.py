@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tir_alp.algorithm import perturbation
-from tir_alp.algorithm.loss import LossInputs, policy_loss
+from tir_alp.algorithm.inputs import LossInputs
+from tir_alp.algorithm.loss import policy_loss
 from tir_alp.algorithm.perturbation import LayerwisePerturbation, NoiseKey
 from tir_alp.algorithm.presets import ALGORITHMS, AlgorithmConfig, KLConfig, PerturbationConfig
 from tir_alp.algorithm.sites import find_decoder_layers

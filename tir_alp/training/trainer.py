@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tir_alp.algorithm.loss import LossInputs, clipped_tokens, loss_counts, policy_loss
+from tir_alp.algorithm.inputs import LossInputs
+from tir_alp.algorithm.loss import loss_counts, loss_terms
 from tir_alp.algorithm.metrics import mismatch_metrics, ratio_metrics
 from tir_alp.algorithm.perturbation import Effect, LayerwisePerturbation, NoiseKey
 from tir_alp.algorithm.presets import AlgorithmConfig
@@ -318,17 +319,16 @@ class Trainer:
                 logprobs, entropy = self._policy(
                     batch, temperature=self._temperature, is_head_noisy=self._is_head_noisy
                 )
-                loss, metrics = policy_loss(
+                terms = loss_terms(
                     _inputs(batch, logprobs), self._algorithm, num_tokens, num_sequences
                 )
-                (loss / num_draws).backward()
+                (terms.loss / num_draws).backward()
             if probe is not None and index == 0:
                 looked_at = self._means(effect.metrics())
                 looked_at |= self._probe(batch, probe, logprobs if looked_at else None)
-            for name, part in metrics.items():
-                totals[name] = totals[name] + part / num_draws
-            inputs = _inputs(batch, logprobs.detach())
-            ratios = summarise(inputs, entropy, clipped_tokens(inputs, self._algorithm))
+            for name, value in terms.metrics.items():
+                totals[name] = totals[name] + value / num_draws
+            ratios = summarise(_inputs(batch, logprobs), entropy, terms.clipped)
             summary = ratios if summary is None else summary + ratios
         self._sum_gradient_of_sigma()
         norms = self._optimizer.clip_gradients()
