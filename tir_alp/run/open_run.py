@@ -92,7 +92,7 @@ async def open_run(
         console = RunConsole()
         initial = str(SHIPPED.get(config.model.path, config.model.path))
         parts = parts or LocalPlacement(config, console.print)
-        path, position, found = initial, Position(0, 0, 0), None
+        path, position, found = initial, Position(0, 0), None
         pending, attempts = QueueState(), []
         if resume is not None:
             newest = asyncio.to_thread(checkpoint.newest, resume / "checkpoints")
@@ -142,14 +142,14 @@ async def open_run(
 
         engine = await stack.enter_async_context(
             parts.engine(
-                *(path, position.policy_version, renderer),
+                *(path, position.step, renderer),
                 ask_trainer_in(trainer, trainer_thread),
             )
         )
         if not is_examined:
             findings = await doctor.examine_engine(
                 *(config, engine, load_outline(path), trainer, trainer.weights),
-                *(position.policy_version, tokenizer, renderer, prompts),
+                *(position.step, tokenizer, renderer, prompts),
             )
             ignored += doctor.demand(findings, config.doctor.ignore)
         for each in ignored:
