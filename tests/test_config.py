@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tir_alp.algorithm.presets import ALGORITHMS, PerturbationConfig, merge
+from tir_alp.algorithm.presets import ALGORITHMS, PerturbationConfig
+from tir_alp.algorithm.section import merge
 from tir_alp.config import Config, SGLangConfig, TransformersConfig
 from tir_alp.run.command_line import load_config, parse_config, read_toml
 

@@ -1,6 +1,7 @@
 """The data types by the worked examples of their docstrings."""
 
-from dataclasses import FrozenInstanceError
+import pickle
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -126,6 +127,19 @@ def test_a_trajectory_is_its_spans_in_order():
     assert whole.loss_mask == (False, False, True, True, False, True)
     assert whole.rollout_logprobs == (0.0, 0.0, -0.3, -0.4, 0.0, -0.6)
     assert whole.turn_ids == (-1, -1, 0, 0, -1, 1)
+
+
+def test_the_columns_of_a_trajectory_are_computed_once_and_not_pickled():
+    whole, other = (trajectory(turn(TokenSpan((3, 4), (-0.3, -0.4)))) for _ in range(2))
+    before = len(pickle.dumps(whole))
+    assert whole.token_ids is whole.token_ids and whole.loss_mask is whole.loss_mask
+    assert whole == other
+    assert len(pickle.dumps(whole)) == before
+    copied = pickle.loads(pickle.dumps(whole))
+    assert copied == whole and copied.turn_ids == whole.turn_ids
+    assert replace(whole, turns=()).token_ids == (1, 2)
+    with pytest.raises(FrozenInstanceError):
+        whole.task_id = "u"  # type: ignore[misc]
 
 
 def test_a_void_turn_is_out_of_the_loss_but_keeps_its_logprobs():

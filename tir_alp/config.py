@@ -13,12 +13,10 @@ from pydantic import (
     model_validator,
 )
 
-from tir_alp.algorithm.presets import (
-    ALGORITHMS,
-    AlgorithmConfig,
-    Section,
-    resolve_algorithm,
-)
+from tir_alp.algorithm.advantage import OverlongConfig
+from tir_alp.algorithm.guards import GuardsConfig
+from tir_alp.algorithm.presets import ALGORITHMS, AlgorithmConfig, resolve_algorithm
+from tir_alp.algorithm.section import Section
 
 
 class ModelConfig(Section):
@@ -139,7 +137,7 @@ def _changed(section: Section) -> set[str]:
     return {name for name, field in fields.items() if getattr(section, name) != field.default}
 
 
-class RolloutConfig(Section):
+class RolloutConfig(OverlongConfig):
     """How trajectories are collected."""
 
     groups_per_step: int = Field(default=16, ge=1)
@@ -156,20 +154,12 @@ class RolloutConfig(Section):
     let them go on, each token range with its own version and logprobs, or make them begin again."""
     max_turn_tokens: int = Field(default=2048, ge=1)
     """Limit of one completion."""
-    max_context_tokens: int = Field(default=16384, ge=2)
-    """Limit of a whole trajectory; one that reaches it is truncated."""
     max_observation_tokens: int = Field(default=512, ge=1)
     """A longer tool output loses tokens in its middle."""
     temperature: float = Field(default=1.0, gt=0.0)
     """Of the sampled distribution, which is also the one that is trained."""
     void_turns: Literal["keep", "mask_turn", "mask_trajectory"] = "mask_trajectory"
     """What a turn with neither a code block nor an answer takes out of the loss (spec 3)."""
-    overlong: Literal["keep", "mask_turn", "mask_trajectory", "zero_advantage"] = "keep"
-    """What a limit takes out of the loss: the completion that it cut, or the whole trajectory that
-    it cut or ended; `zero_advantage` lets that count in the loss's denominator."""
-    overlong_buffer_tokens: int = Field(default=0, ge=0)
-    """Over the last so many tokens before max_context_tokens, the reward that counts in advantages
-    falls by up to 1; 0: not."""
     max_refills: int = Field(default=0, ge=0)
     """Groups without signal, e.g. with equal rewards, that a step may replace by others; 0: they
     are trained on, and teach nothing."""
@@ -338,20 +328,6 @@ DoctorCheck = Literal[
     "sync",
 ]
 """What is checked before a run starts; `docs/audit.md` says how."""
-
-
-class GuardsConfig(Section):
-    """Bounds that a healthy run keeps. All are off unless set."""
-
-    max_kl: float | None = Field(default=None, gt=0.0)
-    """Bound of |kl/rollout|, in nats a token."""
-    max_ratio_spread: float | None = Field(default=None, gt=1.0)
-    """Bound of P98 over P2 of the sequence ratios."""
-    on_trip: Literal["stop", "roll_back"] = "stop"
-    """End the run, or take up the weights, optimizer and sigma of the newest checkpoint and go on
-    with new groups. `events.jsonl` in the run's folder says when and why."""
-    max_roll_backs: int = Field(default=3, ge=1)
-    """So many times; the next stops the run."""
 
 
 class EvalConfig(Section):

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import gymnasium
 
 from tir_alp.engines.base import AskTrainer, Engine, LogprobSource, Probe
-from tir_alp.records.ledger_rows import Row
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.training.batch import Sample
 from tir_alp.training.checkpoint import Position
+from tir_alp.training.step_report import StepReport
 
 
 class RoleLost(RuntimeError):
@@ -25,10 +25,8 @@ class RoleLost(RuntimeError):
 class TrainerRole(LogprobSource, Protocol):
     """The trainer of a run; see `LocalTrainer`. Its calls block."""
 
-    def step(
-        self, groups: Sequence[Sequence[Sample]], step: int
-    ) -> tuple[dict[str, float], list[Row]]:
-        """Make the updates of one step; metrics, and rows for the ledger."""
+    def step(self, groups: Sequence[Sequence[Sample]], step: int) -> StepReport:
+        """Make the updates of one step."""
         ...
 
     def weights(self) -> Any:

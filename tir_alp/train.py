@@ -123,9 +123,9 @@ async def learn(run: Run, groups: Sequence[TrajectoryGroup], step: int, began: f
 async def update(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> dict[str, float]:
     """Let the trainer learn from groups, in a thread, so that rollouts go on meanwhile."""
     samples = with_advantages(groups, run.config)
-    metrics, packed = await with_trainer(run, run.trainer.step, samples, step)
-    run.ledger.updated(packed)
-    return metrics
+    report = await with_trainer(run, run.trainer.step, samples, step)
+    run.ledger.updated(report.updates)
+    return report.metrics
 
 
 async def with_trainer(run: Run, call: Callable[..., T], *arguments: Any) -> T:
@@ -200,7 +200,7 @@ async def save(run: Run, step: int) -> None:
     """Write a checkpoint of the run after `step` steps."""
     state = run.rollouts.state
     rollouts = {"queue": state_to_row(state), "attempts": run.ledger.kept(state.finished)}
-    position = Position(step=step, group=state.position, policy_version=step)
+    position = Position(step=step, group=state.position)
     folder, keep = run.folder.checkpoints, run.config.checkpoint.keep
     await with_trainer(run, run.trainer.save, folder, position, rollouts, keep)
 

@@ -1,7 +1,7 @@
 """The data that travels between modules: read this file first.
 
-Spans make turns, turns make trajectories, trajectories make groups, groups make a batch. All are
-frozen. One invariant is kept here: *whether a token may enter the loss is derived from who wrote
+Spans form turns, turns form trajectories, trajectories form groups, and groups form a batch. All
+are frozen. One invariant holds here: *whether a token may enter the loss follows from who wrote
 it*, so that mask, token ids and logprobs cannot disagree.
 
 Axis letters in comments: B sequences, T tokens of the longest sequence, N tokens of all sequences.
@@ -10,9 +10,9 @@ Axis letters in comments: B sequences, T tokens of the longest sequence, N token
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -23,13 +23,13 @@ class StopReason(StrEnum):
     """Why a completion ended."""
 
     EOS = "eos"
-    """The policy sampled an end-of-turn token, which is the completion's last token."""
+    """The policy sampled an end-of-turn token; it is the last token of the completion."""
     STOP = "stop"
-    """The stop rule held, e.g. the closing fence of a code block is complete."""
+    """The stop rule matched, e.g. on the closing fence of a code block."""
     LENGTH = "length"
-    """The limit of tokens was reached: of this turn, or of the context."""
+    """The token limit of the turn or of the context was reached."""
     ABORT = "abort"
-    """The request was taken back while it ran."""
+    """The request was cancelled while it ran."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class TokenSpan:
     The policy's tokens carry the logprob that each had when it was sampled; prompt and tool tokens
     have none. That difference, with `trainable`, *is* the loss mask.
 
-    Example, a tool's answer, a completion, and a completion that is void:
+    Example: the output of a tool, a completion, and a void completion:
 
         TokenSpan((7, 8))                                 loss_mask = (False, False)
         TokenSpan((4, 5, 9), (-0.1, -2.3, -0.7))          loss_mask = (True, True, True)
@@ -47,11 +47,11 @@ class TokenSpan:
     """
 
     token_ids: tuple[int, ...]
-    """Ids exactly as they were encoded or sampled."""
+    """Token ids, exactly as they were encoded or sampled."""
     rollout_logprobs: tuple[float, ...] | None = None
     """Logprob of each token under the distribution it was sampled from; None: not sampled."""
     trainable: bool = True
-    """False: the policy wrote it, but it stays out of the loss (a void turn)."""
+    """False: the policy wrote the span, but it stays out of the loss (e.g. a void turn)."""
 
     def __post_init__(self) -> None:
         if self.rollout_logprobs is not None and len(self.rollout_logprobs) != len(self.token_ids):
@@ -64,39 +64,39 @@ class TokenSpan:
 
     @property
     def is_sampled(self) -> bool:
-        """True where the policy wrote the span."""
+        """Whether the policy wrote the span."""
         return self.rollout_logprobs is not None
 
     @property
     def loss_mask(self) -> tuple[bool, ...]:
-        """One bool a token: may it enter the loss?"""
+        """One bool per token: whether it may enter the loss."""
         return (self.is_sampled and self.trainable,) * len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class VersionSpan:
-    """Tokens [start, stop) of one completion, which the same weights sampled.
+    """Tokens [start, stop) of one completion that the same weights sampled.
 
-    Example, new weights were loaded when two of five tokens had been sampled:
+    Example: new weights were loaded when two of five tokens had been sampled:
 
         (VersionSpan(version=3, start=0, stop=2), VersionSpan(version=4, start=2, stop=5))
     """
 
     version: int
-    """Training steps behind the weights."""
+    """Number of training steps that produced the weights."""
     start: int
     stop: int
 
 
 def check_version_spans(spans: Sequence[VersionSpan], num_tokens: int, policy_version: int) -> None:
-    """See that spans cover a completion without gaps, with versions that only grow.
+    """Check that spans cover a completion without gaps, with versions that only grow.
 
-    No spans mean that `policy_version` sampled all tokens.
+    An empty sequence is valid: it means that `policy_version` sampled all tokens.
 
     Args:
-        spans: Of the completion.
-        num_tokens: Of the completion.
-        policy_version: Version of its first token.
+        spans: The version spans of the completion.
+        num_tokens: Number of tokens in the completion.
+        policy_version: Version of the weights that sampled the first token.
 
     Raises:
         ValueError: If they do not.
@@ -121,12 +121,12 @@ def check_version_spans(spans: Sequence[VersionSpan], num_tokens: int, policy_ve
 def written_out(
     spans: tuple[VersionSpan, ...], num_tokens: int, policy_version: int
 ) -> tuple[VersionSpan, ...]:
-    """Version spans of a completion, also where one version sampled all; none without tokens."""
+    """Return the version spans, explicitly even where one version sampled all tokens."""
     return spans or ((VersionSpan(policy_version, 0, num_tokens),) if num_tokens else ())
 
 
 def cut_version_spans(spans: Sequence[VersionSpan], num_tokens: int) -> tuple[VersionSpan, ...]:
-    """The spans of the first `num_tokens` tokens."""
+    """Return the version spans of the first `num_tokens` tokens."""
     return tuple(
         VersionSpan(span.version, span.start, min(span.stop, num_tokens))
         for span in spans
@@ -136,9 +136,9 @@ def cut_version_spans(spans: Sequence[VersionSpan], num_tokens: int) -> tuple[Ve
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The policy writes a completion, the environment answers with an observation.
+    """A completion by the policy, and the observation with which the environment answers.
 
-    Example, a turn that calls the tool, with letters for tokens:
+    Example: a turn that calls the tool, with text in place of token ids:
 
         Turn(completion=TokenSpan("```py ... ```"), observation=TokenSpan("<tool> 42 ..."),
              policy_version=3, stop_reason=StopReason.STOP, outcome=Outcome.OK, reward=0.0,
@@ -147,50 +147,62 @@ class Turn:
 
     completion: TokenSpan
     observation: TokenSpan
-    """What the environment answered; empty after the last turn."""
+    """The environment's answer; empty after the last turn."""
     policy_version: int
-    """Training steps behind the weights that sampled the completion's first token."""
+    """Number of training steps that produced the weights that sampled the first token."""
     stop_reason: StopReason
     outcome: Outcome
-    """What became of the turn's tool call or grading; `OK` where there was none."""
+    """How the turn's tool call or grading ended; `OK` where there was none."""
     reward: float
     info: Mapping[str, Any] = field(default_factory=dict)
-    """What the environment reports beside the reward, e.g. `tool_calls`, `void`, `answer`."""
+    """What the environment reports besides the reward, e.g. `tool_calls`, `void`, `answer`."""
     timing: Mapping[str, float] = field(default_factory=dict)
-    """Seconds by part: `generate` (queueing included), `tool`, and in the first turn `prepare`, the
-    environment's making and reset; `begin` is when `generate` began, on the host's own clock."""
+    """Durations in seconds: `generate` (queueing included), `tool`, and in the first turn `prepare`
+    (creation and reset of the environment). `begin` is when `generate` began, on the host's clock.
+    """
     version_spans: tuple[VersionSpan, ...] = ()
-    """Which weights sampled which tokens; empty: those of `policy_version` sampled all."""
+    """Which weights sampled which tokens; empty: `policy_version` sampled all of them."""
 
     def __post_init__(self) -> None:
         check_version_spans(self.version_spans, len(self.completion), self.policy_version)
 
     @property
     def versions(self) -> tuple[VersionSpan, ...]:
-        """The version spans, written out also where one version sampled all."""
+        """The version spans, explicit even where one version sampled all tokens."""
         return written_out(self.version_spans, len(self.completion), self.policy_version)
 
     @property
     def is_cut(self) -> bool:
-        """True where a limit of tokens ended the completion."""
+        """Whether a token limit ended the completion."""
         return self.stop_reason is StopReason.LENGTH
 
     @property
     def is_void(self) -> bool:
-        """True where the completion held neither a complete code block nor an answer."""
+        """Whether the completion contains neither a complete code block nor an answer."""
         return bool(self.info.get("void", False))
+
+
+class _Columns(NamedTuple):
+    """The tokens of a trajectory, one entry per token in each column."""
+
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+    rollout_logprobs: tuple[float, ...]
+    turn_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
     """The record of one episode, as the policy saw it.
 
-    Example, prompt P, completion C0, observation O0, completion C1:
+    Example: prompt P, completion C0, observation O0, completion C1:
 
         token_ids        = P + C0 + O0 + C1
         loss_mask        = 0 + 1  + 0  + 1
         rollout_logprobs = 0 + l0 + 0  + l1     (0.0 where nothing was sampled; never read there)
-        turn_ids         = -1 + 0 + -1 + 1      (-1: no turn of the policy's)
+        turn_ids         = -1 + 0 + -1 + 1      (-1: not in a completion)
+
+    These four tuples are computed from the spans on first use, and kept.
     """
 
     task_id: str
@@ -198,14 +210,19 @@ class Trajectory:
     prompt: TokenSpan
     turns: tuple[Turn, ...]
     terminated: bool
-    """The environment ended the episode."""
+    """Whether the environment ended the episode."""
     truncated: bool
-    """A limit ended it: turns, or tokens of context."""
+    """Whether a limit ended the episode: of turns, or of context tokens."""
     sequence_uid: int = 0
-    """Identity of this sample within the run; keys its sampling and its noise."""
+    """Identity of this sample within the run; its sampling and its noise are keyed by it."""
+    _kept: _Columns | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what the trajectory is made of, not what is computed from it."""
+        return Trajectory, tuple(getattr(self, each.name) for each in fields(self) if each.init)
 
     def spans(self) -> Iterator[TokenSpan]:
-        """All spans in order: their concatenation is what the policy saw and wrote."""
+        """Iterate over all spans in order: together they are what the policy saw and wrote."""
         yield self.prompt
         for turn in self.turns:
             yield turn.completion
@@ -214,38 +231,53 @@ class Trajectory:
     @property
     def token_ids(self) -> tuple[int, ...]:
         """All tokens of the episode."""
-        return tuple(token for span in self.spans() for token in span.token_ids)
+        return self._columns().token_ids
 
     @property
     def loss_mask(self) -> tuple[bool, ...]:
-        """One bool a token, derived from the spans."""
-        return tuple(bit for span in self.spans() for bit in span.loss_mask)
+        """One bool per token: whether it may enter the loss."""
+        return self._columns().loss_mask
 
     @property
     def rollout_logprobs(self) -> tuple[float, ...]:
-        """One number a token; 0.0 for tokens that were not sampled."""
-        return tuple(
-            logprob
-            for span in self.spans()
-            for logprob in (span.rollout_logprobs or (0.0,) * len(span))
-        )
+        """One logprob per token; 0.0 for tokens that were not sampled."""
+        return self._columns().rollout_logprobs
 
     @property
     def turn_ids(self) -> tuple[int, ...]:
-        """Index of the turn whose completion a token belongs to; -1 for all other tokens."""
-        ids = [-1] * len(self.prompt)
+        """One index per token: of the turn whose completion it belongs to, or -1."""
+        return self._columns().turn_ids
+
+    def _columns(self) -> _Columns:
+        if self._kept is None:
+            object.__setattr__(self, "_kept", self._join_spans())
+        assert self._kept is not None
+        return self._kept
+
+    def _join_spans(self) -> _Columns:
+        spans = [*self.spans()]
+        turn_ids = [-1] * len(self.prompt)
         for index, turn in enumerate(self.turns):
-            ids += [index] * len(turn.completion) + [-1] * len(turn.observation)
-        return tuple(ids)
+            turn_ids += [index] * len(turn.completion) + [-1] * len(turn.observation)
+        return _Columns(
+            token_ids=tuple(token for span in spans for token in span.token_ids),
+            loss_mask=tuple(bit for span in spans for bit in span.loss_mask),
+            rollout_logprobs=tuple(
+                logprob
+                for span in spans
+                for logprob in (span.rollout_logprobs or (0.0,) * len(span))
+            ),
+            turn_ids=tuple(turn_ids),
+        )
 
     @property
     def is_overlong(self) -> bool:
-        """True where a limit ended the trajectory or cut one of its completions."""
+        """Whether a limit ended the trajectory or cut one of its completions."""
         return self.truncated or any(turn.is_cut for turn in self.turns)
 
     @property
     def reward(self) -> float:
-        """Sum of the rewards of the turns."""
+        """The sum of the rewards of the turns."""
         return sum(turn.reward for turn in self.turns)
 
 
@@ -257,24 +289,23 @@ class TrajectoryGroup:
     group_id: int
     trajectories: tuple[Trajectory, ...]
     num_failed: int = 0
-    """Episodes that infrastructure failures took out of the group."""
+    """Number of episodes that the group lost to infrastructure failures."""
 
     @property
     def rewards(self) -> tuple[float, ...]:
-        """Reward of each trajectory."""
+        """The reward of each trajectory."""
         return tuple(trajectory.reward for trajectory in self.trajectories)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one optimizer step, or one micro-batch of it, trains on.
+    """The sequences of one optimizer step, or of one micro-batch of it.
 
-    Tokens are packed: those of all sequences behind one another, without padding. What the loss
-    needs is kept a row a sequence. Position t of a row is *about* token t of that sequence: its
-    logprob is the one of token t given the tokens before it. `tir_alp.training.batch`
-    decides that, once.
+    Tokens are packed: the sequences follow one another without padding. What the loss needs has one
+    row per sequence. Position t of a row is *about* token t of that sequence: its logprob is that
+    of token t given the tokens before it. `tir_alp.training.batch` decides this, once.
 
-    Example, two sequences of 3 and 2 tokens:
+    Example: two sequences of 3 and 2 tokens:
 
         token_ids  = [5 6 7 8 9]   position_ids = [0 1 2 0 1]   lengths = (3, 2)
         loss_mask  = [[0 0 1]      advantages = [0.7, -0.7]
@@ -284,25 +315,25 @@ class Batch:
     token_ids: Tensor
     """[N] int64, packed."""
     position_ids: Tensor
-    """[N] int64, starting again at 0 with every sequence."""
+    """[N] int64, from 0 in every sequence."""
     lengths: tuple[int, ...]
-    """[B] tokens of each sequence; they add up to N."""
+    """[B] number of tokens of each sequence; they add up to N."""
     sequence_uids: tuple[int, ...]
-    """[B] keys of the noise."""
+    """[B] identities of the sequences, by which their noise is keyed."""
     loss_mask: Tensor
     """[B, T] bool; False in the padding."""
     rollout_logprobs: Tensor
     """[B, T] float32; 0 where the mask is False."""
     turn_ids: Tensor
-    """[B, T] int64; -1 where no turn of the policy's."""
+    """[B, T] int64; -1 for tokens that are not in a completion."""
     advantages: Tensor
     """[B] float32."""
     proximal_logprobs: Tensor | None = None
-    """[B, T] float32, of the trainer's own forward at the start of the step; None: not needed."""
+    """[B, T] float32, under the trainer's policy at the start of the step; None: not needed."""
     reference_logprobs: Tensor | None = None
-    """[B, T] float32, of the frozen initial policy; None: not needed."""
+    """[B, T] float32, under the frozen initial policy; None: not needed."""
 
     @property
     def num_loss_tokens(self) -> int:
-        """Tokens that enter the loss."""
+        """Number of tokens that enter the loss."""
         return int(self.loss_mask.sum())

@@ -48,7 +48,7 @@ def test_sum_to_zero(rewards):
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 1e8 + 0.1, 0.0, -2.7])
 def test_an_all_equal_group_is_exactly_zero(name, reward):
     for size in range(2, 20):
-        assert ADVANTAGES[name]([reward] * size) == (0.0,) * size
+        assert ADVANTAGES[name].function([reward] * size) == (0.0,) * size
 
 
 def test_a_group_of_one_keeps_its_reward():
@@ -58,7 +58,7 @@ def test_a_group_of_one_keeps_its_reward():
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_an_empty_group_has_no_advantages(name):
-    assert ADVANTAGES[name]([]) == ()
+    assert ADVANTAGES[name].function([]) == ()
 
 
 def test_every_preset_names_an_advantage():

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from tir_alp.algorithm.loss import LossInputs, policy_loss
+from tir_alp.algorithm.inputs import LossInputs
+from tir_alp.algorithm.loss import policy_loss
 from tir_alp.algorithm.perturbation import LayerwisePerturbation, NoiseKey
 from tir_alp.algorithm.presets import (
     ALGORITHMS,

@@ -8,7 +8,7 @@ def test_alp_written_out():
         "  l_t = log pi_perturbed(y_t) - log pi_rollout(y_t)",
         "  log r_t = sum_s l_s",
         "  L_t = max(-A r_t, -A clip(r_t, 0.5, 4)), and for A < 0 at most -3 A",
-        "  A   = grpo advantages of the group",
+        "  A   = (reward - mean) / (std + 1e-6) of the group",
         "  pi_perturbed: h' = h + sigma eps into every layer, sigma 0.01, learnt; "
         "the training forward only",
     ]

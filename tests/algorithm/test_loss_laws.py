@@ -13,18 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tir_alp.algorithm.loss import (
-    AGGREGATIONS,
-    CORRECTIONS,
-    KL_ESTIMATORS,
-    RATIO_LEVELS,
-    SURROGATES,
-    LossInputs,
-    clipped_tokens,
-    loss_counts,
-    policy_loss,
-)
+from tir_alp.algorithm.aggregations import AGGREGATIONS
+from tir_alp.algorithm.corrections import CORRECTIONS
+from tir_alp.algorithm.inputs import LossInputs
+from tir_alp.algorithm.levels import RATIO_LEVELS
+from tir_alp.algorithm.loss import KL_ESTIMATORS, loss_counts, loss_terms, policy_loss
 from tir_alp.algorithm.presets import AlgorithmConfig, CorrectionConfig, KLConfig, RejectionConfig
+from tir_alp.algorithm.surrogates import SURROGATES
 
 torch.set_num_threads(1)
 settings.register_profile("tir_alp", deadline=None)  # a busy machine is not a bug
@@ -255,10 +250,10 @@ def test_an_open_window_rejects_nothing(inputs, algorithm):
 
 @given(batches(), plain)
 def test_clip_fractions_are_the_share_of_the_clipped_tokens(inputs, algorithm):
-    _, _, metrics = loss_and_gradient(inputs, algorithm)
-    for side, where in clipped_tokens(inputs, algorithm).items():
+    terms = loss_terms(inputs, algorithm)
+    for side, where in terms.clipped.items():
         share = where.sum() / inputs.loss_mask.sum().clamp(min=1)
-        torch.testing.assert_close(metrics[f"loss/clip_fraction_{side}"].float(), share)
+        torch.testing.assert_close(terms.metrics[f"loss/clip_fraction_{side}"].float(), share)
         assert not (where & ~inputs.loss_mask).any()
 
 

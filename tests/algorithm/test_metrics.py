@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tir_alp.algorithm.loss import LossInputs
+from tir_alp.algorithm.inputs import LossInputs
 from tir_alp.algorithm.metrics import (
     evaluation_metrics,
     is_correct,

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from tir_alp.algorithm.loss import LossInputs, policy_loss
+from tir_alp.algorithm.inputs import LossInputs
+from tir_alp.algorithm.loss import policy_loss
 from tir_alp.algorithm.perturbation import LayerwisePerturbation, NoiseKey, PaddingSide
 from tir_alp.algorithm.presets import ALGORITHMS, PerturbationConfig
 from tir_alp.algorithm.sites import find_decoder_layers

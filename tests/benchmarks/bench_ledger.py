@@ -19,10 +19,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+from tir_alp.doctor.start import Doctor
 from tir_alp.models.tiny import TRAIN_CONFIG
 from tir_alp.records import folder as run_folder
 from tir_alp.records import ledger
 from tir_alp.run.command_line import load_config, read_toml
+from tir_alp.run.local_placement import LocalPlacement
 from tir_alp.run.open_run import open_run
 from tir_alp.train import train
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tir_alp.algorithm.presets import Section
+from tir_alp.algorithm.section import Section
 from tir_alp.config import Config, TrainerConfig, TransformersConfig
-from tir_alp.doctor.examine import Refused, demand, examine_config, examine_engine
-from tir_alp.doctor.finding import Finding
 from tir_alp.doctor.__main__ import main as doctor_main
 from tir_alp.doctor.config_keys import unread_keys
 from tir_alp.doctor.conversation import check_fence, check_template, check_tokenizer
+from tir_alp.doctor.examine import Refused, demand, examine_config, examine_engine
+from tir_alp.doctor.finding import Finding
 from tir_alp.doctor.machine import check_disk, check_memory, memory_needed, shape_of
 from tir_alp.doctor.sandbox import check_sandbox
 from tir_alp.engines.base import Completion, Sampling

@@ -59,11 +59,11 @@ def train(ranks: Ranks, case: str, folder: Path | None = None) -> Result:
     """
     algorithm, settings = CASES[case]
     one = trainer(algorithm, ranks=ranks, **{"max_grad_norm": 0.5} | settings)
-    reports = [one.step(make_groups(), 0)]
+    reports = [one.step(make_groups(), 0).metrics]
     found = gradients(one)
     if folder is not None:
-        checkpoint.save(folder, one, make_tokenizer(), Position(1, 4, 1), {}, keep=1)
-    reports.append(one.step(make_groups(), 1))
+        checkpoint.save(folder, one, make_tokenizer(), Position(1, 4), {}, keep=1)
+    reports.append(one.step(make_groups(), 1).metrics)
     return reports, found, weights_of(one)
 
 
@@ -72,7 +72,7 @@ def go_on(ranks: Ranks, case: str, folder: Path) -> Result:
     algorithm, settings = CASES[case]
     one = trainer(algorithm, ranks=ranks, **{"max_grad_norm": 0.5} | settings)
     checkpoint.load(folder / "step_1", one)
-    return [one.step(make_groups(), 1)], gradients(one), weights_of(one)
+    return [one.step(make_groups(), 1).metrics], gradients(one), weights_of(one)
 
 
 def fail(ranks: Ranks) -> str:

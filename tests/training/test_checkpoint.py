@@ -52,7 +52,7 @@ def trainer():
 
 
 def save(folder, trainer, step, keep=9):
-    position = Position(step=step, group=16 * step, policy_version=step)
+    position = Position(step=step, group=16 * step)
     return checkpoint.save(folder, trainer, make_tokenizer(), position, ROWS, keep=keep)
 
 
@@ -61,7 +61,7 @@ def test_a_checkpoint_is_a_hugging_face_folder_and_knows_where_the_run_stood(tmp
     loaded = AutoModelForCausalLM.from_pretrained(path).state_dict()
     weights = make_model(seed=0).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
-    assert checkpoint.verify(path) == Position(step=7, group=112, policy_version=7)
+    assert checkpoint.verify(path) == Position(step=7, group=112)
 
 
 def test_pending_groups_come_back_as_they_were(tmp_path, trainer):

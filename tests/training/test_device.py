@@ -56,15 +56,15 @@ def test_updates_and_their_resume(algorithm, monkeypatch):
     here = trainer(algorithm, model())
     here.step(groups, 0)
     state = {name: each.clone() for name, each in gathered(here.state_dict())}
-    expected = here.step(groups, 1)
+    expected = here.step(groups, 1).metrics
     with elsewhere():
         there = there_trained(algorithm, monkeypatch)
         with torch.no_grad():
             own = there.state_dict()
             for name, value in own.items():
                 value.copy_(state[name])
-        there.take_up(own)
-        assert there.step(groups, 1) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        there.finish_loading(own)
+        assert there.step(groups, 1).metrics == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
 def test_the_embedded_engine_and_who_judges_it(monkeypatch):
@@ -116,5 +116,5 @@ def test_a_gpu_has_the_noise_of_the_cpu_to_the_last_bit_and_learns_the_same():
     groups = make_groups(4)
     here, there = trainer(ALP, model()), trainer(ALP, model(), ranks=alone("cuda"))
     for step in range(2):
-        expected = here.step(groups, step)
-        assert there.step(groups, step) == pytest.approx(expected, rel=1e-2, abs=1e-4)
+        expected = here.step(groups, step).metrics
+        assert there.step(groups, step).metrics == pytest.approx(expected, rel=1e-2, abs=1e-4)

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tir_alp.algorithm import perturbation
-from tir_alp.algorithm.loss import LossInputs, policy_loss
+from tir_alp.algorithm.inputs import LossInputs
+from tir_alp.algorithm.loss import policy_loss
 from tir_alp.algorithm.perturbation import LayerwisePerturbation, NoiseKey
 from tir_alp.algorithm.presets import ALGORITHMS, AlgorithmConfig, KLConfig, PerturbationConfig
 from tir_alp.algorithm.sites import find_decoder_layers
@@ -159,7 +160,7 @@ def weights_of(of: Trainer) -> dict[str, Tensor]:
 def test_on_policy_an_update_is_the_plain_policy_gradient(name, temperature):
     groups = make_groups(jitter=0.0, temperature=temperature)
     one = trainer(ALGORITHMS[name], temperature=temperature)
-    metrics = one.step(groups, 0)
+    metrics = one.step(groups, 0).metrics
 
     plain = model()
     num_tokens = sum(sum(sample.trajectory.loss_mask) for sample in flat(groups))
@@ -184,7 +185,7 @@ def test_on_policy_an_update_is_the_plain_policy_gradient(name, temperature):
 
 def test_the_proximal_methods_do_not_believe_the_engines_logprobs():
     """The ratio is over the trainer's own forward, so it is 1 whatever the engine reported."""
-    value = [trainer(ALGORITHMS["grpo"]).step(make_groups(jitter=j), 0) for j in (0.0, 3.0)]
+    value = [trainer(ALGORITHMS["grpo"]).step(make_groups(jitter=j), 0).metrics for j in (0.0, 3.0)]
     assert value[0]["loss/value"] == value[1]["loss/value"]
     assert value[0]["ratio/p98"] != value[1]["ratio/p98"]
 
@@ -195,7 +196,7 @@ def test_alp_without_noise_is_bypass_bit_for_bit(name):
     bypass = trainer(ALGORITHMS[f"bypass_{name}"])
     alp = trainer(noisy(f"alp_{name}", init_std=0.0))
     for step in range(2):
-        one, other = bypass.step(groups, step), alp.step(groups, step)
+        one, other = bypass.step(groups, step).metrics, alp.step(groups, step).metrics
         assert one == {key: value for key, value in other.items() if key in one}
         assert_same(gradients(bypass), gradients(alp))
     assert_same(weights_of(bypass), weights_of(alp))
@@ -204,13 +205,13 @@ def test_alp_without_noise_is_bypass_bit_for_bit(name):
 def test_with_noise_alp_is_not_bypass():
     groups = make_groups()
     bypass, alp = (trainer(each) for each in (ALGORITHMS["bypass_sequence"], noisy()))
-    assert bypass.step(groups, 0)["loss/value"] != alp.step(groups, 0)["loss/value"]
+    assert bypass.step(groups, 0).metrics["loss/value"] != alp.step(groups, 0).metrics["loss/value"]
 
 
 def test_a_penalty_on_the_distance_to_the_reference_starts_at_zero_and_grows():
     algorithm = ALGORITHMS["grpo"].model_copy(update={"kl": KLConfig(coefficient=0.1)})
     groups, one = make_groups(), trainer(algorithm, lr=1e-3)
-    distances = [one.step(groups, step)["kl/reference"] for step in range(2)]
+    distances = [one.step(groups, step).metrics["kl/reference"] for step in range(2)]
     assert distances[0] == 0 and distances[1] > 1e-4
 
 
@@ -240,7 +241,7 @@ def test_logits_are_made_of_the_tokens_of_the_loss_alone():
     one.model.get_output_embeddings().register_forward_hook(
         lambda _, inputs, __: rows.append(inputs[0].shape[0] * inputs[0].requires_grad)
     )
-    metrics = one.step(groups, 1)
+    metrics = one.step(groups, 1).metrics
     assert sum(rows) == 2 * metrics["tokens/loss"]  # forward, and again in backward
     assert metrics["tokens/loss"] < sum(len(each.trajectory.token_ids) for each in flat(groups))
 
@@ -248,7 +249,7 @@ def test_logits_are_made_of_the_tokens_of_the_loss_alone():
 def test_logprobs_outside_the_loss_are_never_read(monkeypatch):
     groups = make_groups()
     clean, dirty = trainer(noisy()), trainer(noisy())
-    expected = clean.step(groups, 0)
+    expected = clean.step(groups, 0).metrics
 
     def spoiled(samples, max_tokens, *ranks):
         return [
@@ -260,7 +261,7 @@ def test_logprobs_outside_the_loss_are_never_read(monkeypatch):
         ]
 
     monkeypatch.setattr(trainer_module, "pack", spoiled)
-    assert dirty.step(groups, 0) == expected
+    assert dirty.step(groups, 0).metrics == expected
     assert_same(gradients(dirty), gradients(clean))
 
 
@@ -296,7 +297,7 @@ SPLITS: dict[str, dict[str, Any]] = {
 def test_loss_and_gradients_do_not_depend_on_how_an_update_is_computed(split):
     groups = make_groups()
     whole, other = trainer(noisy()), trainer(noisy(), **SPLITS[split])
-    expected, metrics = whole.step(groups, 0), other.step(groups, 0)
+    expected, metrics = whole.step(groups, 0).metrics, other.step(groups, 0).metrics
     for name in ("loss/value", "loss/clip_fraction", "kl/rollout", "entropy/mean", "ratio/p98"):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7)
     assert_close(gradients(other), gradients(whole))
@@ -326,7 +327,7 @@ def test_recomputing_layers_makes_noise_no_third_time_and_leaves_all_names(monke
 def test_what_is_logged_does_not_depend_on_how_an_update_is_computed_either(name):
     groups = make_groups()
     whole, other = trainer(ALGORITHMS[name]), trainer(ALGORITHMS[name], micro_batch_tokens=50)
-    expected, metrics = whole.step(groups, 0), other.step(groups, 0)
+    expected, metrics = whole.step(groups, 0).metrics, other.step(groups, 0).metrics
     # A histogram knows a log ratio to within 1 %, and at its bins' edges the last bit can be that.
     of_some_tokens = ("alp/effective", "alp/relative_rms", "alp/logprob_shift", "mismatch/probe")
     assert metrics.keys() == expected.keys() > {"turn_0/kl", "turn_1/kl", "after_tool_positive/kl"}
@@ -342,7 +343,7 @@ def test_ratios_are_those_of_all_updates_of_a_step_together():
         trainer(ALGORITHMS["bypass_token"], lr=1e-30, weight_decay=0.0, updates_per_step=number)
         for number in (2, 1)
     )
-    found, expected = halves.step(groups, 0), whole.step(groups, 0)
+    found, expected = halves.step(groups, 0).metrics, whole.step(groups, 0).metrics
     names = [name for name in expected if name.startswith("ratio/")]
     assert {name: found[name] for name in names} == pytest.approx(
         {name: expected[name] for name in names}, rel=1e-5
@@ -357,7 +358,9 @@ def test_methods_without_a_proximal_pass_report_the_mismatch_of_a_probe_in_every
     """It sees some tokens without noise, and there what the proximal pass sees of all."""
     groups = make_groups(8, jitter=0.05)
     grpo, alp = (trainer(each, lr=1e-30) for each in (ALGORITHMS["grpo"], noisy()))
-    logged = [(grpo.step(groups, step), alp.step(groups, step)) for step in range(3)]
+    logged = [
+        (grpo.step(groups, step).metrics, alp.step(groups, step).metrics) for step in range(3)
+    ]
     for proximal, own in logged:
         assert "mismatch/kl" in proximal and "mismatch/p98" in proximal
         assert {key for key in own if key.startswith("mismatch/")} == {*PROBED}
@@ -372,7 +375,10 @@ def test_methods_without_a_proximal_pass_report_the_mismatch_of_a_probe_in_every
 def test_the_order_of_the_samples_does_not_matter():
     groups = make_groups()
     one, other = trainer(noisy()), trainer(noisy())
-    metrics = [one.step(groups, 0), other.step([group[::-1] for group in groups[::-1]], 0)]
+    metrics = [
+        one.step(groups, 0).metrics,
+        other.step([group[::-1] for group in groups[::-1]], 0).metrics,
+    ]
     assert metrics[0]["loss/value"] == pytest.approx(metrics[1]["loss/value"], rel=1e-5)
     assert_close(gradients(one), gradients(other))
 
@@ -382,7 +388,7 @@ def test_packed_equals_the_librarys_own_forward_of_each_sequence(aggregation):
     groups = make_groups()
     algorithm = noisy().model_copy(update={"aggregation": aggregation})
     packed = trainer(algorithm)
-    loss = packed.step(groups, 0)["loss/value"]
+    loss = packed.step(groups, 0).metrics["loss/value"]
 
     config = deepcopy(model().config)
     eager = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -423,10 +429,10 @@ def test_updates_divide_the_groups_of_a_step():
 
 def test_the_noise_of_every_update_is_another():
     groups = make_groups()
-    values = [trainer(noisy()).step(groups, step)["loss/value"] for step in (0, 0, 1)]
+    values = [trainer(noisy()).step(groups, step).metrics["loss/value"] for step in (0, 0, 1)]
     assert values[0] == values[1] != values[2]
     bypass = ALGORITHMS["bypass_token"]
-    plain = [trainer(bypass).step(groups, step)["loss/value"] for step in (1, 2)]
+    plain = [trainer(bypass).step(groups, step).metrics["loss/value"] for step in (1, 2)]
     assert plain[0] == plain[1]
 
 
@@ -463,8 +469,8 @@ def test_the_losses_of_several_draws_are_averaged():
 def test_noise_on_the_logits_does_not_depend_on_how_they_are_made():
     groups, algorithm = make_groups(), noisy(site="logits")
     one, other = trainer(algorithm), trainer(algorithm, logprob_chunk_tokens=3)
-    whole = one.step(groups, 0)
-    assert other.step(groups, 0)["ratio/p98"] == pytest.approx(whole["ratio/p98"], rel=1e-5)
+    whole = one.step(groups, 0).metrics
+    assert other.step(groups, 0).metrics["ratio/p98"] == pytest.approx(whole["ratio/p98"], rel=1e-5)
     assert_close(gradients(other), gradients(one))
     assert whole["alp/sigma_logits"] == pytest.approx(0.1, rel=1e-2)
 
@@ -473,10 +479,12 @@ def test_noise_on_the_logits_does_not_depend_on_how_they_are_made():
 def test_the_shift_of_the_logprobs_by_the_noise_is_reported(site):
     shifts = []
     for std in (1e-4, 1e-3):  # so small that the model is linear in it
-        report = trainer(noisy(init_std=std, site=site)).step(make_groups(), 0)
+        report = trainer(noisy(init_std=std, site=site)).step(make_groups(), 0).metrics
         shifts.append(report["alp/logprob_shift"])
     assert shifts[1] == pytest.approx(10 * shifts[0], rel=0.3)
-    assert trainer(noisy(init_std=0.0)).step(make_groups(), 0).get("alp/logprob_shift") is None
+    assert (
+        trainer(noisy(init_std=0.0)).step(make_groups(), 0).metrics.get("alp/logprob_shift") is None
+    )
 
 
 def test_log_sigma_has_its_own_learning_rate_and_no_decay():
@@ -499,7 +507,7 @@ def test_the_weights_do_decay():
 
 def test_the_gradients_of_weights_and_sigma_are_bounded_each_by_itself():
     one = trainer(noisy(), max_grad_norm=1e-4)
-    metrics = one.step(make_groups(), 0)
+    metrics = one.step(make_groups(), 0).metrics
     found = gradients(one)
     sigma = found.pop("log_sigma")
     weights = torch.stack([each.norm() for each in found.values()]).norm()
@@ -510,7 +518,7 @@ def test_the_gradients_of_weights_and_sigma_are_bounded_each_by_itself():
 
 def test_a_small_gradient_of_sigma_is_not_scaled_by_a_large_one_of_the_weights():
     free, bound = trainer(noisy()), trainer(noisy(), max_grad_norm=0.5)
-    norms = free.step(make_groups(), 0)
+    norms = free.step(make_groups(), 0).metrics
     assert norms["grad_norm/log_sigma"] < 0.5 < norms["grad_norm/policy"]
     bound.step(make_groups(), 0)
     assert torch.equal(gradients(free)["log_sigma"], gradients(bound)["log_sigma"])
@@ -524,12 +532,12 @@ def test_an_engine_gets_the_models_tensors_whole_and_no_sigma():
 
 def test_a_sigma_that_is_not_learnt_stays():
     one = trainer(noisy(learnable=False), perturbation_lr=1.0)
-    metrics = one.step(make_groups(), 0)
+    metrics = one.step(make_groups(), 0).metrics
     assert metrics["alp/sigma_mean"] == pytest.approx(0.1)
 
 
 def saved(of: Trainer, folder: Path) -> Path:
-    return checkpoint.save(folder, of, make_tokenizer(), Position(1, 4, 1), {}, keep=1)
+    return checkpoint.save(folder, of, make_tokenizer(), Position(1, 4), {}, keep=1)
 
 
 def test_a_trainer_that_is_loaded_makes_the_same_next_step(tmp_path):
@@ -537,11 +545,11 @@ def test_a_trainer_that_is_loaded_makes_the_same_next_step(tmp_path):
     never_stopped = trainer(noisy())
     never_stopped.step(groups, 0)
     path = saved(never_stopped, tmp_path)
-    expected = never_stopped.step(groups, 1)
+    expected = never_stopped.step(groups, 1).metrics
 
     resumed = trainer(noisy())
     checkpoint.load(path, resumed)
-    assert resumed.step(groups, 1) == expected
+    assert resumed.step(groups, 1).metrics == expected
     assert_same(weights_of(resumed), weights_of(never_stopped))
 
 
@@ -551,8 +559,8 @@ def test_a_trainer_with_nothing_but_the_weights_makes_another_step(tmp_path):
     first = trainer(noisy())
     first.step(groups, 0)
     exported = load_policy(str(saved(first, tmp_path)))
-    expected = first.step(groups, 1)
-    assert trainer(noisy(), exported).step(groups, 1) != expected
+    expected = first.step(groups, 1).metrics
+    assert trainer(noisy(), exported).step(groups, 1).metrics != expected
 
 
 # ------------------------------------------------------------------------ what is not finite
@@ -587,7 +595,7 @@ def test_an_update_that_is_not_finite_is_skipped_reported_and_changes_nothing(ba
     told = []
     one = trainer(noisy(), bad=lambda update, batches: told.append((update, batches)))
     before = weights_of(one)
-    metrics = one.step(bad, 5)
+    metrics = one.step(bad, 5).metrics
     assert metrics["train/skipped_updates"] == 1
     ((update, batches),) = told
     assert update == 5
@@ -596,7 +604,7 @@ def test_an_update_that_is_not_finite_is_skipped_reported_and_changes_nothing(ba
     assert metrics["alp/sigma_mean"] == pytest.approx(0.1)
 
     never_hurt, groups = trainer(noisy()), make_groups()
-    assert one.step(groups, 6) == never_hurt.step(groups, 6)
+    assert one.step(groups, 6).metrics == never_hurt.step(groups, 6).metrics
     assert_same(weights_of(one), weights_of(never_hurt))
 
 
@@ -616,7 +624,7 @@ def test_a_gradient_of_sigma_that_is_not_finite_skips_the_update_too():
 def test_the_other_updates_of_a_step_are_made():
     told = []
     one = trainer(noisy(), bad=lambda update, _: told.append(update), updates_per_step=2)
-    metrics = one.step(with_advantage(make_groups(), math.nan), 3)
+    metrics = one.step(with_advantage(make_groups(), math.nan), 3).metrics
     assert told == [6]
     assert metrics["train/skipped_updates"] == 1
     assert math.isfinite(metrics["loss/value"])
@@ -629,8 +637,8 @@ def test_in_bfloat16_what_is_trained_is_float32_and_the_noise_survives():
     one, seen = trainer(noisy(init_std=0.01), dtype="bfloat16"), []
     layer = find_decoder_layers(one.model)[0]
     layer.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
-    metrics = one.step(make_groups(), 0)
-    exact = trainer(noisy(init_std=0.01)).step(make_groups(), 0)
+    metrics = one.step(make_groups(), 0).metrics
+    exact = trainer(noisy(init_std=0.01)).step(make_groups(), 0).metrics
     assert set(seen) == {torch.bfloat16}
     assert one._perturbation is not None
     trained = [*one.model.parameters(), one._perturbation.log_sigma]
@@ -676,7 +684,7 @@ def test_a_step_with_nothing_to_learn_makes_no_update():
     ]
     one = trainer(noisy())
     before = weights_of(one)
-    assert one.step(void, 0)["tokens/loss"] == 0
+    assert one.step(void, 0).metrics["tokens/loss"] == 0
     assert_same(weights_of(one), before)
 
 
@@ -690,15 +698,15 @@ def test_a_gradient_spike_is_skipped_and_told(tmp_path):
     one = trainer(noisy(init_std=0.01), **settings)
     groups = make_groups()
     for step in range(8):
-        assert one.step(groups, step)["train/skipped_updates"] == 0
+        assert one.step(groups, step).metrics["train/skipped_updates"] == 0
     huge = [[replace(sample, advantage=1e4) for sample in group] for group in groups]
     other = trainer(noisy(init_std=0.01), **settings)
     checkpoint.load(saved(one, tmp_path), other)
     for each in (one, other):
         before = weights_of(each)
-        assert each.step(huge, 8)["train/skipped_updates"] == 1
+        assert each.step(huge, 8).metrics["train/skipped_updates"] == 1
         assert_same(weights_of(each), before)
-        assert each.step(groups, 9)["train/skipped_updates"] == 0
+        assert each.step(groups, 9).metrics["train/skipped_updates"] == 0
     assert told == [8, 8]
 
 
@@ -706,7 +714,7 @@ def test_a_gradient_spike_is_skipped_and_told(tmp_path):
 def test_the_gradients_of_weights_and_sigma_are_each_compared_with_their_own(name):
     one = trainer(noisy(), bad=lambda *_: None, skip_grad_spike=20.0)
     usual = {each: torch.full((8,), 1e9) for each in ("grad_norm/policy", "grad_norm/log_sigma")}
-    one.take_up(usual)
-    assert one.step(make_groups(), 0)["train/skipped_updates"] == 0
-    one.take_up(usual | {name: torch.full((8,), 1e-12)})
-    assert one.step(make_groups(), 1)["train/skipped_updates"] == 1
+    one.finish_loading(usual)
+    assert one.step(make_groups(), 0).metrics["train/skipped_updates"] == 0
+    one.finish_loading(usual | {name: torch.full((8,), 1e-12)})
+    assert one.step(make_groups(), 1).metrics["train/skipped_updates"] == 1

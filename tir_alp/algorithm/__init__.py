@@ -1,7 +1,7 @@
 """Pure mathematics: from logprobs to a loss, the noise of ALP, and the presets.
 
-The public names are imported when they are first used: the configuration reads the presets, and
-an error in it is to be reported without waiting for torch.
+Public names are imported on first use: the configuration reads the presets and the tables, and an
+error in it should be reported without waiting for torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tir_alp.algorithm.loss import LossCounts, LossInputs, loss_counts, policy_loss
+    from tir_alp.algorithm.advantage import ADVANTAGES, Advantage
+    from tir_alp.algorithm.aggregations import AGGREGATIONS, Aggregation
+    from tir_alp.algorithm.corrections import CORRECTIONS, Correction
+    from tir_alp.algorithm.inputs import LossInputs
+    from tir_alp.algorithm.levels import RATIO_LEVELS, RatioLevel
+    from tir_alp.algorithm.loss import LossCounts, loss_counts, policy_loss
     from tir_alp.algorithm.perturbation import LayerwisePerturbation, NoiseKey
     from tir_alp.algorithm.presets import (
         ALGORITHMS,
@@ -20,10 +25,19 @@ if TYPE_CHECKING:
         PerturbationConfig,
         RejectionConfig,
     )
+    from tir_alp.algorithm.surrogates import SURROGATES, Surrogate
 
 __all__ = [
+    "ADVANTAGES",
+    "AGGREGATIONS",
     "ALGORITHMS",
+    "CORRECTIONS",
+    "RATIO_LEVELS",
+    "SURROGATES",
+    "Advantage",
+    "Aggregation",
     "AlgorithmConfig",
+    "Correction",
     "CorrectionConfig",
     "KLConfig",
     "LayerwisePerturbation",
@@ -31,13 +45,20 @@ __all__ = [
     "LossInputs",
     "NoiseKey",
     "PerturbationConfig",
+    "RatioLevel",
     "RejectionConfig",
+    "Surrogate",
     "loss_counts",
     "policy_loss",
 ]
 
 _MODULES = {
-    "loss": ("LossCounts", "LossInputs", "loss_counts", "policy_loss"),
+    "advantage": ("ADVANTAGES", "Advantage"),
+    "aggregations": ("AGGREGATIONS", "Aggregation"),
+    "corrections": ("CORRECTIONS", "Correction"),
+    "inputs": ("LossInputs",),
+    "levels": ("RATIO_LEVELS", "RatioLevel"),
+    "loss": ("LossCounts", "loss_counts", "policy_loss"),
     "perturbation": ("LayerwisePerturbation", "NoiseKey"),
     "presets": (
         "ALGORITHMS",
@@ -47,6 +68,7 @@ _MODULES = {
         "PerturbationConfig",
         "RejectionConfig",
     ),
+    "surrogates": ("SURROGATES", "Surrogate"),
 }
 
 

@@ -1,22 +1,39 @@
-"""Bounds on a run's health: what is out of bounds, and in which words it is told. Pure."""
+"""Guards: bounds on the health of a run, and the messages for what exceeds them. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
-from tir_alp.config import GuardsConfig
+from pydantic import Field
 
-_FAINT = 0.01
+from tir_alp.algorithm.section import Section
+
+_FAINT = 0.01  # share of elements
+
+
+class GuardsConfig(Section):
+    """Bounds that a healthy run keeps. All are off unless set."""
+
+    max_kl: float | None = Field(default=None, gt=0.0)
+    """Bound of |kl/rollout|, in nats per token."""
+    max_ratio_spread: float | None = Field(default=None, gt=1.0)
+    """Bound of P98 over P2 of the sequence ratios."""
+    on_trip: Literal["stop", "roll_back"] = "stop"
+    """End the run, or load the weights, optimizer and sigma of the newest checkpoint and continue
+    with new groups. `events.jsonl` in the run's folder records when and why."""
+    max_roll_backs: int = Field(default=3, ge=1)
+    """Number of roll-backs after which the next trip stops the run."""
 
 
 class Tripped(Exception):
-    """A guard ended the run; says which bound was passed."""
+    """A guard ended the run; the message names the bound that was exceeded."""
 
 
 def out_of_bounds(metrics: Mapping[str, float], guards: GuardsConfig) -> str:
-    """Say which bound the metrics of a step pass; empty if none.
+    """Describe the bound that the metrics of a step exceed; empty if there is none.
 
-    A metric that is not there passes no bound, one that is NaN passes any.
+    A missing metric exceeds no bound, and NaN exceeds every bound.
     """
     if guards.max_kl is not None and "kl/rollout" in metrics:
         value = abs(metrics["kl/rollout"])
@@ -33,7 +50,7 @@ def out_of_bounds(metrics: Mapping[str, float], guards: GuardsConfig) -> str:
 
 
 def faint_noise(metrics: Mapping[str, float]) -> str:
-    """Warn if rounding to the compute dtype swallows the noise; empty if it does not."""
+    """Return a warning if rounding to the compute dtype loses the noise; empty if it does not."""
     changed = metrics.get("alp/effective", 1.0)
     if changed >= _FAINT:
         return ""

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from torch import Tensor
 
-from tir_alp.algorithm.loss import MAX_LOG_RATIO
+from tir_alp.algorithm.levels import clamped_exp
 from tir_alp.algorithm.ratio_summary import MAX_TURNS, RatioSummary, TokenSlice, quantiles
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import Trajectory, TrajectoryGroup
@@ -123,9 +123,7 @@ def _slice_metrics(tokens: TokenSlice) -> dict[str, float]:
         "log_perplexity": -tokens.mean("logprob"),
         "rollout_log_perplexity": -tokens.mean("rollout_logprob"),
         "entropy": tokens.mean("entropy"),
-        "clip_low": tokens.mean("clip_low"),
-        "clip_high": tokens.mean("clip_high"),
-        "clip_dual": tokens.mean("clip_dual"),
+        **tokens.clipped(),
         **_token_quantiles(tokens, _ENVELOPE, "ratio_p"),
     }
 
@@ -155,7 +153,7 @@ def _exact_ess(log_ratios: Tensor) -> float:
 
 
 def _ratios(log_ratios: Tensor) -> Tensor:
-    return log_ratios.double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return clamped_exp(log_ratios.double())
 
 
 def rollout_metrics(

@@ -1,48 +1,57 @@
 """What a method is made of, typed: `ALGORITHMS` holds one `AlgorithmConfig` per method.
 
-Two methods differ in these values and in nothing else.
+Two methods differ in these values and in nothing else. Importing this module does not import torch,
+so that an error in a configuration is reported quickly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, model_validator
+
+from tir_alp.algorithm.advantage import ADVANTAGES, Advantage
+from tir_alp.algorithm.corrections import CORRECTIONS, Correction
+from tir_alp.algorithm.lookup import find, find_outside, no_such
+from tir_alp.algorithm.section import Section, merge
+from tir_alp.algorithm.surrogates import SURROGATES, Surrogate
+
+T = TypeVar("T")
 
 
-class Section(BaseModel):
-    """A part of the configuration: frozen, and closed to keys that it does not know."""
+def _entry_of(table: Mapping[str, T], kind: type[T]) -> Callable[[str], str]:
+    """Return a validator for names of entries of a table, or outside of it: see `lookup.find`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    def check(name: str) -> str:
+        find(name, table, kind)
+        return name
+
+    return check
 
 
 class PerturbationConfig(Section):
-    """The noise of ALP on the hidden state that enters a decoder layer (spec 1.2, 1.3)."""
+    """The noise of ALP on the hidden state that enters a decoder layer."""
 
     init_std: float = Field(default=0.01, ge=0.0)
     """Standard deviation of the noise before training; 0 switches it off exactly."""
     layers: tuple[int, int] | None = None
-    """Half-open range of decoder layers that get noise; None: all of them."""
+    """Half-open range [start, stop) of the decoder layers that get noise; None: all layers."""
     learnable: bool = True
     """Whether each layer's sigma is trained."""
     scale: Literal["absolute", "relative"] = "absolute"
-    """Unit of sigma: the hidden state's own unit, or the root mean square of each token's state."""
+    """Unit of sigma: that of the hidden state, or the root mean square of each token's state."""
     site: Literal["hidden", "logits"] = "hidden"
-    """Where the noise goes: into the decoder layers, or, as an ablation, on the logits alone."""
+    """Where the noise is added: to what enters the decoder layers, or, as an ablation, to the
+    logits alone."""
     draws: int = Field(default=1, ge=1)
-    """Independent draws of the noise an update, whose losses are averaged; each costs a forward and
-    a backward pass."""
+    """Independent draws of the noise per update. Their losses are averaged; each draw costs a
+    forward and a backward pass."""
     antithetic: bool = False
     """Whether every second draw is the negative of the one before it."""
     seed: int = 0
-    """Root of every noise stream; a run adds its own seed to it."""
+    """Seed of every noise stream; a run adds its own seed."""
 
     @model_validator(mode="after")
     def _check(self) -> PerturbationConfig:
@@ -64,20 +73,21 @@ Level = Literal[
     "cumulative",
     "cumulative_geometric",
 ]
-"""Over what a log ratio is summed (`_geometric`: averaged)."""
+"""The tokens over which a log ratio is summed (`_geometric`: averaged); see `RATIO_LEVELS`."""
 
 
 class CorrectionConfig(Section):
-    """A detached weight on the loss against the mismatch of trainer and engine (spec 2)."""
+    """A detached weight on the loss against the mismatch of trainer and engine."""
 
-    type: Literal["tis", "mis", "icepop"]
-    """`tis` truncates the weight at `high`; `mis` and `icepop` keep it inside [low, high]."""
+    type: Annotated[str, AfterValidator(_entry_of(CORRECTIONS, Correction))]
+    """`tis` truncates the weight at `high`; `mis` and `icepop` reject it outside [low, high];
+    `module:NAME` is a `Correction` of your own."""
     level: Level = "token"
-    """Where the ratio of proximal over rollout policy is formed."""
+    """Level of the ratio of the proximal over the rollout policy."""
     low: float = Field(default=0.0, ge=0.0)
-    """Weights below it are rejected; unused by `tis`."""
+    """Weights below it are rejected; `tis` does not use it."""
     high: float = Field(default=2.0, gt=0.0)
-    """Weights above it are truncated (`tis`) or rejected."""
+    """Weights above it are truncated (`tis`) or rejected (`mis`, `icepop`)."""
     normalise: Literal["all", "kept"] = "all"
     """Whether rejected tokens still count in the loss's denominator."""
 
@@ -89,16 +99,19 @@ class CorrectionConfig(Section):
 
 
 class RejectionConfig(Section):
-    """Takes out of the loss what trainer and engine disagree on; what stays keeps its weight."""
+    """Takes tokens on which trainer and engine disagree out of the loss.
+
+    The other tokens keep their weight.
+    """
 
     level: Level = "token"
-    """Where the ratio of proximal over rollout policy is formed that the window is for."""
+    """Level of the ratio of the proximal over the rollout policy that `low` and `high` bound."""
     low: float = Field(default=0.0, ge=0.0)
-    """Lower ratios are rejected."""
+    """Tokens with a lower ratio are rejected."""
     high: float | None = Field(default=None, gt=0.0)
-    """Higher ratios are rejected; None: none."""
+    """Tokens with a higher ratio are rejected; None: no upper bound."""
     veto: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """A token with a lower ratio rejects its whole sequence, whatever the level; 0: none does."""
+    """A token whose own ratio is lower rejects its whole sequence, whatever the level; 0: off."""
     normalise: Literal["all", "kept"] = "kept"
     """Whether rejected tokens still count in the loss's denominator."""
 
@@ -115,75 +128,74 @@ class KLConfig(Section):
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """With d = reference - current logprob: k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1."""
     gradient: Literal["estimator", "k2"] = "estimator"
-    """Whose gradient the term has. That of k2 is, on average, that of the distance itself."""
+    """The estimator whose gradient is used: the one above, or k2, whose gradient is on average that
+    of the distance itself."""
     coefficient: float = Field(default=0.001, ge=0.0)
     """Weight of the term in the loss."""
 
 
 class AlgorithmConfig(Section):
-    """One policy-gradient method, as the choices that make it up (spec 1.7, 2)."""
+    """One policy-gradient method, as the choices that define it."""
 
     name: str = "custom"
-    """What it is called in reports: the preset it comes from."""
+    """Name of the preset it comes from, for reports; `module:NAME` is an `AlgorithmConfig` of your
+    own."""
     denominator: Literal["rollout", "proximal"]
-    """Whose logprobs are under the ratio: the engine's, or the trainer's at the start of a step."""
+    """Policy in the denominator of the ratio: the engine's, or the trainer's at the start of a
+    step."""
     ratio_level: Level
-    """Over what the log ratio is summed (`_geometric`: averaged)."""
-    surrogate: Literal["clip", "cispo", "reinforce"]
-    """What is made of ratio and advantage."""
+    """The tokens over which the log ratio is summed (`_geometric`: averaged)."""
+    surrogate: Annotated[str, AfterValidator(_entry_of(SURROGATES, Surrogate))]
+    """The loss of a token, given ratio and advantage: `clip`, `cispo`, `reinforce`, or
+    `module:NAME`, a `Surrogate` of your own."""
     clip_low: float = Field(default=0.2, ge=0.0)
-    """The ratio is clipped below 1 - clip_low."""
+    """Ratios below 1 - clip_low are clipped."""
     clip_high: float = Field(default=0.28, ge=0.0)
-    """The ratio is clipped above 1 + clip_high."""
+    """Ratios above 1 + clip_high are clipped."""
     dual_clip: float | None = Field(default=None, gt=1.0)
-    """Bound of the ratio for negative advantages; None: no bound."""
+    """Upper bound of the ratio where the advantage is negative; None: no bound."""
     correction: CorrectionConfig | None = None
-    """An extra detached weight; None: none."""
+    """An additional detached weight against mismatch; None: no weight."""
     rejection: RejectionConfig | None = None
-    """What leaves the loss because trainer and engine disagree on it; None: nothing."""
+    """Tokens that leave the loss because trainer and engine disagree on them; None: no token."""
     aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"] = (
         "token_mean"
     )
-    """How token losses become one number."""
-    advantage: Literal["grpo", "dr_grpo"] = "grpo"
-    """How a group's rewards become advantages."""
+    """How the losses of tokens become one number."""
+    advantage: Annotated[str, AfterValidator(_entry_of(ADVANTAGES, Advantage))] = "grpo"
+    """How the rewards of a group become advantages: `grpo`, `dr_grpo`, or `module:NAME`, an
+    `Advantage` of your own."""
     kl: KLConfig | None = None
-    """A penalty on leaving the reference policy; None: none."""
+    """A penalty on the distance to the reference policy; None: no penalty."""
     perturbation: PerturbationConfig | None = None
-    """ALP: take the numerator of the ratio from the perturbed policy; None: from the policy."""
+    """ALP: the numerator of the ratio comes from the perturbed policy; None: from the policy."""
 
     @property
     def needs_proximal(self) -> bool:
-        """Whether an update needs the trainer's own logprobs from the start of the step."""
+        """Whether an update needs logprobs under the trainer's policy at the start of the step."""
         corrected = self.correction is not None or self.rejection is not None
         return self.denominator == "proximal" or corrected
 
     @property
     def needs_reference(self) -> bool:
-        """Whether an update needs the logprobs of the frozen initial policy."""
+        """Whether an update needs logprobs under the frozen initial policy."""
         return self.kl is not None
-
-
-def _tis(level: Literal["token", "sequence"]) -> AlgorithmConfig:
-    correction = CorrectionConfig(type="tis", level=level, high=2.0)
-    return _GRPO.model_copy(update={"correction": correction})
-
-
-def _mis(level: Literal["token", "sequence"]) -> AlgorithmConfig:
-    correction = CorrectionConfig(type="mis", level=level, low=0.5, high=2.0)
-    return _GRPO.model_copy(update={"correction": correction})
 
 
 _GRPO = AlgorithmConfig(
     denominator="proximal", ratio_level="token", surrogate="clip", dual_clip=3.0
 )
-
-
+_GSPO = AlgorithmConfig(
+    denominator="proximal",
+    ratio_level="sequence_geometric",
+    surrogate="clip",
+    clip_low=3e-4,
+    clip_high=4e-4,
+    aggregation="sequence_mean_token_mean",
+)
 _BYPASS_TOKEN = AlgorithmConfig(
     denominator="rollout", ratio_level="token", surrogate="clip", dual_clip=10.0
 )
-
-
 _BYPASS_SEQUENCE = AlgorithmConfig(
     denominator="rollout",
     ratio_level="sequence",
@@ -194,58 +206,60 @@ _BYPASS_SEQUENCE = AlgorithmConfig(
 )
 
 
-_PRESETS: dict[str, AlgorithmConfig] = {
-    "grpo": _GRPO,
-    "dr_grpo": _GRPO.model_copy(
-        update={"advantage": "dr_grpo", "aggregation": "sequence_mean_token_sum"}
-    ),
-    "dapo": _GRPO.model_copy(update={"dual_clip": None}),
-    "gspo": AlgorithmConfig(
-        denominator="proximal",
-        ratio_level="sequence_geometric",
-        surrogate="clip",
-        clip_low=3e-4,
-        clip_high=4e-4,
-        aggregation="sequence_mean_token_mean",
-    ),
-    "bypass_token": _BYPASS_TOKEN,
-    "bypass_sequence": _BYPASS_SEQUENCE,
-    "tis_token": _tis("token"),
-    "tis_sequence": _tis("sequence"),
-    "mis_token": _mis("token"),
-    "mis_sequence": _mis("sequence"),
-    "icepop": _GRPO.model_copy(
-        update={"correction": CorrectionConfig(type="icepop", low=0.5, high=5.0)}
-    ),
-    "cispo": _GRPO.model_copy(update={"surrogate": "cispo", "dual_clip": None}),
-    "alp_token": _BYPASS_TOKEN.model_copy(update={"perturbation": PerturbationConfig()}),
-    "alp_sequence": _BYPASS_SEQUENCE.model_copy(update={"perturbation": PerturbationConfig()}),
-}
+def make_presets() -> dict[str, AlgorithmConfig]:
+    """Return the presets by name: those of this file, and those that entries of the tables bring.
+
+    ALP is its Bypass twin with a perturbed numerator.
+    """
+    noise = {"perturbation": PerturbationConfig()}
+    presets = {
+        "grpo": _GRPO,
+        **_brought_by(ADVANTAGES.values()),
+        "dapo": _GRPO.model_copy(update={"dual_clip": None}),
+        **_brought_by(SURROGATES.values()),
+        "gspo": _GSPO,
+        **_brought_by(CORRECTIONS.values()),
+        "bypass_token": _BYPASS_TOKEN,
+        "bypass_sequence": _BYPASS_SEQUENCE,
+        "alp_token": _BYPASS_TOKEN.model_copy(update=noise),
+        "alp_sequence": _BYPASS_SEQUENCE.model_copy(update=noise),
+    }
+    return {name: preset.model_copy(update={"name": name}) for name, preset in presets.items()}
 
 
-ALGORITHMS: MappingProxyType[str, AlgorithmConfig] = MappingProxyType(
-    {name: preset.model_copy(update={"name": name}) for name, preset in _PRESETS.items()}
-)
-"""The presets: name -> method. ALP is its Bypass twin with a perturbed numerator."""
+def _brought_by(
+    entries: Iterable[Surrogate | Correction | Advantage],
+) -> dict[str, AlgorithmConfig]:
+    """Return the presets that entries of a table bring, as variants of GRPO."""
+    return {
+        name: AlgorithmConfig.model_validate(merge(_GRPO.model_dump(), changes))
+        for entry in entries
+        for name, changes in entry.presets.items()
+    }
+
+
+ALGORITHMS: MappingProxyType[str, AlgorithmConfig] = MappingProxyType(make_presets())
+"""The presets: name -> method."""
 
 
 def resolve_algorithm(value: Any) -> Any:
-    """Let a preset's name stand for the preset, and its keys override single values of it."""
+    """Replace a preset's name by the preset, with the other keys of `value` laid over it.
+
+    The name is a key of `ALGORITHMS`, or `module:NAME`, an `AlgorithmConfig` in an importable
+    module.
+
+    Raises:
+        ValueError: If there is no such preset.
+    """
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping) or "name" not in value or value["name"] == "custom":
         return value
-    if value["name"] not in ALGORITHMS:
-        raise ValueError(f"no algorithm {value['name']!r}; there are {', '.join(ALGORITHMS)}")
-    return merge(ALGORITHMS[value["name"]].model_dump(), value)
-
-
-def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay one nested mapping over another: where both have a table, its keys are merged too."""
-    merged = dict(below)
-    for key, value in above.items():
-        under = merged.get(key)
-        if isinstance(under, Mapping) and isinstance(value, Mapping):
-            value = merge(under, value)
-        merged[key] = value
-    return merged
+    name = str(value["name"])
+    if ":" in name:
+        preset = find_outside(name, AlgorithmConfig)
+    elif name in ALGORITHMS:
+        preset = ALGORITHMS[name]
+    else:
+        raise ValueError(no_such("algorithm", name, ALGORITHMS))
+    return merge(preset.model_dump(), value)

@@ -1,13 +1,13 @@
-"""What is kept of the ratios of a step: sums and counts that micro-batches, updates and ranks add.
+"""What is kept of the ratios of a step: sums and counts that add up over micro-batches and ranks.
 
-The tokens of a step are sorted into cells, by turn, by sign of the advantage, and by whether they
-are among the first after an observation. Of each cell only sums and a histogram stay, so that
-memory does not grow with the number of tokens, and any statistic of any slice of the cells can be
-had afterwards: exactly where it is made of sums, within 1 % of a log ratio where it is a quantile.
+The tokens of a step are sorted into cells: by turn, by sign of the advantage, and by whether they
+are among the first after an observation. Of each cell only sums and a histogram are kept, so memory
+does not grow with the number of tokens, and any statistic of any slice of the cells can be computed
+afterwards: exactly where it is made of sums, within 1 % of a log ratio where it is a quantile.
 Turns and sequences keep one number each; their statistics are exact.
 
-Sequences must come whole: how they are packed, ordered and divided over micro-batches and ranks
-makes no difference then, but for the rounding of float64 sums.
+Sequences must be whole. Then it makes no difference how they are packed, ordered and divided over
+micro-batches and ranks, except for the rounding of float64 sums.
 """
 
 from __future__ import annotations
@@ -19,31 +19,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tir_alp.algorithm.loss import MAX_LOG_RATIO, LossInputs
+from tir_alp.algorithm.inputs import LossInputs
+from tir_alp.algorithm.levels import MAX_LOG_RATIO, clamped_exp
+from tir_alp.algorithm.surrogates import clip_sides
 
 MAX_TURNS = 8
-"""Turns with cells of their own; the last one's hold those of all later turns too."""
+"""Number of turns with cells of their own; the last one's also hold all later turns."""
 FIRST_TOKENS = 16
-"""So many tokens of a turn after an observation are its first."""
+"""Number of tokens at the start of a turn that count as the first after an observation."""
 SIGNS = ("negative", "zero", "positive")
-"""Of the advantage."""
-COLUMNS = (
-    "count",
-    "log_ratio",
-    "k3",
-    "ratio",
-    "ratio_squared",
-    "logprob",
-    "rollout_logprob",
-    "entropy",
-    "clip_low",
-    "clip_high",
-    "clip_dual",
-)
-"""What is summed over tokens. With l the log ratio and r = exp(clamp(l, +-20)), k3 is r - l - 1."""
+"""Signs of the advantage, in the order of the cells."""
+RELATIVE_ERROR = 0.01
+"""Bound on the error of a quantile of log ratios, relative to its size."""
+SMALLEST = 1e-6
+"""Log ratios up to this size share one bin, whose quantile is 0."""
 
-_CELLS = (MAX_TURNS, len(SIGNS), 2)  # the last axis: among the first after an observation?
-_NUM_CELLS = MAX_TURNS * len(SIGNS) * 2
+_GROWTH = (1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR)
+_PER_SIDE = math.ceil(math.log(MAX_LOG_RATIO / SMALLEST) / math.log(_GROWTH))
+NUM_BINS = 2 * _PER_SIDE + 1
+"""Bins of a histogram: for negative log ratios, for 0, for positive log ratios."""
+
+_CELLS = (MAX_TURNS, len(SIGNS), 2)  # the last axis: whether among the first after an observation
+_NUM_CELLS = math.prod(_CELLS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,37 +48,47 @@ class TokenSlice:
     """Sums and counts over the tokens of some cells."""
 
     sums: Mapping[str, float]
-    """By column."""
+    """Column -> sum over the tokens; the columns are those of `RatioSummary.columns`."""
     histogram: Tensor
-    """[NUM_BINS] int64: log ratios."""
+    """[NUM_BINS] int64, counts of log ratios."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the cells."""
+        """Number of tokens in the cells."""
         return int(self.sums["count"])
 
     def mean(self, column: str) -> float:
-        """Mean over the tokens, of which there has to be one."""
+        """Return the mean of a column over the tokens; there must be at least one token."""
         return self.sums[column] / self.sums["count"]
+
+    def clipped(self) -> dict[str, float]:
+        """Return the share of the tokens that is clipped on each side, as `clip_<side>`."""
+        return {name: self.mean(name) for name in self.sums if name.startswith("clip_")}
 
 
 @dataclass(frozen=True, slots=True)
 class RatioSummary:
-    """Ratios of a policy over the rollout policy, on the loss's tokens of some sequences."""
+    """Ratios of a policy over the rollout policy, on the loss tokens of some sequences."""
 
+    columns: tuple[str, ...]
+    """What is summed over tokens. With l the log ratio and r = exp(clamp(l, +-20)): `count`,
+    `log_ratio` l, `k3` = r - l - 1, `ratio` r, `ratio_squared` r^2, `logprob`, `rollout_logprob`,
+    `entropy`, and `clip_<side>` for each side, which is 1 where the token is clipped."""
     sums: Tensor
-    """[MAX_TURNS, SIGNS, 2, COLUMNS] float64."""
+    """[MAX_TURNS, SIGNS, 2, columns] float64."""
     histogram: Tensor
-    """[MAX_TURNS, SIGNS, 2, NUM_BINS] int64: token log ratios; 650 kB, however many they are."""
+    """[MAX_TURNS, SIGNS, 2, NUM_BINS] int64, counts of token log ratios; 650 kB."""
     turn_log_ratios: Tensor
-    """[U] float64: summed over each turn that has loss tokens."""
+    """[U] float64, summed over each turn that has loss tokens."""
     sequence_log_ratios: Tensor
-    """[S] float64: summed over each sequence that has loss tokens."""
+    """[S] float64, summed over each sequence that has loss tokens."""
     sequence_logprobs: Tensor
-    """[S, 2] float64: mean logprob of its loss tokens, of the policy and of the rollout policy."""
+    """[S, 2] float64, mean logprob of a sequence's loss tokens under either policy."""
 
     def __add__(self, other: RatioSummary) -> RatioSummary:
+        assert self.columns == other.columns, "summaries of different surrogates"
         return RatioSummary(
+            self.columns,
             self.sums + other.sums,
             self.histogram + other.histogram,
             torch.cat([self.turn_log_ratios, other.turn_log_ratios]),
@@ -92,12 +99,12 @@ class RatioSummary:
     def tokens(
         self, *, turn: int | None = None, sign: str | None = None, is_first: bool | None = None
     ) -> TokenSlice:
-        """The tokens of one turn, of one sign of the advantage, among the first or not; or of all.
+        """Return the tokens of one turn, of one sign, among the first or not; or all tokens.
 
         Args:
-            turn: Below MAX_TURNS; None: of any.
-            sign: One of SIGNS; None: of any.
-            is_first: Among the first after an observation? None: whether or not.
+            turn: Index of the turn, below MAX_TURNS; None: any turn.
+            sign: Sign of the advantage, one of SIGNS; None: any sign.
+            is_first: Whether the token is among the first after an observation; None: either.
         """
         chosen = (turn, None if sign is None else SIGNS.index(sign), is_first)
         where = tuple(
@@ -105,7 +112,7 @@ class RatioSummary:
         )
         sums = self.sums[where].sum((0, 1, 2)).tolist()
         return TokenSlice(
-            dict(zip(COLUMNS, sums, strict=True)), self.histogram[where].sum((0, 1, 2))
+            dict(zip(self.columns, sums, strict=True)), self.histogram[where].sum((0, 1, 2))
         )
 
 
@@ -118,9 +125,9 @@ def summarise(
     """Summarise the ratio `logprobs / rollout_logprobs` of one micro-batch, on the CPU.
 
     Args:
-        inputs: With `turn_ids`, and advantages [B] or [B, T]. Other policies are not read.
-        entropy: [B, T] of the policy above in the ratio; None: left at 0.
-        clipped: Side -> [B, T] bool, from `clipped_tokens`; None: nothing was.
+        inputs: The micro-batch, with `turn_ids`. Proximal and reference logprobs are not read.
+        entropy: [B, T] entropy of the policy in the numerator, in nats; None: counts as 0.
+        clipped: Side -> [B, T] bool, as in `LossTerms.clipped`; None: no token was clipped.
     """
     mask, turn_ids = inputs.loss_mask, inputs.turn_ids
     if turn_ids is None:
@@ -129,38 +136,40 @@ def summarise(
         values[mask].double() for values in (inputs.logprobs, inputs.rollout_logprobs)
     )
     log_ratios = logprobs - rollout
-    ratios = log_ratios.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    ratios = clamped_exp(log_ratios)
     zeros = torch.zeros_like(ratios)
-    columns = [
-        torch.ones_like(ratios),
-        log_ratios,
-        ratios - log_ratios - 1,
-        ratios,
-        ratios.square(),
-        logprobs,
-        rollout,
-        zeros if entropy is None else entropy[mask].double(),
-        *(
-            clipped[side][mask].double() if clipped and side in clipped else zeros
-            for side in ("low", "high", "dual")
-        ),
-    ]
+    clipped = clipped or {}
+    columns = {
+        "count": torch.ones_like(ratios),
+        "log_ratio": log_ratios,
+        "k3": ratios - log_ratios - 1,
+        "ratio": ratios,
+        "ratio_squared": ratios.square(),
+        "logprob": logprobs,
+        "rollout_logprob": rollout,
+        "entropy": zeros if entropy is None else entropy[mask].double(),
+        **{
+            f"clip_{side}": clipped[side][mask].double() if side in clipped else zeros
+            for side in dict.fromkeys([*clip_sides(), *clipped])
+        },
+    }
     cells = _cells(inputs.advantages, turn_ids)[mask]
-    sums = zeros.new_zeros(_NUM_CELLS, len(COLUMNS))
-    sums = sums.index_add_(0, cells, torch.stack(columns, -1))
-    places = cells * NUM_BINS + bins_of(log_ratios)
-    histogram = torch.bincount(places, minlength=_NUM_CELLS * NUM_BINS)
+    sums = zeros.new_zeros(_NUM_CELLS, len(columns))
+    sums = sums.index_add_(0, cells, torch.stack([*columns.values()], -1))
+    bins = cells * NUM_BINS + bins_of(log_ratios)
+    histogram = torch.bincount(bins, minlength=_NUM_CELLS * NUM_BINS)
 
     rows, _ = mask.nonzero(as_tuple=True)
     sequences, index = rows.unique(return_inverse=True)
     per_sequence = zeros.new_zeros(len(sequences), 3).index_add_(
         0, index, torch.stack([logprobs, rollout, torch.ones_like(ratios)], -1)
     )
-    # A turn has a token of its row, so its id is below the row's width.
+    # Every turn has a token in its row, so its index is below the width of the row.
     turns, index = (rows * mask.shape[1] + turn_ids[mask]).unique(return_inverse=True)
     per_turn = zeros.new_zeros(len(turns)).index_add_(0, index, log_ratios)
     return RatioSummary(
-        sums=sums.view(*_CELLS, len(COLUMNS)).cpu(),
+        columns=tuple(columns),
+        sums=sums.view(*_CELLS, len(columns)).cpu(),
         histogram=histogram.view(*_CELLS, NUM_BINS).cpu(),
         turn_log_ratios=per_turn.cpu(),
         sequence_log_ratios=(per_sequence[:, 0] - per_sequence[:, 1]).cpu(),
@@ -169,35 +178,27 @@ def summarise(
 
 
 def _cells(advantages: Tensor, turn_ids: Tensor) -> Tensor:
-    """[B, T] index of the cell of each token; of meaning where the mask is True."""
+    """Return the index of the cell of each token, [B, T]; meaningless outside the mask."""
     advantages = advantages if advantages.dim() == 2 else advantages[:, None]
     signs = 1 + (advantages > 0).long() - (advantages < 0).long()
     turns = turn_ids.clamp(0, MAX_TURNS - 1)
-    is_first = (turn_ids > 0) & (_place_in_turn(turn_ids) < FIRST_TOKENS)
+    is_first = (turn_ids > 0) & (_position_in_turn(turn_ids) < FIRST_TOKENS)
     return (turns * len(SIGNS) + signs) * 2 + is_first.long()
 
 
-def _place_in_turn(turn_ids: Tensor) -> Tensor:
-    """[B, T] number of each token in the run of its turn, from 0; masked tokens count."""
-    places = torch.arange(turn_ids.shape[1], device=turn_ids.device).expand_as(turn_ids)
+def _position_in_turn(turn_ids: Tensor) -> Tensor:
+    """Return the position of each token in its turn, from 0, [B, T]; masked tokens count too."""
+    positions = torch.arange(turn_ids.shape[1], device=turn_ids.device).expand_as(turn_ids)
     begins = torch.ones_like(turn_ids, dtype=torch.bool)
     begins[:, 1:] = turn_ids[:, 1:] != turn_ids[:, :-1]
-    return places - torch.where(begins, places, 0).cummax(-1).values
+    return positions - torch.where(begins, positions, 0).cummax(-1).values
 
 
-RELATIVE_ERROR = 0.01
-"""Bound of the error of a quantile of log ratios, as a share of its size."""
-SMALLEST = 1e-6
-"""Log ratios up to this size are one bin, whose quantile is 0."""
-
-_GROWTH = (1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR)
-_PER_SIDE = math.ceil(math.log(MAX_LOG_RATIO / SMALLEST) / math.log(_GROWTH))
-NUM_BINS = 2 * _PER_SIDE + 1
-"""Bins of a histogram: those of negative log ratios, the one of 0, those of positive ones."""
+# --------------------------------------------------------- histograms of log ratios, and quantiles
 
 
 def bins_of(log_ratios: Tensor) -> Tensor:
-    """The bin of each log ratio; int64 in [0, NUM_BINS)."""
+    """Return the bin of each log ratio; int64 in [0, NUM_BINS)."""
     values = log_ratios.double().nan_to_num(nan=MAX_LOG_RATIO)
     size = values.abs().clamp(SMALLEST, MAX_LOG_RATIO)
     steps = ((size / SMALLEST).log() / math.log(_GROWTH)).ceil().clamp(max=_PER_SIDE)
@@ -205,14 +206,14 @@ def bins_of(log_ratios: Tensor) -> Tensor:
 
 
 def quantiles(histogram: Tensor, probabilities: Sequence[float]) -> list[float]:
-    """The log ratio that a share `p` of all is not above, for each p: numpy's `inverted_cdf`.
+    """Return quantiles of log ratios, as numpy's method `inverted_cdf` defines them.
 
     Args:
-        histogram: [NUM_BINS] counts, at least one of them above 0.
-        probabilities: Between 0 and 1.
+        histogram: [NUM_BINS] counts, at least one of which is above 0.
+        probabilities: Numbers between 0 and 1.
 
     Returns:
-        For each, the middle of the bin that the quantile is in: off by at most 1 % of it.
+        For each probability, the middle of the bin of its quantile, which is off by at most 1 %.
     """
     cumulative = histogram.cumsum(0)
     ranks = [max(1, math.ceil(p * int(cumulative[-1]))) for p in probabilities]
@@ -221,7 +222,7 @@ def quantiles(histogram: Tensor, probabilities: Sequence[float]) -> list[float]:
 
 
 def _middle(index: int) -> float:
-    """The value whose distance to both ends of the bin is the same share of them."""
+    """Return the value that has the same relative distance from both ends of a bin."""
     if index == 0:
         return 0.0
     size = SMALLEST * _GROWTH ** abs(index) * 2 / (1 + _GROWTH)

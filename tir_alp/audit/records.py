@@ -10,8 +10,9 @@ from typing import Any
 
 from tir_alp.audit.findings import Findings, Place
 from tir_alp.records.folder import step_file
-from tir_alp.records.ledger_rows import FORMAT, Attempt, Call
+from tir_alp.records.ledger_rows import FORMAT, Attempt, Call, update_record
 from tir_alp.records.trajectories import from_row
+from tir_alp.training.step_report import UpdateRecord
 from tir_alp.types import Trajectory
 
 Row = dict[str, Any]
@@ -38,11 +39,9 @@ class GroupEntry:
 
 @dataclass(frozen=True, slots=True)
 class UpdateEntry:
-    """What one optimizer update had packed."""
+    """The record of one optimizer update."""
 
-    update: int
-    made: bool
-    sequences: list[list[Any]]
+    record: UpdateRecord
     place: Place
 
 
@@ -152,10 +151,10 @@ def _take(ledger: StepLedger, place: Place, row: Row) -> None:
             attempt = Attempt(row["uid"], row["prompt"], calls)
             ledger.attempts.setdefault(attempt.uid, []).append(attempt)
         case "update":
-            for uid, num_tokens, num_loss_tokens, _, _ in row["sequences"]:
-                _demand_numbers(uid, num_tokens, num_loss_tokens)
-            _demand_numbers(row["update"])
-            entry = UpdateEntry(row["update"], row["made"], row["sequences"], place)
-            ledger.updates.append(entry)
+            record = update_record(row)
+            _demand_numbers(record.update)
+            for each in record.sequences:
+                _demand_numbers(each.uid, each.num_tokens, each.num_loss_tokens)
+            ledger.updates.append(UpdateEntry(record, place))
         case kind:
             raise _BadRow(f"of the kind {kind!r}")

@@ -14,9 +14,10 @@ from tir_alp.algorithm.metrics import rollout_metrics
 from tir_alp.audit.findings import Findings, Place
 from tir_alp.audit.records import GroupEntry, Recorded, Row, StepLedger, UpdateEntry
 from tir_alp.config import Config
-from tir_alp.records.ledger_rows import Attempt, packed_row
+from tir_alp.records.ledger_rows import Attempt
 from tir_alp.rollouts.episode import MAX_ATTEMPTS
 from tir_alp.tools.outcome import Outcome
+from tir_alp.training.packed_sequence import PackedSequence, packed_sequence
 from tir_alp.types import TrajectoryGroup
 
 _CLOSE = 1e-9  # sums of floats in another order
@@ -185,21 +186,20 @@ def check_loss(
     """What the trainer had packed is what the trajectories say; returns the tokens of the loss."""
     num_updates = config.trainer.updates_per_step
     first = (files.step - 1) * num_updates
-    updates = files.ledger.updates
+    updates = [entry.record.update for entry in files.ledger.updates]
     findings.expect(
-        [update.update for update in updates] == list(range(first, first + num_updates)),
+        updates == list(range(first, first + num_updates)),
         "sequences in the loss",
         files.ledger.place,
-        f"updates {[update.update for update in updates]}; step {files.step} has {num_updates}, "
-        f"from {first} on",
+        f"updates {updates}; step {files.step} has {num_updates}, from {first} on",
     )
     places = {each.trajectory.sequence_uid: each.place for each in files.trained}
     per_update = max(1, len(groups) // num_updates)
     num_tokens = 0
-    for index, update in enumerate(updates):
+    for index, entry in enumerate(files.ledger.updates):
         part = groups[index * per_update : (index + 1) * per_update]
         expected = [
-            packed_row(trajectory, advantage)
+            packed_sequence(trajectory, advantage)
             for group in part
             for trajectory, advantage in zip(
                 group.trajectories,
@@ -208,22 +208,24 @@ def check_loss(
             )
             if any(trajectory.loss_mask)
         ]
-        num_tokens += sum(row[2] for row in expected)
-        _check_packed(update, {row[0]: row for row in expected}, places, findings)
+        num_tokens += sum(each.num_loss_tokens for each in expected)
+        by_uid = {each.uid: each for each in expected}
+        _check_packed(entry, by_uid, places, findings)
     return num_tokens
 
 
 def _check_packed(
-    update: UpdateEntry,
-    expected: Mapping[int, Sequence[object]],
+    entry: UpdateEntry,
+    expected: Mapping[int, PackedSequence],
     places: Mapping[int, Place],
     findings: Findings,
 ) -> None:
     check = "sequences in the loss"
-    uids = [row[0] for row in update.sequences]
+    update = entry.record
+    uids = [each.uid for each in update.sequences]
     for uid in sorted({*expected, *uids}):
         findings.count(check)
-        place = places.get(uid, update.place)
+        place = places.get(uid, entry.place)
         if uids.count(uid) != (uid in expected):
             findings.drift(
                 check,
@@ -232,24 +234,24 @@ def _check_packed(
                 f"belongs there {int(uid in expected)} times",
             )
             continue
-        row = update.sequences[uids.index(uid)]
-        _, num_tokens, num_loss, advantage, digest = expected[uid]
-        findings.count("tokens in the loss", row[2])
+        packed, due = update.sequences[uids.index(uid)], expected[uid]
+        findings.count("tokens in the loss", packed.num_loss_tokens)
         findings.expect(
-            [row[1], row[2]] == [num_tokens, num_loss],
+            (packed.num_tokens, packed.num_loss_tokens) == (due.num_tokens, due.num_loss_tokens),
             "tokens in the loss",
             place,
-            f"{row[2]} of {row[1]} tokens entered the loss; {num_loss} of {num_tokens} are "
-            "trainable",
+            f"{packed.num_loss_tokens} of {packed.num_tokens} tokens entered the loss; "
+            f"{due.num_loss_tokens} of {due.num_tokens} are trainable",
         )
         findings.expect(
-            row[3] == advantage,
+            packed.advantage == due.advantage,
             check,
             place,
-            f"it was trained with the advantage {row[3]}; its group's rewards give {advantage}",
+            f"it was trained with the advantage {packed.advantage}; its group's rewards give "
+            f"{due.advantage}",
         )
         findings.expect(
-            row[4] == digest,
+            packed.digest == due.digest,
             check,
             place,
             "ids, mask, logprobs or turns that were packed are not those of the trajectory",
@@ -282,7 +284,7 @@ def check_metrics(
         return
     expected = rollout_metrics(groups, files.step - 1, replaced)
     expected["tokens/loss"] = num_loss_tokens
-    expected["train/skipped_updates"] = sum(not update.made for update in files.ledger.updates)
+    expected["train/skipped_updates"] = sum(not entry.record.made for entry in files.ledger.updates)
     for name, value in expected.items():
         findings.count("metrics")
         logged = row.get(name)

@@ -16,11 +16,11 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from tir_alp.cluster.engine_pool import WeightsRef
 from tir_alp.cluster.watched_actor import WatchedActor, reason_of
-from tir_alp.records.ledger_rows import Row
 from tir_alp.roles import RoleLost
 from tir_alp.training.batch import Sample
 from tir_alp.training.checkpoint import Position
 from tir_alp.training.ranks import RankFailed
+from tir_alp.training.step_report import StepReport
 
 
 class RemoteTrainer:
@@ -34,9 +34,7 @@ class RemoteTrainer:
     def __init__(self, ranks: Sequence[WatchedActor], timeout_s: float) -> None:
         self._ranks, self._timeout_s = ranks, timeout_s
 
-    def step(
-        self, groups: Sequence[Sequence[Sample]], step: int
-    ) -> tuple[dict[str, float], list[Row]]:
+    def step(self, groups: Sequence[Sequence[Sample]], step: int) -> StepReport:
         """As `LocalTrainer.step`."""
         return self._call("step", ray.put(groups), step)
 

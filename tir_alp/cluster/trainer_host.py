@@ -1,4 +1,4 @@
-"""What lives in a trainer rank's actor: a learner."""
+"""What lives in a trainer rank's actor: a trainer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import ray
 from tir_alp.cluster.packed_weights import Packed, pack
 from tir_alp.cluster.same_code import Host
 from tir_alp.config import Config
-from tir_alp.records.ledger_rows import Row
+from tir_alp.records.folder import RunFolder
 from tir_alp.training.batch import Sample
 from tir_alp.training.checkpoint import Position
-from tir_alp.training.local_trainer import make_local_trainer
+from tir_alp.training.local_trainer import LocalTrainer
+from tir_alp.training.step_report import StepReport
 
 _SIOCGIFADDR = 0x8915
 
@@ -40,39 +41,38 @@ class TrainerHost(Host):
         if interface := interface_of(ray.util.get_node_ip_address()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self._rank = int(ranks["RANK"])
-        self._learner = make_local_trainer(config, run, initial, found)
+        dump = RunFolder(run).dump_bad_update
+        self._trainer = LocalTrainer(config, initial=initial, found=found, on_bad_update=dump)
 
-    def step(
-        self, groups: Sequence[Sequence[Sample]], step: int
-    ) -> tuple[dict[str, float], list[Row]]:
+    def step(self, groups: Sequence[Sequence[Sample]], step: int) -> StepReport:
         """As `LocalTrainer.step`."""
-        return self._learner.step(groups, step)
+        return self._trainer.step(groups, step)
 
     def completion_logprobs(
         self, prompt: Sequence[int], completion: Sequence[int], temperature: float, top_p: float
     ) -> list[float]:
         """As `LocalTrainer.completion_logprobs`."""
-        return self._learner.completion_logprobs(prompt, completion, temperature, top_p)
+        return self._trainer.completion_logprobs(prompt, completion, temperature, top_p)
 
     def perturb_weights(self, scale: float) -> None:
         """As `LocalTrainer.perturb_weights`."""
-        self._learner.perturb_weights(scale)
+        self._trainer.perturb_weights(scale)
 
     @ray.method(num_returns=2)
     def weights(self) -> tuple[Packed, bool]:
         """As `LocalTrainer.weights`, packed, and a sign that they are there; for rank 0 alone."""
-        weights = self._learner.weights()
+        weights = self._trainer.weights()
         return ({} if self._rank else pack(weights)), True
 
     def save(
         self, folder: Path, position: Position, rollouts: Mapping[str, Any], keep: int
     ) -> Path:
         """As `LocalTrainer.save`."""
-        return self._learner.save(folder, position, rollouts, keep)
+        return self._trainer.save(folder, position, rollouts, keep)
 
     def load(self, path: Path) -> None:
         """As `LocalTrainer.load`."""
-        self._learner.load(path)
+        self._trainer.load(path)
 
     @ray.method(concurrency_group="health")
     def heartbeat(self) -> Mapping[str, Any]:

@@ -24,7 +24,9 @@ from tir_alp.records.ledger_rows import (
     answer_digest,
     digest,
     ids_digest,
+    update_row,
 )
+from tir_alp.training.step_report import UpdateRecord
 from tir_alp.types import TrajectoryGroup
 
 
@@ -57,9 +59,9 @@ class Ledger:
         self._attempts[uid].append(attempt)
         return _RecordedEnv(env, attempt)
 
-    def updated(self, rows: Iterable[Row]) -> None:
-        """Write down what updates had packed: rows by `update_row`, made where the loss was."""
-        self._updates.extend(rows)
+    def updated(self, records: Iterable[UpdateRecord]) -> None:
+        """Write down which sequences the loss of each update got."""
+        self._updates.extend(update_row(each) for each in records)
 
     def kept(self, group_ids: Iterable[int]) -> list[Row]:
         """The attempts at groups that have ended and wait, for the checkpoint."""
@@ -124,6 +126,3 @@ class _RecordedEnv(gymnasium.Wrapper[str, str, str, str]):
         call.ended = bool(terminated or truncated)
         call.answer = answer_digest(action, *answer)
         return answer
-
-
-# ----------------------------------------------------------------------------- pure: what is kept

@@ -5,15 +5,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tir_alp.engines.base import Completion
-from tir_alp.types import Batch, StopReason, Trajectory, VersionSpan
+from tir_alp.training.packed_sequence import PackedSequence
+from tir_alp.training.step_report import UpdateRecord
+from tir_alp.types import StopReason, VersionSpan
 
 FORMAT = "tir_alp ledger 1"
 
@@ -111,54 +112,21 @@ def answer_digest(
     return digest(json.dumps(answer, sort_keys=True))
 
 
-def update_row(update: int, batches: Sequence[Batch], made: bool) -> Row:
-    """What an update had packed; by the trainer, of what the loss got."""
-    sequences = [row for batch in batches for row in packed_rows(batch)]
-    return {"kind": "update", "update": update, "made": made, "sequences": sequences}
+def update_row(record: UpdateRecord) -> Row:
+    """Return the row of an update, with each sequence as a list of its fields."""
+    sequences = [[*astuple(each)] for each in record.sequences]
+    return {
+        "kind": "update",
+        "update": record.update,
+        "made": record.made,
+        "sequences": sequences,
+    }
 
 
-def packed_rows(batch: Batch) -> Iterator[list[Any]]:
-    """Describe each sequence of a micro-batch: uid, tokens, loss tokens, advantage, digest."""
-    mask = batch.loss_mask.cpu().numpy()
-    logprobs = batch.rollout_logprobs.cpu().numpy()
-    turn_ids = batch.turn_ids.cpu().numpy()
-    token_ids = np.split(batch.token_ids.cpu().numpy(), np.cumsum(batch.lengths)[:-1])
-    for row, (uid, length) in enumerate(zip(batch.sequence_uids, batch.lengths, strict=True)):
-        loss = mask[row, :length]
-        yield [
-            uid,
-            length,
-            int(mask[row].sum()),
-            float(batch.advantages[row]),
-            _packed_digest(token_ids[row], loss, logprobs[row, :length], turn_ids[row, :length]),
-        ]
-
-
-def packed_row(trajectory: Trajectory, advantage: float) -> list[Any]:
-    """What `packed_rows` has to say about a trajectory."""
-    mask = np.array(trajectory.loss_mask, bool)
-    return [
-        trajectory.sequence_uid,
-        len(mask),
-        int(mask.sum()),
-        float(np.float32(advantage)),
-        _packed_digest(
-            np.array(trajectory.token_ids),
-            mask,
-            np.array(trajectory.rollout_logprobs),
-            np.array(trajectory.turn_ids),
-        ),
-    ]
-
-
-def _packed_digest(token_ids: NDArray, mask: NDArray, logprobs: NDArray, turn_ids: NDArray) -> str:
-    parts = (
-        token_ids.astype("<i4"),
-        mask.astype("u1"),
-        logprobs[mask].astype("<f4"),
-        turn_ids.astype("<i4"),
-    )
-    return digest(b"".join(part.tobytes() for part in parts))
+def update_record(row: Mapping[str, Any]) -> UpdateRecord:
+    """Return the record of a row. Raises KeyError or TypeError if the row is of another kind."""
+    sequences = tuple(PackedSequence(*each) for each in row["sequences"])
+    return UpdateRecord(row["update"], row["made"], sequences)
 
 
 def pack_array(values: Sequence[float], dtype: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_origin
 from pydantic import ValidationError
 
 from tir_alp import __version__
-from tir_alp.algorithm.presets import merge
+from tir_alp.algorithm.section import merge
 from tir_alp.config import Config
 from tir_alp.run.settings import annotations_of, help_page, item_annotations, unknown_key
 

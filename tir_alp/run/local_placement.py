@@ -15,10 +15,11 @@ import gymnasium
 from tir_alp.config import Config
 from tir_alp.engines.base import AskTrainer, Engine
 from tir_alp.engines.open import open_engine
+from tir_alp.records.folder import RunFolder
 from tir_alp.roles import TrainerRole
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.renderer import Renderer
-from tir_alp.training.local_trainer import make_local_trainer
+from tir_alp.training.local_trainer import LocalTrainer
 
 
 class LocalPlacement:
@@ -40,14 +41,15 @@ class LocalPlacement:
 
     async def trainer(self, run: Path, initial: str, found: Path | None) -> TrainerRole:
         """As `Placement.trainer`."""
-        learner = make_local_trainer(self._config, run, initial, found)
-        if (size := learner.ranks.size) > 1:
-            learner.close()
+        dump = RunFolder(run).dump_bad_update
+        trainer = LocalTrainer(self._config, initial=initial, found=found, on_bad_update=dump)
+        if (size := trainer.ranks.size) > 1:
+            trainer.close()
             raise ValueError(
                 f"a run is one process, but this is one of {size} ranks: start it without "
                 "torch.distributed.run, and with --cluster and --cluster.trainer.count"
             )
-        return learner
+        return trainer
 
     def make_env(self) -> gymnasium.Env[str, str]:
         """As `Placement.make_env`."""

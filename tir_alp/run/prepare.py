@@ -32,7 +32,7 @@ _NUM_NAMED = 20  # rows that were left out
 class Progress:
     """Where a run goes on; the defaults are those of a new run."""
 
-    position: Position = field(default_factory=lambda: Position(0, 0, 0))
+    position: Position = field(default_factory=lambda: Position(0, 0))
     checkpoint: Path | None = None
     """The folder of the checkpoint that it goes on from."""
     pending: QueueState = field(default_factory=QueueState)

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tir_alp.training.trainer import Trainer
 
-_FORMAT = "tir_alp checkpoint 2"
+_FORMAT = "tir_alp checkpoint 3"
 _STATE = "trainer"
 
 
@@ -40,14 +40,14 @@ class CheckpointError(ValueError):
 class Position:
     """Where a run stands.
 
-    Example: `Position(step=40, group=640, policy_version=40)`: the next step is number 40, its
-    first group is number 640, and the weights have 40 steps behind them.
+    Example: after `Position(step=40, group=640)`, the next step is number 40 and its first group is
+    number 640.
     """
 
     step: int
+    """Number of steps that produced the weights, which is also their policy version."""
     group: int
-    """The first group that is not done with; tasks follow from it."""
-    policy_version: int
+    """The first group that is not finished; the next task follows from it."""
 
 
 def save(
@@ -109,7 +109,7 @@ def load(path: Path, trainer: Trainer) -> None:
             state_dict_loader.load(state, checkpoint_id=path / _STATE)
         except CheckpointException as error:
             raise CheckpointError(f"cannot read {path}: {_reasons(error)}") from error
-        trainer.take_up(state)
+        trainer.finish_loading(state)
 
 
 def _check_fits(path: Path, state: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """AdamW over the shards of the weights, and over log sigma with a learning rate of its own.
 
-Its state is made at once and not in the first update, so that a run that has no room for it ends
-at its start, and so that a checkpoint of step 0 is one like any other.
+Its state is allocated in the constructor and not in the first update, so that a run without memory
+for it fails at its start, and so that a checkpoint of step 0 is like any other.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ from torch.distributed.tensor import DTensor
 
 from tir_alp.config import TrainerConfig
 
+MOST_NORMS = 64
+"""Number of updates whose gradient norms the next one is compared with."""
+
+_LEAST_NORMS = 8  # with fewer norms, no spike can be recognised
+
 
 class Optimizer:
-    """Moves the weights and log sigma.
+    """Updates the weights and log sigma.
 
     Args:
-        weights: What is trained of the model, by name.
-        log_sigma: Of the noise, the same on every rank; None: there is none.
-        config: Learning rates, decay, bounds.
+        weights: The trained parameters of the model, by name.
+        log_sigma: The parameter of the noise, the same on every rank; None: there is no noise.
+        config: Learning rates, weight decay and the bound of gradient norms.
     """
 
     def __init__(
@@ -33,7 +38,7 @@ class Optimizer:
         config: TrainerConfig,
     ) -> None:
         self._bound = config.max_grad_norm
-        self._parts = {"grad_norm/policy": [*weights.values()]}
+        self._bounded = {"grad_norm/policy": [*weights.values()]}
         groups: list[dict[str, Any]] = [
             {"params": [*weights.values()], "lr": config.lr, "weight_decay": config.weight_decay}
         ]
@@ -42,7 +47,7 @@ class Optimizer:
             rate = config.perturbation_lr
             groups.append({"params": [log_sigma], "lr": rate, "weight_decay": 0.0})
             self._named["log_sigma"] = log_sigma
-            self._parts["grad_norm/log_sigma"] = [log_sigma]
+            self._bounded["grad_norm/log_sigma"] = [log_sigma]
         self._adamw = torch.optim.AdamW(groups, betas=config.betas, fused=True)
         for parameter in self._named.values():
             self._adamw.state[parameter] = {
@@ -53,8 +58,8 @@ class Optimizer:
 
     @property
     def norms(self) -> tuple[str, ...]:
-        """Names of what `clip_gradients` returns."""
-        return tuple(self._parts)
+        """Names of the norms that `clip_gradients` returns."""
+        return tuple(self._bounded)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -65,11 +70,11 @@ class Optimizer:
         self._adamw.step()
 
     def clip_gradients(self) -> dict[str, float]:
-        """Bound the gradient of the weights and, by itself, log sigma's; return both norms."""
-        return {name: _clip(part, self._bound) for name, part in self._parts.items()}
+        """Bound the gradient norms of the weights and of log sigma separately; return both."""
+        return {name: _clip(each, self._bound) for name, each in self._bounded.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and count of updates, as `parameter.moment`, shared with the optimizer."""
+        """Return moments and counts of updates as `parameter.moment`, shared with the optimizer."""
         return {
             f"{name}.{key}": value
             for name, parameter in self._named.items()
@@ -78,7 +83,7 @@ class Optimizer:
 
 
 def _clip(parameters: Sequence[nn.Parameter], bound: float) -> float:
-    """Scale gradients down to a bound of the norm that they have over all ranks; that norm."""
+    """Scale gradients so that their norm over all ranks is within the bound; return the norm."""
     gradients = [each.grad for each in parameters if each.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):
@@ -87,15 +92,8 @@ def _clip(parameters: Sequence[nn.Parameter], bound: float) -> float:
     return norm.item()
 
 
-_LEAST_NORMS = 8  # before that there is no telling what a spike is
-
-
-MOST_NORMS = 64
-"""Gradient norms of the last updates that the next is compared with."""
-
-
 def is_spike(norm: float, recent: Sequence[float], factor: float | None) -> bool:
-    """Whether a gradient norm is more than `factor` times the median of those before it."""
+    """Whether a gradient norm is more than `factor` times the median of recent norms."""
     if factor is None or len(recent) < _LEAST_NORMS:
         return False
     return norm > factor * median(recent)

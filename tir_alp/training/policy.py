@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tir_alp.algorithm.sites import find_decoder_layers
 from tir_alp.training.attention import PACKED, Layout, PackedSequences
 from tir_alp.training.batch import loss_positions, to_rows
-from tir_alp.training.structure import _check_folder
+from tir_alp.training.structure import check_folder
 from tir_alp.types import Batch
 
 WRAPPER = "_checkpoint_wrapped_module."
@@ -56,7 +56,7 @@ def load_policy(path: str, device: torch.device | str = "cpu") -> Any:
     Raises:
         ValueError: If there is no such model, or it does something to its logits that we do not.
     """
-    _check_folder(path)
+    check_folder(path)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation=PACKED
@@ -75,7 +75,7 @@ def load_tokenizer(path: str) -> Any:
     Raises:
         ValueError: If there is none.
     """
-    _check_folder(path)
+    check_folder(path)
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What a model is made of, read without its weights."""
+"""What can be read of a model without its weights."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 
 def load_outline(path: str) -> Any:
-    """Load what there is to know of a causal LM; its weights have shapes, and no values.
+    """Load a causal LM whose weights have shapes but no values.
 
     Raises:
         ValueError: If there is no such model.
     """
-    _check_folder(path)
+    check_folder(path)
     try:
         config = AutoConfig.from_pretrained(path)
     except OSError as error:
         raise ValueError(f"cannot load the config of the model {path!r}: {error}") from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    with suppress(OSError):  # not every model has one
+    with suppress(OSError):  # not every model has a generation config
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 
 def end_token_ids(model: Any) -> frozenset[int]:
-    """Tokens at which the model's own config and generation config end a sequence."""
+    """Return the tokens that end a sequence by the model's config and generation config."""
     found: set[int] = set()
     for config in (model.config, getattr(model, "generation_config", None)):
         ids = getattr(config, "eos_token_id", None)
@@ -37,7 +37,8 @@ def end_token_ids(model: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-def _check_folder(path: str) -> None:
+def check_folder(path: str) -> None:
+    """Raise ValueError if a path looks like a local folder and is not one."""
     looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
     if looks_local and not Path(path).expanduser().is_dir():
         raise ValueError(f"there is no model folder {path!r}; give a folder or a Hugging Face id")

@@ -1,11 +1,11 @@
-"""Owns the policy's weights and the optimizer: takes samples, makes updates, reports.
+"""Owns the policy's weights and the optimizer: takes samples, makes updates, reports metrics.
 
 A *step* takes the groups of the rollout queue and divides them over `updates_per_step` optimizer
-*updates*; each update runs over micro-batches whose losses add up to that of the update, because
-they share one denominator. Not here: where samples come from, and who gets the weights.
+*updates*. Each update runs over micro-batches, whose losses add up to that of the update because
+they share one denominator. Where samples come from and who gets the weights is not decided here.
 
-One trainer on each of several ranks makes the update that one alone would make. Every rank is
-given all samples and takes its share; public methods are called on all ranks in the same order.
+Trainers on several ranks together make the update that a single one would make. Every rank is given
+all samples and takes its share; public methods are called on all ranks in the same order.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import operator
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tir_alp.algorithm.loss import LossInputs, clipped_tokens, loss_counts, policy_loss
+from tir_alp.algorithm.inputs import LossInputs
+from tir_alp.algorithm.loss import loss_counts, loss_terms
 from tir_alp.algorithm.metrics import mismatch_metrics, ratio_metrics
 from tir_alp.algorithm.perturbation import Effect, LayerwisePerturbation, NoiseKey
 from tir_alp.algorithm.presets import AlgorithmConfig
@@ -33,35 +35,42 @@ from tir_alp.config import TrainerConfig
 from tir_alp.training.batch import Sample, pack, sequences_of
 from tir_alp.training.lora import Adapters
 from tir_alp.training.optimizer import MOST_NORMS, Optimizer, is_spike
+from tir_alp.training.packed_sequence import packed_sequences
 from tir_alp.training.policy import WRAPPER, PolicyLogprobs, recompute_layers
 from tir_alp.training.ranks import Ranks
 from tir_alp.training.sharding import gathered, shard
+from tir_alp.training.step_report import StepReport, UpdateRecord, join_ranks
 from tir_alp.training.weight_nudge import WeightNudge
 from tir_alp.types import Batch
 
-_NUM_PROBED = 128  # tokens, about, of each step whose logprobs are also taken without noise
+_NUM_PROBED = 128  # approximate number of tokens of a step whose clean logprobs are computed too
 
 OnBadUpdate = Callable[[int, Sequence[Batch]], None]
-"""Told the number and the micro-batches of an update that was skipped."""
+"""Called with the number and the micro-batches of an update that was skipped."""
 
-OnUpdate = Callable[[int, Sequence[Batch], bool], None]
-"""Told, behind an update, its number, the micro-batches as the loss got them, and whether it was
-made or skipped."""
+
+@dataclass(frozen=True, slots=True)
+class _MadeUpdate:
+    """What is reported of an update that was made."""
+
+    metrics: dict[str, float]
+    """Over all ranks."""
+    ratios: RatioSummary
+    """Of this rank."""
 
 
 class Trainer:
-    """Trains a causal LM, which it takes over: it is changed in place and divided over ranks.
+    """Trains a causal LM. It takes the model over: changes it in place and divides it over ranks.
 
     Args:
-        model: Loaded by `load_policy`, the same on every rank.
-        config: Optimizer, precision and memory.
+        model: The policy, loaded by `load_policy`, the same on every rank.
+        config: Settings of optimizer, precision and memory.
         algorithm: The objective.
-        ranks: Who trains.
-        reference: The frozen initial model, where the objective has a KL term; it is taken over.
-        temperature: At which rollouts sample; the trained distribution has the same.
-        on_bad_update: Called where a loss or gradient is not finite, or the gradient a spike. The
-            update is skipped. Every rank calls its own, with the micro-batches of its share.
-        on_update: Called behind every update, on every rank with its share.
+        ranks: The processes that train together.
+        reference: The frozen initial model, if the objective has a KL term; it is taken over too.
+        temperature: Temperature at which rollouts are sampled; the same distribution is trained.
+        on_bad_update: Called if the loss or a gradient is not finite, or the gradient norm is a
+            spike. The update is skipped. Every rank calls its own, with its share of micro-batches.
     """
 
     def __init__(
@@ -74,12 +83,10 @@ class Trainer:
         reference: Any | None = None,
         temperature: float,
         on_bad_update: OnBadUpdate,
-        on_update: OnUpdate = lambda update, batches, made: None,
     ) -> None:
         self.model, self.ranks = model, ranks
         self._config, self._algorithm = config, algorithm
-        self._temperature = temperature
-        self._on_bad_update, self._on_update = on_bad_update, on_update
+        self._temperature, self._on_bad_update = temperature, on_bad_update
         self._adapters = None
         if config.lora is not None:
             self._adapters = Adapters(model, config.lora, getattr(torch, config.dtype))
@@ -99,26 +106,27 @@ class Trainer:
         self._norms = {name: deque[float](maxlen=MOST_NORMS) for name in self._optimizer.norms}
         self._nudge = WeightNudge(self.model)
 
-    def step(self, groups: Sequence[Sequence[Sample]], step: int) -> dict[str, float]:
+    def step(self, groups: Sequence[Sequence[Sample]], step: int) -> StepReport:
         """Make the updates of one step.
 
         Args:
             groups: The samples of each group.
-            step: Number of the step, from 0; the noise of its updates follows from it.
+            step: Number of the step, from 0; it determines the noise of its updates.
 
         Returns:
-            Means over the updates that were made; ratios are those of all their tokens, turns and
-            sequences together, and `train/skipped_updates` is a count.
+            Metrics, and a record of each update. Metrics are means over the updates that were made;
+            ratios are those of all their tokens, turns and sequences together, and
+            `train/skipped_updates` is a count.
         """
         with self.ranks.together(f"step {step}"):
             return self._step(groups, step)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's tensors one after the other, whole, by their names in the model.
+        """Yield the policy's tensors one after the other, whole, by their names in the model.
 
-        That is what an engine needs: no sigma is among them, and adapters are merged. A tensor may
-        be the model's own; one of two names, such as a tied head, is the same object under both.
-        Every rank has to go through all of them.
+        This is what an engine loads: sigma is not among them, and adapters are merged. A tensor may
+        be the model's own. A tensor with two names, such as a tied head, is the same object under
+        both. Every rank must iterate to the end.
         """
         names: dict[int, list[str]] = {}
         state = self.model.state_dict(keep_vars=True)
@@ -141,25 +149,25 @@ class Trainer:
         temperature: float = 1.0,
         top_p: float = 1.0,
     ) -> list[float]:
-        """Logprob of each token of a completion, without noise: what an engine is checked against.
+        """Return the logprob of each token of a completion, without noise, to check an engine.
 
-        See `policy.completion_logprobs`. Every rank gives the same.
+        See `policy.completion_logprobs`. Every rank returns the same values.
         """
-        with self.ranks.together("judging an engine"):
+        with self.ranks.together("computing logprobs to check an engine"):
             ids = torch.tensor([*prompt, *completion], device=self.ranks.device)
             return self._policy.completion_logprobs(ids, len(prompt), temperature, top_p).tolist()
 
     def perturb_weights(self, scale: float) -> None:
-        """Change some of the weights by `scale` times their spread, or by 0: bit for bit back.
+        """Change some of the weights by `scale` times their spread; 0 restores them bit for bit.
 
-        That is to see whether an engine follows.
+        This is used to test whether an engine follows the change.
         """
         self._nudge.by(scale)
 
     def save_model(self, folder: Path) -> None:
-        """Write a Hugging Face folder, and `adapters/` in peft's format if there are such.
+        """Write a Hugging Face folder, and `adapters/` in peft's format if there are adapters.
 
-        Rank 0 holds all of the weights in its CPU's memory meanwhile.
+        Meanwhile, rank 0 holds all weights in CPU memory.
         """
         whole = self._on_first_rank(self.weights())
         adapters = self._on_first_rank(gathered({} if self._adapters is None else self._trained()))
@@ -169,9 +177,9 @@ class Trainer:
                 self._adapters.save(folder / "adapters", adapters)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that training changes, as tensors that are shared with the trainer and sharded.
+        """Return everything that training changes, as sharded tensors shared with the trainer.
 
-        Noise needs no state: it follows from the number of the update.
+        Noise needs no state: it is a function of the number of the update.
         """
         state = {f"weights.{name}": weight.detach() for name, weight in self._trained().items()}
         state |= {f"optimizer.{name}": value for name, value in self._optimizer.state().items()}
@@ -180,72 +188,58 @@ class Trainer:
             state["log_sigma"] = self._perturbation.log_sigma.detach()
         return state
 
-    def take_up(self, state: Mapping[str, Tensor]) -> None:
-        """Finish loading what was read into the tensors of `state_dict`: they are in place."""
+    def finish_loading(self, state: Mapping[str, Tensor]) -> None:
+        """Take what is not shared from a state whose tensors were read in place: the norms."""
         for name, norms in self._norms.items():
             norms.clear()
             norms.extend(norm for norm in state[name].tolist() if norm == norm)
 
-    # -------------------------------------------------------------------------- one update
+    # ------------------------------------------------------------------------- a step, its updates
 
-    def _step(self, groups: Sequence[Sequence[Sample]], step: int) -> dict[str, float]:
-        per_update = len(groups) // self._config.updates_per_step
-        parts = [
-            pack(
-                [sample for group in groups[start : start + per_update] for sample in group],
-                self._config.micro_batch_tokens,
-                self.ranks.rank,
-                self.ranks.size,
-            )
+    def _step(self, groups: Sequence[Sequence[Sample]], step: int) -> StepReport:
+        num_updates = self._config.updates_per_step
+        per_update = len(groups) // num_updates
+        micro_batches = [  # all are prepared first, before an update changes the weights
+            self._micro_batches(groups[start : start + per_update])
             for start in range(0, len(groups), per_update)
         ]
-        parts = [[self._prepare(batch) for batch in part] for part in parts]
-        first = step * self._config.updates_per_step
-        reports = [
-            self._update(part, first + index, probe=step if index == 0 else None)
-            for index, part in enumerate(parts)
+        first = step * num_updates
+        outcomes = [
+            self._update(batches, first + index, probe=step if index == 0 else None)
+            for index, batches in enumerate(micro_batches)
         ]
-        for index, (part, report) in enumerate(zip(parts, reports, strict=True)):
-            self._on_update(first + index, part, report is not None)
-        made = [report for report in reports if report is not None]
-        names = {name for report, _ in made for name in report}
-        metrics = {
-            name: sum(report[name] for report, _ in made if name in report)
-            / sum(name in report for report, _ in made)
-            for name in names
-        }
+        made = [outcome for outcome in outcomes if outcome is not None]
+        metrics = _means_of([update.metrics for update in made])
         if made:
-            metrics |= ratio_metrics(self._over_ranks([summary for _, summary in made]))
+            metrics |= ratio_metrics(self._over_ranks([update.ratios for update in made]))
         if self._perturbation is not None:
-            sigma = self._perturbation.sigma
-            metrics["alp/sigma_mean"] = sigma.mean().item()
-            names = self._perturbation.names
-            each_sigma = zip(names, sigma.tolist(), strict=True)
-            metrics |= {f"alp/sigma_{name}": each for name, each in each_sigma}
-        batches = [batch for part in parts for batch in part]
-        if self._algorithm.needs_proximal and batches:
-            mismatch = [summarise(_inputs(batch, batch.proximal_logprobs)) for batch in batches]
+            metrics |= _sigma_metrics(self._perturbation)
+        every = [batch for batches in micro_batches for batch in batches]
+        if self._algorithm.needs_proximal and every:
+            mismatch = [summarise(_inputs(batch, batch.proximal_logprobs)) for batch in every]
             metrics |= mismatch_metrics(self._over_ranks(mismatch))
-        metrics["train/skipped_updates"] = len(reports) - len(made)
-        num_tokens = torch.tensor(sum(batch.num_loss_tokens for batch in batches))
+        metrics["train/skipped_updates"] = len(outcomes) - len(made)
+        num_tokens = torch.tensor(sum(batch.num_loss_tokens for batch in every))
         metrics["tokens/loss"] = int(self.ranks.sum(num_tokens))
-        return metrics
+        records = [
+            UpdateRecord(
+                update=first + index,
+                made=outcome is not None,
+                sequences=tuple(each for batch in batches for each in packed_sequences(batch)),
+            )
+            for index, (batches, outcome) in enumerate(zip(micro_batches, outcomes, strict=True))
+        ]
+        return StepReport(metrics, join_ranks(self.ranks.gather(records)))
 
-    def _sharded(self, model: Any) -> PolicyLogprobs:
-        policy = PolicyLogprobs(model, self._config.logprob_chunk_tokens)
-        shard(policy, self._config, self.ranks)
-        return policy
-
-    def _trained(self) -> dict[str, nn.Parameter]:
-        """What is trained of the model, by the name that it has there without any wrapper."""
-        return {
-            name.replace(WRAPPER, ""): each
-            for name, each in self.model.named_parameters()
-            if each.requires_grad
-        }
+    def _micro_batches(self, groups: Sequence[Sequence[Sample]]) -> list[Batch]:
+        """Return this rank's share of an update."""
+        samples = [sample for group in groups for sample in group]
+        max_tokens = self._config.micro_batch_tokens
+        packed = pack(samples, max_tokens, self.ranks.rank, self.ranks.size)
+        return [self._prepare(batch) for batch in packed]
 
     def _prepare(self, batch: Batch) -> Batch:
-        """Move a micro-batch to the model, and add the logprobs of policies that stand still."""
+        """Move a micro-batch to the model's device, and add logprobs under the fixed policies."""
         batch = _to(batch, self.ranks.device)
         if self._algorithm.needs_proximal:
             batch = replace(batch, proximal_logprobs=self._frozen_logprobs(self._policy, batch))
@@ -253,52 +247,19 @@ class Trainer:
             batch = replace(batch, reference_logprobs=self._frozen_logprobs(self._reference, batch))
         return batch
 
-    @torch.no_grad()
-    def _frozen_logprobs(self, policy: PolicyLogprobs, batch: Batch) -> Tensor:
-        return policy(batch, temperature=self._temperature)[0]
-
-    def _probe(self, batch: Batch, step: int, noisy: Tensor | None) -> dict[str, float]:
-        """What the engine and the noise each make of a few sequences, evenly spaced.
-
-        With d = trainer's logprob without noise - rollout logprob, `mismatch/probe_kl` is the mean
-        of -d, `mismatch/probe_mean` and `mismatch/probe_max` are of |d|, and `alp/logprob_shift` is
-        the mean |change of logprob| by the noise, on loss tokens.
-
-        Args:
-            batch: A micro-batch, before the weights change.
-            step: Number of the step: each begins with another sequence.
-            noisy: [B, T] logprobs of the forward that is trained on; None: it has no noise.
-        """
-        every = -(-sum(batch.lengths) // _NUM_PROBED)
-        rows = range(step % min(every, len(batch.lengths)), len(batch.lengths), every)
-        probe = sequences_of(batch, rows)
-        own = probe.proximal_logprobs
-        if own is None:
-            own = self._frozen_logprobs(self._policy, probe)
-        difference = (own - probe.rollout_logprobs)[probe.loss_mask].cpu()
-        parts = {
-            "mismatch/probe_kl": -difference.sum(),
-            "mismatch/probe_mean": difference.abs().sum(),
-            "tokens": difference.numel(),
-        }
-        if noisy is not None:
-            shift = (noisy.detach()[list(rows)] - own)[probe.loss_mask]
-            parts["alp/logprob_shift"] = shift.abs().sum()
-        totals = self._sums(parts)
-        num_tokens = totals.pop("tokens")
-        largest = max(self.ranks.gather(max(difference.abs().tolist(), default=0.0)))
-        if num_tokens == 0:
-            return {}
-        metrics = {name: total / num_tokens for name, total in totals.items()}
-        return metrics | {"mismatch/probe_max": largest}
-
     def _update(
         self, batches: Sequence[Batch], update: int, probe: int | None
-    ) -> tuple[dict[str, float], RatioSummary] | None:
-        """One optimizer update; None if it had nothing finite to offer and was skipped.
+    ) -> _MadeUpdate | None:
+        """Make one optimizer update; return None if it was skipped.
 
-        With `probe`, the number of the step, what the noise does to the states of the first
-        micro-batch is looked at, and what noise and engine each do to its logprobs.
+        An update is skipped if it has no loss tokens, or if its loss or a gradient is not finite or
+        a spike.
+
+        Args:
+            batches: The micro-batches of this rank.
+            update: Number of updates of the run before this one.
+            probe: Number of the step, to measure on the first micro-batch what the noise does to
+                hidden states, and what noise and engine do to logprobs; None: not measured.
         """
         own = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
@@ -308,43 +269,45 @@ class Trainer:
             return None
         self._optimizer.zero_grad()
         totals: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-        summary = None  # a running sum: one a micro-batch would grow with their number
-        looked_at: dict[str, float] = {}
+        ratios = None  # a running sum: a list would grow with the number of micro-batches
+        probed: dict[str, float] = {}
         num_draws = self._num_draws
         for index, (batch, draw) in enumerate(itertools.product(batches, range(num_draws))):
+            probe_now = probe if index == 0 else None
             # Backward belongs inside: checkpointed layers run a second time there.
-            measure = probe is not None and index == 0
-            with self._perturbed(batch, update, draw, measure) as effect:
+            with self._perturbed(batch, update, draw, measure=probe_now is not None) as effect:
                 logprobs, entropy = self._policy(
                     batch, temperature=self._temperature, is_head_noisy=self._is_head_noisy
                 )
-                loss, metrics = policy_loss(
-                    _inputs(batch, logprobs), self._algorithm, num_tokens, num_sequences
-                )
-                (loss / num_draws).backward()
-            if probe is not None and index == 0:
-                looked_at = self._means(effect.metrics())
-                looked_at |= self._probe(batch, probe, logprobs if looked_at else None)
-            for name, part in metrics.items():
-                totals[name] = totals[name] + part / num_draws
-            inputs = _inputs(batch, logprobs.detach())
-            ratios = summarise(inputs, entropy, clipped_tokens(inputs, self._algorithm))
-            summary = ratios if summary is None else summary + ratios
+                inputs = _inputs(batch, logprobs)
+                terms = loss_terms(inputs, self._algorithm, num_tokens, num_sequences)
+                (terms.loss / num_draws).backward()
+            if probe_now is not None:
+                probed = self._probe(batch, probe_now, logprobs, effect)
+            for name, value in terms.metrics.items():
+                totals[name] = totals[name] + value / num_draws
+            summary = summarise(inputs, entropy, terms.clipped)
+            ratios = summary if ratios is None else ratios + summary
         self._sum_gradient_of_sigma()
         norms = self._optimizer.clip_gradients()
-        report = self._sums(totals) | norms | looked_at
-        factor = self._config.skip_grad_spike
-        is_finite = all(map(_is_finite, (report["loss/value"], *norms.values())))
-        has_spike = any(is_spike(norms[name], self._norms[name], factor) for name in norms)
-        if not is_finite or has_spike:
+        metrics = self._sums(totals) | norms | probed
+        if not self._is_sound(metrics["loss/value"], norms):
             self._optimizer.zero_grad()
             self._on_bad_update(update, batches)
             return None
         for name, norm in norms.items():
             self._norms[name].append(norm)
         self._optimizer.step()
-        assert summary is not None  # there are tokens, so there was a micro-batch
-        return report, summary
+        assert ratios is not None  # there are loss tokens, so there was a micro-batch
+        return _MadeUpdate(metrics, ratios)
+
+    def _is_sound(self, loss: float, norms: Mapping[str, float]) -> bool:
+        """Whether loss and gradient norms are finite, and no norm is a spike."""
+        factor = self._config.skip_grad_spike
+        is_finite = all(map(math.isfinite, (loss, *norms.values())))
+        return is_finite and not any(
+            is_spike(norm, self._norms[name], factor) for name, norm in norms.items()
+        )
 
     def _perturbed(
         self, batch: Batch, update: int, draw: int, measure: bool
@@ -355,15 +318,72 @@ class Trainer:
         return self._perturbation.active(keys, batch.lengths, draw=draw, measure=measure)
 
     def _sum_gradient_of_sigma(self) -> None:
-        """Add up what the sequences of all ranks say; that of the weights is summed by FSDP2."""
+        """Sum the gradient of log sigma over ranks; FSDP2 sums that of the weights."""
         if self._perturbation is not None and self._perturbation.log_sigma.grad is not None:
             gradient = self._perturbation.log_sigma.grad
             gradient.copy_(self.ranks.sum(gradient))
 
+    def _probe(self, batch: Batch, step: int, logprobs: Tensor, effect: Effect) -> dict[str, float]:
+        """Measure what engine and noise each do to a few evenly spaced sequences.
+
+        With d = trainer's logprob without noise - rollout logprob, `mismatch/probe_kl` is the mean
+        of -d over loss tokens, `mismatch/probe_mean` and `mismatch/probe_max` are the mean and the
+        maximum of |d|, and `alp/logprob_shift` is the mean |change of logprob| by the noise.
+
+        Args:
+            batch: A micro-batch, before the weights change.
+            step: Number of the step; each step begins with another sequence.
+            logprobs: [B, T] logprobs of the forward that is trained on.
+            effect: What the noise did in that forward; empty if there was no noise.
+        """
+        metrics = self._means(effect.metrics())
+        has_noise = bool(metrics)
+        every = -(-sum(batch.lengths) // _NUM_PROBED)
+        rows = range(step % min(every, len(batch.lengths)), len(batch.lengths), every)
+        few = sequences_of(batch, rows)
+        clean = few.proximal_logprobs
+        if clean is None:
+            clean = self._frozen_logprobs(self._policy, few)
+        difference = (clean - few.rollout_logprobs)[few.loss_mask].cpu()
+        sums = {
+            "mismatch/probe_kl": -difference.sum(),
+            "mismatch/probe_mean": difference.abs().sum(),
+            "tokens": difference.numel(),
+        }
+        if has_noise:
+            shift = (logprobs.detach()[list(rows)] - clean)[few.loss_mask]
+            sums["alp/logprob_shift"] = shift.abs().sum()
+        totals = self._sums(sums)
+        num_tokens = totals.pop("tokens")
+        largest = max(self.ranks.gather(max(difference.abs().tolist(), default=0.0)))
+        if num_tokens == 0:
+            return metrics
+        metrics |= {name: total / num_tokens for name, total in totals.items()}
+        return metrics | {"mismatch/probe_max": largest}
+
+    # --------------------------------------------------------------------------------- the policy
+
+    @torch.no_grad()
+    def _frozen_logprobs(self, policy: PolicyLogprobs, batch: Batch) -> Tensor:
+        return policy(batch, temperature=self._temperature)[0]
+
+    def _sharded(self, model: Any) -> PolicyLogprobs:
+        policy = PolicyLogprobs(model, self._config.logprob_chunk_tokens)
+        shard(policy, self._config, self.ranks)
+        return policy
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by their names in the model without wrappers."""
+        return {
+            name.replace(WRAPPER, ""): each
+            for name, each in self.model.named_parameters()
+            if each.requires_grad
+        }
+
     # --------------------------------------------------------------------------- all ranks
 
     def _sums(self, values: Mapping[str, Tensor | float]) -> dict[str, float]:
-        """Sums over ranks, which all have the same names."""
+        """Sum each value over ranks, which must all have the same names."""
         own = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
         return dict(zip(values, self.ranks.sum(own).tolist(), strict=True))
 
@@ -375,7 +395,7 @@ class Trainer:
         return functools.reduce(operator.add, self.ranks.gather(own))
 
     def _on_first_rank(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Take tensors to the CPU of rank 0; other ranks only help to gather them."""
+        """Copy tensors to the CPU on rank 0; other ranks only take part in gathering them."""
         kept = {}
         for name, tensor in tensors:
             if self.ranks.is_first:
@@ -383,13 +403,32 @@ class Trainer:
         return kept
 
 
+def _means_of(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each metric over the reports that have it."""
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    for report in reports:
+        for name, value in report.items():
+            values[name].append(value)
+    return {name: sum(each) / len(each) for name, each in values.items()}
+
+
+def _sigma_metrics(perturbation: LayerwisePerturbation) -> dict[str, float]:
+    sigma = perturbation.sigma
+    each_sigma = zip(perturbation.names, sigma.tolist(), strict=True)
+    return {
+        "alp/sigma_mean": sigma.mean().item(),
+        **{f"alp/sigma_{name}": each for name, each in each_sigma},
+    }
+
+
 def _padded(norms: Sequence[float]) -> Tensor:
-    """[MOST_NORMS] float64: a checkpoint has tensors of one shape only."""
+    """[MOST_NORMS] float64, padded with NaN: tensors of a checkpoint have fixed shapes."""
     missing = [torch.nan] * (MOST_NORMS - len(norms))
     return torch.tensor([*norms, *missing], dtype=torch.float64)
 
 
 def _inputs(batch: Batch, logprobs: Tensor | None = None) -> LossInputs:
+    """Return loss inputs; None: `logprobs` will not be read, and rollout logprobs stand in."""
     return LossInputs(
         logprobs=batch.rollout_logprobs if logprobs is None else logprobs,
         rollout_logprobs=batch.rollout_logprobs,
@@ -408,7 +447,3 @@ def _to(batch: Batch, device: torch.device) -> Batch:
         if isinstance(value := getattr(batch, name), Tensor)
     }
     return replace(batch, **moved)
-
-
-def _is_finite(number: float) -> bool:
-    return abs(number) < float("inf")
