@@ -310,7 +310,6 @@ class TrainerConfig(Section):
 
 
 DoctorCheck = Literal[
-    "config",
     "memory",
     "disk",
     "template",

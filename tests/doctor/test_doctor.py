@@ -13,11 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tir_alp.algorithm.presets import Section
-from tir_alp.config import Config, TrainerConfig, TransformersConfig, load_config, read_toml
+from tir_alp.config import Config, TransformersConfig, load_config, read_toml
 from tir_alp.doctor import Finding, Refused, demand, examine_config, examine_engine
 from tir_alp.doctor.__main__ import main as doctor_main
-from tir_alp.doctor.config_keys import unread_keys
 from tir_alp.doctor.conversation import check_fence, check_template, check_tokenizer
 from tir_alp.doctor.machine import check_disk, check_memory, memory_needed, shape_of
 from tir_alp.doctor.sandbox import check_sandbox
@@ -242,61 +240,6 @@ def test_a_tokenizer_of_another_model():
     assert "the model ends with [7]" in check_tokenizer(tokenizer, renderer, model, 9).figure
     tokenizer.add_tokens(["<|new|>"])
     assert "no row among" in check_tokenizer(tokenizer, renderer, model, 9).figure
-
-
-# ---------------------------------------------------------------------------------- config keys
-
-
-class WiderTrainer(TrainerConfig):
-    every: int = 0
-    """`every` is read of two other sections."""
-
-
-class New(Section):
-    read: int = 0
-    unread: int = 0
-
-
-class Wider(Config):
-    trainer: TrainerConfig = WiderTrainer()
-    new: New = New()
-
-
-Wider.model_fields["trainer"].annotation = WiderTrainer
-
-
-def test_every_key_of_the_config_is_read():
-    assert unread_keys(Config, PACKAGE) == []
-
-
-def test_an_unused_config_key_is_named(tmp_path):
-    for file in PACKAGE.glob("*.py"):
-        (tmp_path / file.name).write_text(file.read_text())
-    (tmp_path / "user.py").write_text("def use(config: Wider):\n    return config.new.read\n")
-    unread = set(unread_keys(Wider, tmp_path)) - set(unread_keys(Config, tmp_path))
-    assert unread == {"new.unread", "trainer.every"}
-
-
-class Part(New):
-    share: float = 1.0
-    forgotten: float = 1.0
-
-
-class Whole(New):
-    parts: tuple[Part, ...] = ()
-
-
-class InParts(Config):
-    whole: Whole = Whole()
-
-
-def test_keys_of_sections_in_a_tuple_are_read_in_loops_and_by_the_base_that_they_widen(tmp_path):
-    (tmp_path / "user.py").write_text(
-        "def use(one: New):\n    return one.read\n\n"
-        "def all(config: InParts):\n    return [part.share for part in config.whole.parts]\n"
-    )
-    unread = {key for key in unread_keys(InParts, tmp_path) if key.startswith("whole")}
-    assert unread == {"whole.unread", "whole.parts.unread", "whole.parts.forgotten"}
 
 
 # ------------------------------------------------------------------------------ machine, sandbox

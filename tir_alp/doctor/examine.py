@@ -10,7 +10,6 @@ from typing import Any
 import gymnasium
 
 from tir_alp.config import Config
-from tir_alp.doctor.config_keys import unread_keys
 from tir_alp.doctor.conversation import check_fence, check_template, check_tokenizer
 from tir_alp.doctor.engine import EngineCheck, tolerance_of
 from tir_alp.doctor.finding import Finding
@@ -28,7 +27,6 @@ from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.training.policy import compute_device
 
-_PACKAGE = Path(__file__).parents[1]
 _NUM_RANDOM_IDS = 24
 _ROOM = 16  # tokens that are sampled behind a prompt
 
@@ -47,14 +45,7 @@ def examine_config(
 ) -> list[Finding]:
     """What can be told without the model's weights; takes a second."""
     shape = shape_of(model_path)
-    unread = unread_keys(type(config), _PACKAGE)
     return [
-        Finding(
-            "config",
-            not unread,
-            f"nothing reads {', '.join(unread)}" if unread else "every key is read by something",
-            "a key that changes nothing misleads: delete it, or let something read it",
-        ),
         # Actors have memory and GPUs of their own; the process that starts them may have none.
         *([] if config.cluster.is_used else [_check_memory(config, shape)]),
         check_disk(config, shape, Path("runs")),
