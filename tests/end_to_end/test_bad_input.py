@@ -106,4 +106,4 @@ def test_an_environment_setting_that_is_not_there(refusal):
 
 
 def test_a_run_to_resume_that_is_not_there(refusal):
-    assert "nowhere is no folder of a run" in refusal("--resume", "nowhere")
+    assert "nowhere is not a run folder" in refusal("--resume", "nowhere")

@@ -11,7 +11,7 @@ import torch
 from tests.runs import assert_honest
 from tir_alp.config import load_config, read_toml
 from tir_alp.models.tiny import TRAIN_CONFIG
-from tir_alp.records.trajectories import state_from_row, state_to_row
+from tir_alp.records.trajectories import state_from_record, state_to_record
 from tir_alp.run import supervise
 from tir_alp.run.interrupt import Interrupted
 from tir_alp.run.supervise import train_from
@@ -57,13 +57,13 @@ def test_ctrl_c_and_resume_lose_no_task_and_repeat_none(tmp_path, monkeypatch):
 
     asyncio.run(interrupted())
     saved, position, _ = checkpoint.newest(path / "checkpoints")
-    before = state_from_row(checkpoint.load_rollouts(saved)["queue"])
+    before = state_from_record(checkpoint.load_rollouts(saved)["queue"])
     assert position.step >= 2 and len(before.pending) >= 4
 
     steps = position.step + 1
     asyncio.run(train_from(config(steps), path, train))
     last = path / "checkpoints" / f"step_{steps}"
-    after = state_from_row(checkpoint.load_rollouts(last)["queue"])
+    after = state_from_record(checkpoint.load_rollouts(last)["queue"])
     files = sorted((path / "trajectories").iterdir())
     steps_of = [{row["group_id"] for row in rows(file)} for file in files]
     trained = [group_id for each in steps_of for group_id in each]
@@ -74,7 +74,7 @@ def test_ctrl_c_and_resume_lose_no_task_and_repeat_none(tmp_path, monkeypatch):
     assert sorted([*trained, *dropped, *after.pending]) == list(range(after.next_group))
     assert {*before.pending} <= {*trained, *dropped, *after.pending}
     recorded = [row for file in files for row in rows(file)]
-    for group in json.loads(json.dumps(state_to_row(before)))["finished"]:
+    for group in json.loads(json.dumps(state_to_record(before)))["finished"]:
         again = [row for row in recorded if row["group_id"] == group["group_id"]]
         assert not again or again == group["trajectories"]  # what was sampled stays
     assert_honest(path)

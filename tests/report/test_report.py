@@ -106,7 +106,7 @@ def test_names_and_configs_are_text_and_never_markup_or_formulas(tmp_path):
 
 def test_events_and_the_sandbox_are_told(tmp_path):
     path = make_run(tmp_path / "run")
-    RunFolder(path).tell(2, "roll_back", "KL too large")
+    RunFolder(path).log_event(2, "roll_back", "KL too large")
     tools = {
         "python": {"sandbox": "landlock", "refused": {"namespaces": "not permitted"}},
         "checker": {"sandbox": "namespaces", "refused": {}},
@@ -268,4 +268,4 @@ def test_the_module_is_a_command(tmp_path):
     command = [sys.executable, "-m", "tir_alp.report", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "is no folder of a run" in done.stderr
+    assert "is not a run folder" in done.stderr

@@ -220,7 +220,7 @@ def test_a_table_row_for_each_combination(tmp_path, capsys):
 
 def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
     assert main([str(tmp_path / "none")]) == 2
-    assert "is no folder of a run" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
     assert main([str(write_run(tmp_path / "stale", 4, max_staleness=2))]) == 2
     assert "had rollout.max_staleness = 2" in capsys.readouterr().err
     assert main([str(write_run(tmp_path / "short", 2))]) == 2

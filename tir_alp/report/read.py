@@ -11,7 +11,7 @@ from typing import Any
 
 from tir_alp.algorithm.presets import ALGORITHMS
 from tir_alp.config import Config
-from tir_alp.records.folder import read_rows, read_run_config
+from tir_alp.records.folder import read_records, read_run_config
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,16 @@ def read_run(path: Path) -> Record:
     """Read a run. Raises ValueError if the folder is none of a run."""
     config = read_run_config(path)
     if not isinstance(config, dict):
-        raise ValueError(f"{path} is no folder of a run: {path / 'config.json'} holds no table")
+        raise ValueError(f"{path} is not a run folder: {path / 'config.json'} holds no table")
     objective = path / "objective.txt"
-    rows, num_unreadable = read_rows(path / "metrics.jsonl")
+    rows, num_unreadable = read_records(path / "metrics.jsonl")
     return Record(
         path=path.resolve(),
         config=config,
         objective=objective.read_text().strip() if objective.is_file() else "",
         series=series_of(rows),
-        events=read_rows(path / "events.jsonl")[0],
-        environment=read_rows(path / "environment.jsonl")[0],
+        events=read_records(path / "events.jsonl")[0],
+        environment=read_records(path / "environment.jsonl")[0],
         num_unreadable=num_unreadable,
     )
 

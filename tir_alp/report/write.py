@@ -32,7 +32,7 @@ def write_run_report(path: Path, out: Path | None = None) -> Path:
         The page.
 
     Raises:
-        ValueError: If `path` is no folder of a run.
+        ValueError: If `path` is not a run folder.
     """
     record = read_run(path)
     drawn = pictures_of_run(record)

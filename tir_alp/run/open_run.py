@@ -24,7 +24,7 @@ from tir_alp.engines.base import Engine
 from tir_alp.models.tiny import SHIPPED
 from tir_alp.records.folder import RunFolder
 from tir_alp.records.ledger import Ledger
-from tir_alp.records.trajectories import state_from_row
+from tir_alp.records.trajectories import state_from_record
 from tir_alp.roles import Placement, TrainerRole, ask_trainer_in
 from tir_alp.rollouts.data import Task, left_out, load_held_out, load_order
 from tir_alp.rollouts.environment import make_environment
@@ -99,7 +99,7 @@ async def open_run(
             found, position, refused = await newest
             path = str(found)
             kept = checkpoint.load_rollouts(found)
-            pending, attempts = state_from_row(kept["queue"]), kept["attempts"]
+            pending, attempts = state_from_record(kept["queue"]), kept["attempts"]
             console.print("".join(f"refused: {reason}\n" for reason in refused) + f"from {found}")
             if position.step >= config.steps:
                 raise ValueError(

@@ -36,7 +36,7 @@ from tir_alp.cluster.reservation import KINDS
 from tir_alp.cluster.watched_actor import WatchedActor
 from tir_alp.config import Config, load_config, read_toml
 from tir_alp.models.tiny import TRAIN_CONFIG
-from tir_alp.records.trajectories import from_row, state_from_row
+from tir_alp.records.trajectories import from_record, state_from_record
 from tir_alp.rollouts.queue import QueueState
 from tir_alp.run.interrupt import Interrupted
 from tir_alp.run.supervise import train_from, train_stubbornly
@@ -251,7 +251,7 @@ def trajectories(run: Path) -> tuple[list[int], dict[int, Trajectory]]:
     groups: list[int] = []
     found: dict[int, Trajectory] = {}
     for file in sorted((run / "trajectories").iterdir()):
-        rows = [from_row(json.loads(line)) for line in file.read_text().splitlines()]
+        rows = [from_record(json.loads(line)) for line in file.read_text().splitlines()]
         groups += {row.group_id for row in rows}
         found |= {row.sequence_uid: row for row in rows}
     return groups, found
@@ -266,7 +266,7 @@ def others(run: Path) -> tuple[list[int], QueueState]:
     ]
     groups = [row for row in rows if row["kind"] == "group" and row["fate"] != "trained"]
     path, _, _ = checkpoint.newest(run / "checkpoints")
-    queue = state_from_row(checkpoint.load_rollouts(path)["queue"])
+    queue = state_from_record(checkpoint.load_rollouts(path)["queue"])
     return [row["group_id"] for row in groups], queue
 
 
