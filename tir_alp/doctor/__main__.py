@@ -1,4 +1,4 @@
-"""`python -m tir_alp.doctor [--config FILE] [--dotted.key VALUE ...]`: is this run sound here?"""
+"""`python -m tir_alp.doctor [--config FILE] [--dotted.key VALUE ...]`: check a run's setup."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from tir_alp.config import Config, load_config, read_toml
+from tir_alp.doctor.check_result import CheckResult
 from tir_alp.doctor.environment import check_environment
 from tir_alp.doctor.examine import examine_config, examine_engine
-from tir_alp.doctor.finding import Finding
 from tir_alp.models.tiny import SHIPPED, TRAIN_CONFIG
 from tir_alp.roles import ask_trainer_in
 from tir_alp.rollouts.data import load_order
@@ -30,11 +30,11 @@ from tir_alp.training.policy import load_tokenizer
 from tir_alp.training.structure import load_outline
 
 
-async def examine(config: Config) -> list[Finding]:
-    """Make all checks of a start, without a run.
+async def examine(config: Config) -> list[CheckResult]:
+    """Make all checks of a run's start without starting a run.
 
     Raises:
-        ValueError: For what keeps the checks from being made.
+        ValueError: If something prevents the checks from being made.
     """
     path = str(SHIPPED.get(config.model.path, config.model.path))
     tokenizer = load_tokenizer(path)
@@ -62,7 +62,7 @@ async def examine(config: Config) -> list[Finding]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the table; 2 if a check failed that is not ignored, or could not be made."""
+    """Print the table; return 2 if a check failed and is not ignored, or could not be made."""
     disable_progress_bar()
     parser = argparse.ArgumentParser("tir_alp.doctor", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)

@@ -116,7 +116,7 @@ async def open_run(
             console.print(describe_left_out(not_taken))
         soon = [tasks[position.group + offset] for offset in range(_NUM_CHECKED)]
 
-        def look_at_environment() -> tuple[dict[str, Any], list[doctor.Finding], list[str]]:
+        def look_at_environment() -> tuple[dict[str, Any], list[doctor.CheckResult], list[str]]:
             report = check_environment(config, renderer, [*soon, *held_out], parts.make_env)
             with closing(parts.make_env()) as env:
                 found = doctor.examine_config(config, path, tokenizer, renderer, env, soon[0])
