@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tir_alp.records.folder import read_records
 from tir_alp.studies.simulate.costs import read_costs
-from tir_alp.studies.simulate.pipeline import Layout, simulate
+from tir_alp.studies.simulate.pipeline import PipelineLayout, simulate
 
 SLOW_TOOL = (
     *("--env.id", "tests.benchmarks.slow_tool:SlowTool-v0"),
@@ -120,7 +120,7 @@ def main(words: Sequence[str]) -> int:
             costs = read_costs(recorded, slowdown=setting.slowdown)
             for index, wanted in enumerate(setting.layouts):
                 staleness = int(wanted.get("max_staleness", 0))
-                forecast = simulate(costs, Layout(**wanted), steps=200)  # type: ignore[arg-type]
+                forecast = simulate(costs, PipelineLayout(**wanted), steps=200)  # type: ignore[arg-type]
                 path = run(
                     folder,
                     f"run-{number}-{index}",
