@@ -1,4 +1,4 @@
-"""Ctrl-C with rollouts ahead of the weights, and going on: no task is lost, none is repeated."""
+"""Ctrl-C and resume with rollouts ahead of the weights: no task is lost or repeated."""
 
 import asyncio
 import json
@@ -37,13 +37,13 @@ def config(steps):
     return load_config([*WORDS, "--steps", str(steps)], read_toml(TRAIN_CONFIG))
 
 
-def rows(file):
+def records(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_ctrl_c_and_resume_lose_no_task_and_repeat_none(tmp_path, monkeypatch):
+def test_ctrl_c_and_resume_lose_and_repeat_no_task(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(supervise, "draw", lambda run: None)  # pictures take longer than the runs
+    monkeypatch.setattr(supervise, "draw", lambda run: None)  # drawing takes longer than the runs
     path = tmp_path / "runs" / "ahead"
 
     async def interrupted() -> None:
@@ -65,16 +65,16 @@ def test_ctrl_c_and_resume_lose_no_task_and_repeat_none(tmp_path, monkeypatch):
     last = path / "checkpoints" / f"step_{steps}"
     after = state_from_record(checkpoint.load_rollouts(last)["queue"])
     files = sorted((path / "trajectories").iterdir())
-    steps_of = [{row["group_id"] for row in rows(file)} for file in files]
-    trained = [group_id for each in steps_of for group_id in each]
-    told = [row for file in sorted((path / "ledger").iterdir()) for row in rows(file)]
-    fates = [row for row in told if row["kind"] == "group" and row["fate"] != "trained"]
-    dropped = [row["group_id"] for row in fates]
+    of_steps = [{each["group_id"] for each in records(file)} for file in files]
+    trained = [group_id for group_ids in of_steps for group_id in group_ids]
+    ledger = [each for file in sorted((path / "ledger").iterdir()) for each in records(file)]
+    groups = [each for each in ledger if each["kind"] == "group"]
+    dropped = [each["group_id"] for each in groups if each["fate"] != "trained"]
     assert len(trained) == 2 * steps
     assert sorted([*trained, *dropped, *after.pending]) == list(range(after.next_group))
     assert {*before.pending} <= {*trained, *dropped, *after.pending}
-    recorded = [row for file in files for row in rows(file)]
+    recorded = [each for file in files for each in records(file)]
     for group in json.loads(json.dumps(state_to_record(before)))["finished"]:
-        again = [row for row in recorded if row["group_id"] == group["group_id"]]
-        assert not again or again == group["trajectories"]  # what was sampled stays
+        again = [each for each in recorded if each["group_id"] == group["group_id"]]
+        assert not again or again == group["trajectories"]  # what was sampled is kept
     assert_honest(path)
