@@ -1,4 +1,4 @@
-"""Runs that tests make, and what has to hold for every one of them."""
+"""Runs for tests, and the check that every run must pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tir_alp.train import train
 
 
 def train_with(folder: Path, config: Config) -> Path:
-    """Train in this process, below a folder, without a report; returns the folder of the run."""
+    """Train in this process with a folder as working directory; return the run folder."""
 
     async def main() -> Path:
         async with open_run(config, LocalPlacement(config), Doctor()) as run:
@@ -31,7 +31,7 @@ def train_with(folder: Path, config: Config) -> Path:
 
 
 def assert_honest(run: Path) -> None:
-    """Every token of a run is accounted for."""
+    """Assert that the audit accounts for every token of a run."""
     findings = audit_run(run)
     assert not findings.drifts, "\n".join(map(str, findings.drifts[:10]))
     checked = findings.totals()

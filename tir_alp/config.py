@@ -316,7 +316,6 @@ class TrainerConfig(Section):
 
 
 DoctorCheck = Literal[
-    "config",
     "memory",
     "disk",
     "template",

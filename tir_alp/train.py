@@ -22,7 +22,7 @@ from tir_alp.config import Config
 from tir_alp.evaluate import evaluate
 from tir_alp.models.tiny import TRAIN_CONFIG
 from tir_alp.records.folder import read_run_config
-from tir_alp.records.trajectories import state_to_row
+from tir_alp.records.trajectories import state_to_record
 from tir_alp.roles import RoleLost
 from tir_alp.rollouts.queue import RolloutsFailed
 from tir_alp.rollouts.renderer import PromptTooLong
@@ -162,11 +162,11 @@ async def check_health(run: Run, metrics: Mapping[str, float], step: int) -> Non
         return
     if guards.on_trip == "stop" or len(folder.events("roll_back")) == guards.max_roll_backs:
         folder.log(step + 1, metrics)
-        folder.tell(step + 1, "stop", reason)
+        folder.log_event(step + 1, "stop", reason)
         raise Tripped(f"stopped in step {step + 1}: {reason}")
     good = await with_trainer(run, roll_back, run)
     reason = f"{reason}; back to the weights of step {good.step}"
-    folder.tell(step + 1, "roll_back", reason)
+    folder.log_event(step + 1, "roll_back", reason)
     run.console.print(f"step {step + 1}: {reason}")
 
 
@@ -199,7 +199,7 @@ async def measure(run: Run, step: int) -> None:
 async def save(run: Run, step: int) -> None:
     """Write a checkpoint of the run after `step` steps."""
     state = run.rollouts.state
-    rollouts = {"queue": state_to_row(state), "attempts": run.ledger.kept(state.finished)}
+    rollouts = {"queue": state_to_record(state), "attempts": run.ledger.snapshot(state.finished)}
     position = Position(step=step, group=state.position)
     folder, keep = run.folder.checkpoints, run.config.checkpoint.keep
     await with_trainer(run, run.trainer.save, folder, position, rollouts, keep)

@@ -1,7 +1,7 @@
-"""Ways to spoil the record of a run. Each changes files of a copy, and returns what it did.
+"""Ways to corrupt the records of a run. Each one changes files of a copy and returns what it did.
 
-A corruption is careful: what it writes is well-formed, and where a careless one would be caught by
-a count alone, it keeps the count. What cannot be done with the random numbers at hand returns None.
+A corruption is careful: what it writes is well-formed, and where a mere count would reveal it, it
+keeps the count consistent. It returns None if the records drawn at random do not allow it.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from tir_alp.models.tiny import ABLE
 from tir_alp.records.ledger_rows import pack_array, unpack_array
 from tir_alp.training.policy import load_tokenizer
 
-Rows = list[dict[str, Any]]
+Records = list[dict[str, Any]]
 TOKENIZER = load_tokenizer(str(ABLE))
 
 
 class Copy:
-    """The files of a run, as rows; `files` has those that a corruption has changed."""
+    """The files of a run as JSON records; `files` holds those that a corruption has read."""
 
     def __init__(self, run: Path, rng: random.Random) -> None:
         self.rng = rng
         names = [str(file.relative_to(run)) for file in sorted(run.glob("*/step_*.jsonl"))]
         self.names = [name for name in names if name.split("/")[0] != "checkpoints"]
         self._run = run
-        self.files: dict[str, Rows] = {}
+        self.files: dict[str, Records] = {}
         self.texts: dict[str, bytes | None] = {}
-        """Files as bytes; None: deleted."""
+        """Raw contents of files; None for a file to delete."""
 
-    def rows(self, name: str) -> Rows:
+    def records(self, name: str) -> Records:
         if name not in self.files:
             text = (self._run / name).read_text()
             self.files[name] = [json.loads(line) for line in text.splitlines()]
@@ -44,27 +44,29 @@ class Copy:
     def file(self, folder: str = "trajectories") -> str:
         return self.rng.choice([name for name in self.names if name.startswith(folder)])
 
-    def row(self, folder: str = "trajectories", **having: Any) -> dict[str, Any] | None:
-        rows = [r for r in self.rows(self.file(folder)) if having.items() <= r.items()]
-        return self.rng.choice(rows) if rows else None
+    def record(self, folder: str = "trajectories", **having: Any) -> dict[str, Any] | None:
+        records = [
+            each for each in self.records(self.file(folder)) if having.items() <= each.items()
+        ]
+        return self.rng.choice(records) if records else None
 
     def turn(self, *, last: bool | None = None, tool: bool | None = None) -> dict[str, Any] | None:
-        """A turn of a trajectory: its last, one before, or any; with a tool call, or without."""
-        row = self.row()
-        assert row is not None
+        """Choose a turn of some trajectory: the last, another, or any; with a tool call or not."""
+        record = self.record()
+        assert record is not None
         turns = [
             turn
-            for index, turn in enumerate(row["turns"])
-            if last in (None, index == len(row["turns"]) - 1)
+            for index, turn in enumerate(record["turns"])
+            if last in (None, index == len(record["turns"]) - 1)
             and tool in (None, bool(turn["info"]["tool_calls"]))
         ]
         return self.rng.choice(turns) if turns else None
 
-    def spoiled(self) -> dict[str, bytes | None]:
-        """The changed files, as they have to be written."""
+    def corrupted(self) -> dict[str, bytes | None]:
+        """Return the new contents of the changed files; None for a file to delete."""
         texts = {
-            name: "".join(json.dumps(row) + "\n" for row in rows).encode()
-            for name, rows in self.files.items()
+            name: "".join(json.dumps(record) + "\n" for record in records).encode()
+            for name, records in self.files.items()
         }
         changed = {name: text for name, text in texts.items() if text != self.bytes_of(name)}
         return changed | self.texts
@@ -84,14 +86,14 @@ def swapped_ids(copy: Copy) -> Any:
 
 
 def other_id(copy: Copy) -> Any:
-    span = one(copy.row())["turns"][0]["completion"]["token_ids"]
+    span = one(copy.record())["turns"][0]["completion"]["token_ids"]
     i = copy.rng.randrange(len(span))
     span[i] = (span[i] + copy.rng.randrange(1, 100)) % 128
     return i
 
 
 def other_prompt(copy: Copy) -> Any:
-    ids = one(copy.row())["prompt"]["token_ids"]
+    ids = one(copy.record())["prompt"]["token_ids"]
     i = copy.rng.randrange(len(ids))
     ids[i] = (ids[i] + copy.rng.randrange(1, 100)) % 128
     return i
@@ -105,7 +107,7 @@ def shifted_logprobs(copy: Copy) -> Any:
     return logprobs
 
 
-def nudged_logprob(copy: Copy) -> Any:
+def lowered_logprob(copy: Copy) -> Any:
     logprobs = one(copy.turn())["completion"]["rollout_logprobs"]
     i = copy.rng.randrange(len(logprobs))
     logprobs[i] -= 10.0 ** -copy.rng.randrange(1, 7)
@@ -131,7 +133,7 @@ def unmasked_tool_tokens(copy: Copy) -> Any:
 
 
 def unmasked_prompt(copy: Copy) -> Any:
-    prompt = one(copy.row())["prompt"]
+    prompt = one(copy.record())["prompt"]
     prompt["rollout_logprobs"] = [-0.5] * len(prompt["token_ids"])
     return True
 
@@ -178,11 +180,11 @@ def stale_version(copy: Copy) -> Any:
 def stale_version_everywhere(copy: Copy) -> Any:
     """Trajectory and ledger agree on a version that the step cannot have had."""
     name = copy.file()
-    row = copy.rng.choice(copy.rows(name))
+    record = copy.rng.choice(copy.records(name))
     version = -1 if copy.rng.random() < 0.5 else int(name[-12:-6]) + copy.rng.randrange(3)
-    for turn in row["turns"]:
+    for turn in record["turns"]:
         turn["policy_version"] = version
-    for call in attempt_of(copy, name, row)["calls"]:
+    for call in attempt_of(copy, name, record)["calls"]:
         call["version"] = version
     return version
 
@@ -201,19 +203,19 @@ def edited_reward(copy: Copy) -> Any:
 
 
 def edited_reward_everywhere(copy: Copy) -> Any:
-    """With the verdict, and the mean reward in the metrics."""
+    """The verdict and the mean reward in the metrics change with the reward."""
     name = copy.file()
-    row = copy.rng.choice(copy.rows(name))
-    turn = row["turns"][-1]
+    record = copy.rng.choice(copy.records(name))
+    turn = record["turns"][-1]
     if turn["info"]["correct"] is None:
         return None
     change = 1.0 - 2 * turn["reward"]
     turn["reward"] += change
     turn["info"]["correct"] = not turn["info"]["correct"]
     step = int(name[-12:-6])
-    num = len(copy.rows(name))
+    num = len(copy.records(name))
     metrics = next(
-        r for r in copy.rows("metrics.jsonl") if r["step"] == step and "tokens/loss" in r
+        r for r in copy.records("metrics.jsonl") if r["step"] == step and "tokens/loss" in r
     )
     metrics["rollout/reward"] += change / num
     return change
@@ -226,13 +228,13 @@ def edited_answer(copy: Copy) -> Any:
 
 
 def missing_turn(copy: Copy) -> Any:
-    turns = one(copy.row())["turns"]
+    turns = one(copy.record())["turns"]
     turns.pop(copy.rng.randrange(len(turns)))
     return True
 
 
 def swapped_turns(copy: Copy) -> Any:
-    turns = one(copy.row())["turns"]
+    turns = one(copy.record())["turns"]
     if len(turns) < 2:
         return None
     turns[0], turns[1] = turns[1], turns[0]
@@ -240,64 +242,66 @@ def swapped_turns(copy: Copy) -> Any:
 
 
 def doubled_turn(copy: Copy) -> Any:
-    turns = one(copy.row())["turns"]
+    turns = one(copy.record())["turns"]
     turns.insert(0, turns[0])
     return True
 
 
 def doubled_trajectory(copy: Copy) -> Any:
-    rows = copy.rows(copy.file())
-    row = copy.rng.choice(rows)
-    rows[copy.rng.choice([i for i, each in enumerate(rows) if each is not row])] = row
+    records = copy.records(copy.file())
+    record = copy.rng.choice(records)
+    records[copy.rng.choice([i for i, each in enumerate(records) if each is not record])] = record
     return True
 
 
 def added_trajectory(copy: Copy) -> Any:
-    rows = copy.rows(copy.file())
-    rows.insert(copy.rng.randrange(len(rows)), copy.rng.choice(rows))
+    records = copy.records(copy.file())
+    records.insert(copy.rng.randrange(len(records)), copy.rng.choice(records))
     return True
 
 
 def missing_trajectory(copy: Copy) -> Any:
-    rows = copy.rows(copy.file())
-    rows.pop(copy.rng.randrange(len(rows)))
+    records = copy.records(copy.file())
+    records.pop(copy.rng.randrange(len(records)))
     return True
 
 
 def trajectory_of_another_step(copy: Copy) -> Any:
     first, second = copy.rng.sample([n for n in copy.names if n.startswith("trajectories")], 2)
-    copy.rows(first)[0] = copy.rows(second)[0]
+    copy.records(first)[0] = copy.records(second)[0]
     return True
 
 
 def dropped_group(copy: Copy) -> Any:
-    """A group is gone from trajectories and ledger."""
+    """A group is missing from trajectories and ledger."""
     name = copy.file()
-    rows = copy.rows(name)
-    group = copy.rng.choice(rows)["group_id"]
-    uids = {row["sequence_uid"] for row in rows if row["group_id"] == group}
-    rows[:] = [row for row in rows if row["group_id"] != group]
-    ledger = copy.rows(name.replace("trajectories", "ledger"))
+    records = copy.records(name)
+    group = copy.rng.choice(records)["group_id"]
+    uids = {record["sequence_uid"] for record in records if record["group_id"] == group}
+    records[:] = [record for record in records if record["group_id"] != group]
+    ledger = copy.records(name.replace("trajectories", "ledger"))
     ledger[:] = [
-        row for row in ledger if row.get("group_id") != group and row.get("uid") not in uids
+        record
+        for record in ledger
+        if record.get("group_id") != group and record.get("uid") not in uids
     ]
     ledger[-1]["rows"] = len(ledger) - 2
     return group
 
 
 def hidden_drop(copy: Copy) -> Any:
-    """An episode is gone, and said to have been dropped."""
+    """An episode is missing, and counted as dropped."""
     name = copy.file()
-    rows = copy.rows(name)
-    row = rows.pop(copy.rng.randrange(len(rows)))
-    ledger = copy.rows(name.replace("trajectories", "ledger"))
-    group = next(each for each in ledger if each.get("group_id") == row["group_id"])
+    records = copy.records(name)
+    record = records.pop(copy.rng.randrange(len(records)))
+    ledger = copy.records(name.replace("trajectories", "ledger"))
+    group = next(each for each in ledger if each.get("group_id") == record["group_id"])
     group["dropped"] += 1
     return True
 
 
 def changed_observation(copy: Copy) -> Any:
-    """Text and ids of an observation change together."""
+    """Text and ids of an observation change consistently."""
     turn = copy.turn(last=False)
     if turn is None:
         return None
@@ -350,20 +354,20 @@ def changed_stop_reason(copy: Copy) -> Any:
 
 
 def flipped_end(copy: Copy) -> Any:
-    row = one(copy.row())
+    record = one(copy.record())
     key = copy.rng.choice(("terminated", "truncated"))
-    row[key] = not row[key]
+    record[key] = not record[key]
     return key
 
 
 def other_task(copy: Copy) -> Any:
-    row = one(copy.row())
-    row["task_id"] = f"arithmetic/train/0/{copy.rng.randrange(1000)}x"
-    return row["task_id"]
+    record = one(copy.record())
+    record["task_id"] = f"arithmetic/train/0/{copy.rng.randrange(1000)}x"
+    return record["task_id"]
 
 
 def other_uid(copy: Copy) -> Any:
-    one(copy.row())["sequence_uid"] += copy.rng.choice((-1, 1))
+    one(copy.record())["sequence_uid"] += copy.rng.choice((-1, 1))
     return True
 
 
@@ -387,9 +391,9 @@ def truncated_at_a_line(copy: Copy) -> Any:
 
 
 def flipped_byte(copy: Copy) -> Any:
-    """Of the ids, logprobs or digests in the ledger."""
+    """An id or a logprob in the ledger changes."""
     name = copy.file("ledger")
-    attempt = one(copy.row("ledger", kind="attempt"))
+    attempt = one(copy.record("ledger", kind="attempt"))
     call = copy.rng.choice(attempt["calls"])
     key, dtype = copy.rng.choice((("ids", "<i4"), ("logprobs", "<f8")))
     values = unpack_array(call[key], dtype)
@@ -402,28 +406,28 @@ def flipped_byte(copy: Copy) -> Any:
 def missing_file(copy: Copy) -> Any:
     name = copy.rng.choice(copy.names)
     if name.startswith("replaced"):
-        return None  # tested by the count of replaced groups
+        return None  # covered by the count of replaced groups
     copy.texts[name] = None
     return name
 
 
 def edited_metric(copy: Copy) -> Any:
-    rows = [row for row in copy.rows("metrics.jsonl") if "tokens/loss" in row]
-    row = copy.rng.choice(rows)
+    records = [record for record in copy.records("metrics.jsonl") if "tokens/loss" in record]
+    record = copy.rng.choice(records)
     names = ("tokens/loss", "tokens/generated", "rollout/reward", "rollout/failed", "outcome/ok")
-    row[copy.rng.choice(names)] += 1
+    record[copy.rng.choice(names)] += 1
     return True
 
 
-def missing_metrics_row(copy: Copy) -> Any:
-    rows = copy.rows("metrics.jsonl")
-    rows.remove(copy.rng.choice([row for row in rows if "tokens/loss" in row]))
+def missing_metrics_record(copy: Copy) -> Any:
+    records = copy.records("metrics.jsonl")
+    records.remove(copy.rng.choice([record for record in records if "tokens/loss" in record]))
     return True
 
 
 def more_in_the_loss(copy: Copy) -> Any:
-    """The trainer packed a token that no trajectory lets into the loss."""
-    update = one(copy.row("ledger", kind="update"))
+    """The trainer packed a token that no trajectory admits to the loss."""
+    update = one(copy.record("ledger", kind="update"))
     if not update["sequences"]:
         return None
     copy.rng.choice(update["sequences"])[2] += 1
@@ -431,7 +435,7 @@ def more_in_the_loss(copy: Copy) -> Any:
 
 
 def other_advantage(copy: Copy) -> Any:
-    update = one(copy.row("ledger", kind="update"))
+    update = one(copy.record("ledger", kind="update"))
     if not update["sequences"]:
         return None
     copy.rng.choice(update["sequences"])[3] += copy.rng.choice((-0.5, 0.25))
@@ -439,7 +443,7 @@ def other_advantage(copy: Copy) -> Any:
 
 
 def packed_twice(copy: Copy) -> Any:
-    update = one(copy.row("ledger", kind="update"))
+    update = one(copy.record("ledger", kind="update"))
     if not update["sequences"]:
         return None
     update["sequences"].append(copy.rng.choice(update["sequences"]))
@@ -447,7 +451,7 @@ def packed_twice(copy: Copy) -> Any:
 
 
 def left_out_of_the_loss(copy: Copy) -> Any:
-    update = one(copy.row("ledger", kind="update"))
+    update = one(copy.record("ledger", kind="update"))
     if not update["sequences"]:
         return None
     update["sequences"].pop(copy.rng.randrange(len(update["sequences"])))
@@ -455,7 +459,7 @@ def left_out_of_the_loss(copy: Copy) -> Any:
 
 
 def other_packed_digest(copy: Copy) -> Any:
-    update = one(copy.row("ledger", kind="update"))
+    update = one(copy.record("ledger", kind="update"))
     if not update["sequences"]:
         return None
     sequence = copy.rng.choice(update["sequences"])
@@ -468,15 +472,15 @@ def one(value: dict[str, Any] | None) -> dict[str, Any]:
     return value
 
 
-def attempt_of(copy: Copy, name: str, row: dict[str, Any]) -> dict[str, Any]:
-    ledger = copy.rows(name.replace("trajectories", "ledger"))
-    return [each for each in ledger if each.get("uid") == row["sequence_uid"]][-1]
+def attempt_of(copy: Copy, name: str, record: dict[str, Any]) -> dict[str, Any]:
+    ledger = copy.records(name.replace("trajectories", "ledger"))
+    return [each for each in ledger if each.get("uid") == record["sequence_uid"]][-1]
 
 
 CORRUPTIONS: dict[str, Corruption] = {
     function.__name__: function
     for function in (
-        *(swapped_ids, other_id, other_prompt, shifted_logprobs, nudged_logprob),
+        *(swapped_ids, other_id, other_prompt, shifted_logprobs, lowered_logprob),
         *(missing_logprobs, one_logprob_less, unmasked_tool_tokens, unmasked_prompt, flipped_mask),
         *(moved_border, retokenised, stale_version, stale_version_everywhere),
         *(version_spans_with_a_gap, edited_reward, edited_reward_everywhere, edited_answer),
@@ -485,7 +489,7 @@ CORRUPTIONS: dict[str, Corruption] = {
         *(changed_observation, changed_observation_text, changed_observation_ids),
         *(flipped_outcome, changed_stop_reason, flipped_end, other_task),
         *(other_uid, edited_timing, truncated_file, truncated_at_a_line, flipped_byte),
-        *(missing_file, edited_metric, missing_metrics_row, more_in_the_loss, other_advantage),
+        *(missing_file, edited_metric, missing_metrics_record, more_in_the_loss, other_advantage),
         *(packed_twice, left_out_of_the_loss, other_packed_digest),
     )
 }

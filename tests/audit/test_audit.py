@@ -1,4 +1,4 @@
-"""The auditor on a run that a real model made in a real sandbox: honest, and spoiled."""
+"""The auditor on a run that a real model made in a real sandbox: intact, and corrupted."""
 
 import itertools
 import json
@@ -33,11 +33,11 @@ def honest(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(honest, tmp_path) -> Path:
-    """To be spoiled."""
+    """A copy of the run, to be corrupted."""
     return Path(shutil.copytree(honest, tmp_path / "copy"))
 
 
-def test_an_honest_run_is_accounted_for(honest, capsys):
+def test_every_token_of_an_honest_run_is_accounted_for(honest, capsys):
     assert main([str(honest)]) == 0
     assert "every token is accounted for" in capsys.readouterr().out
     checked = {check: number for check, (number, _) in audit_run(honest).totals().items()}
@@ -55,22 +55,22 @@ def test_every_corruption_is_caught(honest, copied):
         name = min(CORRUPTIONS, key=lambda name: (made[name], name))
         for _ in range(200):
             copy = Copy(honest, rng)
-            done = CORRUPTIONS[name](copy)
-            if done is not None and (spoiled := copy.spoiled()):
+            change = CORRUPTIONS[name](copy)
+            if change is not None and (corrupted := copy.corrupted()):
                 break
         else:
             pytest.fail(f"{name} cannot be made here")
-        for file, data in spoiled.items():
+        for file, data in corrupted.items():
             (copied / file).unlink() if data is None else (copied / file).write_bytes(data)
         findings = audit_run(copied, TOKENIZER)
         if not findings.drifts:
-            missed.append((name, done))
+            missed.append((name, change))
         made[name] += 1
-        for file in spoiled:
+        for file in corrupted:
             shutil.copy(honest / file, copied / file)
     assert missed == []
     assert len(made) >= 20
-    assert_honest(copied)  # all was put back: it was the corruptions that were caught
+    assert_honest(copied)  # everything was restored: the drifts came from the corruptions
 
 
 # ------------------------------------------------------------------------- what cannot be audited
@@ -81,8 +81,8 @@ def refusal(run: Path, capsys) -> str:
     return capsys.readouterr().err
 
 
-def test_a_folder_that_is_no_run(tmp_path, capsys):
-    assert "is no folder of a run: cannot read" in refusal(tmp_path, capsys)
+def test_a_folder_that_is_not_a_run(tmp_path, capsys):
+    assert "is not a run folder: cannot read" in refusal(tmp_path, capsys)
 
 
 def test_a_run_without_a_ledger(copied, capsys):
@@ -104,22 +104,33 @@ def test_a_config_of_another_version(copied, capsys):
     assert "rollout.samples_a_group: there is no such key" in refusal(copied, capsys)
 
 
-def test_a_drift_names_its_place(copied, capsys):
+def test_a_drift_lists_the_records_that_a_step_lacks(copied, capsys):
+    (copied / "trajectories" / "step_000001.jsonl").unlink()
+    file = copied / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if json.loads(line)["step"] != 1))
+    assert main([str(copied)]) == 1
+    printed = capsys.readouterr().out.replace("\n", " ")
+    missing = "no record in metrics.jsonl, no file in trajectories/"
+    assert f"drift: step 1: the step has {missing} (steps)" in printed
+
+
+def test_a_drift_names_its_location(copied, capsys):
     file = copied / "trajectories" / "step_000002.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows[1]["turns"][0]["completion"]["token_ids"][2] += 1
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main([str(copied)]) == 1
-    said = capsys.readouterr().out.replace("\n", " ")
+    printed = capsys.readouterr().out.replace("\n", " ")
     uid, task = rows[1]["sequence_uid"], rows[1]["task_id"]
-    assert f"step_000002.jsonl:2, task {task} (sequence {uid}), turn 0, token 2: " in said
+    assert f"step_000002.jsonl:2, task {task} (sequence {uid}), turn 0, token 2: " in printed
 
 
-# ------------------------------------------------------------------------------- honest, and rough
+# --------------------------------------------------------------------- intact runs with failures
 
 
 class Flaky(gymnasium.Env[str, str]):
-    """Breaks in every third step, and is whole when an episode is played again."""
+    """Fails in every third step, but never when an episode is replayed."""
 
     observation_space = action_space = TextSpace()
     steps = itertools.count()
@@ -150,7 +161,7 @@ def test_episodes_that_infrastructure_broke_are_accounted_for(tmp_path):
     assert attempts > trajectories
 
 
-TINY_CONFIGS = [  # those with servers are audited where the tests have one
+TINY_CONFIGS = [  # configs with servers are audited in the tests that start one
     file
     for file in sorted((Path(__file__).parents[2] / "configs").glob("tiny*.toml"))
     if "sglang" not in file.stem

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tir_alp.records.folder import read_rows
+from tir_alp.records.folder import read_records
 from tir_alp.studies.simulate.costs import read_costs
-from tir_alp.studies.simulate.pipeline import Layout, simulate
+from tir_alp.studies.simulate.pipeline import PipelineLayout, simulate
 
 SLOW_TOOL = (
     *("--env.id", "tests.benchmarks.slow_tool:SlowTool-v0"),
@@ -92,7 +92,7 @@ def run(folder: Path, name: str, words: Sequence[str], steps: int) -> Path:
 
 def measured(path: Path, warm_up: int) -> tuple[float, float]:
     """Generated tokens a second, and seconds a step, behind the first `warm_up` steps."""
-    rows = [row for row in read_rows(path / "metrics.jsonl")[0] if "time/train" in row][warm_up:]
+    rows = [row for row in read_records(path / "metrics.jsonl")[0] if "time/train" in row][warm_up:]
     tokens = sum(row["tokens/generated"] for row in rows)
     seconds = sum(row["tokens/generated"] / row["tokens/per_second"] for row in rows)
     return tokens / seconds, seconds / len(rows)
@@ -120,7 +120,7 @@ def main(words: Sequence[str]) -> int:
             costs = read_costs(recorded, slowdown=setting.slowdown)
             for index, wanted in enumerate(setting.layouts):
                 staleness = int(wanted.get("max_staleness", 0))
-                forecast = simulate(costs, Layout(**wanted), steps=200)  # type: ignore[arg-type]
+                forecast = simulate(costs, PipelineLayout(**wanted), steps=200)  # type: ignore[arg-type]
                 path = run(
                     folder,
                     f"run-{number}-{index}",

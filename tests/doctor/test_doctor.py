@@ -1,4 +1,4 @@
-"""The doctor: a real engine holds its contract; each way to break it is refused, with why."""
+"""The doctor: a real engine passes; each way to break the contract is refused with a reason."""
 
 import asyncio
 import json
@@ -13,13 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tir_alp.algorithm.section import Section
-from tir_alp.config import Config, TrainerConfig, TransformersConfig
+from tir_alp.config import Config, TransformersConfig
 from tir_alp.doctor.__main__ import main as doctor_main
-from tir_alp.doctor.config_keys import unread_keys
+from tir_alp.doctor.check_result import CheckResult
 from tir_alp.doctor.conversation import check_fence, check_template, check_tokenizer
 from tir_alp.doctor.examine import Refused, demand, examine_config, examine_engine
-from tir_alp.doctor.finding import Finding
 from tir_alp.doctor.machine import check_disk, check_memory, memory_needed, shape_of
 from tir_alp.doctor.sandbox import check_sandbox
 from tir_alp.engines.base import Completion, Sampling
@@ -53,10 +51,10 @@ def config(*words: str) -> Config:
 
 def examined(
     kind: type[TransformersEngine] = TransformersEngine, *words: str
-) -> dict[str, Finding]:
-    """What the doctor finds with an engine of some kind, by check."""
+) -> dict[str, CheckResult]:
+    """Return what the doctor finds for a kind of engine, by check."""
 
-    async def main() -> list[Finding]:
+    async def main() -> list[CheckResult]:
         settings = config(*words)
         assert isinstance(settings.engine, TransformersConfig)
         tokenizer = load_tokenizer(str(ABLE))
@@ -89,7 +87,7 @@ def examined(
     return {finding.check: finding for finding in asyncio.run(main())}
 
 
-def failed(findings: Mapping[str, Finding]) -> set[str]:
+def failed(findings: Mapping[str, CheckResult]) -> set[str]:
     return {name for name, finding in findings.items() if not finding.holds}
 
 
@@ -109,10 +107,10 @@ def test_the_embedded_engine_holds_its_contract(words):
     assert failed(examined(TransformersEngine, *words)) == set()
 
 
-class Judged(TransformersEngine):
-    """Reports the logprobs of another distribution than the one that it samples from."""
+class Misreporting(TransformersEngine):
+    """Reports the logprobs of another distribution than the one it samples from."""
 
-    def judged_at(self, sampling: Sampling) -> tuple[float, float]:
+    def reported_at(self, sampling: Sampling) -> tuple[float, float]:
         raise NotImplementedError
 
     async def generate(self, token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
@@ -120,17 +118,18 @@ class Judged(TransformersEngine):
         if sampling.temperature == 0:
             return completion
         ids = torch.tensor([*token_ids, *completion.token_ids])
-        judged = completion_logprobs(self._model, ids, len(token_ids), *self.judged_at(sampling))
-        return replace(completion, logprobs=tuple(judged.tolist()))
+        temperature, top_p = self.reported_at(sampling)
+        logprobs = completion_logprobs(self._model, ids, len(token_ids), temperature, top_p)
+        return replace(completion, logprobs=tuple(logprobs.tolist()))
 
 
-class Raw(Judged):
-    def judged_at(self, sampling: Sampling) -> tuple[float, float]:
+class Raw(Misreporting):
+    def reported_at(self, sampling: Sampling) -> tuple[float, float]:
         return 1.0, 1.0
 
 
-class NotTruncated(Judged):
-    def judged_at(self, sampling: Sampling) -> tuple[float, float]:
+class NotTruncated(Misreporting):
+    def reported_at(self, sampling: Sampling) -> tuple[float, float]:
         return sampling.temperature, 1.0
 
 
@@ -148,15 +147,15 @@ def test_logprobs_that_are_not_truncated():
     assert "not truncated to top_p" in found["logprobs"].fix
 
 
-class Deaf(TransformersEngine):
-    """Counts versions, and keeps its weights."""
+class Stale(TransformersEngine):
+    """Counts versions but keeps its weights."""
 
     def _copy_weights(self, source: Mapping[str, Tensor]) -> None:
         self._cache.clear()
 
 
-class HalfDeaf(TransformersEngine):
-    """Takes all tensors but those of one layer."""
+class HalfStale(TransformersEngine):
+    """Copies all tensors but those of one layer."""
 
     def _copy_weights(self, source: Mapping[str, Tensor]) -> None:
         own = self._model.state_dict()
@@ -170,26 +169,26 @@ class Uncounted(TransformersEngine):
         await super().load_weights(source, version=0)
 
 
-@pytest.mark.parametrize("kind", [Deaf, HalfDeaf, Uncounted])
+@pytest.mark.parametrize("kind", [Stale, HalfStale, Uncounted])
 def test_a_stale_engine_after_a_sync(kind):
     found = examined(kind)
     assert failed(found) == {"sync"}
-    assert "goes on with old weights" in found["sync"].fix
+    assert "still uses some old weights" in found["sync"].fix
 
 
-def test_a_stale_engine_in_few_bits():
-    assert failed(examined(Deaf, "--engine.precision", "bfloat16")) == {"sync"}
+def test_a_stale_engine_in_low_precision():
+    assert failed(examined(Stale, "--engine.precision", "bfloat16")) == {"sync"}
 
 
-class Talkative(TransformersEngine):
-    """Does not know a rule to stop by."""
+class IgnoresRule(TransformersEngine):
+    """Ignores the stop matcher."""
 
     async def generate(self, token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
         return await super().generate(token_ids, replace(sampling, stop_matcher=None))
 
 
 class Endless(TransformersEngine):
-    """Cuts the end token off."""
+    """Cuts off the end token."""
 
     async def generate(self, token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
         completion = await super().generate(token_ids, sampling)
@@ -199,8 +198,8 @@ class Endless(TransformersEngine):
         return replace(completion, token_ids=ids, logprobs=logprobs)
 
 
-def test_an_engine_that_goes_on_behind_the_rule():
-    found = examined(Talkative)
+def test_an_engine_that_continues_after_the_rule():
+    found = examined(IgnoresRule)
     assert failed(found) == {"stop"}
     assert "the rule holds at the third token" in found["stop"].figure
 
@@ -241,70 +240,15 @@ def test_a_tokenizer_of_another_model():
     assert check_tokenizer(tokenizer, renderer, model, 1024).holds
     assert "1024 positions" in check_tokenizer(tokenizer, renderer, model, 1025).figure
     model.config.eos_token_id = model.generation_config.eos_token_id = 7
-    assert "the model ends with [7]" in check_tokenizer(tokenizer, renderer, model, 9).figure
+    assert "the model's end tokens are [7]" in check_tokenizer(tokenizer, renderer, model, 9).figure
     tokenizer.add_tokens(["<|new|>"])
-    assert "no row among" in check_tokenizer(tokenizer, renderer, model, 9).figure
-
-
-# ---------------------------------------------------------------------------------- config keys
-
-
-class WiderTrainer(TrainerConfig):
-    every: int = 0
-    """`every` is read of two other sections."""
-
-
-class New(Section):
-    read: int = 0
-    unread: int = 0
-
-
-class Wider(Config):
-    trainer: TrainerConfig = WiderTrainer()
-    new: New = New()
-
-
-Wider.model_fields["trainer"].annotation = WiderTrainer
-
-
-def test_every_key_of_the_config_is_read():
-    assert unread_keys(Config, PACKAGE) == []
-
-
-def test_an_unused_config_key_is_named(tmp_path):
-    for file in PACKAGE.glob("*.py"):
-        (tmp_path / file.name).write_text(file.read_text())
-    (tmp_path / "user.py").write_text("def use(config: Wider):\n    return config.new.read\n")
-    unread = set(unread_keys(Wider, tmp_path)) - set(unread_keys(Config, tmp_path))
-    assert unread == {"new.unread", "trainer.every"}
-
-
-class Part(New):
-    share: float = 1.0
-    forgotten: float = 1.0
-
-
-class Whole(New):
-    parts: tuple[Part, ...] = ()
-
-
-class InParts(Config):
-    whole: Whole = Whole()
-
-
-def test_keys_of_sections_in_a_tuple_are_read_in_loops_and_by_the_base_that_they_widen(tmp_path):
-    (tmp_path / "user.py").write_text(
-        "def use(one: New):\n    return one.read\n\n"
-        "def all(config: InParts):\n    return [part.share for part in config.whole.parts]\n"
-    )
-    unread = {key for key in unread_keys(InParts, tmp_path) if key.startswith("whole")}
-    assert unread == {"whole.unread", "whole.parts.unread", "whole.parts.forgotten"}
+    assert "has no embedding" in check_tokenizer(tokenizer, renderer, model, 9).figure
 
 
 # ------------------------------------------------------------------------------ machine, sandbox
 
 
-def test_memory_and_disk_are_held_against_what_there_is(tmp_path):
+def test_memory_and_disk_are_compared_with_what_is_free(tmp_path):
     settings, shape = config(), shape_of(str(ABLE))
     needed = memory_needed(settings, shape, "cpu")
     assert shape.num_parameters == sum(p.numel() for p in load_policy(str(ABLE)).parameters())
@@ -335,13 +279,13 @@ def test_servers_on_the_trainers_gpu_are_counted_and_others_are_not():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_who_starts_the_parts_of_a_cluster_needs_no_gpu():
+def test_the_process_that_starts_a_cluster_needs_no_gpu():
     def checks(*words: str) -> set[str]:
         settings = config("--trainer.device", "cuda", *words)
         tokenizer = load_tokenizer(str(ABLE))
         with closing(make_environment(settings)) as env:
-            parts = (tokenizer, Renderer(tokenizer), env, TASK)
-            return {finding.check for finding in examine_config(settings, str(ABLE), *parts)}
+            results = examine_config(settings, str(ABLE), tokenizer, Renderer(tokenizer), env, TASK)
+            return {result.check for result in results}
 
     assert "disk" in checks("--cluster", "local")
     assert "memory" not in checks("--cluster", "local")
@@ -349,7 +293,7 @@ def test_who_starts_the_parts_of_a_cluster_needs_no_gpu():
         checks()
 
 
-def sandboxed(backend: str) -> Finding:
+def sandboxed(backend: str) -> CheckResult:
     sandbox = f'{{"sandbox": {{"backend": "{backend}", "preload": []}}}}'
     with closing(make_environment(config("--env.kwargs", sandbox))) as env:
         return check_sandbox(env, TASK)
@@ -370,7 +314,7 @@ def test_an_environment_that_repeats_a_program_has_not_run_it():
 def test_a_sandbox_that_holds():
     found = sandboxed("auto")
     assert found.holds, found
-    assert found.figure == "4 ways out tried, none works"
+    assert found.figure == "4 escapes tried, none succeeded"
 
 
 def test_a_sandbox_weakened_on_purpose(capfd):
@@ -381,9 +325,13 @@ def test_a_sandbox_weakened_on_purpose(capfd):
 
 
 def examined_with(backend: str, weaken: Callable[[Any], Any], number: int) -> tuple[int, Any]:
-    """The command's exit code, with a sandbox that is weakened where it is made."""
+    """Return the command's exit code with a sandbox that is weakened when it is created."""
     plan = create.BACKENDS[backend]
-    sandbox = {"backend": backend, "preload": [], "tmp_files": 1000 + number}  # no other test's
+    sandbox = {
+        "backend": backend,
+        "preload": [],
+        "tmp_files": 1000 + number,
+    }  # unlike that of any other test
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(create.BACKENDS, backend, lambda config: weaken(plan(config)))
         code = doctor_main(["--env.kwargs", json.dumps({"max_turns": 2, "sandbox": sandbox})])
@@ -407,15 +355,15 @@ def without_network_namespace(jail: NamespacesJail) -> NamespacesJail:
     ],
 )
 def test_a_backend_that_lacks_one_of_several_walls(backend, weaken, probe, capsys):
-    """Nothing gets out yet; the sandbox's own probes miss the wall, and the doctor has them run."""
+    """Nothing escapes yet: the sandbox's own probes, which the doctor runs, notice the lack."""
     code, _ = examined_with(backend, weaken, 1)
     assert code == 2
-    said = capsys.readouterr().err
-    assert f"tir_alp.doctor: the sandbox does not hold on this machine: {probe} (" in said
+    error = capsys.readouterr().err
+    assert f"tir_alp.doctor: the sandbox does not hold on this machine: {probe} (" in error
 
 
 def with_sockets(jail: PlainJail) -> PlainJail:
-    """The filter of system calls lets a program connect, and no rule set is asked about it."""
+    """The system-call filter allows connections, and no Landlock rule set restricts them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(seccomp, "ALLOWED", [*seccomp.ALLOWED, "connect", "socket"])
         bits = seccomp.compile_filter(kernel.BRANCH_IN_PLACE, ask_for_threads=True)
@@ -423,7 +371,7 @@ def with_sockets(jail: PlainJail) -> PlainJail:
 
 
 def with_files(jail: PlainJail) -> PlainJail:
-    """No rule set of Landlock, and no user of its own."""
+    """No Landlock rule set, and no user of its own."""
     return without_landlock(replace(jail, visible=()))
 
 
@@ -440,13 +388,13 @@ def with_programs(jail: PlainJail) -> PlainJail:
         (with_programs, "the network; other programs"),
     ],
 )
-def test_a_backend_with_a_way_out_that_says_that_it_is_sound(weaken, reached, monkeypatch, capsys):
-    """Its own probes are content with anything; the doctor lets a program look for itself."""
+def test_an_escape_that_the_backend_reports_as_sound_is_found(weaken, reached, monkeypatch, capsys):
+    """The backend's own probes accept anything; the doctor runs a program that tries."""
 
-    async def content(*_: object) -> None: ...
+    async def accept(*_: object) -> None: ...
 
-    monkeypatch.setattr(create, "refuse_if_weak", content)
-    monkeypatch.setenv("COLUMNS", "500")  # so that no cell is broken into lines
+    monkeypatch.setattr(create, "refuse_if_weak", accept)
+    monkeypatch.setenv("COLUMNS", "500")  # so that no cell is wrapped
     code, sandbox = examined_with("landlock", weaken, len(reached))
     shared_sandbox(sandbox).close()
     table = " ".join(capsys.readouterr().out.split())
@@ -459,9 +407,9 @@ def test_a_backend_with_a_way_out_that_says_that_it_is_sound(weaken, reached, mo
 
 def test_what_fails_stops_the_run_unless_it_is_named():
     findings = [
-        Finding("disk", False, "12 GB", "free some"),
-        Finding("sync", False, "0.3", "copy all"),
-        Finding("ids", True, "7"),
+        CheckResult("disk", False, "12 GB", "free some"),
+        CheckResult("sync", False, "0.3", "copy all"),
+        CheckResult("ids", True, "7"),
     ]
     with pytest.raises(Refused, match=r"(?s)disk: 12 GB\n  fix: free some.*ignore disk,sync"):
         demand(findings, [])

@@ -1,4 +1,4 @@
-"""What a user gets wrong is said in one message, with exit code 2, and leaves nothing behind."""
+"""A user's mistake is reported in one message, with exit code 2, and no run folder is left."""
 
 import json
 
@@ -12,14 +12,14 @@ TINY = ("--steps", "1", "--eval.num_tasks", "4", "--rollout.groups_per_step", "2
 
 
 def refuse(capsys, tmp_path, monkeypatch, *arguments):
-    """Start a run that cannot start; returns what it said."""
+    """Start a run that cannot start; return its error message."""
     monkeypatch.chdir(tmp_path)
     assert train.main([*TINY, *arguments]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("tir_alp.train: ")
-    assert "Traceback" not in said
+    message = capsys.readouterr().err
+    assert message.startswith("tir_alp.train: ")
+    assert "Traceback" not in message
     assert not (tmp_path / "runs").exists()
-    return said
+    return message
 
 
 @pytest.fixture
@@ -45,38 +45,38 @@ def test_an_unknown_key_in_a_file(refusal, tmp_path):
 
 
 def test_a_value_of_the_wrong_type(refusal):
-    said = refusal("--trainer.lr", "fast")
-    assert "trainer.lr: " in said
-    assert "'fast'" in said
+    message = refusal("--trainer.lr", "fast")
+    assert "trainer.lr: " in message
+    assert "'fast'" in message
 
 
 def test_an_unknown_algorithm(refusal):
-    said = refusal("--algorithm", "ppo")
-    assert "no algorithm 'ppo'" in said
-    assert "alp_sequence" in said
+    message = refusal("--algorithm", "ppo")
+    assert "no algorithm 'ppo'" in message
+    assert "alp_sequence" in message
 
 
-def test_a_config_that_is_not_there(refusal):
+def test_a_missing_config(refusal):
     assert "cannot read the config 'nowhere.toml'" in refusal("--config", "nowhere.toml")
 
 
-def test_a_model_folder_that_is_not_there(refusal):
+def test_a_missing_model_folder(refusal):
     assert "no model folder './nowhere'" in refusal("--model.path", "./nowhere")
 
 
 def test_an_empty_data_set(refusal, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
-    said = refusal("--data.source", "jsonl", "--data.path", str(tmp_path / "empty.jsonl"))
-    assert "empty.jsonl holds no tasks" in said
+    message = refusal("--data.source", "jsonl", "--data.path", str(tmp_path / "empty.jsonl"))
+    assert "empty.jsonl holds no tasks" in message
 
 
 def test_a_prompt_longer_than_the_context(refusal, tmp_path):
     rows = [{"question": f"{number} " + "very " * 60, "answer": "1"} for number in range(64)]
     tasks = tmp_path / "long.jsonl"
     tasks.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    said = refusal("--data.source", "jsonl", "--data.path", str(tasks))
-    assert "long.jsonl:" in said
-    assert "rollout.max_context_tokens = 256" in said
+    message = refusal("--data.source", "jsonl", "--data.path", str(tasks))
+    assert "long.jsonl:" in message
+    assert "rollout.max_context_tokens = 256" in message
 
 
 def test_a_tokenizer_without_an_end_token(refusal, tmp_path):
@@ -91,21 +91,21 @@ def test_a_tokenizer_without_an_end_token(refusal, tmp_path):
 def test_a_template_that_drops_thinking(refusal, tmp_path):
     folder = copy_of_the_tiny_model(tmp_path)
     (folder / "chat_template.jinja").write_text(FORGETFUL)
-    said = refusal("--model.path", str(folder))
-    assert "rewrites history" in said and "<think>" in said
-    assert 'model.rewritten_history = "append"' in said
+    message = refusal("--model.path", str(folder))
+    assert "rewrites history" in message and "<think>" in message
+    assert 'model.rewritten_history = "append"' in message
 
 
 @pytest.mark.parametrize("name", ["tir_alp.envs:Nothing-v0", "no_such_package:Env-v0"])
-def test_an_environment_that_is_not_there(refusal, name):
+def test_an_unknown_environment(refusal, name):
     assert f"cannot make the environment '{name}'" in refusal("--env.id", name)
 
 
-def test_an_environment_setting_that_is_not_there(refusal):
-    said = refusal("--env.kwargs", '{"max_turn": 3}')
-    assert "does not take env.kwargs" in said
-    assert "max_turn" in said
+def test_an_unknown_environment_setting(refusal):
+    message = refusal("--env.kwargs", '{"max_turn": 3}')
+    assert "does not take env.kwargs" in message
+    assert "max_turn" in message
 
 
-def test_a_run_to_resume_that_is_not_there(refusal):
-    assert "nowhere is no folder of a run" in refusal("--resume", "nowhere")
+def test_resuming_a_missing_run(refusal):
+    assert "nowhere is not a run folder" in refusal("--resume", "nowhere")

@@ -1,4 +1,4 @@
-"""Every method trains on the same stale, mismatched rollouts; one command, one table."""
+"""One command trains every method on stale, mismatched rollouts and prints one table."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def compare(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_method_is_trained_once_and_stands_in_the_table(tmp_path: Path):
+def test_every_method_is_trained_once_and_is_in_the_table(tmp_path: Path):
     result = compare(tmp_path, "--seeds", "1", "--", *SMALL)
     assert result.returncode == 0, result.stdout + result.stderr
     table = result.stdout.partition("method")[2]
@@ -43,10 +43,10 @@ def test_every_method_is_trained_once_and_stands_in_the_table(tmp_path: Path):
 
     again = compare(tmp_path, "--seeds", "1", "--algorithms", "gspo", "alp_token", "--", *SMALL)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert metrics.stat().st_mtime_ns == written  # it had ended, and is kept
+    assert metrics.stat().st_mtime_ns == written  # it had completed, and is kept
 
 
-def test_a_run_that_fails_is_told_with_its_last_words(tmp_path: Path):
+def test_a_run_that_fails_is_reported_with_its_output(tmp_path: Path):
     result = compare(tmp_path, "--algorithms", "grpo", "--seeds", "1", "--", "--steps", "few")
     assert result.returncode == 1
     assert "compare/grpo-seed0 failed with status 2" in result.stderr

@@ -1,4 +1,4 @@
-"""A run on a real Ray cluster under faults: nothing is lost, repeated or left behind."""
+"""A run on a real Ray cluster under faults: nothing is lost, repeated or left over."""
 
 import json
 import subprocess
@@ -12,8 +12,8 @@ pytest.importorskip("ray")
 @pytest.mark.slow
 @pytest.mark.sandbox
 @pytest.mark.timeout(1200)
-def test_killed_and_frozen_parts_lose_and_repeat_nothing(tmp_path):
-    """In a process of its own, since it looks at all that is left of it."""
+def test_killed_and_frozen_actors_lose_and_repeat_nothing(tmp_path):
+    """In its own process, because the drill checks everything that is left of it."""
     command = [sys.executable, "-m", "tir_alp.studies.drill", "--faults", "3"]
     command += ["--folder", str(tmp_path), "--cluster.patience_s", "10"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1100)

@@ -1,6 +1,6 @@
 """The examples of docs/environments.md: installed as a user does it, and trained by one command.
 
-Third-party packages, and tir_alp itself, are lent by the venv that runs the tests.
+Third-party packages and tir_alp itself come from the virtual environment that runs the tests.
 """
 
 import json
@@ -42,7 +42,7 @@ def train(python, folder, env_id, *settings):
 def test_a_third_party_environment_is_installed_and_trained(tmp_path):
     wheels, venv = tmp_path / "wheels", tmp_path / "venv"
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    source = tmp_path / "source"  # setuptools writes beside what it builds
+    source = tmp_path / "source"  # setuptools writes into the source folder
     run("cp", "-r", ROOT / "docs/examples/letter_count", source)
     how = ("--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", wheels)
     run(*pip, "wheel", *how, source)

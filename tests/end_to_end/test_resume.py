@@ -1,4 +1,4 @@
-"""Ctrl-C with rollouts ahead of the weights, and going on: no task is lost, none is repeated."""
+"""Ctrl-C and resume with rollouts ahead of the weights: no task is lost or repeated."""
 
 import asyncio
 import json
@@ -10,7 +10,7 @@ import torch
 
 from tests.runs import assert_honest
 from tir_alp.models.tiny import TRAIN_CONFIG
-from tir_alp.records.trajectories import state_from_row, state_to_row
+from tir_alp.records.trajectories import state_from_record, state_to_record
 from tir_alp.run import supervise
 from tir_alp.run.command_line import load_config, read_toml
 from tir_alp.run.interrupt import Interrupted
@@ -37,15 +37,14 @@ def config(steps):
     return load_config([*WORDS, "--steps", str(steps)], read_toml(TRAIN_CONFIG))
 
 
-def rows(file):
+def records(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_ctrl_c_and_resume_lose_no_task_and_repeat_none(tmp_path, monkeypatch):
+def test_ctrl_c_and_resume_lose_and_repeat_no_task(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        supervise, "draw", lambda run, draw_report: None
-    )  # pictures take longer than the runs
+    # Drawing takes longer than the runs.
+    monkeypatch.setattr(supervise, "draw", lambda run, draw_report: None)
     path = tmp_path / "runs" / "ahead"
 
     async def interrupted() -> None:
@@ -59,24 +58,24 @@ def test_ctrl_c_and_resume_lose_no_task_and_repeat_none(tmp_path, monkeypatch):
 
     asyncio.run(interrupted())
     saved, position, _ = checkpoint.newest(path / "checkpoints")
-    before = state_from_row(checkpoint.load_rollouts(saved)["queue"])
+    before = state_from_record(checkpoint.load_rollouts(saved)["queue"])
     assert position.step >= 2 and len(before.pending) >= 4
 
     steps = position.step + 1
     asyncio.run(train_from(config(steps), path, services()))
     last = path / "checkpoints" / f"step_{steps}"
-    after = state_from_row(checkpoint.load_rollouts(last)["queue"])
+    after = state_from_record(checkpoint.load_rollouts(last)["queue"])
     files = sorted((path / "trajectories").iterdir())
-    steps_of = [{row["group_id"] for row in rows(file)} for file in files]
-    trained = [group_id for each in steps_of for group_id in each]
-    told = [row for file in sorted((path / "ledger").iterdir()) for row in rows(file)]
-    fates = [row for row in told if row["kind"] == "group" and row["fate"] != "trained"]
-    dropped = [row["group_id"] for row in fates]
+    of_steps = [{each["group_id"] for each in records(file)} for file in files]
+    trained = [group_id for group_ids in of_steps for group_id in group_ids]
+    ledger = [each for file in sorted((path / "ledger").iterdir()) for each in records(file)]
+    groups = [each for each in ledger if each["kind"] == "group"]
+    dropped = [each["group_id"] for each in groups if each["fate"] != "trained"]
     assert len(trained) == 2 * steps
     assert sorted([*trained, *dropped, *after.pending]) == list(range(after.next_group))
     assert {*before.pending} <= {*trained, *dropped, *after.pending}
-    recorded = [row for file in files for row in rows(file)]
-    for group in json.loads(json.dumps(state_to_row(before)))["finished"]:
-        again = [row for row in recorded if row["group_id"] == group["group_id"]]
-        assert not again or again == group["trajectories"]  # what was sampled stays
+    recorded = [each for file in files for each in records(file)]
+    for group in json.loads(json.dumps(state_to_record(before)))["finished"]:
+        again = [each for each in recorded if each["group_id"] == group["group_id"]]
+        assert not again or again == group["trajectories"]  # what was sampled is kept
     assert_honest(path)

@@ -1,4 +1,4 @@
-"""The shipped model and the recipe that makes it belong together, and it can learn its job."""
+"""The shipped models match the recipes that make them, and the base model can learn the task."""
 
 import itertools
 import json
@@ -26,20 +26,20 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 @EACH
-def test_the_weights_are_those_that_the_recipe_recorded(folder: Path):
+def test_the_weights_have_the_digest_of_their_recipe(folder: Path):
     assert digest(folder) == record(folder)["sha256"]
 
 
 @EACH
-def test_the_recipe_is_the_one_in_the_code_and_starts_as_it_did(folder: Path):
+def test_the_recipe_is_the_one_in_the_code_and_reproduces_its_first_losses(folder: Path):
     assert Recipe(**record(folder)["recipe"]) == MODELS[folder]
     losses = [loss for _, loss in itertools.islice(warm_start(MODELS[folder]), 3)]
     assert losses == pytest.approx(record(folder)["first_losses"][:3], rel=1e-4)
 
 
 @EACH
-def test_the_weights_say_what_the_transcripts_say(folder: Path):
-    # New transcripts, which the recipe has not seen: the loss is that of the recipe's end.
+def test_the_weights_fit_new_transcripts(folder: Path):
+    # On transcripts that the recipe has not seen, the loss equals its last training loss.
     share = MODELS[folder].wrong_program_share
     loss = loss_of(load_policy(str(folder)), [transcript(99, index, share) for index in range(256)])
     assert loss.item() == pytest.approx(record(folder)["last_loss"], rel=0.1)
@@ -58,8 +58,8 @@ def test_the_default_run_learns_to_use_the_tool(tmp_path):
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=280)
     assert_honest(tmp_path / "runs" / "learns")
     lines = (tmp_path / "runs" / "learns" / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    before, after = rows[0], rows[-1]
+    metrics = [json.loads(line) for line in lines]
+    before, after = metrics[0], metrics[-1]
     assert before["eval/accuracy"] < 0.10
     assert after["eval/accuracy"] > 0.30
     assert after["eval/tool_calls"] > before["eval/tool_calls"]

@@ -1,7 +1,7 @@
-"""The tiny agent trained through a real SGLang server: the config as it is shipped, but shorter.
+"""The tiny agent trained through a real SGLang server, with the shipped config but fewer steps.
 
-And with what a shared GPU and several servers would have besides: memory that is lent to the
-trainer, and SGLang's own router.
+Added are two features for shared GPUs and several servers: memory that is released to the trainer,
+and SGLang's own router.
 """
 
 import json
@@ -28,15 +28,15 @@ def test_the_tiny_agent_learns_from_an_sglang_server(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     subprocess.run([*command, *words], cwd=tmp_path, env=environment, check=True, timeout=1400)
     run = tmp_path / "runs" / "served"
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if "rollout/reward" in row]
-    rewards = [row["rollout/reward"] for row in steps]
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in metrics if "rollout/reward" in record]
+    rewards = [record["rollout/reward"] for record in steps]
     assert sum(rewards[-3:]) > 1.2 * sum(rewards[:3])
-    for row in steps:  # each step is sampled by the newest weights
-        assert row["staleness/max"] == 0
-        assert row["rollout/failed"] == 0
-        assert row["engine/tensors_compared"] == 4  # of each sync, to the last bit
-        assert row["engine/probe_difference"] < 1e-5
-    assert max(row["mismatch/probe_max"] for row in steps) < 1e-4  # float32 is exact
-    assert max(row["rollout/turns"] for row in steps) > 1
+    for record in steps:  # each step is sampled with the newest weights
+        assert record["staleness/max"] == 0
+        assert record["rollout/failed"] == 0
+        assert record["engine/tensors_compared"] == 4  # of each sync, bit for bit
+        assert record["engine/probe_difference"] < 1e-5
+    assert max(record["mismatch/probe_max"] for record in steps) < 1e-4  # float32 is exact
+    assert max(record["rollout/turns"] for record in steps) > 1
     assert_honest(run)

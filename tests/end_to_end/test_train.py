@@ -1,4 +1,4 @@
-"""The command as a user starts it: what it writes, and that a killed run loses nothing."""
+"""The train command as a user runs it: what it writes, and that a killed run loses nothing."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ def run(folder, *arguments):
     return printed
 
 
-def rows(run_folder):
+def metrics(run_folder):
     return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -55,14 +55,14 @@ def digest(checkpoint):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of four steps that nothing disturbed."""
+    """An undisturbed run of four steps."""
     folder = tmp_path_factory.mktemp("finished")
     printed = run(folder, "--name", "whole", "--steps", "4", *SMALL)
     assert_honest(folder / "runs" / "whole")
     return folder / "runs" / "whole", printed
 
 
-def test_a_run_says_what_it_minimises_and_how_it_ended(finished):
+def test_a_run_prints_its_objective_and_how_it_ended(finished):
     path, printed = finished
     objective = (path / "objective.txt").read_text()
     assert objective.startswith("alp_sequence: minimise the mean over tokens of L_t")
@@ -75,35 +75,35 @@ def test_a_run_says_what_it_minimises_and_how_it_ended(finished):
     assert (path / "report.html").is_file() and (path / "figures" / "ratio.png").is_file()
 
 
-def test_metrics_have_the_public_names_and_evaluation_stands_before_and_after(finished):
-    before, *training, after = rows(finished[0])
-    assert [row["step"] for row in training] == [1, 2, 3, 4]
+def test_metrics_have_the_public_names_between_two_evaluations(finished):
+    before, *training, after = metrics(finished[0])
+    assert [record["step"] for record in training] == [1, 2, 3, 4]
     assert (before["step"], after["step"]) == (0, 4)
     assert before["eval/tasks"] == after["eval/tasks"] == 8
     assert 0 <= after["eval/accuracy"] <= 1
-    for row in training:
-        assert row.keys() >= PUBLIC_METRICS
-        assert row["staleness/mean"] == 0
-        assert row["train/skipped_updates"] == row["rollout/failed"] == 0
+    for record in training:
+        assert record.keys() >= PUBLIC_METRICS
+        assert record["staleness/mean"] == 0
+        assert record["train/skipped_updates"] == record["rollout/failed"] == 0
 
 
 def documented(name):
-    """Whether docs/metrics.md has a metric in a first column; slices have areas and keys apart."""
+    """Whether docs/metrics.md lists a metric; for slices, areas and keys are separate tables."""
     page = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
     cells = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
     names = {each for cell in cells for each in re.findall("`([^`]+)`", cell)}
     patterns = [re.sub("<[a-z]+>", "[a-z0-9_]+", each) for each in names]
     area, key = name.split("/")
-    parts = (
+    wanted = (
         [name]
         if any("/" in each and each.startswith(f"{area}/") for each in names)
         else [area, key]
     )
-    return all(any(re.fullmatch(pattern, part) for pattern in patterns) for part in parts)
+    return all(any(re.fullmatch(pattern, each) for pattern in patterns) for each in wanted)
 
 
 def test_every_metric_is_documented(finished):
-    logged = {name for row in rows(finished[0]) for name in row if name != "step"}
+    logged = {name for record in metrics(finished[0]) for name in record if name != "step"}
     assert {"turn_0/kl", "ratio/turn_p25", "staleness/share_0"} <= logged
     assert not documented("ratio/p") and not documented("turn_0/nothing")
     assert sorted(name for name in logged if not documented(name)) == []
@@ -114,20 +114,20 @@ def test_groups_without_signal_are_replaced_up_to_the_bound(tmp_path):
     run(tmp_path, "--name", "refilled", "--steps", "2", *small, "--rollout.max_refills", "3")
     path = tmp_path / "runs" / "refilled"
     assert_honest(path)
-    _, *training, _ = rows(path)
-    # Two answers of the untrained model are alike more often than not.
-    assert 0 < sum(row["rollout/refills"] for row in training) <= 2 * 3
-    for row in training:
-        assert row["rollout/zero_signal_groups"] >= row["rollout/refills"] <= 3
+    _, *training, _ = metrics(path)
+    # Two answers of the untrained model mostly earn the same reward.
+    assert 0 < sum(record["rollout/refills"] for record in training) <= 2 * 3
+    for record in training:
+        assert record["rollout/zero_signal_groups"] >= record["rollout/refills"] <= 3
     recorded = [
         json.loads(line)["group_id"]
         for file in sorted((path / "trajectories").iterdir())
         for line in file.read_text().splitlines()
     ]
-    assert len(recorded) == 2 * 4 * 2 and len(set(recorded)) == 2 * 4  # and none is there twice
+    assert len(recorded) == 2 * 4 * 2 and len(set(recorded)) == 2 * 4  # and none is recorded twice
 
 
-def test_the_folder_holds_all_that_design_names(finished):
+def test_the_run_folder_is_complete(finished):
     path, _ = finished
     config = json.loads((path / "config.json").read_text())
     assert config["algorithm"]["name"] == "alp_sequence"
@@ -145,7 +145,7 @@ def environments(run_folder):
     return [json.loads(line) for line in lines]
 
 
-def test_a_run_says_which_sandbox_it_ran_in(finished):
+def test_a_run_reports_its_sandbox(finished):
     path, printed = finished
     (environment,) = environments(path)
     sandbox = environment["tools"]["python"]["sandbox"]
@@ -155,13 +155,13 @@ def test_a_run_says_which_sandbox_it_ran_in(finished):
     assert "warning:" not in printed
 
 
-def test_a_run_without_protection_says_so(tmp_path):
+def test_a_run_without_protection_warns(tmp_path):
     unsafe = ("--env.kwargs", '{"sandbox": {"backend": "unsafe"}}')
     words = ("--name", "bare", "--steps", "1", *unsafe, *SMALL)
     refused = start(tmp_path, *words)
-    said = refused.communicate(timeout=240)[0].decode()
+    printed = refused.communicate(timeout=240)[0].decode()
     assert refused.returncode == 2
-    assert "sandbox: a program reached a file of the host" in said
+    assert "sandbox: a program reached a file of the host" in printed
     assert not (tmp_path / "runs").exists()
     printed = run(tmp_path, *words, "--doctor.ignore", "sandbox")
     assert_honest(tmp_path / "runs" / "bare")
@@ -199,7 +199,7 @@ def test_a_run_killed_and_resumed_equals_one_that_was_not(finished, tmp_path):
         assert process.poll() is None, process.communicate()[0].decode()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)  # step 3 is under way
+    process.send_signal(signal.SIGKILL)  # in the middle of step 3
     process.communicate()
     assert not (killed / "checkpoints" / "step_4").exists()
 
@@ -207,10 +207,10 @@ def test_a_run_killed_and_resumed_equals_one_that_was_not(finished, tmp_path):
     assert_honest(killed)
     assert [each["step"] for each in environments(killed)] in ([0, 2], [0, 3])
 
-    of_the_clock = ("time/", "tokens/per", "engine/")  # or counted since the start of a process
-    timeless = [name for name in rows(whole)[1] if not name.startswith(of_the_clock)]
+    not_repeated = ("time/", "tokens/per", "engine/")  # times, and counts since the process start
+    timeless = [name for name in metrics(whole)[1] if not name.startswith(not_repeated)]
     assert len(timeless) > 20
-    for undisturbed, resumed in zip(rows(whole), rows(killed), strict=True):
+    for undisturbed, resumed in zip(metrics(whole), metrics(killed), strict=True):
         names = [name for name in timeless if name in undisturbed]
         assert {name: undisturbed[name] for name in names} == {
             name: resumed[name] for name in names
@@ -224,19 +224,19 @@ def test_a_run_killed_and_resumed_equals_one_that_was_not(finished, tmp_path):
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0, equal_nan=True)
 
 
-def test_what_a_resume_may_not_change_is_refused(finished):
+def test_a_resume_may_not_change_the_trainer(finished):
     process = start(finished[0].parents[1], "--resume", str(finished[0]), "--trainer.lr", "1")
-    said = process.communicate(timeout=60)[0].decode()
+    printed = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 2
-    assert "trainer cannot change in the middle of a run" in said
+    assert "trainer cannot change in the middle of a run" in printed
 
 
 def test_rollouts_ahead_of_the_weights_stay_within_the_limit(tmp_path):
     stale = ("--name", "stale", "--steps", "4", "--rollout.max_staleness", "2")
     run(tmp_path, *stale, *SMALL, "--deterministic", "false")
     assert_honest(tmp_path / "runs" / "stale")
-    training = rows(tmp_path / "runs" / "stale")[1:-1]
-    staleness = [row["staleness/mean"] for row in training]
+    training = metrics(tmp_path / "runs" / "stale")[1:-1]
+    staleness = [record["staleness/mean"] for record in training]
     assert 0 < max(staleness) <= 2
 
 
@@ -244,14 +244,14 @@ def test_a_run_out_of_bounds_rolls_back_and_stops_when_that_does_not_help(tmp_pa
     guards = ("--guards.max_ratio_spread", "1.000001", "--guards.on_trip", "roll_back")
     limits = ("--guards.max_roll_backs", "1", "--checkpoint.keep", "3")
     process = start(tmp_path, "--name", "ill", "--steps", "4", *SMALL, *guards, *limits)
-    said = process.communicate(timeout=240)[0].decode()
-    assert process.returncode == 3, said
+    printed = process.communicate(timeout=240)[0].decode()
+    assert process.returncode == 3, printed
     path = tmp_path / "runs" / "ill"
     events = [json.loads(line) for line in (path / "events.jsonl").read_text().splitlines()]
     assert [(event["step"], event["kind"]) for event in events] == [(1, "roll_back"), (2, "stop")]
     assert_honest(path)
     assert "max_ratio_spread = 1" in events[0]["reason"]
     assert "back to the weights of step 0" in events[0]["reason"]
-    assert f"stopped in step 2: {events[1]['reason']}" in said
+    assert f"stopped in step 2: {events[1]['reason']}" in printed
     assert digest(path / "checkpoints/step_1") == digest(path / "checkpoints/step_0")
-    assert [row["step"] for row in rows(path)] == [0, 1, 2]
+    assert [record["step"] for record in metrics(path)] == [0, 1, 2]

@@ -1,20 +1,22 @@
-"""The folder of a run, as a run that was killed leaves it behind."""
+"""The run folder, in the state in which a killed run leaves it."""
 
 import json
 
 from tir_alp.config import Config
-from tir_alp.records.folder import RunFolder, read_rows
+from tir_alp.records.folder import RunFolder, read_records
 
 
-def test_a_run_goes_on_behind_a_broken_line_and_without_a_torn_one(tmp_path):
+def test_reopening_drops_broken_and_incomplete_lines(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.create(Config())
     folder.log(1, {"rollout/reward": 0.25})
     folder.close()
     file = folder.path / "metrics.jsonl"
-    with file.open("a") as rows:
-        rows.write('{"step": 1, "}\nnull\n{"step": 2, "rollout/reward": 0.5}\n{"step": 3, "kl')
-    assert read_rows(file)[1] == 2  # the torn one is how a file looks while it is written
+    with file.open("a") as lines:
+        lines.write('{"step": 1, "}\nnull\n{"step": 2, "rollout/reward": 0.5}\n{"step": 3, "kl')
+    assert (
+        read_records(file)[1] == 2
+    )  # an incomplete last line does not count: the file may still be written
     folder.reopen(step=1)
     folder.log(2, {"rollout/reward": 0.75})
     folder.close()

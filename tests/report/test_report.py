@@ -1,4 +1,4 @@
-"""Reports of runs that are whole, torn, hostile or odd; drawn from folders as a run writes them."""
+"""Reports of runs that are complete, damaged, hostile or odd, drawn from real run folders."""
 
 import json
 import math
@@ -13,12 +13,13 @@ from tir_alp.config import Config
 from tir_alp.records.folder import RunFolder
 from tir_alp.report import write_comparison, write_run_report
 from tir_alp.report.__main__ import main
-from tir_alp.report.compare import numbers, row
+from tir_alp.report.catalogue import PICTURES, meaning
+from tir_alp.report.compare import row, summary_of
 from tir_alp.report.figures import median_of, scale_for, shares
 from tir_alp.report.methods import STYLES, by_method
 from tir_alp.report.read import Series, changed_settings, read_run
 
-ROW = {
+METRICS = {
     **{"rollout/reward": 0.5, "ratio/p2": 0.5, "ratio/p50": 1.0, "ratio/p98": 2.0},
     **{"kl/rollout": 0.01, "loss/clip_fraction": 0.1, "loss/clip_fraction_low": 0.1},
     **{"entropy/mean": 0.3, "alp/sigma_mean": 0.01, "alp/sigma_0": 0.01, "alp/sigma_1": 0.01},
@@ -33,21 +34,21 @@ ALL = {
 }
 
 
-def make_run(path, rows=None, **config):
-    """A folder of a run, written by what writes them; `rows` are (step, metrics)."""
-    if rows is None:
-        rows = [(0, {"eval/accuracy": 0.1}), *((step, ROW) for step in (1, 2, 3))]
-        rows += [(3, {"eval/accuracy": 0.6})]
+def make_run(path, metrics=None, **config):
+    """Write a run folder with the program's own writer; `metrics` are pairs (step, metrics)."""
+    if metrics is None:
+        metrics = [(0, {"eval/accuracy": 0.1}), *((step, METRICS) for step in (1, 2, 3))]
+        metrics += [(3, {"eval/accuracy": 0.6})]
     folder = RunFolder(path)
     folder.create(Config(**config))
-    for step, metrics in rows:
-        folder.log(step, metrics)
+    for step, values in metrics:
+        folder.log(step, values)
     folder.close()
     return path
 
 
 class Page(HTMLParser):
-    """What a browser would meet."""
+    """The tags and links that a browser would find."""
 
     def __init__(self, page):
         super().__init__()
@@ -104,15 +105,15 @@ def test_names_and_configs_are_text_and_never_markup_or_formulas(tmp_path):
         assert "&lt;script&gt;" in page.read_text()
 
 
-def test_events_and_the_sandbox_are_told(tmp_path):
+def test_events_and_the_sandbox_are_shown(tmp_path):
     path = make_run(tmp_path / "run")
-    RunFolder(path).tell(2, "roll_back", "KL too large")
+    RunFolder(path).log_event(2, "roll_back", "KL too large")
     tools = {
         "python": {"sandbox": "landlock", "refused": {"namespaces": "not permitted"}},
         "checker": {"sandbox": "namespaces", "refused": {}},
     }
-    said = {"step": 0, "tools": tools, "warnings": ["Beware."]}
-    (path / "environment.jsonl").write_text(json.dumps(said) + "\n")
+    report = {"step": 0, "tools": tools, "warnings": ["Beware."]}
+    (path / "environment.jsonl").write_text(json.dumps(report) + "\n")
     page = write_run_report(path).read_text()
     assert "roll_back: KL too large" in page
     assert "python: sandbox landlock, refused (namespaces not permitted); checker: sandbox" in page
@@ -120,33 +121,34 @@ def test_events_and_the_sandbox_are_told(tmp_path):
     assert "Beware." in page
 
 
-@pytest.mark.parametrize("num_rows", [0, 1])
-def test_a_run_that_has_just_begun_can_be_drawn(tmp_path, num_rows):
-    path = make_run(tmp_path / "run", [(1, ROW)] * num_rows)
+@pytest.mark.parametrize("num_records", [0, 1])
+def test_a_run_that_has_just_begun_can_be_drawn(tmp_path, num_records):
+    path = make_run(tmp_path / "run", [(1, METRICS)] * num_records)
     page = write_run_report(path)
-    assert drawn(path) == (ALL if num_rows else set())
-    assert ("no metrics to draw yet" in page.read_text()) is not bool(num_rows)
+    assert drawn(path) == (ALL if num_records else set())
+    assert ("no metrics to draw yet" in page.read_text()) is not bool(num_records)
 
 
-def test_a_torn_last_line_is_left_out_and_a_broken_one_is_told(tmp_path):
+def test_an_incomplete_last_line_is_ignored_and_a_broken_one_reported(tmp_path):
     path = make_run(tmp_path / "run")
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rollout/rew')
     assert read_run(path).num_unreadable == 0
     with (path / "metrics.jsonl").open("a") as file:
         file.write('\nnull\n{"step": 5, "rollout/reward": "?", "kl/rollout": null}\n')
-    record = read_run(path)
-    assert record.num_unreadable == 2
-    assert record.last_step == 3
+    run = read_run(path)
+    assert run.num_unreadable == 2
+    assert run.last_step == 3
     assert "2 lines of metrics.jsonl could not be read" in write_run_report(path).read_text()
 
 
 def test_values_that_are_not_finite_are_shown_and_counted(tmp_path):
     odd = {
-        name: value for name, value in zip(ROW, [math.nan, math.inf, -math.inf] * 9, strict=False)
+        name: value
+        for name, value in zip(METRICS, [math.nan, math.inf, -math.inf] * 9, strict=False)
     }
-    path = make_run(tmp_path / "run", [(1, ROW), (2, odd), (4, ROW)])
-    only_nan = make_run(tmp_path / "nan", [(1, dict.fromkeys(ROW, math.nan))], seed=1)
+    path = make_run(tmp_path / "run", [(1, METRICS), (2, odd), (4, METRICS)])
+    only_nan = make_run(tmp_path / "nan", [(1, dict.fromkeys(METRICS, math.nan))], seed=1)
     assert drawn(write_run_report(path).parent) == ALL
     assert drawn(write_run_report(only_nan).parent) >= ALL - {"outcomes"}
     write_comparison([path, only_nan], tmp_path / "both")
@@ -161,6 +163,32 @@ def test_unknown_metrics_are_listed_and_draw_nothing(tmp_path):
     assert "mine/own" in page.read_text() and "1 more metrics" in page.read_text()
 
 
+@pytest.mark.parametrize(
+    ("metric", "explained"),
+    [
+        ("mismatch/p50", "percentile of the sequence ratios, trainer over engine"),
+        ("mismatch/token_p2", "percentile of the token ratios, trainer over engine"),
+        ("mismatch/probe_kl", "KL of trainer and engine on a sample, k1"),
+        ("mismatch/probe_mean", "mean |logprob of trainer - engine| of a sample"),
+        ("mismatch/probe_max", "largest |logprob of trainer - engine| of a sample"),
+        ("mismatch/proximal_perplexity", "perplexity by the trainer before the updates"),
+        ("alp/sigma_mean", "sigma of the noise, mean over layers"),
+        ("alp/sigma_2", "sigma of the noise at one layer"),
+        ("mismatch/ess", "effective sample size"),
+        ("mine/own", ""),
+    ],
+)
+def test_a_metric_is_explained_by_its_own_entry(metric, explained):
+    assert meaning(metric)[0] == explained
+
+
+def test_every_metric_of_a_picture_is_explained():
+    lines = [line for picture in PICTURES for panel in picture.panels for line in panel.lines]
+    names = {line.metric.replace("*", "0") for line in lines if line.label}
+    names |= {f"{line.metric}2" for line in lines if not line.label}  # prefixes of percentiles
+    assert [name for name in sorted(names) if not meaning(name)[0]] == []
+
+
 def test_many_layers_and_levels_of_ratios_are_drawn(tmp_path):
     metrics = {f"alp/sigma_{layer}": 0.01 * (layer + 1) for layer in range(28)}
     for prefix in ("ratio/p", "ratio/turn_p", "ratio/token_p"):
@@ -172,8 +200,8 @@ def test_many_layers_and_levels_of_ratios_are_drawn(tmp_path):
 
 def test_settings_that_differ_from_the_preset_are_named(tmp_path):
     grpo = ALGORITHMS["grpo"].model_copy(update={"clip_high": 0.5})
-    record = read_run(make_run(tmp_path / "run", seed=3, algorithm=grpo))
-    assert changed_settings(record) == {"seed": (3, 0), "algorithm.clip_high": (0.5, 0.28)}
+    run = read_run(make_run(tmp_path / "run", seed=3, algorithm=grpo))
+    assert changed_settings(run) == {"seed": (3, 0), "algorithm.clip_high": (0.5, 0.28)}
 
 
 def test_seeds_are_one_method_and_other_settings_are_another(tmp_path):
@@ -190,27 +218,27 @@ def test_seeds_are_one_method_and_other_settings_are_another(tmp_path):
     assert Page(page).tags.count("img") == len(ALL)
 
 
-def test_every_preset_has_a_look_of_its_own_whatever_it_is_compared_with(tmp_path):
+def test_every_preset_has_its_own_look_in_any_comparison(tmp_path):
     assert set(STYLES) == set(ALGORITHMS)
     assert len(set(map(str, STYLES.values()))) == len(STYLES)
     one, other = (
         read_run(make_run(tmp_path / name, algorithm=ALGORITHMS[name])) for name in ("gspo", "dapo")
     )
     looks = [
-        {method.algorithm: (method.colour, method.dash) for method in by_method(records)}
-        for records in ([one, other], [other, one], [one])
+        {method.algorithm: (method.colour, method.dash) for method in by_method(runs)}
+        for runs in ([one, other], [other, one], [one])
     ]
     assert looks[0] == looks[1]
     assert looks[2].items() <= looks[0].items()
 
 
 def test_the_table_has_the_worst_of_tails_and_means_of_the_rest(tmp_path):
-    wide = ROW | {"ratio/p2": 0.1, "kl/rollout": -0.2, "loss/clip_fraction": 0.3}
-    record = read_run(make_run(tmp_path / "run", [(1, ROW), (2, wide)]))
-    summed = numbers(record)
-    assert (summed.widest, summed.max_kl) == (20.0, 0.2)
-    assert summed.clip_fraction == pytest.approx(0.2)
-    assert math.isnan(summed.after)
+    wide = METRICS | {"ratio/p2": 0.1, "kl/rollout": -0.2, "loss/clip_fraction": 0.3}
+    run = read_run(make_run(tmp_path / "run", [(1, METRICS), (2, wide)]))
+    summary = summary_of(run)
+    assert (summary.widest, summary.max_kl) == (20.0, 0.2)
+    assert summary.clip_fraction == pytest.approx(0.2)
+    assert math.isnan(summary.after)
 
 
 def test_the_median_is_over_the_runs_that_are_there():
@@ -218,7 +246,7 @@ def test_the_median_is_over_the_runs_that_are_there():
     assert median_of(runs) == Series((1, 2), (3.0, 3.0))
 
 
-def test_shares_add_up_to_one_and_leave_out_what_never_was():
+def test_shares_add_up_to_one_and_leave_out_constant_zeros():
     found = shares({"a": Series((1, 2), (3, 1)), "b": Series((1,), (1,)), "c": Series((1,), (0,))})
     assert found == {"a": Series((1, 2), (0.75, 1.0)), "b": Series((1, 2), (0.25, 0.0))}
 
@@ -238,7 +266,7 @@ def test_an_axis_is_logarithmic_where_values_differ_by_orders(values, wanted, sc
     assert scale_for(values, wanted) == scale
 
 
-def test_the_command_prints_the_page_and_refuses_what_is_no_run(tmp_path, capsys):
+def test_the_command_prints_the_page_and_refuses_other_folders(tmp_path, capsys):
     one, other = make_run(tmp_path / "one"), make_run(tmp_path / "other", seed=1)
     assert main([str(one)]) == 0
     assert capsys.readouterr().out.strip() == str(one / "report.html")
@@ -268,4 +296,4 @@ def test_the_module_is_a_command(tmp_path):
     command = [sys.executable, "-m", "tir_alp.report", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "is no folder of a run" in done.stderr
+    assert "is not a run folder" in done.stderr

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tir_alp.records.trajectories import state_from_row, state_to_row
+from tir_alp.records.trajectories import state_from_record, state_to_record
 from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.queue import RolloutQueue, RolloutsFailed
 from tir_alp.tools.outcome import Outcome
@@ -217,7 +217,7 @@ def test_a_resumed_queue_neither_loses_nor_repeats_a_group():
         taking.cancel()
         state = first.state
         assert (state.next_group, state.pending, list(state.finished)) == (8, (4, 5, 6, 7), [5])
-        state = state_from_row(json.loads(json.dumps(state_to_row(state))))
+        state = state_from_record(json.loads(json.dumps(state_to_record(state))))
         later = Sampler()
         later.end(*range(100))
         second = queue_of(later, max_staleness=2, state=state)

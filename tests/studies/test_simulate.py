@@ -1,4 +1,4 @@
-"""The simulator plays what the code does: literal schedules, and costs found again in a record."""
+"""The simulator follows the program: schedules computed by hand, and costs recovered from a run."""
 
 import json
 from dataclasses import astuple, replace
@@ -13,7 +13,7 @@ from tir_alp.studies.simulate.pipeline import (
     EngineCost,
     EpisodeCost,
     GroupCost,
-    Layout,
+    PipelineLayout,
     TrainerCost,
     TurnCost,
     simulate,
@@ -26,10 +26,10 @@ COSTS = Costs(
     trainer=TrainerCost(step_s=1.0, token_s=0.01),
     sync_s=0.3,
 )
-ALONE = Layout(groups_per_step=1, group_size=1)
+ALONE = PipelineLayout(groups_per_step=1, group_size=1)
 
 
-def test_a_lone_episode_takes_what_its_parts_take():
+def test_a_lone_episode_takes_the_sum_of_its_phases():
     # 0.5 prepare + 0.1 prefill + 10 x (0.08 + 0.02) + 2 tool + 1 + 110 x 0.01 train + 0.3 sync
     forecast = simulate(COSTS, ALONE, steps=4)
     assert forecast.seconds_per_step == pytest.approx(6.0)
@@ -39,7 +39,7 @@ def test_a_lone_episode_takes_what_its_parts_take():
     assert (forecast.staleness, forecast.max_staleness) == (0, 0)
 
 
-def test_requests_of_one_engine_share_its_steps_and_those_of_two_do_not():
+def test_requests_of_one_engine_share_its_steps():
     together = simulate(COSTS, replace(ALONE, group_size=2), steps=2)
     # 0.5 + 0.2 prefill + 10 x (0.08 + 2 x 0.02) + 2 + 1 + 220 x 0.01 + 0.3
     assert together.seconds_per_step == pytest.approx(7.4)
@@ -47,21 +47,21 @@ def test_requests_of_one_engine_share_its_steps_and_those_of_two_do_not():
     assert apart.seconds_per_step == pytest.approx(7.4 - 0.1 - 0.2)
 
 
-def test_slots_of_engines_and_of_tools_make_others_wait():
+def test_engine_slots_and_tool_slots_limit_concurrency():
     two = replace(ALONE, group_size=2)
-    # One after another in the engine: the second begins its 1.1 s when the first has ended.
-    behind = simulate(COSTS, replace(two, engine_slots=1), steps=2)
-    assert behind.seconds_per_step == pytest.approx(0.5 + 2 * 1.1 + 2 + 1 + 2.2 + 0.3)
+    # One after the other in the engine: the second starts its 1.1 s when the first has ended.
+    serial = simulate(COSTS, replace(two, engine_slots=1), steps=2)
+    assert serial.seconds_per_step == pytest.approx(0.5 + 2 * 1.1 + 2 + 1 + 2.2 + 0.3)
     tools = simulate(COSTS, replace(two, tool_slots=1), steps=2)
     assert tools.seconds_per_step == pytest.approx(7.4 + 2)
 
 
-def test_ranks_divide_the_tokens_of_a_step_and_not_its_fixed_part():
+def test_ranks_divide_the_tokens_of_a_step_but_not_its_fixed_cost():
     forecast = simulate(COSTS, replace(ALONE, trainers=2), steps=2)
     assert forecast.seconds_per_step == pytest.approx(6.0 - 0.55)
 
 
-def test_rollouts_ahead_of_the_weights_hide_behind_training():
+def test_rollouts_ahead_of_the_weights_overlap_with_training():
     long_training = replace(COSTS, trainer=TrainerCost(step_s=10.0, token_s=0.0))
     ahead = simulate(long_training, replace(ALONE, max_staleness=1), steps=5)
     assert ahead.seconds_per_step == pytest.approx(10.3)
@@ -73,14 +73,15 @@ def test_no_group_is_older_than_the_limit(max_staleness):
     groups = tuple(
         GroupCost((EpisodeCost(0.1, (replace(TURN, tool_s=s),)),)) for s in (0.1, 1.0, 30.0)
     )
-    layout = Layout(groups_per_step=3, group_size=2, max_staleness=max_staleness)
+    layout = PipelineLayout(groups_per_step=3, group_size=2, max_staleness=max_staleness)
     forecast = simulate(replace(COSTS, groups=groups), layout, steps=20)
     assert forecast.max_staleness <= max_staleness
 
 
-def test_what_an_update_does_to_completions_that_run():
-    # Completions of 1 and of 200 tokens in turn, 0.1 s each and 0.1 s to be read; two groups are in
-    # flight. The short one is trained on in 1 s while the long one, begun at 0, runs.
+def test_a_weight_update_during_completions():
+    # Completions alternate between 1 and 200 tokens, with 0.1 s per token and 0.1 s of prefill. Two
+    # groups are in flight. The short one is trained on in 1 s while the long one, started at 0,
+    # runs.
     quick, slow = (replace(TURN, completion_tokens=n, tool_s=0.0) for n in (1, 200))
     costs = replace(
         COSTS,
@@ -93,24 +94,26 @@ def test_what_an_update_does_to_completions_that_run():
         layout = replace(ALONE, max_staleness=1, on_update=on_update)
         return 2 * simulate(costs, layout, steps=2, warm_up=20).seconds_per_step
 
-    # The update comes at 20.1, behind the long one: 0.3 each, and 1 to train on the long one.
+    # The update is at 20.1, after the long one: 0.3 each, and 1 to train on the long one.
     assert pair_s("wait") == pytest.approx(20.1 + 0.3 + 1 + 0.3)
-    # It comes at 1.1: the long one waits 0.3, its 100 + 10 tokens are read anew, and 0.1 is for the
-    # next short one's prompt.
+    # The update is at 1.1: the long one waits 0.3, its 100 + 10 tokens are prefilled again, and 0.1
+    # is the prefill of the next short one.
     assert pair_s("keep") == pytest.approx(20.1 + 0.3 + 0.11 + 0.1 + 1 + 0.3)
-    # The same, but its prompt alone is read, and its 10 tokens are written again.
+    # The same, but only its prompt is prefilled, and its 10 tokens are generated again.
     assert pair_s("drop") == pytest.approx(20.1 + 0.3 + 0.10 + 1.0 + 0.1 + 1 + 0.3)
 
 
-def test_a_shared_device_stretches_both():
+def test_a_shared_device_slows_both_down():
     costs = replace(COSTS, trainer=TrainerCost(step_s=10.0, token_s=0.0))
     layout = replace(ALONE, max_staleness=1)
     apart = simulate(costs, layout, steps=5).seconds_per_step
     shared = simulate(replace(costs, slowdown=2.0), layout, steps=5).seconds_per_step
-    assert apart + 1.0 < shared < 2 * apart  # the engine runs a fraction of the training only
+    assert (
+        apart + 1.0 < shared < 2 * apart
+    )  # the engine runs during a fraction of the training only
 
 
-def test_recorded_groups_are_played_in_their_order_and_others_drawn_equally_by_equal_seeds():
+def test_recorded_groups_keep_their_order_and_other_sizes_are_drawn_by_seed():
     episodes = tuple(EpisodeCost(0.1, (replace(TURN, tool_s=t),)) for t in (0.1, 1.0, 3.0))
     as_recorded = replace(COSTS, groups=tuple(GroupCost((each,)) for each in episodes))
     one, other = (simulate(as_recorded, ALONE, steps=3, seed=seed) for seed in (1, 2))
@@ -122,9 +125,9 @@ def test_recorded_groups_are_played_in_their_order_and_others_drawn_equally_by_e
     assert simulate(drawn, whole, steps=9, seed=1) == simulate(drawn, whole, steps=9, seed=2)
 
 
-def test_the_costs_of_an_engine_are_found_again_in_the_times_of_its_turns():
-    # Four completions that begin together: prompts of 50 tokens, then steps of 10 + 2 b ms while
-    # b of them run, with 1 ms a token read.
+def test_engine_costs_are_recovered_from_the_times_of_turns():
+    # Four completions that start together: prompts of 50 tokens at 1 ms per token, then steps of
+    # 10 + 2 b ms while b of them run.
     lengths, prefill = (10, 20, 40, 80), 50
     turns = [
         TimedTurn(
@@ -149,7 +152,7 @@ def test_a_cost_is_never_negative():
 
 
 def write_run(folder: Path, num_steps: int, max_staleness: int = 0) -> Path:
-    """A run of one episode a step, written by hand."""
+    """Write a run folder with one episode per step by hand."""
     (folder / "trajectories").mkdir(parents=True)
     rollout = {
         "max_staleness": max_staleness,
@@ -176,13 +179,13 @@ def write_run(folder: Path, num_steps: int, max_staleness: int = 0) -> Path:
         trajectory = {"group_id": step, "prompt": {"token_ids": [3] * 7}, "turns": turns}
         file = folder / "trajectories" / f"step_{step:06d}.jsonl"
         file.write_text(json.dumps(trajectory) + "\n")
-        row = {"time/rollout": 5.5, "time/train": 4.0, "tokens/generated": 30}
-        metrics += json.dumps({"step": step, **row, "tokens/per_second": 3.0}) + "\n"
+        record = {"time/rollout": 5.5, "time/train": 4.0, "tokens/generated": 30}
+        metrics += json.dumps({"step": step, **record, "tokens/per_second": 3.0}) + "\n"
     (folder / "metrics.jsonl").write_text(metrics)
     return folder
 
 
-def test_a_run_is_read_and_forecast_as_it_was(tmp_path):
+def test_a_recorded_run_is_forecast_as_it_was(tmp_path):
     costs = read_costs(write_run(tmp_path / "run", 4))
     turns = (TurnCost(7, 7, 10, 2.0), TurnCost(22, 5, 20, 0.0))
     assert costs.groups == (GroupCost((EpisodeCost(0.5, turns),)),) * 3
@@ -192,15 +195,16 @@ def test_a_run_is_read_and_forecast_as_it_was(tmp_path):
     assert forecast.seconds_per_step == pytest.approx(10.0, rel=0.01)
 
 
-def test_groups_without_signal_take_time_and_their_slot_is_used_again(tmp_path):
+def test_groups_without_signal_take_time_and_free_their_slot(tmp_path):
     run = write_run(tmp_path / "run", 4)
     (run / "replaced").mkdir()
     for step in (2, 3, 4):
         name = f"step_{step:06d}.jsonl"
-        row = json.loads((run / "trajectories" / name).read_text()) | {"group_id": step + 100}
-        for turn in row["turns"]:
+        trajectory = json.loads((run / "trajectories" / name).read_text())
+        trajectory["group_id"] += 100
+        for turn in trajectory["turns"]:
             turn["timing"]["begin"] += 50
-        (run / "replaced" / name).write_text(json.dumps(row) + "\n")
+        (run / "replaced" / name).write_text(json.dumps(trajectory) + "\n")
     costs = read_costs(run)
     assert [group.has_signal for group in costs.groups] == [True, False] * 3
     # A step plays two groups, one after the other, and trains on one.
@@ -220,11 +224,11 @@ def test_a_table_row_for_each_combination(tmp_path, capsys):
 
 def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
     assert main([str(tmp_path / "none")]) == 2
-    assert "is no folder of a run" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
     assert main([str(write_run(tmp_path / "stale", 4, max_staleness=2))]) == 2
     assert "had rollout.max_staleness = 2" in capsys.readouterr().err
     assert main([str(write_run(tmp_path / "short", 2))]) == 2
-    assert "has 1 steps behind the first; at least 2 are needed" in capsys.readouterr().err
+    assert "has 1 steps after the first; at least 2 are needed" in capsys.readouterr().err
     old = write_run(tmp_path / "old", 4)
     file = old / "trajectories" / "step_000002.jsonl"
     file.write_text(file.read_text().replace('"begin"', '"start"'))

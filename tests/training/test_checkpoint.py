@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from tir_alp.algorithm.presets import ALGORITHMS
 from tir_alp.config import TrainerConfig
 from tir_alp.models.tiny.model import make_model, make_tokenizer
-from tir_alp.records.trajectories import state_from_row, state_to_row
+from tir_alp.records.trajectories import state_from_record, state_to_record
 from tir_alp.rollouts.queue import QueueState
 from tir_alp.tools.outcome import Outcome
 from tir_alp.training import checkpoint
@@ -32,7 +32,7 @@ TURN = Turn(
 TRAJECTORY = Trajectory("t", 5, TokenSpan((1, 2)), (TURN,), True, False, sequence_uid=9)
 ROLLOUTS = QueueState(8, (5, 7), {5: TrajectoryGroup("t", 5, (TRAJECTORY,) * 2, num_failed=1)})
 """Whatever a group can hold."""
-ROWS = state_to_row(ROLLOUTS)
+ROWS = state_to_record(ROLLOUTS)
 
 
 def make_trainer(algorithm="bypass_token", model=None):
@@ -65,7 +65,7 @@ def test_a_checkpoint_is_a_hugging_face_folder_and_knows_where_the_run_stood(tmp
 
 
 def test_pending_groups_come_back_as_they_were(tmp_path, trainer):
-    assert state_from_row(checkpoint.load_rollouts(save(tmp_path, trainer, step=1))) == ROLLOUTS
+    assert state_from_record(checkpoint.load_rollouts(save(tmp_path, trainer, step=1))) == ROLLOUTS
 
 
 def test_the_newest_is_by_number_and_old_ones_go(tmp_path, trainer):

@@ -1,9 +1,9 @@
 """Proves a saved run token by token: what was trained on is what was sampled, shown and graded.
 
-Nothing is believed twice from one source. The trajectories, written by the rollouts, are held
-against the ledger, written at the borders of engine, environment and trainer; against the renderer,
-which encodes every prompt and observation again; and against the environment, which plays every
-episode again with the recorded tool results. No model, no sandbox and no GPU are needed.
+No fact rests on a single source. The trajectories, written by the rollouts, are compared with the
+ledger, written at the interfaces of engine, environment and trainer; with the renderer, which
+encodes every prompt and observation again; and with the environment, which replays every episode
+with the recorded tool results. No model, sandbox or GPU is needed.
 """
 
 from tir_alp.audit.findings import Findings

@@ -16,9 +16,9 @@ _MOST_SHOWN = 20
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Audit a run; 1 if anything has drifted, 2 if the folder cannot be audited."""
+    """Audit a run; return 1 if anything has drifted, 2 if the folder cannot be audited."""
     parser = argparse.ArgumentParser("tir_alp.audit", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     path: Path = parser.parse_args(arguments).run
     try:
         findings = audit_run(path)

@@ -1,4 +1,4 @@
-"""What an audit has looked at, and what it found."""
+"""What an audit has checked, and what it found."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ CHECKS = (
     "tokens in the loss",
     "metrics",
 )
-"""In the order of the table. `docs/audit.md` says what each of them compares."""
+"""In the order of the printed table. `docs/audit.md` describes what each check compares."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where something was found; what is None is not known, or not meant."""
+class Location:
+    """Where something was found. A field is None if it is unknown or does not apply."""
 
     file: str
     line: int | None = None
@@ -36,54 +36,54 @@ class Place:
     turn: int | None = None
     token: int | None = None
 
-    def at(self, *, turn: int | None = None, token: int | None = None) -> Place:
-        """A turn of it, or a token of that."""
+    def at(self, *, turn: int | None = None, token: int | None = None) -> Location:
+        """Return the location of a turn in this one, or of a token in a turn."""
         return replace(self, turn=self.turn if turn is None else turn, token=token)
 
     def __str__(self) -> str:
         named = {"task": self.task, "turn": self.turn, "token": self.token}
-        parts = [f"{name} {value}" for name, value in named.items() if value is not None]
-        return ", ".join([self.file + ("" if self.line is None else f":{self.line}"), *parts])
+        inner = [f"{name} {value}" for name, value in named.items() if value is not None]
+        return ", ".join([self.file + ("" if self.line is None else f":{self.line}"), *inner])
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Something that two sources do not agree on."""
+    """A disagreement between two sources."""
 
     check: str
-    place: Place
+    location: Location
     what: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.what} ({self.check})"
+        return f"{self.location}: {self.what} ({self.check})"
 
 
 @dataclass(slots=True)
 class Findings:
-    """Grows while an audit goes on."""
+    """Collects the results of an audit while it runs."""
 
     drifts: list[Drift] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What is no drift, and should be known."""
+    """Remarks about the run that are not drifts."""
     _checked: Counter[str] = field(default_factory=Counter)
 
     def count(self, check: str, number: int = 1) -> None:
-        """So many were looked at."""
+        """Count items that a check has looked at."""
         assert check in CHECKS
         self._checked[check] += number
 
-    def drift(self, check: str, place: Place, what: str) -> None:
-        """One was found that is not as it should be."""
+    def drift(self, check: str, location: Location, what: str) -> None:
+        """Add a drift."""
         assert check in CHECKS
-        self.drifts.append(Drift(check, place, what))
+        self.drifts.append(Drift(check, location, what))
 
-    def expect(self, holds: bool, check: str, place: Place, what: str) -> bool:
-        """Note a drift where something does not hold; returns whether it does."""
+    def expect(self, holds: bool, check: str, location: Location, what: str) -> bool:
+        """Add a drift unless a condition holds; return whether it holds."""
         if not holds:
-            self.drift(check, place, what)
+            self.drift(check, location, what)
         return holds
 
     def totals(self) -> dict[str, tuple[int, int]]:
-        """How many each check looked at, and how often it found a drift."""
+        """Return, for each check, how many items it looked at and how many drifts it found."""
         drifted = Counter(drift.check for drift in self.drifts)
         return {check: (self._checked[check], drifted[check]) for check in CHECKS}

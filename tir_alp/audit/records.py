@@ -1,4 +1,4 @@
-"""Reads the files of a run, a step at a time; what cannot be read is a drift with its line."""
+"""Reads a run's records, one step at a time. A line that cannot be read is a drift."""
 
 from __future__ import annotations
 
@@ -8,33 +8,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tir_alp.audit.findings import Findings, Place
+from tir_alp.audit.findings import Findings, Location
 from tir_alp.records.folder import step_file
-from tir_alp.records.ledger_rows import FORMAT, Attempt, Call, update_record
-from tir_alp.records.trajectories import from_row
+from tir_alp.records.ledger_rows import FORMAT, Attempt, Record, update_record
+from tir_alp.records.trajectories import from_record
 from tir_alp.training.step_report import UpdateRecord
 from tir_alp.types import Trajectory
 
-Row = dict[str, Any]
-
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
-    """A trajectory, and the line that it stands in."""
+class RecordedTrajectory:
+    """A trajectory, and the line that holds it."""
 
     trajectory: Trajectory
-    place: Place
+    location: Location
 
 
 @dataclass(frozen=True, slots=True)
 class GroupEntry:
-    """What became of one group."""
+    """What became of one group, according to the ledger."""
 
     group_id: int
     task_id: str
     fate: str
     num_failed: int
-    place: Place
+    location: Location
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,119 +40,141 @@ class UpdateEntry:
     """The record of one optimizer update."""
 
     record: UpdateRecord
-    place: Place
+    location: Location
 
 
 @dataclass(slots=True)
 class StepLedger:
     """The ledger of one step."""
 
-    place: Place
+    location: Location
     groups: list[GroupEntry] = field(default_factory=list)
     attempts: dict[int, list[Attempt]] = field(default_factory=dict)
-    """By uid, in order."""
+    """Attempts by sequence uid, in the order in which they were made."""
     updates: list[UpdateEntry] = field(default_factory=list)
 
 
-def rows_of(path: Path, name: str, findings: Findings) -> Iterator[tuple[Place, Row]]:
-    """The objects of a file of JSON lines, one by one. What is none is a drift, and left out."""
+def records_of(path: Path, name: str, findings: Findings) -> Iterator[tuple[Location, Record]]:
+    """Yield the objects of a file of JSON lines. Any other line is a drift and is skipped.
+
+    Args:
+        path: The run folder.
+        name: Path of the file relative to it.
+        findings: Where drifts are added.
+    """
     findings.count("files")
     try:
         with (path / name).open("rb") as file:
             for number, line in enumerate(file, start=1):
-                place = Place(name, number)
+                location = Location(name, number)
                 if not line.endswith(b"\n"):
-                    findings.drift("files", place, "the line is torn: the file was cut short")
+                    findings.drift("files", location, "incomplete line: the file was cut short")
                     return
                 try:
-                    row = json.loads(line)
+                    record = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    findings.drift("files", place, f"not JSON ({error})")
+                    findings.drift("files", location, f"not JSON ({error})")
                     continue
-                if isinstance(row, dict):
-                    yield place, row
+                if isinstance(record, dict):
+                    yield location, record
                 else:
-                    findings.drift("files", place, f"not an object: {row!r:.60}")
+                    findings.drift("files", location, f"not an object: {record!r:.60}")
     except OSError as error:
-        findings.drift("files", Place(name), f"cannot be read ({error.strerror})")
+        findings.drift("files", Location(name), f"cannot be read ({error.strerror})")
 
 
-def read_trajectories(path: Path, folder: str, step: int, findings: Findings) -> list[Recorded]:
-    """The trajectories of a step."""
+def read_trajectories(
+    path: Path, folder: str, step: int, findings: Findings
+) -> list[RecordedTrajectory]:
+    """Read the trajectories of a step.
+
+    Args:
+        path: The run folder.
+        folder: `trajectories` or `replaced`.
+        step: Number of the step, from 1.
+        findings: Where drifts are added.
+    """
     recorded = []
-    for place, row in rows_of(path, f"{folder}/{step_file(step)}", findings):
+    for location, record in records_of(path, f"{folder}/{step_file(step)}", findings):
         try:
-            trajectory = from_row(row)
+            trajectory = from_record(record)
         except ValueError as error:
-            findings.drift("files", place, f"not a trajectory: {error}")
+            findings.drift("files", location, f"not a trajectory: {error}")
             continue
         task = f"{trajectory.task_id} (sequence {trajectory.sequence_uid})"
-        recorded.append(Recorded(trajectory, Place(place.file, place.line, task)))
+        of_task = Location(location.file, location.line, task)
+        recorded.append(RecordedTrajectory(trajectory, of_task))
     return recorded
 
 
 def read_ledger(path: Path, step: int, findings: Findings) -> StepLedger:
-    """The ledger of a step.
+    """Read the ledger of a step.
 
     Raises:
-        ValueError: If it has another format.
+        ValueError: If it was written in another format.
     """
     name = f"ledger/{step_file(step)}"
-    ledger = StepLedger(Place(name))
-    num_rows = 0
-    ended = False
-    for place, row in rows_of(path, name, findings):
+    ledger = StepLedger(Location(name))
+    num_records = 0
+    is_complete = False
+    for location, record in records_of(path, name, findings):
         try:
-            match row["kind"]:
+            match record["kind"]:
                 case "ledger":
-                    if row["format"] != FORMAT:
+                    if record["format"] != FORMAT:
                         raise ValueError(
-                            f"{place} has the format {row['format']!r}; this version of tir_alp "
-                            f"reads {FORMAT!r}: audit the run with the version that made it"
+                            f"{location} has the format {record['format']!r}; this version of "
+                            f"tir_alp reads {FORMAT!r}: audit the run with the version that made it"
                         )
                     continue
                 case "end":
-                    ended = row["rows"] == num_rows
+                    is_complete = record["rows"] == num_records
                     continue
-            num_rows += 1
-            _take(ledger, place, row)
-        except (KeyError, TypeError, _BadRow) as error:
-            findings.drift("files", place, f"not a row of a ledger ({error!r})")
-    if num_rows:
+            num_records += 1
+            _add(ledger, location, record)
+        except (KeyError, TypeError, _BadRecord) as error:
+            findings.drift("files", location, f"not a record of a ledger ({error!r})")
+    if num_records:
         findings.expect(
-            ended, "files", ledger.place, "the file was cut short, or lines are missing"
+            is_complete, "files", ledger.location, "the file was cut short, or lines are missing"
         )
     return ledger
 
 
-class _BadRow(Exception):
+class _BadRecord(Exception):
     pass
 
 
-def _demand_numbers(*values: Any) -> None:
+def _demand_counts(*values: Any) -> None:
     if not all(type(value) is int and value >= 0 for value in values):
-        raise _BadRow(f"{values} are numbers from 0")
+        raise _BadRecord(f"{values} must be integers of at least 0")
 
 
-def _take(ledger: StepLedger, place: Place, row: Row) -> None:
-    match row["kind"]:
+def _add(ledger: StepLedger, location: Location, record: Record) -> None:
+    match record["kind"]:
         case "group":
-            _demand_numbers(row["group_id"], row["dropped"])
-            entry = GroupEntry(row["group_id"], row["task_id"], row["fate"], row["dropped"], place)
-            ledger.groups.append(entry)
+            _demand_counts(record["group_id"], record["dropped"])
+            ledger.groups.append(
+                GroupEntry(
+                    group_id=record["group_id"],
+                    task_id=record["task_id"],
+                    fate=record["fate"],
+                    num_failed=record["dropped"],
+                    location=location,
+                )
+            )
         case "attempt":
             try:
-                calls = [Call.from_row(call) for call in row["calls"]]
+                attempt = Attempt.from_record(record)
             except ValueError as error:
-                raise _BadRow(str(error)) from None
-            _demand_numbers(row["uid"])
-            attempt = Attempt(row["uid"], row["prompt"], calls)
+                raise _BadRecord(str(error)) from None
+            _demand_counts(attempt.uid)
             ledger.attempts.setdefault(attempt.uid, []).append(attempt)
         case "update":
-            record = update_record(row)
-            _demand_numbers(record.update)
-            for each in record.sequences:
-                _demand_numbers(each.uid, each.num_tokens, each.num_loss_tokens)
-            ledger.updates.append(UpdateEntry(record, place))
+            update = update_record(record)
+            _demand_counts(update.update)
+            for each in update.sequences:
+                _demand_counts(each.uid, each.num_tokens, each.num_loss_tokens)
+            ledger.updates.append(UpdateEntry(update, location))
         case kind:
-            raise _BadRow(f"of the kind {kind!r}")
+            raise _BadRecord(f"unknown kind {kind!r}")

@@ -1,4 +1,4 @@
-"""Plays recorded episodes again, with recorded tool results in the place of tools."""
+"""Replays recorded episodes, with recorded tool results in place of the tools."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ from tir_alp.types import Trajectory, Turn
 def replay(
     env: gymnasium.Env[str, str], task: Task, trajectory: Trajectory, renderer: Renderer
 ) -> Replayed:
-    """Reset an environment to the task and take the recorded actions.
+    """Reset an environment to a task and take the recorded actions.
 
-    An environment that does not know the option `tool_results` runs its tools; see
-    `tir_alp.envs.tool_env.ToolEnv.reset`.
+    The recorded tool results are passed as the reset option `tool_results`. An environment that
+    ignores this option runs its tools again; see `tir_alp.envs.tool_env.ToolEnv.reset`.
+
+    Args:
+        env: The environment to play in.
+        task: The task that the recorded episode was about.
+        trajectory: The recorded episode.
+        renderer: Decodes completions to actions.
     """
     options = task.to_options() | {"tool_results": [_tool_result(t) for t in trajectory.turns]}
     prompt, _ = env.reset(seed=task.seed, options=options)
@@ -28,12 +34,12 @@ def replay(
     for turn in trajectory.turns:
         try:
             answer = env.step(renderer.action(turn.completion.token_ids))
-        except Exception as error:  # of any environment; it is told, and the audit goes on
+        except Exception as error:  # any environment may raise anything: the audit continues
             return Replayed(prompt, answers, f"the environment raised {error!r}")
         text, reward, terminated, truncated, info = answer
         outcome = Outcome(info.get("outcome", Outcome.OK))
         if outcome.is_infrastructure:
-            return Replayed(prompt, answers, f"cannot be played again: {info.get('error')}")
+            return Replayed(prompt, answers, f"cannot be replayed: {info.get('error')}")
         info = json.loads(json.dumps(info))
         answers.append(Answer(text, float(reward), bool(terminated), bool(truncated), info))
         if terminated or truncated:

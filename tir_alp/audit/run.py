@@ -1,4 +1,4 @@
-"""Walks through a run, step by step; holds one step in memory."""
+"""Audits a run step by step, with one step in memory at a time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from typing import Any
 import gymnasium
 
 from tir_alp.audit import step as steps
-from tir_alp.audit.findings import Findings, Place
-from tir_alp.audit.records import Recorded, Row, read_ledger, read_trajectories, rows_of
+from tir_alp.audit.findings import Findings, Location
+from tir_alp.audit.records import (
+    RecordedTrajectory,
+    read_ledger,
+    read_trajectories,
+    records_of,
+)
 from tir_alp.audit.replay import replay
 from tir_alp.audit.step import StepFiles
 from tir_alp.audit.trajectory import TrajectoryCheck
 from tir_alp.config import Config
 from tir_alp.models.tiny import SHIPPED
 from tir_alp.records.folder import STEP_FOLDERS, read_run_config, step_file
+from tir_alp.records.ledger_rows import Record
 from tir_alp.rollouts.data import load_order
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.renderer import make_renderer
@@ -26,18 +32,20 @@ from tir_alp.training import checkpoint
 from tir_alp.training.policy import load_tokenizer
 
 _METRICS = "metrics.jsonl"
+_METRICS_RECORD = f"no record in {_METRICS}"
 
 
 def audit_run(path: Path, tokenizer: Any = None) -> Findings:
-    """Audit the folder of a run.
+    """Audit a run folder.
 
     Args:
-        path: The folder.
-        tokenizer: Of the run; None: that of its newest checkpoint, or of its model.
+        path: The run folder.
+        tokenizer: Tokenizer of the run. If None, it is loaded from the newest checkpoint, or from
+            the run's model if there is no checkpoint.
 
     Raises:
-        ValueError: If it cannot be audited: it is no run, one of another version, or its tasks or
-            tokenizer are not there.
+        ValueError: If the folder cannot be audited: it is not a run folder, was written by another
+            version, or its tasks or tokenizer are missing.
     """
     try:
         config = parse_config(read_run_config(path))
@@ -46,61 +54,75 @@ def audit_run(path: Path, tokenizer: Any = None) -> Findings:
     if not (path / "ledger").is_dir() and (path / "trajectories").is_dir():
         raise ValueError(
             f"{path} has no ledger: it was made by a version of tir_alp that kept none, so there "
-            "is nothing to hold its trajectories against"
+            "is nothing to compare its trajectories with"
         )
     findings = Findings()
-    rows, evaluated = _metric_rows(path, findings)
-    last = _last_step(path, config, rows, evaluated, findings)
-    starts = [row.get("step", 0) for _, row in rows_of(path, "environment.jsonl", findings)]
+    metrics, evaluated = _metrics_by_step(path, findings)
+    last = _last_step(path, config, metrics, evaluated, findings)
+    reports = records_of(path, "environment.jsonl", findings)
+    starts = [report.get("step", 0) for _, report in reports]
     with closing(make_environment(config)) as env:
         if tokenizer is None:
             tokenizer = load_tokenizer(_tokenizer_folder(path, config))
         audit = _RunAudit(path, config, env, tokenizer, findings)
         for number in range(1, last + 1):
-            audit.step(number, rows.get(number, (Place(_METRICS), None)), starts)
+            audit.step(number, metrics.get(number, (Location(_METRICS), None)), starts)
     return findings
 
 
-def _metric_rows(path: Path, findings: Findings) -> tuple[dict[int, tuple[Place, Row]], int]:
-    """The row of each step, and the last step that was evaluated, which leaves nothing to audit."""
-    rows: dict[int, tuple[Place, Row]] = {}
+def _metrics_by_step(
+    path: Path, findings: Findings
+) -> tuple[dict[int, tuple[Location, Record]], int]:
+    """Read the metrics record of each training step, and the last step that was evaluated.
+
+    Evaluations leave no trajectories, so there is nothing to audit in their records.
+    """
+    by_step: dict[int, tuple[Location, Record]] = {}
     latest = evaluated = 0
-    for place, row in rows_of(path, _METRICS, findings):
-        step = row.get("step")
+    for location, record in records_of(path, _METRICS, findings):
+        step = record.get("step")
         if not isinstance(step, int):
-            findings.drift("steps", place, f"the step is {step!r}")
+            findings.drift("steps", location, f"the step is {step!r}")
             continue
-        findings.expect(step >= latest, "steps", place, f"step {step} behind step {latest}")
+        findings.expect(step >= latest, "steps", location, f"step {step} follows step {latest}")
         latest = max(latest, step)
-        if not steps.training_row(row):
+        if not steps.is_training_record(record):
             evaluated = step
             continue
-        findings.expect(step not in rows, "steps", place, f"step {step} is there twice")
-        rows[step] = place, row
-    return rows, evaluated
+        findings.expect(step not in by_step, "steps", location, f"step {step} is recorded twice")
+        by_step[step] = location, record
+    return by_step, evaluated
 
 
 def _last_step(
-    path: Path, config: Config, rows: Mapping[int, object], evaluated: int, findings: Findings
+    path: Path, config: Config, metrics: Mapping[int, object], evaluated: int, findings: Findings
 ) -> int:
-    """The last step of which anything is known; notes which of its parts are missing."""
-    recorded: dict[str, set[int]] = {"a row of metrics": {*rows}}
+    """Return the last step of which there is any record, and report what steps lack.
+
+    Args:
+        path: The run folder.
+        config: Config of the run.
+        metrics: Has a key for each training step with a metrics record.
+        evaluated: The last step that was evaluated; 0 if none was.
+        findings: Where drifts are added.
+    """
+    recorded: dict[str, set[int]] = {_METRICS_RECORD: {*metrics}}
     for name in STEP_FOLDERS:
         files = (path / name).glob("step_*.jsonl")
         numbers = {int(file.stem.removeprefix("step_")) for file in files}
         if name != "replaced":
-            recorded[f"a file in {name}"] = numbers
+            recorded[f"no file in {name}/"] = numbers
     saved = _last_saved(path)
     last = max(0, evaluated, saved, *(max(numbers, default=0) for numbers in recorded.values()))
-    is_unfinished = last not in rows and last > max(evaluated, saved, *rows, 0)
+    is_unfinished = last not in metrics and last > max(evaluated, saved, *metrics, 0)
     for number in range(1, last + 1):
         findings.count("steps")
         missing = [what for what, numbers in recorded.items() if number not in numbers]
-        if number == last and is_unfinished and missing == ["a row of metrics"]:
+        if number == last and is_unfinished and missing == [_METRICS_RECORD]:
             findings.notes.append(f"the run ended in the middle of step {last}")
             continue
-        place = Place(f"step {number}")
-        findings.expect(not missing, "steps", place, f"there is no {' and no '.join(missing)}")
+        location = Location(f"step {number}")
+        findings.expect(not missing, "steps", location, f"the step has {', '.join(missing)}")
     if last < config.steps:
         findings.notes.append(f"the run has made {last} of its {config.steps} steps")
     return last
@@ -114,7 +136,7 @@ def _last_saved(path: Path) -> int:
 
 
 def _tokenizer_folder(path: Path, config: Config) -> str:
-    """The tokenizer is in every checkpoint; before the first, that of the model is the same."""
+    """Return the newest checkpoint, each of which has the tokenizer, or else the model's path."""
     try:
         return str(checkpoint.newest(path / "checkpoints")[0])
     except checkpoint.CheckpointError:
@@ -122,7 +144,7 @@ def _tokenizer_folder(path: Path, config: Config) -> str:
 
 
 class _RunAudit:
-    """What all steps of a run share."""
+    """Audits the steps of one run in order."""
 
     def __init__(
         self,
@@ -138,8 +160,14 @@ class _RunAudit:
         self._check = TrajectoryCheck(self._renderer, config.rollout, findings)
         self._next_group = 0
 
-    def step(self, number: int, row: tuple[Place, Row | None], starts: list[int]) -> None:
-        """Audit one step."""
+    def step(self, number: int, metrics: tuple[Location, Record | None], starts: list[int]) -> None:
+        """Audit one step.
+
+        Args:
+            number: Number of the step, from 1.
+            metrics: The step's metrics record and its location; None if there is none.
+            starts: Number of steps made at each start of the run.
+        """
         path, config, findings = self._path, self._config, self._findings
         has_replaced = (path / "replaced" / step_file(number)).exists()
         files = StepFiles(
@@ -147,8 +175,8 @@ class _RunAudit:
             trained=read_trajectories(path, "trajectories", number, findings),
             replaced=read_trajectories(path, "replaced", number, findings) if has_replaced else [],
             ledger=read_ledger(path, number, findings),
-            metrics=row[1],
-            metrics_place=row[0],
+            metrics=metrics[1],
+            metrics_location=metrics[0],
         )
         steps.check_groups(files, self._next_group, config, findings)
         self._next_group = max(
@@ -158,7 +186,7 @@ class _RunAudit:
             findings.expect(
                 self._tasks[group.group_id].task_id == group.task_id,
                 "groups",
-                group.place,
+                group.location,
                 f"group {group.group_id} is of {group.task_id}; the data set has "
                 f"{self._tasks[group.group_id].task_id} there",
             )
@@ -169,14 +197,14 @@ class _RunAudit:
         steps.check_versions(files, config, starts, findings)
         groups = steps.groups_of(files.trained, files.ledger.groups)
         replaced = steps.groups_of(files.replaced, files.ledger.groups)
-        steps.check_refills(replaced, config, files.ledger.place, findings)
+        steps.check_refills(replaced, config, files.ledger.location, findings)
         num_loss_tokens = steps.check_loss(files, groups, config, findings)
         steps.check_metrics(files, groups, replaced, num_loss_tokens, findings)
 
-    def _trajectory(self, recorded: Recorded, files: StepFiles, known: set[int]) -> None:
+    def _trajectory(self, recorded: RecordedTrajectory, files: StepFiles, known: set[int]) -> None:
         trajectory = recorded.trajectory
         attempts = files.ledger.attempts.get(trajectory.sequence_uid)
         if attempts is None or trajectory.group_id not in known:
-            return  # which is told where groups and attempts are looked at
+            return  # reported by the checks of groups and attempts
         task = self._tasks[trajectory.group_id]
         self._check(recorded, attempts[-1], replay(self._env, task, trajectory, self._renderer))

@@ -1,6 +1,6 @@
-"""One step of a run: its groups, its attempts, what entered the loss, and its row of metrics. Pure.
+"""Checks of one step: groups, attempts, versions, what entered the loss, and metrics. Pure.
 
-Single trajectories are looked at in `trajectory.py`.
+Single trajectories are checked in `trajectory.py`.
 """
 
 from __future__ import annotations
@@ -11,54 +11,62 @@ from dataclasses import dataclass
 
 from tir_alp.algorithm.advantage import group_advantages, has_signal
 from tir_alp.algorithm.metrics import rollout_metrics
-from tir_alp.audit.findings import Findings, Place
-from tir_alp.audit.records import GroupEntry, Recorded, Row, StepLedger, UpdateEntry
+from tir_alp.audit.findings import Findings, Location
+from tir_alp.audit.records import GroupEntry, RecordedTrajectory, StepLedger, UpdateEntry
 from tir_alp.config import Config
-from tir_alp.records.ledger_rows import Attempt
+from tir_alp.records.ledger_rows import Attempt, Record
 from tir_alp.rollouts.episode import MAX_ATTEMPTS
 from tir_alp.tools.outcome import Outcome
 from tir_alp.training.packed_sequence import PackedSequence, packed_sequence
 from tir_alp.types import TrajectoryGroup
 
-_CLOSE = 1e-9  # sums of floats in another order
+_CLOSE = 1e-9  # relative; sums of floats in another order differ by less
+_FATES = ("trained", "replaced", "lost")
 
 
 @dataclass(frozen=True, slots=True)
 class StepFiles:
-    """What a run recorded of one step."""
+    """The records of one step."""
 
     step: int
-    trained: Sequence[Recorded]
-    replaced: Sequence[Recorded]
+    trained: Sequence[RecordedTrajectory]
+    replaced: Sequence[RecordedTrajectory]
     ledger: StepLedger
     metrics: Mapping[str, float] | None
-    """None: the run ended in the middle of the step."""
-    metrics_place: Place
+    """The step's metrics record; None if the run ended in the middle of the step."""
+    metrics_location: Location
 
 
 def check_groups(files: StepFiles, first_group: int, config: Config, findings: Findings) -> None:
-    """Group ids go on where the last step stopped, and every member is there or counted."""
+    """Check that group ids continue those of the last step, and that no member is missing.
+
+    Args:
+        files: Records of the step.
+        first_group: Expected id of the step's first group.
+        config: Config of the run.
+        findings: Where drifts are added.
+    """
     rollout, ledger = config.rollout, files.ledger
     findings.count("groups", len(ledger.groups))
     ids = [group.group_id for group in ledger.groups]
     findings.expect(
         ids == list(range(first_group, first_group + len(ids))),
         "groups",
-        ledger.place,
-        f"groups {ids}: each has to be there once, in order, from {first_group} on",
+        ledger.location,
+        f"groups {ids}: expected consecutive ids from {first_group}, each once",
     )
     num = {fate: sum(group.fate == fate for group in ledger.groups) for fate in _FATES}
     findings.expect(
         num["trained"] == rollout.groups_per_step and sum(num.values()) == len(ids),
         "groups",
-        ledger.place,
+        ledger.location,
         f"{num['trained']} groups were trained on; rollout.groups_per_step is "
         f"{rollout.groups_per_step}",
     )
     findings.expect(
         num["replaced"] <= rollout.max_refills,
         "groups",
-        ledger.place,
+        ledger.location,
         f"{num['replaced']} groups were replaced; rollout.max_refills is {rollout.max_refills}",
     )
     for fate, members in (("trained", files.trained), ("replaced", files.replaced)):
@@ -66,11 +74,8 @@ def check_groups(files: StepFiles, first_group: int, config: Config, findings: F
         _check_members(members, groups, rollout.group_size, findings)
 
 
-_FATES = ("trained", "replaced", "lost")
-
-
 def _check_members(
-    members: Sequence[Recorded],
+    members: Sequence[RecordedTrajectory],
     groups: Mapping[int, GroupEntry],
     group_size: int,
     findings: Findings,
@@ -78,36 +83,39 @@ def _check_members(
     latest = -1
     present = dict.fromkeys(groups, 0)
     for member in members:
-        trajectory, place = member.trajectory, member.place
+        trajectory, location = member.trajectory, member.location
         uid, group_id = trajectory.sequence_uid, trajectory.group_id
         findings.expect(
-            uid > latest, "groups", place, f"sequence {uid} behind {latest}: doubled or misplaced"
+            uid > latest,
+            "groups",
+            location,
+            f"sequence {uid} follows {latest}: doubled or misplaced",
         )
         latest = max(latest, uid)
         group = groups.get(group_id)
         if group is None:
-            findings.drift("groups", place, f"the ledger has no group {group_id} of this fate")
+            findings.drift("groups", location, f"the ledger has no group {group_id} of this fate")
             continue
         present[group_id] += 1
         findings.expect(
             uid // group_size == group_id and trajectory.task_id == group.task_id,
             "groups",
-            place,
-            f"sequence {uid} of {trajectory.task_id} is none of group {group_id}, which is of "
-            f"{group.task_id}",
+            location,
+            f"sequence {uid} with task {trajectory.task_id} does not belong to group {group_id}, "
+            f"whose task is {group.task_id}",
         )
     for group_id, group in groups.items():
         findings.expect(
             present[group_id] + group.num_failed == group_size and present[group_id] > 0,
             "groups",
-            group.place,
+            group.location,
             f"group {group_id} has {present[group_id]} trajectories and {group.num_failed} "
             f"dropped; rollout.group_size is {group_size}",
         )
 
 
 def check_attempts(files: StepFiles, group_size: int, findings: Findings) -> None:
-    """Every attempt became a trajectory, or failed and is counted."""
+    """Check that every attempt became a trajectory, or failed and was counted as dropped."""
     ledger = files.ledger
     kept = {each.trajectory.sequence_uid for each in (*files.trained, *files.replaced)}
     lost = {group.group_id for group in ledger.groups if group.fate == "lost"}
@@ -118,22 +126,24 @@ def check_attempts(files: StepFiles, group_size: int, findings: Findings) -> Non
         findings.expect(
             group_id in known and len(attempts) <= MAX_ATTEMPTS,
             "attempts",
-            ledger.place,
-            f"{len(attempts)} attempts of sequence {uid}, whose group is {group_id}; there may be "
-            f"{MAX_ATTEMPTS}",
+            ledger.location,
+            f"{len(attempts)} attempts at sequence {uid} of group {group_id}: at most "
+            f"{MAX_ATTEMPTS} are allowed, and only for a group of the step",
         )
         failed = attempts[:-1] if uid in kept else attempts
-        if group_id in lost:  # a lone survivor is given up with its group
+        if group_id in lost:  # a lone survivor is dropped with its group
             continue
         findings.expect(
             not any(map(_is_complete, failed)),
             "attempts",
-            ledger.place,
-            f"sequence {uid} came to its end, and is in no trajectory",
+            ledger.location,
+            f"an attempt at sequence {uid} completed, but no trajectory was made of it",
         )
     for recorded in (*files.trained, *files.replaced):
         if recorded.trajectory.sequence_uid not in ledger.attempts:
-            findings.drift("attempts", recorded.place, "the ledger knows nothing of this sequence")
+            findings.drift(
+                "attempts", recorded.location, "the ledger has no attempt at this sequence"
+            )
 
 
 def _is_complete(attempt: Attempt) -> bool:
@@ -144,28 +154,37 @@ def _is_complete(attempt: Attempt) -> bool:
 def check_versions(
     files: StepFiles, config: Config, starts: Sequence[int], findings: Findings
 ) -> None:
-    """No token is older than the config allows; with `hold`, all are exactly so old."""
+    """Check that no token is older than allowed, or with `rollout.hold` that all have that age.
+
+    Args:
+        files: Records of the step.
+        config: Config of the run.
+        starts: Number of steps made at each start of the run.
+        findings: Where drifts are added.
+    """
     rollout, step = config.rollout, files.step - 1
     oldest = max(0, step - rollout.max_staleness)
     newest = step
-    if rollout.hold:  # a resume begins again with the weights that it found
-        begun = max((start for start in starts if start <= step), default=0)
-        oldest = newest = max(begun, oldest)
+    if rollout.hold:  # a resumed run starts over with the weights it loads
+        started = max((start for start in starts if start <= step), default=0)
+        oldest = newest = max(started, oldest)
     for recorded in files.trained:
         for index, turn in enumerate(recorded.trajectory.turns):
             for span in turn.versions:
                 findings.expect(
                     oldest <= span.version <= newest,
                     "versions",
-                    recorded.place.at(turn=index, token=span.start),
-                    f"version {span.version} in step {files.step}: it can be {oldest} to {newest} "
-                    f"with rollout.max_staleness = {rollout.max_staleness}",
+                    recorded.location.at(turn=index, token=span.start),
+                    f"version {span.version} in step {files.step}; it must be from {oldest} to "
+                    f"{newest} with rollout.max_staleness = {rollout.max_staleness}",
                 )
 
 
-def groups_of(recorded: Sequence[Recorded], entries: Sequence[GroupEntry]) -> list[TrajectoryGroup]:
-    """The groups that trajectories belong to, in order."""
-    members: dict[int, list[Recorded]] = {}
+def groups_of(
+    recorded: Sequence[RecordedTrajectory], entries: Sequence[GroupEntry]
+) -> list[TrajectoryGroup]:
+    """Return the groups that trajectories belong to, in order."""
+    members: dict[int, list[RecordedTrajectory]] = {}
     for each in recorded:
         members.setdefault(each.trajectory.group_id, []).append(each)
     dropped = {entry.group_id: entry.num_failed for entry in entries}
@@ -183,17 +202,17 @@ def groups_of(recorded: Sequence[Recorded], entries: Sequence[GroupEntry]) -> li
 def check_loss(
     files: StepFiles, groups: Sequence[TrajectoryGroup], config: Config, findings: Findings
 ) -> int:
-    """What the trainer had packed is what the trajectories say; returns the tokens of the loss."""
+    """Check what the trainer packed against the trajectories; return the number of loss tokens."""
     num_updates = config.trainer.updates_per_step
     first = (files.step - 1) * num_updates
     updates = [entry.record.update for entry in files.ledger.updates]
     findings.expect(
         updates == list(range(first, first + num_updates)),
         "sequences in the loss",
-        files.ledger.place,
-        f"updates {updates}; step {files.step} has {num_updates}, from {first} on",
+        files.ledger.location,
+        f"updates {updates}; step {files.step} makes {num_updates}, starting with {first}",
     )
-    places = {each.trajectory.sequence_uid: each.place for each in files.trained}
+    locations = {each.trajectory.sequence_uid: each.location for each in files.trained}
     per_update = max(1, len(groups) // num_updates)
     num_tokens = 0
     for index, entry in enumerate(files.ledger.updates):
@@ -210,14 +229,14 @@ def check_loss(
         ]
         num_tokens += sum(each.num_loss_tokens for each in expected)
         by_uid = {each.uid: each for each in expected}
-        _check_packed(entry, by_uid, places, findings)
+        _check_packed(entry, by_uid, locations, findings)
     return num_tokens
 
 
 def _check_packed(
     entry: UpdateEntry,
     expected: Mapping[int, PackedSequence],
-    places: Mapping[int, Place],
+    locations: Mapping[int, Location],
     findings: Findings,
 ) -> None:
     check = "sequences in the loss"
@@ -225,13 +244,13 @@ def _check_packed(
     uids = [each.uid for each in update.sequences]
     for uid in sorted({*expected, *uids}):
         findings.count(check)
-        place = places.get(uid, entry.place)
+        location = locations.get(uid, entry.location)
         if uids.count(uid) != (uid in expected):
             findings.drift(
                 check,
-                place,
-                f"sequence {uid} was packed {uids.count(uid)} times in update {update.update}; it "
-                f"belongs there {int(uid in expected)} times",
+                location,
+                f"sequence {uid} was packed {uids.count(uid)} times in update {update.update}; "
+                f"expected {int(uid in expected)} times",
             )
             continue
         packed, due = update.sequences[uids.index(uid)], expected[uid]
@@ -239,35 +258,35 @@ def _check_packed(
         findings.expect(
             (packed.num_tokens, packed.num_loss_tokens) == (due.num_tokens, due.num_loss_tokens),
             "tokens in the loss",
-            place,
+            location,
             f"{packed.num_loss_tokens} of {packed.num_tokens} tokens entered the loss; "
             f"{due.num_loss_tokens} of {due.num_tokens} are trainable",
         )
         findings.expect(
             packed.advantage == due.advantage,
             check,
-            place,
+            location,
             f"it was trained with the advantage {packed.advantage}; its group's rewards give "
             f"{due.advantage}",
         )
         findings.expect(
             packed.digest == due.digest,
             check,
-            place,
-            "ids, mask, logprobs or turns that were packed are not those of the trajectory",
+            location,
+            "the packed ids, mask, logprobs or turns differ from those of the trajectory",
         )
 
 
 def check_refills(
-    groups: Sequence[TrajectoryGroup], config: Config, place: Place, findings: Findings
+    groups: Sequence[TrajectoryGroup], config: Config, location: Location, findings: Findings
 ) -> None:
-    """Only groups without signal are replaced."""
+    """Check that only groups without signal were replaced."""
     for group in groups:
         findings.expect(
             not has_signal(group, group_advantages(group, config.algorithm, config.rollout)),
             "groups",
-            place,
-            f"group {group.group_id} was replaced, although its rewards differ",
+            location,
+            f"group {group.group_id} was replaced although it has signal",
         )
 
 
@@ -278,27 +297,29 @@ def check_metrics(
     num_loss_tokens: int,
     findings: Findings,
 ) -> None:
-    """The row of metrics says what the trajectories say."""
-    row, place = files.metrics, files.metrics_place
-    if row is None or not groups:
+    """Check that the step's metrics follow from its trajectories."""
+    metrics, location = files.metrics, files.metrics_location
+    if metrics is None or not groups:
         return
     expected = rollout_metrics(groups, files.step - 1, replaced)
     expected["tokens/loss"] = num_loss_tokens
     expected["train/skipped_updates"] = sum(not entry.record.made for entry in files.ledger.updates)
     for name, value in expected.items():
         findings.count("metrics")
-        logged = row.get(name)
+        logged = metrics.get(name)
         is_close = isinstance(logged, int | float) and math.isclose(
             logged, value, rel_tol=_CLOSE, abs_tol=_CLOSE
         )
         findings.expect(
-            is_close, "metrics", place, f"{name} is {logged}; the trajectories give {value}"
+            is_close, "metrics", location, f"{name} is {logged}; the trajectories give {value}"
         )
     of_rollouts = ("rollout/", "outcome/", "staleness/")
-    unknown = sorted(n for n in row if n.startswith(of_rollouts) and n not in expected)
-    findings.expect(not unknown, "metrics", place, f"{unknown}: nothing gives these")
+    unknown = sorted(n for n in metrics if n.startswith(of_rollouts) and n not in expected)
+    findings.expect(
+        not unknown, "metrics", location, f"{unknown} do not follow from the trajectories"
+    )
 
 
-def training_row(row: Row) -> bool:
-    """Whether a row of metrics is that of a step, and not of an evaluation."""
-    return "tokens/loss" in row or "loss/value" in row
+def is_training_record(record: Record) -> bool:
+    """Whether a metrics record is that of a training step, and not of an evaluation."""
+    return "tokens/loss" in record or "loss/value" in record

@@ -1,6 +1,6 @@
-"""One trajectory against the ledger's attempt, the renderer and the environment. Pure.
+"""Compares one trajectory with the ledger's attempt, the renderer and the environment. Pure.
 
-The environment is played by the caller, who hands in what it said: `Replayed`.
+The caller replays the episode in the environment and passes the result, a `Replayed`.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tir_alp.audit.findings import Findings, Place
-from tir_alp.audit.records import Recorded
+from tir_alp.audit.findings import Findings, Location
+from tir_alp.audit.records import RecordedTrajectory
 from tir_alp.config import RolloutConfig
 from tir_alp.records.ledger_rows import Attempt, Call, answer_digest, digest, ids_digest
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn
 
-_OF_OTHERS = "library_info"  # in `info`: what a library says beside its answer, times for instance
-_ROUNDING = 1e-5  # by which the logprob of a certain token may be above 0
+_NOT_COMPARED = "library_info"  # key of `info`: what a library adds to its answer, e.g. times
+_ROUNDING = 1e-5  # a logprob may exceed 0 by this much
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What an environment answers to one action."""
+    """What an environment's step returned for one action."""
 
     text: str
     reward: float
@@ -33,66 +33,74 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """An episode, played again with the recorded actions."""
+    """An episode, replayed with the recorded actions."""
 
     prompt: str
     answers: Sequence[Answer]
     error: str = ""
-    """Why it ends early; empty if it does not."""
+    """Why the replay stopped early; empty if it did not."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrajectoryCheck:
-    """Looks at single trajectories.
+    """Checks single trajectories.
 
     Args:
-        renderer: Of the run's tokenizer and config.
-        limits: Of the run's config.
-        findings: Where to put what is found.
+        renderer: Renderer with the run's tokenizer and config.
+        limits: The `rollout` section of the run's config.
+        findings: Where drifts are added.
     """
 
     renderer: Renderer
     limits: RolloutConfig
     findings: Findings
 
-    def __call__(self, recorded: Recorded, attempt: Attempt, replayed: Replayed) -> None:
-        """Compare all that is said of one trajectory."""
-        trajectory, place = recorded.trajectory, recorded.place
+    def __call__(self, recorded: RecordedTrajectory, attempt: Attempt, replayed: Replayed) -> None:
+        """Compare a trajectory with everything else that is known about its episode.
+
+        Args:
+            recorded: The trajectory.
+            attempt: The ledger's record of the attempt that became the trajectory.
+            replayed: The episode, replayed with the trajectory's actions.
+        """
+        trajectory, location = recorded.trajectory, recorded.location
         self.findings.count("trajectories")
-        self._prompt(trajectory.prompt, attempt, replayed, place)
+        self._prompt(trajectory.prompt, attempt, replayed, location)
         num_turns, num_calls = len(trajectory.turns), len(attempt.calls)
         if not self.findings.expect(
             num_turns == num_calls > 0,
             "trajectories",
-            place,
+            location,
             f"{num_turns} turns, but the engine was called {num_calls} times: turns are missing, "
-            "doubled or made up",
+            "duplicated or invented",
         ):
             return
         context = list(trajectory.prompt.token_ids)
         for index, (turn, call) in enumerate(zip(trajectory.turns, attempt.calls, strict=True)):
-            here = place.at(turn=index)
+            here = location.at(turn=index)
             self._completion(turn, call, context, here)
             context += turn.completion.token_ids
             self._observation(trajectory, index, call, len(context), here)
             context += turn.observation.token_ids
-        self._masks(trajectory, place)
-        self._versions_in_order(trajectory, place)
-        self._replay(trajectory, attempt, replayed, place)
+        self._masks(trajectory, location)
+        self._versions_in_order(trajectory, location)
+        self._replay(trajectory, attempt, replayed, location)
 
     def _prompt(
-        self, prompt: TokenSpan, attempt: Attempt, replayed: Replayed, place: Place
+        self, prompt: TokenSpan, attempt: Attempt, replayed: Replayed, location: Location
     ) -> None:
         self.findings.expect(
             attempt.prompt == digest(replayed.prompt),
             "prompt tokens",
-            place,
-            "the environment now gives another prompt for this task than it did then",
+            location,
+            "the environment returns another prompt for this task than it did in the run",
         )
-        self._same_ids("prompt tokens", self.renderer.prompt(replayed.prompt), prompt, place)
-        self._never_sampled("prompt tokens", prompt, place)
+        self._same_ids("prompt tokens", self.renderer.prompt(replayed.prompt), prompt, location)
+        self._never_sampled("prompt tokens", prompt, location)
 
-    def _completion(self, turn: Turn, call: Call, context: Sequence[int], place: Place) -> None:
+    def _completion(
+        self, turn: Turn, call: Call, context: Sequence[int], location: Location
+    ) -> None:
         findings, completion = self.findings, turn.completion
         raw = call.completion
         sampled = self.renderer.cut(raw)
@@ -100,53 +108,51 @@ class TrajectoryCheck:
         findings.expect(
             (call.num_context, call.context) == (len(context), ids_digest(context)),
             "sampled tokens",
-            place,
-            f"the engine continued {call.num_context} tokens that are not the {len(context)} which "
-            "stand before this turn",
+            location,
+            f"the engine continued {call.num_context} tokens; they are not the {len(context)} "
+            "tokens that precede this turn",
         )
         if (token := _first_difference(sampled.token_ids, completion.token_ids)) is not None:
             findings.drift(
                 "sampled tokens",
-                place.at(token=token),
+                location.at(token=token),
                 f"the trajectory has {_at(completion.token_ids, token)}, the engine sampled "
                 f"{_at(sampled.token_ids, token)}",
             )
         logprobs = completion.rollout_logprobs
         if logprobs is None:
-            findings.drift("logprobs", place, "a completion without logprobs")
+            findings.drift("logprobs", location, "the completion has no logprobs")
         else:
             findings.count("logprobs", len(logprobs))
             if (token := _first_difference(sampled.logprobs, logprobs)) is not None:
                 findings.drift(
                     "logprobs",
-                    place.at(token=token),
-                    f"the trajectory has {_at(logprobs, token)}, the engine said "
+                    location.at(token=token),
+                    f"the trajectory has {_at(logprobs, token)}, the engine returned "
                     f"{_at(sampled.logprobs, token)}",
                 )
             for token, logprob in enumerate(logprobs):
                 if logprob > _ROUNDING:
-                    findings.drift(
-                        "logprobs", place.at(token=token), f"{logprob} is above 0: no logprob"
-                    )
-        self._stop(turn, sampled.stop_reason, len(context), place)
-        said = (sampled.policy_version, sampled.version_spans)
+                    findings.drift("logprobs", location.at(token=token), f"{logprob} is above 0")
+        self._stop(turn, sampled.stop_reason, len(context), location)
+        returned = (sampled.policy_version, sampled.version_spans)
         findings.count("versions", len(completion))
         findings.expect(
-            (turn.policy_version, turn.version_spans) == said,
+            (turn.policy_version, turn.version_spans) == returned,
             "versions",
-            place,
-            f"version {turn.policy_version} {list(turn.version_spans) or ''}, but the engine said "
-            f"{said[0]} {list(said[1]) or ''}",
+            location,
+            f"version {turn.policy_version} {list(turn.version_spans) or ''}, but the engine "
+            f"returned {returned[0]} {list(returned[1]) or ''}",
         )
 
-    def _stop(self, turn: Turn, said: StopReason, num_context: int, place: Place) -> None:
+    def _stop(self, turn: Turn, returned: StopReason, num_context: int, location: Location) -> None:
         findings, ids = self.findings, turn.completion.token_ids
         findings.count("stop reasons")
         findings.expect(
-            turn.stop_reason is said,
+            turn.stop_reason is returned,
             "stop reasons",
-            place,
-            f"{turn.stop_reason}, but what the engine sampled ends by {said}",
+            location,
+            f"the reason is {turn.stop_reason}, but what the engine sampled ends with {returned}",
         )
         ends = [index for index, token in enumerate(ids) if token in self.renderer.stop_token_ids]
         expected = [len(ids) - 1] if turn.stop_reason is StopReason.EOS else []
@@ -154,40 +160,43 @@ class TrajectoryCheck:
             token = next(iter(set(ends) ^ set(expected)))
             findings.drift(
                 "stop reasons",
-                place.at(token=token),
-                f"the reason is {turn.stop_reason}, and end tokens stand at {ends}",
+                location.at(token=token),
+                f"the reason is {turn.stop_reason}, and end tokens are at positions {ends}",
             )
         most = min(self.limits.max_turn_tokens, self.limits.max_context_tokens - num_context)
         is_full = len(ids) == most
         findings.expect(
             len(ids) <= most and (is_full or turn.stop_reason is not StopReason.LENGTH),
             "stop reasons",
-            place,
+            location,
             f"the reason is {turn.stop_reason} at {len(ids)} tokens; the limit is {most}",
         )
         if turn.stop_reason is StopReason.STOP:
             matches = self.renderer.stop_matcher()
             closes = [index for index, token in enumerate(ids) if matches(token)]
             findings.expect(
-                closes[:1] == [len(ids) - 1], "stop reasons", place, "no call ends here"
+                closes[:1] == [len(ids) - 1], "stop reasons", location, "no tool call ends here"
             )
 
     def _observation(
-        self, trajectory: Trajectory, index: int, call: Call, num_tokens: int, place: Place
+        self, trajectory: Trajectory, index: int, call: Call, num_tokens: int, location: Location
     ) -> None:
         findings, turn = self.findings, trajectory.turns[index]
         is_last = index == len(trajectory.turns) - 1
         text = turn.info.get("observation")
         if not findings.expect(
-            isinstance(text, str), "observation tokens", place, "the text is not recorded"
+            isinstance(text, str),
+            "observation tokens",
+            location,
+            "the observation's text is not recorded",
         ):
             return
         assert isinstance(text, str)
         encoded = self.renderer.observation(text, turn.stop_reason)
         is_full = num_tokens + len(encoded) >= self.limits.max_context_tokens
         shown = TokenSpan(()) if is_last else encoded
-        self._same_ids("observation tokens", shown, turn.observation, place)
-        self._never_sampled("observation tokens", turn.observation, place)
+        self._same_ids("observation tokens", shown, turn.observation, location)
+        self._never_sampled("observation tokens", turn.observation, location)
         ended = (trajectory.terminated, trajectory.truncated) if call.ended else (False, False)
         findings.expect(
             call.answer
@@ -200,75 +209,77 @@ class TrajectoryCheck:
             )
             and call.outcome == turn.outcome == turn.info.get("outcome", "ok"),
             "turns replayed",
-            place,
-            "the environment answered something else: observation, reward, flags, outcome or info "
-            "are not those that it gave",
+            location,
+            "observation, reward, flags, outcome or info are not those that the environment "
+            "returned in the run",
         )
         if is_last:
             findings.expect(
                 call.ended or (is_full and trajectory.truncated and not trajectory.terminated),
                 "trajectories",
-                place,
-                "it ends here, and neither the environment nor the limit of tokens ended it",
+                location,
+                "the episode ends here, but neither the environment nor the token limit ended it",
             )
         else:
             findings.expect(
                 not call.ended and not is_full,
                 "trajectories",
-                place,
-                "it goes on, although the environment or the limit of tokens ended it here",
+                location,
+                "the episode continues, but the environment or the token limit ended it here",
             )
 
-    def _masks(self, trajectory: Trajectory, place: Place) -> None:
+    def _masks(self, trajectory: Trajectory, location: Location) -> None:
         self.findings.count("loss mask", sum(map(len, trajectory.spans())))
         for index, turn in enumerate(trajectory.turns):
             self.findings.expect(
                 turn.completion.trainable == _is_trainable(trajectory, index, self.limits),
                 "loss mask",
-                place.at(turn=index),
-                f"trainable is {turn.completion.trainable}, against rollout.void_turns = "
+                location.at(turn=index),
+                f"trainable is {turn.completion.trainable}, which contradicts rollout.void_turns = "
                 f"{self.limits.void_turns!r} and rollout.overlong = {self.limits.overlong!r}",
             )
 
-    def _versions_in_order(self, trajectory: Trajectory, place: Place) -> None:
+    def _versions_in_order(self, trajectory: Trajectory, location: Location) -> None:
         latest = 0
         for index, turn in enumerate(trajectory.turns):
             for span in turn.versions:
                 self.findings.expect(
                     span.version >= latest,
                     "versions",
-                    place.at(turn=index, token=span.start),
-                    f"version {span.version} behind version {latest}",
+                    location.at(turn=index, token=span.start),
+                    f"version {span.version} follows version {latest}",
                 )
                 latest = max(latest, span.version)
 
     def _replay(
-        self, trajectory: Trajectory, attempt: Attempt, replayed: Replayed, place: Place
+        self, trajectory: Trajectory, attempt: Attempt, replayed: Replayed, location: Location
     ) -> None:
         findings = self.findings
         for index, (turn, answer) in enumerate(
             zip(trajectory.turns, replayed.answers, strict=False)
         ):
-            here = place.at(turn=index)
+            here = location.at(turn=index)
             findings.count("turns replayed")
             findings.expect(
                 turn.reward == answer.reward,
                 "turns replayed",
                 here,
-                f"the reward is {turn.reward}; graded again it is {answer.reward}",
+                f"the reward is {turn.reward}; replayed it is {answer.reward}",
             )
             recorded = {**answer.info, "observation": answer.text}
-            for name in sorted((recorded.keys() | turn.info.keys()) - {_OF_OTHERS}):
+            for name in sorted((recorded.keys() | turn.info.keys()) - {_NOT_COMPARED}):
                 now, then = recorded.get(name), turn.info.get(name)
                 findings.expect(
                     now == then,
                     "turns replayed",
                     here,
-                    f"{name} is {then!r:.80}; played again it is {now!r:.80}",
+                    f"{name} is {then!r:.80}; replayed it is {now!r:.80}",
                 )
         if replayed.error or len(replayed.answers) < len(trajectory.turns):
-            here = place.at(turn=len(replayed.answers))
-            findings.drift("turns replayed", here, replayed.error or "the episode had ended")
+            here = location.at(turn=len(replayed.answers))
+            findings.drift(
+                "turns replayed", here, replayed.error or "the replayed episode ended before"
+            )
             return
         last = replayed.answers[-1]
         by_limit = not attempt.calls[-1].ended and not last.terminated
@@ -276,32 +287,34 @@ class TrajectoryCheck:
             (trajectory.terminated, trajectory.truncated)
             == (last.terminated, last.truncated or by_limit),
             "turns replayed",
-            place,
-            f"terminated, truncated are {trajectory.terminated}, {trajectory.truncated}; played "
-            f"again they are {last.terminated}, {last.truncated or by_limit}",
+            location,
+            f"terminated and truncated are {trajectory.terminated} and {trajectory.truncated}; "
+            f"replayed they are {last.terminated} and {last.truncated or by_limit}",
         )
 
-    def _same_ids(self, check: str, encoded: TokenSpan, span: TokenSpan, place: Place) -> None:
+    def _same_ids(
+        self, check: str, encoded: TokenSpan, span: TokenSpan, location: Location
+    ) -> None:
         self.findings.count(check, len(span))
         if (token := _first_difference(encoded.token_ids, span.token_ids)) is not None:
             self.findings.drift(
                 check,
-                place.at(token=token),
-                f"the trajectory has {_at(span.token_ids, token)}, the text is encoded as "
+                location.at(token=token),
+                f"the trajectory has {_at(span.token_ids, token)}, the text encodes to "
                 f"{_at(encoded.token_ids, token)}",
             )
 
-    def _never_sampled(self, check: str, span: TokenSpan, place: Place) -> None:
+    def _never_sampled(self, check: str, span: TokenSpan, location: Location) -> None:
         self.findings.expect(
             not span.is_sampled and span.trainable,
             check,
-            place,
-            "tokens that the policy did not write have logprobs, or a mark of their own",
+            location,
+            "tokens that the policy did not write have logprobs or are marked as not trainable",
         )
 
 
 def _is_trainable(trajectory: Trajectory, index: int, limits: RolloutConfig) -> bool:
-    """Whether the config lets a turn into the loss."""
+    """Whether the config admits a turn to the loss."""
     turns = trajectory.turns
     cut = [turn.stop_reason is StopReason.LENGTH for turn in turns]
     void = [bool(turn.info.get("void", False)) for turn in turns]

@@ -1,6 +1,6 @@
-"""Checks, before a run begins, what would otherwise show as a curve that is a little off.
+"""Checks, before a run starts, for faults that would otherwise only make its curves slightly wrong.
 
-`python -m tir_alp.doctor [--config ...]` prints the table; every run makes the same checks at its
-start, and does not start where one fails, unless `doctor.ignore` names it. `docs/audit.md` says
-what each of them proves.
+`python -m tir_alp.doctor [--config ...]` prints the results as a table. Every run makes the same
+checks at its start, and does not start if one fails, unless `doctor.ignore` names it.
+`docs/audit.md` describes what each check proves.
 """

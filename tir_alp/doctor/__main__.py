@@ -1,4 +1,4 @@
-"""`python -m tir_alp.doctor [--config FILE] [--dotted.key VALUE ...]`: is this run sound here?"""
+"""`python -m tir_alp.doctor [--config FILE] [--dotted.key VALUE ...]`: check a run's setup."""
 
 from __future__ import annotations
 

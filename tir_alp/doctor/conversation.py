@@ -1,11 +1,11 @@
-"""Does the chat template keep what it has shown, and do tokenizer and model fit together?"""
+"""Checks that the chat template keeps earlier text, and that tokenizer and model fit together."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 from typing import Any
 
-from tir_alp.doctor.finding import Finding
+from tir_alp.doctor.check_result import CheckResult
 from tir_alp.rollouts.chat_template import ChatTemplate, check_prefix_stability, grow_conversation
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.tools.calls import has_call
@@ -13,39 +13,43 @@ from tir_alp.tools.calls import has_call
 _SENTENCE = "Let x² ≈ 3.14·10⁻³; print('ok')\n\tThe answer is \\boxed{42}.\n"
 
 
-def check_template(tokenizer: Any, system: str) -> Finding:
-    """Is a conversation only appended to while it grows, as text and as tokens?
+def check_template(tokenizer: Any, system: str) -> CheckResult:
+    """Check that a growing conversation is only appended to, as text and as tokens.
 
-    A rollout only ever appends. A template that changes or drops earlier text, such as the thoughts
-    of earlier turns, shows a model something else when it serves than what it was trained on.
+    A rollout only appends tokens. A template that changes or drops earlier text, such as the
+    thoughts of earlier turns, gives the deployed model other input than it was trained on.
+
+    Args:
+        tokenizer: The tokenizer, with its chat template.
+        system: System prompt of the run; may be empty.
     """
     if rewritten := check_prefix_stability(tokenizer, system=system):
-        return Finding(
+        return CheckResult(
             "template",
             False,
             "; ".join(rewritten),
-            "take a chat template that keeps every earlier message as it was written, thoughts "
-            "(<think>...</think>) included",
+            "use a chat template that keeps every earlier message as it was written, including its "
+            "thoughts (<think>...</think>)",
         )
     prompts = grow_conversation(ChatTemplate(tokenizer, system)).prompts
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in prompts]
     for turn, (before, after) in enumerate(pairwise(ids)):
         if after[: len(before)] != before:
             pairs = enumerate(zip(before, after, strict=False))
-            same = next((place for place, (a, b) in pairs if a != b), len(after))
-            return Finding(
+            same = next((position for position, (a, b) in pairs if a != b), len(after))
+            return CheckResult(
                 "template",
                 False,
-                f"token {same} of {len(before)} becomes another one after turn {turn}",
-                "let the template's generation prompt end with a special token or a line break",
+                f"token {same} of {len(before)} changes after turn {turn}",
+                "the template's generation prompt must end with a special token or a line break",
             )
-    return Finding(
+    return CheckResult(
         "template", True, f"3 turns with thoughts, {len(ids[-1])} tokens, only appended to"
     )
 
 
-def check_fence(tokenizer: Any, renderer: Renderer) -> Finding:
-    """The stop rule on text: generation stops with the token that completes a call."""
+def check_fence(tokenizer: Any, renderer: Renderer) -> CheckResult:
+    """Check that the stop rule ends generation with exactly the token that completes a call."""
     call_format, marks = renderer.call_format, renderer.marks
     call = {
         "fenced": "So:\n```python\nprint(6*7)\n```",
@@ -53,7 +57,7 @@ def check_fence(tokenizer: Any, renderer: Renderer) -> Finding:
         "none": "",
     }[call_format]
     if not has_call(call, call_format, marks):
-        return Finding("template", True, "a call ends with the turn: there is no stop rule")
+        return CheckResult("template", True, "a call ends with the turn, so there is no stop rule")
     text = f"{call}\nand more"
     ids = tokenizer.encode(text, add_special_tokens=False)
     matches = renderer.stop_matcher()
@@ -62,16 +66,23 @@ def check_fence(tokenizer: Any, renderer: Renderer) -> Finding:
         has_call(tokenizer.decode(ids[:stop]), call_format, marks)
         for stop in (end, max(end - 1, 0))
     ]
-    return Finding(
+    return CheckResult(
         "template",
         is_whole == [True, False],
-        f"stops behind {end} of {len(ids)} tokens: {tokenizer.decode(ids[:end])[-12:]!r}",
-        "the tokenizer does not decode the end of a call token by token; it needs another one",
+        f"stops after {end} of {len(ids)} tokens: {tokenizer.decode(ids[:end])[-12:]!r}",
+        "the tokenizer does not decode the end of a call token by token: use another tokenizer",
     )
 
 
-def check_tokenizer(tokenizer: Any, renderer: Renderer, model: Any, max_tokens: int) -> Finding:
-    """Every token has a row in the model, the ends agree, text comes back, positions suffice."""
+def check_tokenizer(tokenizer: Any, renderer: Renderer, model: Any, max_tokens: int) -> CheckResult:
+    """Check embedding rows, end tokens, a round trip of text, and the number of positions.
+
+    Args:
+        tokenizer: Tokenizer of the run.
+        renderer: Renderer of the run, which has its stop tokens.
+        model: The model, or its outline without weights.
+        max_tokens: `rollout.max_context_tokens`.
+    """
     rows = min(
         model.get_input_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0]
     )
@@ -82,20 +93,20 @@ def check_tokenizer(tokenizer: Any, renderer: Renderer, model: Any, max_tokens: 
     back = tokenizer.decode(tokenizer.encode(_SENTENCE, add_special_tokens=False))
     positions = getattr(model.config, "max_position_embeddings", None) or max_tokens
     wrong = {
-        f"token {largest} has no row among the model's {rows}": largest >= rows,
-        f"the model ends with {sorted(ends)}, the template with "
+        f"token {largest} has no embedding: the model has {rows} rows": largest >= rows,
+        f"the model's end tokens are {sorted(ends)}, those of the template "
         f"{sorted(renderer.stop_token_ids)}": bool(ends) and not ends & renderer.stop_token_ids,
         f"{_SENTENCE!r} comes back as {back!r}": back.strip() != _SENTENCE.strip(),
         f"rollout.max_context_tokens = {max_tokens}, but the model has {positions} "
         "positions": positions < max_tokens,
     }
     failures = [what for what, is_wrong in wrong.items() if is_wrong]
-    return Finding(
+    return CheckResult(
         "tokenizer",
         not failures,
-        "; ".join(failures) or f"ids to {largest} in {rows} rows, ends {sorted(ends)}",
-        "use the tokenizer that belongs to the model, and lower rollout.max_context_tokens to what "
-        "the model can read",
+        "; ".join(failures) or f"largest id {largest}, {rows} rows, end tokens {sorted(ends)}",
+        "use the tokenizer that belongs to the model, and lower rollout.max_context_tokens to the "
+        "number of the model's positions",
     )
 
 

@@ -1,4 +1,4 @@
-"""Checks that an environment can take an action, and that prompts leave room to write."""
+"""Checks that an environment can take an action, and that prompts leave room for an answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.tools.outcome import Outcome
 
-_HARMLESS = ("```python\nprint(1)\n```",)  # for an environment that does not say what is
+_HARMLESS = ("```python\nprint(1)\n```",)  # for an environment without `harmless_actions()`
 
 
 def check_environment(
@@ -22,14 +22,24 @@ def check_environment(
     tasks: Sequence[Task],
     make_env: Callable[[], gymnasium.Env[str, str]],
 ) -> dict[str, Any]:
-    """See that prompts leave room to write, and that the environment can take an action.
+    """Check that prompts leave room for an answer, and that the environment can take an action.
 
-    The actions are harmless, those of the environment's `harmless_actions()` if it has that. What
-    they need, a sandbox for instance, starts or refuses here and not in the first step.
+    The actions are harmless: those of the environment's `harmless_actions()`, if it has this
+    method. Whatever they need, such as a sandbox, starts or refuses here and not in the first step.
+
+    Args:
+        config: Config of the run.
+        renderer: Renders the prompts whose length is checked.
+        tasks: Tasks to reset the environment to.
+        make_env: Makes the environment, which is closed afterwards.
 
     Returns:
-        What the environment's `run_report()` says for people to read, which can go through JSON;
-        empty if it has no such method. `warnings` in it are sentences not to be overlooked.
+        The environment's `run_report()`, which is JSON-serialisable and meant for people to read;
+        empty if it has no such method. Its key `warnings` holds sentences that must not be
+        overlooked.
+
+    Raises:
+        ValueError: If a prompt is too long or the environment cannot take an action.
     """
     with closing(make_env()) as env:
         for task in tasks:

@@ -1,4 +1,4 @@
-"""All checks of a start, in two parts: before weights are loaded, and with a live engine."""
+"""All checks of a start, in two stages: before weights are loaded, and with a live engine."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 import gymnasium
 
 from tir_alp.config import Config
-from tir_alp.doctor.config_keys import unread_keys
+from tir_alp.doctor.check_result import CheckResult
 from tir_alp.doctor.conversation import check_fence, check_template, check_tokenizer
 from tir_alp.doctor.engine import EngineCheck, tolerance_of
-from tir_alp.doctor.finding import Finding
 from tir_alp.doctor.machine import (
     Shape,
     check_disk,
@@ -28,13 +27,12 @@ from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.training.policy import compute_device
 
-_PACKAGE = Path(__file__).parents[1]
 _NUM_RANDOM_IDS = 24
-_ROOM = 16  # tokens that are sampled behind a prompt
+_NUM_SAMPLED = 16  # tokens that are sampled after a prompt
 
 
 class Refused(ValueError):
-    """A check failed, and was not told to be ignored."""
+    """A check failed that `doctor.ignore` does not name."""
 
 
 def examine_config(
@@ -44,18 +42,20 @@ def examine_config(
     renderer: Renderer,
     env: gymnasium.Env[str, str],
     task: Task,
-) -> list[Finding]:
-    """What can be told without the model's weights; takes a second."""
+) -> list[CheckResult]:
+    """Make the checks that need no weights; they take about a second.
+
+    Args:
+        config: Config of the run.
+        model_path: Path or hub id of the model.
+        tokenizer: Tokenizer of the run.
+        renderer: Renderer of the run.
+        env: Environment that a program is tried in.
+        task: A task of the run, to reset the environment to.
+    """
     shape = shape_of(model_path)
-    unread = unread_keys(type(config), _PACKAGE)
     return [
-        Finding(
-            "config",
-            not unread,
-            f"nothing reads {', '.join(unread)}" if unread else "every key is read by something",
-            "a key that changes nothing misleads: delete it, or let something read it",
-        ),
-        # Actors have memory and GPUs of their own; the process that starts them may have none.
+        # Actors have their own memory and GPUs; the process that starts them may have none.
         *([] if config.cluster.is_used else [_check_memory(config, shape)]),
         check_disk(config, shape, Path("runs")),
         _check_history(tokenizer, config),
@@ -64,14 +64,16 @@ def examine_config(
     ]
 
 
-def _check_memory(config: Config, shape: Shape) -> Finding:
+def _check_memory(config: Config, shape: Shape) -> CheckResult:
     device = compute_device(config.trainer.device).type
     return check_memory(memory_needed(config, shape, device), free_memory(device))
 
 
-def _check_history(tokenizer: Any, config: Config) -> Finding:
+def _check_history(tokenizer: Any, config: Config) -> CheckResult:
     if config.model.rewritten_history == "append":
-        return Finding("template", True, "what it would rewrite stays as it was sampled, as asked")
+        return CheckResult(
+            "template", True, "what it would rewrite stays as it was sampled, as configured"
+        )
     return check_template(tokenizer, config.model.system)
 
 
@@ -79,36 +81,38 @@ async def examine_engine(
     config: Config,
     engine: Engine,
     outline: Any,
-    judge: LogprobSource,
+    trainer: LogprobSource,
     weights: Callable[[], Any],
     version: int,
     tokenizer: Any,
     renderer: Renderer,
     prompts: Sequence[str],
-) -> list[Finding]:
-    """What needs a trainer and a live engine; both are afterwards as they were before.
+) -> list[CheckResult]:
+    """Make the checks that need a trainer and a live engine, and leave both unchanged.
 
     Args:
-        config: Of the run.
-        engine: That samples.
-        outline: Of the model; see `load_outline`.
-        judge: The trainer.
-        weights: What the engine's `load_weights` takes, of the trainer as it is.
-        version: Of the weights.
-        tokenizer: Of the run.
-        renderer: Of the run.
-        prompts: Texts of a few tasks.
+        config: Config of the run.
+        engine: The engine to check.
+        outline: The model without weights; see `load_outline`.
+        trainer: Computes the logprobs that the engine's are compared with.
+        weights: Returns the trainer's current weights in the form that `load_weights` takes.
+        version: Policy version of these weights.
+        tokenizer: Tokenizer of the run.
+        renderer: Renderer of the run.
+        prompts: Prompts of a few tasks, as text.
     """
     limit = config.rollout.max_context_tokens
     rng = random.Random(0)
-    ids = [renderer.prompt(text).token_ids[: limit - _ROOM] for text in prompts]
+    ids = [renderer.prompt(text).token_ids[: limit - _NUM_SAMPLED] for text in prompts]
     ids += [
-        tuple(rng.randrange(len(tokenizer)) for _ in range(min(_NUM_RANDOM_IDS, limit - _ROOM)))
+        tuple(
+            rng.randrange(len(tokenizer)) for _ in range(min(_NUM_RANDOM_IDS, limit - _NUM_SAMPLED))
+        )
         for _ in range(2)
     ]
     check = EngineCheck(
         engine,
-        judge,
+        trainer,
         outline.get_input_embeddings().weight.shape[0],
         ids,
         config.rollout.temperature,
@@ -123,19 +127,23 @@ async def examine_engine(
     ]
 
 
-def demand(findings: Sequence[Finding], ignore: Sequence[str]) -> list[str]:
-    """Stop where a check failed; returns one sentence for each that failed and is ignored.
+def demand(results: Sequence[CheckResult], ignore: Sequence[str]) -> list[str]:
+    """Refuse to start if a check failed; return one sentence per failed check that is ignored.
+
+    Args:
+        results: Results of all checks.
+        ignore: Names of the checks that may fail.
 
     Raises:
-        Refused: With a line for each other one that failed.
+        Refused: If another check failed; the message has two lines per failed check.
     """
-    failed = [finding for finding in findings if not finding.holds]
+    failed = [result for result in results if not result.holds]
     refused = [each for each in failed if each.check not in ignore]
     if refused:
         lines = [f"{each.check}: {each.figure}\n  fix: {each.fix}" for each in refused]
         names = ",".join(each.check for each in refused)
         raise Refused(
             "\n".join(["the run would not be sound:", *lines])
-            + f"\nto start all the same: --doctor.ignore {names}"
+            + f"\nto start anyway: --doctor.ignore {names}"
         )
     return [f"ignored by doctor.ignore: {each.check}: {each.figure}" for each in failed]

@@ -1,4 +1,4 @@
-"""Does this machine have what the config needs? An estimate, from the model's shape."""
+"""Estimates from the model's shape whether this machine has the memory and disk for a run."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 
 from tir_alp.config import Config, ServersConfig, SGLangConfig
-from tir_alp.doctor.finding import Finding
+from tir_alp.doctor.check_result import CheckResult
 from tir_alp.training.structure import load_outline
 
 _FLOAT = 4  # bytes: weights, gradients and both moments of AdamW are float32
-_KEPT_A_LAYER = (16, 4)  # numbers kept for the backward pass, a token: of hidden and of inner size
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # a number of a server's
+_KEPT_PER_LAYER = (16, 4)  # hidden and inner vectors kept per token and layer for backward
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # per number in a server
 _LOGIT_COPIES = 3  # logits, their log-softmax, and its gradient
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What memory follows from."""
+    """The numbers that determine a model's memory."""
 
     num_parameters: int
     num_layers: int
@@ -28,11 +28,14 @@ class Shape:
     inner: int
     vocabulary: int
     cache_width: int
-    """Numbers that the cache of one layer keeps a token: keys and values of all their heads."""
+    """Numbers per token in the cache of one layer: keys and values of all key-value heads."""
 
 
 def shape_of(path: str) -> Shape:
-    """Read a model's shape; its weights are not loaded.
+    """Read a model's shape without loading its weights.
+
+    Args:
+        path: Path or hub id of the model.
 
     Raises:
         ValueError: If there is no such model.
@@ -52,22 +55,22 @@ def shape_of(path: str) -> Shape:
 
 
 def memory_needed(config: Config, shape: Shape, device: str) -> dict[str, int]:
-    """Bytes of a device's memory by what takes them: a trainer and its engine, at their widest.
+    """Return the peak memory of a trainer and the engine beside it, in bytes by purpose.
 
     Args:
-        config: Of the run.
-        shape: Of its model.
-        device: "cpu" or "cuda": where the trainer computes, the first GPU.
+        config: Config of the run.
+        shape: Shape of the run's model.
+        device: Device type of the trainer, "cpu" or "cuda"; the latter means the first GPU.
     """
     rollout, trainer = config.rollout, config.trainer
     num_episodes = (rollout.max_staleness + 1) * rollout.groups_per_step * rollout.group_size
     most = max(trainer.micro_batch_tokens, rollout.max_context_tokens)
     packed = min(most, num_episodes * rollout.max_context_tokens)
-    of_hidden, of_inner = _KEPT_A_LAYER
-    a_layer = of_hidden * shape.hidden + of_inner * shape.inner
-    kept = a_layer * shape.num_layers
+    of_hidden, of_inner = _KEPT_PER_LAYER
+    per_layer = of_hidden * shape.hidden + of_inner * shape.inner
+    kept = per_layer * shape.num_layers
     if trainer.gradient_checkpointing:
-        kept = a_layer + shape.hidden * shape.num_layers
+        kept = per_layer + shape.hidden * shape.num_layers
     weights = _FLOAT * shape.num_parameters
     frozen = weights if trainer.dtype == "float32" else weights // 2
     return {
@@ -80,46 +83,54 @@ def memory_needed(config: Config, shape: Shape, device: str) -> dict[str, int]:
 
 
 def _engine_memory(config: Config, shape: Shape, device: str, most_cached: int) -> dict[str, int]:
-    """Bytes that engines take where the trainer computes; those elsewhere are not its concern."""
+    """Return the bytes that engines take on the trainer's device; others do not count."""
     engine = config.engine
-    a_number, num_engines, cached = _FLOAT, 1, most_cached
+    number_bytes, num_engines, cached = _FLOAT, 1, most_cached
     if engine.max_cache_tokens is not None:
         cached = min(engine.max_cache_tokens, most_cached)
     if isinstance(engine, ServersConfig):
         is_sglang = isinstance(engine, SGLangConfig)
-        a_number, num_engines = _BYTES[engine.dtype], engine.num_servers if is_sglang else 1
-        if engine.device == "cuda":  # each has GPUs of its own, and the trainer the first
+        number_bytes, num_engines = _BYTES[engine.dtype], engine.num_servers if is_sglang else 1
+        if engine.device == "cuda":  # each has its own GPUs, and the trainer has the first
             num_engines = int(engine.first_gpu == 0)
-        # Those of others are not our concern; those that take turns with the trainer have gone.
+        # External servers do not count, nor do those that release memory while training.
         if engine.device != device or (is_sglang and (engine.urls or engine.release_memory)):
             num_engines = 0
-        if engine.max_cache_tokens is None:  # a share of what there is, and so always fits
+        if engine.max_cache_tokens is None:  # it takes a share of the free memory: always fits
             cached = 0
     return {
-        "the engine's weights": num_engines * a_number * shape.num_parameters,
-        "cache": num_engines * a_number * cached * shape.cache_width * shape.num_layers,
+        "the engine's weights": num_engines * number_bytes * shape.num_parameters,
+        "cache": num_engines * number_bytes * cached * shape.cache_width * shape.num_layers,
     }
 
 
-def check_memory(needed: dict[str, int], available: int) -> Finding:
-    """Compare what is needed with what is there."""
+def check_memory(needed: dict[str, int], available: int) -> CheckResult:
+    """Compare the needed memory with the available memory.
+
+    Args:
+        needed: Bytes by purpose; see `memory_needed`.
+        available: Bytes that are free; see `free_memory`.
+    """
     total = sum(needed.values())
     largest = max(needed, key=lambda name: needed[name])
-    return Finding(
+    return CheckResult(
         "memory",
         total <= available,
         f"needs {_gb(total)} ({largest} {_gb(needed[largest])}), {_gb(available)} are free",
         "lower trainer.micro_batch_tokens, engine.max_cache_tokens or rollout.groups_per_step, set "
-        "trainer.gradient_checkpointing, or take a smaller model",
+        "trainer.gradient_checkpointing, or use a smaller model",
     )
 
 
-def check_disk(config: Config, shape: Shape, folder: Path) -> Finding:
-    """Checkpoints hold weights and both moments; one more than is kept stands while it is saved."""
+def check_disk(config: Config, shape: Shape, folder: Path) -> CheckResult:
+    """Check that `checkpoint.keep` + 1 checkpoints of weights and both moments fit on the disk.
+
+    The additional one is being saved before the oldest is deleted.
+    """
     needed = (config.checkpoint.keep + 1) * 3 * _FLOAT * shape.num_parameters
     existing = next(each for each in (folder, *folder.resolve().parents) if each.exists())
     free = shutil.disk_usage(existing).free
-    return Finding(
+    return CheckResult(
         "disk",
         needed <= free,
         f"{config.checkpoint.keep + 1} checkpoints need {_gb(needed)}, {_gb(free)} are free",
@@ -128,7 +139,12 @@ def check_disk(config: Config, shape: Shape, folder: Path) -> Finding:
 
 
 def free_memory(device: str) -> int:
-    """Bytes: of the GPU ("cuda"), or of this machine or the control group we are in ("cpu")."""
+    """Return the free memory in bytes.
+
+    Args:
+        device: "cuda" for the GPU; "cpu" for this machine, or this process's control group if that
+            has less.
+    """
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -137,7 +153,7 @@ def free_memory(device: str) -> int:
     try:
         limit = int((group / "memory.max").read_text())
         return min(free, limit - int((group / "memory.current").read_text()))
-    except (FileNotFoundError, ValueError):  # there is no limit
+    except (FileNotFoundError, ValueError):  # no limit is set
         return free
 
 

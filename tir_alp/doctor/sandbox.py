@@ -1,8 +1,8 @@
-"""What can a program of the model's reach? Tried through the environment, as the model would.
+"""Checks what a program written by the model can reach, by running one through the environment.
 
-The sandbox attacks itself when it starts (`tir_alp.sandbox probe` shows the whole list). This is
-the second look, at the end of the chain that a run uses, whoever built it. Every attack here is
-harmless where it works.
+The sandbox probes itself when it starts (`python -m tir_alp.sandbox probe` prints the list). This
+is a second check, made at the end of the chain that a run uses, whatever the environment. Every
+attack here is harmless if it succeeds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import gymnasium
 
-from tir_alp.doctor.finding import Finding
+from tir_alp.doctor.check_result import CheckResult
 from tir_alp.rollouts.data import Task
 
 _PROGRAM = """\
@@ -32,11 +32,11 @@ attacks = {{
 }}
 print("rea" "ched:", *[name for name, attack in attacks.items() if reaches(attack)], sep="; ")
 ```"""
-_ANSWER = "reached:"  # not to be found in the program: an environment may only repeat that
+_ANSWER = "reached:"  # not part of the program, which an environment may echo
 
 
-def check_sandbox(env: gymnasium.Env[str, str], task: Task) -> Finding:
-    """Let an environment run a program that tries to get out."""
+def check_sandbox(env: gymnasium.Env[str, str], task: Task) -> CheckResult:
+    """Let an environment run a program that tries to escape."""
     with (
         tempfile.TemporaryDirectory(prefix="doctor-") as folder,
         socket.create_server(("127.0.0.1", 0)) as server,
@@ -48,17 +48,17 @@ def check_sandbox(env: gymnasium.Env[str, str], task: Task) -> Finding:
         observation, *_, info = env.step(program)
     _, answered, reached = observation.partition(_ANSWER)
     if not answered:
-        return Finding(
+        return CheckResult(
             "sandbox",
             not info.get("tool_calls"),
-            f"the environment ran no program, and said {observation[-100:]!r}",
-            "a program that tries to get out has to be able to run: see why this one did not",
+            f"the environment ran no program and answered {observation[-100:]!r}",
+            "the check needs a program to run: find out why this one did not",
         )
     reached = reached.strip("; \n")
-    return Finding(
+    return CheckResult(
         "sandbox",
         not reached,
-        f"a program reached {reached}" if reached else "4 ways out tried, none works",
-        "programs of the model are not held in: take a backend that is (python -m tir_alp.sandbox "
-        "probe), or run the trainer where they may do all that",
+        f"a program reached {reached}" if reached else "4 escapes tried, none succeeded",
+        "the model's programs are not confined: use a backend that confines them (python -m "
+        "tir_alp.sandbox probe), or run the trainer where they may do all of this",
     )

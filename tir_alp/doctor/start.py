@@ -8,9 +8,9 @@ from typing import Any
 
 import gymnasium
 
+from tir_alp.doctor.check_result import CheckResult
 from tir_alp.doctor.environment import check_environment
 from tir_alp.doctor.examine import demand, examine_config, examine_engine
-from tir_alp.doctor.finding import Finding
 from tir_alp.run.launch import Launched
 from tir_alp.run.open_run import Examined
 from tir_alp.run.prepare import Prepared
@@ -60,7 +60,7 @@ def examine_environment(
 
 def examine_inputs(
     prepared: Prepared, make_env: Callable[[], gymnasium.Env[str, str]]
-) -> tuple[list[Finding], list[str]]:
+) -> tuple[list[CheckResult], list[str]]:
     """Check what needs no weights; returns the findings, and the texts of the next two tasks."""
     first = prepared.progress.position.group
     with closing(make_env()) as env:
@@ -79,7 +79,7 @@ def examine_inputs(
 
 async def examine_launched(
     prepared: Prepared, launched: Launched, prompts: Sequence[str]
-) -> list[Finding]:
+) -> list[CheckResult]:
     """Check engine and trainer against each other; both are afterwards as they were before."""
     return await examine_engine(
         prepared.config,

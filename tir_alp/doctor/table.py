@@ -9,7 +9,7 @@ from rich.table import Table
 
 from tir_alp.cluster import open_cluster
 from tir_alp.config import Config
-from tir_alp.doctor.finding import Finding
+from tir_alp.doctor.check_result import CheckResult
 from tir_alp.doctor.start import examine_environment, examine_inputs, examine_launched
 from tir_alp.run.console import RunConsole
 from tir_alp.run.launch import launch
@@ -17,7 +17,7 @@ from tir_alp.run.placement import open_placement
 from tir_alp.run.prepare import prepare
 
 
-async def examine(config: Config) -> list[Finding]:
+async def examine(config: Config) -> list[CheckResult]:
     """Make all checks of a start.
 
     Raises:
@@ -32,7 +32,7 @@ async def examine(config: Config) -> list[Finding]:
             return findings + await examine_launched(prepared, launched, prompts)
 
 
-def table_of(findings: Sequence[Finding], ignored: Collection[str]) -> Table:
+def table_of(findings: Sequence[CheckResult], ignored: Collection[str]) -> Table:
     """One row per check: its verdict, the figure, and the fix if it failed."""
     table = Table("check", "", "figure", "fix", box=None, header_style="bold")
     for finding in findings:

@@ -1,4 +1,4 @@
-"""The folder of a run: its config, metrics and trajectories, as other programs read them."""
+"""The folder of a run: config, metrics and trajectories, in files that other programs can read."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 
 from tir_alp.algorithm.formula import formula
 from tir_alp.config import Config
-from tir_alp.records.trajectories import to_row
+from tir_alp.records.trajectories import to_record
 from tir_alp.types import Batch, Trajectory, TrajectoryGroup
 
 STEP_FOLDERS = ("trajectories", "replaced", "ledger")
-"""With one file a step."""
+"""Subfolders that hold one file per step."""
 
 
 class RunFolder:
-    """Writes what a run leaves behind; nothing before `create` or `reopen`.
+    """Writes the files of a run. Nothing is written before `create` or `reopen` is called.
 
     Args:
-        path: The folder.
+        path: Path of the folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +44,7 @@ class RunFolder:
         )
 
     def create(self, config: Config) -> None:
-        """Make the folder of a new run. Raises ValueError if there is one already."""
+        """Make the folder of a new run. Raises ValueError if it exists already."""
         try:
             self.path.mkdir(parents=True)
         except FileExistsError:
@@ -54,48 +54,57 @@ class RunFolder:
         self._open()
 
     def reopen(self, step: int) -> None:
-        """Open the folder of a run that goes on behind `step`; what came later is taken out."""
+        """Open the folder of a run that continues after `step`, and delete what was written later.
+
+        Args:
+            step: Number of training steps that the run's newest checkpoint contains.
+        """
         for name in STEP_FOLDERS:
             for file in (self.path / name).glob("step_*.jsonl"):
                 if file.name > step_file(step):
                     file.unlink()
         for file in filter(Path.exists, (self.path / "metrics.jsonl", self._events)):
-            aside = file.with_name(f".{file.name}.part")
-            # A run that begins again at 0 also evaluates again.
-            kept = [row for row in read_rows(file)[0] if step > 0 and row["step"] <= step]
-            aside.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
-            os.replace(aside, file)
+            temporary = file.with_name(f".{file.name}.part")
+            # A run that starts again at 0 also evaluates again.
+            kept = [each for each in read_records(file)[0] if step > 0 and each["step"] <= step]
+            temporary.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
+            os.replace(temporary, file)
         self._open()
 
     def _open(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # only who writes a run needs it
+        from torch.utils.tensorboard import SummaryWriter  # needed only to write a run
 
         self._metrics = (self.path / "metrics.jsonl").open("a")
         self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one row of metrics."""
+        """Write one record of metrics."""
         self._metrics.write(json.dumps({"step": step, **dict(sorted(metrics.items()))}) + "\n")
         self._metrics.flush()
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
 
     def note_left_out(self, sentences: Sequence[str]) -> None:
-        """Write down which rows of the data were left out, a line each, if any were."""
+        """Write which data rows were left out, one sentence per line; no file if none were."""
         if sentences:
             (self.path / "left_out.txt").write_text("".join(f"{each}\n" for each in sentences))
 
-    def tell(self, step: int, kind: str, reason: str) -> None:
-        """Write down something that happened to the run as a whole, such as a roll-back."""
+    def log_event(self, step: int, kind: str, reason: str) -> None:
+        """Write an event of the run as a whole, such as a roll-back."""
         with self._events.open("a") as file:
             file.write(json.dumps({"step": step, "kind": kind, "reason": reason}) + "\n")
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        """What has happened of this kind."""
-        return [event for event in read_rows(self._events)[0] if event.get("kind") == kind]
+        """Return the events of one kind that have been written."""
+        return [event for event in read_records(self._events)[0] if event.get("kind") == kind]
 
     def note_environment(self, step: int, report: Mapping[str, Any]) -> None:
-        """Write what the environment runs in from `step` on; a line for each start of the run."""
+        """Write the environment's report; one line per start of the run.
+
+        Args:
+            step: Number of training steps that the run had made when it started.
+            report: What the environment's tools run in, e.g. the sandbox's backend.
+        """
         with (self.path / "environment.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **report}) + "\n")
 
@@ -106,42 +115,42 @@ class RunFolder:
         replaced: Sequence[TrajectoryGroup],
         ledger: Iterable[Mapping[str, Any]],
     ) -> None:
-        """Write the trajectories of a step, and what the others say about them.
+        """Write the trajectories of a step, and the ledger's independent account of them.
 
         Args:
-            step: Steps behind it, this one included.
-            groups: Those that it trained on.
-            replaced: Groups without signal that others took the place of.
-            ledger: Rows of the ledger.
+            step: Number of training steps made, this one included.
+            groups: Groups that the step trained on.
+            replaced: Groups without signal, in whose stead the step trained on others.
+            ledger: The ledger's records of the step.
         """
-        self._write_rows("trajectories", step, map(to_row, _trajectories(groups)))
+        self._write_records("trajectories", step, map(to_record, _trajectories(groups)))
         if replaced:
-            self._write_rows("replaced", step, map(to_row, _trajectories(replaced)))
-        self._write_rows("ledger", step, ledger)
+            self._write_records("replaced", step, map(to_record, _trajectories(replaced)))
+        self._write_records("ledger", step, ledger)
 
-    def _write_rows(self, name: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write one file of a step: it is there whole, or not there."""
+    def _write_records(self, name: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write one file of a step atomically: it is complete, or it does not exist."""
         folder = self.path / name
         folder.mkdir(exist_ok=True)
-        aside = folder / ".part"
-        with aside.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        os.replace(aside, folder / step_file(step))
+        temporary = folder / ".part"
+        with temporary.open("w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+        os.replace(temporary, folder / step_file(step))
 
     def dump_bad_update(self, update: int, batches: Sequence[Batch]) -> None:
-        """Keep the micro-batches of an update that was skipped, for a post-mortem."""
+        """Save the micro-batches of an update that was skipped, for a post-mortem."""
         folder = self.path / "bad_updates"
         folder.mkdir(exist_ok=True)
         torch.save([asdict(batch) for batch in batches], folder / f"update_{update}.pt")
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Flush and close the files."""
         self._metrics.close()
         self._tensorboard.close()
 
 
 def step_file(step: int) -> str:
-    """Name of a step's file in `trajectories`, `replaced` and `ledger`."""
+    """Return the name of a step's file in `trajectories`, `replaced` and `ledger`."""
     return f"step_{step:06d}.jsonl"
 
 
@@ -149,33 +158,35 @@ def _trajectories(groups: Iterable[TrajectoryGroup]) -> Iterator[Trajectory]:
     return (each for group in groups for each in group.trajectories)
 
 
-def read_rows(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """Read a file of JSON objects, a line each, as a run leaves it behind; it may be missing.
+def read_records(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """Read a file of JSON objects, one per line, in the state in which a run left it.
+
+    The file may be missing. A last line without a line break is not counted as unreadable: the file
+    looks like that while the run is writing, or after it was killed.
 
     Returns:
-        The rows that have an int `step`, and how many lines are none. A last line without its end
-        is not counted: that is how a file looks while the run goes on, or after it was killed.
+        The records, which are the objects with an int `step`, and the number of other lines.
     """
     lines = file.read_text(errors="replace").split("\n") if file.is_file() else []
-    rows = []
+    records = []
     num_unreadable = 0
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            record = json.loads(line)
         except ValueError:
             num_unreadable += bool(line.strip()) and number < len(lines)
             continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            rows.append(row)
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
         else:
             num_unreadable += 1
-    return rows, num_unreadable
+    return records, num_unreadable
 
 
 def read_run_config(path: Path) -> dict[str, Any]:
-    """Read the config that a run was started with. Raises ValueError if this is no run."""
+    """Read the config that a run was started with. Raises ValueError if there is none."""
     file = path / "config.json"
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no folder of a run: cannot read {file} ({error})") from None
+        raise ValueError(f"{path} is not a run folder: cannot read {file} ({error})") from None

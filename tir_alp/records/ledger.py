@@ -1,16 +1,17 @@
-"""What engine, environments and trainer each say that they did: the auditor's second source.
+"""What engine, environments and trainer did, by their own account: the auditor's second source.
 
-Trajectories are made by the rollouts. The ledger is written at the borders instead, by other code:
-what the engine returned, before anything was cut; what each environment answered; and what the
-trainer had packed when it computed the loss. `tir_alp.audit` proves that the two tell the same.
+Trajectories are made by the rollouts. The ledger is written by separate code, at the interfaces:
+what the engine returned before anything was cut, what each environment answered, and what the
+trainer had packed when it computed the loss. `tir_alp.audit` proves that the two accounts agree.
 
-Only episodes of training are written down. One file a step, `docs/audit.md` has its format.
+Only training episodes are recorded. There is one file per step; `docs/audit.md` has its format.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gymnasium
@@ -20,6 +21,7 @@ from tir_alp.records.ledger_rows import (
     FORMAT,
     Attempt,
     Call,
+    Record,
     Row,
     answer_digest,
     digest,
@@ -31,7 +33,7 @@ from tir_alp.types import TrajectoryGroup
 
 
 class Ledger:
-    """Collects what happens until a step takes it.
+    """Collects records until a step takes them.
 
     Args:
         group_size: Sequences per group; the uids of a group's sequences follow from it.
@@ -39,7 +41,7 @@ class Ledger:
 
     def __init__(self, group_size: int) -> None:
         self._group_size = group_size
-        self._attempts: defaultdict[int, list[Attempt]] = defaultdict(list)
+        self._attempts: defaultdict[int, list[_OpenAttempt]] = defaultdict(list)
         self._updates: list[Row] = []
 
     def recording(self, generate: Generate) -> Generate:
@@ -55,7 +57,7 @@ class Ledger:
 
     def record_env(self, env: gymnasium.Env[str, str], uid: int) -> gymnasium.Env[str, str]:
         """Wrap the environment of one attempt at the episode of a sequence."""
-        attempt = Attempt(uid)
+        attempt = _OpenAttempt(uid)
         self._attempts[uid].append(attempt)
         return _RecordedEnv(env, attempt)
 
@@ -63,24 +65,31 @@ class Ledger:
         """Write down which sequences the loss of each update got."""
         self._updates.extend(update_row(each) for each in records)
 
-    def kept(self, group_ids: Iterable[int]) -> list[Row]:
-        """The attempts at groups that have ended and wait, for the checkpoint."""
+    def snapshot(self, group_ids: Iterable[int]) -> list[Record]:
+        """Return the attempts at groups that are finished and not yet taken, for a checkpoint."""
         uids = [uid for group_id in group_ids for uid in self._uids(group_id)]
-        return [each.to_row() for uid in uids for each in self._attempts.get(uid, ())]
+        return [each.to_record() for uid in uids for each in self._attempts.get(uid, ())]
 
-    def restore(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Take up what `kept` gave."""
-        for row in rows:
-            calls = [Call.from_row(call) for call in row["calls"]]
-            self._attempts[row["uid"]].append(Attempt(row["uid"], row["prompt"], calls))
+    def restore(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add the attempts of a `snapshot`."""
+        for record in records:
+            attempt = Attempt.from_record(record)
+            opened = _OpenAttempt(attempt.uid, attempt.prompt, [*attempt.calls])
+            self._attempts[attempt.uid].append(opened)
 
     def take(
         self,
         trained: Iterable[TrajectoryGroup],
         replaced: Iterable[TrajectoryGroup],
         lost: Iterable[TrajectoryGroup],
-    ) -> list[Row]:
-        """The rows of one step, by what became of its groups; they are forgotten here."""
+    ) -> list[Record]:
+        """Return the records of one step, and forget them.
+
+        Args:
+            trained: Groups that the step trained on.
+            replaced: Groups without signal, in whose stead the step trained on others.
+            lost: Groups all of whose episodes failed.
+        """
         fates = {"trained": trained, "replaced": replaced, "lost": lost}
         groups = [
             {
@@ -97,17 +106,29 @@ class Ledger:
         uids = [uid for group in groups for uid in self._uids(group["group_id"])]
         attempts = [each for uid in uids for each in self._attempts.pop(uid, ())]
         updates, self._updates = self._updates, []
-        rows = [*groups, *(attempt.to_row() for attempt in attempts), *updates]
+        rows = [*groups, *(attempt.to_record() for attempt in attempts), *updates]
         return [{"kind": "ledger", "format": FORMAT}, *rows, {"kind": "end", "rows": len(rows)}]
 
     def _uids(self, group_id: int) -> range:
         return range(group_id * self._group_size, (group_id + 1) * self._group_size)
 
 
-class _RecordedEnv(gymnasium.Wrapper[str, str, str, str]):
-    """Records each answer of an environment, in the thread of the call."""
+@dataclass(slots=True)
+class _OpenAttempt:
+    """Grows during an attempt: by a call per completion, which the environment then answers."""
 
-    def __init__(self, env: gymnasium.Env[str, str], attempt: Attempt) -> None:
+    uid: int
+    prompt: str | None = None
+    calls: list[Call] = field(default_factory=list)
+
+    def to_record(self) -> Record:
+        return Attempt(self.uid, self.prompt, tuple(self.calls)).to_record()
+
+
+class _RecordedEnv(gymnasium.Wrapper[str, str, str, str]):
+    """Records what an environment answers, in the thread in which it answers."""
+
+    def __init__(self, env: gymnasium.Env[str, str], attempt: _OpenAttempt) -> None:
         super().__init__(env)
         self._attempt = attempt
 
@@ -121,8 +142,10 @@ class _RecordedEnv(gymnasium.Wrapper[str, str, str, str]):
     def step(self, action: str) -> tuple[str, Any, bool, bool, dict[str, Any]]:
         answer = self.env.step(action)
         _, _, terminated, truncated, info = answer
-        call = self._attempt.calls[-1]
-        call.outcome = str(info.get("outcome", "ok"))
-        call.ended = bool(terminated or truncated)
-        call.answer = answer_digest(action, *answer)
+        self._attempt.calls[-1] = replace(
+            self._attempt.calls[-1],
+            answer=answer_digest(action, *answer),
+            outcome=str(info.get("outcome", "ok")),
+            ended=bool(terminated or truncated),
+        )
         return answer

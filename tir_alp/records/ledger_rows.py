@@ -1,4 +1,4 @@
-"""The ledger's rows: what is kept of calls, answers and updates. Pure."""
+"""The ledger's records of engine calls, environment answers and updates. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,27 +21,31 @@ FORMAT = "tir_alp ledger 1"
 
 Row = dict[str, Any]
 
+Record = dict[str, Any]
+"""One JSON object of the ledger: a line of its file."""
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """One `generate` call, and the environment's answer to it."""
 
     num_context: int
-    """Tokens that the engine continued."""
+    """Number of tokens that the engine continued."""
     context: str
-    """Their digest."""
+    """Digest of these tokens."""
     completion: Completion
-    """As the engine returned it."""
+    """The completion as the engine returned it."""
     answer: str | None = None
-    """Digest of action and answer; None: the environment gave none."""
+    """Digest of the action and the environment's answer; None if the environment gave none."""
     outcome: str | None = None
+    """Outcome of the environment's step; None if there was none."""
     ended: bool = False
     """Whether the environment ended the episode."""
 
-    def to_row(self) -> Row:
-        """What goes into the file: ids as int32, logprobs as float64, so that both are exact."""
+    def to_record(self) -> Record:
+        """Return the call as a record: ids as int32 and logprobs as float64, so both are exact."""
         completion = self.completion
-        row = {
+        record = {
             "context": [self.num_context, self.context],
             "ids": pack_array(completion.token_ids, "<i4"),
             "logprobs": pack_array(completion.logprobs, "<f8"),
@@ -53,48 +57,64 @@ class Call:
         }
         if completion.version_spans:
             spans = completion.version_spans
-            row["versions"] = [[span.version, span.start, span.stop] for span in spans]
-        return row
+            record["versions"] = [[span.version, span.start, span.stop] for span in spans]
+        return record
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> Call:
-        """Raises KeyError, TypeError or ValueError if the row is none of a call."""
+    def from_record(cls, record: Mapping[str, Any]) -> Call:
+        """Return the call that a record describes.
+
+        Raises:
+            KeyError, TypeError, ValueError: If the record is not a call.
+        """
         completion = Completion(
-            token_ids=tuple(unpack_array(row["ids"], "<i4")),
-            logprobs=tuple(unpack_array(row["logprobs"], "<f8")),
-            stop_reason=StopReason(row["stop"]),
-            policy_version=row["version"],
-            version_spans=tuple(VersionSpan(*span) for span in row.get("versions", ())),
+            token_ids=tuple(unpack_array(record["ids"], "<i4")),
+            logprobs=tuple(unpack_array(record["logprobs"], "<f8")),
+            stop_reason=StopReason(record["stop"]),
+            policy_version=record["version"],
+            version_spans=tuple(VersionSpan(*span) for span in record.get("versions", ())),
         )
-        num_context, context = row["context"]
+        num_context, context = record["context"]
         return cls(
-            num_context, context, completion, row["answer"], row["outcome"], bool(row["ended"])
+            num_context=num_context,
+            context=context,
+            completion=completion,
+            answer=record["answer"],
+            outcome=record["outcome"],
+            ended=bool(record["ended"]),
         )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try at an episode."""
+    """One attempt at an episode."""
 
     uid: int
-    prompt: str | None = None
-    """Digest of the text that the environment was reset to."""
-    calls: list[Call] = field(default_factory=list)
+    """Uid of the sequence."""
+    prompt: str | None
+    """Digest of the prompt that the environment's reset returned; None if it was not reset."""
+    calls: tuple[Call, ...]
 
-    def to_row(self) -> Row:
-        """What goes into the file."""
-        calls = [call.to_row() for call in [*self.calls]]
+    def to_record(self) -> Record:
+        """Return the attempt as a record."""
+        calls = [call.to_record() for call in self.calls]
         return {"kind": "attempt", "uid": self.uid, "prompt": self.prompt, "calls": calls}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Attempt:
+        """Return the attempt that a record describes; raises as `Call.from_record` does."""
+        calls = tuple(map(Call.from_record, record["calls"]))
+        return cls(record["uid"], record["prompt"], calls)
 
 
 def digest(text: str | bytes) -> str:
-    """64 bits, in hexadecimal."""
+    """Return the 64-bit BLAKE2b digest of a text or of bytes, in hexadecimal."""
     data = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def ids_digest(token_ids: Sequence[int]) -> str:
-    """Digest of token ids."""
+    """Return the digest of token ids, as int32."""
     return digest(np.asarray(token_ids, "<i4").tobytes())
 
 
@@ -106,7 +126,7 @@ def answer_digest(
     truncated: bool,
     info: Mapping[str, Any],
 ) -> str:
-    """Digest of one step of an environment: what it was given, and all that it answered."""
+    """Return the digest of one environment step: the action and everything it returned."""
     rest = {name: value for name, value in info.items() if name != "observation"}
     answer = [action, observation, float(reward), bool(terminated), bool(truncated), rest]
     return digest(json.dumps(answer, sort_keys=True))
@@ -130,10 +150,10 @@ def update_record(row: Mapping[str, Any]) -> UpdateRecord:
 
 
 def pack_array(values: Sequence[float], dtype: str) -> str:
-    """Numbers as base64 of their bytes: a third of their size as text, and exact."""
+    """Return numbers as the base64 of their bytes: exact, and a third of the size of text."""
     return base64.b64encode(np.asarray(values, dtype).tobytes()).decode("ascii")
 
 
 def unpack_array(text: str, dtype: str) -> list[Any]:
-    """The numbers of `pack_array`. Raises ValueError if it is none."""
+    """Return the numbers that `pack_array` packed. Raises ValueError if the text is invalid."""
     return np.frombuffer(base64.b64decode(text, validate=True), dtype).tolist()

@@ -1,4 +1,8 @@
-"""Trajectories as rows of JSON, the format of `trajectories/*.jsonl`, and back. Pure."""
+"""Trajectories and the queue's state as JSON records, and back. Pure.
+
+`trajectories/*.jsonl` holds one trajectory per line; a checkpoint holds the state of the queue with
+its finished groups.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +14,31 @@ from tir_alp.rollouts.queue import QueueState
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn, VersionSpan
 
+# --------------------------------------------------------------------------------- trajectories
 
-def to_row(trajectory: Trajectory) -> dict[str, Any]:
-    """What `json.dumps` takes; names are those of the dataclasses."""
+
+def to_record(trajectory: Trajectory) -> dict[str, Any]:
+    """Return a trajectory as `json.dumps` takes it; keys are the field names of the dataclasses."""
     return {
         "task_id": trajectory.task_id,
         "group_id": trajectory.group_id,
-        "prompt": _span_row(trajectory.prompt),
-        "turns": [_turn_row(turn) for turn in trajectory.turns],
+        "prompt": _span_to_record(trajectory.prompt),
+        "turns": [_turn_to_record(turn) for turn in trajectory.turns],
         "terminated": trajectory.terminated,
         "truncated": trajectory.truncated,
         "sequence_uid": trajectory.sequence_uid,
     }
 
 
-def from_row(row: Mapping[str, Any]) -> Trajectory:
-    """The trajectory of a row.
+def from_record(record: Mapping[str, Any]) -> Trajectory:
+    """Return the trajectory that a record describes.
 
     Raises:
-        ValueError: If it is none: a key is missing or unknown, or a value of another type.
+        ValueError: If the record is not a trajectory: a key is missing or unknown, or a value has
+            the wrong type.
     """
     fields = _fields(
-        row,
+        record,
         "a trajectory",
         task_id=str,
         group_id=int,
@@ -44,24 +51,17 @@ def from_row(row: Mapping[str, Any]) -> Trajectory:
     turns = []
     for index, turn in enumerate(fields["turns"]):
         try:
-            turns.append(_turn(turn))
+            turns.append(_turn_from_record(turn))
         except ValueError as error:
             raise ValueError(f"turn {index}: {error}") from None
-    return Trajectory(**fields | {"prompt": _span(fields["prompt"]), "turns": tuple(turns)})
+    prompt = _span_from_record(fields["prompt"])
+    return Trajectory(**fields | {"prompt": prompt, "turns": tuple(turns)})
 
 
-def _span_row(span: TokenSpan) -> dict[str, Any]:
+def _turn_to_record(turn: Turn) -> dict[str, Any]:
     return {
-        "token_ids": span.token_ids,
-        "rollout_logprobs": span.rollout_logprobs,
-        "trainable": span.trainable,
-    }
-
-
-def _turn_row(turn: Turn) -> dict[str, Any]:
-    return {
-        "completion": _span_row(turn.completion),
-        "observation": _span_row(turn.observation),
+        "completion": _span_to_record(turn.completion),
+        "observation": _span_to_record(turn.observation),
         "policy_version": turn.policy_version,
         "stop_reason": turn.stop_reason.value,
         "outcome": turn.outcome.value,
@@ -75,23 +75,9 @@ def _turn_row(turn: Turn) -> dict[str, Any]:
     }
 
 
-def _span(row: Any) -> TokenSpan:
+def _turn_from_record(record: Any) -> Turn:
     fields = _fields(
-        row, "a span", token_ids=list, rollout_logprobs=(list, type(None)), trainable=bool
-    )
-    if not all(type(token) is int and 0 <= token < 2**31 for token in fields["token_ids"]):
-        raise ValueError("token ids are numbers from 0")
-    logprobs = fields["rollout_logprobs"]
-    if logprobs is not None:
-        if not all(type(each) in (int, float) and math.isfinite(each) for each in logprobs):
-            raise ValueError("logprobs are finite numbers")
-        logprobs = tuple(map(float, logprobs))
-    return TokenSpan(tuple(fields["token_ids"]), logprobs, fields["trainable"])
-
-
-def _turn(row: Any) -> Turn:
-    fields = _fields(
-        row,
+        record,
         "a turn",
         completion=dict,
         observation=dict,
@@ -109,51 +95,83 @@ def _turn(row: Any) -> Turn:
         VersionSpan(**_fields(span, "a version span", version=int, start=int, stop=int))
         for span in fields["version_spans"]
     ]
-    parts = {
-        "completion": _span(fields["completion"]),
-        "observation": _span(fields["observation"]),
+    converted = {
+        "completion": _span_from_record(fields["completion"]),
+        "observation": _span_from_record(fields["observation"]),
         "stop_reason": StopReason(fields["stop_reason"]),
         "outcome": Outcome(fields["outcome"]),
         "reward": float(fields["reward"]),
         "version_spans": tuple(spans),
     }
-    return Turn(**fields | parts)
+    return Turn(**fields | converted)
 
 
-def _fields(row: Any, what: str, **types: type | tuple[type, ...]) -> dict[str, Any]:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{what} is an object, not {row!r:.60}")
-    if row.keys() != types.keys():
-        missing, unknown = sorted(types.keys() - row.keys()), sorted(row.keys() - types.keys())
+def _span_to_record(span: TokenSpan) -> dict[str, Any]:
+    return {
+        "token_ids": span.token_ids,
+        "rollout_logprobs": span.rollout_logprobs,
+        "trainable": span.trainable,
+    }
+
+
+def _span_from_record(record: Any) -> TokenSpan:
+    fields = _fields(
+        record, "a span", token_ids=list, rollout_logprobs=(list, type(None)), trainable=bool
+    )
+    if not all(type(token) is int and 0 <= token < 2**31 for token in fields["token_ids"]):
+        raise ValueError("token ids must be integers from 0 to 2**31 - 1")
+    logprobs = fields["rollout_logprobs"]
+    if logprobs is not None:
+        if not all(type(each) in (int, float) and math.isfinite(each) for each in logprobs):
+            raise ValueError("logprobs must be finite numbers")
+        logprobs = tuple(map(float, logprobs))
+    return TokenSpan(tuple(fields["token_ids"]), logprobs, fields["trainable"])
+
+
+def _fields(record: Any, what: str, **types: type | tuple[type, ...]) -> dict[str, Any]:
+    """Check that a record has exactly these keys, with values of these types; return a copy."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{what} is an object, not {record!r:.60}")
+    if record.keys() != types.keys():
+        missing = sorted(types.keys() - record.keys())
+        unknown = sorted(record.keys() - types.keys())
         raise ValueError(f"{what} lacks {missing} and has unknown {unknown}")
     for name, kind in types.items():
-        value = row[name]
+        value = record[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{name} of {what} cannot be {value!r:.60}")
-    return dict(row)
+    return dict(record)
 
 
-def state_to_row(state: QueueState) -> dict[str, Any]:
-    """What `json.dumps` takes."""
-    finished = [_group_row(group) for group in state.finished.values()]
+# -------------------------------------------------------------------------- groups and the queue
+
+
+def state_to_record(state: QueueState) -> dict[str, Any]:
+    """Return the state of a queue as `json.dumps` takes it."""
+    finished = [_group_to_record(group) for group in state.finished.values()]
     return {"next_group": state.next_group, "pending": [*state.pending], "finished": finished}
 
 
-def state_from_row(row: Mapping[str, Any]) -> QueueState:
-    """The state of a row. Raises KeyError, TypeError or ValueError if it is none."""
-    groups = map(_group, row["finished"])
+def state_from_record(record: Mapping[str, Any]) -> QueueState:
+    """Return the state of a queue that a record describes.
+
+    Raises:
+        KeyError, TypeError, ValueError: If the record is not the state of a queue.
+    """
+    groups = map(_group_from_record, record["finished"])
     finished = {group.group_id: group for group in groups}
-    return QueueState(row["next_group"], tuple(row["pending"]), finished)
+    return QueueState(record["next_group"], tuple(record["pending"]), finished)
 
 
-def _group_row(group: TrajectoryGroup) -> dict[str, Any]:
+def _group_to_record(group: TrajectoryGroup) -> dict[str, Any]:
     return {
         "task_id": group.task_id,
         "group_id": group.group_id,
-        "trajectories": [to_row(each) for each in group.trajectories],
+        "trajectories": [to_record(each) for each in group.trajectories],
         "num_failed": group.num_failed,
     }
 
 
-def _group(row: Mapping[str, Any]) -> TrajectoryGroup:
-    return TrajectoryGroup(**{**row, "trajectories": tuple(map(from_row, row["trajectories"]))})
+def _group_from_record(record: Mapping[str, Any]) -> TrajectoryGroup:
+    trajectories = tuple(map(from_record, record["trajectories"]))
+    return TrajectoryGroup(**{**record, "trajectories": trajectories})

@@ -1,15 +1,15 @@
-"""Pictures and a page of a run, or of several side by side: `python -m tir_alp.report RUN ...`.
+"""Draws pictures and a page of one run, or of several: `python -m tir_alp.report RUN ...`.
 
-    read.py       the files of a run's folder -> Record
-    catalogue.py  what there is to draw, and what each metric means
-    methods.py    the colour of each method; which runs are seeds of one method
-    figures.py    records -> matplotlib figures
-    compare.py    records -> the numbers of the table that compares them
-    page.py       figures and numbers -> one HTML file that needs nothing beside it
-    write.py      what is written where
+    read.py       a run folder -> RecordedRun
+    catalogue.py  tables of pictures and of the meaning of each metric
+    methods.py    the colour of each method, and which runs are seeds of one method
+    figures.py    runs -> matplotlib figures
+    compare.py    runs -> summary numbers, and the table that compares methods
+    page.py       figures and numbers -> one self-contained HTML file
+    write.py      writes the files
 
-A report only reads what a run wrote, so it can be drawn of a run that still goes on, was killed, or
-comes from another version: a metric that is not there is left out.
+A report only reads what a run wrote, so it can be drawn for a run that is still going on, was
+killed, or was written by another version: a missing metric is left out.
 """
 
 from tir_alp.report.write import write_comparison, write_run_report

@@ -13,13 +13,13 @@ from tir_alp.report.write import TABLE
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the report and print its path; 2 if a folder is none of a run."""
+    """Write the report and print its path; return 2 if an argument is not a run folder."""
     parser = argparse.ArgumentParser("tir_alp.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument(
         "--out",
         type=Path,
-        help="where to write; a run's own folder, or report-TIME beside the first of several runs",
+        help="folder to write to; default: the run folder, or report-TIME beside the first run",
     )
     options = parser.parse_args(arguments)
     runs: list[Path] = options.runs

@@ -1,6 +1,6 @@
-"""What there is to draw, and what each metric means: tables, nothing else.
+"""Tables of the pictures of a report and of the meaning of each metric.
 
-A picture is drawn if a metric of it is there; so are a panel of it and a line of a panel.
+A picture, a panel or a line is drawn if the run has at least one of its metrics.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 PERCENTILES = (2, 5, 25, 50, 75, 95, 98)
-"""Of ratios, where they are there; 2 and 98 are the envelope."""
+"""Percentiles of ratios that are drawn if the run has them; 2 and 98 are the envelope."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One metric in a panel, or with a `*` at its end one a layer or age; see `matching`."""
+    """One metric in a panel. A name that ends in `*` means one line per layer or age of tokens."""
 
     metric: str
     label: str
@@ -24,30 +24,30 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A pair of axes, whose horizontal one is the step."""
+    """One pair of axes; the horizontal axis is the step."""
 
     title: str
     unit: str
-    """Of the vertical axis; "%" shows shares in per cent."""
+    """Unit of the vertical axis; "%" converts shares to per cent."""
     lines: tuple[Line, ...]
     kind: Literal["lines", "stack", "shares", "envelope"] = "lines"
-    """`stack` adds its lines up, `shares` makes them parts of their sum, `envelope` has percentiles
-    of a ratio, on a log axis: its only line is the prefix of their names."""
+    """`stack` stacks its lines, `shares` stacks them divided by their sum, and `envelope` draws
+    percentiles of a ratio on a log axis; its only line has the prefix of the metrics' names."""
     scale: Literal["linear", "log", "auto"] = "linear"
-    """`auto` is a log axis where values differ by orders of magnitude."""
+    """`auto` is a log axis if the values differ by orders of magnitude."""
     compared: int = 1
-    """So many of its first lines are drawn, one by one, where runs are compared."""
+    """How many of its first lines are drawn, each in its own panel, when runs are compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure and a file."""
+    """One figure, and the file that it is saved in."""
 
     name: str
-    """The file, without its suffix."""
+    """Name of the file, without its suffix."""
     title: str
     caption: str
-    """How to read it."""
+    """How to read the picture."""
     panels: tuple[Panel, ...]
 
 
@@ -55,10 +55,10 @@ PICTURES = (
     Picture(
         "reward",
         "Reward and accuracy",
-        "Reward is the mean over the trajectories of a step, sampled from the tasks of training. "
-        "Accuracy is on held-out tasks: trajectories sampled as in training, and greedy ones.",
+        "Reward is the mean over the trajectories of a step, on training tasks. Accuracy is on "
+        "held-out tasks, for trajectories sampled as in training and for greedy ones.",
         (
-            Panel("Reward", "reward", (Line("rollout/reward", "mean of a step"),)),
+            Panel("Reward", "reward", (Line("rollout/reward", "mean of the step"),)),
             Panel(
                 "Held-out accuracy",
                 "%",
@@ -71,10 +71,11 @@ PICTURES = (
     ),
     Picture(
         "ratio",
-        "Ratio of the trained policy over the rollout policy",
+        "Ratio of the trained policy to the rollout policy",
         "Percentiles over the sequences (turns, tokens) of a step; the outer band is P2 to P98. A "
-        "band that widens warns before reward falls. Dotted: where the loss clips, if it clips "
-        "this ratio.",
+        "widening band is an early warning: it comes before the reward falls. Under ALP the "
+        "trained policy is the perturbed one, so its ratios contain the noise. Dotted lines: the "
+        "clip bounds, if the loss clips this ratio.",
         (
             Panel("Sequences", "ratio", (Line("ratio/p", ""),), "envelope"),
             Panel("Turns", "ratio", (Line("ratio/turn_p", ""),), "envelope"),
@@ -83,32 +84,33 @@ PICTURES = (
     ),
     Picture(
         "kl",
-        "KL and mismatch",
-        "Means over the tokens of the loss. k1 is log rollout - log policy and may be negative; "
-        "k3 never is. Mismatch compares the trainer's own forward with the engine's at equal or "
-        "stale weights, before any update of the step.",
+        "KL, and trainer against engine",
+        "Means over the loss tokens. k1 is log rollout - log policy and may be negative; k3 never "
+        'is. "Trainer against engine" compares the trainer\'s forward, before any update of the '
+        "step, with the logprobs that the engine sampled with. At equal weights this is the "
+        "mismatch; with staleness it also contains the difference between the two versions.",
         (
             Panel(
                 "KL to the rollout policy",
-                "nats a token",
+                "nats per token",
                 (Line("kl/rollout", "k1"), Line("kl/rollout_k3", "k3")),
                 scale="auto",
             ),
             Panel(
-                "Mismatch",
-                "nats a token",
+                "Trainer against engine",
+                "nats per token",
                 (
                     Line("mismatch/k3", "k3"),
                     Line("mismatch/kl", "k1"),
-                    Line("mismatch/probe_mean", "|difference|"),
-                    Line("mismatch/probe_kl", "k1 of some tokens"),
+                    Line("mismatch/probe_mean", "|difference| of a sample"),
+                    Line("mismatch/probe_kl", "k1 of a sample"),
                 ),
                 scale="auto",
             ),
             Panel(
                 "KL to the reference",
-                "nats a token",
-                (Line("kl/reference", "to the first model"),),
+                "nats per token",
+                (Line("kl/reference", "to the initial model"),),
                 scale="auto",
             ),
         ),
@@ -116,8 +118,8 @@ PICTURES = (
     Picture(
         "clip",
         "Clip fraction and rejection",
-        "Share of the tokens of the loss that have no gradient since their ratio left the window: "
-        "below it, above it, or beyond the bound for negative advantages (dual).",
+        "Share of the loss tokens that have no gradient because their ratio is outside the clip "
+        "window: below it, above it, or beyond the bound for negative advantages (dual).",
         (
             Panel(
                 "Clipped tokens",
@@ -130,24 +132,26 @@ PICTURES = (
                 ),
             ),
             Panel("Correction weight", "weight", (Line("loss/correction_mean", "mean"),)),
-            Panel("Rejected tokens", "tokens a step", (Line("loss/rejected_tokens", "weight 0"),)),
+            Panel(
+                "Rejected tokens", "tokens per step", (Line("loss/rejected_tokens", "weight 0"),)
+            ),
         ),
     ),
     Picture(
         "entropy",
         "Entropy and loss",
-        "Entropy of the trained policy on the tokens of the loss; one that falls to 0 ends "
-        "exploration. The value of the loss is no measure of success.",
+        "Entropy of the trained policy at the loss tokens; exploration ends when it falls to 0. "
+        "The value of the loss is not a measure of success.",
         (
-            Panel("Entropy", "nats a token", (Line("entropy/mean", "mean"),)),
-            Panel("Loss", "loss", (Line("loss/value", "mean of the updates"),)),
+            Panel("Entropy", "nats per token", (Line("entropy/mean", "mean"),)),
+            Panel("Loss", "loss", (Line("loss/value", "mean over updates"),)),
         ),
     ),
     Picture(
         "sigma",
         "Noise of ALP, by layer",
-        "Sigma is the standard deviation of the noise on the state that enters a layer; noise on "
-        "the logits has one of its own.",
+        "Sigma is the standard deviation of the noise added to the input of a layer; noise on the "
+        "logits has its own sigma.",
         (
             Panel(
                 "Sigma",
@@ -161,10 +165,10 @@ PICTURES = (
         "perturbation",
         "Effective perturbation",
         "What the noise does in the compute dtype: the share of hidden elements that it changes, "
-        "how large it is beside the hidden state, and by how much it moves a token's logprob. "
-        "Elements far below 100 % mean that rounding swallows sigma.",
+        "its size relative to the hidden state, and how far it moves a token's logprob. A share "
+        "far below 100 % means that rounding removes the noise.",
         (
-            Panel("Hidden elements changed", "%", (Line("alp/effective", "mean of the layers"),)),
+            Panel("Hidden elements changed", "%", (Line("alp/effective", "mean over layers"),)),
             Panel(
                 "RMS(h' - h) / RMS(h)",
                 "ratio",
@@ -173,16 +177,17 @@ PICTURES = (
             ),
             Panel(
                 "Change of logprob",
-                "nats a token",
-                (Line("alp/logprob_shift", "mean, either sign"),),
+                "nats per token",
+                (Line("alp/logprob_shift", "mean absolute change"),),
             ),
         ),
     ),
     Picture(
         "gradients",
         "Gradient norms",
-        "Before clipping, mean of the updates of a step. Dotted: the norm that one is scaled "
-        "down to. Skipped updates were not finite, or spikes.",
+        "Gradient norm before clipping, mean over the updates of a step. Dotted lines: the norm "
+        "to which larger gradients are scaled down. Skipped updates had a gradient that was not "
+        "finite or that was a spike.",
         (
             Panel("Weights", "norm", (Line("grad_norm/policy", "policy"),), scale="log"),
             Panel("Log sigma", "norm", (Line("grad_norm/log_sigma", "log sigma"),), scale="log"),
@@ -192,23 +197,23 @@ PICTURES = (
     Picture(
         "time",
         "Where the time goes",
-        "Left: the seconds of a step on the clock. Right: the seconds that a trajectory spends, on "
-        "average, waiting for tokens and for tools; trajectories run side by side. The legend has "
-        "shares of the whole run.",
+        "Left: wall-clock seconds per step. Right: seconds that a trajectory waits for tokens and "
+        "for tools, on average; trajectories run concurrently. The legend shows the shares over "
+        "the whole run.",
         (
             Panel(
-                "A step",
+                "Per step",
                 "seconds",
                 (
                     Line("time/rollout", "rollouts"),
                     Line("time/train", "training"),
-                    Line("time/weights", "weights into the engine"),
+                    Line("time/weights", "weight sync to the engine"),
                 ),
                 "stack",
                 compared=2,
             ),
             Panel(
-                "A trajectory",
+                "Per trajectory",
                 "seconds",
                 (Line("time/generate", "generate"), Line("time/tool", "tool")),
                 "stack",
@@ -219,8 +224,8 @@ PICTURES = (
     Picture(
         "outcomes",
         "Outcomes of turns",
-        "How the turns of a step ended. The right panel has the same without ok. infra_error, "
-        "grader_error and cancelled are ours to mend, and never become a reward.",
+        "How the turns of a step ended. The right panel omits ok. infra_error, grader_error and "
+        "cancelled are failures of the infrastructure and never become a reward.",
         (
             Panel(
                 "All turns",
@@ -238,7 +243,7 @@ PICTURES = (
             ),
             Panel(
                 "Turns that were not ok",
-                "turns a step",
+                "turns per step",
                 (
                     Line("outcome/tool_error", "tool_error"),
                     Line("outcome/tool_timeout", "tool_timeout"),
@@ -254,16 +259,16 @@ PICTURES = (
     Picture(
         "rollouts",
         "Trajectories",
-        "Turns and tool calls of a trajectory; void turns have neither a complete code block nor "
-        "an answer; a group without signal has equal rewards and teaches nothing.",
+        "Turns and tool calls per trajectory. Void turns have neither a complete code block nor an "
+        "answer. A group without signal has equal rewards, so nothing can be learned from it.",
         (
             Panel(
-                "A trajectory",
+                "Per trajectory",
                 "number",
                 (Line("rollout/tool_calls", "tool calls"), Line("rollout/turns", "turns")),
             ),
             Panel(
-                "Void or cut short",
+                "Void or truncated",
                 "%",
                 (
                     Line("rollout/void_turns", "void turns"),
@@ -272,11 +277,11 @@ PICTURES = (
                 compared=2,
             ),
             Panel(
-                "Groups and trajectories lost",
-                "number a step",
+                "Groups without signal, lost trajectories",
+                "number per step",
                 (
                     Line("rollout/zero_signal_groups", "groups without signal"),
-                    Line("rollout/failed", "dropped trajectories"),
+                    Line("rollout/failed", "lost trajectories"),
                 ),
             ),
         ),
@@ -284,20 +289,20 @@ PICTURES = (
     Picture(
         "tokens",
         "Tokens",
-        "Tokens that the policy wrote in a step, and those of them that the loss takes in.",
+        "Tokens that the policy wrote in a step, and those of them that entered the loss.",
         (
             Panel(
                 "Tokens",
-                "tokens a step",
+                "tokens per step",
                 (Line("tokens/generated", "generated"), Line("tokens/loss", "in the loss")),
             ),
-            Panel("Throughput", "tokens a second", (Line("tokens/per_second", "generated"),)),
+            Panel("Throughput", "tokens per second", (Line("tokens/per_second", "generated"),)),
         ),
     ),
     Picture(
         "staleness",
         "Staleness",
-        "Steps by which the weights that wrote a turn lag behind those that learn from it.",
+        "Number of training steps between the weights that sampled a turn and those trained on it.",
         (
             Panel(
                 "Age of turns",
@@ -312,8 +317,8 @@ PICTURES = (
     Picture(
         "overlap",
         "Effective sample size and chi2",
-        "How well rollouts stand for the policy that learns from them: an effective sample size of "
-        "100 % and a chi2 of 0 are equal policies.",
+        "How well the rollouts represent the policy that is trained on them. For equal policies "
+        "the effective sample size is 100 % and chi2 is 0.",
         (
             Panel(
                 "Effective sample size",
@@ -348,77 +353,87 @@ PICTURES = (
     ),
 )
 
-_MEANINGS = {  # metric -> meaning, unit; the first that fits
-    "rollout/reward": ("reward of a trajectory, mean", "reward"),
-    "rollout/turns": ("turns of a trajectory, mean", "turns"),
-    "rollout/tool_calls": ("tool calls of a trajectory, mean", "calls"),
+_MEANINGS = {  # metric -> meaning, unit; names go before patterns, and patterns in this order
+    "rollout/reward": ("mean reward of a trajectory", "reward"),
+    "rollout/turns": ("mean number of turns per trajectory", "turns"),
+    "rollout/tool_calls": ("mean number of tool calls per trajectory", "calls"),
     "rollout/void_turns": ("turns with neither a complete code block nor an answer", "share"),
-    "rollout/truncated": ("trajectories that a limit cut short", "share"),
+    "rollout/truncated": ("trajectories that a limit truncated", "share"),
     "rollout/zero_signal_groups": ("groups whose rewards are all equal", "groups"),
-    "rollout/failed": ("trajectories lost to failures of ours", "trajectories"),
+    "rollout/failed": ("trajectories lost to infrastructure failures", "trajectories"),
     "eval/accuracy": ("held-out accuracy of sampled trajectories (avg@k)", "share"),
     "eval/greedy_accuracy": ("held-out accuracy of greedy trajectories", "share"),
     "eval/pass_at_k": ("held-out tasks solved at least once", "share"),
-    "eval/tool_calls": ("tool calls of a held-out trajectory, mean", "calls"),
+    "eval/tool_calls": ("mean number of tool calls per held-out trajectory", "calls"),
     "eval/tasks": ("held-out tasks", "tasks"),
-    "eval/failed": ("held-out trajectories lost to failures of ours", "trajectories"),
-    "ratio/p*": ("percentile of the sequence ratios, policy over rollout policy", "ratio"),
-    "ratio/turn_p*": ("percentile of the turn ratios", "ratio"),
-    "ratio/token_p*": ("percentile of the token ratios", "ratio"),
-    "mismatch/p*": ("percentile of the sequence ratios, trainer over engine", "ratio"),
-    "mismatch/token_p*": ("percentile of the token ratios, trainer over engine", "ratio"),
-    "mismatch/probe_mean": ("|logprob of trainer - engine| of some tokens, mean", "nats a token"),
-    "mismatch/probe_kl": ("KL of trainer and engine on some tokens, k1", "nats a token"),
-    "mismatch/probe_max": ("|logprob of trainer - engine| of some tokens, largest", "nats"),
-    "mismatch/kl": ("KL of trainer and engine, k1", "nats a token"),
-    "mismatch/k3": ("KL of trainer and engine, k3", "nats a token"),
-    "mismatch/proximal_perplexity": ("perplexity, trainer before the updates", "perplexity"),
-    "mismatch/rollout_perplexity": ("perplexity, engine", "perplexity"),
-    "perplexity/*": ("perplexity of a sequence, mean", "perplexity"),
-    "kl/rollout": ("KL of policy and rollout policy, k1", "nats a token"),
-    "kl/rollout_k3": ("KL of policy and rollout policy, k3", "nats a token"),
-    "kl/reference": ("KL to the frozen first model", "nats a token"),
-    "loss/value": ("value of the loss, mean of the updates", "loss"),
-    "loss/clip_fraction": ("tokens outside the ratio's window, on any side", "share"),
-    "loss/clip_fraction_low": ("tokens below the window", "share"),
-    "loss/clip_fraction_high": ("tokens above the window", "share"),
+    "eval/failed": ("held-out trajectories lost to infrastructure failures", "trajectories"),
+    "ratio/p[0-9]*": ("percentile of the sequence ratios, policy over rollout policy", "ratio"),
+    "ratio/turn_p[0-9]*": ("percentile of the turn ratios", "ratio"),
+    "ratio/token_p[0-9]*": ("percentile of the token ratios", "ratio"),
+    "mismatch/p[0-9]*": ("percentile of the sequence ratios, trainer over engine", "ratio"),
+    "mismatch/token_p[0-9]*": ("percentile of the token ratios, trainer over engine", "ratio"),
+    "mismatch/probe_mean": ("mean |logprob of trainer - engine| of a sample", "nats per token"),
+    "mismatch/probe_kl": ("KL of trainer and engine on a sample, k1", "nats per token"),
+    "mismatch/probe_max": ("largest |logprob of trainer - engine| of a sample", "nats"),
+    "mismatch/kl": ("KL of trainer and engine before the updates, k1", "nats per token"),
+    "mismatch/k3": ("KL of trainer and engine before the updates, k3", "nats per token"),
+    "mismatch/proximal_perplexity": ("perplexity by the trainer before the updates", "perplexity"),
+    "mismatch/rollout_perplexity": ("perplexity by the engine", "perplexity"),
+    "perplexity/*": ("mean perplexity of a sequence", "perplexity"),
+    "kl/rollout": ("KL of policy and rollout policy, k1", "nats per token"),
+    "kl/rollout_k3": ("KL of policy and rollout policy, k3", "nats per token"),
+    "kl/reference": ("KL to the frozen initial model", "nats per token"),
+    "loss/value": ("value of the loss, mean over updates", "loss"),
+    "loss/clip_fraction": ("tokens outside the clip window, on any side", "share"),
+    "loss/clip_fraction_low": ("tokens below the clip window", "share"),
+    "loss/clip_fraction_high": ("tokens above the clip window", "share"),
     "loss/clip_fraction_dual": ("tokens beyond the bound for negative advantages", "share"),
-    "loss/clamped_fraction": ("tokens whose log ratio met the numeric bound", "share"),
-    "loss/correction_mean": ("correction weight, mean", "weight"),
+    "loss/clamped_fraction": ("tokens whose log ratio exceeds the numeric bound", "share"),
+    "loss/correction_mean": ("mean correction weight", "weight"),
     "loss/rejected_tokens": ("tokens with a correction weight of 0", "tokens"),
-    "entropy/mean": ("entropy of the policy, mean", "nats a token"),
-    "alp/sigma_mean": ("sigma of the noise, mean of the layers", "standard deviation"),
-    "alp/sigma_*": ("sigma of the noise of one layer", "standard deviation"),
+    "entropy/mean": ("mean entropy of the policy", "nats per token"),
+    "alp/sigma_mean": ("sigma of the noise, mean over layers", "standard deviation"),
+    "alp/sigma_*": ("sigma of the noise at one layer", "standard deviation"),
     "alp/effective": ("hidden elements that the noise changes", "share"),
-    "alp/relative_rms": ("size of the noise beside the hidden state, mean of the layers", "ratio"),
-    "alp/relative_rms_*": ("size of the noise beside one layer's hidden state", "ratio"),
-    "alp/logprob_shift": ("change of a token's logprob by the noise, mean", "nats a token"),
+    "alp/relative_rms": ("size of noise relative to the hidden state, mean over layers", "ratio"),
+    "alp/relative_rms_*": ("size of noise relative to the hidden state of one layer", "ratio"),
+    "alp/logprob_shift": ("mean |change of a token's logprob| by the noise", "nats per token"),
     "grad_norm/policy": ("gradient norm of the weights before clipping", "norm"),
     "grad_norm/log_sigma": ("gradient norm of log sigma before clipping", "norm"),
-    "train/skipped_updates": ("updates not made: not finite, or a spike", "updates"),
-    "staleness/mean": ("steps that weights behind a token lag, mean", "steps"),
-    "staleness/max": ("the most steps that weights behind a token lag", "steps"),
-    "staleness/versions": ("versions of the weights in one batch", "versions"),
-    "staleness/mixed": ("trajectories by more than one version", "share"),
-    "staleness/mixed_turns": ("completions by more than one version", "share"),
-    "staleness/share_*": ("tokens of this age; the last class takes in all older", "share"),
-    "time/rollout": ("waiting for the rollouts of a step", "s"),
-    "time/train": ("training of a step", "s"),
-    "time/weights": ("giving the engine its new weights, and verifying them", "s"),
-    "time/generate": ("a trajectory waiting for tokens, mean", "s"),
-    "time/tool": ("a trajectory waiting for tools, mean", "s"),
+    "train/skipped_updates": ("updates skipped: no tokens, not finite, or a spike", "updates"),
+    "staleness/mean": ("mean age of the weights that sampled a token", "steps"),
+    "staleness/max": ("largest age of the weights that sampled a token", "steps"),
+    "staleness/versions": ("policy versions in the batch of a step", "versions"),
+    "staleness/mixed": ("trajectories sampled by more than one version", "share"),
+    "staleness/mixed_turns": ("completions sampled by more than one version", "share"),
+    "staleness/share_*": ("tokens of this age; the last class includes all older ones", "share"),
+    "time/rollout": ("wait for the rollouts of a step", "s"),
+    "time/train": ("updates of a step", "s"),
+    "time/weights": ("weight sync to the engine, with its verification", "s"),
+    "time/generate": ("mean time that a trajectory waits for tokens", "s"),
+    "time/tool": ("mean time that a trajectory waits for tools", "s"),
     "tokens/generated": ("tokens that the policy wrote", "tokens"),
-    "tokens/loss": ("tokens of the loss", "tokens"),
-    "engine/*": ("a figure of the engine, behind the sync", ""),
-    "tokens/per_second": ("tokens written, by the clock", "tokens/s"),
-    "outcome/*": ("turns that ended so", "turns"),
+    "tokens/loss": ("tokens that entered the loss", "tokens"),
+    "engine/running": ("requests running in the engine, after the sync", "requests"),
+    "engine/waiting": ("requests waiting in the engine, after the sync", "requests"),
+    "engine/tokens_generated": ("tokens generated since the engine started", "tokens"),
+    "engine/cache_tokens": ("tokens in the engine's cache", "tokens"),
+    "engine/parked_tokens": ("cached tokens of sequences that may continue", "tokens"),
+    "engine/servers": ("servers that are serving", "servers"),
+    "engine/tensors_compared": ("tensors verified by each engine after the sync", "tensors"),
+    "engine/probe_difference": ("mean |difference of logprobs| after the sync", "nats"),
+    "engine/*": ("reported by the engine after the sync", ""),
+    "tokens/per_second": ("tokens that the policy wrote, over wall-clock time", "tokens/s"),
+    "outcome/*": ("turns that ended with this outcome", "turns"),
     "*chi2": ("chi2 divergence: mean squared ratio - 1", "chi2"),
     "*ess": ("effective sample size", "share"),
 }
 
 
 def meaning(metric: str) -> tuple[str, str]:
-    """What a metric means and its unit; two empty texts for one that this table does not have."""
+    """Return the meaning and the unit of a metric; two empty strings if it is unknown."""
+    if metric in _MEANINGS:
+        return _MEANINGS[metric]
     for pattern, found in _MEANINGS.items():
         if fnmatchcase(metric, pattern):
             return found
@@ -426,7 +441,11 @@ def meaning(metric: str) -> tuple[str, str]:
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
-    """The metrics that a line stands for: its own, or those whose rest is the number of a layer."""
+    """Return the metrics that a line draws.
+
+    These are the metric of that name, or, for a pattern that ends in `*`, all that have a layer or
+    an age in its place, in order.
+    """
     prefix, star, _ = pattern.partition("*")
     if not star:
         return [pattern] if pattern in names else []

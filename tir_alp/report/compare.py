@@ -1,4 +1,4 @@
-"""Records -> the numbers of the table that compares them. Pure."""
+"""Summary numbers of runs, and the table that compares methods. Pure."""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ from statistics import mean
 
 from tir_alp.report.figures import spread
 from tir_alp.report.methods import Method
-from tir_alp.report.read import Record
+from tir_alp.report.read import RecordedRun
 
 _LAST_STEPS = 5
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """A run in few numbers; each is NaN where the run has no such metric."""
+class RunSummary:
+    """A run in a few numbers; each is NaN if the run lacks the metric."""
 
     reward: float
-    """Mean of the last steps."""
+    """Mean over the last steps."""
     before: float
+    """Held-out accuracy at step 0, a share."""
     after: float
-    """Held-out accuracy, a share."""
+    """Held-out accuracy at the last evaluation after step 0, a share."""
     widest: float
-    """P98 over P2 of the sequence ratios, at its widest."""
+    """Largest P98 over P2 of the sequence ratios of any step."""
     max_kl: float
-    """|KL| to the rollout policy, nats a token."""
+    """Largest |KL| to the rollout policy of any step, in nats per token."""
     clip_fraction: float
-    """Mean of all steps, a share."""
+    """Mean over all steps, a share."""
 
 
-def numbers(record: Record) -> Numbers:
-    """Sum a run up. Values that are not finite are left out; pictures show where they are."""
-    accuracy, factor = record.series.get("eval/accuracy"), spread(record)
-    return Numbers(
-        reward=_mean(_values(record, "rollout/reward")[-_LAST_STEPS:]),
+def summary_of(run: RecordedRun) -> RunSummary:
+    """Summarise a run, leaving out values that are not finite; the pictures show where they are."""
+    accuracy, factor = run.series.get("eval/accuracy"), spread(run)
+    return RunSummary(
+        reward=_mean(_values(run, "rollout/reward")[-_LAST_STEPS:]),
         before=accuracy.values[0] if accuracy and accuracy.steps[0] == 0 else math.nan,
         after=accuracy.values[-1] if accuracy and accuracy.steps[-1] > 0 else math.nan,
         widest=max(factor.finite, default=math.nan) if factor else math.nan,
-        max_kl=max(map(abs, _values(record, "kl/rollout")), default=math.nan),
-        clip_fraction=_mean(_values(record, "loss/clip_fraction")),
+        max_kl=max(map(abs, _values(run, "kl/rollout")), default=math.nan),
+        clip_fraction=_mean(_values(run, "loss/clip_fraction")),
     )
 
 
@@ -52,7 +53,7 @@ COLUMNS = (
     "accuracy before",
     "accuracy after",
     "widest P98 / P2",
-    "max |KL|, nats a token",
+    "max |KL|, nats per token",
     "clip fraction, mean",
     "not finite",
     "events",
@@ -60,44 +61,44 @@ COLUMNS = (
 
 
 def row(method: Method) -> list[str]:
-    """The cells of a method: means of its runs with their range, and the worst of tails and KL."""
-    runs = [numbers(record) for record in method.records]
+    """Return the cells of a method: means and ranges over its runs, but the worst tails and KL."""
+    summaries = [summary_of(run) for run in method.runs]
     return [
         method.label,
         method.seeds,
-        _range(f"{record.last_step}" for record in method.records),
-        _spread([run.reward for run in runs], ".3f"),
-        _spread([run.before for run in runs], ".1%"),
-        _spread([run.after for run in runs], ".1%"),
-        _format(_worst(run.widest for run in runs), ".3g"),
-        _format(_worst(run.max_kl for run in runs), ".2e"),
-        _spread([run.clip_fraction for run in runs], ".2%"),
-        str(sum(map(_num_not_finite, method.records))),
-        str(sum(len(record.events) for record in method.records)),
+        _range(f"{run.last_step}" for run in method.runs),
+        _spread([each.reward for each in summaries], ".3f"),
+        _spread([each.before for each in summaries], ".1%"),
+        _spread([each.after for each in summaries], ".1%"),
+        _format(_worst(each.widest for each in summaries), ".3g"),
+        _format(_worst(each.max_kl for each in summaries), ".2e"),
+        _spread([each.clip_fraction for each in summaries], ".2%"),
+        str(sum(map(_num_not_finite, method.runs))),
+        str(sum(len(run.events) for run in method.runs)),
     ]
 
 
 def markdown(methods: Iterable[Method]) -> str:
-    """The table as text, a line a method."""
+    """Return the table as Markdown, one row per method."""
     titles = [title.replace("|", r"\|") for title in COLUMNS]
     lines = [titles, ["---"] * len(titles), *map(row, methods)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def _num_not_finite(record: Record) -> int:
-    """Steps in which some metric was NaN or infinite."""
+def _num_not_finite(run: RecordedRun) -> int:
+    """Return the number of steps in which some metric was NaN or infinite."""
     return len(
         {
             step
-            for series in record.series.values()
+            for series in run.series.values()
             for step, value in zip(series.steps, series.values, strict=True)
             if not math.isfinite(value)
         }
     )
 
 
-def _values(record: Record, name: str) -> list[float]:
-    return record.series[name].finite if name in record.series else []
+def _values(run: RecordedRun, name: str) -> list[float]:
+    return run.series[name].finite if name in run.series else []
 
 
 def _mean(values: list[float]) -> float:
@@ -118,7 +119,7 @@ def _format(value: float, form: str) -> str:
 
 
 def _spread(values: list[float], form: str) -> str:
-    """The mean, and in brackets the least and the largest if there are several."""
+    """Return the mean, followed by the smallest and the largest value if there are several."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return "-"

@@ -1,4 +1,4 @@
-"""Records -> matplotlib figures. Object-oriented throughout: no pyplot, no global state."""
+"""Runs -> matplotlib figures, by the object-oriented interface: no pyplot, no global state."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from matplotlib.transforms import ScaledTranslation
 
 from tir_alp.report.catalogue import PERCENTILES, PICTURES, Panel, Picture, matching
 from tir_alp.report.methods import Method, colour_of
-from tir_alp.report.read import Record, Series
+from tir_alp.report.read import RecordedRun, Series
 
 _PANEL_SIZE = (4.6, 3.5)  # inches
-_PANELS_A_ROW = 3
-_LEGEND_BELOW = 0.52  # inches under the axes, past the numbers and the label of the steps
-_SPREAD = 30.0  # values that differ by this factor are drawn on a log axis
-_MANY = 8  # lines; more are told apart by a colour bar
+_PANELS_PER_ROW = 3
+_LEGEND_BELOW = 0.52  # inches below the axes: under the tick labels and the axis label
+_SPREAD = 30.0  # values that differ by more than this factor are drawn on a log axis
+_MANY = 8  # more lines than this get a colour bar instead of legend entries
 _TITLE_WIDTH = 44  # characters
-_FEW_POINTS = 40  # lines with so many are drawn with a dot at each
+_FEW_POINTS = 40  # lines with at most this many points have a dot at each
 _BAND = {"alpha": 0.18, "linewidth": 0}
 _SIDE_LINES = (
     ("#555555", (0, (5, 2))),
@@ -40,8 +40,8 @@ _SIDE_LINES = (
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A picture that has been drawn."""
+class DrawnPicture:
+    """A picture that has been drawn, with its caption."""
 
     name: str
     title: str
@@ -49,51 +49,52 @@ class Drawn:
     figure: Figure
 
 
-def pictures_of_run(record: Record) -> list[Drawn]:
-    """Draw every picture that the run has metrics for."""
+def pictures_of_run(run: RecordedRun) -> list[DrawnPicture]:
+    """Draw each picture for which the run has metrics."""
     drawn = []
     for picture in PICTURES:
-        panels = [panel for panel in picture.panels if _lines(record, panel)]
+        panels = [panel for panel in picture.panels if _lines(run, panel)]
         if not panels:
             continue
         figure, axes = _canvas(len(panels))
         for panel, each in zip(panels, axes, strict=True):
-            _draw_run(each, panel, record)
-        drawn.append(Drawn(picture.name, picture.title, picture.caption, figure))
+            _draw_run(each, panel, run)
+        drawn.append(DrawnPicture(picture.name, picture.title, picture.caption, figure))
     return drawn
 
 
-def pictures_of_methods(methods: Sequence[Method]) -> list[Drawn]:
-    """Draw every picture that some run has metrics for, a line a run and one a method."""
+def pictures_of_methods(methods: Sequence[Method]) -> list[DrawnPicture]:
+    """Draw each picture for which any run has metrics: one line per run and one per method."""
     drawn = []
     for picture in PICTURES:
         if any(panel.kind == "envelope" for panel in picture.panels):
             figure = _envelopes(picture.panels[0], methods)
             caption = (
-                "P2 to P98 of the sequence ratios of a step: thin lines are runs, the band is "
-                "their median. Last, the factor between P98 and P2."
+                "P2 to P98 of the sequence ratios of a step. Thin lines are runs, and the band is "
+                "their median. The last panel shows P98 divided by P2. Under ALP the ratios are "
+                "those of the perturbed policy, so they contain the noise."
             )
         else:
             figure = _comparison(picture, methods)
             caption = picture.caption
         if figure is not None:
-            drawn.append(Drawn(picture.name, picture.title, caption, figure))
+            drawn.append(DrawnPicture(picture.name, picture.title, caption, figure))
     return drawn
 
 
-# ------------------------------------------------------------------------------- what is drawn
+# --------------------------------------------------------------------------- the data to draw
 
 
-def _lines(record: Record, panel: Panel) -> dict[str, Series]:
-    """Label -> values of the lines of a panel that are there, in their order and unit."""
+def _lines(run: RecordedRun, panel: Panel) -> dict[str, Series]:
+    """Return the lines of a panel that the run has, by label, in order and in the panel's unit."""
     if panel.kind == "envelope":
-        return envelope(record, panel.lines[0].metric)
+        return envelope(run, panel.lines[0].metric)
     found: dict[str, Series] = {}
     for line in panel.lines:
-        for metric in matching(line.metric, record.series):
+        for metric in matching(line.metric, run.series):
             rest = metric.removeprefix(line.metric.removesuffix("*"))
             label = f"{line.label} {rest}" if "*" in line.metric else line.label
-            found[label] = record.series[metric]
+            found[label] = run.series[metric]
     if panel.kind == "shares":
         found = shares(found)
     if panel.unit == "%":
@@ -104,17 +105,22 @@ def _lines(record: Record, panel: Panel) -> dict[str, Series]:
     return found
 
 
-def envelope(record: Record, prefix: str) -> dict[str, Series]:
-    """Label -> values of the percentiles that are there; empty without P2 and P98."""
+def envelope(run: RecordedRun, prefix: str) -> dict[str, Series]:
+    """Return the percentiles that the run has, by label; empty without P2 and P98.
+
+    Args:
+        run: The run.
+        prefix: Start of the metrics' names, e.g. "ratio/p".
+    """
     names = {f"P{each}": f"{prefix}{each}" for each in PERCENTILES}
-    if not record.series.keys() >= {names["P2"], names["P98"]}:
+    if not run.series.keys() >= {names["P2"], names["P98"]}:
         return {}
-    return {label: record.series[name] for label, name in names.items() if name in record.series}
+    return {label: run.series[name] for label, name in names.items() if name in run.series}
 
 
-def shares(parts: Mapping[str, Series]) -> dict[str, Series]:
-    """Divide by the sum at each step; a part that is never there vanishes."""
-    points = {label: series.at() for label, series in parts.items()}
+def shares(counts: Mapping[str, Series]) -> dict[str, Series]:
+    """Divide by the sum at each step; a series that is always 0 is left out."""
+    points = {label: series.at() for label, series in counts.items()}
     steps = sorted(set().union(*points.values()))
     sums = {step: sum(each.get(step, 0.0) for each in points.values()) for step in steps}
     steps = [step for step in steps if sums[step] > 0]
@@ -125,9 +131,9 @@ def shares(parts: Mapping[str, Series]) -> dict[str, Series]:
     }
 
 
-def spread(record: Record) -> Series | None:
-    """P98 over P2 of the sequence ratios; None where they are not there."""
-    found = envelope(record, "ratio/p")
+def spread(run: RecordedRun) -> Series | None:
+    """Return P98 over P2 of the sequence ratios; None if the run lacks them."""
+    found = envelope(run, "ratio/p")
     if not found:
         return None
     low, high = found["P2"].at(), found["P98"].at()
@@ -137,7 +143,7 @@ def spread(record: Record) -> Series | None:
 
 
 def median_of(series: Sequence[Series]) -> Series:
-    """The median of several runs, at the steps that at least half of them have."""
+    """Return the median of several runs, at the steps that at least half of them have."""
     points = [each.at() for each in series]
     steps = [
         step
@@ -151,27 +157,27 @@ def median_of(series: Sequence[Series]) -> Series:
 # ------------------------------------------------------------------------------------- one run
 
 
-def _draw_run(axes: Axes, panel: Panel, record: Record) -> None:
-    lines, colour = _lines(record, panel), colour_of(record.algorithm)
+def _draw_run(axes: Axes, panel: Panel, run: RecordedRun) -> None:
+    lines, colour = _lines(run, panel), colour_of(run.algorithm)
     if panel.kind == "envelope":
         _draw_band(axes, lines, colour)
         if panel.lines[0].metric == "ratio/p":
-            _rule(axes, _clip_window(record), "clip")
+            _rule(axes, _clip_window(run), "clip")
     elif panel.kind in ("stack", "shares"):
         _draw_stack(axes, lines)
     else:
         _draw_lines(axes, lines, colour)
     if panel.unit == "norm":
-        _rule(axes, _bounds(record.settings.get("trainer.max_grad_norm")), "bound")
+        _rule(axes, _bounds(run.settings.get("trainer.max_grad_norm")), "bound")
     values = [value for series in lines.values() for value in series.finite]
     _finish(axes, panel, values, panel.title)
-    for event in record.events:
+    for event in run.events:
         axes.axvline(event["step"], color="#B00000", linestyle=":", linewidth=1.2)
     _legend(axes)
 
 
 def _draw_lines(axes: Axes, lines: Mapping[str, Series], colour: str) -> None:
-    """The first line has the colour of the method, layers those of a scale, the rest are grey."""
+    """Draw lines: the first in the method's colour, layers in a colour scale, others in grey."""
     numbered = [label for label in lines if label.rpartition(" ")[2].isdigit()]
     layers = colormaps["viridis"](np.linspace(0, 0.92, max(2, len(numbered))))
     side = 0
@@ -210,10 +216,10 @@ def _draw_stack(axes: Axes, lines: Mapping[str, Series]) -> None:
     steps = sorted(set().union(*(series.steps for series in lines.values())))
     rows = [[series.at().get(step, 0.0) for step in steps] for series in lines.values()]
     heights = np.nan_to_num(np.array(rows), nan=0.0, posinf=0.0, neginf=0.0)
-    whole = heights.sum()
+    total = heights.sum()
     labels = [
-        f"{label}, {100 * part.sum() / whole:.3g} %" if whole else label
-        for label, part in zip(lines, heights, strict=True)
+        f"{label}, {100 * height.sum() / total:.3g} %" if total else label
+        for label, height in zip(lines, heights, strict=True)
     ]
     if len(steps) == 1:  # an area would have no width
         steps, heights = [steps[0] - 0.4, steps[0] + 0.4], heights.repeat(2, axis=1)
@@ -222,9 +228,9 @@ def _draw_stack(axes: Axes, lines: Mapping[str, Series]) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _clip_window(record: Record) -> list[float]:
-    """Bounds of the ratio in the objective, if it is the sequence ratio over the rollout policy."""
-    settings = record.settings
+def _clip_window(run: RecordedRun) -> list[float]:
+    """Return the clip bounds of the sequence ratio to the rollout policy, if the loss has them."""
+    settings = run.settings
     if settings.get("algorithm.ratio_level") != "sequence":
         return []
     if settings.get("algorithm.denominator") != "rollout":
@@ -240,7 +246,7 @@ def _bounds(value: Any) -> list[float]:
 
 
 def _rule(axes: Axes, bounds: Sequence[float], name: str) -> None:
-    """Draw level lines, which do not widen the axis."""
+    """Draw horizontal lines that do not extend the axis."""
     axes.autoscale_view()
     for number, bound in enumerate(bounds):
         label = f"{name} {' and '.join(f'{each:g}' for each in bounds)}" if not number else None
@@ -252,13 +258,13 @@ def _rule(axes: Axes, bounds: Sequence[float], name: str) -> None:
 
 
 def _comparison(picture: Picture, methods: Sequence[Method]) -> Figure | None:
-    """A panel for each quantity that is compared; None if no run has one."""
+    """Draw one panel per quantity that is compared; None if no run has any."""
     panels = []
     for panel in picture.panels:
         for line in panel.lines[: panel.compared]:
             found = [
-                [series for series in (_lines(record, panel).get(line.label),) if series]
-                for record in [record for method in methods for record in method.records]
+                [series for series in (_lines(run, panel).get(line.label),) if series]
+                for run in [run for method in methods for run in method.runs]
             ]
             if any(found):
                 is_one = len(panel.lines) == 1
@@ -269,7 +275,7 @@ def _comparison(picture: Picture, methods: Sequence[Method]) -> Figure | None:
     for (panel, line, title), axes in zip(panels, all_axes, strict=True):
         values: list[float] = []
         for method in methods:
-            found = [_lines(record, panel).get(line.label) for record in method.records]
+            found = [_lines(run, panel).get(line.label) for run in method.runs]
             series = [each for each in found if each is not None]
             values += [value for each in series for value in each.finite]
             _draw_method(axes, series, method)
@@ -279,7 +285,7 @@ def _comparison(picture: Picture, methods: Sequence[Method]) -> Figure | None:
 
 
 def _draw_method(axes: Axes, series: Sequence[Series], method: Method) -> None:
-    """Thin lines for runs, a thick one for their median."""
+    """Draw a thin line per run, and a thick one for their median."""
     if not series:
         return
     if len(series) > 1:
@@ -294,12 +300,12 @@ def _draw_method(axes: Axes, series: Sequence[Series], method: Method) -> None:
 
 
 def _envelopes(panel: Panel, methods: Sequence[Method]) -> Figure | None:
-    """Small multiples with one vertical axis, an envelope each, and the width of all."""
+    """Draw one envelope per method, on equal vertical axes, and a panel with all their widths."""
     prefix = panel.lines[0].metric
     shown = [
         (method, found)
         for method in methods
-        if (found := [bands for each in method.records if (bands := envelope(each, prefix))])
+        if (found := [bands for each in method.runs if (bands := envelope(each, prefix))])
     ]
     if not shown:
         return None
@@ -320,7 +326,7 @@ def _envelopes(panel: Panel, methods: Sequence[Method]) -> Figure | None:
         middle = {label: median_of([bands[label] for bands in found]) for label in labels}
         _draw_band(axes, middle, method.colour)
         _finish(axes, panel, values, method.label)
-        factors = [factor for each in method.records if (factor := spread(each)) is not None]
+        factors = [factor for each in method.runs if (factor := spread(each)) is not None]
         widths += [value for each in factors for value in each.finite]
         _draw_method(all_axes[-1], factors, method)
     width = Panel("Width: P98 over P2", "factor", (), scale="log")
@@ -333,7 +339,7 @@ def _envelopes(panel: Panel, methods: Sequence[Method]) -> Figure | None:
 
 
 def _canvas(num_panels: int, *, legend: bool = False) -> tuple[Figure, list[Axes]]:
-    columns = min(num_panels, _PANELS_A_ROW)
+    columns = min(num_panels, _PANELS_PER_ROW)
     rows = math.ceil(num_panels / columns)
     width = max(columns, 1.5) * _PANEL_SIZE[0]
     figure = Figure((width, rows * _PANEL_SIZE[1] + 0.5 * legend), layout="constrained", dpi=110)
@@ -342,7 +348,7 @@ def _canvas(num_panels: int, *, legend: bool = False) -> tuple[Figure, list[Axes
 
 
 def _plot(axes: Axes, series: Series, *, label: str | None = None, **style: Any) -> None:
-    """Draw a line with gaps where a value is not finite, and a cross at the bottom there."""
+    """Draw a line; where a value is not finite, it has a gap and there is a cross at the bottom."""
     values = np.array(series.values, dtype=float)
     is_finite = np.isfinite(values)
     marker = {"marker": "o", "markersize": 3} if len(values) <= _FEW_POINTS else {}
@@ -359,7 +365,14 @@ def _plot(axes: Axes, series: Series, *, label: str | None = None, **style: Any)
 
 
 def _finish(axes: Axes, panel: Panel, values: Sequence[float], title: str) -> None:
-    """Label and scale the axes for `values`, all that are drawn and finite."""
+    """Label and scale the axes.
+
+    Args:
+        axes: The axes.
+        panel: The panel that is drawn in them.
+        values: All finite values that are drawn.
+        title: Title of the axes.
+    """
     axes.set_title(
         "\n".join(textwrap.wrap(plain(title), _TITLE_WIDTH)),
         loc="left",
@@ -390,17 +403,17 @@ def _finish(axes: Axes, panel: Panel, values: Sequence[float], title: str) -> No
     elif panel.kind in ("stack", "shares"):
         axes.set_ylim(bottom=0)
     elif min(values, default=0.0) >= 0 and panel.scale != "auto":
-        # Something that never leaves 0 is a line on the ground, not noise around it.
+        # A constant 0 is drawn at the bottom, and not in the middle of an axis around it.
         axes.set_ylim(0, 1.06 * max(values, default=0.0) or 1)
     if scale == "linear":
         axes.ticklabel_format(axis="y", useOffset=False)
 
 
 def scale_for(values: Sequence[float], wanted: str) -> str:
-    """The scale of an axis: what is wanted, where the values allow it.
+    """Return the scale of an axis: the wanted one, if the values allow it.
 
-    A log axis needs values above 0. For `auto` they also have to differ by orders of magnitude;
-    those of either sign get a log axis with a linear piece around 0.
+    A log axis needs positive values. With `auto` they must also differ by orders of magnitude;
+    values of both signs then get a log axis that is linear around 0.
     """
     sizes = [abs(value) for value in values if value]
     if wanted == "linear" or not sizes:
@@ -413,7 +426,7 @@ def scale_for(values: Sequence[float], wanted: str) -> str:
 
 
 def _legend(axes: Axes) -> None:
-    """Below the axes, where it hides nothing; one line that the title explains needs none."""
+    """Add a legend below the axes; a single line, which the title explains, needs none."""
     handles, labels = _unique([axes])
     if len(labels) > 1 and (figure := axes.get_figure(root=True)) is not None:
         below = ScaledTranslation(0, -_LEGEND_BELOW, figure.dpi_scale_trans)
@@ -449,7 +462,7 @@ def _unique(all_axes: Iterable[Axes]) -> tuple[list[Any], list[str]]:
 
 
 def _common(one: Series, other: Series) -> tuple[list[int], list[float], list[float]]:
-    """The finite values at the steps that two series share."""
+    """Return the steps that two series share, and their values there, NaN if not finite."""
     first, second = one.at(), other.at()
     steps = [step for step in first if step in second]
     values = [[points[step] for step in steps] for points in (first, second)]
@@ -458,6 +471,6 @@ def _common(one: Series, other: Series) -> tuple[list[int], list[float], list[fl
 
 
 def plain(text: str) -> str:
-    """Text as it is: no formula between dollars, and no label hidden for its underscore."""
+    """Escape text for matplotlib: no mathematics between dollars, no label hidden by `_`."""
     escaped = text.replace("$", r"\$")
     return f" {escaped}" if escaped.startswith("_") else escaped

@@ -1,8 +1,9 @@
-"""The colour of each method, the same in every picture, and which runs are seeds of one method.
+"""The colour of each method, the same in every report, and which runs are seeds of one method.
 
-The hues are those of Okabe and Ito, which people with any common colour blindness can tell apart;
-the token form of a method has the hue of its sequence form, dashed. Runs of one method that differ
-in more than their seed are variants: they share its colour, and each has a marker of its own.
+The hues are those of Okabe and Ito, which are distinguishable under the common forms of colour
+blindness. The token form of a method has the hue of its sequence form, but is dashed. Runs of one
+method that differ in more than their seed are variants: they share a colour, and each has its own
+marker.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tir_alp.report.read import Record
+from tir_alp.report.read import RecordedRun
 
 _SOLID, _DASHED = "-", (0, (4, 1.5))
 
@@ -33,7 +34,7 @@ STYLES: dict[str, tuple[str, Any]] = {
     "gspo": ("#808080", _SOLID),
     "icepop": ("#7A4A1E", _SOLID),
 }
-"""Method -> colour, dash."""
+"""Algorithm name -> colour, matplotlib line style."""
 _OTHER = ("#4B2E83", _SOLID)
 _MARKERS = ("", "o", "s", "^", "D", "v", "P", "X", "*")
 _NOT_THE_METHOD = ("name", "seed")
@@ -41,33 +42,33 @@ _NOT_THE_METHOD = ("name", "seed")
 
 @dataclass(frozen=True)
 class Method:
-    """Runs that differ in nothing but their seed, and how they are drawn."""
+    """Runs that differ only in name and seed, and how they are drawn."""
 
     label: str
-    """The algorithm's name; if others have it too, with the settings that tell them apart."""
+    """Name of the algorithm, followed by the settings that distinguish its variants, if any."""
     algorithm: str
-    records: tuple[Record, ...]
+    runs: tuple[RecordedRun, ...]
     colour: str
     dash: Any
     marker: str
 
     @property
     def seeds(self) -> str:
-        """For people, e.g. "0, 1, 2"."""
-        return ", ".join(str(record.seed) for record in self.records)
+        """The seeds as text, e.g. "0, 1, 2"."""
+        return ", ".join(str(run.seed) for run in self.runs)
 
 
 def colour_of(algorithm: str) -> str:
-    """The one colour of a method."""
+    """Return the colour of an algorithm."""
     return STYLES.get(algorithm, _OTHER)[0]
 
 
-def by_method(records: Sequence[Record]) -> list[Method]:
-    """Put together the runs that differ in nothing but name and seed, in the order given."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        settings = {k: v for k, v in record.settings.items() if k not in _NOT_THE_METHOD}
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(record)
+def by_method(runs: Sequence[RecordedRun]) -> list[Method]:
+    """Group the runs that differ only in name and seed, in the order given."""
+    groups: dict[str, list[RecordedRun]] = {}
+    for run in runs:
+        settings = {k: v for k, v in run.settings.items() if k not in _NOT_THE_METHOD}
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     members = [*groups.values()]
     methods = []
     for number, group in enumerate(members):
@@ -79,7 +80,7 @@ def by_method(records: Sequence[Record]) -> list[Method]:
             Method(
                 label=_label(first, twins),
                 algorithm=first.algorithm,
-                records=tuple(group),
+                runs=tuple(group),
                 colour=colour,
                 dash=dash,
                 marker=_MARKERS[variant % len(_MARKERS)],
@@ -88,17 +89,22 @@ def by_method(records: Sequence[Record]) -> list[Method]:
     return methods
 
 
-def _label(record: Record, twins: Sequence[Record]) -> str:
-    """Name a method by its algorithm and by what tells it from others of the same algorithm."""
+def _label(run: RecordedRun, twins: Sequence[RecordedRun]) -> str:
+    """Return the algorithm's name with the settings that distinguish it from its variants.
+
+    Args:
+        run: A run of the method.
+        twins: One run of each method with the same algorithm.
+    """
     keys = dict.fromkeys(itertools.chain.from_iterable(twin.settings for twin in twins))
-    telling = [
+    distinguishing = [
         key
         for key in keys
         if key not in _NOT_THE_METHOD
         and len({json.dumps(twin.settings.get(key)) for twin in twins}) > 1
     ]
-    if not telling:
-        return record.algorithm
-    values = (f"{key.rpartition('.')[2]}={record.settings.get(key)}" for key in telling[:3])
-    more = f", {len(telling) - 3} more" if len(telling) > 3 else ""
-    return f"{record.algorithm} ({', '.join(values)}{more})"
+    if not distinguishing:
+        return run.algorithm
+    values = (f"{key.rpartition('.')[2]}={run.settings.get(key)}" for key in distinguishing[:3])
+    more = f", {len(distinguishing) - 3} more" if len(distinguishing) > 3 else ""
+    return f"{run.algorithm} ({', '.join(values)}{more})"

@@ -1,6 +1,6 @@
-"""Figures and numbers -> one HTML file: pictures inside, no script, nothing fetched.
+"""Figures and numbers -> one HTML file with embedded pictures that runs and fetches nothing.
 
-Names, configs and reasons are data: each goes through `html.escape` on its way into the page.
+Names, configs and reasons are data: each is passed through `html.escape`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from html import escape
 from typing import Any
 
 from tir_alp.report.catalogue import meaning
-from tir_alp.report.compare import COLUMNS, numbers, row
-from tir_alp.report.figures import Drawn
+from tir_alp.report.compare import COLUMNS, row, summary_of
+from tir_alp.report.figures import DrawnPicture
 from tir_alp.report.methods import Method, colour_of
-from tir_alp.report.read import Record, changed_settings
+from tir_alp.report.read import RecordedRun, changed_settings
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -50,77 +50,83 @@ figcaption, .note {{ color: #555; font-size: .9rem; max-width: 62rem; }}
 """
 
 
-def page_of_run(record: Record, drawn: Sequence[Drawn], pictures: Mapping[str, bytes]) -> str:
-    """The page of one run.
+def page_of_run(
+    run: RecordedRun, drawn: Sequence[DrawnPicture], pictures: Mapping[str, bytes]
+) -> str:
+    """Return the page of one run.
 
     Args:
-        record: The run.
-        drawn: The pictures in their order.
-        pictures: PNG of each, by name.
+        run: The run.
+        drawn: The pictures in order.
+        pictures: PNG data of each picture by name.
     """
-    run = numbers(record)
+    summary = summary_of(run)
     facts = [
-        ("algorithm", record.algorithm),
-        ("seed", str(record.seed)),
-        ("steps", _steps(record)),
-        ("held-out accuracy", f"{_share(run.before)} before, {_share(run.after)} after training"),
-        ("widest P98 / P2 of the sequence ratios", _number(run.widest)),
-        ("largest |KL| to the rollout policy", f"{_number(run.max_kl)} nats a token"),
-        ("folder", str(record.path)),
+        ("algorithm", run.algorithm),
+        ("seed", str(run.seed)),
+        ("steps", _steps(run)),
+        (
+            "held-out accuracy",
+            f"{_share(summary.before)} before, {_share(summary.after)} after training",
+        ),
+        ("widest P98 / P2 of the sequence ratios", _number(summary.widest)),
+        ("largest |KL| to the rollout policy", f"{_number(summary.max_kl)} nats per token"),
+        ("folder", str(run.path)),
     ]
-    parts = [
-        f"<h1>{_chip(colour_of(record.algorithm))}{escape(record.name)}</h1>",
+    sections = [
+        f"<h1>{_chip(colour_of(run.algorithm))}{escape(run.name)}</h1>",
         _rows([[escape(name), escape(value)] for name, value in facts]),
-        *(_warning(text) for text in _warnings(record)),
-        _events(record),
-        _environment(record),
-        _objective(record),
-        _settings(record),
+        *(_warning(text) for text in _warnings(run)),
+        _events(run),
+        _environment(run),
+        _objective(run),
+        _settings(run),
         *_figures(drawn, pictures),
-        _metrics(record),
+        _metrics(run),
     ]
-    return _PAGE.format(title=escape(record.name), body="\n".join(filter(None, parts)))
+    return _PAGE.format(title=escape(run.name), body="\n".join(filter(None, sections)))
 
 
 def page_of_methods(
-    methods: Sequence[Method], drawn: Sequence[Drawn], pictures: Mapping[str, bytes]
+    methods: Sequence[Method], drawn: Sequence[DrawnPicture], pictures: Mapping[str, bytes]
 ) -> str:
-    """The page that compares; arguments as for `page_of_run`."""
-    records = [record for method in methods for record in method.records]
-    title = f"{len(records)} runs, {len(methods)} methods"
+    """Return the page that compares methods; see `page_of_run`."""
+    runs = [run for method in methods for run in method.runs]
+    title = f"{len(runs)} runs, {len(methods)} methods"
     cells = []
     for method in methods:
         label, *rest = map(escape, row(method))
         cells.append([f"{_chip(method.colour)}{label}", *rest])
-    runs = [
+    rows = [
         [
             f"{_chip(method.colour)}{escape(method.label)}",
-            escape(str(record.seed)),
-            escape(record.name),
-            escape(_steps(record)),
-            escape("; ".join(f"step {event['step']}: {_event(event)}" for event in record.events)),
+            escape(str(run.seed)),
+            escape(run.name),
+            escape(_steps(run)),
+            escape("; ".join(f"step {event['step']}: {_event(event)}" for event in run.events)),
         ]
         for method in methods
-        for record in method.records
+        for run in method.runs
     ]
-    parts = [
+    sections = [
         f"<h1>{title}</h1>",
-        '<p class="note">Runs that differ in their seed alone are one method: thin lines are runs, '
-        "thick ones the median. Means stand with their range over the seeds; tails and KL are "
-        "those of the worst seed.</p>",
+        '<p class="note">Runs that differ only in their seed are one method: thin lines are runs, '
+        "thick lines their median. Means are followed by their range over the seeds; tails and KL "
+        "are those of the worst seed. Ratios of ALP are those of the perturbed policy, so its "
+        "tails and KL contain the noise.</p>",
         f'<div class="wide">{_table(COLUMNS, cells)}</div>',
-        *(_warning(f"{each.name}: {text}") for each in records for text in _warnings(each)),
+        *(_warning(f"{each.name}: {text}") for each in runs for text in _warnings(each)),
         *_figures(drawn, pictures),
         "<h2>Runs</h2>",
-        _table(("method", "seed", "run", "steps", "events"), runs),
+        _table(("method", "seed", "run", "steps", "events"), rows),
     ]
-    return _PAGE.format(title=escape(title), body="\n".join(parts))
+    return _PAGE.format(title=escape(title), body="\n".join(sections))
 
 
-# ------------------------------------------------------------------------------------ the parts
+# ------------------------------------------------------------------------------------- sections
 
 
-def _figures(drawn: Sequence[Drawn], pictures: Mapping[str, bytes]) -> list[str]:
+def _figures(drawn: Sequence[DrawnPicture], pictures: Mapping[str, bytes]) -> list[str]:
     if not drawn:
         return ['<p class="warning">There are no metrics to draw yet.</p>']
     return [
@@ -132,22 +138,22 @@ def _figures(drawn: Sequence[Drawn], pictures: Mapping[str, bytes]) -> list[str]
     ]
 
 
-def _warnings(record: Record) -> list[str]:
+def _warnings(run: RecordedRun) -> list[str]:
     found = []
-    if record.num_unreadable:
+    if run.num_unreadable:
         found.append(
-            f"{record.num_unreadable} lines of metrics.jsonl could not be read and are left out."
+            f"{run.num_unreadable} lines of metrics.jsonl could not be read and are left out."
         )
-    for start in record.environment:
+    for start in run.environment:
         warnings = start.get("warnings")
         found += map(str, warnings if isinstance(warnings, list) else [])
     return [*dict.fromkeys(found)]
 
 
-def _events(record: Record) -> str:
-    if not record.events:
+def _events(run: RecordedRun) -> str:
+    if not run.events:
         return ""
-    rows = [[str(event["step"]), escape(_event(event))] for event in record.events]
+    rows = [[str(event["step"]), escape(_event(event))] for event in run.events]
     return f"<h2>Events</h2>\n{_table(('step', 'what happened'), rows)}"
 
 
@@ -155,15 +161,15 @@ def _event(event: Mapping[str, Any]) -> str:
     return f"{event.get('kind', 'event')}: {event.get('reason', '')}"
 
 
-def _environment(record: Record) -> str:
-    """What programs ran in, a line for each start of the run that said something new."""
+def _environment(run: RecordedRun) -> str:
+    """List what programs ran in: one item per distinct report of a start of the run."""
     lines = []
-    for start in record.environment:
-        said = {key: value for key, value in start.items() if key not in ("step", "warnings")}
-        tools = said.get("tools")
-        if isinstance(tools, Mapping) and len(said) == 1:
-            said = dict(tools)
-        text = "; ".join(f"{name}: {_inline(value)}" for name, value in said.items())
+    for start in run.environment:
+        report = {key: value for key, value in start.items() if key not in ("step", "warnings")}
+        tools = report.get("tools")
+        if isinstance(tools, Mapping) and len(report) == 1:
+            report = dict(tools)
+        text = "; ".join(f"{name}: {_inline(value)}" for name, value in report.items())
         if text:
             lines.append(text)
     items = "".join(f"<li>{escape(line)}</li>" for line in dict.fromkeys(lines))
@@ -172,39 +178,39 @@ def _environment(record: Record) -> str:
 
 def _inline(value: Any) -> str:
     if isinstance(value, Mapping):
-        told = {key: each for key, each in value.items() if each != {}}
+        shown = {key: each for key, each in value.items() if each != {}}
         return ", ".join(
             f"{key} ({_inline(each)})" if isinstance(each, Mapping) else f"{key} {_inline(each)}"
-            for key, each in told.items()
+            for key, each in shown.items()
         )
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _objective(record: Record) -> str:
-    if not record.objective:
+def _objective(run: RecordedRun) -> str:
+    if not run.objective:
         return ""
-    return f"<h2>Objective</h2>\n<pre>{escape(record.objective)}</pre>"
+    return f"<h2>Objective</h2>\n<pre>{escape(run.objective)}</pre>"
 
 
-def _settings(record: Record) -> str:
-    """What differs from the defaults; the whole config folded away."""
+def _settings(run: RecordedRun) -> str:
+    """Show the settings that differ from the defaults, and the whole config folded."""
     changed = [
         [f"<code>{escape(key)}</code>", escape(_json(value)), escape(_json(default))]
-        for key, (value, default) in changed_settings(record).items()
+        for key, (value, default) in changed_settings(run).items()
         if key != "name"
     ]
     table = _table(("key", "value", "default"), changed) if changed else "<p>None.</p>"
-    whole = escape(json.dumps(record.config, indent=2, ensure_ascii=False))
+    whole = escape(json.dumps(run.config, indent=2, ensure_ascii=False))
     return (
         f"<h2>Settings that differ from the defaults</h2>\n{table}\n"
         f"<details><summary>The whole config</summary><pre>{whole}</pre></details>"
     )
 
 
-def _metrics(record: Record) -> str:
-    """The last value of each metric; those without a known meaning are folded away."""
+def _metrics(run: RecordedRun) -> str:
+    """Show the last value of each metric; metrics without a known meaning are folded."""
     known, other = [], []
-    for name, series in record.series.items():
+    for name, series in run.series.items():
         what, unit = meaning(name)
         cells = [
             f"<code>{escape(name)}</code>",
@@ -215,26 +221,26 @@ def _metrics(record: Record) -> str:
         ]
         (known if what else other).append(cells)
     heading = ("metric", "last value", "unit", "at step", "meaning")
-    parts = []
+    sections = []
     if known:
-        parts.append(f"<h2>Metrics</h2>\n{_table(heading, known)}")
+        sections.append(f"<h2>Metrics</h2>\n{_table(heading, known)}")
     if other:
-        parts.append(
+        sections.append(
             f"<details><summary>{len(other)} more metrics</summary>"
             f"{_table(heading, other)}</details>"
         )
-    return "\n".join(parts)
+    return "\n".join(sections)
 
 
-# -------------------------------------------------------------------------------------- pieces
+# ------------------------------------------------------------------------------- HTML elements
 
 
 class _Number(str):
-    """A cell that is aligned to the right."""
+    """A table cell that is aligned to the right."""
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of cells that are HTML already."""
+    """Return a table; the cells of its rows are HTML already."""
     head = "".join(f"<th>{escape(name)}</th>" for name in heading)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{_body(rows)}</tbody></table>"
 
@@ -260,11 +266,11 @@ def _warning(text: str) -> str:
     return f'<p class="warning">{escape(text)}</p>'
 
 
-def _steps(record: Record) -> str:
-    wanted = record.settings.get("steps")
-    if wanted is None or wanted == record.last_step:
-        return str(record.last_step)
-    return f"{record.last_step} of {wanted}"
+def _steps(run: RecordedRun) -> str:
+    wanted = run.settings.get("steps")
+    if wanted is None or wanted == run.last_step:
+        return str(run.last_step)
+    return f"{run.last_step} of {wanted}"
 
 
 def _json(value: Any) -> str:

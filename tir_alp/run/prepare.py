@@ -16,7 +16,7 @@ from typing import Any
 from tir_alp.config import Config
 from tir_alp.models.tiny import SHIPPED
 from tir_alp.records.folder import RunFolder
-from tir_alp.records.trajectories import state_from_row
+from tir_alp.records.trajectories import state_from_record
 from tir_alp.rollouts.data import Order, Task, left_out, load_held_out, load_order
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.queue import QueueState
@@ -115,7 +115,7 @@ def read_progress(config: Config, resume: Path, log: Callable[[str], None]) -> P
     if position.step >= config.steps:
         raise ValueError(f"{resume} has made its {position.step} steps: give --steps more to go on")
     kept = checkpoint.load_rollouts(found)
-    return Progress(position, found, state_from_row(kept["queue"]), kept["attempts"])
+    return Progress(position, found, state_from_record(kept["queue"]), kept["attempts"])
 
 
 def describe_left_out(sentences: Sequence[str]) -> str:

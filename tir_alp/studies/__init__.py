@@ -1,1 +1,1 @@
-"""Studies of the trainer itself: compare, mismatch, drill, simulate."""
+"""Studies of the trainer itself: `compare`, `mismatch`, `drill`, `simulate`."""

@@ -1,10 +1,10 @@
-"""Trains the able tiny model with every method under the same mismatch, and compares them.
+"""Trains the able tiny model with every method under the same mismatch, and compares the runs.
 
     python -m tir_alp.studies.compare [--algorithms grpo alp_sequence] [--seeds 3]
         [-- --steps 20 ...]
 
-What stands behind `--` goes to every run. Runs that have ended are kept, so that a comparison which
-was interrupted goes on where it was. The table and the pictures are those of `tir_alp.report`.
+Arguments after `--` are passed to every run. Completed runs are kept, so an interrupted comparison
+continues where it stopped. The table and the pictures are those of `tir_alp.report`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,29 @@ from pathlib import Path
 from tir_alp.algorithm.presets import ALGORITHMS
 
 COMPARE_CONFIG = Path(__file__).with_name("compare.toml")
-"""The run that compares methods; `configs/tiny_mismatch.toml`."""
+"""The config of every run, which is also `configs/tiny_mismatch.toml`."""
 
-_ENDED = "ended"  # a file in the folder of a run that needs no second try
+_COMPLETED = "ended"  # marker file in the folder of a run that need not be repeated
 
 
 def train(folder: str, algorithm: str, seed: int, words: Sequence[str], threads: int) -> Path:
-    """Train one run below `runs/`, unless it has been; a run that a guard stopped has ended too.
+    """Train one run, unless it has completed before; return its folder.
+
+    A run that a guard stopped counts as completed.
+
+    Args:
+        folder: Folder below `runs/` that holds all runs of the comparison.
+        algorithm: Name of the algorithm.
+        seed: Seed of the run.
+        words: Additional command-line arguments for `tir_alp.train`.
+        threads: Number of CPU threads that the run may use.
 
     Raises:
-        RuntimeError: It did not end as a run does; has its last words.
+        RuntimeError: If the run failed; the message has its output.
     """
     name = f"{folder}/{algorithm}-seed{seed}"
     path = Path("runs") / name
-    if (path / _ENDED).exists():
+    if (path / _COMPLETED).exists():
         return path
     shutil.rmtree(path, ignore_errors=True)
     command = [sys.executable, "-m", "tir_alp.train", "--config", str(COMPARE_CONFIG)]
@@ -45,21 +54,23 @@ def train(folder: str, algorithm: str, seed: int, words: Sequence[str], threads:
     )
     if result.returncode not in (0, 3):
         raise RuntimeError(f"{name} failed with status {result.returncode}:\n{result.stdout}")
-    (path / _ENDED).touch()
+    (path / _COMPLETED).touch()
     print(f"{name}: {result.stdout.strip().splitlines()[-1 if result.returncode else -4]}")
     return path
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train, then report; returns the exit code of the report."""
+    """Train every method with every seed, then draw the report; return the report's exit code."""
     words: Sequence[str] = ()
     if "--" in arguments:
         end = arguments.index("--")
         arguments, words = arguments[:end], arguments[end + 1 :]
     parser = argparse.ArgumentParser("tir_alp.studies.compare", description=__doc__)
     parser.add_argument("--algorithms", nargs="+", choices=[*ALGORITHMS], default=[*ALGORITHMS])
-    parser.add_argument("--seeds", type=int, default=3, help="runs a method")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--seeds", type=int, default=3, help="number of runs per method")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="number of concurrent runs"
+    )
     parser.add_argument("--name", default="compare", help="folder below runs/")
     options = parser.parse_args(arguments)
     threads = max(1, (os.cpu_count() or 1) // options.jobs)

@@ -1,13 +1,12 @@
 """A fault drill: `python -m tir_alp.studies.drill [--faults N] [--dotted.key VALUE ...]`.
 
-Trains the tiny model on a cluster on this machine while parts of it are killed (SIGKILL) and frozen
-(SIGSTOP) at random, then ends the run as Ctrl-C does, and looks at what is left:
+Trains the tiny model on a local cluster while processes of it are killed (SIGKILL) and frozen
+(SIGSTOP) at random, then ends the run as Ctrl-C does, and checks what is left:
 
-* every group that was begun was trained on, dropped with a reason, or is pending, exactly once;
-* rewards are those of a run that nothing disturbs, of the same groups: the weights hardly move in a
-  drill, and draws are functions of run seed and sequence, so that trajectories can be compared one
-  by one;
-* no process, no file descriptor and no shared memory of the drill is left.
+* Every group that was started was trained on, dropped with a reason, or is pending, exactly once.
+* Rewards equal those of an undisturbed run on the same groups. The weights hardly move in a drill,
+  and samples are functions of run seed and sequence, so trajectories can be compared one by one.
+* No process, file descriptor or shared memory of the drill is left.
 """
 
 from __future__ import annotations
@@ -30,13 +29,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tir_alp.cluster.placement import Cluster, open_cluster
 from tir_alp.cluster.reservation import KINDS
 from tir_alp.cluster.watched_actor import WatchedActor
 from tir_alp.config import Config
 from tir_alp.models.tiny import TRAIN_CONFIG
-from tir_alp.records.trajectories import from_row, state_from_row
+from tir_alp.records.trajectories import from_record, state_from_record
 from tir_alp.rollouts.queue import QueueState
 from tir_alp.run.command_line import load_config, read_toml
 from tir_alp.run.interrupt import Interrupted
@@ -45,21 +45,28 @@ from tir_alp.train import services
 from tir_alp.training import checkpoint
 from tir_alp.types import Trajectory
 
-DEFAULTS = (
-    *("--rollout.groups_per_step", "4", "--rollout.group_size", "4"),
-    *("--rollout.max_staleness", "1", "--rollout.on_update", "keep"),
-    *("--rollout.env_timeout_s", "300", "--trainer.lr", "1e-12"),
-    *("--eval.num_tasks", "1", "--checkpoint.every", "1"),
-    *("--cluster.engines.count", "2", "--cluster.environments.count", "2"),
-    *("--cluster.sandboxes.count", "2", "--cluster.heartbeat_s", "1", "--cluster.patience_s", "20"),
-)
-"""A small run whose weights hardly move, on two parts of each kind but the trainer."""
+DEFAULTS = {
+    "rollout.groups_per_step": "4",
+    "rollout.group_size": "4",
+    "rollout.max_staleness": "1",
+    "rollout.on_update": "keep",
+    "rollout.env_timeout_s": "300",
+    "trainer.lr": "1e-12",
+    "eval.num_tasks": "1",
+    "checkpoint.every": "1",
+    "cluster.engines.count": "2",
+    "cluster.environments.count": "2",
+    "cluster.sandboxes.count": "2",
+    "cluster.heartbeat_s": "1",
+    "cluster.patience_s": "20",
+}
+"""Settings of a small run whose weights hardly move; two actors of each kind but the trainer."""
 
 _MOUNT = 'mount -t tmpfs -o size=50% tmpfs /dev/shm && exec "$@"'
-_IS_OWN = "TIR_ALP_DRILL_HAS_OWN_MEMORY"
+_HAS_OWN_MEMORY = "TIR_ALP_DRILL_HAS_OWN_MEMORY"
 _PR_SET_CHILD_SUBREAPER = 36
-_LONG = 1_000_000  # steps; the drill ends the run
-_ENDING_S = 30.0
+_ENDLESS = 1_000_000  # steps; the drill ends the run
+_END_TIMEOUT_S = 30.0
 _SOCKETS_OF_RAY = 2
 
 
@@ -68,14 +75,17 @@ class Account:
     """What became of the groups of a run."""
 
     groups: int
-    """Groups that were begun."""
+    """Number of groups that were started."""
     trained: int
+    """Number of groups that were trained on."""
     dropped: int
+    """Number of groups that were replaced or lost."""
     pending: int
+    """Number of groups that are pending in the newest checkpoint."""
     unaccounted: list[int]
-    """Groups that are in none of the three, or in more than one."""
+    """Ids of the groups that are in none of the three, or in more than one."""
     last_trained: int
-    """The highest number among the trained; -1: none."""
+    """The highest id of a group that was trained on; -1 if none was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,44 +93,53 @@ class Report:
     """What a drill found."""
 
     faults: dict[str, int]
-    """How many of each kind, e.g. "engine SIGSTOP"."""
+    """Number of faults of each kind, e.g. "engine SIGSTOP"."""
     seconds: float
+    """Duration of the disturbed run."""
     steps: int
-    groups: int
-    """This and the next four: see `Account`."""
-    trained: int
-    dropped: int
-    pending: int
-    unaccounted: list[int]
+    """Number of training steps of the disturbed run."""
+    account: Account
+    """What became of the groups of the disturbed run."""
     compared: int
-    """Trajectories that both runs have."""
+    """Number of trajectories that both runs have."""
     equal: int
-    """Of these, with the same tokens."""
+    """Number of these that have the same tokens."""
     reward_difference: float
-    """Mean of drill minus undisturbed, over trajectories that both have."""
+    """Mean reward of disturbed minus undisturbed, over the trajectories that both runs have."""
     reward_difference_error: float
-    """Its standard error."""
+    """Standard error of this mean."""
     orphans: list[str]
     """Processes that outlived the drill."""
     descriptors: list[str]
-    """Open files of this process that were not open before, without those that Ray and matplotlib
-    leave open to the end of a process: a session's logs and event loops, fonts."""
+    """Files that this process has open and did not have open before. Not counted are those that Ray
+    and matplotlib keep open until a process ends: a session's logs, event loops, fonts."""
     shared_memory: list[str]
-    """Names below /dev/shm that nobody has open, and that were not there before."""
+    """Names below /dev/shm that no process has open and that did not exist before."""
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing was lost, repeated or left behind, and the reward is not biased.
+        """Whether nothing was lost, repeated or left, and rewards are not biased.
 
         Ray leaves one or two sockets, on which it listened; 40 faults leave no more than 8.
         """
-        few = len(self.descriptors) <= _SOCKETS_OF_RAY
-        left = self.unaccounted or self.orphans or self.shared_memory or not few
+        is_over = len(self.descriptors) > _SOCKETS_OF_RAY
+        left = self.account.unaccounted or self.orphans or self.shared_memory or is_over
         return not left and abs(self.reward_difference) <= 3 * self.reward_difference_error + 1e-9
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the report as one flat JSON object."""
+        fields = asdict(self)
+        return fields.pop("account") | fields
 
 
 async def drill(config: Config, faults: int, seed: int) -> Counter[str]:
-    """Train on a cluster, disturb it so many times, and end the run; returns the faults."""
+    """Train on a cluster, cause faults, and end the run; return the number of faults by kind.
+
+    Args:
+        config: Config of the run.
+        faults: Number of faults to cause.
+        seed: Seed of the choice of faults.
+    """
     done: Counter[str] = Counter()
     made = Path("runs", config.name or "", "trajectories")
     async with open_cluster(config) as cluster:
@@ -140,64 +159,78 @@ async def drill(config: Config, faults: int, seed: int) -> Counter[str]:
 async def disturb(
     cluster: Cluster, made: Path, faults: int, rng: random.Random, done: Counter[str]
 ) -> None:
-    """Kill or freeze a random part again and again; then, when all are well, ask for the end.
+    """Kill or freeze random actors; then, when all are running again, send SIGINT.
 
-    It begins behind the first step, a file of which is in `made`, and ends behind another one. The
-    trainer is left alone until there is a step since it was last hit: a run that loses it again and
-    again without a step gives up, as it should.
+    Faults start after the first training step, and SIGINT is sent after one more step. The trainer
+    is spared until a step has been made since it was last hit: a run that keeps losing its trainer
+    without making a step gives up, as it should.
+
+    Args:
+        cluster: The cluster that the run is on.
+        made: Folder with one file per step that the run has made.
+        faults: Number of faults to cause.
+        rng: Chooses actors, signals and pauses.
+        done: Counts the faults by kind.
     """
 
-    def last() -> int:
+    def last_step() -> int:
         return max((int(each.stem[-6:]) for each in made.glob("step_*.jsonl")), default=0)
 
-    async def until_behind(step: int) -> None:
-        while last() <= step:
+    async def wait_beyond(step: int) -> None:
+        while last_step() <= step:
             await asyncio.sleep(0.2)
 
-    await until_behind(0)
-    at_trainer = 0
+    await wait_beyond(0)
+    step_of_hit = 0
     while done.total() < faults:
         await asyncio.sleep(rng.uniform(0.2, 2.0))
         kind = rng.choice([*KINDS])
-        there = [part for part in cluster.parts[kind] if part.actor is not None]
+        running = [each for each in cluster.parts[kind] if each.actor is not None]
         how = rng.choice([signal.SIGKILL, signal.SIGSTOP])
-        if kind == "trainer" and last() <= at_trainer:
+        if kind == "trainer" and last_step() <= step_of_hit:
             continue
-        if there and hit(rng.choice(there), how):
-            at_trainer = last() if kind == "trainer" else at_trainer
+        if running and hit(rng.choice(running), how):
+            step_of_hit = last_step() if kind == "trainer" else step_of_hit
             done[f"{KINDS[kind]} {how.name}"] += 1
-            print(f"fault {done.total()}: {how.name} to a part of kind {kind}", file=sys.stderr)
-    await until_behind(last())
-    while not all(part.actor for parts in cluster.parts.values() for part in parts):
+            print(f"fault {done.total()}: {how.name} to an actor ({KINDS[kind]})", file=sys.stderr)
+    await wait_beyond(last_step())
+    while not all(each.actor for actors in cluster.parts.values() for each in actors):
         await asyncio.sleep(0.2)
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def hit(part: WatchedActor, how: signal.Signals) -> bool:
-    """Send a signal to the process of a part, if there is one that is known."""
+def hit(watched: WatchedActor, how: signal.Signals) -> bool:
+    """Send a signal to the process of an actor; return whether there was such a process."""
     with contextlib.suppress(OSError, KeyError):
-        pid = part.health["pid"]
-        if Path(f"/proc/{pid}/cmdline").read_text().startswith("ray::"):  # and no other since
+        pid = watched.health["pid"]
+        if Path(f"/proc/{pid}/cmdline").read_text().startswith("ray::"):  # the id was not reused
             os.kill(pid, how)
             return True
     return False
 
 
 def measure(config: Config, faults: int, seed: int, folder: Path) -> Report:
-    """Make a drill and its undisturbed twin in `folder`, and compare what they left."""
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans come to this process
+    """Make a drill and an undisturbed twin of its run, and compare them.
+
+    Args:
+        config: Config of both runs.
+        faults: Number of faults to cause.
+        seed: Seed of the choice of faults.
+        folder: Folder for the runs, which becomes the working directory.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # this process adopts orphans
     os.chdir(folder)
-    before = set(os.listdir("/dev/shm")), open_files()
-    began = time.monotonic()
-    disturbed = config.model_copy(update={"name": "disturbed", "steps": _LONG})
+    memory_before, files_before = set(os.listdir("/dev/shm")), open_files()
+    start = time.monotonic()
+    disturbed = config.model_copy(update={"name": "disturbed", "steps": _ENDLESS})
     done = asyncio.run(drill(disturbed, faults, seed))
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     orphans = left_over_processes()
-    left_open = left_open_files(before[1])
-    shared = sorted(set(os.listdir("/dev/shm")) - before[0] - shared_memory_in_use())
+    left_open = left_open_files(files_before)
+    shared = sorted(set(os.listdir("/dev/shm")) - memory_before - shared_memory_in_use())
 
     account = account_of(folder / "runs" / "disturbed")
-    _, rows = trajectories(folder / "runs" / "disturbed")
+    _, found = trajectories(folder / "runs" / "disturbed")
     steps = math.ceil((account.last_trained + 1) / config.rollout.groups_per_step)
     twin = config.model_copy(
         update={
@@ -208,21 +241,17 @@ def measure(config: Config, faults: int, seed: int, folder: Path) -> Report:
     )
     asyncio.run(train_from(twin, None, services()))
     _, twins = trajectories(folder / "runs" / "undisturbed")
-    both = sorted(rows.keys() & twins.keys())
-    differences = [rows[uid].reward - twins[uid].reward for uid in both]
+    both = sorted(found.keys() & twins.keys())
+    differences = [found[uid].reward - twins[uid].reward for uid in both]
     mean = sum(differences) / max(len(both), 1)
     variance = sum((each - mean) ** 2 for each in differences) / max(len(both) - 1, 1)
     return Report(
         faults=dict(sorted(done.items())),
         seconds=round(seconds, 1),
         steps=len(list((folder / "runs" / "disturbed" / "trajectories").iterdir())),
-        groups=account.groups,
-        trained=account.trained,
-        dropped=account.dropped,
-        pending=account.pending,
-        unaccounted=account.unaccounted,
+        account=account,
         compared=len(both),
-        equal=sum(rows[uid].token_ids == twins[uid].token_ids for uid in both),
+        equal=sum(found[uid].token_ids == twins[uid].token_ids for uid in both),
         reward_difference=mean,
         reward_difference_error=math.sqrt(variance / max(len(both), 1)),
         orphans=orphans,
@@ -232,48 +261,51 @@ def measure(config: Config, faults: int, seed: int, folder: Path) -> Report:
 
 
 def account_of(run: Path) -> Account:
-    """Count what a run's folder has as trained, dropped and pending."""
+    """Count the groups that a run folder records as trained, dropped and pending."""
     trained, _ = trajectories(run)
-    dropped, queue = others(run)
-    every = Counter([*trained, *dropped, *queue.pending])
-    unaccounted = [each for each in range(queue.next_group) if every.pop(each, 0) != 1]
+    dropped, queue = untrained(run)
+    times = Counter([*trained, *dropped, *queue.pending])
+    unaccounted = [each for each in range(queue.next_group) if times.pop(each, 0) != 1]
     return Account(
         groups=queue.next_group,
         trained=len(trained),
         dropped=len(dropped),
         pending=len(queue.pending),
-        unaccounted=[*unaccounted, *every],
+        unaccounted=[*unaccounted, *times],
         last_trained=max(trained, default=-1),
     )
 
 
 def trajectories(run: Path) -> tuple[list[int], dict[int, Trajectory]]:
-    """Ids of the groups that a run trained on, a step's once, and its trajectories by uid."""
+    """Return the ids of the groups that a run trained on, and its trajectories by sequence uid.
+
+    A group that two steps trained on is listed twice.
+    """
     groups: list[int] = []
     found: dict[int, Trajectory] = {}
     for file in sorted((run / "trajectories").iterdir()):
-        rows = [from_row(json.loads(line)) for line in file.read_text().splitlines()]
-        groups += {row.group_id for row in rows}
-        found |= {row.sequence_uid: row for row in rows}
+        of_step = [from_record(json.loads(line)) for line in file.read_text().splitlines()]
+        groups += {each.group_id for each in of_step}
+        found |= {each.sequence_uid: each for each in of_step}
     return groups, found
 
 
-def others(run: Path) -> tuple[list[int], QueueState]:
-    """Ids of the groups that a run dropped, and what is pending in its newest checkpoint."""
-    rows = [
+def untrained(run: Path) -> tuple[list[int], QueueState]:
+    """Return the ids of the groups that a run dropped, and the queue of its newest checkpoint."""
+    records = [
         json.loads(line)
         for file in sorted((run / "ledger").iterdir())
         for line in file.read_text().splitlines()
     ]
-    groups = [row for row in rows if row["kind"] == "group" and row["fate"] != "trained"]
+    dropped = [each for each in records if each["kind"] == "group" and each["fate"] != "trained"]
     path, _, _ = checkpoint.newest(run / "checkpoints")
-    queue = state_from_row(checkpoint.load_rollouts(path)["queue"])
-    return [row["group_id"] for row in groups], queue
+    queue = state_from_record(checkpoint.load_rollouts(path)["queue"])
+    return [each["group_id"] for each in dropped], queue
 
 
 def left_over_processes() -> list[str]:
-    """Descendants of this process that do not end by themselves; they are killed then."""
-    deadline = time.monotonic() + _ENDING_S
+    """Kill the descendants of this process that do not end in time; return their command lines."""
+    deadline = time.monotonic() + _END_TIMEOUT_S
     while children := children_of(os.getpid()):
         for pid in children:
             with contextlib.suppress(ChildProcessError):
@@ -290,7 +322,7 @@ def left_over_processes() -> list[str]:
 
 
 def children_of(pid: int) -> list[int]:
-    """Process ids below one, direct children and others."""
+    """Return the process ids of all descendants of a process."""
     found = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -299,18 +331,18 @@ def children_of(pid: int) -> list[int]:
 
 
 def left_open_files(before: set[str]) -> list[str]:
-    """What is open and was not before. Ray's connections to parts that are gone take a moment."""
-    deadline = time.monotonic() + _ENDING_S
+    """Return what is open and was not before, after Ray has closed connections to lost actors."""
+    deadline = time.monotonic() + _END_TIMEOUT_S
     while len(left := open_files() - before) > _SOCKETS_OF_RAY and time.monotonic() < deadline:
         time.sleep(0.2)
     return sorted(left)
 
 
 def open_files() -> set[str]:
-    """What this process has open, by number and name."""
+    """Return the open files of this process as texts "number name"."""
     found = set()
     for link in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # that of this very folder
+        with contextlib.suppress(OSError):  # the descriptor of this listing is closed by now
             name = os.readlink(link)
             if not name.startswith(("anon_inode:", "/tmp/ray/")) and not name.endswith(".ttf"):
                 found.add(f"{link.name} {name}")
@@ -318,7 +350,7 @@ def open_files() -> set[str]:
 
 
 def shared_memory_in_use() -> set[str]:
-    """Names below /dev/shm that some process has mapped or open."""
+    """Return the names below /dev/shm that some process has mapped or open."""
     used = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -332,30 +364,35 @@ def shared_memory_in_use() -> set[str]:
 
 
 def take_own_memory(arguments: Sequence[str]) -> None:
-    """Start again with a /dev/shm of its own, where root may have one.
+    """Restart this program with its own /dev/shm, if it runs as root.
 
-    Otherwise, what other programs leave in it meanwhile would count as the drill's.
+    Without this, what other programs leave in /dev/shm during the drill would be counted.
     """
     own = ["unshare", "--mount", "sh", "-c", _MOUNT, "sh"]
-    may = os.geteuid() == 0 and _IS_OWN not in os.environ and shutil.which("unshare")
-    if may and subprocess.run([*own, "true"], capture_output=True).returncode == 0:
-        os.environ[_IS_OWN] = "1"
+    is_possible = (
+        os.geteuid() == 0 and _HAS_OWN_MEMORY not in os.environ and shutil.which("unshare")
+    )
+    if is_possible and subprocess.run([*own, "true"], capture_output=True).returncode == 0:
+        os.environ[_HAS_OWN_MEMORY] = "1"
         os.execvp(own[0], [*own, sys.executable, "-m", "tir_alp.studies.drill", *arguments])
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns 0 if nothing was lost, repeated or left behind."""
+    """Run the command; return 0 if nothing was lost, repeated or left."""
     take_own_memory(arguments)
     parser = argparse.ArgumentParser("tir_alp.studies.drill", description=__doc__)
-    parser.add_argument("--faults", type=int, default=200)
-    parser.add_argument("--drill-seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where the runs are kept; default: nowhere")
+    parser.add_argument("--faults", type=int, default=200, help="number of faults")
+    parser.add_argument("--drill-seed", type=int, default=0, help="seed of the choice of faults")
+    parser.add_argument(
+        "--folder", type=Path, help="folder to keep the runs in; default: a temporary one"
+    )
     options, words = parser.parse_known_args(arguments)
-    config = load_config([*DEFAULTS, "--cluster", "local", *words], read_toml(TRAIN_CONFIG))
+    defaults = [word for key, value in DEFAULTS.items() for word in (f"--{key}", value)]
+    config = load_config([*defaults, "--cluster", "local", *words], read_toml(TRAIN_CONFIG))
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         report = measure(config, options.faults, options.drill_seed, folder.resolve())
-    print(json.dumps(asdict(report), indent=2))
+    print(json.dumps(report.to_record(), indent=2))
     print("clean" if report.is_clean else "NOT clean")
     return 0 if report.is_clean else 1
 

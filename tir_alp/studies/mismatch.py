@@ -1,11 +1,11 @@
-"""Measures what ALP is for: logprob by the trainer against logprob by the engine, at equal weights.
+"""Measures the training-inference mismatch: trainer and engine logprobs at equal weights.
 
     python -m tir_alp.studies.mismatch [--model tiny-able] [--engine sglang]
         [--dtypes float32 bfloat16] [--temperatures 1.0 0.7] [--tokens 3000] [--out mismatch.png]
 
-Each engine samples; the trainer's forward, in float32, then says what it thinks of each sampled
-token. Printed is d = trainer - engine, and the ratio e^d that a policy gradient would see. In
-float32 the difference is what rounding leaves: the check that all else is equal.
+Each engine samples, and the trainer's forward in float32 computes the logprob of each sampled
+token. The table has d = trainer - engine, and e^d, the ratio that a policy gradient would see. In
+float32 the difference is rounding error only, which verifies that everything else is equal.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ _QUANTILES = (0.02, 0.5, 0.98)
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Differences of one dtype and temperature."""
+    """The differences at one dtype and temperature."""
 
     dtype: str
     temperature: float
     differences: torch.Tensor
-    """[N] trainer - engine logprob of each sampled token, in nats."""
+    """[N] logprob by the trainer minus logprob by the engine, of each sampled token, in nats."""
 
     def line(self) -> str:
-        """A row of the table."""
+        """Return the table's row."""
         d = self.differences.double()
         low, middle, high = torch.quantile(d.exp(), torch.tensor(_QUANTILES).double()).tolist()
         return (
@@ -71,10 +71,10 @@ HEADER = (
 def trainer_logprobs(
     model: Any, prompt: Sequence[int], completion: Completion, temperature: float
 ) -> torch.Tensor:
-    """Logprobs of a completion's tokens by one forward of the trainer's."""
+    """Return the logprobs of a completion's tokens, [N], by one forward of the trainer's model."""
     ids = torch.tensor((*prompt, *completion.token_ids), device=model.device)
-    places = torch.arange(len(ids), device=ids.device)
-    hidden = hidden_states(model, ids, places, PackedSequences((len(ids),), ids.device))
+    position_ids = torch.arange(len(ids), device=ids.device)
+    hidden = hidden_states(model, ids, position_ids, PackedSequences((len(ids),), ids.device))
     start = len(prompt)
     logprobs, _ = token_logprobs(
         model, hidden[start - 1 : -1], ids[start:], temperature=temperature
@@ -91,7 +91,7 @@ async def measure(
     temperature: float,
     num_tokens: int,
 ) -> Measurement:
-    """Sample at least `num_tokens` tokens, and compare each with the trainer's forward."""
+    """Sample at least `num_tokens` tokens, and compare each logprob with the trainer's."""
     differences: list[torch.Tensor] = []
     count = uid = 0
     while count < num_tokens:
@@ -107,8 +107,10 @@ async def measure(
             )
         )
         for each, completion in zip(uids, completions, strict=True):
-            own = trainer_logprobs(model, prompts[each % len(prompts)], completion, temperature)
-            differences.append(own - torch.tensor(completion.logprobs))
+            expected = trainer_logprobs(
+                model, prompts[each % len(prompts)], completion, temperature
+            )
+            differences.append(expected - torch.tensor(completion.logprobs))
             count += len(completion.token_ids)
     return Measurement(dtype, temperature, torch.cat(differences))
 
@@ -145,7 +147,7 @@ async def _opened(name: str, path: str, model: Any, dtype: str) -> AsyncIterator
 
 
 def draw(measurements: Sequence[Measurement], out: Path) -> None:
-    """Plot the distribution of |d|, a line a measurement."""
+    """Plot the distribution of |d|, one line per measurement."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -163,7 +165,7 @@ def draw(measurements: Sequence[Measurement], out: Path) -> None:
 
 
 async def run(options: argparse.Namespace) -> list[Measurement]:
-    """Measure every dtype at every temperature, and print a row for each."""
+    """Measure every dtype at every temperature, and print one row for each."""
     path = str(SHIPPED.get(options.model, options.model))
     model = load_policy(path, compute_device("auto")).eval()
     renderer = Renderer(load_tokenizer(path))
@@ -196,8 +198,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--engine", choices=["sglang", "transformers"], default="sglang")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 0.7])
-    parser.add_argument("--tokens", type=int, default=3000, help="at least so many each")
-    parser.add_argument("--out", type=Path, help="a picture of the distributions")
+    parser.add_argument("--tokens", type=int, default=3000, help="least number of tokens per row")
+    parser.add_argument("--out", type=Path, help="file for a picture of the distributions")
     options = parser.parse_args(arguments)
     try:
         measurements = asyncio.run(run(options))

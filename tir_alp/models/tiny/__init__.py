@@ -1,7 +1,7 @@
-"""The embedded default: a decoder of 0.4 M parameters that knows the format and is bad at the job.
+"""The default models: decoders of 0.4 M parameters that know the format and often fail the tasks.
 
-`base/` and `able/` are ordinary Hugging Face folders, which
-`python -m tir_alp.models.tiny.make` makes.
+`base/` and `able/` are ordinary Hugging Face folders, made by
+`python -m tir_alp.models.tiny.make`.
 """
 
 from pathlib import Path
@@ -9,13 +9,13 @@ from pathlib import Path
 _HERE = Path(__file__).parent
 
 BASE = _HERE / "base"
-"""Solves some 5 % of the tasks."""
+"""Solves about 5 % of the tasks."""
 
 ABLE = _HERE / "able"
-"""Solves 10 to 20 %: where it starts, whether a run takes off is no matter of luck."""
+"""Solves 10 to 20 % of the tasks, enough that learning takes off with every seed."""
 
 SHIPPED = {"tiny": BASE, "tiny-able": ABLE}
-"""The models that come with the package, by the `model.path` that names them."""
+"""`model.path` -> folder, for the models in this package."""
 
 TRAIN_CONFIG = _HERE / "train.toml"
-"""The run that trains the base; `configs/tiny.toml`."""
+"""The config that trains the base model, which is also `configs/tiny.toml`."""

@@ -1,8 +1,8 @@
 """Makes the tiny models: `python -m tir_alp.models.tiny.make [--able] --out FOLDER`.
 
-Ordinary supervised learning on `transcripts`, with the loss on what the model says. What was done
-is written to `recipe.json` beside the weights, with the losses of the first steps, so that a test
-can tell whether weights and recipe belong together.
+Ordinary supervised learning on `transcripts`, with the loss on the model's own text. The recipe is
+written to `recipe.json` beside the weights, together with the losses of the first steps, so that a
+test can check whether weights and recipe belong together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tir_alp.training.policy import hidden_states, load_policy, token_logprobs
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that the weights depend on."""
+    """Everything that the weights depend on."""
 
     seed: int = 0
     steps: int = 1000
@@ -38,19 +38,19 @@ class Recipe:
     lr: float = 3e-3
     warmup_steps: int = 100
     wrong_program_share: float = 0.8
-    """Of the transcripts that call the tool, those that ask it something else."""
+    """Share of the tool-calling transcripts whose program is for another question."""
     from_base: bool = False
-    """Whether it goes on from the base model, and not from random weights."""
+    """Whether training starts from the base model instead of random weights."""
 
 
 ABLE_RECIPE = Recipe(
     seed=1, steps=150, lr=1e-3, warmup_steps=20, wrong_program_share=0.5, from_base=True
 )
-"""Of the able model, which solves 10 to 20 % of the tasks before it is trained."""
+"""Recipe of the able model, which solves 10 to 20 % of the tasks before reinforcement learning."""
 
 
 def warm_start(recipe: Recipe) -> Iterator[tuple[Any, float]]:
-    """Train on transcripts; yields the model and the loss of each step, in nats a token."""
+    """Train on transcripts; yield the model and the loss after each step, in nats per token."""
     model = load_policy(str(BASE)) if recipe.from_base else make_model(recipe.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -74,7 +74,7 @@ def warm_start(recipe: Recipe) -> Iterator[tuple[Any, float]]:
 
 
 def loss_of(model: Any, transcripts: Sequence[Transcript]) -> Tensor:
-    """Mean negative logprob of what the model says in the transcripts, in nats a token."""
+    """Return the mean negative logprob of the model's text in transcripts, in nats per token."""
     tokenizer = make_tokenizer()
     renderer = Renderer(tokenizer)
     examples = [encode(renderer, tokenizer, each) for each in transcripts]
@@ -87,15 +87,17 @@ def loss_of(model: Any, transcripts: Sequence[Transcript]) -> Tensor:
 
 
 def digest(folder: Path) -> str:
-    """Fingerprint of the weights in a folder."""
+    """Return the SHA-256 digest of the weights in a folder."""
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 def main() -> None:
-    """Make the model and write it."""
+    """Make a model and write its folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--able", action="store_true", help="the able model, not the base")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--able", action="store_true", help="make the able model instead of the base"
+    )
     arguments = parser.parse_args()
     recipe = ABLE_RECIPE if arguments.able else Recipe()
     losses = []

@@ -1,4 +1,4 @@
-"""The tiny model before it has learnt anything: its tokenizer, its shape, its first weights."""
+"""The untrained tiny model: its tokenizer, its shape and its initial weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> Any:
-    """One token a byte of UTF-8, and one for each mark of the chat template: any text encodes."""
+    """Make a tokenizer with one token per UTF-8 byte and one per mark of the chat template."""
     vocabulary = {
         token: index for index, token in enumerate((*_SPECIAL, *sorted(ByteLevel.alphabet())))
     }
@@ -37,7 +37,7 @@ def make_tokenizer() -> Any:
 
 
 def make_model(seed: int) -> Any:
-    """A Llama of 3 layers and width 96 with random weights."""
+    """Make a Llama with 3 layers, width 96 and random weights."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     config = LlamaConfig(

@@ -1,9 +1,9 @@
-"""Synthetic transcripts for the warm start: the right format, mostly the wrong thing to say.
+"""Synthetic transcripts for the warm start, in the right format but mostly with wrong content.
 
-Two thirds guess the answer without the tool. The others call it, but most of those write a program
-for another question: four in five for the base model, one in two for the able one. All of them then
-report what the program printed. So the model knows every move, and it is left to reinforcement
-learning to find out which of them pay.
+Two thirds guess the answer without the tool. The others call it, but many of them write a program
+for another question: four in five for the base model, one in two for the able one. All of these
+then report what the program printed. So the model knows every kind of action, and reinforcement
+learning has to find out which ones earn a reward.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ GUESS_SHARE = 0.65
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """One episode as text: what the model says in each turn, and what the tool answers between."""
+    """One episode as text: the model's completions, and the tool's answers between them."""
 
     question: str
     completions: tuple[str, ...]
     observations: tuple[str, ...]
-    """One fewer than the completions."""
+    """Answers of the tool, one fewer than the completions."""
 
 
 def transcript(seed: int, index: int, wrong_program_share: float = 0.8) -> Transcript:
-    """Make one transcript on a training task; a pure function of its arguments."""
+    """Make one transcript about a training task; a pure function of its arguments."""
     rng = random.Random(f"{seed}/{index}")
     task = arithmetic_task(seed, index)
     question, answer = task["question"], task["answer"]
     if rng.random() < GUESS_SHARE:
         guess = int(int(answer) * rng.uniform(0.7, 1.3))
-        return Transcript(question, (_say(guess),), ())
+        return Transcript(question, (_boxed(guess),), ())
     expression = question.removeprefix("What is ").removesuffix("?")
     if rng.random() < wrong_program_share:
         expression = _spoil(expression, rng)
-    printed = eval(expression, {"__builtins__": {}})  # three numbers of our own and two operators
+    printed = eval(expression, {"__builtins__": {}})  # three generated numbers and two operators
     program = f"```python\nprint({expression})\n```"
-    return Transcript(question, (program, _say(printed)), (str(printed),))
+    return Transcript(question, (program, _boxed(printed)), (str(printed),))
 
 
 def encode(renderer: Renderer, tokenizer: Any, shown: Transcript) -> tuple[list[int], list[bool]]:
-    """Token ids of a transcript, as a rollout would have them, and which the model is to learn."""
+    """Return the token ids of a transcript, as in a rollout, and a mask of those to learn."""
     ids = list(renderer.prompt(shown.question).token_ids)
     learn = [False] * len(ids)
     for turn, text in enumerate(shown.completions):
@@ -62,14 +62,14 @@ def encode(renderer: Renderer, tokenizer: Any, shown: Transcript) -> tuple[list[
     return ids, learn
 
 
-def _say(number: int) -> str:
+def _boxed(number: int) -> str:
     return f"\\boxed{{{number}}}"
 
 
 def _spoil(expression: str, rng: random.Random) -> str:
-    """Change two digits to others that are not 0, so that no number gets shorter or octal."""
+    """Replace two digits by others that are not 0, so that no number becomes shorter or octal."""
     characters = list(expression)
-    places = [index for index, character in enumerate(characters) if character.isdigit()]
-    for place in rng.sample(places, 2):
-        characters[place] = rng.choice("123456789".replace(characters[place], ""))
+    positions = [index for index, character in enumerate(characters) if character.isdigit()]
+    for position in rng.sample(positions, 2):
+        characters[position] = rng.choice("123456789".replace(characters[position], ""))
     return "".join(characters)

@@ -1,7 +1,4 @@
-"""The command.
-
-python -m tir_alp.studies.simulate RUN [--engines 4] [--max-staleness 0 1 2] ...
-"""
+"""`python -m tir_alp.studies.simulate RUN [--engines 4] [--max-staleness 0 1 2] ...`."""
 
 from __future__ import annotations
 
@@ -15,50 +12,50 @@ from rich.table import Table
 
 from tir_alp.records.folder import read_run_config
 from tir_alp.studies.simulate.costs import read_costs
-from tir_alp.studies.simulate.pipeline import Costs, Layout, simulate
+from tir_alp.studies.simulate.pipeline import Costs, PipelineLayout, simulate
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser("tir_alp.studies.simulate", description=__doc__)
     parser.add_argument("run", type=Path, help="a recorded run with rollout.max_staleness = 0")
-    parser.add_argument("--engines", type=int, nargs="+", default=[1])
-    parser.add_argument("--trainers", type=int, nargs="+", default=[1], help="ranks")
+    parser.add_argument("--engines", type=int, nargs="+", default=[1], help="engines")
+    parser.add_argument("--trainers", type=int, nargs="+", default=[1], help="trainer ranks")
     parser.add_argument("--max-staleness", type=int, nargs="+", default=[0])
     parser.add_argument("--groups-per-step", type=int, help="default: the run's")
     parser.add_argument("--group-size", type=int, help="default: the run's")
-    parser.add_argument("--engine-slots", type=int, help="requests of an engine at a time")
-    parser.add_argument("--tool-slots", type=int, help="tool calls at a time")
+    parser.add_argument("--engine-slots", type=int, help="concurrent requests per engine")
+    parser.add_argument("--tool-slots", type=int, help="concurrent tool calls")
     parser.add_argument("--on-update", choices=["wait", "keep", "drop"], help="default: the run's")
     parser.add_argument(
         "--slowdown",
         type=float,
         default=1.0,
-        help="factor by which engine and trainer stretch each other on a device that they share",
+        help="factor by which engine and trainer slow each other down on a shared device",
     )
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=30, help="simulated training steps")
     return parser.parse_args(arguments)
 
 
 def describe(costs: Costs) -> str:
-    """What was read from the run, in one line."""
+    """Describe the measured costs in one line."""
     engine, trainer = costs.engine, costs.trainer
     return (
         f"a decoding step of b requests: {engine.step_s * 1e3:.3g} + b x "
-        f"{engine.request_s * 1e3:.3g} ms; prefill {engine.prefill_token_s * 1e6:.3g} us a token; "
-        f"a training step of n tokens: {trainer.step_s:.3g} s + n x {trainer.token_s * 1e6:.3g} "
-        f"us; weight update {costs.sync_s:.3g} s"
+        f"{engine.request_s * 1e3:.3g} ms; prefill {engine.prefill_token_s * 1e6:.3g} us "
+        f"per token; a training step of n tokens: {trainer.step_s:.3g} s + n x "
+        f"{trainer.token_s * 1e6:.3g} us; weight update {costs.sync_s:.3g} s"
     )
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Simulate each combination, print a row for each; 2 if there is something to mend."""
+    """Simulate each combination and print one row for each; return 2 if the input is invalid."""
     options = parse(arguments)
     try:
         costs = read_costs(options.run, slowdown=options.slowdown)
         recorded = read_run_config(options.run)["rollout"]
         layouts = [
-            Layout(
+            PipelineLayout(
                 groups_per_step=options.groups_per_step or recorded["groups_per_step"],
                 group_size=options.group_size or recorded["group_size"],
                 max_staleness=staleness,
@@ -77,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"tir_alp.studies.simulate: {error}", file=sys.stderr)
         return 2
     table = Table(caption=describe(costs), caption_justify="left")
-    names = ("engines", "trainers", "max staleness", "tokens/s", "s a step", "staleness")
+    names = ("engines", "trainers", "max staleness", "tokens/s", "s per step", "staleness")
     for name in (*names, "engines idle", "trainer idle"):
         table.add_column(name, justify="right")
     for layout, forecast in zip(layouts, forecasts, strict=True):

@@ -1,7 +1,7 @@
-"""Reads from the folder of a run what its parts cost.
+"""Measures the costs of a recorded run.
 
-The trajectories say when each turn began to generate and how long it took. So the number of
-requests that the engine had at any time is known, and what a decoding step costs is a linear
+The trajectories record when each turn started to generate and how long it took. So the number of
+requests in the engine is known at any time, and the cost of a decoding step follows by linear
 regression.
 """
 
@@ -26,13 +26,13 @@ from tir_alp.studies.simulate.pipeline import (
     TurnCost,
 )
 
-_ROUNDS = 10  # of fitting an engine: what a step costs says how many steps were crowded
-_WARM_UP = 1  # steps whose times are not those of the others: caches fill, threads start
+_ROUNDS = 10  # iterations of fitting an engine, whose step times depend on the fit itself
+_WARM_UP = 1  # steps to skip at the start, while caches fill and threads start
 
 
 @dataclass(frozen=True, slots=True)
 class TimedTurn:
-    """When a completion was in the engine, and how large it was."""
+    """When a completion was in the engine, and how many tokens it had."""
 
     begin_s: float
     end_s: float
@@ -42,18 +42,18 @@ class TimedTurn:
 
 @dataclass(frozen=True, slots=True)
 class RecordedStep:
-    """What the folder of a run says of one training step."""
+    """One training step as recorded in a run folder."""
 
     groups: tuple[GroupCost, ...]
-    """In the order in which they were begun; those without signal too."""
+    """All groups, including those without signal, in the order in which they were started."""
     turns: tuple[TimedTurn, ...]
     train_s: float
     rest_s: float
-    """Of the step, but for rollouts and training: the weight update."""
+    """Seconds of the step other than rollouts and training: the weight update."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that were trained on, those of prompts and tools included."""
+        """Number of tokens in the trained sequences, including those of prompts and tools."""
         trained = [group for group in self.groups if group.has_signal]
         return sum(episode.num_tokens for group in trained for episode in group.episodes)
 
@@ -62,21 +62,21 @@ def read_costs(run: Path, *, slowdown: float = 1.0) -> Costs:
     """Measure a recorded run of one engine and one trainer rank.
 
     Args:
-        run: Its folder. It must have rolled out and trained in turn (`rollout.max_staleness = 0`):
-            otherwise its times hold what the parts cost each other.
-        slowdown: By how much engine and trainer would stretch each other; see `Costs`.
+        run: The run folder. The run must have alternated between rollouts and training
+            (`rollout.max_staleness = 0`); otherwise engine and trainer slowed each other down.
+        slowdown: Factor by which engine and trainer slow each other down; see `Costs`.
 
     Raises:
-        ValueError: If this is no such run, or it is too short.
+        ValueError: If this is not such a run, or if it is too short.
     """
     if staleness := read_run_config(run)["rollout"]["max_staleness"]:
         raise ValueError(
             f"{run} had rollout.max_staleness = {staleness}: engine and trainer ran at the same "
-            "time, and their times cannot be told apart; measure a run with 0"
+            "time, so their times cannot be separated; measure a run with 0"
         )
     steps = [*read_steps(run)][_WARM_UP:]
     if len(steps) < 2:
-        raise ValueError(f"{run} has {len(steps)} steps behind the first; at least 2 are needed")
+        raise ValueError(f"{run} has {len(steps)} steps after the first; at least 2 are needed")
     step_s, request_s, prefill_token_s = fit_engine([turn for step in steps for turn in step.turns])
     return Costs(
         groups=tuple(group for step in steps for group in step.groups),
@@ -88,41 +88,43 @@ def read_costs(run: Path, *, slowdown: float = 1.0) -> Costs:
 
 
 def read_steps(run: Path) -> Iterator[RecordedStep]:
-    """Read a run, step by step.
+    """Yield the steps of a run.
 
     Raises:
-        ValueError: If a file is not what a run writes; it is named.
+        ValueError: If a file is not what a run writes; the message names the file.
     """
-    for row in _rows(run / "metrics.jsonl"):
-        if "time/train" not in row:
-            continue  # of an evaluation
+    for record in _records(run / "metrics.jsonl"):
+        if "time/train" not in record:
+            continue  # the record of an evaluation
         groups: dict[int, GroupCost] = {}
         turns: list[TimedTurn] = []
         for folder in ("trajectories", "replaced"):
-            file = run / folder / step_file(row["step"])
+            file = run / folder / step_file(record["step"])
             if folder == "trajectories" or file.exists():
                 episodes, more = read_groups(file)
                 has_signal = folder == "trajectories"
                 groups |= {i: GroupCost(tuple(each), has_signal) for i, each in episodes.items()}
                 turns += more
         try:
-            whole_s = row["tokens/generated"] / row["tokens/per_second"]
-            rest_s = whole_s - row["time/rollout"] - row["time/train"]
+            step_s = record["tokens/generated"] / record["tokens/per_second"]
+            rest_s = step_s - record["time/rollout"] - record["time/train"]
         except KeyError as error:
-            raise ValueError(f"{run}/metrics.jsonl: step {row['step']} has no {error}") from error
+            raise ValueError(
+                f"{run}/metrics.jsonl: step {record['step']} has no {error}"
+            ) from error
         ordered = tuple(groups[index] for index in sorted(groups))
-        yield RecordedStep(ordered, tuple(turns), row["time/train"], max(rest_s, 0.0))
+        yield RecordedStep(ordered, tuple(turns), record["time/train"], max(rest_s, 0.0))
 
 
 def read_groups(file: Path) -> tuple[dict[int, list[EpisodeCost]], list[TimedTurn]]:
-    """Read a file of trajectories: what the episodes cost, by group, and when turns began.
+    """Read a file of trajectories: the costs of its episodes by group, and its timed turns.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If a line of the file is not a trajectory.
     """
     groups: dict[int, list[EpisodeCost]] = defaultdict(list)
     turns: list[TimedTurn] = []
-    for trajectory in _rows(file):
+    for trajectory in _records(file):
         try:
             episode = read_episode(trajectory)
             groups[trajectory["group_id"]].append(episode)
@@ -137,7 +139,7 @@ def read_groups(file: Path) -> tuple[dict[int, list[EpisodeCost]], list[TimedTur
 
 
 def read_episode(trajectory: Mapping[str, Any]) -> EpisodeCost:
-    """Read the costs of one recorded trajectory."""
+    """Return the costs of one recorded trajectory."""
     context = new = len(trajectory["prompt"]["token_ids"])
     turns = []
     for turn in trajectory["turns"]:
@@ -149,10 +151,10 @@ def read_episode(trajectory: Mapping[str, Any]) -> EpisodeCost:
 
 
 def fit_engine(turns: Sequence[TimedTurn]) -> tuple[float, float, float]:
-    """Seconds of a decoding step, of a request in it, and of a token read: least squares.
+    """Fit the seconds of a decoding step, of a request in it, and of a prefill token.
 
-    A completion of n tokens is n steps long. Each costs its share of what runs beside it, and
-    waits while the prompts of others are read.
+    A completion of n tokens takes n steps. The duration of a step grows with the number of
+    concurrent requests, and a completion also waits for the prefills of others. Least squares.
     """
     begins = np.array([turn.begin_s for turn in turns])
     ends = np.array([turn.end_s for turn in turns])
@@ -163,7 +165,7 @@ def fit_engine(turns: Sequence[TimedTurn]) -> tuple[float, float, float]:
     running = np.cumsum(np.concatenate([np.ones(len(turns)), -np.ones(len(turns))])[order])[:-1]
 
     def within(rate: np.ndarray) -> np.ndarray:
-        """Integral over each completion of what has this rate between two of `times`."""
+        """Integrate a rate, constant between consecutive `times`, over each completion."""
         integral = np.concatenate([[0.0], np.cumsum(rate * np.diff(times))])
         return np.interp(ends, times, integral) - np.interp(begins, times, integral)
 
@@ -173,23 +175,28 @@ def fit_engine(turns: Sequence[TimedTurn]) -> tuple[float, float, float]:
     prefill = (read[last] - read[first]).astype(float)
     fit = [1.0, 0.0, 0.0]
     for _ in range(_ROUNDS):
-        # Requests beside a completion are counted a step, not a second: crowded steps last longer.
-        steps_a_second = 1 / (fit[0] + fit[1] * np.maximum(running, 1))
-        beside = within(running * steps_a_second) / np.maximum(within(steps_a_second), 1e-12)
+        # Concurrent requests are averaged over steps, not over seconds: crowded steps last longer.
+        steps_per_second = 1 / (fit[0] + fit[1] * np.maximum(running, 1))
+        beside = within(running * steps_per_second) / np.maximum(within(steps_per_second), 1e-12)
         fit = _nonnegative(np.stack([tokens, tokens * beside, prefill], axis=1), ends - begins)
         if fit[0] + fit[1] == 0:
-            raise ValueError("the recorded completions took no time: they cannot be measured")
+            raise ValueError("the recorded completions took no time, so they cannot be measured")
     return fit[0], fit[1], fit[2]
 
 
 def fit_trainer(num_tokens: Sequence[int], seconds: Sequence[float]) -> TrainerCost:
-    """Seconds of a training step, and of a token in it: least squares."""
+    """Fit the seconds of a training step and of a token in it, by least squares.
+
+    Args:
+        num_tokens: Number of tokens of each step.
+        seconds: Duration of each step.
+    """
     columns = np.stack([np.ones(len(num_tokens)), np.array(num_tokens, float)], axis=1)
     return TrainerCost(*_nonnegative(columns, np.array(seconds)))
 
 
 def _nonnegative(columns: np.ndarray, values: np.ndarray) -> list[float]:
-    """Least squares whose coefficients are costs: one that comes out negative is none."""
+    """Least squares with costs as coefficients: those that would be negative are set to 0."""
     kept = [*range(columns.shape[1])]
     while True:
         solution = np.linalg.lstsq(columns[:, kept], values, rcond=None)[0]
@@ -202,7 +209,7 @@ def _nonnegative(columns: np.ndarray, values: np.ndarray) -> list[float]:
     return result
 
 
-def _rows(file: Path) -> Iterator[Mapping[str, Any]]:
+def _records(file: Path) -> Iterator[Mapping[str, Any]]:
     try:
         with file.open() as lines:
             for number, line in enumerate(lines, 1):

@@ -1,10 +1,10 @@
 """The pipeline as discrete events: episodes, engines, tools, one trainer, weight updates.
 
-The model is that of the code. A group holds its slot from its first episode until the weights that
-were trained on it are live. An engine makes one token a running request and step, and requests join
-at any step with a prefill. A trainer takes whole steps. Seconds in, seconds out: nothing here looks
-at a clock, and equal seeds play equally. Recorded groups are played in their order: a few long
-episodes weigh as much as they did, no matter the seed.
+The simulation follows the program. A group holds its slot from the start of its episodes until the
+weights that were trained on it are live. In each step an engine generates one token per running
+request, and requests join at any step with a prefill. A trainer takes whole steps. Costs and
+results are in seconds; no clock is read, and equal seeds give equal results. Recorded groups are
+played in their recorded order, so a few long episodes have the same weight for every seed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class TurnCost:
     """One turn of an episode."""
 
     context_tokens: int
-    """Tokens before the completion."""
+    """Number of tokens before the completion."""
     new_tokens: int
-    """Those of them that were not there at the end of the turn before."""
+    """Number of these that follow the previous turn's completion."""
     completion_tokens: int
-    """Tokens that the policy writes."""
+    """Number of tokens that the policy writes."""
     tool_s: float
     """Seconds until the environment answers."""
 
@@ -43,40 +43,40 @@ class EpisodeCost:
 
     @property
     def num_completion_tokens(self) -> int:
-        """Tokens that the policy writes in it."""
+        """Number of tokens that the policy writes in the episode."""
         return sum(turn.completion_tokens for turn in self.turns)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the trainer gets: the last context and what was written behind it."""
+        """Number of tokens of the trained sequence: the last context and its completion."""
         return self.turns[-1].context_tokens + self.turns[-1].completion_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class GroupCost:
-    """The episodes of one task, which is as hard for all of them."""
+    """The episodes of one task, which is equally hard for all of them."""
 
     episodes: tuple[EpisodeCost, ...]
     has_signal: bool = True
-    """Else a step takes another group in its place; see `rollout.max_refills`."""
+    """If not, a step takes another group in its place; see `rollout.max_refills`."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineCost:
-    """What one engine takes: a decoding step of b requests lasts `step_s + b * request_s`."""
+    """Costs of one engine: a decoding step of b requests lasts `step_s + b * request_s`."""
 
     step_s: float
     request_s: float
     prefill_token_s: float
 
     def prefill_s(self, turn: TurnCost) -> float:
-        """Seconds to read what is new before a completion: engines keep the turns before."""
+        """Return the seconds to prefill a turn's new tokens; engines cache earlier turns."""
         return self.prefill_token_s * turn.new_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class TrainerCost:
-    """What a training step takes on one trainer rank: `step_s + tokens * token_s`."""
+    """Costs of one trainer rank: a training step lasts `step_s + tokens * token_s`."""
 
     step_s: float
     token_s: float
@@ -84,21 +84,21 @@ class TrainerCost:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Everything that a simulation knows of a workload and a kind of machine."""
+    """Everything that a simulation knows about a workload and a type of machine."""
 
     groups: tuple[GroupCost, ...]
-    """They are played in this order, again and again."""
+    """Groups, which are played in this order and cyclically."""
     engine: EngineCost
     trainer: TrainerCost
     sync_s: float
     """Seconds of a weight update, during which engines do not decode."""
     slowdown: float = 1.0
-    """By how much engine and trainer stretch each other while both run; 1: not at all."""
+    """Factor by which engine and trainer slow each other down while both run; at least 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """What is being sized."""
+class PipelineLayout:
+    """The numbers of engines, trainer ranks and slots, and the settings of the rollouts."""
 
     groups_per_step: int
     group_size: int
@@ -106,28 +106,28 @@ class Layout:
     engines: int = 1
     trainers: int = 1
     engine_slots: int | None = None
-    """Requests that an engine runs at a time; None: all."""
+    """Concurrent requests per engine; None means no limit."""
     tool_slots: int | None = None
-    """Tool calls that run at a time; None: all."""
+    """Concurrent tool calls; None means no limit."""
     on_update: Literal["wait", "keep", "drop"] = "wait"
-    """As `rollout.on_update`: completions that run end before the update, or are read anew behind
-    it and go on, or begin again."""
+    """As `rollout.on_update`: a running completion ends before the update; or it continues after
+    the update, which prefills it again; or it starts over after the update."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What came out, over the steps behind the warm-up."""
+    """Results over the steps after the warm-up."""
 
     seconds_per_step: float
     tokens_per_s: float
-    """Generated tokens of the groups that were trained on."""
+    """Generated tokens per second, of the groups that were trained on."""
     staleness: float
-    """Mean over groups: steps between the weights a group began with and those it trains."""
+    """Steps between the weights that a group starts with and those it trains, mean over groups."""
     max_staleness: int
     engine_idle: float
-    """Share of the time in which an engine does nothing, mean over engines."""
+    """Share of the time in which an engine is idle, mean over engines."""
     trainer_idle: float
-    """Share of the time in which the trainer does nothing."""
+    """Share of the time in which the trainer is idle."""
 
 
 @dataclass(eq=False, slots=True)
@@ -139,49 +139,49 @@ class _Request:
 
 @dataclass(slots=True)
 class _Gauge:
-    """How long something was busy since the last reset."""
+    """Measures how long something was busy since the last reset."""
 
     busy_s: float = 0.0
     is_busy: bool = False
 
 
-_SLICE_S = 0.02  # of a training step: after it the trainer looks whether an engine slows it down
+_SLICE_S = 0.02  # after so much of a training step, the trainer's slowdown is determined again
 
 
 @dataclass(eq=False)
 class _Engine:
-    """One engine: continuous batching, a step at a time."""
+    """One engine with continuous batching, simulated step by step."""
 
     env: simpy.Environment
     costs: Costs
-    layout: Layout
+    layout: PipelineLayout
     trainer: _Gauge
     gauge: _Gauge = field(default_factory=_Gauge)
     waiting: list[_Request] = field(default_factory=list)
     running: list[_Request] = field(default_factory=list)
     loaded: simpy.Event | None = None
-    """Set while new weights wait to be taken."""
+    """The event of a weight update that is pending; None if there is none."""
 
     def __post_init__(self) -> None:
         self.wake = self.env.event()
         self.env.process(self.run())
 
     def generate(self, turn: TurnCost) -> simpy.Event:
-        """Queue a completion; the event comes at its last token."""
+        """Queue a completion; return the event of its last token."""
         request = _Request(turn, turn.completion_tokens, self.env.event())
         self.waiting.append(request)
         self._notify()
         return request.done
 
     def load_weights(self) -> simpy.Event:
-        """Queue a weight update; the event comes when it is live."""
+        """Queue a weight update; return the event at which the new weights are live."""
         self.loaded = self.env.event()
         self._notify()
         return self.loaded
 
     @property
     def load(self) -> int:
-        """Requests in it."""
+        """Number of requests that wait or run."""
         return len(self.waiting) + len(self.running)
 
     def _notify(self) -> None:
@@ -218,7 +218,7 @@ class _Engine:
             self.running = [request for request in self.running if request.remaining > 0]
 
     def _renew(self, request: _Request) -> float:
-        """Seconds to read a completion that runs, with new weights."""
+        """Return the seconds to prefill a running completion again, with new weights."""
         if self.layout.on_update == "drop":
             request.remaining = request.turn.completion_tokens
         written = request.turn.completion_tokens - request.remaining
@@ -232,102 +232,128 @@ class _Engine:
         self.gauge.busy_s += seconds
 
 
+class _Pipeline:
+    """Engines, tools and one trainer that share the clock of a simpy environment."""
+
+    def __init__(self, costs: Costs, layout: PipelineLayout, seed: int) -> None:
+        self.env = simpy.Environment()
+        self._costs, self._layout = costs, layout
+        self._draw = random.Random(seed)
+        self._trainer = _Gauge()
+        self._engines = [
+            _Engine(self.env, costs, layout, self._trainer) for _ in range(layout.engines)
+        ]
+        self._tools = simpy.Resource(self.env, layout.tool_slots) if layout.tool_slots else None
+        capacity = (layout.max_staleness + 1) * layout.groups_per_step
+        self._slots = simpy.Container(self.env, capacity, init=capacity)
+        self._in_flight = simpy.Store(self.env)
+        self._version = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Start to measure: forget everything that was measured before."""
+        self._start = self.env.now
+        self._num_tokens = 0
+        self._ages: Counter[int] = Counter()
+        for gauge in (self._trainer, *(engine.gauge for engine in self._engines)):
+            gauge.busy_s = 0.0
+
+    def forecast(self, steps: int) -> Forecast:
+        """Return what was measured since the last reset, in which `steps` steps were made."""
+        seconds, ages = self.env.now - self._start, self._ages
+        engine_busy_s = sum(each.gauge.busy_s for each in self._engines) / len(self._engines)
+        return Forecast(
+            seconds_per_step=seconds / steps,
+            tokens_per_s=self._num_tokens / seconds,
+            staleness=sum(age * count for age, count in ages.items()) / ages.total(),
+            max_staleness=max(ages),
+            engine_idle=max(0.0, 1 - engine_busy_s / seconds),
+            trainer_idle=max(0.0, 1 - self._trainer.busy_s / seconds),
+        )
+
+    def feed(self) -> Generator[simpy.Event, Any, None]:
+        """Start a group whenever a slot is free."""
+        for recorded in itertools.cycle(self._costs.groups):
+            yield self._slots.get(1)
+            yield self._in_flight.put(self._start_group(recorded))
+
+    def _start_group(self, recorded: GroupCost) -> tuple[int, GroupCost, simpy.Event]:
+        """Start a group's episodes; return the version they start with, the group, and its end."""
+        members = recorded.episodes
+        if len(members) != self._layout.group_size:
+            members = tuple(self._draw.choice(members) for _ in range(self._layout.group_size))
+        ended = self.env.all_of([self.env.process(self._episode(each)) for each in members])
+        return self._version, GroupCost(members, recorded.has_signal), ended
+
+    def _episode(self, cost: EpisodeCost) -> Generator[simpy.Event, Any, None]:
+        yield self.env.timeout(cost.prepare_s)
+        engine = min(self._engines, key=lambda each: each.load)
+        for turn in cost.turns:
+            yield engine.generate(turn)
+            if self._tools is None:
+                yield self.env.timeout(turn.tool_s)
+                continue
+            with self._tools.request() as slot:
+                yield slot
+                yield self.env.timeout(turn.tool_s)
+
+    def train(self, warm_up: int, steps: int) -> Generator[simpy.Event, Any, None]:
+        """Make `warm_up + steps` training steps, and measure the last `steps`."""
+        layout, cost = self._layout, self._costs.trainer
+        for step in range(warm_up + steps):
+            if step == warm_up:
+                self.reset()
+            episodes: list[EpisodeCost] = []
+            num_taken = 0
+            while num_taken < layout.groups_per_step:
+                version, taken, ended = yield self._in_flight.get()
+                yield ended
+                if not taken.has_signal:
+                    yield self._slots.put(1)
+                    continue
+                num_taken += 1
+                self._ages[self._version - version] += 1
+                episodes += taken.episodes
+            num_tokens = sum(episode.num_tokens for episode in episodes)
+            yield from self._update(cost.step_s + cost.token_s * num_tokens / layout.trainers)
+            yield self.env.all_of([engine.load_weights() for engine in self._engines])
+            self._version += 1
+            self._num_tokens += sum(each.num_completion_tokens for each in episodes)
+            yield self._slots.put(layout.groups_per_step)
+
+    def _update(self, work_s: float) -> Generator[simpy.Event, Any, None]:
+        """Keep the trainer busy with work that takes so many seconds without a slowdown."""
+        self._trainer.is_busy = True
+        while work_s > 0:
+            is_slow = any(engine.gauge.is_busy for engine in self._engines)
+            slowdown = self._costs.slowdown if is_slow else 1.0
+            slice_s = min(_SLICE_S, work_s * slowdown)
+            yield self.env.timeout(slice_s)
+            self._trainer.busy_s += slice_s
+            work_s -= slice_s / slowdown
+        self._trainer.is_busy = False
+
+
 def simulate(
-    costs: Costs, layout: Layout, *, steps: int, warm_up: int = 3, seed: int = 0
+    costs: Costs, layout: PipelineLayout, *, steps: int, warm_up: int = 3, seed: int = 0
 ) -> Forecast:
-    """Play `warm_up + steps` training steps and describe the last `steps` of them.
+    """Simulate `warm_up + steps` training steps and describe the last `steps` of them.
+
+    Args:
+        costs: Costs of the workload and the machines.
+        layout: What to simulate.
+        steps: Number of steps to measure.
+        warm_up: Number of steps before them.
+        seed: Seed of the choice of episodes where the group size differs from the recorded one.
 
     Raises:
-        ValueError: If there is nothing to train on, or a number makes no sense.
+        ValueError: If there is nothing to train on or no step to measure.
     """
     num_groups = sum(group.has_signal for group in costs.groups)
     if not num_groups or steps < 1:
         raise ValueError(f"nothing to simulate: {num_groups} groups with signal, {steps} steps")
-    env = simpy.Environment()
-    draw = random.Random(seed)
-    trainer = _Gauge()
-    engines = [_Engine(env, costs, layout, trainer) for _ in range(layout.engines)]
-    tools = simpy.Resource(env, layout.tool_slots) if layout.tool_slots else None
-    capacity = (layout.max_staleness + 1) * layout.groups_per_step
-    slots = simpy.Container(env, capacity, init=capacity)
-    version, ages = 0, Counter[int]()
-    num_tokens, began = 0, 0.0
-
-    def episode(cost: EpisodeCost) -> Generator[simpy.Event, Any, None]:
-        yield env.timeout(cost.prepare_s)
-        engine = min(engines, key=lambda each: each.load)
-        for turn in cost.turns:
-            yield engine.generate(turn)
-            if tools is None:
-                yield env.timeout(turn.tool_s)
-                continue
-            with tools.request() as slot:
-                yield slot
-                yield env.timeout(turn.tool_s)
-
-    def group(recorded: GroupCost) -> tuple[int, GroupCost, simpy.Event]:
-        members = recorded.episodes
-        if len(members) != layout.group_size:
-            members = tuple(draw.choice(members) for _ in range(layout.group_size))
-        ended = env.all_of([env.process(episode(each)) for each in members])
-        return version, GroupCost(members, recorded.has_signal), ended
-
-    in_flight = simpy.Store(env)
-
-    def feed() -> Generator[simpy.Event, Any, None]:
-        for recorded in itertools.cycle(costs.groups):
-            yield slots.get(1)
-            yield in_flight.put(group(recorded))
-
-    def train() -> Generator[simpy.Event, Any, None]:
-        nonlocal version, num_tokens, began
-        for step in itertools.count():
-            if step == warm_up:
-                began, num_tokens, trainer.busy_s = env.now, 0, 0.0
-                ages.clear()
-                for engine in engines:
-                    engine.gauge.busy_s = 0.0
-            if step == warm_up + steps:
-                return
-            episodes: list[EpisodeCost] = []
-            num_taken = 0
-            while num_taken < layout.groups_per_step:
-                born, taken, ended = yield in_flight.get()
-                yield ended
-                if not taken.has_signal:
-                    yield slots.put(1)
-                    continue
-                num_taken += 1
-                ages[step - born] += 1
-                episodes += taken.episodes
-            work_s = costs.trainer.step_s
-            work_s += costs.trainer.token_s * sum(e.num_tokens for e in episodes) / layout.trainers
-            yield from busy(work_s)
-            yield env.all_of([engine.load_weights() for engine in engines])
-            version += 1
-            num_tokens += sum(each.num_completion_tokens for each in episodes)
-            yield slots.put(layout.groups_per_step)
-
-    def busy(work_s: float) -> Generator[simpy.Event, Any, None]:
-        trainer.is_busy = True
-        while work_s > 0:
-            is_slow = any(engine.gauge.is_busy for engine in engines)
-            slowdown = costs.slowdown if is_slow else 1.0
-            part_s = min(_SLICE_S, work_s * slowdown)
-            yield env.timeout(part_s)
-            trainer.busy_s += part_s
-            work_s -= part_s / slowdown
-        trainer.is_busy = False
-
-    env.process(feed())
-    env.run(until=env.process(train()))
-    seconds = env.now - began
-    engine_busy_s = sum(engine.gauge.busy_s for engine in engines) / len(engines)
-    return Forecast(
-        seconds_per_step=seconds / steps,
-        tokens_per_s=num_tokens / seconds,
-        staleness=sum(age * count for age, count in ages.items()) / ages.total(),
-        max_staleness=max(ages),
-        engine_idle=max(0.0, 1 - engine_busy_s / seconds),
-        trainer_idle=max(0.0, 1 - trainer.busy_s / seconds),
-    )
+    pipeline = _Pipeline(costs, layout, seed)
+    env = pipeline.env
+    env.process(pipeline.feed())
+    env.run(until=env.process(pipeline.train(warm_up, steps)))
+    return pipeline.forecast(steps)

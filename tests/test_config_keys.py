@@ -1,9 +1,10 @@
-"""Which keys of the config does nothing read? Found in the source, by the types of its names.
+"""Every key of the config is read by some module, found by type inference over the source.
 
-A key that parses and changes nothing is the quietest of mistakes. Names alone do not find it:
-`every` is a key of two sections. So each attribute is looked up on the section that its object is
-of, which follows from annotations, assignments, fields of classes and results of functions. Where
-these do not tell, a read is not seen and the key counts as unread: the check errs on the loud side.
+A key that parses and changes nothing is the quietest of mistakes. Matching names alone would not
+find it, because sections share key names (`every`, for example). So each attribute access is
+resolved to the section that its object is an instance of, using annotations, assignments, class
+fields and function results. Where these do not determine the type, the read is not seen and the key
+counts as unread: the test errs on the side of failing.
 """
 
 from __future__ import annotations
@@ -18,21 +19,26 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from tir_alp.algorithm.presets import Section
+from tir_alp.config import Config, TrainerConfig
+
+PACKAGE = Path(__file__).parents[1] / "tir_alp"
+
 _DESCRIBE = (
-    *("config.py", "algorithm/formula.py", "report/", "audit/"),
-    *(f"doctor/{name}.py" for name in ("conversation", "engine", "examine", "machine", "table")),
+    *("config.py", "algorithm/presets.py", "algorithm/formula.py"),
+    *("doctor/", "report/", "audit/"),
 )
-"""What only says what a key is set to does not make it do anything."""
+"""Modules that only validate or describe a setting: a read there does not make it do anything."""
 
 _NAME = re.compile(r"\w+")
 
 
 def unread_keys(config: type[BaseModel], package: Path) -> list[str]:
-    """Dotted names of the keys that no module of a package reads.
+    """Return the dotted names of the keys that no module of a package reads.
 
     Args:
         config: Class of the whole configuration.
-        package: Its folder.
+        package: Folder of the package's source.
     """
     keys = dict(_keys(config))
     classes = {section for section, _ in keys}
@@ -60,7 +66,7 @@ def _keys(
 
 
 def _is_tag(annotation: object) -> bool:
-    """Whether a field has one value only: it says which section was meant."""
+    """Whether a field allows a single value only: such a field selects a section of a union."""
     return typing.get_origin(annotation) is typing.Literal and len(typing.get_args(annotation)) == 1
 
 
@@ -74,29 +80,29 @@ def _sections_in(annotation: object) -> Iterator[type[BaseModel]]:
 
 
 def _names_of(section: type[BaseModel]) -> Iterator[str]:
-    """Its own name, and those of the sections that it widens: code is written against these."""
+    """Yield the names of a section and of the sections it extends: annotations may use any."""
     for base in section.__mro__:
         if issubclass(base, BaseModel) and base.model_fields:
             yield base.__name__
 
 
 Sections = dict[str, list[type[BaseModel]]]
-"""Name of a class -> the sections that are one: a section, or all that widen a common base."""
+"""Class name -> the sections that are instances of it: one, or all that extend a common base."""
 
 Classes = frozenset[str]
-"""Names of the classes that a value may be of; empty: not known."""
+"""Names of the classes that a value may be an instance of; empty if unknown."""
 _UNKNOWN: Classes = frozenset()
 
 
 class _Types:
-    """What is known of the types of a program's names."""
+    """Types of a program's attributes and function results, as far as they are known."""
 
     def __init__(self, sections: Sections) -> None:
         self.sections = sections
         self.members: defaultdict[str, dict[str, Classes]] = defaultdict(dict)
-        """Class -> attribute -> its classes."""
+        """Class name -> attribute -> classes of its value."""
         self.results: dict[str, Classes] = {}
-        """Function -> classes of what it returns."""
+        """Function name -> classes of what it returns."""
         for name, some in sections.items():
             for field, info in (pair for each in some for pair in each.model_fields.items()):
                 inner = _sections_in(info.annotation)
@@ -109,7 +115,7 @@ class _Types:
         return frozenset(_words(annotation)) & (self.sections.keys() | self.members.keys())
 
     def of(self, node: ast.expr, scope: dict[str, Classes]) -> Classes:
-        """Classes of an expression's value."""
+        """Return the classes that the value of an expression may be an instance of."""
         match node:
             case ast.Name(id=name):
                 return scope.get(name, _UNKNOWN)
@@ -133,12 +139,12 @@ def _words(annotation: ast.expr) -> Iterable[str]:
 
 
 def _reads(modules: Iterable[ast.Module], sections: Sections) -> set[tuple[type[BaseModel], str]]:
-    """The fields of sections that modules read."""
+    """Return the section fields that modules read."""
     modules = list(modules)
     known = _Types(sections)
     classes = [n for module in modules for n in ast.walk(module) if isinstance(n, ast.ClassDef)]
     for node in classes:
-        known.members[node.name]  # a class whose attributes may be of use
+        known.members[node.name]  # makes the class known, before its attributes are
     for module in modules:
         for node in ast.walk(module):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -146,14 +152,14 @@ def _reads(modules: Iterable[ast.Module], sections: Sections) -> set[tuple[type[
             if result := known.of_annotation(node.returns):
                 known.results[node.name] = result
     reads: set[tuple[type[BaseModel], str]] = set()
-    for _ in range(2):  # the second time with the attributes that the first has found
+    for _ in range(2):  # the second pass knows the attributes that the first one found
         for module in modules:
             _Reader(known, reads).visit(module)
     return reads
 
 
 class _Reader(ast.NodeVisitor):
-    """Walks a module with the types of the names that are in scope."""
+    """Walks a module and keeps the types of the names in scope."""
 
     def __init__(self, known: _Types, reads: set[tuple[type[BaseModel], str]]) -> None:
         self._known, self._reads = known, reads
@@ -202,7 +208,7 @@ class _Reader(ast.NodeVisitor):
             self._assign(node.optional_vars, node.context_expr)
 
     def visit_For(self, node: ast.For | ast.AsyncFor) -> None:
-        self._assign(node.target, node.iter)  # a tuple of sections has the classes of its items
+        self._assign(node.target, node.iter)  # the classes of a tuple are those of its items
         self.generic_visit(node)
 
     visit_AsyncFor = visit_For
@@ -211,7 +217,7 @@ class _Reader(ast.NodeVisitor):
         self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp
     ) -> None:
         outer, self._scope = self._scope, dict(self._scope)
-        for generator in node.generators:  # which stand behind what they name
+        for generator in node.generators:  # they follow the element in the tree
             self._assign(generator.target, generator.iter)
         self.generic_visit(node)
         self._scope = outer
@@ -241,3 +247,58 @@ class _Reader(ast.NodeVisitor):
         self._scope.pop(name, None)
         if classes:
             self._scope[name] = classes
+
+
+# -------------------------------------------------------------------------------------- tests
+
+
+class WiderTrainer(TrainerConfig):
+    every: int = 0
+    """A key that no module reads, although `every` of two other sections is read."""
+
+
+class New(Section):
+    read: int = 0
+    unread: int = 0
+
+
+class Wider(Config):
+    trainer: TrainerConfig = WiderTrainer()
+    new: New = New()
+
+
+Wider.model_fields["trainer"].annotation = WiderTrainer
+
+
+def test_every_key_of_the_config_is_read():
+    assert unread_keys(Config, PACKAGE) == []
+
+
+def test_an_unused_config_key_is_named(tmp_path):
+    for file in PACKAGE.glob("*.py"):
+        (tmp_path / file.name).write_text(file.read_text())
+    (tmp_path / "user.py").write_text("def use(config: Wider):\n    return config.new.read\n")
+    unread = set(unread_keys(Wider, tmp_path)) - set(unread_keys(Config, tmp_path))
+    assert unread == {"new.unread", "trainer.every"}
+
+
+class Piece(New):
+    share: float = 1.0
+    forgotten: float = 1.0
+
+
+class Whole(New):
+    pieces: tuple[Piece, ...] = ()
+
+
+class Nested(Config):
+    whole: Whole = Whole()
+
+
+def test_reads_through_loops_and_base_sections_are_seen(tmp_path):
+    (tmp_path / "user.py").write_text(
+        "def use(one: New):\n    return one.read\n\n"
+        "def all(config: Nested):\n    return [piece.share for piece in config.whole.pieces]\n"
+    )
+    unread = {key for key in unread_keys(Nested, tmp_path) if key.startswith("whole")}
+    assert unread == {"whole.unread", "whole.pieces.unread", "whole.pieces.forgotten"}
