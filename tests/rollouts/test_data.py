@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,16 @@ def test_a_source_from_outside_the_package_is_named_by_its_entry_point(foreign):
     assert held_out[0].task_id.startswith("small/")
     config = DataConfig(source=f"{foreign}:Squares", dataset="large")
     assert load_source(config)[0]["task_id"].startswith("large/")
+
+
+def test_the_source_that_the_docs_show_works(tmp_path, monkeypatch):
+    (code,) = re.findall(r"(?s)```python\n(.*?)```", (ROOT / "docs/data.md").read_text())
+    name = f"documented_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = DataConfig(source=f"{name}:Squares", num_tasks=100)
+    held_out = {task.question for task in load_held_out(config, 10)}
+    assert len(held_out) == 10 and not held_out & {row["question"] for row in load_source(config)}
 
 
 @pytest.mark.parametrize(

@@ -1,124 +1,33 @@
 """Episodes with a scripted policy and a scripted environment, token by token."""
 
-import asyncio
-import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import gymnasium
 import pytest
 
-from tir_alp.config import RolloutConfig
-from tir_alp.engines.base import Completion, Sampling
+from tests.rollouts.scripted import (
+    ANSWERED,
+    ASSISTANT,
+    CALL,
+    END,
+    GO_ON,
+    PROMPT,
+    TASK,
+    TOOL,
+    A,
+    B,
+    Policy,
+    Scripted,
+    completion,
+    episode,
+    play,
+)
+from tir_alp.engines.base import Completion
 from tir_alp.models.tiny.model import make_tokenizer
-from tir_alp.rollouts.data import Task
-from tir_alp.rollouts.episode import EpisodeFailed, EpisodeRunner, mask_overlong, mask_void_turns
-from tir_alp.rollouts.renderer import PromptTooLong, Renderer
+from tir_alp.rollouts.episode import mask_overlong, mask_void_turns
+from tir_alp.rollouts.renderer import PromptTooLong
 from tir_alp.tools.outcome import Outcome
-from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn, VersionSpan
-
-END, USER, ASSISTANT, TOOL = 1, 2, 3, 4
-A, B = 70, 71  # the tokens of "a" and "b"
-PROMPT = (USER, A, B, END, ASSISTANT)
-TASK = Task("t7", "ab", "42")
-CALL = tuple(make_tokenizer().encode("```py\n1\n```", add_special_tokens=False))
-
-GO_ON: tuple = ("b", 0.0, False, False, {})
-ANSWERED: tuple = ("", 1.0, True, False, {"correct": True})
-
-
-def broken(outcome: str, error: str = "") -> tuple:
-    return ("", 0.0, False, True, {"outcome": outcome, "error": error})
-
-
-def completion(*ids: int, reason=StopReason.EOS, version: int = 0) -> Completion:
-    logprobs = tuple(-id / 100 for id in ids)
-    return Completion(token_ids=ids, logprobs=logprobs, stop_reason=reason, policy_version=version)
-
-
-class Scripted(gymnasium.Env[str, str]):
-    """Returns the next line of its script from each step, or calls it if it is a function."""
-
-    def __init__(self, *script: Any, prompt: str = "ab"):
-        self.script, self.prompt = list(script), prompt
-        self.tasks: list[Any] = []
-        self.actions: list[str] = []
-        self.num_closed = 0
-
-    def reset(self, *, seed=None, options=None):
-        self.tasks.append(options)
-        return self.prompt, {}
-
-    def step(self, action):
-        self.actions.append(action)
-        line = self.script.pop(0)
-        return line() if callable(line) else line
-
-    def close(self):
-        self.num_closed += 1
-
-
-class Policy:
-    """Returns its lines as completions, and records the contexts that it was given."""
-
-    def __init__(self, *lines: Completion):
-        self.lines = list(lines)
-        self.read: list[tuple[int, ...]] = []
-        self.samplings: list[Sampling] = []
-
-    async def __call__(self, token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
-        self.read.append(token_ids)
-        self.samplings.append(sampling)
-        return self.lines.pop(0) if self.lines else completion(END)
-
-
-def play(
-    work: Callable[[EpisodeRunner], Any],
-    generate: Any,
-    *envs: Scripted,
-    slots: int = 8,
-    max_observation_tokens: int = 64,
-    **limits: Any,
-) -> tuple[Any, list[EpisodeFailed]]:
-    """Do some work with a runner that makes `envs` in order; return the failures as well."""
-    failures: list[EpisodeFailed] = []
-    waiting = list(envs)
-
-    async def main() -> Any:
-        runner = EpisodeRunner(
-            make_env=lambda: waiting.pop(0),
-            generate=generate,
-            renderer=Renderer(make_tokenizer(), max_observation_tokens=max_observation_tokens),
-            limits=RolloutConfig.model_validate(
-                {"max_turn_tokens": 20, "max_context_tokens": 200} | limits
-            ),
-            threads=threads,
-            slots=asyncio.Semaphore(slots),
-            seed=11,
-            on_failure=failures.append,
-        )
-        return await work(runner)
-
-    with ThreadPoolExecutor(8) as threads:
-        return asyncio.run(main()), failures
-
-
-def episode(generate: Any, env: Scripted, **settings: Any) -> Trajectory:
-    return play(lambda runner: runner.run_episode(TASK, 5, 40), generate, env, **settings)[0]
-
-
-def group_of(group_id: int) -> Callable[[EpisodeRunner], Any]:
-    return lambda runner: runner.run_group(TASK, group_id)
-
-
-def failure(generate: Any, env: Scripted, **settings: Any) -> EpisodeFailed:
-    with pytest.raises(EpisodeFailed) as caught:
-        episode(generate, env, **settings)
-    return caught.value
-
+from tir_alp.types import StopReason, TokenSpan, Turn, VersionSpan
 
 # ------------------------------------------------------------------------- two turns, literally
 
@@ -310,220 +219,6 @@ def test_the_policy_for_over_long_turns_reaches_the_trajectory(policy, learnt):
     played = episode(Policy(cut, completion(END)), Scripted(GO_ON, ANSWERED), overlong=policy)
     assert sum(played.loss_mask) == learnt
     assert played.is_overlong and not played.truncated
-
-
-# ------------------------------------------------------------------------------------ failures
-
-
-@pytest.mark.parametrize("outcome", [each for each in Outcome if each.is_infrastructure])
-def test_a_failure_of_infrastructure_fails_the_episode(outcome):
-    env = Scripted(GO_ON, broken(outcome.value, "the sandbox is gone"))
-    error = failure(Policy(), env)
-    assert error.outcome is outcome
-    assert str(error) == "task t7, sequence 40, turn 1: the sandbox is gone"
-    assert env.num_closed == 1
-
-
-@pytest.mark.parametrize("outcome", [each for each in Outcome if not each.is_infrastructure])
-def test_a_failure_of_the_policy_is_part_of_the_trajectory(outcome):
-    env = Scripted(("b", 0.0, False, False, {"outcome": outcome.value}), ANSWERED)
-    assert episode(Policy(), env).turns[0].outcome is outcome
-
-
-def test_an_episode_that_infrastructure_broke_gets_another_in_a_fresh_environment():
-    first, second = Scripted(broken("infra_error")), Scripted(ANSWERED)
-    policy = Policy()
-    group, failures = play(group_of(3), policy, first, second, group_size=1)
-    assert [trajectory.reward for trajectory in group.trajectories] == [1.0]
-    assert group.num_failed == 0
-    assert [str(each) for each in failures] == ["task t7, sequence 3, turn 0: infra_error"]
-    assert (first.num_closed, second.num_closed) == (1, 1)
-    assert policy.samplings[0].sequence_uid == policy.samplings[1].sequence_uid == 3
-
-
-def test_an_episode_that_fails_twice_is_dropped_and_counted_and_has_no_reward():
-    """The environment of an episode depends on the threads, so all of sequence 7's fail."""
-
-    async def generate(token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
-        return completion(B if sampling.sequence_uid == 7 else A, END)
-
-    class BreaksAtB(Scripted):
-        def step(self, action):
-            return broken("infra_error") if action == "b" else ANSWERED
-
-    envs = [BreaksAtB() for _ in range(5)]
-    group, failures = play(group_of(1), generate, *envs, group_size=4)
-    assert [each.sequence_uid for each in group.trajectories] == [4, 5, 6]
-    assert (group.num_failed, group.rewards) == (1, (1.0, 1.0, 1.0))
-    assert [str(each) for each in failures] == ["task t7, sequence 7, turn 0: infra_error"] * 2
-    assert [env.num_closed for env in envs] == [1] * 5
-
-
-def test_a_lone_survivor_has_nothing_to_be_compared_with():
-    async def generate(token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
-        reason = StopReason.ABORT if sampling.sequence_uid else StopReason.EOS
-        return completion(END, reason=reason)
-
-    envs = [Scripted(ANSWERED) for _ in range(3)]
-    group, failures = play(group_of(0), generate, *envs, group_size=2)
-    assert (group.trajectories, group.num_failed) == ((), 2)
-    assert [each.outcome for each in failures] == [Outcome.CANCELLED] * 2
-    assert str(failures[0]) == "task t7, sequence 1, turn 0: the completion was aborted"
-
-
-def test_an_engine_that_fails_fails_the_episode():
-    async def generate(token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
-        raise RuntimeError("out of memory")
-
-    error = failure(generate, Scripted())
-    assert error.outcome is Outcome.INFRA_ERROR
-    assert str(error) == "task t7, sequence 40, turn 0: the engine failed: out of memory"
-
-
-def test_a_mistake_in_an_environment_fails_its_episode_and_is_named():
-    env = Scripted(lambda: 1 / 0)
-    error = failure(Policy(), env)
-    assert error.outcome is Outcome.INFRA_ERROR
-    assert "turn 0: env.step raised ZeroDivisionError('division by zero')" in str(error)
-    assert env.num_closed == 1
-
-
-# ----------------------------------------------------------------------------------- deadlines
-
-
-class Hanging(Scripted):
-    """Hangs in one of its methods until the test ends or the environment is closed."""
-
-    def __init__(self, method: str):
-        super().__init__(GO_ON, ANSWERED)
-        self.method, self.closed = method, threading.Event()
-
-    def reset(self, *, seed=None, options=None):
-        if self.method == "reset":
-            self.closed.wait(10)
-        return super().reset(seed=seed, options=options)
-
-    def step(self, action):
-        if self.method == "step" and self.actions:
-            self.closed.wait(10)
-        return super().step(action)
-
-    def close(self):
-        super().close()
-        self.closed.set()
-
-
-@pytest.mark.parametrize(
-    ("method", "where"),
-    [
-        ("reset", "task t7, sequence 40: env.reset"),
-        ("step", "task t7, sequence 40, turn 1: env.step"),
-    ],
-)
-def test_an_environment_that_hangs_meets_its_deadline_and_is_named(method, where):
-    env = Hanging(method)
-    began = time.monotonic()
-    error = failure(Policy(), env, env_timeout_s=0.2)
-    assert time.monotonic() - began < 5
-    assert str(error) == f"{where} did not answer within 0.2 s"
-    assert error.outcome is Outcome.INFRA_ERROR
-    assert env.num_closed == 1
-
-
-def test_an_engine_that_hangs_meets_its_deadline_and_is_named():
-    cancelled = []
-
-    async def generate(token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
-        try:
-            await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            cancelled.append(sampling.sequence_uid)
-            raise
-        raise AssertionError
-
-    env = Scripted()
-    error = failure(generate, env, generate_timeout_s=0.1)
-    where = "task t7, sequence 40, turn 0"
-    assert str(error) == f"{where}: the engine gave no completion within 0.1 s"
-    assert error.outcome is Outcome.INFRA_ERROR
-    assert cancelled == [40]
-    assert env.num_closed == 1
-
-
-def test_an_episode_that_is_cancelled_closes_its_environment():
-    env = Scripted()
-
-    async def generate(token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
-        raise asyncio.CancelledError
-
-    with pytest.raises(asyncio.CancelledError):
-        episode(generate, env)
-    assert env.num_closed == 1
-
-
-# --------------------------------------------------------------------------------- concurrency
-
-
-def test_there_is_no_barrier_between_turns():
-    """The slow episode's first step ends only after the quick one has played all its turns."""
-    quick_is_done = threading.Event()
-
-    def last() -> tuple:
-        quick_is_done.set()
-        return ANSWERED
-
-    def slow() -> tuple:
-        assert quick_is_done.wait(10)
-        return GO_ON
-
-    envs = [Scripted(slow, ANSWERED), Scripted(GO_ON, GO_ON, GO_ON, last)]
-    group, _ = play(group_of(0), Policy(), *envs, group_size=2, env_timeout_s=20)
-    assert sorted(len(each.turns) for each in group.trajectories) == [2, 4]
-
-
-def test_no_more_episodes_play_at_a_time_than_there_are_slots():
-    playing, most, lock = 0, 0, threading.Lock()
-
-    class Counting(Scripted):
-        def reset(self, *, seed=None, options=None):
-            nonlocal playing, most
-            with lock:
-                playing += 1
-                most = max(most, playing)
-            return super().reset(seed=seed, options=options)
-
-        def step(self, action):
-            nonlocal playing
-            time.sleep(0.01)
-            with lock:
-                playing -= 1
-            return super().step(action)
-
-    envs = [Counting(ANSWERED) for _ in range(6)]
-    group, _ = play(group_of(0), Policy(), *envs, group_size=6, slots=2)
-    assert len(group.trajectories) == 6
-    assert most == 2
-
-
-def test_an_episode_is_admitted_for_as_long_as_it_plays():
-    inside: list[str] = []
-
-    class Admission:
-        def __enter__(self):
-            inside.append("enter")
-
-        def __exit__(self, *_):
-            inside.append("exit")
-
-    async def generate(token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
-        inside.append("generate")
-        return completion(END)
-
-    def work(runner: EpisodeRunner) -> Any:
-        return replace(runner, admission=Admission).run_episode(TASK, 0, 0)
-
-    play(work, generate, Scripted(GO_ON, ANSWERED))
-    assert inside == ["enter", "generate", "generate", "exit"]
 
 
 # --------------------------------------------------------------------- a shipped environment
