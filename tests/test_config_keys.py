@@ -26,7 +26,8 @@ PACKAGE = Path(__file__).parents[1] / "tir_alp"
 
 _DESCRIBE = (
     *("config.py", "algorithm/presets.py", "algorithm/formula.py"),
-    *("doctor/", "report/", "audit/"),
+    *("report/", "audit/"),
+    *(f"doctor/{name}.py" for name in ("conversation", "engine", "examine", "machine", "table")),
 )
 """Modules that only validate or describe a setting: a read there does not make it do anything."""
 

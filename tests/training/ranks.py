@@ -44,7 +44,8 @@ CASES: dict[str, tuple[AlgorithmConfig, dict[str, Any]]] = {
         {"micro_batch_tokens": 50},
     ),
     "offloaded and computed twice": (noisy(), {"offload": True, "gradient_checkpointing": True}),
-    "adapters": (noisy(), {"lora": {"rank": 4, "alpha": 8.0}, "lr": 1e-2}),
+    # Adam enlarges rounding by the learning rate where a gradient is near 0.
+    "adapters": (noisy(), {"lora": {"rank": 4, "alpha": 8.0}, "lr": 1e-3}),
     "bfloat16": (noisy(init_std=0.01), {"dtype": "bfloat16", "gradient_checkpointing": True}),
 }
 """Kinds of training that must not depend on the number of ranks."""
