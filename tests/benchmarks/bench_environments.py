@@ -143,27 +143,27 @@ CONTESTANTS: dict[str, tuple[str, str, Callable[[], Play]]] = {
 
 def episodes_per_second(play: Play, seconds: float, threads: int) -> float:
     """Play in several threads until the time is over; return episodes per second."""
-    began = time.monotonic()
+    start = time.monotonic()
 
     def work(thread: int) -> int:
         count = 0
-        while time.monotonic() < began + seconds:
+        while time.monotonic() < start + seconds:
             play(thread + threads * count)
             count += 1
         return count
 
     with ThreadPoolExecutor(threads) as pool:
         total = sum(pool.map(work, range(threads)))
-    return total / (time.monotonic() - began)
+    return total / (time.monotonic() - start)
 
 
 def cpu_ms(play: Play) -> float:
     """Return the milliseconds of this process's own processor time per episode."""
-    began, number = time.process_time(), 0
-    while number < _NUM_TIMED or time.process_time() < began + _TIMED_S:
+    start, number = time.process_time(), 0
+    while number < _NUM_TIMED or time.process_time() < start + _TIMED_S:
         play(number)
         number += 1
-    return 1000 * (time.process_time() - began) / number
+    return 1000 * (time.process_time() - start) / number
 
 
 def main() -> None:

@@ -90,7 +90,7 @@ def packed_step(
 
 
 def padded_step() -> Callable[[Sequence[Sequence[Sample]]], None]:
-    """Return a step with the same updates, unclipped, on padded rows with the library's attention."""
+    """Return a step with the same updates, unclipped, on padded rows with standard attention."""
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=CONFIG.lr)
 

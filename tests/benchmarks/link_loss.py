@@ -125,7 +125,7 @@ def main(words: Sequence[str]) -> int:
         until(lambda: not actors_left(), _END_S)
         account = asdict(account_of(run))
         result = {
-            "places": re.findall(r"^on .*", printed, re.MULTILINE),
+            "actors": re.findall(r"^on .*", printed, re.MULTILINE),
             "was over before the link was back": was_over,
             "steps before": before,
             "steps during": meanwhile,
