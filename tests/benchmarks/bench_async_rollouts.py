@@ -1,14 +1,13 @@
-"""Asynchronous against turn-synchronous rollouts, of the same tasks and delays.
+"""Throughput of asynchronous and of turn-synchronous rollouts, with the same tasks and delays.
 
     python -m tests.benchmarks.bench_async_rollouts
 
-Both are the same engine, environment, tasks and delays. Turn-synchronous: no episode gets its next
-completion before all have had their tool's answer (`Lockstep`, which `deterministic` uses).
-Asynchronous: an episode waits for nothing but its own next part; with a staleness above 0 rollouts
-also go on while the trainer learns and while weights are loaded (`rollout.on_update = "keep"`).
+Engine, environment, tasks and delays are the same. Turn-synchronous: no episode gets its next
+completion before all have received their tool's answer (`Lockstep`, used by `deterministic`).
+Asynchronous: an episode waits only for its own tool and completions; with a staleness above 0,
+rollouts also continue during updates and weight syncs (`rollout.on_update = "keep"`).
 
-`rollouts` takes groups and trains on none of them; `end to end` trains, and gives the engine its
-new weights.
+`rollouts` takes groups without training on them; `end to end` trains and syncs the weights.
 """
 
 from __future__ import annotations
@@ -47,18 +46,18 @@ def config_of(mode: str, staleness: int, arguments: argparse.Namespace) -> Confi
 
 
 async def measure(config: Config, is_trained: bool) -> tuple[float, float, float, float]:
-    """Tokens a second, steps a minute, mean staleness, and the share of time that learning took.
+    """Return tokens per second, steps per minute, mean staleness, and the share of time in updates.
 
-    What was begun at the start does not count.
+    The first steps, whose rollouts were started together, are not counted.
     """
     warm = config.rollout.max_staleness + 2
     num_steps = warm + config.steps
     async with open_run(config, LocalPlacement(config), Doctor()) as run:
-        num_tokens, began, learning_s, ages = 0, 0.0, 0.0, []
+        num_tokens, start, learning_s, ages = 0, 0.0, 0.0, []
         with run.console.training(0, num_steps):
             for step in range(num_steps):
                 if step == warm:
-                    began, num_tokens, learning_s, ages = time.monotonic(), 0, 0.0, []
+                    start, num_tokens, learning_s, ages = time.monotonic(), 0, 0.0, []
                 waiting = time.monotonic()
                 groups = await run.rollouts.take()
                 turns = [turn for g in groups for each in g.trajectories for turn in each.turns]
@@ -70,7 +69,7 @@ async def measure(config: Config, is_trained: bool) -> tuple[float, float, float
                 else:
                     run.rollouts.release()
                 learning_s += time.monotonic() - taken
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start
     age = sum(ages) / len(ages) if ages else 0.0
     return num_tokens / seconds, 60 * config.steps / seconds, age, learning_s / seconds
 
@@ -80,7 +79,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--group-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=2, help="each mode is measured so often")
+    parser.add_argument("--rounds", type=int, default=2, help="number of measurements per mode")
     parser.add_argument("--median-s", type=float, default=1.0)
     parser.add_argument("--sigma", type=float, default=1.0)
     parser.add_argument("--max-s", type=float, default=20.0)
@@ -94,7 +93,7 @@ def main(words: Sequence[str]) -> int:
     print(f"| {' | '.join((*columns, 'age', 'learning'))} |\n|{'---|' * 8}")
     for what in arguments.what:
         results: dict[tuple[str, int], list[tuple[float, ...]]] = {}
-        for _ in range(arguments.rounds):  # in turns, so that a busy machine is busy for all
+        for _ in range(arguments.rounds):  # modes alternate, so that other load affects all of them
             for mode in modes:
                 with tempfile.TemporaryDirectory() as folder:
                     here = os.getcwd()

@@ -1,15 +1,16 @@
-"""Tokens a second of each engine: python tests/benchmarks/bench_engines.py [--engines ...]
+"""Tokens per second of each engine: python tests/benchmarks/bench_engines.py [--engines ...]
 
-Three settings at 1, 8 and 32 requests at a time, by a Qwen3 of 3.4 M random parameters, float32:
+Three settings with 1, 8 and 32 concurrent requests, on a Qwen3 with 3.4 M random parameters in
+float32:
 
 - equal: prompts of 128 tokens, completions of 128;
 - different: completions of 16 to 240 tokens, 128 on average;
-- turns: three turns of 43 tokens, each with all before it as prompt, and 20 tokens between them.
+- turns: three turns of 43 tokens, each with everything before it as prompt, and 20 tokens between.
 
-`transformers generate` makes a static batch: all of it goes on until its longest completion ends,
-and tokens behind the end of the others do not count. `--cpu-time` counts the seconds that this
-process and the servers compute instead of those that pass, for a machine with other work. vLLM
-takes part where `--vllm-python` names its Python.
+`transformers generate` uses a static batch: it continues until its longest completion ends, and
+tokens after the end of the others do not count. `--cpu-time` measures processor time of this
+process and the servers instead of wall-clock time, for a machine with other load. vLLM is included
+if `--vllm-python` names its Python.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ VOCABULARY = 2048
 SETTINGS = ("equal", "different", "turns")
 
 Job = tuple[tuple[int, ...], list[int]]
-"""A prompt, and the lengths of the completions of its turns."""
+"""A prompt, and the lengths of the completions of its turns, in tokens."""
 
 Work = Callable[[Sequence[Job]], Awaitable[None]]
 
@@ -92,7 +93,7 @@ def static(model) -> Work:
 
 
 def cpu_seconds() -> float:
-    """Computed so far by this process and by those of the servers that it has started."""
+    """Return the processor time so far of this process and of its descendants."""
     children: dict[int, list[int]] = {}
     ticks: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -112,13 +113,13 @@ def cpu_seconds() -> float:
 async def speed(
     work: Work, given: Sequence[Job], repeats: int, clock: Callable[[], float]
 ) -> float:
-    """Tokens a second: the median of some repeats, behind one that warms up."""
+    """Return tokens per second: the median of some repetitions after a warm-up."""
     num_tokens = sum(sum(lengths) for _, lengths in given)
     seconds = []
     for _ in range(repeats + 1):
-        began = clock()
+        start = clock()
         await work(given)
-        seconds.append(clock() - began)
+        seconds.append(clock() - start)
     return num_tokens / statistics.median(seconds[1:])
 
 
@@ -152,7 +153,7 @@ async def run(options: argparse.Namespace) -> None:
         if "sglang" in options.engines:
             from tir_alp.engines.sglang.engine import open_sglang
 
-            os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the server
+            os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the server
             servers = await stack.enter_async_context(
                 open_sglang(
                     SGLangConfig(
@@ -198,7 +199,7 @@ async def run(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     everything = ["transformers", "embedded", "sglang"]
     parser.add_argument("--engines", nargs="+", choices=everything, default=everything)
     parser.add_argument("--threads", type=int, default=2)

@@ -1,15 +1,15 @@
-"""Episodes a second of the environment layer alone: ours, and the same tasks in GEM and SkyRL-Gym.
+"""Episodes per second of the environment layer alone, and of GEM and SkyRL-Gym on the same tasks.
 
     python tests/benchmarks/bench_environments.py [--seconds 5] [--threads 8]
 
-A canned policy plays, so there is no model in it. Two tasks: one turn that answers, and two turns,
-of which the first runs a small program with each side's own Python tool: ours in the sandbox, the
-others' in a new process that nothing holds in. Each contestant has a process of its own, one after
-the other; a library that is not installed is left out.
+A scripted policy plays, so no model is involved. There are two tasks: one turn that answers, and
+two turns, of which the first runs a small program with the library's own Python tool. This
+project's tool runs in the sandbox, those of the others in a new process that is not confined. Each
+contestant runs in its own process, one after the other; a library that is not installed is skipped.
 
-GEM and SkyRL-Gym are measured bare, in their own interpreter, and through our pipe. Rates need an
-idle machine; the processor time of an episode does not, but leaves out the processes that a
-contestant starts.
+GEM and SkyRL-Gym are measured directly, in their own interpreter, and through this project's pipe.
+Rates need an idle machine. The processor time per episode does not, but excludes the processes that
+a contestant starts.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 Play = Callable[[int], float]
-"""Plays the episode of a number and returns the reward."""
+"""Plays the episode with a given number and returns the reward."""
 
-_NUM_TIMED, _TIMED_S = 50, 0.3  # at least so many episodes, and so much processor time
+_NUM_TIMED, _TIMED_S = 50, 0.3  # minimum number of episodes, and of processor seconds
 PROGRAM = "```python\nprint(6*7)\n```"
 WRONG = r"It is \boxed{41}."
 EXTRAS = {"reward_spec": {"ground_truth": "42"}, "extra_info": {}}
 
 
 def ours(env_id: str, *actions: str, **kwargs: Any) -> Play:
-    """A new environment an episode, as in training."""
+    """Make a new environment for each episode, as in training."""
     import gymnasium
 
     import tir_alp.envs  # noqa: F401
@@ -51,7 +51,7 @@ def ours(env_id: str, *actions: str, **kwargs: Any) -> Play:
 
 
 def our_answer() -> Play:
-    """One turn, graded."""
+    """One turn that is graded."""
     return ours("PythonMath-v0", WRONG)
 
 
@@ -61,17 +61,17 @@ def our_program() -> Play:
 
 
 def gem_piped() -> Play:
-    """GEM in a process of its own, as we train on it."""
+    """GEM in its own process, as in training."""
     return ours("Gem-v0", WRONG, name="rg:gcd")
 
 
 def skyrl_piped() -> Play:
-    """SkyRL-Gym in a process of its own, as we train on it."""
+    """SkyRL-Gym in its own process, as in training."""
     return ours("SkyRLGym-v0", "#### 41", name="gsm8k")
 
 
 def gem_answer() -> Play:
-    """GEM, bare: one turn, graded."""
+    """GEM, directly: one turn that is graded."""
     import gem  # type: ignore[import-not-found]
 
     def play(number: int) -> float:
@@ -83,7 +83,7 @@ def gem_answer() -> Play:
 
 
 def gem_program() -> Play:
-    """GEM, bare: a program in a new process without a sandbox, its default, then the answer."""
+    """GEM, directly: a program in a new process without a sandbox, its default, then the answer."""
     import gem  # type: ignore[import-not-found]
     from gem.tools.python_code_tool import PythonCodeTool  # type: ignore[import-not-found]
     from gem.tools.tool_env_wrapper import ToolEnvWrapper  # type: ignore[import-not-found]
@@ -98,7 +98,7 @@ def gem_program() -> Play:
 
 
 def skyrl_answer() -> Play:
-    """SkyRL-Gym, bare: one turn, graded by a regular expression."""
+    """SkyRL-Gym, directly: one turn that is graded by a regular expression."""
     import skyrl_gym  # type: ignore[import-not-found]
 
     def play(number: int) -> float:
@@ -110,9 +110,9 @@ def skyrl_answer() -> Play:
 
 
 def skyrl_program() -> Play:
-    """SkyRL-Gym, bare: its Python tool, a new process without a sandbox, then the answer.
+    """SkyRL-Gym, directly: its Python tool, a new process without a sandbox, then the answer.
 
-    None of its environments has that tool, so it is called as they call theirs.
+    None of its environments has this tool, so it is called as they call their tools.
     """
     import skyrl_gym  # type: ignore[import-not-found]
     from skyrl_gym.tools import PythonCodeExecutorToolGroup  # type: ignore[import-not-found]
@@ -121,8 +121,8 @@ def skyrl_program() -> Play:
         env = skyrl_gym.make("gsm8k", env_config=None, extras=EXTRAS)
         env.init_tool_groups([PythonCodeExecutorToolGroup(timeout=60)])
         env.init([{"role": "user", "content": "What is 6*7?"}])
-        said = env._execute_tool("PythonCodeExecutorToolGroup", "python", ["print(6*7)"])
-        assert said == "42", said
+        answer = env._execute_tool("PythonCodeExecutorToolGroup", "python", ["print(6*7)"])
+        assert answer == "42", answer
         return float(env.step("#### 41")["reward"])
 
     return play
@@ -138,36 +138,36 @@ CONTESTANTS: dict[str, tuple[str, str, Callable[[], Play]]] = {
     "gem_program": ("program, answer", "gem", gem_program),
     "skyrl_program": ("program, answer", "skyrl-gym", skyrl_program),
 }
-"""Name: task, library whose interpreter runs it (none: ours), what makes its player."""
+"""Name -> task, library whose interpreter runs it (empty: this one), maker of its player."""
 
 
 def episodes_per_second(play: Play, seconds: float, threads: int) -> float:
-    """Play from some threads until the time is over."""
-    began = time.monotonic()
+    """Play in several threads until the time is over; return episodes per second."""
+    start = time.monotonic()
 
     def work(thread: int) -> int:
         count = 0
-        while time.monotonic() < began + seconds:
+        while time.monotonic() < start + seconds:
             play(thread + threads * count)
             count += 1
         return count
 
     with ThreadPoolExecutor(threads) as pool:
         total = sum(pool.map(work, range(threads)))
-    return total / (time.monotonic() - began)
+    return total / (time.monotonic() - start)
 
 
 def cpu_ms(play: Play) -> float:
-    """Milliseconds of this process's own processor time an episode."""
-    began, number = time.process_time(), 0
-    while number < _NUM_TIMED or time.process_time() < began + _TIMED_S:
+    """Return the milliseconds of this process's own processor time per episode."""
+    start, number = time.process_time(), 0
+    while number < _NUM_TIMED or time.process_time() < start + _TIMED_S:
         play(number)
         number += 1
-    return 1000 * (time.process_time() - began) / number
+    return 1000 * (time.process_time() - start) / number
 
 
 def main() -> None:
-    """Measure all that can be measured here, and print a table."""
+    """Measure everything that is installed here, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--threads", type=int, default=8)
@@ -175,10 +175,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         play = CONTESTANTS[options.one][2]()
-        play(0)  # what starts once is started now
+        play(0)  # so that one-time start-up is not measured
         rates = [episodes_per_second(play, options.seconds, n) for n in (1, options.threads)]
         print(json.dumps([cpu_ms(play), *rates]), flush=True)
-        os._exit(0)  # without the libraries' last words
+        os._exit(0)  # skips the libraries' exit handlers
     from tir_alp.envs.interop.libraries import find_python
 
     print(f"{'':16}{'task':18}{'cpu ms':>10}{'1 thread':>12}{f'{options.threads} threads':>12}")

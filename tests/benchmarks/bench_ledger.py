@@ -1,11 +1,10 @@
-"""What the records of a run cost: seconds of a training run spent on them, in one process.
+"""The cost of a run's records: processor time that a training run in one process spends on them.
 
     python -m tests.benchmarks.bench_ledger [--steps 10]
 
 Trains the tiny agent and adds up the processor time of everything that writes records: the ledger's
 wrappers around engine and environments, its digests of what was packed, and the files of each step.
-Processor time, so that a busy machine does not count. The trajectories' own file is named apart: it
-was there before the ledger.
+It is processor time, so other load on the machine does not matter.
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ SPENT: defaultdict[str, float] = defaultdict(float)
 
 
 def timed(owner: Any, name: str) -> None:
-    """Count the processor time of the thread that is inside a function."""
+    """Replace a function by one that counts the processor time of the calling thread."""
     function: Callable[..., Any] = getattr(owner, name)
 
     def wrapped(*arguments: Any, **named: Any) -> Any:
-        began = time.thread_time()
+        start = time.thread_time()
         try:
             return function(*arguments, **named)
         finally:
-            SPENT[name] += time.thread_time() - began
+            SPENT[name] += time.thread_time() - start
 
     setattr(owner, name, wrapped)
 
 
 def main() -> None:
-    """Train, and print the shares."""
+    """Train, and print the share of each function."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=10)
     steps = parser.parse_args().steps
@@ -60,17 +59,17 @@ def main() -> None:
     async def run() -> float:
         config = load_config(words, read_toml(TRAIN_CONFIG))
         async with open_run(config, LocalPlacement(config), Doctor()) as opened:
-            began = time.process_time()
+            start = time.process_time()
             await train(opened)
-            return time.process_time() - began
+            return time.process_time() - start
 
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         total = asyncio.run(run())
         os.chdir("/")
     for name, spent in SPENT.items():
-        print(f"{name:>14}: {1000 * spent / steps:7.2f} ms a step, {spent / total:.2%}")
-    print(f"{'training':>14}: {1000 * total / steps:7.2f} ms a step of processor time")
+        print(f"{name:>14}: {1000 * spent / steps:7.2f} ms per step, {spent / total:.2%}")
+    print(f"{'training':>14}: {1000 * total / steps:7.2f} ms per step of processor time")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What a large data set costs in memory: RSS of a process that reads a million rows by its order.
+"""The memory cost of a large data set: RSS of a process that reads a million rows in random order.
 
     python tests/benchmarks/bench_rows.py [--rows 1000000] [--read 200000]
 
-Writes a JSONL and a parquet file of the same rows, then opens each in a process of its own, as a
-run does, and reads rows at random places. RSS is what is resident beyond the imports: `own` is the
-process's own memory, `mapped` the pages of files that the kernel may take back at any moment. The
-peak is `own` at its highest. Seconds are those of a wall clock.
+Writes a JSONL and a parquet file with the same rows, then opens each in its own process, as a run
+does, and reads rows at random positions. RSS is resident memory beyond that of the imports: `own`
+is anonymous memory, and `mapped` are pages of files that the kernel may reclaim at any time. The
+peak is that of `own`. Seconds are wall-clock time.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def row(number: int) -> dict[str, str]:
-    """Make a row of the length that one of a set of mathematical questions has."""
+    """Make a row whose length is typical of a set of mathematical questions."""
     rng = random.Random(number)
     words = " ".join(rng.choices(("sum", "angle", "prime", "of", "the", "integer"), k=40))
     return {"question": f"{number}: {words}?", "answer": str(rng.randrange(10**6))}
 
 
 def write(folder: Path, num_rows: int) -> None:
-    """Write both files, neither of them with all rows in memory."""
+    """Write both files without holding all rows in memory."""
     import pyarrow
     import pyarrow.parquet
 
@@ -49,14 +49,14 @@ def write(folder: Path, num_rows: int) -> None:
 
 
 def resident_mb() -> tuple[float, float]:
-    """Own and mapped megabytes of this process."""
+    """Return the anonymous and the mapped megabytes of this process."""
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     own, mapped = (int(fields[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))
     return own, mapped
 
 
 def measure(path: Path, num_reads: int) -> Iterator[tuple[str, float, float, float, float]]:
-    """Yield what was done, its seconds, and own, mapped and peak megabytes after it."""
+    """Yield each action, its seconds, and own, mapped and peak megabytes after it."""
     sys.path.insert(0, str(ROOT))
     import pyarrow.parquet  # noqa: F401
 
@@ -65,29 +65,29 @@ def measure(path: Path, num_reads: int) -> Iterator[tuple[str, float, float, flo
 
     before, peak, is_over = resident_mb(), 0.0, threading.Event()
 
-    def watch() -> None:
+    def sample_peak() -> None:
         nonlocal peak
         while not is_over.wait(0.02):
             peak = max(peak, resident_mb()[0])
 
-    def state(what: str, began: float) -> tuple[str, float, float, float, float]:
+    def state(what: str, start: float) -> tuple[str, float, float, float, float]:
         own, mapped = resident_mb()
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start
         return what, seconds, own - before[0], mapped - before[1], max(peak, own) - before[0]
 
-    threading.Thread(target=watch, daemon=True).start()
-    began = time.monotonic()
+    threading.Thread(target=sample_peak, daemon=True).start()
+    start = time.monotonic()
     order = load_order(DataConfig(source=path.suffix[1:], path=path), seed=0)  # type: ignore[arg-type]
-    yield state("open", began)
-    began = time.monotonic()
+    yield state("open", start)
+    start = time.monotonic()
     for position in range(num_reads):
         order[position]
-    yield state(f"read {num_reads}", began)
+    yield state(f"read {num_reads}", start)
     is_over.set()
 
 
 def main() -> None:
-    """Measure both files, each in a process of its own."""
+    """Measure both files, each in its own process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--read", type=int, default=200_000)

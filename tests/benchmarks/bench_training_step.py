@@ -1,15 +1,15 @@
-"""What ALP costs and what packing gains, on trajectories that the tiny model really rolls out.
+"""The cost of ALP and the gain of packing, on real trajectories of the tiny model.
 
     python tests/benchmarks/bench_training_step.py [--rounds 25] [--width 512] [--cpu-time]
 
-Prints, from one process each and with the variants taking turns, so that a noisy machine hurts all
-alike: the time of a training step with ALP over the same step without, with and without gradient
-checkpointing, and over that of GRPO, which also needs the proximal logprobs; the throughput of
-packed over padded micro-batches; the peak memory of each. `--width` takes random weights of another
-width instead of the tiny model's: noise costs as much as a layer is wide, a layer its square.
-`--cpu-time` counts the seconds that one thread computes instead of those that pass, for a machine
-with other work. What it costs that each step looks at the logprobs of some tokens without noise is
-the last of the ratios of times.
+Prints the time of a training step with ALP relative to the same step without it, with and without
+gradient checkpointing, and relative to that of GRPO, which also needs proximal logprobs; the
+throughput of packed relative to padded micro-batches; and the peak memory of each. The variants
+take turns, so that other load on the machine affects all of them. `--width` uses random weights of
+another width instead of the tiny model: the cost of noise is proportional to the width of a layer,
+and that of the layer to its square. `--cpu-time` measures the processor time of one thread instead
+of wall-clock time, for a machine with other load. The last ratio of times is the cost of the probe,
+with which each step computes the logprobs of some tokens without noise.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ CONFIG = TrainerConfig(lr=1e-4, updates_per_step=2)
 
 
 def roll_out() -> list[list[Sample]]:
-    """The samples of the first step of the default run."""
+    """Return the samples of the first step of the default run, by group."""
 
     async def take() -> list[list[Sample]]:
         config = load_config(["--name", "bench"], read_toml(TRAIN_CONFIG))
@@ -66,7 +66,7 @@ def roll_out() -> list[list[Sample]]:
 
 
 def make_policy(width: int | None) -> Any:
-    """The tiny model, or one of its kind with another width and random weights."""
+    """Return the tiny model, or a model like it with another width and random weights."""
     if width is None:
         return load_policy(str(BASE))
     config = AutoConfig.from_pretrained(BASE)
@@ -77,7 +77,7 @@ def make_policy(width: int | None) -> Any:
 def packed_step(
     algorithm: str, width: int | None, gradient_checkpointing: bool = False, probe: bool = True
 ) -> Callable[[Sequence[Sequence[Sample]]], None]:
-    """The trainer's own step; without `probe` it does not look at any logprobs without noise."""
+    """Return the trainer's own step; without `probe` it computes no logprobs without noise."""
     trainer = Trainer(
         make_policy(width),
         CONFIG.model_copy(update={"gradient_checkpointing": gradient_checkpointing}),
@@ -93,7 +93,7 @@ def packed_step(
 
 
 def padded_step() -> Callable[[Sequence[Sequence[Sample]]], None]:
-    """The same updates (Bypass without clipping) as padded rows through the library's attention."""
+    """Return a step with the same updates, unclipped, on padded rows with standard attention."""
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=CONFIG.lr)
 
@@ -104,8 +104,8 @@ def padded_step() -> Callable[[Sequence[Sequence[Sample]]], None]:
         lengths = torch.tensor(batch.lengths)
         real = torch.arange(rows.shape[1]) < lengths[:, None]
         hidden = model.base_model(rows, attention_mask=real.long(), use_cache=False)[0][real]
-        places = loss_positions(batch)
-        logprobs, _ = token_logprobs(model, hidden[places - 1], batch.token_ids[places])
+        positions = loss_positions(batch)
+        logprobs, _ = token_logprobs(model, hidden[positions - 1], batch.token_ids[positions])
         ratios = (logprobs - batch.rollout_logprobs[batch.loss_mask]).exp()
         advantages = batch.advantages.repeat_interleave(batch.loss_mask.sum(1))
         loss = -(ratios * advantages).mean()
@@ -116,8 +116,8 @@ def padded_step() -> Callable[[Sequence[Sequence[Sample]]], None]:
 
     def step(samples: Sequence[Sequence[Sample]]) -> None:
         half = len(samples) // 2
-        for part in (samples[:half], samples[half:]):
-            for batch in pack([each for group in part for each in group], 10**9):
+        for groups in (samples[:half], samples[half:]):
+            for batch in pack([each for group in groups for each in group], 10**9):
                 update(batch)
 
     return step
@@ -129,14 +129,14 @@ def interleaved(
     rounds: int,
     clock: Callable[[], float],
 ) -> dict[str, list[float]]:
-    """Seconds of each variant, which take turns; the first round is not counted."""
+    """Return the seconds of each variant by round; they take turns, after one warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):
         for name, step in steps.items():
-            began = clock()
+            start = clock()
             step(samples)
             if turn:
-                seconds[name].append(clock() - began)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -151,7 +151,7 @@ VARIANTS = {
 
 
 def make_step(variant: str, width: int | None) -> Callable[[Sequence[Sequence[Sample]]], None]:
-    """The step of a variant."""
+    """Return the step of a variant."""
     if variant == "padded":
         return padded_step()
     algorithm, *how = VARIANTS[variant]
@@ -159,16 +159,16 @@ def make_step(variant: str, width: int | None) -> Callable[[Sequence[Sequence[Sa
 
 
 def peak_memory_mb(variant: str, width: int | None, samples: Sequence[Sequence[Sample]]) -> float:
-    """Bytes of all tensors at the highest point of a second step, weights and moments included.
+    """Return the megabytes of all tensors at the peak of a second step, with weights and moments.
 
-    They are counted, not read from the process: what the allocator keeps, and how it cuts it, is
-    chance. The first step makes the moments and whatever else stays.
+    They are counted and not read from the process, because what the allocator keeps varies. The
+    first step creates the moments and everything else that persists.
     """
     step = make_step(variant, width)
     step(samples)
     gc.collect()
     tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
-    # A rank's share of a tensor is a tensor of its own; the whole has no storage.
+    # A rank's shard is a tensor itself; the DTensor has no storage.
     found = [each.untyped_storage() for each in tensors if not isinstance(each, DTensor)]
     before = sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
     with torch.profiler.profile(
@@ -202,7 +202,9 @@ def main() -> None:
     seconds = interleaved(steps, samples, rounds, clock)
     for name, values in seconds.items():
         median = statistics.median(values)
-        print(f"{name:30} {median * 1e3:7.1f} ms a step, {tokens / median:9.0f} tokens/s (median)")
+        print(
+            f"{name:30} {median * 1e3:7.1f} ms per step, {tokens / median:9.0f} tokens/s (median)"
+        )
 
     def ratio(above: str, below: str) -> str:
         each = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]

@@ -1,10 +1,10 @@
-"""Two hosts that lose sight of one another for a while: `python -m tests.benchmarks.link_loss`.
+"""Two hosts whose link is down for a while: `python -m tests.benchmarks.link_loss`.
 
 Needs root, and `ip` of iproute2. The hosts are network namespaces of this machine, each with a node
-of one Ray cluster; parts of a run of the tiny model are spread over both. Behind its first step the
-link of the second host is taken down for `--seconds`, and put up again. What is printed: whether
-the run came to its end, whether every group and every token of it is accounted for, and whether a
-process of it is left. More words go to the run, e.g. `--cluster.patience_s 10`.
+of one Ray cluster, and the actors of a run of the tiny model are spread over both. After the first
+step the link of the second host is taken down for `--seconds`, and then up again. The program
+prints whether the run completed, whether every group and token is accounted for, and whether a
+process of it is left. Other arguments go to the run, e.g. `--cluster.patience_s 10`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def within(host: str, *words: str, **settings: object) -> subprocess.Popen[bytes
 
 @contextlib.contextmanager
 def ray_nodes(folder: Path, cpus: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """One on each host."""
+    """Run a Ray node on each host."""
     ray = "from ray.scripts.scripts import main; main()"
     nodes: list[subprocess.Popen[bytes]] = []
     try:
@@ -68,7 +68,7 @@ def ray_nodes(folder: Path, cpus: int) -> Iterator[list[subprocess.Popen[bytes]]
 
 
 def until(holds: Callable[[], object], seconds: float) -> bool:
-    """Wait until something holds; returns whether it did in time."""
+    """Wait until a condition holds; return whether it did in time."""
     deadline = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > deadline:
@@ -77,19 +77,19 @@ def until(holds: Callable[[], object], seconds: float) -> bool:
     return True
 
 
-def parts_left() -> list[str]:
-    """Processes of a run that live on either host, by the names that Ray gives them."""
+def actors_left() -> list[str]:
+    """Return the names of actor processes that are alive on either host, as Ray names them."""
     names = [name for host in HOSTS for name in processes_of(host).values()]
     return [name for name in names if re.match(r"ray::\w+Host", name)]
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the command; 0 if the run came to its end, and nothing is lost, repeated or left."""
+    """Run the command; return 0 if the run completed and nothing was lost, repeated or left."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=20.0, help="without the link")
-    parser.add_argument("--steps", type=int, default=20, help="of the run")
-    parser.add_argument("--cpus", type=int, default=3, help="of each node, as Ray is told")
-    parser.add_argument("--log", type=Path, help="where to put what the run printed")
+    parser.add_argument("--seconds", type=float, default=20.0, help="seconds without the link")
+    parser.add_argument("--steps", type=int, default=20, help="training steps of the run")
+    parser.add_argument("--cpus", type=int, default=3, help="CPUs that each Ray node declares")
+    parser.add_argument("--log", type=Path, help="file for the output of the run")
     options, more = parser.parse_known_args(words)
     with (
         tempfile.TemporaryDirectory(prefix="tal") as name,
@@ -122,10 +122,10 @@ def main(words: Sequence[str]) -> int:
         audit = within(
             *(FIRST, "-m", "tir_alp.audit", "runs/linked"), cwd=folder, stdout=subprocess.DEVNULL
         ).wait(300)
-        until(lambda: not parts_left(), _END_S)
+        until(lambda: not actors_left(), _END_S)
         account = asdict(account_of(run))
         result = {
-            "places": re.findall(r"^on .*", printed, re.MULTILINE),
+            "actors": re.findall(r"^on .*", printed, re.MULTILINE),
             "was over before the link was back": was_over,
             "steps before": before,
             "steps during": meanwhile,
@@ -138,14 +138,14 @@ def main(words: Sequence[str]) -> int:
             **account,
             "exit": training.returncode,
             "audit": audit,
-            "left": parts_left(),
+            "left": actors_left(),
         }
     is_well = not (training.returncode or audit or result["left"] or account["unaccounted"])
     is_well = is_well and result["steps"] == options.steps
-    if result["second node lives"]:  # else the run may well have ended on the first one before
+    if result["second node lives"]:  # otherwise the run may have completed on the first node
         is_well = is_well and not was_over
     print(json.dumps(result, indent=2))
-    print("clean" if is_well else f"NOT clean; the run said:\n{printed[-3000:]}")
+    print("clean" if is_well else f"NOT clean; the run printed:\n{printed[-3000:]}")
     return int(not is_well)
 
 

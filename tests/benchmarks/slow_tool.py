@@ -1,7 +1,8 @@
-"""An environment whose tool takes its time: `tests.benchmarks.slow_tool:SlowTool-v0`.
+"""An environment with a slow tool: `tests.benchmarks.slow_tool:SlowTool-v0`.
 
-How long a call takes is lognormal, and a function of task and turn alone: every mode of rollouts
-meets the same delays. So is how many turns an episode has, one to five, three on average.
+The duration of a call has a lognormal distribution and depends only on task and turn, so every mode
+of rollouts has the same delays. An episode has one to five turns, three on average, which depends
+only on the task.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from tir_alp.envs.spaces import TextSpace
 
 
 class SlowTool(gymnasium.Env[str, str]):
-    """Answers whatever the model writes.
+    """Answers anything that the model writes.
 
     Args:
-        median_s: Half of the calls take longer.
-        sigma: Standard deviation of the logarithm of the seconds.
-        max_s: No call takes longer.
+        median_s: Median duration of a call, in seconds.
+        sigma: Standard deviation of the logarithm of the duration.
+        max_s: Maximum duration of a call, in seconds.
     """
 
     def __init__(self, *, median_s: float, sigma: float, max_s: float) -> None:

@@ -1,9 +1,9 @@
-"""What `tir_alp.studies.simulate` forecasts, held against runs.
+"""Compares the forecasts of `tir_alp.studies.simulate` with real runs.
 
     python -m tests.benchmarks.validate_simulator
 
-A run with `max_staleness = 0` is recorded. From its costs the throughput of other layouts is
-forecast, and then these are run: the same tasks, on the same machine, which has to be quiet.
+A run with `max_staleness = 0` is recorded. The throughput of other layouts is forecast from its
+costs, and then measured with the same tasks on the same machine, which must have no other load.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ BARE = ("--eval.num_tasks", "1", "--checkpoint.every", "0")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is recorded, and what else is run and forecast: words of the command line."""
+    """The run that is recorded, and the layouts that are forecast and run."""
 
     name: str
     words: tuple[str, ...]
     recorded: Mapping[str, int | str]
     layouts: Sequence[Mapping[str, int | str]]
     slowdown: float = 2.0
-    """Engine and trainer each use both cores: while both work, each has one."""
+    """Engine and trainer each use both cores, so while both work, each has one."""
 
 
 SETTINGS = (
@@ -64,7 +64,7 @@ SETTINGS = (
                 **{"max_staleness": 1, "on_update": "keep"},
             },
         ),
-        slowdown=1.5,  # of actors each uses one: three of them share two
+        slowdown=1.5,  # actors use one core each, and three of them share two
     ),
     Setting(
         "embedded engine, Python sandbox",
@@ -79,7 +79,7 @@ SETTINGS = (
 
 
 def run(folder: Path, name: str, words: Sequence[str], steps: int) -> Path:
-    """Train in a process of its own; returns the run's folder."""
+    """Train in a separate process; return the run folder."""
     command = [sys.executable, "-m", "tir_alp.train", *BARE, *words, "--steps", str(steps)]
     environment = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH") or os.getcwd()}
     done = subprocess.run(
@@ -91,21 +91,22 @@ def run(folder: Path, name: str, words: Sequence[str], steps: int) -> Path:
 
 
 def measured(path: Path, warm_up: int) -> tuple[float, float]:
-    """Generated tokens a second, and seconds a step, behind the first `warm_up` steps."""
-    rows = [row for row in read_records(path / "metrics.jsonl")[0] if "time/train" in row][warm_up:]
-    tokens = sum(row["tokens/generated"] for row in rows)
-    seconds = sum(row["tokens/generated"] / row["tokens/per_second"] for row in rows)
-    return tokens / seconds, seconds / len(rows)
+    """Return generated tokens per second, and seconds per step, after `warm_up` steps."""
+    records, _ = read_records(path / "metrics.jsonl")
+    steps = [each for each in records if "time/train" in each][warm_up:]
+    tokens = sum(each["tokens/generated"] for each in steps)
+    seconds = sum(each["tokens/generated"] / each["tokens/per_second"] for each in steps)
+    return tokens / seconds, seconds / len(steps)
 
 
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=24, help="that count, of each run")
-    parser.add_argument("--only", type=int, nargs="*", help="numbers of settings")
-    parser.add_argument("--keep", type=Path, help="folder for the runs")
+    parser.add_argument("--steps", type=int, default=24, help="number of measured steps per run")
+    parser.add_argument("--only", type=int, nargs="*", help="indices of the settings to measure")
+    parser.add_argument("--keep", type=Path, help="folder to keep the runs in")
     options = parser.parse_args(words)
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; {options.steps} steps")
-    print("| setting | layout | tokens/s measured | forecast | off | s a step | forecast | off |")
+    print("| setting | layout | tokens/s measured | forecast | off | s per step | forecast | off |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
@@ -140,7 +141,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def rollout_words(layout: Mapping[str, int | str]) -> list[str]:
-    """A layout as words of the command line."""
+    """Return a layout as command-line arguments."""
     names = {"engines": "--cluster.engines.count"}
     return [
         word

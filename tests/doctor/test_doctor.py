@@ -75,9 +75,15 @@ def examined(
         )
         try:
             findings = await examine_engine(
-                *(settings, engine, load_outline(str(ABLE)), trainer),
-                *(lambda: dict(trainer.weights()), 0),
-                *(tokenizer, Renderer(tokenizer), [TASK.question, "What is 11*12-100?"]),
+                settings,
+                engine,
+                load_outline(str(ABLE)),
+                trainer,
+                weights=lambda: dict(trainer.weights()),
+                version=0,
+                tokenizer=tokenizer,
+                renderer=Renderer(tokenizer),
+                prompts=[TASK.question, "What is 11*12-100?"],
             )
         finally:
             await engine.close()
@@ -389,7 +395,7 @@ def with_programs(jail: PlainJail) -> PlainJail:
     ],
 )
 def test_an_escape_that_the_backend_reports_as_sound_is_found(weaken, reached, monkeypatch, capsys):
-    """The backend's own probes accept anything; the doctor runs a program that tries."""
+    """The backend's own probes accept anything, but the doctor tries the escapes itself."""
 
     async def accept(*_: object) -> None: ...
 
