@@ -31,6 +31,7 @@ from tir_alp.training import trainer as trainer_module
 from tir_alp.training.attention import PackedSequences
 from tir_alp.training.batch import Sample, collate, loss_positions, pack, to_rows
 from tir_alp.training.checkpoint import Position
+from tir_alp.training.packed_sequence import PackedSequence, packed_sequence
 from tir_alp.training.policy import (
     WRAPPER,
     PolicyLogprobs,
@@ -40,6 +41,7 @@ from tir_alp.training.policy import (
 )
 from tir_alp.training.ranks import Ranks, alone
 from tir_alp.training.sharding import gathered
+from tir_alp.training.step_report import UpdateRecord, join_ranks
 from tir_alp.training.trainer import Trainer
 from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn
 
@@ -628,6 +630,34 @@ def test_the_other_updates_of_a_step_are_made():
     assert told == [6]
     assert metrics["train/skipped_updates"] == 1
     assert math.isfinite(metrics["loss/value"])
+
+
+# ------------------------------------------------------------------------ records of updates
+
+
+def test_a_step_reports_which_sequences_the_loss_of_each_update_got():
+    groups, skipped = make_groups(), []
+    bad = [*groups[:2], *with_advantage(groups[2:], math.inf)]
+    one = trainer(noisy(), bad=lambda update, _: skipped.append(update), updates_per_step=2)
+    first, second = one.step(bad, 3).updates
+    assert [(each.update, each.made) for each in (first, second)] == [(6, True), (7, False)]
+    assert skipped == [7]
+    for record, part in ((first, bad[:2]), (second, bad[2:])):
+        expected = {packed_sequence(each.trajectory, each.advantage) for each in flat(part)}
+        assert set(record.sequences) == expected and len(record.sequences) == len(expected)
+
+
+def test_what_ranks_report_of_an_update_is_joined_without_what_only_filled_a_round():
+    def record(update: int, *sequences: PackedSequence) -> UpdateRecord:
+        return UpdateRecord(update, made=True, sequences=sequences)
+
+    long, short = (PackedSequence(uid, 9, 4, 0.5, "ab") for uid in (1, 2))
+    filler = replace(short, num_loss_tokens=0)
+    first_rank, second_rank = [record(0, long), record(1, short)], [record(0, short), record(1)]
+    assert join_ranks([first_rank, [record(0, short), record(1, filler)]]) == join_ranks(
+        [first_rank, second_rank]
+    )
+    assert join_ranks([first_rank, second_rank])[0].sequences == (long, short)
 
 
 # ------------------------------------------------------------------------------ precision

@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 
 from tir_alp.config import TrainerConfig
 
-
 MOST_NORMS = 64
 """Number of updates whose gradient norms the next one is compared with."""
 
