@@ -63,7 +63,7 @@ def test_updates_and_their_resume(algorithm, monkeypatch):
             own = there.state_dict()
             for name, value in own.items():
                 value.copy_(state[name])
-        there.take_up(own)
+        there.finish_loading(own)
         assert there.step(groups, 1).metrics == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
