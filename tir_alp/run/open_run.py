@@ -227,4 +227,5 @@ def describe_left_out(sentences: Sequence[str]) -> str:
 def run_name(config: Config) -> str:
     """The run's folder below `runs/`."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    return config.name or f"{config.algorithm.name}-seed{config.seed}-{stamp}"
+    method = config.algorithm.name.replace(":", "-")  # of `module:NAME`
+    return config.name or f"{method}-seed{config.seed}-{stamp}"
