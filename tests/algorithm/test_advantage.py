@@ -96,7 +96,7 @@ def test_the_advantages_of_a_group_are_those_of_its_rewards():
     assert group_advantages(group, ALGORITHMS["grpo"], RolloutConfig()) == grpo([1, 0, 0])
 
 
-def test_an_over_long_trajectory_counts_in_its_group_and_then_gets_nothing_if_asked_for():
+def test_an_overlong_trajectory_counts_in_its_group_and_can_then_get_0():
     three = (played(1.0, cut=True), played(1.0), played(0.0))
     kept = advantages(*three)
     assert kept == pytest.approx((1 / 3, 1 / 3, -2 / 3))

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.training.test_trainer import (
+from tests.training.harness import (
     Groups,
     gradients,
     make_groups,

@@ -133,5 +133,5 @@ def test_attention_of_another_kind_is_refused(architecture, settings):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": VOCABULARY}
     config = CONFIG_MAPPING[architecture](**sizes, **heads, **settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED).train()
-    with pytest.raises(ValueError, match="which packed attention does not compute"):
+    with pytest.raises(ValueError, match="which packed attention does not support"):
         run_packed(model, *packed_tokens(), LENGTHS)

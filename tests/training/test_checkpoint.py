@@ -104,7 +104,9 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path, trainer):
     path = save(tmp_path, trainer, step=1)
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | {"format": "other 9"}))
-    with pytest.raises(CheckpointError, match="of the format 'other 9'"):
+    with pytest.raises(
+        CheckpointError, match="has the format 'other 9', not 'tir_alp checkpoint 3'"
+    ):
         checkpoint.verify(path)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.cluster.elsewhere import ELSEWHERE, begin, elsewhere, moved
-from tests.training.test_trainer import make_groups, model, noisy, trainer
+from tests.training.harness import make_groups, model, noisy, trainer
 from tir_alp.algorithm.noise import normal
 from tir_alp.algorithm.presets import ALGORITHMS, KLConfig
 from tir_alp.config import Config

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from tests.training.test_trainer import (
+from tests.training.harness import (
     assert_same,
     flat,
     make_groups,

@@ -1,8 +1,8 @@
-"""What a step is described by: pure functions from what happened to `area/name` numbers.
+"""Metrics of a step: pure functions from what happened to numbers named `area/name`.
 
-Ratios here are always those of the policy that is trained (under ALP: the perturbed one) over the
-policy that sampled, whatever the denominator of the loss: so that methods with different
-denominators can be compared. `docs/metrics.md` says what each name means.
+Ratios here are always those of the policy that is trained (under ALP, the perturbed one) over the
+policy that sampled, whatever the denominator of the loss, so that methods with different
+denominators can be compared. `docs/metrics.md` defines each name.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tir_alp.tools.outcome import Outcome
 from tir_alp.types import Trajectory, TrajectoryGroup
 
 PERCENTILES = (2, 5, 25, 50, 75, 95, 98)
-"""Of ratios, at each level."""
+"""Percentiles of ratios that are reported at each level."""
 
-_ENVELOPE = (2, 50, 98)  # of ratios in a slice of the tokens
-_MOST_STALE = 8  # ages from here on are one class
+_ENVELOPE = (2, 50, 98)  # percentiles of ratios that are reported for a slice of the tokens
+_MOST_STALE = 8  # this age and all higher ones, in steps, are one class
 
 
 def ratio_metrics(summary: RatioSummary) -> dict[str, float]:
@@ -31,11 +31,11 @@ def ratio_metrics(summary: RatioSummary) -> dict[str, float]:
 
     `ratio/p<n>` are percentiles of the sequence ratios, `ratio/turn_p<n>` of the turn ratios and
     `ratio/token_p<n>` of the token ratios. The slices are `turn_<n>` for the turns that occur,
-    `positive` and `negative` by advantage, and these two again among the first tokens after an
-    observation.
+    `positive` and `negative` by advantage, and `after_tool_positive` and `after_tool_negative` for
+    those among the first tokens after an observation.
 
     Returns:
-        Nothing, if there were no tokens.
+        The metrics; empty if there were no tokens.
     """
     tokens = summary.tokens()
     if not tokens.num_tokens:
@@ -63,25 +63,28 @@ def ratio_metrics(summary: RatioSummary) -> dict[str, float]:
         "perplexity/rollout": perplexities[1],
         "entropy/mean": tokens.mean("entropy"),
     }
-    for name, part in slices.items():
-        if part.num_tokens:
-            metrics |= {f"{name}/{key}": value for key, value in _slice_metrics(part).items()}
+    for name, chosen in slices.items():
+        if chosen.num_tokens:
+            metrics |= {f"{name}/{key}": value for key, value in _slice_metrics(chosen).items()}
     return metrics
 
 
 def mismatch_metrics(summary: RatioSummary) -> dict[str, float]:
-    """How far the trainer's own forward is from the engine's (spec 1.9).
+    """Describe the distance of the proximal policy from the rollout policy.
 
     With d = proximal - rollout logprob of a token and w = e^d: `mismatch/kl` = mean(-d),
     `mismatch/k3` = mean(w - d - 1), `mismatch/chi2` = mean(w^2) - 1, and the effective sample size
     `mismatch/ess` = mean(w)^2 / mean(w^2), a share. A perplexity is e^(-mean logprob) of a
     sequence, averaged over sequences.
 
+    With stale rollouts the weights of the two policies differ, so this distance is the mismatch of
+    trainer and engine only where the staleness is 0.
+
     Args:
-        summary: Of the proximal over the rollout policy.
+        summary: The ratios of the proximal over the rollout policy.
 
     Returns:
-        Nothing, if there were no tokens.
+        The metrics; empty if there were no tokens.
     """
     tokens = summary.tokens()
     if not tokens.num_tokens:
@@ -102,11 +105,11 @@ def mismatch_metrics(summary: RatioSummary) -> dict[str, float]:
 
 
 def ratio_quantiles(log_ratios: Tensor, prefix: str = "ratio/p") -> dict[str, float]:
-    """Percentiles of ratios, exactly: the P2-P98 envelope and what lies in it.
+    """Return exact percentiles of ratios: P2, P98 and those between.
 
     Args:
-        log_ratios: [S] at least one, e.g. summed over each sequence.
-        prefix: Of the names, before the number.
+        log_ratios: [S] log ratios, at least one, e.g. summed over each sequence.
+        prefix: What precedes the percentile in each name.
     """
     ratios = _ratios(log_ratios).numpy()
     found = np.quantile(ratios, [percent / 100 for percent in PERCENTILES]).tolist()
@@ -161,15 +164,14 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Describe the trajectories of one step.
 
-    `time/generate` and `time/tool` are seconds a trajectory, on average, spent in either.
-    `staleness/*` are in steps, over the sampled tokens that are trained on. `outcome/<name>` count
-    turns.
+    `time/generate` and `time/tool` are means over trajectories, in seconds. `staleness/*` are in
+    steps, over the sampled tokens that are trained on. `outcome/<name>` count turns.
 
     Args:
-        groups: Those that are trained on.
+        groups: The groups that are trained on.
         step: Number of the step, from 0.
-        replaced: Groups without signal that others took the place of. They were sampled, so all but
-            the staleness is about them too: without them the reward would look too good or bad.
+        replaced: Groups without signal that other groups replaced. Since they were sampled, all
+            metrics except the staleness include them: otherwise the reward would be biased.
     """
     sampled = [*groups, *replaced]
     trajectories = [each for group in sampled for each in group.trajectories]
@@ -196,19 +198,21 @@ def rollout_metrics(
 
 
 def reward_part_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """`reward/<part>`: what each part of the rewards is on average, where environments say so."""
-    parts: dict[str, list[float]] = {}
+    """Return `reward/<component>`, the mean of each reward component that environments report."""
+    components: dict[str, list[float]] = {}
     for trajectory in trajectories:
         for turn in trajectory.turns:
             for name, value in turn.info.get("rewards", {}).items():
-                parts.setdefault(name, []).append(value)
-    return {f"reward/{name}": sum(values) / len(trajectories) for name, values in parts.items()}
+                components.setdefault(name, []).append(value)
+    num = len(trajectories)
+    return {f"reward/{name}": sum(values) / num for name, values in components.items()}
 
 
 def difficulty_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
-    """How hard the tasks of a step were: shares of groups by how many of their answers were right.
+    """Describe how hard the tasks of a step were.
 
-    `difficulty/solved` is the mean share of right answers of a group.
+    `difficulty/none`, `difficulty/some` and `difficulty/all` are the shares of groups in which no,
+    some or all answers are correct; `difficulty/solved` is the mean share of correct answers.
     """
     shares = [_mean(map(is_correct, group.trajectories)) for group in groups]
     return {
@@ -220,15 +224,15 @@ def difficulty_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
 
 
 def staleness_metrics(trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
-    """How old the weights behind the sampled tokens are, in steps, and how they mix.
+    """Describe the age of the weights that sampled the tokens, in steps.
 
-    `staleness/share_<n>` is the share of tokens that are n steps old, for each n that occurs up to
-    7; `share_8` is that of all older ones. `staleness/versions` counts weights, `staleness/mixed`
-    is the share of trajectories with tokens by more than one, and `staleness/mixed_turns` that of
-    turns: weights that were loaded while a completion was sampled.
+    `staleness/share_<n>` is the share of tokens that are n steps old, for each n up to 7 that
+    occurs; `share_8` is that of all older tokens. `staleness/versions` counts policy versions.
+    `staleness/mixed` is the share of trajectories that more than one version sampled, and
+    `staleness/mixed_turns` that of turns, during which new weights were loaded.
     """
     turns = [[turn.versions for turn in each.turns] for each in trajectories]
-    behind = [{span.version for spans in each for span in spans} for each in turns]
+    versions_of = [{span.version for spans in each for span in spans} for each in turns]
     ages: Counter[int] = Counter()
     for span in (span for each in turns for spans in each for span in spans):
         ages[step - span.version] += span.stop - span.start
@@ -239,8 +243,8 @@ def staleness_metrics(trajectories: Sequence[Trajectory], step: int) -> dict[str
     return {
         "staleness/mean": sum(age * count for age, count in ages.items()) / num_tokens,
         "staleness/max": max(ages, default=0),
-        "staleness/versions": len(set().union(*behind)),
-        "staleness/mixed": _mean(len(versions) > 1 for versions in behind),
+        "staleness/versions": len(set().union(*versions_of)),
+        "staleness/mixed": _mean(len(versions) > 1 for versions in versions_of),
         "staleness/mixed_turns": _mean(len(spans) > 1 for each in turns for spans in each),
         **{f"staleness/share_{age}": shares[age] / num_tokens for age in sorted(shares)},
     }
@@ -252,12 +256,12 @@ def evaluation_metrics(
     """Describe an evaluation.
 
     Args:
-        samples: [tasks][k] trajectories that were sampled; failed ones are missing.
-        greedy: One greedy trajectory a task; empty if there were none.
+        samples: [tasks][k] sampled trajectories; failed ones are left out.
+        greedy: One greedily decoded trajectory per task; empty if there were none.
 
     Returns:
-        `eval/accuracy` is avg@k: the mean over tasks of the share of trajectories that are correct.
-        `eval/pass_at_k` is the share of tasks with at least one that is.
+        `eval/accuracy` is avg@k, the mean over tasks of the share of correct trajectories;
+        `eval/pass_at_k` is the share of tasks with at least one correct trajectory.
     """
     tasks = [[is_correct(trajectory) for trajectory in task] for task in samples if task]
     metrics = {
@@ -272,18 +276,18 @@ def evaluation_metrics(
 
 
 def is_correct(trajectory: Trajectory) -> bool:
-    """Whether the environment said so at the end; one that says nothing is asked by its reward."""
+    """Whether the last turn's `info["correct"]` is true; if it is missing, whether reward > 0."""
     verdict = trajectory.turns[-1].info.get("correct") if trajectory.turns else None
     return bool(verdict) if verdict is not None else trajectory.reward > 0
 
 
 def tool_calls(trajectory: Trajectory) -> int:
-    """Tool calls of all turns."""
+    """Return the number of tool calls in all turns."""
     return sum(turn.info.get("tool_calls", 0) for turn in trajectory.turns)
 
 
-def _seconds(trajectories: Iterable[Trajectory], part: str) -> float:
-    return _mean(sum(turn.timing[part] for turn in each.turns) for each in trajectories)
+def _seconds(trajectories: Iterable[Trajectory], activity: str) -> float:
+    return _mean(sum(turn.timing[activity] for turn in each.turns) for each in trajectories)
 
 
 def _mean(values: Iterable[float]) -> float:

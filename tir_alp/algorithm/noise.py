@@ -1,12 +1,12 @@
-"""Gaussian noise that is looked up, not drawn: a pure function of names, a position and a channel.
+"""Gaussian noise as a pure function of a name, a position and a channel.
 
-It is made of integer operations and one table, so it is the same on every device, in every batch
-and at every recomputation, and there is no state to save.
+It consists of integer operations and one table lookup, so it is the same on every device, in every
+batch and at every recomputation, and there is no state to save.
 
-SplitMix64 (Steele, Lea, Flood 2014): stepping a 64-bit counter by an odd constant and scrambling it
-gives a random word. It is used twice: the key of a stream and a position give the key of a token,
-and that with the number of a word gives four 16-bit indices into a table of pairs of Gaussian
-quantiles, for eight channels.
+SplitMix64 (Steele, Lea, Flood 2014) advances a 64-bit counter by an odd constant and scrambles it
+to get a random word. It is used twice: the key of a stream and a position give the key of a token;
+the key of a token and the index of a word give four 16-bit indices into a table of pairs of
+Gaussian quantiles, for eight channels.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ _LATTICE = 27549
 
 
 def name_hashes(names: Iterable[str]) -> Tensor:
-    """[B] int64, one 64-bit hash a name."""
+    """Return [B] int64, one 64-bit hash per name."""
     digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
     return torch.tensor([int.from_bytes(each, "little", signed=True) for each in digests])
 
 
 def nth_keys(keys: Tensor, numbers: Tensor) -> Tensor:
-    """Keys of the streams, or of the tokens of a stream, that have these numbers.
+    """Return the keys of numbered items, e.g. of the tokens of a stream.
 
     Args:
-        keys: int64, of what they belong to.
-        numbers: int64, of a shape that broadcasts with `keys`.
+        keys: int64, key of the stream or other parent of each item.
+        numbers: int64, number of each item; its shape broadcasts with that of `keys`.
     """
     return _scramble(keys + numbers * _STEP)
 
 
 def normal(token_keys: Tensor, num_channels: int) -> Tensor:
-    """Standard normal noise: [N, num_channels] float32, a row a key of `token_keys` [N]."""
+    """Return standard normal noise [N, num_channels] float32, one row per key of `token_keys`."""
     return torch.cat([noise for _, noise in normal_pieces(token_keys, num_channels)])
 
 
 def normal_pieces(token_keys: Tensor, num_channels: int) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of `normal`, some at a time: which they are, and their noise.
+    """Yield the rows of `normal` in pieces, each as a slice of the rows and their noise.
 
-    On a CPU the pieces are so small that the work on them stays in the cache, and most of it on one
-    thread: waking threads for a hundred short operations costs dearly on a busy machine.
+    On a CPU the pieces are so small that the work stays in the cache, and mostly on one thread:
+    waking threads for a hundred short operations is expensive on a busy machine.
     """
     device = token_keys.device
     num_words = -(-num_channels // 8)
@@ -69,7 +69,7 @@ def normal_pieces(token_keys: Tensor, num_channels: int) -> Iterator[tuple[slice
 
 
 def _scramble(words: Tensor) -> Tensor:
-    """SplitMix64's finaliser, in place, on int64: every input bit moves every output bit."""
+    """Apply SplitMix64's finaliser in place on int64; every input bit affects every output bit."""
     _xor_shift(words, 30).mul_(_MULTIPLIERS[0])
     _xor_shift(words, 27).mul_(_MULTIPLIERS[1])
     return _xor_shift(words, 31)
@@ -82,14 +82,14 @@ def _xor_shift(words: Tensor, shift: int) -> Tensor:
 
 @functools.cache
 def _normal_pairs(device: torch.device) -> Tensor:
-    """[65536] int64 that hold two float32 each: quantiles of N(0, 1), all of them in either place.
+    """Return [65536] int64, each of which holds a pair of float32 quantiles of N(0, 1).
 
-    The quantiles are those at (i + 1/2) / 65536, scaled to variance exactly 1: a step function for
-    the Gaussian, whose distribution function is off by at most 2^-17, and no value exceeds 4.4. The
-    pairs are points of a rank-1 lattice, which fills the unit square far more evenly than chance
-    does. Of all odd multipliers this one is among those that come closest to independence: the
-    correlation of a pair is 2e-5, and any linear combination has a distribution function that is
-    off by less than 6e-4.
+    Either half of the pairs contains every quantile once. The quantiles are those at
+    (i + 1/2) / 65536, scaled to variance exactly 1: a step function in place of the Gaussian, whose
+    distribution function is off by at most 2^-17; no value exceeds 4.4. The pairs are the points of
+    a rank-1 lattice, which fills the unit square far more evenly than random points. Of all odd
+    multipliers, this is one of those that come closest to independence: the correlation of a pair
+    is 2e-5, and the distribution function of any linear combination is off by less than 6e-4.
     """
     index = torch.arange(1 << 16)
     quantiles = torch.special.ndtri((index.double() + 0.5) / (1 << 16))

@@ -2,19 +2,19 @@
 
     h'_l = h_l + sigma_l * eps_l,      eps_l ~ N(0, I),      sigma_l = exp(log_sigma_l)
 
-No class is patched and the model is not changed: `LayerwisePerturbation.active` puts forward
-hooks on the layers, or for the ablation `site="logits"` on the output head, and takes them off
-again. Outside it the model is bit for bit itself, and `log_sigma` is never part of the model's
-state dict.
+No class is patched and the model is not changed: `LayerwisePerturbation.active` registers forward
+hooks on the layers, or for the ablation `site="logits"` on the output head, and removes them again.
+Outside of it the model is bit for bit unchanged, and `log_sigma` is never part of the model's state
+dict.
 
-The noise is not drawn from a generator, it is *looked up* (`noise.py`): a pure function of (seed,
-update, sequence uid, draw, layer, position, channel). That is the invariant of this file, and
-everything else follows from it: the same noise for a token however its sequence is padded, packed,
-split over micro-batches or recomputed, on every device and in every dtype; nothing to save for a
-resume.
+The noise is not drawn from a generator but *looked up* (`noise.py`): it is a pure function of
+(seed, update, sequence uid, draw, layer, position, channel). Everything else follows from this
+invariant: a token gets the same noise however its sequence is padded, packed, split over
+micro-batches or recomputed, on every device and in every dtype, and a resumed run needs no saved
+state.
 
-Not here: the optimizer group of `log_sigma`, and the sum of its gradient over data-parallel ranks.
-Both are the trainer's.
+The optimizer group of `log_sigma`, and the sum of its gradient over data-parallel ranks, belong to
+the trainer.
 
 Axis letters: B sequences, T tokens of the longest sequence, N tokens of all, L layers, H hidden.
 """
@@ -39,25 +39,25 @@ from tir_alp.algorithm.sites import find_decoder_layers, find_output_head
 
 PaddingSide = Literal["left", "right"]
 
-_NUM_MEASURED = 256  # tokens that an `Effect` looks at: a sample, since it costs time
+_NUM_MEASURED = 256  # number of tokens that an `Effect` measures: a sample, to save time
 _LOGITS = "logits"
 
 
 class NoiseKey(NamedTuple):
-    """Names the noise of one sequence in one update; the layer and the run's seed complete it."""
+    """Key of the noise of one sequence in one update, for a given seed and layer."""
 
     update: int
-    """Optimizer steps before this one."""
+    """Number of optimizer updates before this one."""
     sequence_uid: int
     """Identity of the sequence within the run."""
 
 
 @dataclass(slots=True)
 class Effect:
-    """What the noise did where it was added; filled only when measured.
+    """What the noise did to the states that it was added to; filled only when measured.
 
-    The keys are those of `LayerwisePerturbation.names`. sigma can be too small to survive the
-    rounding to the compute dtype, so look here, not at sigma.
+    The keys are those of `LayerwisePerturbation.names`. Rounding to the compute dtype can lose a
+    small sigma, so look here rather than at sigma.
     """
 
     changed: dict[str, Tensor] = field(default_factory=dict)
@@ -65,19 +65,19 @@ class Effect:
     relative: dict[str, Tensor] = field(default_factory=dict)
     """RMS(h' - h) / RMS(h); scalars."""
 
-    def record(self, name: str, hidden: Tensor, perturbed: Tensor, place: _Place) -> None:
-        """Measure one layer on its first tokens, without waiting for the device."""
+    def record(self, name: str, hidden: Tensor, perturbed: Tensor, tokens: _TokenMap) -> None:
+        """Measure one layer on its first tokens, without synchronising with the device."""
         state, shift = (_wide(_rows(h)[:_NUM_MEASURED]) for h in (hidden, perturbed))
         shift = shift - state  # 0 in the padding
         num_tokens = torch.tensor(len(state), device=state.device)
-        if place.is_token is not None:
-            is_token = place.is_token.flatten()[:_NUM_MEASURED]
+        if tokens.is_token is not None:
+            is_token = tokens.is_token.flatten()[:_NUM_MEASURED]
             state, num_tokens = torch.where(is_token[:, None], state, 0), is_token.sum()
         self.changed[name] = (shift != 0).sum() / (num_tokens * hidden.shape[-1])
         self.relative[name] = (shift.square().sum() / state.square().sum()).sqrt()
 
     def metrics(self) -> dict[str, float]:
-        """Each layer's RMS ratio and the means over layers, for the log; empty if unmeasured."""
+        """Return each layer's RMS ratio and the means over layers; empty if not measured."""
         if not self.changed:
             return {}
         relative = torch.stack([*self.relative.values()])
@@ -100,18 +100,19 @@ class LayerwisePerturbation:
             loss = ...model(...)
             loss.backward()                # inside: checkpointed layers run again in backward
 
-    `init_std=0` is exactly off: `log_sigma` is -inf and does not learn, and no hook is placed.
+    `init_std=0` is exactly off: `log_sigma` is -inf and is not trained, and no hook is registered.
 
-    With `site="logits"` the noise is added to the logits instead, with one sigma. Logits that are
-    made for chosen tokens only, [M, V], must say which: `head(hidden, rows=rows)`, with `rows` [M]
-    the places of their hidden states among the packed tokens. Only inside `active` does the head
-    take that argument, and there it must be given: noise cannot be forgotten or misplaced.
+    With `site="logits"` the noise is added to the logits instead, with one sigma. Where logits are
+    computed for chosen tokens only, [M, V], the call must name them: `head(hidden, rows=rows)`,
+    where `rows` [M] are the positions of their hidden states among the packed tokens. The head
+    takes this argument only inside `active`, and requires it there: noise can be neither forgotten
+    nor misplaced.
 
-    Build it when the model stands on its device.
+    Create it after the model was moved to its device.
     """
 
     log_sigma: nn.Parameter
-    """[L] float32, one a perturbed layer, [1] for the logits; requires a gradient if learnable."""
+    """[L] float32, one per perturbed layer, or [1] for the logits; requires grad if learnable."""
 
     def __init__(self, model: nn.Module, config: PerturbationConfig) -> None:
         self.config = config
@@ -131,7 +132,7 @@ class LayerwisePerturbation:
 
     @property
     def names(self) -> list[str]:
-        """What each entry of `log_sigma` belongs to: the index of its layer, or "logits"."""
+        """Names of the entries of `log_sigma`: the index of the layer, or "logits"."""
         return [*self._sites]
 
     @contextmanager
@@ -144,19 +145,19 @@ class LayerwisePerturbation:
         draw: int = 0,
         measure: bool = False,
     ) -> Iterator[Effect]:
-        """Perturb every forward of the model inside the `with`, and nothing outside it.
+        """Perturb every forward of the model inside the `with` block.
 
-        The model's hidden states are either padded, [B, T, H] with T at least the longest
-        length, or packed, [1, sum(lengths), H]; which one is seen from their shape.
+        Hidden states are either padded, [B, T, H] with T at least the longest length, or packed,
+        [1, sum(lengths), H]; the shape tells which.
 
         With gradient checkpointing (the non-reentrant kind, Hugging Face's default) the layers run
         again in backward, so backward belongs inside too; outside, torch raises `CheckpointError`.
 
         Args:
-            keys: One a sequence, all different.
-            lengths: Tokens of each sequence, without padding.
-            padding_side: Where padded hidden states have their padding, which gets no noise.
-            draw: Which of the `config.draws` independent draws of an update. With
+            keys: One key per sequence, all different.
+            lengths: Number of tokens of each sequence, without padding.
+            padding_side: Side of the padding in padded hidden states; padding gets no noise.
+            draw: Index of one of the `config.draws` independent draws of an update. With
                 `config.antithetic` every odd draw is the negative of the one before it.
             measure: Whether to fill the yielded `Effect`.
 
@@ -164,7 +165,7 @@ class LayerwisePerturbation:
             The effect of the last forward; empty unless `measure`.
         """
         if self._is_active:
-            raise RuntimeError("this perturbation is active already; `active` does not nest")
+            raise RuntimeError("this perturbation is already active; `active` does not nest")
         if len(keys) != len(lengths):
             raise ValueError(f"{len(keys)} noise keys for {len(lengths)} lengths")
         if len(set(keys)) != len(keys):
@@ -192,31 +193,31 @@ class LayerwisePerturbation:
                 handle.remove()
 
     def _add(
-        self, row: int, name: str, effect: Effect | None, hidden: Tensor, place: _Place
+        self, row: int, name: str, effect: Effect | None, hidden: Tensor, tokens: _TokenMap
     ) -> Tensor:
-        """The states with noise of the sigma at `row`."""
-        if self.config.init_std == 0:  # the hooks of a head are there all the same, for its `rows`
+        """Return the states with noise, scaled by the sigma at index `row`."""
+        if self.config.init_std == 0:  # a head has its hooks even then, to accept `rows`
             return hidden
         log_sigma = self.log_sigma[row].to(hidden.device)
-        units = _units(hidden.detach(), self.config.scale, place.is_token)
-        token_keys = place.token_keys(row)
-        perturbed = _AddNoise.apply(hidden, log_sigma, token_keys, units, place.sign)
+        units = _units(hidden.detach(), self.config.scale, tokens.is_token)
+        token_keys = tokens.token_keys(row)
+        perturbed = _AddNoise.apply(hidden, log_sigma, token_keys, units, tokens.sign)
         if effect is not None:
-            effect.record(name, hidden.detach(), perturbed.detach(), place)
+            effect.record(name, hidden.detach(), perturbed.detach(), tokens)
         return perturbed
 
 
-Perturb = Callable[[Tensor, "_Place"], Tensor]
+Perturb = Callable[[Tensor, "_TokenMap"], Tensor]
 
 
 def _hooks_of_layer(layer: nn.Module, streams: _Streams, add: Perturb) -> list[RemovableHandle]:
-    """Perturb what enters a decoder layer."""
+    """Register the hook that perturbs the input of a decoder layer."""
 
     def hook(
         layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]
-        perturbed = add(hidden, streams.place(hidden.shape[:-1], hidden.device))
+        perturbed = add(hidden, streams.locate(hidden.shape[:-1], hidden.device))
         if args:
             return (perturbed, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": perturbed}
@@ -225,7 +226,7 @@ def _hooks_of_layer(layer: nn.Module, streams: _Streams, add: Perturb) -> list[R
 
 
 def _hooks_of_head(head: nn.Module, streams: _Streams, add: Perturb) -> list[RemovableHandle]:
-    """Perturb what leaves the output head, and let it be told which tokens it is called for."""
+    """Register the hooks that perturb the logits, and let the head accept `rows`."""
     chosen: list[Tensor | None] = []
 
     def take_rows(
@@ -237,10 +238,10 @@ def _hooks_of_head(head: nn.Module, streams: _Streams, add: Perturb) -> list[Rem
     def perturb(head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:
         (rows,) = chosen
         if rows is not None:
-            return add(logits, streams.place_rows(rows))
+            return add(logits, streams.locate_rows(rows))
         if logits.dim() == 2:
             raise ValueError("logits of chosen tokens need head(hidden, rows=...) to get noise")
-        return add(logits, streams.place(logits.shape[:-1], logits.device))
+        return add(logits, streams.locate(logits.shape[:-1], logits.device))
 
     return [
         head.register_forward_pre_hook(take_rows, with_kwargs=True),
@@ -249,7 +250,7 @@ def _hooks_of_head(head: nn.Module, streams: _Streams, add: Perturb) -> list[Rem
 
 
 def _find_sites(model: nn.Module, config: PerturbationConfig) -> dict[str, nn.Module]:
-    """The modules whose states get noise, by name."""
+    """Return the modules whose states get noise, by name."""
     if config.site == "logits":
         return {_LOGITS: find_output_head(model)}
     layers = find_decoder_layers(model)
@@ -266,8 +267,8 @@ class _AddNoise(torch.autograd.Function):
     """h + sigma * unit * eps, added in float32 (or wider) and rounded once, to the dtype of h.
 
     Backward, with g the gradient of h': dh = g, and dlog_sigma = sigma * sum(unit * eps * g),
-    equation (6). The noise is made in pieces that are used up at once, and made again for backward:
-    what is kept of it is 8 bytes a token.
+    equation (6). The noise is generated in pieces that are used immediately, and generated again
+    for backward: 8 bytes per token are kept of it.
 
     `log_sigma` is saved on purpose even where it is fixed: a checkpointed layer that is recomputed
     without its hook then saves one tensor less, which torch reports.
@@ -307,7 +308,7 @@ class _AddNoise(torch.autograd.Function):
 
 
 def _units(hidden: Tensor, scale: str, is_token: Tensor | None) -> Tensor | None:
-    """[N, 1] unit of sigma at each row of hidden states, 0 in the padding; None: 1 everywhere."""
+    """Return the unit of sigma for each row of states, [N, 1], 0 in the padding; None: all 1."""
     if scale == "absolute":
         return None if is_token is None else is_token.reshape(-1, 1).to(_wide_dtype(hidden))
     rms = _wide(hidden).square().mean(-1).sqrt().reshape(-1, 1)
@@ -315,7 +316,7 @@ def _units(hidden: Tensor, scale: str, is_token: Tensor | None) -> Tensor | None
 
 
 def _rows(states: Tensor) -> Tensor:
-    """[N, H]: a row a token."""
+    """Return [N, H], one row per token."""
     return states.flatten(0, -2)
 
 
@@ -327,34 +328,34 @@ def _wide(values: Tensor) -> Tensor:
     return values.to(_wide_dtype(values))
 
 
-# ---------------------------------------------------------------------------- which noise is where
+# --------------------------------------------------------------- which token gets which noise
 
 
-class _Place(NamedTuple):
-    """Which token each row of the states is, and where its noise comes from.
+class _TokenMap(NamedTuple):
+    """Maps each row of the states to its token, and to the stream of its noise.
 
     `sequence`, `position` and `is_token` are [B, T] if padded and [1, N] if packed.
     """
 
     stream_keys: Tensor
-    """[L, B] int64, one a perturbed layer and sequence."""
+    """[L, B] int64, one key per perturbed layer and sequence."""
     sequence: Tensor
     """Index of the token's sequence."""
     position: Tensor
-    """The token's position there."""
+    """Position of the token in its sequence."""
     is_token: Tensor | None
-    """False in the padding; None: there is none."""
+    """False in the padding; None: there is no padding."""
     sign: int
     """+1, or -1 for the negative of the noise."""
 
     def token_keys(self, row: int) -> Tensor:
-        """[N] int64 of one layer, a row a token or place: what its noise is made of."""
+        """Return the keys [N] int64 of the noise in one layer, one per row of the states."""
         return nth_keys(self.stream_keys[row][self.sequence], self.position).flatten()
 
 
 @dataclass(slots=True)
 class _Streams:
-    """The noise streams of one micro-batch, and where its tokens stand in its states."""
+    """The noise streams of one micro-batch, and the rows of its tokens in the states."""
 
     seed: int
     keys: Sequence[NoiseKey]
@@ -363,20 +364,20 @@ class _Streams:
     lengths: Sequence[int]
     padding_side: PaddingSide
     sign: int
-    _places: dict[tuple[torch.Size, torch.device], _Place] = field(default_factory=dict)
+    _maps: dict[tuple[torch.Size, torch.device], _TokenMap] = field(default_factory=dict)
 
-    def place(self, shape: torch.Size, device: torch.device) -> _Place:
-        """Locate the tokens: once, since all layers see the same shape, and then from memory."""
-        if (shape, device) not in self._places:
-            self._places[shape, device] = self._locate(shape, device)
-        return self._places[shape, device]
+    def locate(self, shape: torch.Size, device: torch.device) -> _TokenMap:
+        """Map rows to tokens; the result is cached, since all layers see the same shape."""
+        if (shape, device) not in self._maps:
+            self._maps[shape, device] = self._map_tokens(shape, device)
+        return self._maps[shape, device]
 
-    def place_rows(self, rows: Tensor) -> _Place:
-        """Locate chosen tokens of packed states."""
-        whole = self.place(torch.Size((1, sum(self.lengths))), rows.device)
+    def locate_rows(self, rows: Tensor) -> _TokenMap:
+        """Map chosen rows of packed states to tokens."""
+        whole = self.locate(torch.Size((1, sum(self.lengths))), rows.device)
         return whole._replace(sequence=whole.sequence[:, rows], position=whole.position[:, rows])
 
-    def _locate(self, shape: torch.Size, device: torch.device) -> _Place:
+    def _map_tokens(self, shape: torch.Size, device: torch.device) -> _TokenMap:
         rows, columns = shape
         num_tokens, num_sequences = sum(self.lengths), len(self.lengths)
         is_padded = rows == num_sequences and columns >= max(self.lengths)
@@ -396,14 +397,14 @@ class _Streams:
             if num_tokens == rows * columns:
                 is_token = None
             sequence = index[:, None].expand(shape)
-            return _Place(stream_keys, sequence, position, is_token, self.sign)
+            return _TokenMap(stream_keys, sequence, position, is_token, self.sign)
         sequence = index.repeat_interleave(lengths, output_size=num_tokens)
         starts = lengths.cumsum(0) - lengths
         position = column - starts[sequence]
-        return _Place(stream_keys, sequence[None], position[None], None, self.sign)
+        return _TokenMap(stream_keys, sequence[None], position[None], None, self.sign)
 
     def _stream_keys(self) -> Tensor:
-        """[L, B]. Layers count from 1; 0 stands for the logits."""
+        """Return [L, B] keys. Layers count from 1; 0 stands for the logits."""
         suffix = f"/{self.stream}" if self.stream else ""
         sequences = name_hashes(
             f"{self.seed}/{key.update}/{key.sequence_uid}{suffix}" for key in self.keys

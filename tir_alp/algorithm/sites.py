@@ -1,4 +1,4 @@
-"""Where in a causal LM noise can go: its decoder layers, or its output head."""
+"""Finds the decoder layers and the output head of a causal LM."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from torch import nn
 
 
 def find_output_head(model: nn.Module) -> nn.Module:
-    """The module that makes logits of hidden states, of a model that may be wrapped."""
+    """Return the module that computes logits from hidden states; the model may be wrapped."""
     for module in model.modules():
         get = getattr(module, "get_output_embeddings", None)
         if callable(get) and isinstance(head := get(), nn.Module):
             return head
-    raise ValueError(f"{type(model).__name__} has no output head: it makes no logits")
+    raise ValueError(f"{type(model).__name__} has no output head: it computes no logits")
 
 
 def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a model, by structure: its longest list of modules of one class.
+    """Return the decoder layers of a model: its longest list of modules of one class.
 
-    Lists inside such a list are not looked at: the experts of a layer can outnumber the layers.
+    Lists inside such a list are ignored, because a layer can have more experts than there are
+    layers.
     """
     lists = {
         name: module

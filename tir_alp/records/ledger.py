@@ -22,7 +22,6 @@ from tir_alp.records.ledger_rows import (
     Attempt,
     Call,
     Record,
-    Row,
     answer_digest,
     digest,
     ids_digest,
@@ -42,7 +41,7 @@ class Ledger:
     def __init__(self, group_size: int) -> None:
         self._group_size = group_size
         self._attempts: defaultdict[int, list[_OpenAttempt]] = defaultdict(list)
-        self._updates: list[Row] = []
+        self._updates: list[Record] = []
 
     def recording(self, generate: Generate) -> Generate:
         """Wrap the engine's `generate` so that each call is recorded with its sequence."""

@@ -19,8 +19,6 @@ from tir_alp.types import StopReason, VersionSpan
 FORMAT = "tir_alp ledger 1"
 
 
-Row = dict[str, Any]
-
 Record = dict[str, Any]
 """One JSON object of the ledger: a line of its file."""
 
@@ -132,7 +130,7 @@ def answer_digest(
     return digest(json.dumps(answer, sort_keys=True))
 
 
-def update_row(record: UpdateRecord) -> Row:
+def update_row(record: UpdateRecord) -> Record:
     """Return the row of an update, with each sequence as a list of its fields."""
     sequences = [[*astuple(each)] for each in record.sequences]
     return {

@@ -1,12 +1,13 @@
-"""Attention for packed sequences, one function for the trainer and for the embedded engine.
+"""Attention for packed sequences, shared by the trainer and the embedded engine.
 
-A packed forward has one row with the tokens of all sequences behind one another, so that no layer
-computes padding. Only here, inside attention, do sequences get rows of their own, which keeps every
-token within its own sequence by construction: there is no block mask to get wrong, and none of the
-square of all tokens. It plugs into any Hugging Face decoder through the library's registry of
-attention functions; what a forward attends to is passed to it as the argument `layout`.
+In a packed forward, one row holds the tokens of all sequences one after the other, so no layer
+computes padding. Only inside attention do sequences get rows of their own. This keeps every token
+within its own sequence by construction, without a block mask and without a score matrix over all
+tokens. Any Hugging Face decoder can use it through the registry of attention functions in
+transformers; the argument `layout` of a forward says what it attends to.
 
-It is not a fused kernel, and it refuses what it does not compute: attention sinks, soft caps.
+It is not a fused kernel, and it refuses what it does not compute: attention sinks, soft caps and
+dropout.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PACKED = "tir_alp_packed"
 
 
 class Layout(Protocol):
-    """What the tokens of one forward are, to attention."""
+    """How the tokens of one forward are arranged, and what each attends to."""
 
     def attend(
         self,
@@ -35,7 +36,7 @@ class Layout(Protocol):
         scale: float | None,
         window: int | None,
     ) -> Tensor:
-        """Attend within sequences, to `window` last tokens if given.
+        """Attend causally within sequences, to the last `window` tokens if given.
 
         All tensors are [N, heads, D]; keys and values may have fewer heads.
         """
@@ -57,11 +58,11 @@ def _attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What decoders call, with tensors [1, heads, N, D]; the result is [1, N, heads, D]."""
+    """Attention function for decoders: takes [1, heads, N, D], returns [1, N, heads, D]."""
     if softcap is not None or s_aux is not None or dropout:
         raise ValueError(
             f"{type(module).__name__} asks for soft-capped attention, attention sinks or dropout, "
-            "which packed attention does not compute"
+            "which packed attention does not support"
         )
     output = layout.attend(
         module.layer_idx,  # type: ignore[arg-type]
@@ -76,11 +77,11 @@ AttentionInterface.register(PACKED, _attention)
 
 
 class PackedSequences:
-    """Layout of whole sequences behind one another: the trainer's.
+    """Layout of whole sequences one after the other, as the trainer uses it.
 
     Args:
-        lengths: Tokens of each sequence, in order.
-        device: Where the forward runs.
+        lengths: Number of tokens of each sequence, in order.
+        device: Device of the forward.
     """
 
     def __init__(self, lengths: tuple[int, ...], device: torch.device | str = "cpu") -> None:
@@ -90,17 +91,17 @@ class PackedSequences:
         offset = torch.arange(longest, device=device)
         self._shape = (len(lengths), longest)
         inside = offset < length[:, None]
-        # Padding reads token 0; causality keeps it from being seen, and its own output is dropped.
+        # Padding reads token 0. Causality hides it from the others, and its output is dropped.
         self._to_rows = torch.where(inside, start[:, None] + offset, 0).flatten()
         self._to_packed = inside.flatten().nonzero().squeeze(1)
         assert self._to_packed.numel() == num_tokens
 
     def to_rows(self, packed: Tensor) -> Tensor:
-        """[N, ...] to [B, T, ...]; what stands in the padding is unspecified."""
+        """Convert [N, ...] to [B, T, ...]; values in the padding are unspecified."""
         return packed.index_select(0, self._to_rows).unflatten(0, self._shape)
 
     def to_packed(self, rows: Tensor) -> Tensor:
-        """[B, T, ...] to [N, ...]."""
+        """Convert [B, T, ...] to [N, ...]."""
         return rows.flatten(0, 1).index_select(0, self._to_packed)
 
     def attend(
@@ -113,7 +114,7 @@ class PackedSequences:
         scale: float | None,
         window: int | None,
     ) -> Tensor:
-        """Causal attention within each sequence."""
+        """As `Layout.attend`."""
         longest = self._shape[1]
         mask = None
         if window is not None and longest > window:

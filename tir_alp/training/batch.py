@@ -1,7 +1,7 @@
-"""Trajectories to packed micro-batches. Pure, and the one place where alignment is decided.
+"""Packs trajectories into micro-batches. Pure; only this module decides how tokens are aligned.
 
-Position t of every row is about token t: its logprob is that of token t given what stands before
-it, so what predicts it is the hidden state at t - 1 of the same sequence. No other module shifts.
+Position t of every row is about token t: its logprob is that of token t given the tokens before it,
+so the hidden state at t - 1 of the same sequence predicts it. No other module shifts tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tir_alp.types import Batch, Trajectory
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One trajectory with its advantage: what an update is made of."""
+    """One trajectory with its advantage."""
 
     trajectory: Trajectory
     advantage: float
@@ -26,10 +26,16 @@ class Sample:
 def pack(
     samples: Sequence[Sample], max_tokens: int, rank: int = 0, num_ranks: int = 1
 ) -> list[Batch]:
-    """The micro-batches of one rank, on the CPU; every rank gets equally many.
+    """Return the micro-batches of one rank, on the CPU; every rank gets equally many.
 
-    They are those of `divide`. Where there is no sample left for a rank, it gets one that another
-    has, without a token for the loss: a rank must not sit out what the others do together.
+    Samples are divided as in `divide`. A rank for which no sample is left gets one of another rank
+    without loss tokens, because all ranks must take part in every forward and backward pass.
+
+    Args:
+        samples: All samples of the update, the same on every rank.
+        max_tokens: Limit of a micro-batch, in tokens.
+        rank: Index of the rank.
+        num_ranks: Number of ranks.
     """
     useful = [sample for sample in samples if any(sample.trajectory.loss_mask)]
     rounds = divide([len(each.trajectory.token_ids) for each in useful], max_tokens, num_ranks)
@@ -42,20 +48,21 @@ def pack(
 
 
 def divide(lengths: Sequence[int], max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
-    """Divide sequences over ranks by rounds, in each of which a rank has one micro-batch.
+    """Divide sequences over rounds, in each of which every rank has one micro-batch.
 
-    Long ones come first, and each goes to the rank that has least in its round (longest processing
-    time first, Graham 1969): the ranks of a round, which wait for one another, have alike many
-    tokens, and sequences of like length share a micro-batch, which wastes least in attention. One
-    longer than `max_tokens` is alone in its micro-batch.
+    Longer sequences come first, and each goes to the rank with the fewest tokens in the round
+    (longest processing time first, Graham 1969). So the ranks of a round, which wait for one
+    another, have similar numbers of tokens, and sequences of similar length share a micro-batch,
+    which wastes least in attention. A sequence longer than `max_tokens` has a micro-batch of its
+    own.
 
     Args:
-        lengths: Tokens of each sequence.
-        max_tokens: Of a micro-batch.
-        num_ranks: Micro-batches of a round.
+        lengths: Number of tokens of each sequence.
+        max_tokens: Limit of a micro-batch, in tokens.
+        num_ranks: Number of micro-batches in a round.
 
     Returns:
-        Indices by round, rank and sequence; in the last rounds a rank may have none.
+        Indices of sequences, by round and rank; in the last round a rank may have none.
     """
     rounds: list[list[list[int]]] = []
     loads: list[int] = []
@@ -70,7 +77,7 @@ def divide(lengths: Sequence[int], max_tokens: int, num_ranks: int) -> list[list
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Pack samples, in order, into one Batch."""
+    """Pack samples into one batch, in order."""
     trajectories = [sample.trajectory for sample in samples]
     lengths = tuple(len(trajectory.token_ids) for trajectory in trajectories)
     longest = max(lengths)
@@ -89,8 +96,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def sequences_of(batch: Batch, rows: Sequence[int]) -> Batch:
-    """The micro-batch of some of the sequences of another, given by ascending index."""
-    parts = batch.token_ids.split(batch.lengths)
+    """Return a batch of some of the sequences of another, given by ascending indices."""
+    token_ids = batch.token_ids.split(batch.lengths)
     positions = batch.position_ids.split(batch.lengths)
 
     def chosen(values: Tensor | None) -> Tensor | None:
@@ -98,7 +105,7 @@ def sequences_of(batch: Batch, rows: Sequence[int]) -> Batch:
 
     return replace(
         batch,
-        token_ids=torch.cat([parts[row] for row in rows]),
+        token_ids=torch.cat([token_ids[row] for row in rows]),
         position_ids=torch.cat([positions[row] for row in rows]),
         lengths=tuple(batch.lengths[row] for row in rows),
         sequence_uids=tuple(batch.sequence_uids[row] for row in rows),
@@ -112,10 +119,10 @@ def sequences_of(batch: Batch, rows: Sequence[int]) -> Batch:
 
 
 def loss_positions(batch: Batch) -> Tensor:
-    """[M] places in the packed tokens of those that enter the loss, in order.
+    """Return the positions [M] of the loss tokens among the packed tokens, in order.
 
-    The hidden state that predicts the token at place i is at i - 1: a sequence begins with its
-    prompt, so no token of the loss is the first of its sequence.
+    The hidden state that predicts the token at position i is at i - 1: a sequence begins with its
+    prompt, so no loss token is the first of its sequence.
     """
     starts = torch.tensor(batch.lengths, device=batch.loss_mask.device).cumsum(0)
     starts = starts - starts.new_tensor(batch.lengths)
@@ -124,7 +131,7 @@ def loss_positions(batch: Batch) -> Tensor:
 
 
 def to_rows(batch: Batch, values: Tensor) -> Tensor:
-    """[M] values of the loss's tokens to [B, T], with 0 elsewhere."""
+    """Place values [M] of the loss tokens into rows [B, T] that are 0 elsewhere."""
     rows = torch.zeros(batch.loss_mask.shape, dtype=values.dtype, device=values.device)
     return rows.masked_scatter(batch.loss_mask, values)
 

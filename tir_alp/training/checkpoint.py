@@ -1,10 +1,10 @@
-"""Checkpoints: written aside and renamed, so that one either is there whole or is not there.
+"""Checkpoints, written aside and then renamed, so that a checkpoint is either complete or absent.
 
-`checkpoints/step_N/` is a Hugging Face folder (weights, tokenizer, config) for others to use. What
-a run resumes from is `trainer/` in it: weights, optimizer and sigma as torch.distributed.checkpoint
-writes them, each rank its share, so that any number of ranks can read them; and `rollouts.json`:
-the pending groups. `manifest.json` is written last and names every file with its digest; a folder
-that does not match it is refused.
+`checkpoints/step_N/` is a Hugging Face folder (weights, tokenizer, config) that other programs can
+load. A run resumes from two more entries in it. `trainer/` holds weights, optimizer and sigma as
+torch.distributed.checkpoint writes them: each rank writes its share, and any number of ranks can
+read them. `rollouts.json` holds the pending groups. `manifest.json` is written last and lists every
+file with its digest; a folder that does not match its manifest is refused.
 
 All ranks must see the same file system.
 """
@@ -33,12 +33,12 @@ _STATE = "trainer"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: torn, foreign, or of another model."""
+    """A checkpoint cannot be used: it is incomplete, of another format or of another model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a run stands.
+    """How far a run has come.
 
     Example: after `Position(step=40, group=640)`, the next step is number 40 and its first group is
     number 640.
@@ -58,18 +58,18 @@ def save(
     rollouts: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write `folder/step_N` and delete all but the `keep` newest checkpoints; on every rank.
+    """Write `folder/step_N` and delete all but the `keep` newest checkpoints; call on every rank.
 
     Args:
-        folder: The run's `checkpoints`.
-        trainer: Whose weights and state are saved.
+        folder: The folder `checkpoints` of the run.
+        trainer: The trainer whose weights and state are saved.
         tokenizer: Saved beside the weights.
-        position: Where the run stands.
-        rollouts: What of the rollouts goes on, for JSON; `load_rollouts` gives it back.
-        keep: So many stay.
+        position: How far the run has come; `position.step` is N.
+        rollouts: State of the rollouts, for JSON; `load_rollouts` returns it.
+        keep: Number of checkpoints to keep.
 
     Returns:
-        The checkpoint's folder.
+        The folder of the checkpoint.
     """
     final = folder / f"step_{position.step}"
     aside = folder / f".step_{position.step}.part"
@@ -82,7 +82,7 @@ def save(
         trainer.save_model(aside)
         try:
             state_dict_saver.save(trainer.state_dict(), checkpoint_id=aside / _STATE)
-        except CheckpointException as error:  # no Exception by its class
+        except CheckpointException as error:  # a BaseException, not an Exception
             raise OSError(f"cannot write {aside}: {_reasons(error)}") from error
         if ranks.is_first:
             tokenizer.save_pretrained(aside)
@@ -95,12 +95,12 @@ def save(
 
 
 def load(path: Path, trainer: Trainer) -> None:
-    """Give a trainer the weights, optimizer and sigma of a checkpoint; on every rank.
+    """Load the weights, optimizer and sigma of a checkpoint into a trainer; call on every rank.
 
-    They need not be as many ranks as saved it.
+    The number of ranks may differ from that which saved it.
 
     Raises:
-        CheckpointError: If it is of another model, or of another objective or kind of training.
+        CheckpointError: If it is of another model, objective or kind of training.
     """
     with trainer.ranks.together(f"loading {path}"):
         state = trainer.state_dict()
@@ -133,7 +133,7 @@ def _reasons(error: CheckpointException) -> str:
 
 
 def _publish(aside: Path, final: Path, position: Position) -> None:
-    """Write the manifest, and let the checkpoint appear whole."""
+    """Write the manifest, and rename the complete folder to its final name."""
     files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
     manifest = {
         "format": _FORMAT,
@@ -150,13 +150,13 @@ def _publish(aside: Path, final: Path, position: Position) -> None:
 
 
 def newest(folder: Path) -> tuple[Path, Position, list[str]]:
-    """Find the newest checkpoint that is whole.
+    """Find the newest complete checkpoint.
 
     Returns:
-        Its folder, where its run stood, and why each newer one was refused.
+        Its folder, the position of the run, and for each newer folder why it was refused.
 
     Raises:
-        CheckpointError: If there is none.
+        CheckpointError: If there is no complete checkpoint.
     """
     refused: list[str] = []
     for path in _newest_first(folder):
@@ -169,13 +169,11 @@ def newest(folder: Path) -> tuple[Path, Position, list[str]]:
 
 
 def verify(path: Path) -> Position:
-    """Check a checkpoint against its manifest. Raises CheckpointError saying what is wrong."""
+    """Check a checkpoint against its manifest. Raises CheckpointError with the first mismatch."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         if manifest["format"] != _FORMAT:
-            raise CheckpointError(
-                f"{path} is of the format {manifest['format']!r}, not {_FORMAT!r}"
-            )
+            raise CheckpointError(f"{path} has the format {manifest['format']!r}, not {_FORMAT!r}")
         position = Position(**manifest["position"])
         files = dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -192,7 +190,7 @@ def verify(path: Path) -> Position:
 
 
 def load_rollouts(path: Path) -> dict[str, Any]:
-    """Read what the rollouts go on with."""
+    """Read the state of the rollouts that `save` was given."""
     return json.loads((path / "rollouts.json").read_text())
 
 

@@ -1,6 +1,6 @@
 """LoRA by peft: adapters that are trained, and the merged weights that an engine samples with.
 
-Everything that knows of peft is here. An engine, and a Hugging Face folder, never see an adapter.
+Only this module uses peft. Engines and Hugging Face folders get merged weights, never adapters.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from tir_alp.config import LoraConfig
 
-_BASE = ".base_layer."  # peft's name for the layer that an adapter stands beside
+_BASE = ".base_layer."  # peft's name for the layer that an adapter extends
 
 
 class Adapters:
-    """The adapters of a model, which is changed in place: its weights freeze.
+    """The adapters of a model. The model is changed in place: its weights are frozen.
 
-    Their random factors come from a seed of their own, so that all ranks make the same.
+    The random factors come from a seed of their own, so that they are equal on all ranks.
 
     Args:
-        model: A causal LM whose layers are still whole.
-        config: Their rank and scale.
-        dtype: Of the frozen weights, to save memory; adapters stay float32.
+        model: A causal LM that is not sharded yet.
+        config: Rank and scale of the adapters.
+        dtype: Type of the frozen weights, to save memory; adapters stay float32.
 
     Raises:
         ValueError: If peft is not installed, or the model has no linear layers.
@@ -49,10 +49,10 @@ class Adapters:
         self._scale = config.alpha / config.rank
 
     def merged(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Turn the whole tensors of the model into those of one without adapters.
+        """Convert the whole tensors of the model into those of a model without adapters.
 
-        W + alpha / rank * B A, in float32. A layer's tensors must follow one another, its own
-        weight first, as they do in a state dict.
+        A merged weight is W + alpha / rank * B A, in float32. The tensors of a layer must follow
+        one another, its own weight first, as they do in a state dict.
         """
         base: tuple[str, Tensor] | None = None
         factor = None

@@ -1,7 +1,7 @@
-"""The policy: a Hugging Face causal LM, as token logprobs.
+"""The policy: a Hugging Face causal LM that is used for token logprobs.
 
-The product of the vocabulary and a whole batch of tokens never stands in memory: logits are made a
-chunk of tokens at a time, and again in the backward pass.
+Logits over the vocabulary are never in memory for a whole batch of tokens: they are computed for
+one chunk of tokens at a time, and again in the backward pass.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tir_alp.algorithm.sites import find_decoder_layers
 from tir_alp.training.attention import PACKED, Layout, PackedSequences
 from tir_alp.training.batch import loss_positions, to_rows
-from tir_alp.training.structure import check_folder
+from tir_alp.training.structure import local_path
 from tir_alp.types import Batch
 
 WRAPPER = "_checkpoint_wrapped_module."
-"""What `recompute_layers` adds to the names of parameters, though not to those of a state dict."""
+"""Prefix that `recompute_layers` adds to names of parameters, but not to keys of a state dict."""
 
 _CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def compute_device(name: str) -> torch.device:
-    """The device that a config names: "cpu", "cuda", or "auto", which is a GPU where there is one.
+    """Return the device for "cpu", "cuda" or "auto", which means a GPU if there is one.
 
     Raises:
-        ValueError: If it is to be a GPU, and torch sees none.
+        ValueError: If the name is "cuda" and torch finds no GPU.
     """
     has_gpu = torch.cuda.is_available()
     if name == "cuda" and not has_gpu:
@@ -47,16 +47,16 @@ def compute_device(name: str) -> torch.device:
 
 
 def load_policy(path: str, device: torch.device | str = "cpu") -> Any:
-    """Load a causal LM with packed attention, in float32, by folder or Hugging Face id.
+    """Load a causal LM with packed attention, in float32.
 
     Args:
-        path: Folder or id.
-        device: Where it is to stand. Whatever is computed with it follows it there.
+        path: Folder or Hugging Face id.
+        device: Device of the model; everything that is computed with it runs there.
 
     Raises:
-        ValueError: If there is no such model, or it does something to its logits that we do not.
+        ValueError: If there is no such model, or it transforms its logits in an unsupported way.
     """
-    check_folder(path)
+    path = local_path(path)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation=PACKED
@@ -70,12 +70,12 @@ def load_policy(path: str, device: torch.device | str = "cpu") -> Any:
 
 
 def load_tokenizer(path: str) -> Any:
-    """Load the tokenizer of a model, by folder or Hugging Face id.
+    """Load the tokenizer of a model, given by folder or Hugging Face id.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If it cannot be loaded.
     """
-    check_folder(path)
+    path = local_path(path)
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -83,12 +83,12 @@ def load_tokenizer(path: str) -> Any:
 
 
 def recompute_layers(model: Any) -> None:
-    """Keep only what enters each decoder layer, and compute its inside again in backward.
+    """Keep only the input of each decoder layer, and recompute its inside in backward.
 
-    The layers are wrapped, once, and the names of weights stay as they are. transformers' own
-    switch does the same within each layer, so that a hook on a layer runs a second time too. Noise
-    that is added by such a hook would be made three times instead of twice, and the states without
-    it would be kept although nothing needs them again.
+    Each layer is wrapped once; the keys of the state dict stay the same. The switch in transformers
+    recomputes inside of each layer, so hooks on the layer run a second time as well: noise that a
+    hook adds would be generated three times instead of twice, and the states without noise would be
+    kept although nothing needs them again.
     """
     layers = find_decoder_layers(model)
     for index, layer in enumerate(layers):
@@ -101,12 +101,12 @@ def hidden_states(model: Any, token_ids: Tensor, position_ids: Tensor, layout: L
 
     Args:
         model: A causal LM loaded with `attn_implementation=PACKED`.
-        token_ids: [N] of all sequences behind one another.
+        token_ids: [N] tokens of all sequences, one sequence after the other.
         position_ids: [N] position of each token in its own sequence.
         layout: Which tokens attend to which.
 
     Returns:
-        [N, H], of the last layer, after the final norm.
+        [N, H] hidden states of the last layer, after the final norm.
     """
     return model.base_model(
         input_ids=token_ids.unsqueeze(0),
@@ -117,7 +117,7 @@ def hidden_states(model: Any, token_ids: Tensor, position_ids: Tensor, layout: L
 
 
 def next_token_logits(model: Any, hidden: Tensor) -> Tensor:
-    """Logits [..., V] in float32 of the token behind each hidden state [..., H]."""
+    """Return logits [..., V] in float32 for the token after each hidden state [..., H]."""
     return model.get_output_embeddings()(hidden).float()
 
 
@@ -130,44 +130,44 @@ def token_logprobs(
     chunk_tokens: int = 2048,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logprob of each token under the hidden state before it, and the entropy there, in nats.
+    """Compute the logprob of each token given the hidden state before it, and the entropy.
 
     Args:
         model: A causal LM.
-        hidden: [M, H] states that predict.
+        hidden: [M, H] hidden states that predict the tokens.
         token_ids: [M] tokens that are predicted.
-        temperature: Of the sampled distribution; logits are divided by it.
-        chunk_tokens: Logits stand for at most so many tokens at a time.
-        rows: [M] places of the states among the packed tokens; only for a head with noise.
+        temperature: Temperature of the sampled distribution; logits are divided by it.
+        chunk_tokens: Number of tokens whose logits are in memory at a time.
+        rows: [M] positions of the states among the packed tokens; only for a head with noise.
 
     Returns:
-        Logprobs [M] and entropies [M], float32; the entropies carry no gradient.
+        Logprobs [M] and entropies [M], float32, in nats; the entropies carry no gradient.
     """
     head = model.get_output_embeddings()
     states, ids = hidden.split(chunk_tokens), token_ids.split(chunk_tokens)
-    places = [{}] * len(ids) if rows is None else [{"rows": r} for r in rows.split(chunk_tokens)]
-    parts = [
+    keywords = [{}] * len(ids) if rows is None else [{"rows": r} for r in rows.split(chunk_tokens)]
+    chunks = [
         checkpoint(_chunk_logprobs, head, *chunk, temperature, use_reentrant=False)
-        for chunk in zip(states, ids, places, strict=True)
+        for chunk in zip(states, ids, keywords, strict=True)
     ]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    return torch.cat([chunk[0] for chunk in chunks]), torch.cat([chunk[1] for chunk in chunks])
 
 
 @torch.no_grad()
 def completion_logprobs(
     model: Any, token_ids: Tensor, num_prompt: int, temperature: float, top_p: float
 ) -> Tensor:
-    """Logprobs [T] of a completion by one forward, at a temperature and truncated to `top_p`.
+    """Compute the logprobs [T] of a completion in one forward.
 
-    A token that is outside of the truncated distribution, which rounding at its border may do, is
-    taken for its least likely member.
+    The distribution has a temperature and is truncated to `top_p`. Rounding can put a sampled token
+    just outside of it; such a token is treated as its least likely member.
 
     Args:
         model: A causal LM.
-        token_ids: [num_prompt + T] of prompt and completion.
-        num_prompt: Tokens of the prompt.
-        temperature: Of the distribution.
-        top_p: Only the most probable tokens that together reach it are in the distribution.
+        token_ids: [num_prompt + T] tokens of prompt and completion.
+        num_prompt: Number of tokens of the prompt.
+        temperature: Temperature of the distribution.
+        top_p: The distribution holds the most probable tokens that together reach this mass.
     """
     positions = torch.arange(len(token_ids), device=token_ids.device)
     layout = PackedSequences((len(token_ids),), token_ids.device)
@@ -189,21 +189,21 @@ def _chunk_logprobs(
     head: nn.Module,
     hidden: Tensor,
     token_ids: Tensor,
-    place: dict[str, Tensor],
+    keywords: dict[str, Tensor],
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    logprobs = torch.log_softmax(head(hidden, **place).float() / temperature, dim=-1)
+    logprobs = torch.log_softmax(head(hidden, **keywords).float() / temperature, dim=-1)
     with torch.no_grad():
         entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropy
 
 
 class PolicyLogprobs(nn.Module):
-    """A causal LM as one call from a micro-batch to logprobs: the unit that FSDP2 needs.
+    """A causal LM as one module that maps a micro-batch to logprobs, as FSDP2 needs it.
 
     Args:
-        model: Loaded by `load_policy`; its embeddings and its head are used inside one forward.
-        chunk_tokens: Logits stand for at most so many tokens at a time.
+        model: A model loaded by `load_policy`; its embeddings and its head belong to the forward.
+        chunk_tokens: Number of tokens whose logits are in memory at a time.
     """
 
     def __init__(self, model: Any, chunk_tokens: int) -> None:
@@ -213,23 +213,23 @@ class PolicyLogprobs(nn.Module):
     def forward(
         self, batch: Batch, *, temperature: float, is_head_noisy: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Logprobs and entropies [B, T] of the tokens of the loss, 0 elsewhere; float32.
+        """Compute logprobs and entropies [B, T] of the loss tokens, 0 elsewhere; float32, in nats.
 
         Args:
-            batch: On the device of the model.
-            temperature: Of the sampled distribution.
-            is_head_noisy: Whether there is noise on the logits.
+            batch: A micro-batch, on the device of the model.
+            temperature: Temperature of the sampled distribution.
+            is_head_noisy: Whether noise is added to the logits.
         """
         layout = PackedSequences(batch.lengths, batch.token_ids.device)
         hidden = hidden_states(self.model, batch.token_ids, batch.position_ids, layout)
-        places = loss_positions(batch)
+        positions = loss_positions(batch)
         logprobs, entropy = token_logprobs(
             self.model,
-            hidden.index_select(0, places - 1),
-            batch.token_ids[places],
+            hidden.index_select(0, positions - 1),
+            batch.token_ids[positions],
             temperature=temperature,
             chunk_tokens=self._chunk_tokens,
-            rows=places - 1 if is_head_noisy else None,
+            rows=positions - 1 if is_head_noisy else None,
         )
         return to_rows(batch, logprobs), to_rows(batch, entropy)
 

@@ -1,11 +1,11 @@
 """Ranks: the processes that train one model together.
 
-Every rank runs the same program in step, and the collective calls of all ranks meet in the same
-order: that is the invariant of whatever gets `Ranks`. One process alone is a group of one rank and
-runs the same code. Not here: who starts the processes.
+Every rank runs the same program in step, and all ranks make their collective calls in the same
+order: this is the invariant of all code that gets `Ranks`. A single process is a group of one rank
+and runs the same code. Who starts the processes is not decided here.
 
-A rank that fails says why before it stops, in the store where the ranks met; the others, whose next
-collective call fails or misses its deadline, say it on.
+A rank that fails leaves its reason in the store of the process group before it stops. On the other
+ranks the next collective call fails or misses its deadline, and they report that reason.
 """
 
 from __future__ import annotations
@@ -30,51 +30,51 @@ _FAILURE = "tir_alp/failure"
 
 
 class RankFailed(RuntimeError):
-    """Another rank failed, ended or hangs, so that this one cannot go on."""
+    """Another rank failed, ended or hangs, so this one cannot continue."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among all that train."""
+    """This process, as one of those that train together."""
 
     rank: int
-    """From 0."""
+    """Index of this rank, from 0."""
     size: int
-    """How many there are."""
+    """Number of ranks."""
     device: torch.device
-    """Where this rank computes."""
+    """Device on which this rank computes."""
     mesh: DeviceMesh
-    """[size], over which tensors are sharded."""
+    """Mesh of shape [size], over which tensors are sharded."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank does what is done once, e.g. write files."""
+        """Whether this rank does what only one rank must do, e.g. write files."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks, the same bit for bit on each."""
+        """Return the sum of a tensor over all ranks, bit for bit the same on each."""
         total = values.detach().clone()
         dist.all_reduce(total, group=self.mesh.get_group())
         return total
 
     def meet(self) -> None:
-        """Wait for all ranks to come here."""
+        """Wait until all ranks have called this."""
         dist.barrier(self.mesh.get_group())
 
     def gather(self, value: T) -> list[T]:
-        """A small picklable value of every rank, in their order."""
+        """Return the values of all ranks, in their order; values are small and picklable."""
         values: list[T] = [value] * self.size
         dist.all_gather_object(values, value, group=self.mesh.get_group())
         return values
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """Do something that needs all ranks; what stops one of them stops all, with its reason.
+        """Run a block that needs all ranks; an error on one rank stops all, with its reason.
 
-        An error of this rank's own is left as it is, and told to the others.
+        An error of this rank is raised unchanged, and left in the store for the other ranks.
 
         Args:
-            what: Said in the error.
+            what: Description of the block, for the error message.
 
         Raises:
             RankFailed: If another rank failed, ended, or missed the deadline.
@@ -92,14 +92,15 @@ class Ranks:
 
 @contextmanager
 def join(timeout_s: float, device: torch.device) -> Iterator[Ranks]:
-    """Meet the other ranks, and part from them in the end.
+    """Join the group of ranks, and leave it at the end of the block.
 
-    The ranks are those of the process group that is there already, if any; else those that the
-    environment names, as `python -m torch.distributed.run` sets it; else this process alone.
+    The ranks are those of the process group that exists already, if any; otherwise those that the
+    environment variables describe, as `python -m torch.distributed.run` sets them; otherwise this
+    process alone.
 
     Args:
-        timeout_s: Deadline of a collective call: so long, at most, ranks wait for one that is late.
-        device: Where ranks compute, e.g. "cuda": each then has the GPU that `LOCAL_RANK` names.
+        timeout_s: Deadline of a collective call, in seconds: how long ranks wait for a late one.
+        device: Device to compute on. With "cuda" each rank uses the GPU numbered `LOCAL_RANK`.
     """
     is_ours = not dist.is_initialized()
     if is_ours and "WORLD_SIZE" in os.environ:
@@ -112,7 +113,7 @@ def join(timeout_s: float, device: torch.device) -> Iterator[Ranks]:
 
 
 def alone(device: torch.device | str = "cpu") -> Ranks:
-    """This process as the only rank, to its end: for scripts and notebooks."""
+    """Return this process as the only rank, until it ends; for scripts and notebooks."""
     if not dist.is_initialized():
         dist.init_process_group(_backend(), store=HashStore(), rank=0, world_size=1)
     assert dist.get_world_size() == 1, "this process is one of several ranks: use join"
@@ -128,13 +129,13 @@ def _here(device: torch.device) -> Ranks:
 
 
 def _backend() -> str:
-    """What is on the CPU, e.g. objects and what is offloaded, goes by gloo."""
+    """Return the backends: gloo carries what is on the CPU, e.g. objects and offloaded tensors."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 def _first_failure(reason: str) -> str:
-    """Leave the reason of a failure where the ranks met, unless one is there; what is there now."""
-    with suppress(Exception):  # the store ends with the process that holds it
+    """Put a reason of failure into the store, unless it has one; return the one that it has."""
+    with suppress(Exception):  # the store may have ended with the process that held it
         return _get_default_store().compare_set(_FAILURE, "", reason).decode()
     return reason
 

@@ -1,10 +1,10 @@
-"""The policy divided over ranks by FSDP2: every rank holds a share of each tensor.
+"""Divides the policy over ranks by FSDP2: every rank holds a share of each tensor.
 
-The weights that are trained are float32; the forward, the backward pass and what FSDP2 sends to
-other ranks in them are of the compute dtype, and gradients are summed in float32. Sums, not means:
-a loss has the denominators of the whole update, so that the gradients of ranks add up.
+Trained weights are float32. The forward and backward passes, and what FSDP2 sends in them, use the
+compute dtype; gradients are summed in float32. They are summed and not averaged, because a loss has
+the denominators of the whole update.
 
-Not here: log sigma, which is so small that every rank has all of it, and in float32.
+log sigma is not sharded: it is small, so every rank has all of it, in float32.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from tir_alp.training.ranks import Ranks
 
 
 def shard(policy: PolicyLogprobs, config: TrainerConfig, ranks: Ranks) -> None:
-    """Divide a policy over ranks, in place, and put it on their devices.
+    """Divide a policy over ranks, in place, and move it to their devices.
 
-    Decoder layers are gathered one at a time, when they compute. The embeddings and the head are
-    gathered for all of a forward or backward pass.
+    Each decoder layer is gathered only while it computes. The embeddings and the head are gathered
+    for a whole forward or backward pass.
     """
     dtype = getattr(torch, config.dtype)
     offload = CPUOffloadPolicy(ranks.device.type != "cpu") if config.offload else OffloadPolicy()
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in (*find_decoder_layers(policy.model), policy):
-        # Also the root is freed behind a forward: what an update changed must be gathered again.
+        # The root is freed after a forward too: after an update it must be gathered again.
         sharded = fully_shard(
             module,
             mesh=ranks.mesh,
@@ -54,9 +54,9 @@ def shard(policy: PolicyLogprobs, config: TrainerConfig, ranks: Ranks) -> None:
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors one after the other, so that only one stands in memory.
+    """Yield whole tensors one after the other, so that only one is in memory at a time.
 
-    Every rank has to go through it, in step with the others.
+    Every rank must iterate to the end, in step with the others.
     """
     for name, tensor in tensors.items():
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -16,7 +16,7 @@ def load_outline(path: str) -> Any:
     Raises:
         ValueError: If there is no such model.
     """
-    check_folder(path)
+    path = local_path(path)
     try:
         config = AutoConfig.from_pretrained(path)
     except OSError as error:
@@ -37,8 +37,14 @@ def end_token_ids(model: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-def check_folder(path: str) -> None:
-    """Raise ValueError if a path looks like a local folder and is not one."""
+def local_path(path: str) -> str:
+    """Return a folder with `~` expanded, and a Hugging Face id unchanged.
+
+    Raises:
+        ValueError: If the path looks like a folder and is not one.
+    """
     looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).expanduser().is_dir():
+    expanded = str(Path(path).expanduser()) if looks_local else path
+    if looks_local and not Path(expanded).is_dir():
         raise ValueError(f"there is no model folder {path!r}; give a folder or a Hugging Face id")
+    return expanded

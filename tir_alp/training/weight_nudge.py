@@ -1,6 +1,7 @@
-"""Small changes to a model's weights, taken back bit for bit: to see whether an engine follows.
+"""Small changes to a model's weights that can be undone bit for bit, to test engines.
 
-It works on what this rank holds of each tensor, so that it costs no more than some of the weights.
+An engine that takes over weights must show the effect of the change. Only this rank's share of a
+few tensors is changed, so the memory for the originals is small.
 """
 
 from __future__ import annotations
@@ -11,24 +12,24 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-_NUM_TENSORS = 8  # evenly spaced, to see whether all layers are taken
-_ADAPTER = ".lora_"  # one of its two factors is 0 at first, and then the other changes nothing
+_NUM_TENSORS = 8  # evenly spaced, to cover the depth of the model
+_ADAPTER = ".lora_"  # left out: while one factor is 0, as at first, the other has no effect
 
 
 class WeightNudge:
-    """Changes some of the weights of a model, which may be sharded.
+    """Changes some of the weights of a model.
 
     Args:
-        model: A causal LM.
+        model: A causal LM, which may be sharded.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._kept: list[tuple[Tensor, Tensor]] = []  # each with what it was
+        self._kept: list[tuple[Tensor, Tensor]] = []  # each with its original
 
     @torch.no_grad()
     def by(self, scale: float) -> None:
-        """Let each tensor differ by `scale` times its spread from what it was; 0: not at all."""
+        """Change each tensor by `scale` times the RMS of its original; 0 restores the original."""
         self._kept = self._kept or [(each, each.clone()) for each in self._chosen()]
         generator = torch.Generator().manual_seed(0)
         for tensor, original in self._kept:
