@@ -1,4 +1,4 @@
-"""A checkpoint is there whole or not at all, and one that is not whole is refused."""
+"""A checkpoint is either complete or absent; an incomplete one is refused."""
 
 import json
 
@@ -31,7 +31,7 @@ TURN = Turn(
 )
 TRAJECTORY = Trajectory("t", 5, TokenSpan((1, 2)), (TURN,), True, False, sequence_uid=9)
 ROLLOUTS = QueueState(8, (5, 7), {5: TrajectoryGroup("t", 5, (TRAJECTORY,) * 2, num_failed=1)})
-"""Whatever a group can hold."""
+"""One of everything that a group can hold."""
 ROWS = state_to_row(ROLLOUTS)
 
 
