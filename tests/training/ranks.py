@@ -107,9 +107,7 @@ def failures(folder: Path) -> None:
     with join(10, DEVICE) as ranks:
         said = folder / f"fail_{ranks.rank}"
         said.write_text(fail(ranks))
-        while not (
-            folder / "fail_0"
-        ).exists():  # till then no closed connection reveals it
+        while not (folder / "fail_0").exists():  # till then no closed connection reveals it
             time.sleep(0.05)
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", meeting, rank=ranks.rank, world_size=ranks.size)
