@@ -1,4 +1,4 @@
-"""The data types by the worked examples of their docstrings."""
+"""The data types, by the examples in their docstrings."""
 
 import pickle
 from dataclasses import FrozenInstanceError, replace

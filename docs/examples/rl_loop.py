@@ -60,7 +60,7 @@ async def main(steps: int) -> None:
         played = await asyncio.gather(*(play(engine, renderer, u // GROUP_SIZE, u) for u in uids))
         samples = []
         for group in (played[at : at + GROUP_SIZE] for at in range(0, len(played), GROUP_SIZE)):
-            advantages = ADVANTAGES[ALGORITHM.advantage]([each.reward for each in group])
+            advantages = ADVANTAGES[ALGORITHM.advantage].function([each.reward for each in group])
             samples += map(Sample, group, advantages)
         batch = collate(samples)
         keys = [NoiseKey(update=step, sequence_uid=uid) for uid in batch.sequence_uids]

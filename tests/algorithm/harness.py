@@ -45,18 +45,18 @@ def perturbed(model: nn.Module, **config) -> LayerwisePerturbation:
 
 
 class Block(nn.Module):
-    """A layer that does nothing, so that what leaves it is what its noise made of the input."""
+    """A layer that returns its input, so that its output is the input with noise."""
 
     def forward(self, hidden_states):
         return hidden_states
 
 
 class Stack(nn.Module):
-    """A model of such layers: its output minus its input is the sum of the noise of all layers."""
+    """A model of `Block`s: its output minus its input is the sum of the noise of all layers."""
 
     def __init__(self, num_layers: int = 1):
         super().__init__()
-        self.embedding = nn.Embedding(2, 2)  # somewhere for the parameters to live
+        self.embedding = nn.Embedding(2, 2)  # so that the model has parameters
         self.layers = nn.ModuleList(Block() for _ in range(num_layers))
 
     def forward(self, hidden, by_name=False):
@@ -68,14 +68,14 @@ class Stack(nn.Module):
 def noise(
     keys, lengths, hidden, layers=None, num_layers=1, side: PaddingSide = "right", **config
 ) -> torch.Tensor:
-    """What a stack of empty layers with sigma 1 adds to `hidden`."""
+    """Return what a `Stack` with sigma 1 adds to `hidden`."""
     p = perturbed(model := Stack(num_layers), init_std=1.0, layers=layers, **config)
     with p.active(keys, lengths, padding_side=side), torch.no_grad():
         return model(hidden) - hidden
 
 
 def batch(lengths=LENGTHS):
-    """Token ids [B, T] with right padding, and the mask of the tokens."""
+    """Return token ids [B, T] with right padding, and the mask of the tokens."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
     return ids, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
@@ -87,13 +87,13 @@ def gradient_of(p: LayerwisePerturbation) -> torch.Tensor:
 
 
 def logprobs(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """[B, T - 1] of the tokens after the first; causal, so right padding needs no mask."""
+    """Return logprobs [B, T - 1] of all tokens but the first; right padding needs no mask."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     return logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 
 def step(model, algorithm, perturbation=None):
-    """Loss and gradients of one update on the batch; None: without noise."""
+    """Return loss and gradients of one update on the batch; without noise if there is none."""
     model.zero_grad()
     ids, mask = batch()
     rollout = torch.full((3, 6), -math.log(VOCABULARY))

@@ -69,7 +69,7 @@ def test_every_preset_names_an_advantage():
 
 
 def played(reward: float, num_tokens: int = 4, *, cut: bool = False, trainable: bool = True):
-    """A trajectory of a prompt of one token and one turn."""
+    """Return a trajectory with a prompt of one token, and one turn."""
     written = num_tokens - 1
     turn = Turn(
         completion=TokenSpan((7,) * written, (-0.1,) * written, trainable),

@@ -28,13 +28,13 @@ STEP = 1e-5
 
 
 class Perturbed:
-    """A tiny policy under noise, and the inputs of its loss but for its own logprobs."""
+    """A tiny policy with noise, and the inputs of its loss except its own logprobs."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 16}
         no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        # Not one with RMSNorm: the library rounds that to float32.
+        # GPT-2 has no RMSNorm, which transformers computes in float32.
         config = GPT2Config(**sizes, **no_dropout)  # type: ignore[arg-type]
         self.model: Any = AutoModelForCausalLM.from_config(config).double().train()
         self.noise = LayerwisePerturbation(self.model, PerturbationConfig(init_std=0.1))
@@ -113,7 +113,7 @@ def test_gradients_of_sigma_and_weights_equal_finite_differences(algorithm):
 
 @pytest.mark.parametrize("level", ["sequence", "sequence_geometric", "turn", "cumulative"])
 def test_a_straight_through_level_weighs_the_gradient_of_each_logprob(level):
-    """Its value moves with the whole sequence, its gradient does not: -A r_t / N a token."""
+    """The value depends on the whole sequence, the gradient does not: -A r_t / N per token."""
     policy = Perturbed()
     open_window = variant("alp_sequence", ratio_level=level, clip_low=1.0, clip_high=1e9)
     open_window = open_window.model_copy(update={"dual_clip": None})

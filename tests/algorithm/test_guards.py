@@ -1,4 +1,4 @@
-"""Bounds on a run: what passes them, and in which words it is told."""
+"""Bounds on a run: what exceeds them, and the messages."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_a_kl_beyond_its_bound_is_told_with_both_figures(kl):
 @pytest.mark.parametrize("p98", [2.1, math.nan])
 def test_ratios_too_far_apart_are_told(p98):
     guards = GuardsConfig(max_ratio_spread=4.0)
-    assert out_of_bounds(HEALTHY, guards) == ""  # on the bound is within it
+    assert out_of_bounds(HEALTHY, guards) == ""  # a value on the bound is within it
     said = out_of_bounds(HEALTHY | {"ratio/p98": p98}, guards)
     assert "from 0.5 (P2) to" in said and "max_ratio_spread = 4" in said
 
@@ -39,7 +39,7 @@ def test_a_spike_is_a_norm_far_above_the_median_of_those_before():
     assert is_spike(10.1, recent, 10.0)
     assert not is_spike(9.9, recent, 10.0)
     assert not is_spike(1e9, recent, None)
-    assert not is_spike(1e9, recent[:7], 10.0)  # too few to tell
+    assert not is_spike(1e9, recent[:7], 10.0)  # too few norms
 
 
 def test_noise_that_rounding_swallows_is_told():

@@ -1,4 +1,4 @@
-"""The loss by its golden vector and its identities; what holds for *all* inputs: test_loss_laws."""
+"""The loss by golden values and identities. Laws for *all* inputs are in `test_loss_laws.py`."""
 
 import math
 from dataclasses import replace
@@ -246,7 +246,7 @@ def test_a_turn_multiplies_its_own_tokens_and_no_others():
     ],
 )  # fmt: skip
 def test_where_the_clipped_surrogate_has_a_gradient(advantage, ratio, is_active):
-    # r = exp(log r) need not be r again, so the bounds are set to what it becomes.
+    # exp(log r) need not equal r, so the bounds are set to its exact value.
     exact = tensor(ratio).log().exp().item()
     bounds = {0.5: "clip_low", 2.0: "clip_high", 3.0: "dual_clip"}
     clip = {"clip_low": 0.5, "clip_high": 1.0, "dual_clip": 3.0}
@@ -410,7 +410,7 @@ def test_kl_to_the_reference(estimator, expected):
 
 
 def test_the_gradient_of_k2_is_on_average_that_of_the_distance():
-    """Over all tokens of a vocabulary, each weighed by its probability: a sum, no sampling."""
+    """Sum over a whole vocabulary, weighted by probability, instead of sampling."""
     logits = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     logits.requires_grad_()
     reference = tensor([0.3, -1.0, 0.5, 0.0, 0.2, -0.4, 1.0]).log_softmax(-1)
@@ -439,7 +439,7 @@ def test_the_gradient_of_k2_is_on_average_that_of_the_distance():
         found = mean_gradient(KLConfig(estimator=estimator, gradient="k2", coefficient=1.0))
         torch.testing.assert_close(found, true)
     own = mean_gradient(KLConfig(estimator="k1", coefficient=1.0))
-    torch.testing.assert_close(own, torch.zeros_like(own))  # k1 as a loss pulls nowhere
+    torch.testing.assert_close(own, torch.zeros_like(own))  # the mean gradient of k1 is 0
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Laws of the loss, over random shapes, masks and methods.
 
-At the end stand the formulas of docs/algorithm.md, a token at a time in numpy float64. They share
-no code with the loss, whose value and gradient have to equal theirs.
+At the end are the formulas of docs/algorithm.md, one token at a time in numpy float64. They share
+no code with the loss, and its value and gradient must equal theirs.
 """
 
 import math
@@ -166,8 +166,8 @@ def test_loss_and_gradient_equal_the_formulas(inputs, algorithm):
 
 @given(batches(), algorithms)
 def test_gradient_of_token_ratios_equals_finite_differences(inputs, algorithm):
-    # Only where value and gradient belong together: the other levels and a KL with the gradient of
-    # k2 are straight-through, and CISPO's weight is detached. For those: the formulas, below.
+    # Only where the gradient is that of the value: the other levels and a KL with the gradient of
+    # k2 are straight-through, and CISPO's weight is detached. The formulas below cover those.
     kl = algorithm.kl and algorithm.kl.model_copy(update={"gradient": "estimator"})
     algorithm = algorithm.model_copy(update={"ratio_level": "token", "kl": kl})
     if algorithm.surrogate == "cispo":
@@ -257,11 +257,11 @@ def test_clip_fractions_are_the_share_of_the_clipped_tokens(inputs, algorithm):
         assert not (where & ~inputs.loss_mask).any()
 
 
-# ----------------------------------------------------------------- the formulas, a token at a time
+# --------------------------------------------------------------- the formulas, one token at a time
 
 
 def by_the_formulas(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[float, np.ndarray]:
-    """The loss, and its gradient [B, T] with respect to the logprobs of the current policy."""
+    """Return the loss and its gradient [B, T] with respect to the current logprobs."""
     current, rollout, proximal, reference = (
         tensor.numpy().astype(np.float64)
         for tensor in (
@@ -317,7 +317,7 @@ def by_the_formulas(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[flo
             losses[b, t] += kl.coefficient * value
             slopes[b, t] += kl.coefficient * (own if kl.gradient == "estimator" else -d)
     lengths = counted.sum(1)
-    share = np.zeros(mask.shape)  # of each token in the mean
+    share = np.zeros(mask.shape)  # weight of each token in the mean
     for b, t in np.argwhere(counted):
         share[b, t] = {
             "token_mean": 1 / lengths.sum(),
@@ -330,7 +330,7 @@ def by_the_formulas(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[flo
 def surrogate(
     r: float, advantage: float, logprob: float, algorithm: AlgorithmConfig
 ) -> tuple[float, float]:
-    """The loss of a token, and its derivative, where that of r by the token's logprob is r."""
+    """Return the loss of a token and its derivative by the logprob, where dr / dlogprob = r."""
     low, high = 1 - algorithm.clip_low, 1 + algorithm.clip_high
     if algorithm.surrogate == "reinforce":
         return -advantage * logprob, -advantage

@@ -166,7 +166,7 @@ def test_gradient_of_log_sigma_in_a_model_equals_finite_differences():
 
 
 def test_stein_the_mean_gradient_is_sigma_squared_times_the_curvature():
-    # L = h'Hh/2 summed over tokens: E[dL/dlog_sigma] = sigma^2 tr H a token, equation (7).
+    # L = h'Hh/2 summed over tokens: E[dL/dlog_sigma] = sigma^2 tr H per token, equation (7).
     sigma, num_tokens, size = 0.3, 100_000, 6
     torch.manual_seed(0)
     factor = torch.randn(size, size)
@@ -198,14 +198,14 @@ def test_stein_the_mean_gradient_is_sigma_squared_times_the_curvature():
 )  # fmt: skip
 def test_share_of_bf16_elements_that_the_noise_changes(std, sigma, percent):
     torch.manual_seed(0)
-    num_tokens, size = 256, 1024  # an effect is measured on so many tokens
+    num_tokens, size = 256, 1024  # the number of tokens that an effect measures
     hidden = (std * torch.randn(1, num_tokens, size)).bfloat16()
     p = perturbed(model := Stack(), init_std=sigma)
     with p.active([NoiseKey(0, 0)], [num_tokens], measure=True) as effect:
         out = model(hidden)
     share = effect.changed["0"].item()
     assert share == pytest.approx((out != hidden).double().mean().item(), rel=1e-6)
-    # The table was made with noise of rounded std, and gives two or three digits.
+    # The values were computed with a rounded std, and have two or three digits.
     error = 4 * math.sqrt(share / (num_tokens * size))
     assert share == pytest.approx(percent / 100, rel=0.06, abs=error + 6e-5)
 
@@ -270,7 +270,7 @@ def test_logits_of_chosen_tokens_get_the_noise_of_those_tokens():
         with pytest.raises(ValueError, match=r"head\(hidden, rows=...\)"):
             head(hidden[rows])
     torch.testing.assert_close(chosen, whole[rows], rtol=0, atol=1e-5)
-    with pytest.raises(TypeError):  # no noise is on, and who gives rows believes that it is
+    with pytest.raises(TypeError):  # without noise the head does not take rows
         head(hidden[rows], rows=rows)
 
 
@@ -310,7 +310,7 @@ def drawn(draw: int, **config) -> torch.Tensor:
 
 def test_draws_of_an_update_are_independent():
     first, second = drawn(0, draws=2), drawn(1, draws=2)
-    assert torch.equal(first, drawn(0))  # another number of draws does not change the first
+    assert torch.equal(first, drawn(0))  # the number of draws does not change the first
     correlation = torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1]
     assert abs(correlation.item()) < 4 / math.sqrt(first.numel())
 

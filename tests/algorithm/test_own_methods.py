@@ -1,6 +1,7 @@
 """A method of one's own: one entry of a table in the package, or one file outside of it."""
 
 import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
@@ -223,3 +224,13 @@ def test_names_that_are_typed_are_those_of_the_tables():
     assert set(get_args(Level)) == set(RATIO_LEVELS)
     assert set(get_args(aggregation)) == set(AGGREGATIONS)
     assert CorrectionConfig.model_fields["level"].annotation == Level
+
+
+def test_the_tables_and_the_configuration_import_without_torch():
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import tir_alp.config, tir_alp.algorithm.formula\n"
+        "from tir_alp.algorithm import SURROGATES, CORRECTIONS, ADVANTAGES, LossInputs"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

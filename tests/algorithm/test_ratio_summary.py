@@ -1,4 +1,4 @@
-"""Summaries against numpy on the tokens themselves, however these are divided and laid out."""
+"""Summaries against numpy on the tokens, however these are divided and laid out."""
 
 import functools
 import math
@@ -22,12 +22,12 @@ torch.set_num_threads(1)
 SIZED = [name for name in RatioSummary.__slots__ if name != "columns"]
 
 Rows = tuple[LossInputs, Tensor, dict[str, Tensor]]
-"""What is summarised: inputs, entropy, clipped."""
+"""Arguments of `summarise`: inputs, entropy, clipped."""
 
 
 @st.composite
 def batches(draw) -> Rows:
-    """Up to 5 sequences of some turns with observations between them; NaN where nothing is read."""
+    """Up to 5 sequences with turns and observations between them; NaN or inf outside the mask."""
     rng = np.random.default_rng(draw(st.integers(0, 1 << 20)))
     rows = []
     for _ in range(draw(st.integers(1, 5))):
@@ -74,7 +74,7 @@ def total(parts: list[RatioSummary]) -> RatioSummary:
 
 
 def by_numpy(rows: Rows) -> dict[str, float]:
-    """Every metric, from all tokens at once."""
+    """Return every metric, computed from all tokens at once."""
     inputs, entropy, clipped = rows
     assert inputs.turn_ids is not None
     mask = inputs.loss_mask.numpy()
@@ -214,7 +214,7 @@ def test_a_summary_of_many_tokens_is_as_large_as_one_of_few():
 def test_first_tokens_are_those_of_a_turn_even_where_some_are_masked():
     turn_ids = torch.tensor([[0, 0, -1, *[1] * (FIRST_TOKENS + 2)]])
     mask = turn_ids >= 0
-    mask[0, 3:8] = False  # of the first of turn 1
+    mask[0, 3:8] = False  # among the first tokens of turn 1
     zeros = torch.zeros(turn_ids.shape)
     inputs = LossInputs(zeros, zeros, torch.tensor([-1.0]), mask, turn_ids=turn_ids)
     summary = summarise(inputs)

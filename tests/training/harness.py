@@ -36,7 +36,7 @@ Groups = list[list[Sample]]
 
 def model() -> Any:
     made = make_model(0)
-    with torch.no_grad():  # fresh weights say the same of every token
+    with torch.no_grad():  # fresh weights predict the same for every token
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return made
@@ -69,7 +69,7 @@ def noisy(name: str = "alp_sequence", **changes) -> AlgorithmConfig:
 
 
 def on_policy(of: Any, token_ids: tuple[int, ...], temperature: float = 1.0) -> Tensor:
-    """The logprob of each token of a sequence but the first."""
+    """Return the logprob of each token of a sequence except the first."""
     ids = torch.tensor(token_ids)
     with torch.no_grad():
         hidden = hidden_states(of, ids, torch.arange(len(ids)), PackedSequences((len(ids),)))
@@ -77,7 +77,7 @@ def on_policy(of: Any, token_ids: tuple[int, ...], temperature: float = 1.0) -> 
 
 
 def make_groups(num_groups: int = 4, jitter: float = 0.02, temperature: float = 1.0) -> Groups:
-    """Two-turn trajectories of ragged lengths, on-policy up to the jitter of their logprobs."""
+    """Return groups of two-turn trajectories, on-policy up to the jitter of their logprobs."""
     rng, of = random.Random(0), model()
 
     def make(uid: int) -> Trajectory:
@@ -109,7 +109,7 @@ def flat(groups: Groups) -> list[Sample]:
 
 
 def gradients(of: Trainer | LayerwisePerturbation, at: Any = None) -> dict[str, Tensor]:
-    """Gradients by name; that of log sigma too, if there is one."""
+    """Return gradients by name, with that of log sigma if there is one."""
     named = (at if at is not None else of.model).named_parameters()  # type: ignore[union-attr]
     found = {
         name: whole

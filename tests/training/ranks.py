@@ -1,4 +1,4 @@
-"""What the ranks of `test_ranks.py` run.
+"""The program of the ranks of `test_ranks.py`.
 
 `python -m torch.distributed.run --nproc-per-node N tests/training/ranks.py TASK FOLDER`
 """
@@ -54,9 +54,9 @@ Result = tuple[list[dict[str, float]], dict[str, Tensor], dict[str, Tensor]]
 
 
 def train(ranks: Ranks, case: str, folder: Path | None = None) -> Result:
-    """Two steps: what they report, the gradients of the first, and the weights at the end.
+    """Make two steps; return their metrics, the gradients of the first, and the final weights.
 
-    With a folder, a checkpoint is left there between them.
+    With a folder, a checkpoint is saved there between the steps.
     """
     algorithm, settings = CASES[case]
     one = trainer(algorithm, ranks=ranks, **{"max_grad_norm": 0.5} | settings)
@@ -69,7 +69,7 @@ def train(ranks: Ranks, case: str, folder: Path | None = None) -> Result:
 
 
 def go_on(ranks: Ranks, case: str, folder: Path) -> Result:
-    """The second of these steps, from the checkpoint."""
+    """Make the second of these steps, from the checkpoint."""
     algorithm, settings = CASES[case]
     one = trainer(algorithm, ranks=ranks, **{"max_grad_norm": 0.5} | settings)
     checkpoint.load(folder / "step_1", one)
@@ -77,7 +77,7 @@ def go_on(ranks: Ranks, case: str, folder: Path) -> Result:
 
 
 def fail(ranks: Ranks) -> str:
-    """A step in which the last rank alone cannot go on; what this one then says."""
+    """Make a step in which only the last rank fails; return the error of this one."""
 
     def full(update: int, _: Any) -> None:
         if ranks.rank == ranks.size - 1:
@@ -87,11 +87,11 @@ def fail(ranks: Ranks) -> str:
 
 
 def die(ranks: Ranks) -> str:
-    """A step before which the last rank is killed; what this one then says."""
+    """Make a step before which the last rank is killed; return the error of this one."""
     one = trainer(noisy(), ranks=ranks)
     if ranks.rank == ranks.size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of the launcher, which sees it die, too
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher sends it when it sees a rank die
     return said_in(one, make_groups())
 
 
@@ -104,11 +104,11 @@ def said_in(one: Trainer, groups: Groups) -> str:
 
 
 def failures(folder: Path) -> None:
-    """One after the other: a rank fails and stays alive, in another group a rank is killed."""
+    """Let a rank fail but stay alive; then, in another group, kill a rank."""
     with join(10, DEVICE) as ranks:
         said = folder / f"fail_{ranks.rank}"
         said.write_text(fail(ranks))
-        while not (folder / "fail_0").exists():  # till then no closed connection tells of it
+        while not (folder / "fail_0").exists():  # till then no closed connection reveals it
             time.sleep(0.05)
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", meeting, rank=ranks.rank, world_size=ranks.size)
@@ -117,7 +117,7 @@ def failures(folder: Path) -> None:
 
 
 def main(task: str, folder: Path) -> None:
-    """Train, and go on from the checkpoints in `one/`; or fail. The folder keeps what was found."""
+    """Train, then resume from the checkpoints in `one/`; or fail. Results go into the folder."""
     torch.set_num_threads(1)
     if task == "failures":
         return failures(folder)

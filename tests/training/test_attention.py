@@ -1,4 +1,4 @@
-"""Packed attention against the library's own, one sequence at a time, for every common decoder."""
+"""Packed attention against that of transformers, one sequence at a time, for common decoders."""
 
 from copy import deepcopy
 from typing import Any
@@ -46,11 +46,11 @@ def make_config(name: str) -> Any:
 
 
 def twins(config: Any) -> tuple[Any, Any]:
-    """The same weights twice: with packed attention, and as the library runs them."""
+    """Return the same weights twice: with packed attention, and as transformers runs them."""
     torch.manual_seed(0)
-    # A model keeps its config and writes the name of its attention into it: each needs its own.
+    # A model writes the name of its attention into its config: each model needs its own config.
     packed = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation=PACKED)
-    with torch.no_grad():  # fresh weights hardly attend to anything
+    with torch.no_grad():  # the attention of fresh weights is nearly uniform
         for parameter in packed.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     eager = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation="eager")
@@ -83,7 +83,7 @@ def test_packed_hidden_states_are_those_of_each_sequence_alone(name):
 
 
 def test_a_window_does_hide_tokens():
-    """Else the comparison with Mistral above would hold for full attention as well."""
+    """Otherwise the comparison with Mistral above would hold for full attention as well."""
     config = make_config("mistral")
     windowed, _ = twins(config)
     config.sliding_window = None

@@ -1,4 +1,4 @@
-"""Packing by literal tensors: what is trained on is decided here, once."""
+"""Packing, compared with literal tensors."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn
 
 
 def trajectory(uid: int, prompt: tuple[int, ...], *spans: TokenSpan) -> Trajectory:
-    """A prompt, and then completions and observations by turns."""
+    """Return a prompt followed by alternating completions and observations."""
     spans = (*spans, TokenSpan(())) if len(spans) % 2 else spans
     turns = tuple(
         Turn(completion, observation, 0, StopReason.STOP, Outcome.OK, 0.0)

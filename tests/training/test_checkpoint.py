@@ -1,4 +1,4 @@
-"""A checkpoint is there whole or not at all, and one that is not whole is refused."""
+"""A checkpoint is either complete or absent; an incomplete one is refused."""
 
 import json
 

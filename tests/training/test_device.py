@@ -1,7 +1,6 @@
-"""Everything that is computed with a model is computed where the model is, with the same result.
+"""Everything that is computed with a model runs on the model's device, with the same result.
 
-Where there is no GPU, a device of the tests' own stands for one, and it knows of no tensor but its
-own; see `elsewhere`.
+Without a GPU, a test device replaces it, which accepts only its own tensors; see `elsewhere`.
 """
 
 import asyncio
@@ -33,7 +32,7 @@ PROMPT = (2, 45, 78, 33)
 
 
 class OnlyRank(Ranks):
-    """The only rank, on a device that gloo does not know."""
+    """The only rank, on a device that gloo does not support."""
 
     def sum(self, values: Tensor) -> Tensor:
         return values.detach().clone()
@@ -43,9 +42,9 @@ class OnlyRank(Ranks):
 
 
 def there_trained(algorithm, monkeypatch):
-    """A trainer there. It is not divided: FSDP2 puts what it divides on a device that it knows."""
+    """Return a trainer on that device. It is not sharded: FSDP2 does not support the device."""
     monkeypatch.setattr(trainer_module, "shard", lambda *_: None)
-    adamw = torch.optim.AdamW  # which is not fused there
+    adamw = torch.optim.AdamW  # the device has no fused kernel
     monkeypatch.setattr(torch.optim, "AdamW", lambda each, betas, fused: adamw(each, betas=betas))
     return trainer(algorithm, moved(model()), ranks=OnlyRank(0, 1, ELSEWHERE, alone().mesh))
 

@@ -1,4 +1,4 @@
-"""Adapters are what is trained, and nobody outside the trainer has to know of them."""
+"""Adapters are trained, and no code outside of the trainer sees them."""
 
 import sys
 

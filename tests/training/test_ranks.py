@@ -1,7 +1,8 @@
-"""Real processes over gloo make the updates of one, whatever is switched on; none is left waiting.
+"""Processes over gloo make the same updates as a single one, and none is left waiting.
 
 They are started as a user starts them. Losses, gradients and weights agree to 1e-4 of the largest
-element in float32: a wrong denominator, other noise or a gradient that is not summed is far more.
+element in float32; a wrong denominator, other noise or a gradient that is not summed differs by far
+more.
 """
 
 import os
@@ -37,19 +38,19 @@ def run(*launched: object) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of one rank below `one/`, of two beside it, and what two ranks found."""
+    """The folder of results: of one rank below `one/`, of two ranks beside it."""
     return tmp_path_factory.mktemp("ranks")
 
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> dict[str, Result]:
-    """What one rank finds."""
+    """Results of one rank."""
     return {case: train(alone(), case, folder / "one" / case) for case in CASES}
 
 
 @pytest.fixture(scope="module")
 def two(one: dict[str, Result], folder: Path) -> Path:
-    """Where two ranks left what they found, also on going on from the checkpoints of one."""
+    """The folder with the results of two ranks, which also resume from checkpoints of one."""
     run(2, "train", folder)
     return folder
 
@@ -62,7 +63,7 @@ def assert_agree(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 
 def assert_reports_agree(found: dict[str, float], expected: dict[str, float]) -> None:
-    """Quantiles come from histograms, which know a log ratio to within 1 %."""
+    """Quantiles come from histograms, which are accurate to within 1 % of a log ratio."""
     assert found.keys() == expected.keys()
     for name in (name for name in expected if not name.startswith(OF_SOME_TOKENS)):
         assert found[name] == pytest.approx(expected[name], rel=1e-2, abs=1e-4), name
@@ -73,7 +74,7 @@ def assert_reports_agree(found: dict[str, float], expected: dict[str, float]) ->
 @pytest.mark.parametrize("case", [case for case in CASES if case != "bfloat16"])
 def test_two_ranks_make_the_updates_of_one(one: dict[str, Result], two: Path, case: str):
     reports, gradients, weights = one[case]
-    for rank in (0, 1):  # all ranks find the same
+    for rank in (0, 1):  # all ranks have the same results
         found = torch.load(two / f"train_{rank}.pt")[case]
         for own, other in zip(found[0], reports, strict=True):
             assert_reports_agree(own, other)
@@ -88,7 +89,7 @@ def test_in_bfloat16_two_ranks_make_the_update_of_one_as_well_as_it_can_tell(
     found = torch.load(two / "train_0.pt")["bfloat16"]
     assert found[0][0]["loss/value"] == pytest.approx(reports[0]["loss/value"], rel=1e-2)
     assert_agree(found[1], gradients, 3e-2)
-    assert found[0][0]["alp/effective"] > 0.5  # the noise outlives the rounding
+    assert found[0][0]["alp/effective"] > 0.5  # the noise survives the rounding
 
 
 @pytest.mark.parametrize("case", CASES)

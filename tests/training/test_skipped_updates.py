@@ -89,7 +89,7 @@ def test_a_step_with_nothing_to_learn_makes_no_update():
 
 
 def test_a_gradient_spike_is_skipped_and_told(tmp_path):
-    """Nothing of it is left, and a trainer that is loaded knows the norms before it."""
+    """The spike has no effect, and a loaded trainer has the previous norms."""
     told: list[int] = []
     settings: dict[str, Any] = {
         "skip_grad_spike": 20.0,

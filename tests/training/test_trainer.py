@@ -70,7 +70,7 @@ def test_on_policy_an_update_is_the_plain_policy_gradient(name, temperature):
 
 
 def test_the_proximal_methods_do_not_believe_the_engines_logprobs():
-    """The ratio is over the trainer's own forward, so it is 1 whatever the engine reported."""
+    """The ratio is over the trainer's own forward, so it is 1 whatever the engine reports."""
     value = [trainer(ALGORITHMS["grpo"]).step(make_groups(jitter=j), 0).metrics for j in (0.0, 3.0)]
     assert value[0]["loss/value"] == value[1]["loss/value"]
     assert value[0]["ratio/p98"] != value[1]["ratio/p98"]
@@ -110,7 +110,7 @@ def test_only_states_that_predict_a_token_of_the_loss_get_a_gradient():
     states = []
 
     def keep(_, __, output):
-        if output.last_hidden_state.requires_grad:  # not of the probe
+        if output.last_hidden_state.requires_grad:  # not the forward of the probe
             output.last_hidden_state.retain_grad()
             states.append(output.last_hidden_state)
 
@@ -214,7 +214,7 @@ def test_what_is_logged_does_not_depend_on_how_an_update_is_computed_either(name
     groups = make_groups()
     whole, other = trainer(ALGORITHMS[name]), trainer(ALGORITHMS[name], micro_batch_tokens=50)
     expected, metrics = whole.step(groups, 0).metrics, other.step(groups, 0).metrics
-    # A histogram knows a log ratio to within 1 %, and at its bins' edges the last bit can be that.
+    # A histogram is accurate to 1 % of a log ratio, and the last bit can decide between two bins.
     of_some_tokens = ("alp/effective", "alp/relative_rms", "alp/logprob_shift", "mismatch/probe")
     assert metrics.keys() == expected.keys() > {"turn_0/kl", "turn_1/kl", "after_tool_positive/kl"}
     for key in (key for key in expected if not key.startswith(of_some_tokens)):
@@ -224,7 +224,7 @@ def test_what_is_logged_does_not_depend_on_how_an_update_is_computed_either(name
 
 def test_ratios_are_those_of_all_updates_of_a_step_together():
     groups = make_groups(4)
-    # With next to no learning rate, two updates see what one sees.
+    # With almost no learning rate, two updates see what one sees.
     halves, whole = (
         trainer(ALGORITHMS["bypass_token"], lr=1e-30, weight_decay=0.0, updates_per_step=number)
         for number in (2, 1)
@@ -241,7 +241,7 @@ PROBED = ("mismatch/probe_kl", "mismatch/probe_mean", "mismatch/probe_max")
 
 
 def test_methods_without_proximal_logprobs_report_the_mismatch_of_a_probe():
-    """It sees some tokens without noise, and there what the proximal pass sees of all."""
+    """The probe covers some tokens without noise, where it equals the proximal forward."""
     groups = make_groups(8, jitter=0.05)
     grpo, alp = (trainer(each, lr=1e-30) for each in (ALGORITHMS["grpo"], noisy()))
     logged = [
@@ -254,7 +254,7 @@ def test_methods_without_proximal_logprobs_report_the_mismatch_of_a_probe():
             assert own[key] == pytest.approx(proximal[key], rel=1e-3, abs=1e-5)
         assert len(proximal) < 150
     kls = [own["mismatch/probe_kl"] for _, own in logged]
-    assert len(set(kls)) == 3  # other sequences in each
+    assert len(set(kls)) == 3  # each step probes other sequences
     assert sum(kls) / 3 == pytest.approx(logged[0][0]["mismatch/kl"], rel=0.2)
 
 
@@ -300,7 +300,7 @@ def test_packed_equals_the_librarys_own_forward_of_each_sequence(aggregation):
             part, _ = policy_loss(inputs, algorithm, num_tokens, len(samples))
             part.backward()
         expected += part.item()
-    assert loss == pytest.approx(expected, abs=2e-6)  # a sum of terms near 1
+    assert loss == pytest.approx(expected, abs=2e-6)  # the loss is a sum of terms near 1
     assert_close(gradients(packed), gradients(perturbation, eager))
 
 

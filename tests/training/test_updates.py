@@ -75,7 +75,7 @@ def test_noise_on_the_logits_does_not_depend_on_how_they_are_made():
 @pytest.mark.parametrize("site", ["hidden", "logits"])
 def test_the_shift_of_the_logprobs_by_the_noise_is_reported(site):
     shifts = []
-    for std in (1e-4, 1e-3):  # so small that the model is linear in it
+    for std in (1e-4, 1e-3):  # small enough for the model to be linear in it
         report = trainer(noisy(init_std=std, site=site)).step(make_groups(), 0).metrics
         shifts.append(report["alp/logprob_shift"])
     assert shifts[1] == pytest.approx(10 * shifts[0], rel=0.3)
@@ -147,7 +147,7 @@ def test_a_trainer_that_is_loaded_makes_the_same_next_step(tmp_path):
 
 
 def test_a_trainer_with_nothing_but_the_weights_makes_another_step(tmp_path):
-    """Else the test above would hold without optimizer and sigma in the checkpoint."""
+    """Otherwise the test above would hold without optimizer and sigma in the checkpoint."""
     groups = make_groups()
     first = trainer(noisy())
     first.step(groups, 0)
