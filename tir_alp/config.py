@@ -23,6 +23,8 @@ from tir_alp.algorithm.presets import (
     merge,
     resolve_algorithm,
 )
+from tir_alp.cluster.config import ClusterConfig
+from tir_alp.engines.config import EngineConfig, OnUpdate, TransformersConfig
 
 
 class ModelConfig(Section):
@@ -135,7 +137,7 @@ class RolloutConfig(Section):
     hold: bool = False
     """For studies of staleness: train only when every group in flight has ended, so that weights
     lag by exactly `max_staleness` steps, fewer in the first. Sampling and training take turns."""
-    on_update: Literal["wait", "keep", "drop"] = "wait"
+    on_update: OnUpdate = "wait"
     """What new weights do to completions that are being sampled: they wait until those have ended,
     let them go on, each token range with its own version and logprobs, or make them begin again."""
     max_turn_tokens: int = Field(default=2048, ge=1)
@@ -161,102 +163,6 @@ class RolloutConfig(Section):
     """Deadline of one completion, queueing included."""
     env_timeout_s: float = Field(default=60.0, gt=0.0)
     """Deadline of one call of the environment."""
-
-
-class TransformersConfig(Section):
-    """The embedded engine."""
-
-    type: Literal["transformers"] = "transformers"
-    max_cache_tokens: int = Field(default=131072, ge=1)
-    """Bound of its cache of keys and values, in tokens; requests wait for room."""
-    precision: Literal["float32", "bfloat16", "int8", "fp8"] = "float32"
-    """For studies of mismatch: `bfloat16` is all of the engine's arithmetic; `int8` and `fp8`
-    (e4m3) round the matrices of the decoder layers, one scale an output row."""
-    logit_noise: float = Field(default=0.0, ge=0.0)
-    """For studies of mismatch: standard deviation of noise on the logits that are sampled from, at
-    evaluation too. It is a function of run seed, sequence and position."""
-
-
-class ServersConfig(Section):
-    """What servers of any kind have."""
-
-    device: Literal["cpu", "cuda"] = "cuda"
-    """Where the servers compute."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Of the servers' arithmetic."""
-    tensor_parallel: int = Field(default=1, ge=1)
-    """GPUs that a server is spread over."""
-    first_gpu: int = Field(default=0, ge=0)
-    """The servers take the GPUs from this one on."""
-    max_running: int = Field(default=64, ge=1)
-    """Completions that a server samples at a time; more wait in the trainer."""
-    max_cache_tokens: int | None = Field(default=None, ge=1)
-    """Bound of a server's cache of keys and values, in tokens; None: what memory there is."""
-    start_timeout_s: float = Field(default=600.0, gt=0.0)
-    """Deadline of a server's start, the loading of the model included."""
-    load_timeout_s: float = Field(default=300.0, gt=0.0)
-    """Deadline of each call that moves weights."""
-    stall_timeout_s: float = Field(default=120.0, gt=0.0)
-    """A server that is silent for so long, in a completion or when asked for its health, is taken
-    for lost."""
-    arguments: tuple[str, ...] = ()
-    """More words of the servers' command line."""
-
-
-class SGLangConfig(ServersConfig):
-    """SGLang servers: started by the run, or there already. One that is lost is started again."""
-
-    type: Literal["sglang"]
-    urls: tuple[str, ...] = ()
-    """Addresses of servers that run already; empty: the run starts its own. The key that they ask
-    for is read from the environment variable TIR_ALP_SGLANG_KEY."""
-    router: str = "none"
-    """SGLang's own router, for completions alone. `none`: the run itself divides them over the
-    servers. `local`: one that the run starts. Else the address of one that runs already, which asks
-    for the same key as the servers do."""
-    num_servers: int = Field(default=1, ge=1)
-    """Servers that the run starts."""
-    weights: Literal["disk", "tensor", "distributed"] = "disk"
-    """How new weights get into the servers: a folder that both sides see, tensors in the request,
-    or a broadcast, by NCCL between GPUs and gloo between CPUs."""
-    weights_folder: Path | None = None
-    """For `disk`: a folder that the servers see, too; None: one below the system's own for
-    temporary files."""
-    release_memory: bool = False
-    """Free the servers' memory, weights and cache, while the trainer computes on the same GPUs."""
-
-    @model_validator(mode="after")
-    def _check(self) -> SGLangConfig:
-        if self.urls and self.num_servers != 1:
-            raise ValueError(
-                f"engine.num_servers ({self.num_servers}) is for servers that the run starts, and "
-                "engine.urls names some that run already: leave one of them out"
-            )
-        if self.router not in ("none", "local") and not self.urls:
-            raise ValueError(
-                f"engine.router = {self.router!r} runs already, and knows nothing of servers that "
-                'the run starts: name servers with engine.urls, or take router = "local"'
-            )
-        return self
-
-
-class VLLMConfig(ServersConfig):
-    """A vLLM server, which the run starts with a Python of its own."""
-
-    type: Literal["vllm"]
-    python: Path
-    """The Python that vLLM is installed for: it needs other packages than the trainer has."""
-
-
-def _with_engine_type(value: Any) -> Any:
-    """The embedded engine is meant where none is named."""
-    return {"type": "transformers", **value} if isinstance(value, Mapping) else value
-
-
-EngineConfig = Annotated[
-    Annotated[TransformersConfig | SGLangConfig | VLLMConfig, Field(discriminator="type")],
-    BeforeValidator(_with_engine_type),
-]
 
 
 class LoraConfig(Section):
@@ -367,58 +273,6 @@ class DoctorConfig(Section):
     """Those that may fail; the run says so and starts all the same."""
 
 
-class ActorsConfig(Section):
-    """Equal parts of one kind; each is a process that is placed as a whole."""
-
-    count: int = Field(default=1, ge=0)
-    """How many of them."""
-    cpus: float = Field(default=1.0, gt=0.0)
-    """Cores that each is given, of those that the cluster says it has."""
-    gpus: float = Field(default=0.0, ge=0.0)
-    """GPUs of each. Two actors with half a GPU each share one, such as an engine and a rank."""
-    image: str | None = None
-    """Docker image that each runs in; None: what its node has installed."""
-
-
-class ClusterConfig(Section):
-    """Which processes a run is spread over, and when one of them counts as lost."""
-
-    address: str = "none"
-    """`none`: one process, no cluster, and nothing else here counts. `local`: a Ray cluster on this
-    machine, for this run. Else the address of a running one: `auto`, or `ray://HOST:10001`."""
-    trainer: ActorsConfig = ActorsConfig()
-    """Ranks of the trainer."""
-    engines: ActorsConfig = ActorsConfig()
-    """What samples."""
-    environments: ActorsConfig = ActorsConfig()
-    """Where environments and graders run."""
-    sandboxes: ActorsConfig = ActorsConfig(count=0)
-    """Hosts of the sandbox that `env.kwargs.sandbox` describes; 0: each environment runner has its
-    own."""
-    spread: bool = False
-    """Put parts on as many nodes as there are; else on as few."""
-    heartbeat_s: float = Field(default=5.0, gt=0.0)
-    """Time between two questions to a part whether it is well."""
-    patience_s: float = Field(default=30.0, gt=0.0)
-    """A part that has not answered for so long is ended and replaced."""
-    start_timeout_s: float = Field(default=600.0, gt=0.0)
-    """Deadline of a start: placing the process, loading the model."""
-    step_timeout_s: float = Field(default=3600.0, gt=0.0)
-    """Deadline of a training step, and of taking new weights."""
-
-    @property
-    def is_used(self) -> bool:
-        """Whether a run has parts outside its own process."""
-        return self.address != "none"
-
-    @model_validator(mode="after")
-    def _check_counts(self) -> ClusterConfig:
-        for name in ("trainer", "engines", "environments"):
-            if getattr(self, name).count < 1:
-                raise ValueError(f"cluster.{name}.count is 0: a run needs one at least")
-        return self
-
-
 class Config(BaseSettings):
     """A whole run."""
 
@@ -465,30 +319,11 @@ class Config(BaseSettings):
             )
         if rollout.hold and not rollout.max_staleness:
             raise ValueError("rollout.hold needs a rollout.max_staleness to hold rollouts back for")
-        if self.deterministic and isinstance(self.engine, ServersConfig):
-            raise ValueError(
-                'deterministic needs engine.type = "transformers": what servers draw is not a '
-                "function of the run's seed"
-            )
-        if rollout.on_update != "wait" and isinstance(self.engine, VLLMConfig):
-            raise ValueError(
-                f'engine.type = "vllm" waits for what runs: leave rollout.on_update = "wait", not '
-                f'"{rollout.on_update}"'
-            )
-        if rollout.on_update == "drop" and isinstance(self.engine, SGLangConfig):
-            raise ValueError(
-                'rollout.on_update = "drop" needs engine.type = "transformers": what SGLang draws '
-                'the second time is something else; take "keep" or "wait"'
-            )
-        if (
-            isinstance(self.engine, SGLangConfig)
-            and self.engine.release_memory
-            and rollout.max_staleness
-        ):
-            raise ValueError(
-                "engine.release_memory needs rollout.max_staleness = 0: servers without memory "
-                f"cannot sample while the trainer computes, and it is {rollout.max_staleness}"
-            )
+        self.engine.check(
+            deterministic=self.deterministic,
+            on_update=rollout.on_update,
+            max_staleness=rollout.max_staleness,
+        )
         if self.deterministic and rollout.max_staleness and not rollout.hold:
             raise ValueError(
                 "deterministic needs rollout.max_staleness = 0 or rollout.hold = true: with "

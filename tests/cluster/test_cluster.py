@@ -39,8 +39,9 @@ from tir_alp.cluster.reservation import check_gpus, connect
 from tir_alp.cluster.same_code import code_of, differences
 from tir_alp.cluster.trainer_host import interface_of
 from tir_alp.cluster.watched_actor import reason_of
-from tir_alp.config import SGLangConfig, TransformersConfig, load_config, read_toml
+from tir_alp.config import load_config, read_toml
 from tir_alp.engines.base import Completion, Probe, Sampling
+from tir_alp.engines.config import SGLangConfig, TransformersConfig
 from tir_alp.models.tiny import BASE, TRAIN_CONFIG
 from tir_alp.roles import RoleLost
 from tir_alp.rollouts.renderer import Renderer

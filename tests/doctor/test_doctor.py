@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tir_alp.algorithm.presets import Section
-from tir_alp.config import Config, TrainerConfig, TransformersConfig, load_config, read_toml
+from tir_alp.config import Config, TrainerConfig, load_config, read_toml
 from tir_alp.doctor import Finding, Refused, demand, examine_config, examine_engine
 from tir_alp.doctor.__main__ import main as doctor_main
 from tir_alp.doctor.config_keys import unread_keys
@@ -22,6 +22,7 @@ from tir_alp.doctor.conversation import check_fence, check_template, check_token
 from tir_alp.doctor.machine import check_disk, check_memory, memory_needed, shape_of
 from tir_alp.doctor.sandbox import check_sandbox
 from tir_alp.engines.base import Completion, Sampling
+from tir_alp.engines.config import TransformersConfig
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.models.tiny import ABLE, TRAIN_CONFIG
 from tir_alp.rollouts.data import Task
@@ -118,7 +119,9 @@ class Judged(TransformersEngine):
         if sampling.temperature == 0:
             return completion
         ids = torch.tensor([*token_ids, *completion.token_ids])
-        judged = completion_logprobs(self._model, ids, len(token_ids), *self.judged_at(sampling))
+        judged = completion_logprobs(
+            self._forward.model, ids, len(token_ids), *self.judged_at(sampling)
+        )
         return replace(completion, logprobs=tuple(judged.tolist()))
 
 
@@ -157,7 +160,7 @@ class HalfDeaf(TransformersEngine):
     """Takes all tensors but those of one layer."""
 
     def _copy_weights(self, source: Mapping[str, Tensor]) -> None:
-        own = self._model.state_dict()
+        own = self._forward.model.state_dict()
         super()._copy_weights(
             {name: own[name] if ".layers.1." in name else new for name, new in source.items()}
         )

@@ -42,7 +42,7 @@ def sglang_url(tmp_path_factory):
         return
     if importlib.util.find_spec("sglang") is None:
         pytest.skip("sglang is not installed: docs/sglang.md")
-    from tir_alp.config import SGLangConfig
+    from tir_alp.engines.config import SGLangConfig
     from tir_alp.engines.sglang import process as sglang_process
     from tir_alp.engines.sglang.fleet import KEY_VARIABLE
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tir_alp.config import SGLangConfig, VLLMConfig
-from tir_alp.engines.base import AskTrainer, Completion, Engine
+from tir_alp.engines.base import AskTrainer, Completion, Engine, EngineContext
+from tir_alp.engines.config import SGLangConfig, VLLMConfig
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.models.tiny import BASE
 from tir_alp.models.tiny.model import make_model
@@ -128,15 +128,8 @@ async def served_by(
     config = SGLangConfig.model_validate(
         {"type": "sglang", "urls": urls, "device": "cpu", "dtype": "float32"} | settings
     )
-    async with open_sglang(
-        config,
-        model_path=str(BASE),
-        vocab_size=VOCABULARY,
-        end_token_ids=frozenset({1}),
-        on_update=on_update,
-        ask_trainer=ask_trainer,
-        log=log,
-    ) as engine:
+    context = EngineContext(path=str(BASE), on_update=on_update, ask_trainer=ask_trainer, log=log)
+    async with open_sglang(config, context) as engine:
         if of is not None:
             await engine.load_weights(of.state_dict(), 0)
         yield engine

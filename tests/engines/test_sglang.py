@@ -31,8 +31,10 @@ from tests.engines.harness import (
     served_by,
     write_model,
 )
-from tir_alp.config import SGLangConfig, load_config, read_toml
-from tir_alp.engines.base import EngineFailed, Probe, Sampling
+from tir_alp.config import load_config, read_toml
+from tir_alp.engines.base import EngineContext, EngineFailed, Probe, Sampling
+from tir_alp.engines.config import SGLangConfig
+from tir_alp.engines.probe import check_probe
 from tir_alp.models.tiny import BASE, TRAIN_CONFIG
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.training.policy import load_tokenizer
@@ -153,7 +155,7 @@ def test_weights_that_wait_come_between_two_completions(sglang_url):
 
 def test_a_server_with_other_weights_than_it_should_have_does_not_pass(sglang_url):
     from tir_alp.engines.servers.http_client import ServerFailed
-    from tir_alp.engines.servers.weights import WeightSnapshot, snapshot_tensors, verify_probe
+    from tir_alp.engines.servers.weights import WeightSnapshot, snapshot_tensors
     from tir_alp.engines.sglang.weights import verify_tensors
 
     slightly = model(0)
@@ -169,13 +171,15 @@ def test_a_server_with_other_weights_than_it_should_have_does_not_pass(sglang_ur
                 await verify_tensors(client, WeightSnapshot(0, only, None))
             whole = snapshot_tensors(OLD.state_dict(), torch.float32)
             assert (await verify_tensors(client, WeightSnapshot(0, whole, None))).num_compared == 4
-            said = await client.prompt_logprobs(PROMPTS[2])
-            close = WeightSnapshot(0, None, Probe(PROMPTS[2], tuple(said)))
-            difference = await verify_probe(client, close, "float32")
-            assert difference is not None and difference < 1e-5
-            far = WeightSnapshot(0, None, Probe(PROMPTS[2], tuple(each + 2e-3 for each in said)))
-            with pytest.raises(ServerFailed, match=r"are 0\.002 nats from the trainer's"):
-                await verify_probe(client, far, "float32")
+            reported = await client.prompt_logprobs(PROMPTS[2])
+
+            def check(shift):
+                probe = Probe(PROMPTS[2], tuple(each + shift for each in reported))
+                return check_probe(probe, reported, "float32", server=client.url, version=0)
+
+            assert check(0.0) < 1e-5
+            with pytest.raises(EngineFailed, match=r"are 0\.002 nats from the trainer's"):
+                check(2e-3)
 
     run(work())
 
@@ -199,7 +203,7 @@ def test_where_a_server_reports_no_tensors_the_probe_is_asked_alone_and_has_to_b
             assert engine.health()["tensors_compared"] == 0
             assert 0 < engine.health()["probe_difference"] < 1e-5
             snapshot = replace(engine.fleet.snapshot, probe=None)
-            with pytest.raises(ServerFailed, match=r"reports none of 4 .* no probe: nothing tells"):
+            with pytest.raises(ServerFailed, match=r"reports none of 4 .* no probe: nothing shows"):
                 await verify_tensors(engine.fleet.servers[0].client, snapshot)
 
     # The server starts with other weights than the reference has: they are given to it first.
@@ -315,12 +319,8 @@ def test_memory_that_is_lent_is_free(tmp_path):
     )
 
     async def work():
-        async with open_sglang(
-            config,
-            model_path=write_model(tmp_path),
-            vocab_size=VOCABULARY,
-            end_token_ids=frozenset({1}),
-        ) as engine:
+        context = EngineContext(path=write_model(tmp_path), on_update="keep")
+        async with open_sglang(config, context) as engine:
             before, _ = torch.cuda.mem_get_info()
             await engine.lend_memory()
             between, _ = torch.cuda.mem_get_info()
@@ -562,13 +562,8 @@ def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, 
 
     async def work():
         nonlocal num_full
-        async with open_sglang(
-            config,
-            model_path=write_model(tmp_path),
-            vocab_size=VOCABULARY,
-            end_token_ids=frozenset({1}),
-            log=said.append,
-        ) as engine:
+        context = EngineContext(path=write_model(tmp_path), on_update="keep", log=said.append)
+        async with open_sglang(config, context) as engine:
             await engine.load_weights(NEW.state_dict(), 1)
             servers: Any = engine.fleet.servers
             router: Any = engine.router
@@ -629,8 +624,8 @@ def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, 
 def test_nothing_of_a_server_outlives_whoever_started_it(tmp_path):
     program = f"""
         import asyncio, pathlib
-        from tir_alp.config import SGLangConfig
         from tir_alp.engines.sglang import process as sglang
+        from tir_alp.engines.config import SGLangConfig
         from tir_alp.engines.sglang.process import SGLangProcess
         async def main():
             config = SGLangConfig(type="sglang", device="cpu", dtype="float32")

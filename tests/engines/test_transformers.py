@@ -338,7 +338,7 @@ def test_a_matcher_ends_a_completion_at_the_token_it_holds_at():
     [
         ((), 5, "the sequence has no tokens"),
         (PROMPT, 0, "max_tokens is 0; it must be at least 1"),
-        (PROMPT, 95, "6 tokens with 95 to come does not fit into the engine's cache of 100"),
+        (PROMPT, 95, "6 tokens with 95 to sample does not fit into the engine's cache of 100"),
     ],
 )
 def test_a_request_that_can_never_run_is_refused(prompt, max_tokens, message):
@@ -514,6 +514,21 @@ def test_weights_that_cannot_be_copied_fail_their_caller_and_the_engine_goes_on(
             return await engine.generate(PROMPT, Sampling(max_tokens=20))
 
     assert asyncio.run(run()).policy_version == 2
+
+
+def test_weights_that_fail_do_not_fail_those_that_wait_for_them():
+    broken = {name: tensor.to("meta") for name, tensor in model(1).state_dict().items()}
+
+    async def run() -> list[BaseException | None]:
+        async with opened() as engine, asyncio.timeout(10):
+            return await asyncio.gather(
+                engine.load_weights(broken, version=1),
+                engine.load_weights(model(2).state_dict(), version=2),
+                return_exceptions=True,
+            )
+
+    first, second = asyncio.run(run())
+    assert isinstance(first, NotImplementedError) and second is None
 
 
 # ----------------------------------------------------------------------- abort, cancel, failure

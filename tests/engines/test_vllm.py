@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.engines.harness import model
-from tir_alp.config import VLLMConfig
+from tir_alp.engines.config import VLLMConfig
 
 vllm_process = pytest.importorskip("tir_alp.engines.vllm.process")
 

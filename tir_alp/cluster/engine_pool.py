@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tir_alp.cluster.packed_weights import pack
 from tir_alp.cluster.watched_actor import WatchedActor, wait_for
-from tir_alp.config import Config, ServersConfig
+from tir_alp.config import Config
 from tir_alp.engines.base import AskTrainer, Completion, Probe, Sampling
 from tir_alp.roles import RoleLost
 from tir_alp.rollouts.renderer import Renderer
@@ -161,7 +161,7 @@ class EnginePool:
 
     async def _make_probe(self) -> Probe | None:
         """For servers; the embedded engine compares all that it was given."""
-        if not isinstance(self._config.engine, ServersConfig):
+        if not self._config.engine.needs_probe:
             return None
         return await self.ask_trainer(self._recent or tuple(range(_PROBE_TOKENS // 4)))
 

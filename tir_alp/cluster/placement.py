@@ -24,6 +24,7 @@ from ray.exceptions import RayError, RuntimeEnvSetupError
 from ray.util.placement_group import placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from tir_alp.cluster.config import ActorsConfig
 from tir_alp.cluster.engine_host import EngineHost
 from tir_alp.cluster.engine_pool import EnginePool
 from tir_alp.cluster.environment_host import EnvironmentHost
@@ -35,7 +36,7 @@ from tir_alp.cluster.same_code import Host, differences, own_code
 from tir_alp.cluster.sandbox_host import SandboxHost
 from tir_alp.cluster.trainer_host import TrainerHost
 from tir_alp.cluster.watched_actor import WatchedActor, reason_of, wait_for
-from tir_alp.config import ActorsConfig, Config
+from tir_alp.config import Config
 from tir_alp.engines.base import AskTrainer, Engine
 from tir_alp.roles import TrainerRole
 from tir_alp.rollouts.renderer import Renderer

@@ -16,8 +16,9 @@ import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from tir_alp.cluster.config import ActorsConfig, ClusterConfig
 from tir_alp.cluster.watched_actor import wait_for
-from tir_alp.config import ActorsConfig, ClusterConfig, Config, ServersConfig
+from tir_alp.config import Config
 
 KINDS = {
     "trainer": "trainer",
@@ -37,17 +38,12 @@ def check_gpus(config: Config) -> None:
     Raises:
         ValueError: If an engine has too few, or does not begin with its first.
     """
-    engine, given = config.engine, config.cluster.engines.gpus
-    if not isinstance(engine, ServersConfig) or engine.device != "cuda":
-        return
-    if getattr(engine, "urls", ()):
-        return
-    taken = engine.tensor_parallel * getattr(engine, "num_servers", 1)
-    if engine.first_gpu or taken > math.ceil(given):
+    taken, given = config.engine.gpus, config.cluster.engines.gpus
+    if taken and (taken.start or len(taken) > math.ceil(given)):
         raise ValueError(
-            f"the servers of an engine take {taken} GPUs from engine.first_gpu = "
-            f"{engine.first_gpu} on, but Ray gives it {given:g}: set cluster.engines.gpus = "
-            f"{taken} and engine.first_gpu = 0"
+            f"the servers of an engine take {len(taken)} GPUs from engine.first_gpu = "
+            f"{taken.start} on, but Ray gives it {given:g}: set cluster.engines.gpus = "
+            f"{len(taken)} and engine.first_gpu = 0"
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from tir_alp.config import ClusterConfig
+from tir_alp.cluster.config import ClusterConfig
 from tir_alp.roles import RoleLost
 
 Make = Callable[[], Any]

@@ -15,26 +15,23 @@ from typing import Any
 
 import torch
 
-from tir_alp.config import Config, ServersConfig
+from tir_alp.config import Config
 from tir_alp.doctor.finding import Finding
 from tir_alp.engines.base import Completion, Engine, LogprobSource, Sampling
+from tir_alp.engines.config import LOGPROB_TOLERANCE
 from tir_alp.types import StopReason
 
 _NUM_TOKENS = 16  # of a completion that is sampled for a check
 _DEADLINE_S = 300.0
-_MEAN_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.05, "int8": 0.1, "fp8": 0.3}
 _MAX_OVER_MEAN = 20  # a single token may be off by so many times the tolerance of the mean
-_NOISE_TOLERANCE = 1.5  # a unit of noise on the logits
 _SHIFT = 10  # a change of the weights has to move logprobs by so many tolerances
 
 
 def tolerance_of(config: Config) -> float:
     """By how much the mean |difference of logprobs| may be off, in nats."""
-    engine, own = config.engine, config.trainer.dtype
-    rounding = 0.0 if own == "float32" else _MEAN_TOLERANCE[own]
-    if isinstance(engine, ServersConfig):
-        return _MEAN_TOLERANCE[engine.dtype] + rounding
-    return _MEAN_TOLERANCE[engine.precision] + _NOISE_TOLERANCE * engine.logit_noise + rounding
+    own = config.trainer.dtype
+    rounding = 0.0 if own == "float32" else LOGPROB_TOLERANCE[own]
+    return config.engine.logprob_tolerance + rounding
 
 
 @dataclass(frozen=True, slots=True)

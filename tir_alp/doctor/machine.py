@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 
-from tir_alp.config import Config, ServersConfig, SGLangConfig
+from tir_alp.config import Config
 from tir_alp.doctor.finding import Finding
 from tir_alp.training.structure import load_outline
 
 _FLOAT = 4  # bytes: weights, gradients and both moments of AdamW are float32
 _KEPT_A_LAYER = (16, 4)  # numbers kept for the backward pass, a token: of hidden and of inner size
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # a number of a server's
 _LOGIT_COPIES = 3  # logits, their log-softmax, and its gradient
 
 
@@ -69,35 +68,20 @@ def memory_needed(config: Config, shape: Shape, device: str) -> dict[str, int]:
     if trainer.gradient_checkpointing:
         kept = a_layer + shape.hidden * shape.num_layers
     weights = _FLOAT * shape.num_parameters
+    engine = config.engine.memory_beside_trainer(
+        device,
+        num_parameters=shape.num_parameters,
+        num_tokens=num_episodes * rollout.max_context_tokens,
+        numbers_per_token=shape.cache_width * shape.num_layers,
+    )
     frozen = weights if trainer.dtype == "float32" else weights // 2
     return {
         "weights, gradients, optimizer": 4 * weights if trainer.lora is None else frozen,
-        **_engine_memory(config, shape, device, num_episodes * rollout.max_context_tokens),
+        "the engine's weights": engine.weights,
+        "cache": engine.cache,
         "reference weights": weights if config.algorithm.needs_reference else 0,
         "activations": _FLOAT * packed * kept,
         "logits": _FLOAT * _LOGIT_COPIES * trainer.logprob_chunk_tokens * shape.vocabulary,
-    }
-
-
-def _engine_memory(config: Config, shape: Shape, device: str, most_cached: int) -> dict[str, int]:
-    """Bytes that engines take where the trainer computes; those elsewhere are not its concern."""
-    engine = config.engine
-    a_number, num_engines, cached = _FLOAT, 1, most_cached
-    if engine.max_cache_tokens is not None:
-        cached = min(engine.max_cache_tokens, most_cached)
-    if isinstance(engine, ServersConfig):
-        is_sglang = isinstance(engine, SGLangConfig)
-        a_number, num_engines = _BYTES[engine.dtype], engine.num_servers if is_sglang else 1
-        if engine.device == "cuda":  # each has GPUs of its own, and the trainer the first
-            num_engines = int(engine.first_gpu == 0)
-        # Those of others are not our concern; those that take turns with the trainer have gone.
-        if engine.device != device or (is_sglang and (engine.urls or engine.release_memory)):
-            num_engines = 0
-        if engine.max_cache_tokens is None:  # a share of what there is, and so always fits
-            cached = 0
-    return {
-        "the engine's weights": num_engines * a_number * shape.num_parameters,
-        "cache": num_engines * a_number * cached * shape.cache_width * shape.num_layers,
     }
 
 

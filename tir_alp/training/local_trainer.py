@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tir_alp.algorithm.presets import AlgorithmConfig
-from tir_alp.config import Config, SGLangConfig
+from tir_alp.config import Config
 from tir_alp.records.folder import RunFolder
 from tir_alp.records.ledger_rows import Row, update_row
 from tir_alp.training import checkpoint
@@ -46,7 +46,7 @@ class LocalTrainer:
         self._tokenizer = load_tokenizer(path)
         self._exit = contextlib.ExitStack()
         self._updates: list[Row] = []
-        self._takes_turns = isinstance(config.engine, SGLangConfig) and config.engine.release_memory
+        self._takes_turns = config.engine.returns_memory
         device = compute_device(config.trainer.device)
         self._trainer = Trainer(
             load_policy(path if config.trainer.lora is None else initial),
