@@ -25,7 +25,7 @@ def work(suspects, *task_ids, host="host-0", dies=False):
         thread.join()
 
 
-def test_a_task_that_ends_two_hosts_is_dropped_and_named():
+def test_a_task_that_kills_two_hosts_is_excluded_and_named():
     said = []
     suspects = Suspects(said.append, timeout_s=10)
     work(suspects, "good", "bad", "fine", dies=True)
@@ -33,7 +33,7 @@ def test_a_task_that_ends_two_hosts_is_dropped_and_named():
     assert suspects.guilty == ()  # somebody else may have killed both
     work(suspects, "bad", host="host-2", dies=True)
     assert suspects.guilty == ("bad",)
-    assert said == ["task bad is dropped: it ended its host twice (host-1, killed; host-2, killed)"]
+    assert said == ["task bad is excluded: it killed its host twice (host-1, killed; host-2, killed)"]
     with pytest.raises(PoisonTask, match="bad"), suspects.at_work("bad", "host-0"):
         pass
 

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tir_alp.cluster.placement import Cluster, open_cluster
+from tir_alp.cluster.placement import ClusterPlacement, open_cluster
 from tir_alp.cluster.reservation import KINDS
 from tir_alp.cluster.watched_actor import WatchedActor
 from tir_alp.config import Config, load_config, read_toml
@@ -137,7 +137,7 @@ async def drill(config: Config, faults: int, seed: int) -> Counter[str]:
 
 
 async def disturb(
-    cluster: Cluster, made: Path, faults: int, rng: random.Random, done: Counter[str]
+    cluster: ClusterPlacement, made: Path, faults: int, rng: random.Random, done: Counter[str]
 ) -> None:
     """Kill or freeze a random part again and again; then, when all are well, ask for the end.
 
@@ -158,24 +158,24 @@ async def disturb(
     while done.total() < faults:
         await asyncio.sleep(rng.uniform(0.2, 2.0))
         kind = rng.choice([*KINDS])
-        there = [part for part in cluster.parts[kind] if part.actor is not None]
+        there = [each for each in cluster.actors[kind] if each.actor is not None]
         how = rng.choice([signal.SIGKILL, signal.SIGSTOP])
         if kind == "trainer" and last() <= at_trainer:
             continue
         if there and hit(rng.choice(there), how):
             at_trainer = last() if kind == "trainer" else at_trainer
             done[f"{KINDS[kind]} {how.name}"] += 1
-            print(f"fault {done.total()}: {how.name} to a part of kind {kind}", file=sys.stderr)
+            print(f"fault {done.total()}: {how.name} to an actor of kind {kind}", file=sys.stderr)
     await until_behind(last())
-    while not all(part.actor for parts in cluster.parts.values() for part in parts):
+    while not all(each.actor for actors in cluster.actors.values() for each in actors):
         await asyncio.sleep(0.2)
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def hit(part: WatchedActor, how: signal.Signals) -> bool:
-    """Send a signal to the process of a part, if there is one that is known."""
+def hit(slot: WatchedActor, how: signal.Signals) -> bool:
+    """Send a signal to the process of an actor, if its id is known."""
     with contextlib.suppress(OSError, KeyError):
-        pid = part.health["pid"]
+        pid = slot.health["pid"]
         if Path(f"/proc/{pid}/cmdline").read_text().startswith("ray::"):  # and no other since
             os.kill(pid, how)
             return True
