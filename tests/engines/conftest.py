@@ -41,7 +41,7 @@ def sglang_url(tmp_path_factory):
         yield running
         return
     if importlib.util.find_spec("sglang") is None:
-        pytest.skip("sglang is not installed: docs/sglang.md")
+        pytest.skip("sglang is not installed: docs/engines.md")
     from tir_alp.engines.config import SGLangConfig
     from tir_alp.engines.sglang import process as sglang_process
     from tir_alp.engines.sglang.fleet import KEY_VARIABLE
@@ -76,7 +76,7 @@ def sglang_url(tmp_path_factory):
 def router_url(sglang_url, tmp_path_factory):
     """Address of a router; the server of `sglang_url` is known to it."""
     if importlib.util.find_spec("sglang_router") is None:
-        pytest.skip("sglang-router is not installed: docs/sglang.md")
+        pytest.skip("sglang-router is not installed: docs/engines.md")
     from tir_alp.engines.sglang.router import RouterProcess
 
     process = RouterProcess(tmp_path_factory.mktemp("router") / "log", "secret", print)

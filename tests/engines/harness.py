@@ -32,7 +32,7 @@ VOCABULARY = 262
 PROMPTS = [(2, 45, 78, 33, 1, 3), (2, 60, 61), tuple(range(40, 90)), (7,)]
 
 needs_sglang = pytest.mark.skipif(
-    importlib.util.find_spec("sglang") is None, reason="sglang is not installed: docs/sglang.md"
+    importlib.util.find_spec("sglang") is None, reason="sglang is not installed: docs/engines.md"
 )
 
 

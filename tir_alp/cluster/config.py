@@ -1,4 +1,4 @@
-"""The cluster section of a config: which processes a run is spread over."""
+"""The cluster section of a config: the processes over which a run is spread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ActorsConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Which processes a run is spread over, and when one of them counts as lost."""
+    """The processes over which a run is spread, and when one of them counts as lost."""
 
     address: str = "none"
     """`none`: one process, no cluster, and all other keys of this section are ignored. `local`: a
