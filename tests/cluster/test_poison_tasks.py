@@ -33,7 +33,9 @@ def test_a_task_that_kills_two_hosts_is_excluded_and_named():
     assert suspects.guilty == ()  # somebody else may have killed both
     work(suspects, "bad", host="host-2", dies=True)
     assert suspects.guilty == ("bad",)
-    assert said == ["task bad is excluded: it killed its host twice (host-1, killed; host-2, killed)"]
+    assert said == [
+        "task bad is excluded: it killed its host twice (host-1, killed; host-2, killed)"
+    ]
     with pytest.raises(PoisonTask, match="bad"), suspects.at_work("bad", "host-0"):
         pass
 

@@ -1,4 +1,4 @@
-"""What the tests of all engines share: small models, forwards to compare with, servers to ask."""
+"""Shared by the tests of all engines: small models, forwards to compare with, opened engines."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ needs_sglang = pytest.mark.skipif(
 def model(seed: int = 0) -> Any:
     """A model as small as the tiny one, with weights that prefer some tokens to others."""
     config = deepcopy(make_model(seed).config)
-    # As wide as before: vLLM's CPU build has no attention with heads of 24.
+    # The same width in fewer heads: vLLM's CPU build has no attention with heads of size 24.
     config.num_attention_heads = config.num_key_value_heads = 3
     config.head_dim = 32
     torch.manual_seed(seed)
@@ -58,7 +58,7 @@ def write_model(folder: Path) -> str:
 
 @torch.no_grad()
 def logprobs(of: Any, token_ids: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
-    """[T, V] of the token behind each token, in one forward of the trainer's kind."""
+    """[T, V] logprobs of the next token at each position, by the trainer's forward."""
     ids = torch.tensor(token_ids)
     hidden = hidden_states(of, ids, torch.arange(len(ids)), PackedSequences((len(ids),)))
     return (next_token_logits(of, hidden) / temperature).log_softmax(-1)
@@ -67,10 +67,10 @@ def logprobs(of: Any, token_ids: Sequence[int], temperature: float = 1.0) -> tor
 def logprobs_of(
     of: Any, prompt: Sequence[int], completion: Completion, temperature: float = 1.0
 ) -> torch.Tensor:
-    """What a model says of a completion's tokens."""
+    """A model's logprobs of a completion's tokens."""
     every = logprobs(of, (*prompt, *completion.token_ids), temperature)
-    places = torch.arange(len(prompt) - 1, len(prompt) + len(completion.token_ids) - 1)
-    return every[places, torch.tensor(completion.token_ids, dtype=torch.int64)]
+    positions = torch.arange(len(prompt) - 1, len(prompt) + len(completion.token_ids) - 1)
+    return every[positions, torch.tensor(completion.token_ids, dtype=torch.int64)]
 
 
 def distance(
@@ -82,19 +82,22 @@ def distance(
     """The largest |difference| between a completion's logprobs and those of the weights it names.
 
     Args:
-        models: The weights of each version.
+        models: The model of each policy version.
+        prompt: Token ids that the completion continues.
+        completion: The completion.
+        temperature: Temperature at which it was sampled.
     """
     worst = 0.0
     for span in completion.versions:
-        said = torch.tensor(completion.logprobs[span.start : span.stop])
+        reported = torch.tensor(completion.logprobs[span.start : span.stop])
         expected = logprobs_of(models[span.version], prompt, completion, temperature)
-        worst = max(worst, float((said - expected[span.start : span.stop]).abs().max()))
+        worst = max(worst, float((reported - expected[span.start : span.stop]).abs().max()))
     return worst
 
 
 @dataclass(frozen=True)
 class Harness:
-    """An engine under test: how one is opened with the weights of a model as version 0."""
+    """An engine under test, and how it is opened with the weights of a model as version 0."""
 
     name: str
     opened: Callable[[Any], AbstractAsyncContextManager[Engine]]
@@ -136,7 +139,7 @@ async def served_by(
 
 
 def vllm_config() -> VLLMConfig:
-    """Of a server that samples on a CPU with the Python that TIR_ALP_VLLM_PYTHON names."""
+    """The section of a server on the CPU, with the Python that TIR_ALP_VLLM_PYTHON names."""
     return VLLMConfig(
         type="vllm",
         python=Path(os.environ["TIR_ALP_VLLM_PYTHON"]),

@@ -1,8 +1,8 @@
 """Processes of a run in containers: `test_image.py` starts this as an ordinary user who has podman.
 
-    python -m tests.cluster.image_parts IMAGE OLD_IMAGE
+    python -m tests.cluster.image_actors IMAGE OLD_IMAGE
 
-OLD_IMAGE has other code of tir_alp. It prints a line of JSON with what it saw.
+OLD_IMAGE has other code of tir_alp. It prints one line of JSON with its observations.
 """
 
 import asyncio
