@@ -291,9 +291,7 @@ def test_memory_is_lent_in_order_and_weights_come_back(sglang_url):
             running = asyncio.create_task(engine.generate(PROMPT, sampling))
             await until(lambda: tokens)
             proxy.paths.clear()
-            await (
-                engine.lend_memory()
-            )  # waits: a running request would crash the server
+            await engine.lend_memory()  # waits: a running request would crash the server
             assert await running
             waiting = asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=9)))
             await engine.load_weights(NEW.state_dict(), 1)
