@@ -12,7 +12,7 @@ from pathlib import Path
 HOSTS = {"tir-alp-a": "10.97.0.1", "tir-alp-b": "10.97.0.2"}
 FIRST, SECOND = HOSTS
 LINKS = "tir-alp-0", "tir-alp-1"
-# What else hosts do not share: their name, shared memory, the files of Ray.
+# Other things that hosts do not share: their name, shared memory, the files of Ray.
 _PREPARE = """
 hostname {host}
 mount -t tmpfs -o mode=1777 none /dev/shm
@@ -22,13 +22,13 @@ mount -t tmpfs none /tmp/ray
 
 
 def ip(*words: str) -> None:
-    """Call the tool of that name."""
+    """Run the command `ip`."""
     subprocess.run(["ip", *words], check=True)
 
 
 @contextlib.contextmanager
 def hosts() -> Iterator[None]:
-    """Make `HOSTS`; remove them."""
+    """Make `HOSTS`, and remove them when the block ends."""
     try:
         for host in HOSTS:
             ip("netns", "add", host)
@@ -45,7 +45,7 @@ def hosts() -> Iterator[None]:
 
 
 def processes_of(host: str) -> dict[int, str]:
-    """Command lines of what runs on a host, by pid."""
+    """Command lines of the processes on a host, by pid."""
     listed = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True)
     found = {}
     for pid in listed.stdout.split():
@@ -56,18 +56,18 @@ def processes_of(host: str) -> dict[int, str]:
 
 
 def on(host: str, *words: str) -> list[str]:
-    """The command that runs another one in a host's network."""
+    """A command that runs another command in a host's network."""
     return ["ip", "netns", "exec", host, *words]
 
 
 def apart(host: str, script: str) -> list[str]:
-    """The command that runs a shell's script on a host: it shares nothing of `_PREPARE`."""
+    """A command that runs a shell script on a host, with everything of `_PREPARE` its own."""
     shell = ("sh", "-ec", _PREPARE.format(host=host) + script)
     return on(host, "unshare", "--uts", "--mount", *shell)
 
 
 def end_processes_of(host: str) -> None:
-    """Kill what runs on a host."""
+    """Kill the processes on a host."""
     for pid in processes_of(host):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

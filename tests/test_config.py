@@ -265,11 +265,16 @@ def test_sglang_is_chosen_by_its_type():
         ({"type": "sglang", "precision": "int8"}, r"^engine\.precision: there is no such key"),
         ({"type": "sglang", "max_running": 0}, r"^engine\.max_running: Input should be greater"),
         ({"type": "other"}, "^engine: Input tag 'other'"),
+        ({"type": "custom", "factory": "no_colon"}, r"^engine\.factory: String should match"),
+        (
+            {"type": "custom", "factory": "a:b", "kwargs": {"two words": 1}},
+            "'two words' cannot be the name of an argument",
+        ),
         ({"type": "sglang", "urls": ["http://a"], "num_servers": 2}, "leave one of them out"),
         ({"type": "sglang", "router": "http://a"}, "knows nothing of servers that the run starts"),
     ],
 )
-def test_what_an_engine_does_not_know_is_told_by_its_own_name(engine, message):
+def test_a_key_that_an_engine_does_not_have_is_named_without_its_type(engine, message):
     with pytest.raises(ValueError, match=message):
         load_config([], {"engine": engine})
 
@@ -279,6 +284,29 @@ def test_servers_that_lend_their_memory_cannot_sample_ahead_of_the_weights():
     with pytest.raises(ValueError, match=r"needs rollout.max_staleness = 0: .* and it is 2"):
         load_config(["--rollout.max_staleness", "2"], below)
     assert load_config([], below).rollout.max_staleness == 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "mode", "allowed"),
+    [
+        ({"type": "sglang"}, "drop", '"wait" or "keep"'),
+        ({"type": "vllm", "python": "/p"}, "keep", '"wait"'),
+        ({"type": "custom", "factory": "a:b"}, "keep", '"wait"'),
+    ],
+)
+def test_an_engine_refuses_a_way_to_update_weights_that_it_does_not_support(engine, mode, allowed):
+    with pytest.raises(ValueError, match=rf'on_update = "{mode}": set it to {allowed}'):
+        load_config(["--rollout.on_update", mode], {"engine": engine})
+
+
+def test_a_custom_engine_says_itself_what_it_can_do():
+    engine = {"type": "custom", "factory": "a:b", "kwargs": {"speed": 2}}
+    able = {"reproducible": True, "num_gpus": 2, "supports_on_update": ["wait", "keep"]}
+    words = ["--deterministic", "true", "--rollout.on_update", "keep"]
+    made = load_config(words, {"engine": engine | able}).engine
+    assert (made.is_reproducible, made.gpus, made.needs_probe) == (True, range(2), True)
+    with pytest.raises(ValueError, match="is not a function of the run's seed"):
+        load_config(words, {"engine": engine})
 
 
 def test_a_deterministic_run_needs_the_embedded_engine():

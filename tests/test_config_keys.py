@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from tir_alp.algorithm.presets import Section
+from tir_alp.algorithm.section import Section
 from tir_alp.config import Config, TrainerConfig
 
 PACKAGE = Path(__file__).parents[1] / "tir_alp"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -137,6 +138,10 @@ def _changed(section: Section) -> set[str]:
     return {name for name, field in fields.items() if getattr(section, name) != field.default}
 
 
+OnUpdate = Literal["wait", "keep", "drop"]
+"""What new weights do to running completions; see `RolloutConfig.on_update`."""
+
+
 class RolloutConfig(OverlongConfig):
     """How trajectories are collected."""
 
@@ -149,7 +154,7 @@ class RolloutConfig(OverlongConfig):
     hold: bool = False
     """For studies of staleness: train only when every group in flight has ended, so that weights
     lag by exactly `max_staleness` steps, fewer in the first. Sampling and training take turns."""
-    on_update: Literal["wait", "keep", "drop"] = "wait"
+    on_update: OnUpdate = "wait"
     """What new weights do to completions that are being sampled: they wait until those have ended,
     let them go on, each token range with its own version and logprobs, or make them begin again."""
     max_turn_tokens: int = Field(default=2048, ge=1)
@@ -169,48 +174,216 @@ class RolloutConfig(OverlongConfig):
     """Deadline of one call of the environment."""
 
 
-class TransformersConfig(Section):
-    """The embedded engine."""
+# --------------------------------------------------------------------------- the engine
+#
+# Nothing outside an engine's own folder asks which kind of engine a run has. It asks the section:
+# how many GPUs the engine takes, how far its logprobs may be off, whether it can repeat its draws.
+# The defaults of `EngineSettings` promise as little as possible; a kind overrides what it does
+# better.
+
+
+LOGPROB_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.05, "int8": 0.1, "fp8": 0.3}
+"""Mean |difference of logprobs| that an arithmetic explains, in nats per token."""
+
+_NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_NOISE_TOLERANCE = 1.5  # nats per unit of noise on the logits
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMemory:
+    """What engines take of the memory that the trainer computes in, in bytes."""
+
+    weights: int = 0
+    cache: int = 0
+
+
+class EngineSettings(Section):
+    """What every kind of engine can be asked. The answers here hold for an unknown engine."""
+
+    type: str
+    """Kind of the engine."""
+
+    install_hint: ClassVar[str] = "install it as docs/engines.md says"
+    """What to do when a package that the engine imports is missing."""
+
+    @property
+    def is_reproducible(self) -> bool:
+        """Whether its draws are a function of the run's seed, the sequence and the position."""
+        return False
+
+    @property
+    def on_update_modes(self) -> tuple[OnUpdate, ...]:
+        """The values of `rollout.on_update` that it supports."""
+        return ("wait",)
+
+    @property
+    def returns_memory(self) -> bool:
+        """Whether `lend_memory` frees its memory for a trainer on the same device."""
+        return False
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether new weights are verified by the trainer's logprobs of a probe sequence."""
+        return True
+
+    @property
+    def gpus(self) -> range:
+        """Indices of the GPUs that one engine takes; empty if it claims none."""
+        return range(0)
+
+    @property
+    def logprob_tolerance(self) -> float:
+        """Mean |difference| that its arithmetic explains between its logprobs and the trainer's.
+
+        In nats per token.
+        """
+        return LOGPROB_TOLERANCE["float32"]
+
+    def memory_beside_trainer(
+        self, device: str, *, num_parameters: int, num_tokens: int, numbers_per_token: int
+    ) -> EngineMemory:
+        """Estimate what it takes of the memory that the trainer computes in.
+
+        Args:
+            device: "cpu" or "cuda": the memory of this machine, or of the first GPU.
+            num_parameters: Size of the model.
+            num_tokens: Most tokens that running completions can need in its cache.
+            numbers_per_token: Numbers that the cache keeps per token, over all layers.
+        """
+        return EngineMemory()
+
+    def check(self, *, deterministic: bool, on_update: OnUpdate, max_staleness: int) -> None:
+        """See that a run with these settings can use it. Raises ValueError.
+
+        Args:
+            deterministic: Whether equal runs have to be equal bit for bit.
+            on_update: What new weights do to running completions.
+            max_staleness: Steps by which rollouts may be ahead of the trainer.
+        """
+        if deterministic and not self.is_reproducible:
+            raise ValueError(
+                'deterministic needs engine.type = "transformers": what an engine of the type '
+                f'"{self.type}" draws is not a function of the run\'s seed'
+            )
+        if on_update not in self.on_update_modes:
+            modes = " or ".join(f'"{mode}"' for mode in self.on_update_modes)
+            raise ValueError(
+                f'engine.type = "{self.type}" does not support rollout.on_update = "{on_update}": '
+                f"set it to {modes}"
+            )
+        if self.returns_memory and max_staleness:
+            raise ValueError(
+                "engine.release_memory needs rollout.max_staleness = 0: servers without memory "
+                f"cannot sample while the trainer computes, and it is {max_staleness}"
+            )
+
+
+class TransformersConfig(EngineSettings):
+    """The embedded engine, in the process of the run."""
+
+    factory: ClassVar[str] = "tir_alp.engines.transformers:open_transformers"
 
     type: Literal["transformers"] = "transformers"
     max_cache_tokens: int = Field(default=131072, ge=1)
     """Bound of its cache of keys and values, in tokens; requests wait for room."""
     precision: Literal["float32", "bfloat16", "int8", "fp8"] = "float32"
     """For studies of mismatch: `bfloat16` is all of the engine's arithmetic; `int8` and `fp8`
-    (e4m3) round the matrices of the decoder layers, one scale an output row."""
+    (e4m3) round the matrices of the decoder layers, with one scale per output row."""
     logit_noise: float = Field(default=0.0, ge=0.0)
-    """For studies of mismatch: standard deviation of noise on the logits that are sampled from, at
-    evaluation too. It is a function of run seed, sequence and position."""
+    """For studies of mismatch: standard deviation of noise on the logits that are sampled from,
+    in evaluations too. The noise is a function of run seed, sequence and position."""
+
+    @property
+    def is_reproducible(self) -> bool:
+        """True: each draw is keyed by seed, sequence and position."""
+        return True
+
+    @property
+    def on_update_modes(self) -> tuple[OnUpdate, ...]:
+        """All of them."""
+        return ("wait", "keep", "drop")
+
+    @property
+    def needs_probe(self) -> bool:
+        """False: it compares every tensor that it was given."""
+        return False
+
+    @property
+    def logprob_tolerance(self) -> float:
+        """Of its precision, and of the noise on its logits."""
+        return LOGPROB_TOLERANCE[self.precision] + _NOISE_TOLERANCE * self.logit_noise
+
+    def memory_beside_trainer(
+        self, device: str, *, num_parameters: int, num_tokens: int, numbers_per_token: int
+    ) -> EngineMemory:
+        """All of its memory: it computes where the trainer does."""
+        number = _NUMBER_BYTES["float32"]
+        cached = min(self.max_cache_tokens, num_tokens)
+        return EngineMemory(number * num_parameters, number * cached * numbers_per_token)
 
 
-class ServersConfig(Section):
-    """What servers of any kind have."""
+class ServersConfig(EngineSettings):
+    """Settings that every kind of server has."""
 
     device: Literal["cpu", "cuda"] = "cuda"
     """Where the servers compute."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Of the servers' arithmetic."""
+    """Precision of the servers' arithmetic."""
     tensor_parallel: int = Field(default=1, ge=1)
-    """GPUs that a server is spread over."""
+    """GPUs that one server is spread over."""
     first_gpu: int = Field(default=0, ge=0)
-    """The servers take the GPUs from this one on."""
+    """Index of the first GPU that the servers take; the others follow it."""
     max_running: int = Field(default=64, ge=1)
-    """Completions that a server samples at a time; more wait in the trainer."""
+    """Completions that one server samples at a time; more of them wait in the trainer."""
     max_cache_tokens: int | None = Field(default=None, ge=1)
-    """Bound of a server's cache of keys and values, in tokens; None: what memory there is."""
+    """Bound of a server's cache of keys and values, in tokens; None: all memory that is free."""
     start_timeout_s: float = Field(default=600.0, gt=0.0)
     """Deadline of a server's start, the loading of the model included."""
     load_timeout_s: float = Field(default=300.0, gt=0.0)
     """Deadline of each call that moves weights."""
     stall_timeout_s: float = Field(default=120.0, gt=0.0)
-    """A server that is silent for so long, in a completion or when asked for its health, is taken
-    for lost."""
+    """A server that is silent for this long, in a completion or when asked for its health, counts
+    as lost."""
     arguments: tuple[str, ...] = ()
-    """More words of the servers' command line."""
+    """More arguments for the servers' command line."""
+
+    @property
+    def num_processes(self) -> int:
+        """Servers that one engine starts."""
+        return 1
+
+    @property
+    def gpus(self) -> range:
+        """From `first_gpu` on, those of all servers that it starts."""
+        count = self.tensor_parallel * self.num_processes if self.device == "cuda" else 0
+        return range(self.first_gpu, self.first_gpu + count)
+
+    @property
+    def logprob_tolerance(self) -> float:
+        """Of its dtype."""
+        return LOGPROB_TOLERANCE[self.dtype]
+
+    def memory_beside_trainer(
+        self, device: str, *, num_parameters: int, num_tokens: int, numbers_per_token: int
+    ) -> EngineMemory:
+        """That of the servers on the trainer's device, unless they take turns with the trainer."""
+        if self.device != device or self.returns_memory:
+            return EngineMemory()
+        num_here = self.num_processes
+        if self.device == "cuda" and self.first_gpu:
+            num_here = 0
+        elif self.device == "cuda":  # each server has GPUs of its own; one shares the first
+            num_here = min(num_here, 1)
+        # Without a bound the cache takes a share of what is free, and so always fits.
+        cached = 0 if self.max_cache_tokens is None else min(self.max_cache_tokens, num_tokens)
+        number = num_here * _NUMBER_BYTES[self.dtype]
+        return EngineMemory(number * num_parameters, number * cached * numbers_per_token)
 
 
 class SGLangConfig(ServersConfig):
-    """SGLang servers: started by the run, or there already. One that is lost is started again."""
+    """SGLang servers: started by the run, or running already. A lost server is started again."""
+
+    factory: ClassVar[str] = "tir_alp.engines.sglang.engine:open_sglang"
 
     type: Literal["sglang"]
     urls: tuple[str, ...] = ()
@@ -223,16 +396,16 @@ class SGLangConfig(ServersConfig):
     num_servers: int = Field(default=1, ge=1)
     """Servers that the run starts."""
     weights: Literal["disk", "tensor", "distributed"] = "disk"
-    """How new weights get into the servers: a folder that both sides see, tensors in the request,
-    or a broadcast, by NCCL between GPUs and gloo between CPUs."""
+    """How new weights get into the servers: through a folder that both sides see, as tensors in the
+    request, or by a broadcast, with NCCL between GPUs and gloo between CPUs."""
     weights_folder: Path | None = None
-    """For `disk`: a folder that the servers see, too; None: one below the system's own for
+    """For `disk`: a folder that the servers see, too; None: one in the system's folder for
     temporary files."""
     release_memory: bool = False
     """Free the servers' memory, weights and cache, while the trainer computes on the same GPUs."""
 
     @model_validator(mode="after")
-    def _check(self) -> SGLangConfig:
+    def _check_servers(self) -> SGLangConfig:
         if self.urls and self.num_servers != 1:
             raise ValueError(
                 f"engine.num_servers ({self.num_servers}) is for servers that the run starts, and "
@@ -241,28 +414,101 @@ class SGLangConfig(ServersConfig):
         if self.router not in ("none", "local") and not self.urls:
             raise ValueError(
                 f"engine.router = {self.router!r} runs already, and knows nothing of servers that "
-                'the run starts: name servers with engine.urls, or take router = "local"'
+                'the run starts: name servers with engine.urls, or set router = "local"'
             )
         return self
+
+    @property
+    def num_processes(self) -> int:
+        """Servers that it starts; none if they run already."""
+        return 0 if self.urls else self.num_servers
+
+    @property
+    def on_update_modes(self) -> tuple[OnUpdate, ...]:
+        """Not "drop": what SGLang draws the second time is something else."""
+        return ("wait", "keep")
+
+    @property
+    def returns_memory(self) -> bool:
+        """As `release_memory` says."""
+        return self.release_memory
 
 
 class VLLMConfig(ServersConfig):
     """A vLLM server, which the run starts with a Python of its own."""
 
+    factory: ClassVar[str] = "tir_alp.engines.vllm.engine:open_vllm"
+
     type: Literal["vllm"]
     python: Path
-    """The Python that vLLM is installed for: it needs other packages than the trainer has."""
+    """The Python that vLLM is installed for: vLLM needs other packages than the trainer."""
 
 
-def _with_engine_type(value: Any) -> Any:
-    """The embedded engine is meant where none is named."""
+class CustomEngineConfig(EngineSettings):
+    """An engine from outside this package, which says here what it can do."""
+
+    install_hint: ClassVar[str] = (
+        "see that Python finds it, e.g. by PYTHONPATH, or correct engine.factory"
+    )
+
+    type: Literal["custom"]
+    factory: str = Field(pattern=r"^[\w.]+:\w+$")
+    """What opens the engine, as `module:function`. The function takes this section and an
+    `EngineContext`, and returns an asynchronous context manager of an `Engine`."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """For the factory, which reads them from this section."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of its arithmetic, from which follows how far its logprobs may be off."""
+    num_gpus: int = Field(default=0, ge=0)
+    """GPUs that one engine takes, from the first one on."""
+    reproducible: bool = False
+    """Whether its draws are a function of run seed, sequence and position."""
+    supports_on_update: tuple[OnUpdate, ...] = ("wait",)
+    """The values of rollout.on_update that it supports."""
+
+    @model_validator(mode="after")
+    def _check_kwargs(self) -> CustomEngineConfig:
+        if wrong := [name for name in self.kwargs if not name.isidentifier()]:
+            raise ValueError(f"engine.kwargs: {wrong[0]!r} cannot be the name of an argument")
+        return self
+
+    @property
+    def is_reproducible(self) -> bool:
+        """As `reproducible` says."""
+        return self.reproducible
+
+    @property
+    def on_update_modes(self) -> tuple[OnUpdate, ...]:
+        """As `supports_on_update` says."""
+        return self.supports_on_update
+
+    @property
+    def gpus(self) -> range:
+        """The first `num_gpus`."""
+        return range(self.num_gpus)
+
+    @property
+    def logprob_tolerance(self) -> float:
+        """Of its dtype."""
+        return LOGPROB_TOLERANCE[self.dtype]
+
+
+def _with_default_type(value: Any) -> Any:
+    """The embedded engine is meant where no type is given."""
     return {"type": "transformers", **value} if isinstance(value, Mapping) else value
 
 
 EngineConfig = Annotated[
-    Annotated[TransformersConfig | SGLangConfig | VLLMConfig, Field(discriminator="type")],
-    BeforeValidator(_with_engine_type),
+    Annotated[
+        TransformersConfig | SGLangConfig | VLLMConfig | CustomEngineConfig,
+        Field(discriminator="type"),
+    ],
+    BeforeValidator(_with_default_type),
 ]
+"""The engine section of any kind; `type` says which one."""
+
+
+# --------------------------------------------------------------------------- the trainer
 
 
 class LoraConfig(Section):
@@ -359,54 +605,65 @@ class DoctorConfig(Section):
 
 
 class ActorsConfig(Section):
-    """Equal parts of one kind; each is a process that is placed as a whole."""
+    """Actors of one kind, all alike. Each is one process on one node."""
 
     count: int = Field(default=1, ge=0)
-    """How many of them."""
+    """Number of actors."""
     cpus: float = Field(default=1.0, gt=0.0)
-    """Cores that each is given, of those that the cluster says it has."""
+    """CPU cores that Ray reserves for each actor."""
     gpus: float = Field(default=0.0, ge=0.0)
-    """GPUs of each. Two actors with half a GPU each share one, such as an engine and a rank."""
+    """GPUs of each actor. Two actors with half a GPU each share one, e.g. an engine and a rank."""
     image: str | None = None
-    """Docker image that each runs in; None: what its node has installed."""
+    """Docker image that each actor runs in; None: what is installed on its node."""
 
 
 class ClusterConfig(Section):
-    """Which processes a run is spread over, and when one of them counts as lost."""
+    """The processes over which a run is spread, and when one of them counts as lost."""
 
     address: str = "none"
-    """`none`: one process, no cluster, and nothing else here counts. `local`: a Ray cluster on this
-    machine, for this run. Else the address of a running one: `auto`, or `ray://HOST:10001`."""
+    """`none`: one process, no cluster, and all other keys of this section are ignored. `local`: a
+    Ray cluster on this machine, for this run. Else the address of a running cluster: `auto`, or
+    `ray://HOST:10001`."""
     trainer: ActorsConfig = ActorsConfig()
     """Ranks of the trainer."""
     engines: ActorsConfig = ActorsConfig()
-    """What samples."""
+    """Engines, which sample."""
     environments: ActorsConfig = ActorsConfig()
-    """Where environments and graders run."""
+    """Runners of environments and graders."""
     sandboxes: ActorsConfig = ActorsConfig(count=0)
     """Hosts of the sandbox that `env.kwargs.sandbox` describes; 0: each environment runner has its
     own."""
     spread: bool = False
-    """Put parts on as many nodes as there are; else on as few."""
+    """Put actors on as many nodes as there are; else on as few as possible."""
     heartbeat_s: float = Field(default=5.0, gt=0.0)
-    """Time between two questions to a part whether it is well."""
+    """Time between two health checks of an actor."""
     patience_s: float = Field(default=30.0, gt=0.0)
-    """A part that has not answered for so long is ended and replaced."""
+    """An actor that does not answer a health check within this time is killed and replaced."""
     start_timeout_s: float = Field(default=600.0, gt=0.0)
-    """Deadline of a start: placing the process, loading the model."""
+    """Deadline of an actor's start: placing the process, loading the model."""
     step_timeout_s: float = Field(default=3600.0, gt=0.0)
     """Deadline of a training step, and of taking new weights."""
 
     @property
     def is_used(self) -> bool:
-        """Whether a run has parts outside its own process."""
+        """Whether the run has processes other than its own."""
         return self.address != "none"
+
+    @property
+    def actors(self) -> dict[str, ActorsConfig]:
+        """The actors by kind, in the order in which they are placed."""
+        return {
+            "trainer": self.trainer,
+            "engines": self.engines,
+            "environments": self.environments,
+            "sandboxes": self.sandboxes,
+        }
 
     @model_validator(mode="after")
     def _check_counts(self) -> ClusterConfig:
-        for name in ("trainer", "engines", "environments"):
-            if getattr(self, name).count < 1:
-                raise ValueError(f"cluster.{name}.count is 0: a run needs one at least")
+        for kind in ("trainer", "engines", "environments"):
+            if self.actors[kind].count < 1:
+                raise ValueError(f"cluster.{kind}.count is 0: a run needs at least one")
         return self
 
 
@@ -447,30 +704,11 @@ class Config(Section):
             )
         if rollout.hold and not rollout.max_staleness:
             raise ValueError("rollout.hold needs a rollout.max_staleness to hold rollouts back for")
-        if self.deterministic and isinstance(self.engine, ServersConfig):
-            raise ValueError(
-                'deterministic needs engine.type = "transformers": what servers draw is not a '
-                "function of the run's seed"
-            )
-        if rollout.on_update != "wait" and isinstance(self.engine, VLLMConfig):
-            raise ValueError(
-                f'engine.type = "vllm" waits for what runs: leave rollout.on_update = "wait", not '
-                f'"{rollout.on_update}"'
-            )
-        if rollout.on_update == "drop" and isinstance(self.engine, SGLangConfig):
-            raise ValueError(
-                'rollout.on_update = "drop" needs engine.type = "transformers": what SGLang draws '
-                'the second time is something else; take "keep" or "wait"'
-            )
-        if (
-            isinstance(self.engine, SGLangConfig)
-            and self.engine.release_memory
-            and rollout.max_staleness
-        ):
-            raise ValueError(
-                "engine.release_memory needs rollout.max_staleness = 0: servers without memory "
-                f"cannot sample while the trainer computes, and it is {rollout.max_staleness}"
-            )
+        self.engine.check(
+            deterministic=self.deterministic,
+            on_update=rollout.on_update,
+            max_staleness=rollout.max_staleness,
+        )
         if self.deterministic and rollout.max_staleness and not rollout.hold:
             raise ValueError(
                 "deterministic needs rollout.max_staleness = 0 or rollout.hold = true: with "

@@ -31,7 +31,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from tir_alp.config import SGLangConfig, VLLMConfig
-from tir_alp.engines.base import Engine, Sampling
+from tir_alp.engines.base import Engine, EngineContext, Sampling
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.training.policy import load_policy
 
@@ -141,6 +141,7 @@ async def run(options: argparse.Namespace) -> None:
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        context = EngineContext(path=folder, log=lambda line: print(line, file=sys.stderr))
         contestants: dict[str, Work] = {}
         if "transformers" in options.engines:
             contestants["transformers generate"] = static(
@@ -159,10 +160,7 @@ async def run(options: argparse.Namespace) -> None:
                     SGLangConfig(
                         type="sglang", device="cpu", dtype="float32", max_cache_tokens=1 << 16
                     ),
-                    model_path=folder,
-                    vocab_size=VOCABULARY,
-                    end_token_ids=frozenset(),
-                    log=lambda line: print(line, file=sys.stderr),
+                    context,
                 )
             )
             contestants["SGLang"] = through(servers)
@@ -170,7 +168,6 @@ async def run(options: argparse.Namespace) -> None:
             from tir_alp.engines.vllm.engine import open_vllm
 
             os.environ["OMP_NUM_THREADS"] = str(options.threads)
-            model = load_policy(folder)
             server = await stack.enter_async_context(
                 open_vllm(
                     VLLMConfig(
@@ -180,9 +177,7 @@ async def run(options: argparse.Namespace) -> None:
                         dtype="float32",
                         max_cache_tokens=1 << 16,
                     ),
-                    model,
-                    model.state_dict(),
-                    log=lambda line: print(line, file=sys.stderr),
+                    context,
                 )
             )
             contestants["vLLM"] = through(server)

@@ -1,7 +1,9 @@
-"""A device that is not the CPU, on a machine that has no other: what runs on it runs on the CPU,
-but a tensor that stands there and one that stands on the CPU do not go together, as on a GPU.
+"""A device other than the CPU, on a machine that has none.
 
-It bears the name of torch's device without memory, `meta`, which needs no driver.
+It computes on the CPU. But, as on a GPU, an operation refuses to mix its tensors with those of the
+CPU.
+
+It uses the name of torch's device without memory, `meta`, which needs no driver.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 ELSEWHERE = torch.device("meta")
 _TAKES_BOTH = {"copy_", "_to_copy", "index", "index_put_", "index_put", "_index_put_impl_"}
-"""Operations for which a GPU takes tensors of the CPU as well: copies, and indices."""
+"""Operations for which a GPU also takes tensors of the CPU: copies, and indices."""
 
 
 class _Remote(Tensor):
-    """A tensor there. The numbers are in `here`, which nothing but the device looks at."""
+    """A tensor on the device. Its data is in `here`, which only the device reads."""
 
     here: Tensor
 
@@ -44,7 +46,7 @@ class _Remote(Tensor):
         return _call(func, args, kwargs or {})
 
     def numpy(self, **_: Any) -> Any:
-        raise TypeError("a tensor that stands elsewhere has no array")
+        raise TypeError("a tensor on another device has no array")
 
 
 class _Device(TorchDispatchMode):
@@ -53,7 +55,7 @@ class _Device(TorchDispatchMode):
 
 
 class _MadeOfNumbers(TorchFunctionMode):
-    """Lists of numbers would be forgotten, since the device of this name has no memory."""
+    """Makes tensors of Python numbers on the CPU first: torch's own `meta` would drop the data."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -70,7 +72,7 @@ class _MadeOfNumbers(TorchFunctionMode):
 
 
 def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    if torch.is_inference_mode_enabled():  # in which a tensor of a tensor could not be viewed
+    if torch.is_inference_mode_enabled():  # where a tensor subclass could not be viewed
         with torch.inference_mode(False), torch.no_grad():
             return _call(func, args, kwargs)
     given = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
@@ -96,20 +98,20 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def moved(model: Any) -> Any:
-    """A model there, its tied weights tied as on a real device."""
+    """A model on the device, with its tied weights tied as on a real device."""
     model = model.to(ELSEWHERE)
     model.tie_weights()
     return model
 
 
 def begin() -> None:
-    """Make the device work in this thread, to the thread's end."""
+    """Enable the device in this thread, until the thread ends."""
     _Device().__enter__()
     _MadeOfNumbers().__enter__()
 
 
 @contextmanager
 def elsewhere() -> Iterator[torch.device]:
-    """Make the device work inside the block, in this thread."""
+    """Enable the device in this thread while the block runs."""
     with _Device(), _MadeOfNumbers():
         yield ELSEWHERE

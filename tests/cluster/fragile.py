@@ -1,5 +1,7 @@
-"""What can end its process, apart from the tests, since each actor imports it: an environment, and
-a rank of the trainer."""
+"""An environment and a rank of the trainer that can kill their process.
+
+They are apart from the tests because each actor imports them.
+"""
 
 import os
 import signal
@@ -13,10 +15,10 @@ from tir_alp.training.ranks import RankFailed
 
 
 class Fragile(gymnasium.Env[str, str]):
-    """Says what it is told to; the task named "poison" ends its process.
+    """Echoes its actions; the task named "poison" kills its process.
 
     Args:
-        sandbox: A file that stands for the sandbox hosts: they are gone while it is.
+        sandbox: A file that stands for the sandbox hosts: they are lost while it is missing.
     """
 
     def __init__(self, sandbox="/"):
@@ -38,7 +40,7 @@ class Fragile(gymnasium.Env[str, str]):
 
 
 class FragileRank:
-    """Nudges nothing: the scale says what happens."""
+    """Fail in the way that the scale chooses."""
 
     def perturb_weights(self, scale):
         if scale == 1:

@@ -1,4 +1,4 @@
-"""A private Slurm on two hosts of this machine, from Debian's packages; nothing is left of it.
+"""A private Slurm on two hosts of this machine, from Debian's packages. It leaves nothing.
 
     with hosts(), slurm(folder) as cluster:
         job = cluster.call("sbatch", "--parsable", "--nodes=2", "script.sh", cwd=folder).strip()
@@ -46,7 +46,7 @@ NodeName={first} NodeHostname={first} NodeAddr={first_address} CPUs=64 Gres=gpu:
 NodeName={second} NodeHostname={second} NodeAddr={second_address} CPUs=64 Gres=gpu:8
 PartitionName=all Nodes=ALL Default=YES
 """
-# Of GPUs, only that there are files. No control groups are made; slurmd wants their file.
+# GPUs are plain files here. No control groups are made, but slurmd needs their file.
 GPUS = "NodeName={first},{second} Name=gpu File={folder}/gpu[0-7]\n"
 CGROUPS = "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n"
 _START_S = 30.0
@@ -57,7 +57,7 @@ class Slurm:
     """A running cluster."""
 
     folder: Path
-    """Everything of it: configuration, state, logs."""
+    """Its configuration, state and logs."""
 
     def call(self, *words: str, cwd: Path | None = None) -> str:
         """Run a command of Slurm on the first host; returns what it printed."""
@@ -77,12 +77,12 @@ class Slurm:
         return os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def logs(self) -> str:
-        """The last words of its daemons."""
+        """The last lines that its daemons logged."""
         logs = self.folder.glob("*.log")
         return "\n".join(f"{log.name}: {log.read_text()[-500:]}" for log in logs)
 
     def field(self, job: str, name: str) -> str:
-        """What `scontrol` says of a job, such as its `JobState` or `ExitCode`."""
+        """A field of a job as `scontrol` reports it, such as `JobState` or `ExitCode`."""
         found = re.search(rf"\b{name}=(\S+)", self.call("scontrol", "show", "job", job))
         assert found, name
         return found[1]
@@ -96,7 +96,7 @@ class Slurm:
 
 @contextlib.contextmanager
 def slurm(folder: Path) -> Iterator[Slurm]:
-    """Start the daemons on both hosts; end them, and all that they started."""
+    """Start the daemons on both hosts; at the end, kill them and all that they started."""
     names = dict(zip(("first", "second"), HOSTS, strict=True))
     names |= {f"{place}_address": HOSTS[host] for place, host in names.items()}
     for name, text in {"slurm": CONFIG, "gres": GPUS, "cgroup": CGROUPS}.items():

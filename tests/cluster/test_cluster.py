@@ -1,8 +1,7 @@
-"""The parts of a run as actors of a real Ray cluster: one start for all tests here.
+"""The roles of a run as actors of a real Ray cluster, started once for all tests here.
 
 The cluster has two nodes, both on this machine, and the tests are clients of it, as a run with
-`--cluster ray://HOST:PORT` is; the drill's test has a cluster of its own, `local`. The environment
-runs no sandbox, so that runners start fast.
+`--cluster ray://HOST:PORT` is. The environment has no sandbox, so that runners start fast.
 """
 
 import asyncio
@@ -30,7 +29,7 @@ from tests.cluster.fragile import FragileRank
 from tir_alp.cluster import placement as cluster_module
 from tir_alp.cluster import sandbox_host
 from tir_alp.cluster.engine_pool import EnginePool
-from tir_alp.cluster.environment_pool import Environments
+from tir_alp.cluster.environment_pool import EnvironmentPool
 from tir_alp.cluster.packed_weights import pack, unpack
 from tir_alp.cluster.placement import open_cluster
 from tir_alp.cluster.poison_tasks import Suspects
@@ -58,7 +57,7 @@ WORDS = (
 )
 NODE = {"num_cpus": 5, "include_dashboard": False}
 SOON = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}
-"""When Ray notices that a node is gone: its own settings would take longer than the tests."""
+"""Makes Ray notice a dead node within seconds; its defaults would outlast the tests."""
 TASK = {"task": {"task_id": "any", "question": "q", "answer": "a"}}
 ENGINES = {"sglang": SGLangConfig(type="sglang"), "transformers": TransformersConfig()}
 PROMPT = (2, 45, 78, 33, 1, 3)
@@ -76,12 +75,12 @@ RENDERER = Short(load_tokenizer(str(BASE)))
 
 
 async def unasked(token_ids):
-    raise AssertionError("the embedded engine asks for no reference")
+    raise AssertionError("the embedded engine does not ask the trainer")
 
 
 @pytest.fixture(scope="module")
 def port():
-    """At which clients of the cluster are heard."""
+    """The port on which the cluster accepts clients."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -89,11 +88,13 @@ def port():
 
 @pytest.fixture(scope="module")
 def nodes(port):
-    """Two nodes, each with room for all parts; the second one may be killed."""
+    """Two nodes, each with room for all actors; the second one may be killed."""
     head = {**NODE, "ray_client_server_port": port, "_system_config": SOON}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.getcwd())  # nodes know nothing of a client's modules
-        patch.setenv("GRPC_ENABLE_FORK_SUPPORT", "0")  # else a client's server may die in its start
+        patch.setenv(
+            "GRPC_ENABLE_FORK_SUPPORT", "0"
+        )  # else a client's process may die at its start
         made = Nodes(initialize_head=True, head_node_args=head)
         made.add_node(**NODE)
     yield made
@@ -102,7 +103,7 @@ def nodes(port):
 
 @pytest.fixture(scope="module")
 def config(nodes, port):
-    """Of a run whose cluster is up."""
+    """The config of a run whose cluster is up."""
     address = f"ray://127.0.0.1:{port}"
     made = load_config(["--cluster", address, *WORDS], read_toml(TRAIN_CONFIG))
     connect(made.cluster, print)
@@ -123,9 +124,9 @@ async def until(holds):
         await asyncio.sleep(0.05)
 
 
-async def pid_of(part):
-    await until(lambda: part.actor is not None and part.health)
-    return part.health["pid"]
+async def pid_of(slot):
+    await until(lambda: slot.actor is not None and slot.health)
+    return slot.health["pid"]
 
 
 @asynccontextmanager
@@ -152,7 +153,7 @@ def sampling(uid, max_tokens=20):
     return Sampling(max_tokens=max_tokens, temperature=1.0, sequence_uid=uid)
 
 
-def test_weights_of_any_dtype_come_through_the_object_store_as_they_were():
+def test_the_object_store_returns_weights_of_any_dtype_unchanged():
     square = torch.randn(4, 4)
     weights = {
         "a": torch.randn(3, 5).to(torch.bfloat16),
@@ -162,14 +163,14 @@ def test_weights_of_any_dtype_come_through_the_object_store_as_they_were():
         "head": square,
     }
     again = unpack(pack(weights))
-    assert again["head"] is again["embedding"]  # tied, which engines go by
+    assert again["head"] is again["embedding"]  # engines recognise a tied head by this
     assert {name: (each.dtype, each.shape) for name, each in again.items()} == {
         name: (each.dtype, each.shape) for name, each in weights.items()
     }
     assert all(torch.equal(again[name], weights[name]) for name in weights)
 
 
-def test_modules_that_differ_are_named_and_those_that_one_side_lacks(tmp_path):
+def test_modules_that_differ_or_are_missing_on_one_side_are_named(tmp_path):
     for name, text in {"a.py": "1", "b/c.py": "2", "b/d.txt": "3"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -180,7 +181,7 @@ def test_modules_that_differ_are_named_and_those_that_one_side_lacks(tmp_path):
     assert differences({f"{index}.py": "0" for index in range(7)}, {}).endswith("4.py and 2 more")
 
 
-def test_a_tensor_that_arrives_otherwise_than_it_was_sent_is_named():
+def test_a_tensor_that_is_corrupted_on_its_way_is_named():
     packed = pack({f"layer.{index}": torch.randn(8) for index in range(100)})
     tensor = packed["layer.12"]
     assert not isinstance(tensor, str) and tensor.checksum is not None
@@ -189,7 +190,7 @@ def test_a_tensor_that_arrives_otherwise_than_it_was_sent_is_named():
         unpack(packed)
 
 
-def test_a_cluster_that_is_too_small_says_so(config, capsys):
+def test_a_cluster_that_is_too_small_is_reported(config, capsys):
     engines = config.cluster.engines.model_copy(update={"count": 100})
     small = config.cluster.model_copy(update={"engines": engines, "start_timeout_s": 1.0})
 
@@ -208,7 +209,7 @@ def test_a_cluster_that_is_too_small_says_so(config, capsys):
         groups = placement_group_table
         await until(lambda: {each["state"] for each in groups().values()} <= {"REMOVED"})
 
-    run(gone, seconds=30)  # nor does it wait for room any longer
+    run(gone, seconds=30)  # its reservation is withdrawn
 
 
 @pytest.mark.parametrize(
@@ -222,14 +223,16 @@ def test_a_cluster_that_is_too_small_says_so(config, capsys):
         (("--engine.urls", '["http://host:1"]'), True),
     ],
 )
-def test_servers_that_take_gpus_which_their_part_is_not_given_are_refused(words, is_well):
+def test_servers_that_take_more_gpus_than_their_actor_has_are_refused(words, is_well):
     made = load_config(["--engine.type", "sglang", *words], read_toml(TRAIN_CONFIG))
     with contextlib.nullcontext() if is_well else pytest.raises(ValueError, match=r"engines\.gpus"):
         check_gpus(made)
 
 
 @pytest.mark.parametrize(("failures", "is_taken"), [(2, True), (3, False)])
-def test_a_client_whose_server_dies_in_its_start_asks_again(monkeypatch, failures, is_taken):
+def test_a_client_whose_process_on_the_head_dies_at_its_start_tries_again(
+    monkeypatch, failures, is_taken
+):
     left = [ConnectionAbortedError("Starting Ray client server failed")] * failures
 
     def init(*_, **__):
@@ -243,7 +246,7 @@ def test_a_client_whose_server_dies_in_its_start_asks_again(monkeypatch, failure
     assert not left
 
 
-def test_as_soon_as_a_part_cannot_start_none_is_left():
+def test_if_one_actor_cannot_start_all_are_closed():
     closed = []
 
     class Fake:
@@ -258,24 +261,24 @@ def test_as_soon_as_a_part_cannot_start_none_is_left():
         async def close(self):
             closed.append(self.name)
 
-    parts: Any = [Fake("slow"), Fake("broken")]
+    actors: Any = [Fake("slow"), Fake("broken")]
     with pytest.raises(ValueError, match="no model"):
-        run(lambda: cluster_module.open_all(parts), seconds=10)
+        run(lambda: cluster_module.open_all(actors), seconds=10)
     assert closed == ["slow", "broken"]
 
 
-def test_a_pool_is_as_well_as_its_worst_engine():
+def test_the_health_of_a_pool_is_that_of_its_worst_engine():
     pool: Any = EnginePool.__new__(EnginePool)
     first = {"running": 1, "tensors_compared": 4, "probe_difference": 0.2, "pid": 7}
     second = {"running": 2, "tensors_compared": 3, "probe_difference": 0.1, "pid": 8}
     here = [SimpleNamespace(health=health, actor="there") for health in (first, second)]
-    pool.parts = [*here, SimpleNamespace(health={}, actor=None)]
+    pool.actors = [*here, SimpleNamespace(health={}, actor=None)]
     expected = {"running": 3, "tensors_compared": 3, "probe_difference": 0.2, "engines": 2}
     assert pool.health() == expected
 
 
 @pytest.mark.parametrize(("engine", "has_probe"), [("sglang", True), ("transformers", False)])
-def test_servers_get_what_the_trainer_says_together_with_the_weights(config, engine, has_probe):
+def test_servers_get_a_probe_together_with_the_weights(config, engine, has_probe):
     given = []
 
     class Fake:
@@ -292,18 +295,20 @@ def test_servers_get_what_the_trainer_says_together_with_the_weights(config, eng
             given.append(arguments[1:])
             return {}
 
-        def relay_log(self, health):
+        def take_report(self, report):
             pass
 
         name = "engine-0"
 
-    async def reference(token_ids):
+    async def ask_trainer(token_ids):
         return Probe(token_ids, (-2.0,) * (len(token_ids) - 1))
 
     of_run = config.model_copy(update={"engine": ENGINES[engine]})
 
     async def body():
-        pool = EnginePool(of_run, str(BASE), 0, RENDERER, reference, lambda _: cast(Any, [Fake()]))
+        pool = EnginePool(
+            of_run, str(BASE), 0, RENDERER, ask_trainer, lambda _: cast(Any, [Fake()])
+        )
         await pool.generate((5, 6, 7), sampling(0))
         await pool.load_weights(BASE, version=4)
 
@@ -311,12 +316,12 @@ def test_servers_get_what_the_trainer_says_together_with_the_weights(config, eng
     assert given == [(4, Probe((5, 6, 7, 8, 9), (-2.0,) * 4) if has_probe else None)]
 
 
-def test_ranks_meet_at_the_interface_that_other_nodes_reach():
+def test_ranks_meet_on_the_interface_that_other_nodes_can_reach():
     assert interface_of("127.0.0.1") == "lo" and interface_of("203.0.113.1") is None
 
 
-def test_a_pool_of_engines_samples_what_one_engine_does_and_survives_the_loss_of_one(config):
-    """A dead engine's requests are made again elsewhere; a new one begins with new weights."""
+def test_a_pool_samples_what_one_engine_does_and_survives_the_loss_of_one(config):
+    """A dead engine's requests are sent to another; its successor starts with the new weights."""
     weights = load_policy(str(BASE)).state_dict()
     weights = {name: tensor * 1.5 for name, tensor in weights.items()}
 
@@ -331,12 +336,12 @@ def test_a_pool_of_engines_samples_what_one_engine_does_and_survives_the_loss_of
         async with engines(config) as (_, pool):
             kinds = {name.split("/")[1] for name in ray.util.list_named_actors()}
             assert kinds == {"engine-0", "engine-1", "environment-0", "environment-1"}
-            pid = await pid_of(pool.parts[0])
+            pid = await pid_of(pool.actors[0])
             asked = [asyncio.create_task(pool.generate(PROMPT, sampling(u))) for u in range(6)]
             os.kill(pid, signal.SIGKILL)
             first = await asyncio.gather(*asked)
             await pool.load_weights(weights, version=3)
-            await until(lambda: pool.parts[0].num_replaced == 1)
+            await until(lambda: pool.actors[0].num_replaced == 1)
             second = await asyncio.gather(*(pool.generate(PROMPT, sampling(u)) for u in range(6)))
             ruled = replace(sampling(0), stop_matcher=RENDERER.stop_matcher)
             assert len((await pool.generate(PROMPT, ruled)).token_ids) == 3
@@ -351,14 +356,14 @@ def test_a_pool_of_engines_samples_what_one_engine_does_and_survives_the_loss_of
 
 
 async def await_sandboxes(environments, sandbox):
-    """An episode waits for sandbox hosts that are replaced, and not for those of somebody else."""
+    """An episode waits for sandbox hosts only if the cluster replaces them."""
     env = environments.config().env.model_copy(update={"kwargs": {"sandbox": str(sandbox)}})
     config = environments.config().model_copy(update={"env": env})
 
     def episode(has_sandboxes):
         suspects = Suspects(print, 20.0)
-        parts = environments.parts
-        made = Environments(parts, lambda: config, suspects, 20.0, has_sandboxes).make()
+        hosts = environments.hosts
+        made = EnvironmentPool(hosts, lambda: config, suspects, 20.0, has_sandboxes).make()
         try:
             return made.reset(options={"task": {"task_id": "early"}})[0]
         finally:
@@ -373,48 +378,48 @@ async def await_sandboxes(environments, sandbox):
     assert await waiting == "say"
 
 
-def test_an_environment_runner_that_dies_fails_its_calls_and_a_poison_task_is_dropped(
-    config, tmp_path
-):
+def test_calls_to_a_dead_environment_runner_fail_and_a_poison_task_is_excluded(config, tmp_path):
     async def body():
         async with open_cluster(config) as cluster:
-            environments = cluster.environments
+            environments = cluster.environment_pool
 
             text, *_, info = await asyncio.to_thread(play, cluster, "good")
             assert text == "hello" and info["pid"] != os.getpid()
             await await_sandboxes(environments, tmp_path / "sandbox")
 
-            frozen = await pid_of(environments.parts[0])
+            frozen = await pid_of(environments.hosts[0])
             waiting = [
                 asyncio.create_task(asyncio.to_thread(play, cluster, "slow", "wait")) for _ in "ab"
             ]
-            await until(lambda: environments.parts[0].health.get("environments") == 1)
+            await until(lambda: environments.hosts[0].health.get("environments") == 1)
             os.kill(frozen, signal.SIGSTOP)
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             assert isinstance(done.pop().exception(), RoleLost)
-            for part in environments.parts:
-                await until(lambda part=part: part.actor is not None)
+            for host in environments.hosts:
+                await until(lambda host=host: host.actor is not None)
 
             while "poison" not in environments.suspects.guilty:
                 with pytest.raises((RoleLost, RuntimeError)):
                     await asyncio.to_thread(play, cluster, "poison")
             assert environments.suspects.guilty == ("poison",)
             assert (await asyncio.to_thread(play, cluster, "good"))[0] == "hello"
-            os.kill(await pid_of(environments.parts[0]), signal.SIGKILL)
-            os.kill(await pid_of(environments.parts[1]), signal.SIGKILL)
+            os.kill(await pid_of(environments.hosts[0]), signal.SIGKILL)
+            os.kill(await pid_of(environments.hosts[1]), signal.SIGKILL)
             await asyncio.wait(waiting)
 
     run(body)
 
 
-def test_other_code_ends_a_start_and_is_only_said_of_a_later_actor(config, monkeypatch, capsys):
+def test_other_code_prevents_a_start_and_is_only_logged_for_a_later_actor(
+    config, monkeypatch, capsys
+):
     async def body():
         async with open_cluster(config) as cluster:
-            part = cluster.parts["environments"][0]
-            pid = await pid_of(part)
+            host = cluster.actors["environments"][0]
+            pid = await pid_of(host)
             monkeypatch.setattr(cluster_module, "differences", lambda *_: "loss.py")
             os.kill(pid, signal.SIGKILL)
-            await until(lambda: part.num_replaced == 1)
+            await until(lambda: host.num_replaced == 1)
         with pytest.raises(ValueError, match=r"loss\.py; install the same on all nodes"):
             async with open_cluster(config):
                 raise AssertionError("not reached")
@@ -429,12 +434,12 @@ def test_other_code_ends_a_start_and_is_only_said_of_a_later_actor(config, monke
     ("scale", "error", "message"),
     [
         (1, RoleLost, "a rank of the trainer was lost: rank 0 stopped"),
-        (2, OSError, "no space left"),  # a failure of ours, not the loss of a part
+        (2, OSError, "no space left"),  # an error that the method raised, not the loss of a rank
         (3, RoleLost, "a rank of the trainer was lost: its process ended"),
         (4, RoleLost, "the trainer did not answer within 0.5 s"),
     ],
 )
-def test_a_trainer_that_fails_is_told_from_one_that_is_lost(config, scale, error, message):
+def test_an_error_of_the_trainer_differs_from_its_loss(config, scale, error, message):
     actor: Any = ray.remote(FragileRank).options(num_cpus=0).remote()
     rank: Any = SimpleNamespace(name="trainer-0", actor=actor)
     with pytest.raises(error, match=message):
@@ -448,7 +453,7 @@ def test_a_trainer_that_fails_is_told_from_one_that_is_lost(config, scale, error
 @pytest.mark.parametrize(
     ("seconds", "why"), [(60.0, "had no address at .* within 0.5 s"), (0.0, "ended before it had")]
 )
-def test_a_sandbox_service_without_an_address_is_not_waited_for(seconds, why, monkeypatch):
+def test_a_sandbox_service_that_gets_no_address_fails(seconds, why, monkeypatch):
     async def serve(*_):
         await asyncio.sleep(seconds)
 
@@ -458,31 +463,32 @@ def test_a_sandbox_service_without_an_address_is_not_waited_for(seconds, why, mo
         run(lambda: sandbox_host.SandboxHost().start({"backend": "unsafe"}, 0, "token"), seconds=20)
 
 
-def test_the_last_words_of_podman_are_told():
-    said = "one\ntwo\n\nthree\nfour\n"
+def test_the_last_lines_of_podman_are_the_reason():
+    printed = "one\ntwo\n\nthree\nfour\n"
     assert (
-        reason_of(RuntimeError(f"['podman', 'run'] failed: stderr={said}")) == "two | three | four"
+        reason_of(RuntimeError(f"['podman', 'run'] failed: stderr={printed}"))
+        == "two | three | four"
     )
-    assert reason_of(RuntimeError(said)) == "four"
+    assert reason_of(RuntimeError(printed)) == "four"
 
 
-def test_parts_of_a_node_that_is_killed_go_on_on_another(config, nodes):
+def test_actors_of_a_dead_node_are_replaced_on_another(config, nodes):
     async def body():
-        # Places of the test before are given back by and by; parts are spread over what is free.
+        # The previous test frees its resources with a delay; actors are spread over what is free.
         await until(lambda: ray.available_resources().get("CPU") == 2 * NODE["num_cpus"])
         async with open_cluster(config) as cluster:
-            parts = cluster.parts["environments"]
+            hosts = cluster.actors["environments"]
             assert ["environment" in line for line in cluster.layout()] == [True, True]
-            pids = {await pid_of(part) for part in parts}
-            begun = [cluster.make_env() for _ in parts]  # one on each node
+            pids = {await pid_of(host) for host in hosts}
+            begun = [cluster.make_env() for _ in hosts]  # one on each node
             for env in begun:
                 await asyncio.to_thread(env.reset, options=TASK)
             (node,) = nodes.worker_nodes
             await asyncio.to_thread(nodes.remove_node, node, allow_graceful=False)
 
             def now():
-                alive = (part for part in parts if part.actor is not None)
-                return {part.health["pid"] for part in alive if "pid" in part.health}
+                alive = (host for host in hosts if host.actor is not None)
+                return {host.health["pid"] for host in alive if "pid" in host.health}
 
             await until(lambda: len(now()) == 2 and now() != pids)
             assert len(now() & pids) == 1 and len(cluster.layout()) == 1

@@ -1,4 +1,4 @@
-"""Actors in images, by Ray and podman: as an ordinary user, whom Ray's `--userns=keep-id` needs."""
+"""Actors in images, by Ray and podman, as the ordinary user that `--userns=keep-id` requires."""
 
 import json
 import os
@@ -26,7 +26,7 @@ pytestmark = [
     ),
 ]
 REPOSITORY = Path(__file__).parents[2]
-# No network is made: podman has no slirp4netns here. The limits are what this process may have.
+# No network: podman has no slirp4netns here. The limits are those of this process.
 CONTAINERS = """
 [containers]
 netns = "host"
@@ -37,7 +37,7 @@ cgroup_manager = "cgroupfs"
 events_logger = "file"
 runtime = "runc"
 """
-# Users as this machine should have them, and what `--ipc=host` mounts.
+# Users that podman needs on this machine, and what `--ipc=host` mounts.
 BEFORE = """
 for name in passwd group subuid subgid; do mount --bind {folder}/etc/$name /etc/$name; done
 mount -t tmpfs -o mode=1777 none /dev/shm
@@ -49,12 +49,12 @@ for name in new old; do
     podman import --quiet --change "ENV PATH=$PATH" \
         --change "ENV PYTHONPATH=/of-$name:$PYTHONPATH" image.tar parts:$name
 done
-exec python -m tests.cluster.image_parts localhost/parts:new localhost/parts:old
+exec python -m tests.cluster.image_actors localhost/parts:new localhost/parts:old
 """
 
 
 def make_user(folder):
-    """The files by which `USER` is known to podman, in `folder`/etc."""
+    """Write the files by which podman knows `USER` to `folder`/etc."""
     etc = folder / "etc"
     etc.mkdir()
     entry = {"passwd": f"ray:x:{USER}:{USER}::{folder}/home:/bin/sh", "group": f"ray:x:{USER}:"}
@@ -67,7 +67,7 @@ def make_user(folder):
 
 
 def make_image(folder, volumes):
-    """An archive of folders to mount volumes on: this machine's own programs fill them."""
+    """An archive of empty folders, on which this machine's own programs are mounted."""
     root = folder / "root"
     for name in ("usr", "etc", "proc", "sys", "dev", "run", "tmp", *volumes):
         (root / str(name).lstrip("/")).mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def make_image(folder, volumes):
         (root / name).symlink_to(f"usr/{name}")
     for name in ("passwd", "group", "nsswitch.conf", "ld.so.cache"):
         shutil.copy(Path("/etc", name), root / "etc")
-    # What the image `old` finds first by `PYTHONPATH`: the package, with one module that differs.
+    # The package with one module that differs, which the image `old` finds first.
     old = root / "of-old"
     shutil.copytree(
         REPOSITORY / "tir_alp", old / "tir_alp", ignore=shutil.ignore_patterns("__pycache__")
@@ -88,14 +88,14 @@ def make_image(folder, volumes):
 
 @pytest.fixture
 def folder():
-    """Of the user; its path is short, for Ray's sockets are below it."""
+    """A folder of the user. Its path is short, because Ray's sockets are in it."""
     made = Path(tempfile.mkdtemp(prefix="p-", dir="/tmp"))
     made.chmod(0o755)
     yield made
     shutil.rmtree(made)
 
 
-def test_parts_live_in_containers_and_wrong_images_are_named(folder):
+def test_actors_run_in_containers_and_wrong_images_are_named(folder):
     home = folder / "home"
     volumes = {"/usr", str(REPOSITORY), sys.base_prefix, sys.prefix}
     make_user(folder)
@@ -139,10 +139,10 @@ def test_parts_live_in_containers_and_wrong_images_are_named(folder):
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     found = json.loads(ended.stdout.splitlines()[-1])
     assert_honest(home / "runs/run")
-    # Bubblewrap is not let in a container, so the sandbox behind the service is the one without.
+    # Bubblewrap cannot run in a container, so the service's sandbox is the one without it.
     assert "remote (landlock)" in ended.stdout
     assert found["replaced"] == [True, True]
     assert "cluster.environments.image = 'localhost/nothing:there'" in found["missing"]
     assert "environment-0 cannot be started: " in found["missing"]
-    assert "docker://localhost/nothing:there" in found["missing"]  # as podman says it
+    assert "docker://localhost/nothing:there" in found["missing"]  # in podman's words
     assert "other code of tir_alp than this process: loss.py; build its image" in found["old"]

@@ -1,4 +1,4 @@
-"""configs/cluster/kuberay.yaml: its job, as KubeRay gives it to Ray's job server."""
+"""The job of configs/cluster/kuberay.yaml, submitted to Ray's job server as KubeRay does."""
 
 import os
 import secrets
@@ -25,18 +25,18 @@ SERVER = "--address=http://127.0.0.1:8265"
 RUN = "--name run --cluster auto --checkpoint.every 1000 --eval.num_tasks 4 --steps 1000"
 
 
-def test_the_operator_is_told_the_version_of_ray():
+def test_the_file_names_the_installed_version_of_ray():
     assert SPEC["rayClusterSpec"]["rayVersion"] == ray.__version__
 
 
-def test_there_is_the_config_that_it_names():
+def test_the_config_that_it_names_exists():
     assert CONFIG in SPEC["entrypoint"]
     assert (CONFIGS / Path(CONFIG).relative_to("/opt/tir_alp/configs")).exists()
 
 
 @pytest.fixture
 def call(tmp_path):
-    """Runs a script on a host with the head of a Ray cluster, as a container of the head would."""
+    """Run a script on a host with the head of a Ray cluster, as a container of the head would."""
     (container,) = SPEC["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
     settings = os.environ | {each["name"]: each["value"] for each in container["env"]}
     settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -63,7 +63,7 @@ def call(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes a host as root")
 @pytest.mark.skipif(shutil.which("ip") is None, reason="needs ip (apt install iproute2)")
-def test_its_run_is_in_the_volume_and_has_a_checkpoint_when_it_is_stopped(call, tmp_path):
+def test_a_stopped_run_has_a_checkpoint_in_the_volume(call, tmp_path):
     entrypoint = SPEC["entrypoint"].replace(CONFIG, str(CONFIGS / "tiny.toml"))
     entrypoint = entrypoint.replace("/runs", str(tmp_path))
     submitted = call(

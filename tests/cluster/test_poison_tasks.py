@@ -1,4 +1,4 @@
-"""Who killed the host: no innocent task is dropped, a guilty one is: by its second host alone."""
+"""Which task killed the host: an innocent task is never excluded, a guilty one at its second."""
 
 import threading
 
@@ -8,7 +8,7 @@ from tir_alp.cluster.poison_tasks import HostGone, PoisonTask, Suspects
 
 
 def work(suspects, *task_ids, host="host-0", dies=False):
-    """Calls of tasks at the same time on one host, which dies in the end if told to."""
+    """Run calls of several tasks at once on one host, which dies at the end if `dies`."""
     together = threading.Barrier(len(task_ids) + 1)
 
     def call(task_id):
@@ -25,7 +25,7 @@ def work(suspects, *task_ids, host="host-0", dies=False):
         thread.join()
 
 
-def test_a_task_that_ends_two_hosts_is_dropped_and_named():
+def test_a_task_that_kills_two_hosts_is_excluded_and_named():
     said = []
     suspects = Suspects(said.append, timeout_s=10)
     work(suspects, "good", "bad", "fine", dies=True)
@@ -33,29 +33,31 @@ def test_a_task_that_ends_two_hosts_is_dropped_and_named():
     assert suspects.guilty == ()  # somebody else may have killed both
     work(suspects, "bad", host="host-2", dies=True)
     assert suspects.guilty == ("bad",)
-    assert said == ["task bad is dropped: it ended its host twice (host-1, killed; host-2, killed)"]
+    assert said == [
+        "task bad is excluded: it killed its host twice (host-1, killed; host-2, killed)"
+    ]
     with pytest.raises(PoisonTask, match="bad"), suspects.at_work("bad", "host-0"):
         pass
 
 
-def test_suspects_are_at_work_one_at_a_time_on_a_host_so_that_the_innocent_are_not_dropped():
+def test_suspects_run_one_at_a_time_on_a_host():
     suspects = Suspects(print, timeout_s=0.05)
     work(suspects, "good", "bad", dies=True)
     with suspects.at_work("good", "host-1"):
         with pytest.raises(TimeoutError), suspects.at_work("bad", "host-1"):
             pass
         with suspects.at_work("other", "host-1"):
-            pass  # no suspect, and not held up
+            pass  # it is no suspect, and does not wait
         for host in ("host-2", "host-3"):
             with suspects.at_work("bad", host) as report_death:
                 report_death("killed")
     assert suspects.guilty == ("bad",)
 
 
-def test_who_waited_while_a_suspect_killed_its_host_is_not_guilty_of_it():
+def test_a_task_that_waited_while_a_suspect_killed_the_host_is_innocent():
     suspects = Suspects(print, timeout_s=10)
     work(suspects, "good", "bad", dies=True)
-    for task in ("good", "bad"):  # one more, and it is guilty
+    for task in ("good", "bad"):  # after one more, it is guilty
         work(suspects, task, host=f"of-{task}", dies=True)
 
     refused = []
@@ -71,7 +73,7 @@ def test_who_waited_while_a_suspect_killed_its_host_is_not_guilty_of_it():
         report_death("killed")
     waiting.join(10)
     assert refused == ["good"]
-    for later in ("good", "new"):  # nor is who comes still later
+    for later in ("good", "new"):  # nor are tasks that come later
         with pytest.raises(HostGone), suspects.at_work(later, "host-1"):
             pass
     work(suspects, "new", host="host-2", dies=True)
@@ -82,7 +84,7 @@ def test_who_waited_while_a_suspect_killed_its_host_is_not_guilty_of_it():
     assert suspects.guilty == ("bad", "good")
 
 
-def test_a_host_that_was_killed_by_others_again_and_again_costs_no_task():
+def test_hosts_that_die_for_other_reasons_cost_no_task():
     suspects = Suspects(print, timeout_s=10)
     for number in range(20):
         tasks = (f"{letter}{number}" for letter in "abc")

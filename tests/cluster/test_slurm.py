@@ -40,13 +40,13 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path):
-    """As a checkout: what the script expects in the folder that the job is started in."""
+    """A folder with what the script expects of the checkout in which the job is started."""
     (tmp_path / ".venv").symlink_to(sys.prefix)
     return tmp_path
 
 
 class Job:
-    """One that runs configs/cluster/slurm.sh in `folder`."""
+    """A job that runs configs/cluster/slurm.sh in `folder`."""
 
     def __init__(self, cluster, folder, *words):
         self.cluster = cluster
@@ -59,15 +59,13 @@ class Job:
         wait_until(holds, 120.0, pause_s=0.2, more=self.output.read_text)
 
     def ended(self):
-        """The state and the exit code of a job that has come to its end."""
+        """The state and the exit code of a job that has ended."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
         self.until(lambda: self.cluster.field(self.id, "JobState") in over)
         return self.cluster.field(self.id, "JobState"), self.cluster.field(self.id, "ExitCode")
 
 
-def test_a_run_goes_on_without_a_lost_node_and_ends_with_a_checkpoint_before_its_time_is_up(
-    cluster, folder
-):
+def test_a_run_survives_a_lost_node_and_saves_before_its_time_is_up(cluster, folder):
     run = folder / "runs" / "run"
 
     def last():
@@ -88,7 +86,7 @@ def test_a_run_goes_on_without_a_lost_node_and_ends_with_a_checkpoint_before_its
     cluster.call("scontrol", "update", f"NodeName={SECOND}", "State=IDLE")
 
 
-def test_a_job_ends_at_once_when_ray_cannot_start_on_one_of_its_nodes(cluster, folder):
+def test_a_job_ends_at_once_if_ray_cannot_start_on_one_node(cluster, folder):
     job = Job(cluster, folder, *RUN)
 
     def starting():
@@ -101,7 +99,7 @@ def test_a_job_ends_at_once_when_ray_cannot_start_on_one_of_its_nodes(cluster, f
     assert not (folder / "runs").exists()
 
 
-def test_a_job_without_words_says_what_it_needs(cluster, folder):
+def test_a_job_without_arguments_reports_what_it_needs(cluster, folder):
     job = Job(cluster, folder)
     assert job.ended() == ("FAILED", "1:0")
     assert "what is to run? --config FILE, or --resume runs/NAME" in job.output.read_text()

@@ -125,7 +125,7 @@ class Misreporting(TransformersEngine):
             return completion
         ids = torch.tensor([*token_ids, *completion.token_ids])
         temperature, top_p = self.reported_at(sampling)
-        logprobs = completion_logprobs(self._model, ids, len(token_ids), temperature, top_p)
+        logprobs = completion_logprobs(self._forward.model, ids, len(token_ids), temperature, top_p)
         return replace(completion, logprobs=tuple(logprobs.tolist()))
 
 
@@ -164,7 +164,7 @@ class HalfStale(TransformersEngine):
     """Copies all tensors but those of one layer."""
 
     def _copy_weights(self, source: Mapping[str, Tensor]) -> None:
-        own = self._model.state_dict()
+        own = self._forward.model.state_dict()
         super()._copy_weights(
             {name: own[name] if ".layers.1." in name else new for name, new in source.items()}
         )

@@ -1,4 +1,7 @@
-"""One server of a kind for all tests that need none of their own: they take a minute to start."""
+"""One server of each kind, shared by all tests that need none of their own.
+
+A server takes a minute to start.
+"""
 
 import asyncio
 import importlib.util
@@ -22,7 +25,7 @@ from tests.engines.harness import (
 
 @contextmanager
 def staying():
-    """Runs coroutines in a thread that stays: a server dies with the one that started it."""
+    """Run coroutines in a thread that stays: a server ends with the thread that started it."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
     try:
@@ -33,15 +36,15 @@ def staying():
 
 @pytest.fixture(scope="session")
 def sglang_url(tmp_path_factory):
-    """Address of a server of the tiny model in float32; its key is in our environment.
+    """Address of a server of the tiny model in float32, whose key is in the environment.
 
-    One that runs already is used if `TIR_ALP_TEST_SERVER` says where, with its key beside it.
+    A server that runs already is used if `TIR_ALP_TEST_SERVER` has its address.
     """
     if running := os.environ.get("TIR_ALP_TEST_SERVER"):
         yield running
         return
     if importlib.util.find_spec("sglang") is None:
-        pytest.skip("sglang is not installed: docs/sglang.md")
+        pytest.skip("sglang is not installed: docs/engines.md")
     from tir_alp.config import SGLangConfig
     from tir_alp.engines.sglang import process as sglang_process
     from tir_alp.engines.sglang.fleet import KEY_VARIABLE
@@ -74,9 +77,9 @@ def sglang_url(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def router_url(sglang_url, tmp_path_factory):
-    """Address of a router; the server of `sglang_url` is known to it."""
+    """Address of a router that has the server of `sglang_url`."""
     if importlib.util.find_spec("sglang_router") is None:
-        pytest.skip("sglang-router is not installed: docs/sglang.md")
+        pytest.skip("sglang-router is not installed: docs/engines.md")
     from tir_alp.engines.sglang.router import RouterProcess
 
     process = RouterProcess(tmp_path_factory.mktemp("router") / "log", "secret", print)
@@ -99,7 +102,7 @@ def router_url(sglang_url, tmp_path_factory):
 
 @asynccontextmanager
 async def client_of(url):
-    """Talks to a server, or to a router."""
+    """A client of a server, or of a router."""
     import aiohttp
 
     from tir_alp.engines.sglang.client import SGLangClient
@@ -110,7 +113,7 @@ async def client_of(url):
 
 @pytest.fixture(scope="session")
 def vllm_server(tmp_path_factory):
-    """Folder of a vLLM server of the tests' model, where TIR_ALP_VLLM_PYTHON names its Python."""
+    """Folder of a vLLM server of the tests' model, if TIR_ALP_VLLM_PYTHON names its Python."""
     if "TIR_ALP_VLLM_PYTHON" not in os.environ:
         pytest.skip("vLLM has a Python of its own, and TIR_ALP_VLLM_PYTHON names none")
     import aiohttp

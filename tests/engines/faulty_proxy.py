@@ -18,18 +18,18 @@ class FaultyProxy:
     url: str = ""
     path: str = "/generate"
     fault: str | None = None
-    """None, "error" (500), "truncate" (a body that breaks off), "drip" (a byte at a time that never
-    gets anywhere), "refuse" (503) or "unknown" (400)."""
+    """None, "error" (500), "truncate" (a body that breaks off), "drip" (single bytes that never
+    make an answer), "refuse" (503) or "unknown" (400)."""
     num_faults: int = 1 << 30
-    """So many requests fail; those behind them do not."""
+    """Number of requests that fail; those after them succeed."""
     num_passed: int = 0
-    """Of these requests before the first that fails."""
+    """Number of requests that succeed before the first that fails."""
     paths: list[str] = field(default_factory=list)
 
 
 @asynccontextmanager
 async def proxy_of(server_url: str, **settings) -> AsyncIterator[FaultyProxy]:
-    """Serve a proxy of a server as long as the block runs."""
+    """Serve a proxy of a server while the block runs."""
     proxy = FaultyProxy(**settings)
 
     async def handle(request: web.Request) -> web.StreamResponse:

@@ -1,4 +1,4 @@
-"""What the tests of all engines share: small models, forwards to compare with, servers to ask."""
+"""Shared by the tests of all engines: small models, forwards to compare with, opened engines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tir_alp.config import SGLangConfig, VLLMConfig
-from tir_alp.engines.base import AskTrainer, Completion, Engine
+from tir_alp.engines.base import AskTrainer, Completion, Engine, EngineContext
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.models.tiny import BASE
 from tir_alp.models.tiny.model import make_model
@@ -32,14 +32,14 @@ VOCABULARY = 262
 PROMPTS = [(2, 45, 78, 33, 1, 3), (2, 60, 61), tuple(range(40, 90)), (7,)]
 
 needs_sglang = pytest.mark.skipif(
-    importlib.util.find_spec("sglang") is None, reason="sglang is not installed: docs/sglang.md"
+    importlib.util.find_spec("sglang") is None, reason="sglang is not installed: docs/engines.md"
 )
 
 
 def model(seed: int = 0) -> Any:
     """A model as small as the tiny one, with weights that prefer some tokens to others."""
     config = deepcopy(make_model(seed).config)
-    # As wide as before: vLLM's CPU build has no attention with heads of 24.
+    # The same width in fewer heads: vLLM's CPU build has no attention with heads of size 24.
     config.num_attention_heads = config.num_key_value_heads = 3
     config.head_dim = 32
     torch.manual_seed(seed)
@@ -58,7 +58,7 @@ def write_model(folder: Path) -> str:
 
 @torch.no_grad()
 def logprobs(of: Any, token_ids: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
-    """[T, V] of the token behind each token, in one forward of the trainer's kind."""
+    """[T, V] logprobs of the next token at each position, by the trainer's forward."""
     ids = torch.tensor(token_ids)
     hidden = hidden_states(of, ids, torch.arange(len(ids)), PackedSequences((len(ids),)))
     return (next_token_logits(of, hidden) / temperature).log_softmax(-1)
@@ -67,10 +67,10 @@ def logprobs(of: Any, token_ids: Sequence[int], temperature: float = 1.0) -> tor
 def logprobs_of(
     of: Any, prompt: Sequence[int], completion: Completion, temperature: float = 1.0
 ) -> torch.Tensor:
-    """What a model says of a completion's tokens."""
+    """A model's logprobs of a completion's tokens."""
     every = logprobs(of, (*prompt, *completion.token_ids), temperature)
-    places = torch.arange(len(prompt) - 1, len(prompt) + len(completion.token_ids) - 1)
-    return every[places, torch.tensor(completion.token_ids, dtype=torch.int64)]
+    positions = torch.arange(len(prompt) - 1, len(prompt) + len(completion.token_ids) - 1)
+    return every[positions, torch.tensor(completion.token_ids, dtype=torch.int64)]
 
 
 def distance(
@@ -82,19 +82,22 @@ def distance(
     """The largest |difference| between a completion's logprobs and those of the weights it names.
 
     Args:
-        models: The weights of each version.
+        models: The model of each policy version.
+        prompt: Token ids that the completion continues.
+        completion: The completion.
+        temperature: Temperature at which it was sampled.
     """
     worst = 0.0
     for span in completion.versions:
-        said = torch.tensor(completion.logprobs[span.start : span.stop])
+        reported = torch.tensor(completion.logprobs[span.start : span.stop])
         expected = logprobs_of(models[span.version], prompt, completion, temperature)
-        worst = max(worst, float((said - expected[span.start : span.stop]).abs().max()))
+        worst = max(worst, float((reported - expected[span.start : span.stop]).abs().max()))
     return worst
 
 
 @dataclass(frozen=True)
 class Harness:
-    """An engine under test: how one is opened with the weights of a model as version 0."""
+    """An engine under test, and how it is opened with the weights of a model as version 0."""
 
     name: str
     opened: Callable[[Any], AbstractAsyncContextManager[Engine]]
@@ -128,22 +131,15 @@ async def served_by(
     config = SGLangConfig.model_validate(
         {"type": "sglang", "urls": urls, "device": "cpu", "dtype": "float32"} | settings
     )
-    async with open_sglang(
-        config,
-        model_path=str(BASE),
-        vocab_size=VOCABULARY,
-        end_token_ids=frozenset({1}),
-        on_update=on_update,
-        ask_trainer=ask_trainer,
-        log=log,
-    ) as engine:
+    context = EngineContext(path=str(BASE), on_update=on_update, ask_trainer=ask_trainer, log=log)
+    async with open_sglang(config, context) as engine:
         if of is not None:
             await engine.load_weights(of.state_dict(), 0)
         yield engine
 
 
 def vllm_config() -> VLLMConfig:
-    """Of a server that samples on a CPU with the Python that TIR_ALP_VLLM_PYTHON names."""
+    """The section of a server on the CPU, with the Python that TIR_ALP_VLLM_PYTHON names."""
     return VLLMConfig(
         type="vllm",
         python=Path(os.environ["TIR_ALP_VLLM_PYTHON"]),

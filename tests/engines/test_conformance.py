@@ -1,6 +1,6 @@
-"""What every engine has to do, told by its protocol alone.
+"""What every engine has to do, written against its protocol alone.
 
-An engine that is to be added gets a line in `conftest.harness`, and has to pass these.
+A new engine gets a line in `conftest.harness`, and has to pass these tests.
 """
 
 import asyncio
@@ -15,14 +15,14 @@ from tests.engines.harness import PROMPTS, distance, logprobs, logprobs_of, mode
 from tir_alp.engines.base import Completion, Sampling
 from tir_alp.types import StopReason
 
-pytestmark = pytest.mark.timeout(900)  # the first of them waits for a server to start
+pytestmark = pytest.mark.timeout(900)  # the first one waits for a server to start
 
 OLD, NEW = model(0), model(1)
 PROMPT = PROMPTS[0]
 
 
 def sampled(harness, *requests, of=OLD) -> list[Completion]:
-    """What a new engine samples for requests that arrive together."""
+    """The completions by a new engine of requests that arrive together."""
 
     async def run():
         async with harness.opened(of) as engine:
@@ -32,7 +32,7 @@ def sampled(harness, *requests, of=OLD) -> list[Completion]:
 
 
 class Watch:
-    """A stop rule that never holds, and that tells when so many tokens were sampled."""
+    """A stop rule that never holds; `reached` is set after this number of tokens."""
 
     def __init__(self, num_tokens: int = 1):
         self.left = num_tokens
@@ -134,7 +134,7 @@ def test_a_stop_token_ends_a_completion_and_stays_in_it(harness):
     assert last in stops and not stops & set(before)
 
 
-def test_a_matcher_ends_a_completion_at_the_token_it_holds_at(harness):
+def test_a_matcher_ends_a_completion_at_the_token_where_it_holds(harness):
     seen: list[int] = []
 
     def third():
@@ -168,7 +168,7 @@ def test_a_request_that_can_never_run_is_refused(harness, prompt, max_tokens, me
 
 
 def test_completions_that_begin_after_a_load_carry_its_version(harness, tmp_path):
-    """Weights come as tensors and as a folder."""
+    """Weights are given as tensors and as a folder."""
     OLD.save_pretrained(tmp_path)
 
     async def run():
@@ -197,7 +197,7 @@ def test_completions_that_begin_after_a_load_carry_its_version(harness, tmp_path
 
 
 def test_each_token_has_the_logprob_of_the_weights_that_it_names(harness):
-    """New weights come while completions of all lengths run."""
+    """New weights arrive while completions of all lengths run."""
     rng = random.Random(0)
     models = {version: model(version) for version in range(3)}
     lengths = [rng.randint(5, 150) for _ in range(12)]
@@ -246,7 +246,7 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(harness, wrong):
     assert distance({0: OLD}, PROMPT, completion) < 1e-4
 
 
-# ------------------------------------------------------------------------------------- taking back
+# ------------------------------------------------------------------------------------------ abort
 
 
 def test_an_abort_ends_one_sequence_with_what_it_has(harness):

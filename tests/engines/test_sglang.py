@@ -1,4 +1,4 @@
-"""SGLang servers, real ones: weights, versions, and what is left when something breaks."""
+"""Real SGLang servers: weights, versions, and what is left when something breaks."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,8 @@ from tests.engines.harness import (
     write_model,
 )
 from tir_alp.config import SGLangConfig
-from tir_alp.engines.base import EngineFailed, Probe, Sampling
+from tir_alp.engines.base import EngineContext, EngineFailed, Probe, Sampling
+from tir_alp.engines.probe import check_probe
 from tir_alp.models.tiny import BASE, TRAIN_CONFIG
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.run.command_line import load_config, read_toml
@@ -74,7 +75,7 @@ def drifted(seed: int, versions: int):
 
 @pytest.mark.parametrize("way", ["disk", "tensor", "distributed"])
 def test_after_five_updates_the_engine_is_the_trainer_to_float32(sglang_url, way, tmp_path):
-    """3,072 tokens at either temperature; each update is verified by the engine on its way."""
+    """3,072 tokens at either temperature. The engine verifies each update."""
     models = drifted(3, 5)
 
     async def work():
@@ -104,7 +105,7 @@ def test_after_five_updates_the_engine_is_the_trainer_to_float32(sglang_url, way
     assert before.sub(torch.tensor(completions[0].logprobs)).abs().max() > 1e-3
 
 
-def test_an_update_in_mid_generation_splits_completions_where_it_came(sglang_url):
+def test_an_update_during_completions_splits_them_where_it_happens(sglang_url):
     models = {0: OLD, 1: NEW}
     tokens: list[int] = []
 
@@ -128,7 +129,7 @@ def test_an_update_in_mid_generation_splits_completions_where_it_came(sglang_url
     assert distance(wrong_way_round, PROMPT, completion) > 1e-2
 
 
-def test_weights_that_wait_come_between_two_completions(sglang_url):
+def test_weights_that_wait_are_loaded_between_two_completions(sglang_url):
     tokens: list[int] = []
 
     def watch():
@@ -154,7 +155,7 @@ def test_weights_that_wait_come_between_two_completions(sglang_url):
 
 def test_a_server_with_other_weights_than_it_should_have_does_not_pass(sglang_url):
     from tir_alp.engines.servers.http_client import ServerFailed
-    from tir_alp.engines.servers.weights import WeightSnapshot, snapshot_tensors, verify_probe
+    from tir_alp.engines.servers.weights import WeightSnapshot, snapshot_tensors
     from tir_alp.engines.sglang.weights import verify_tensors
 
     slightly = model(0)
@@ -170,19 +171,21 @@ def test_a_server_with_other_weights_than_it_should_have_does_not_pass(sglang_ur
                 await verify_tensors(client, WeightSnapshot(0, only, None))
             whole = snapshot_tensors(OLD.state_dict(), torch.float32)
             assert (await verify_tensors(client, WeightSnapshot(0, whole, None))).num_compared == 4
-            said = await client.prompt_logprobs(PROMPTS[2])
-            close = WeightSnapshot(0, None, Probe(PROMPTS[2], tuple(said)))
-            difference = await verify_probe(client, close, "float32")
-            assert difference is not None and difference < 1e-5
-            far = WeightSnapshot(0, None, Probe(PROMPTS[2], tuple(each + 2e-3 for each in said)))
-            with pytest.raises(ServerFailed, match=r"are 0\.002 nats from the trainer's"):
-                await verify_probe(client, far, "float32")
+            reported = await client.prompt_logprobs(PROMPTS[2])
+
+            def check(shift):
+                probe = Probe(PROMPTS[2], tuple(each + shift for each in reported))
+                return check_probe(probe, reported, "float32", server=client.url, version=0)
+
+            assert check(0.0) < 1e-5
+            with pytest.raises(EngineFailed, match=r"are 0\.002 nats from the trainer's"):
+                check(2e-3)
 
     run(work())
 
 
-def test_where_a_server_reports_no_tensors_the_probe_is_asked_alone_and_has_to_be_there(sglang_url):
-    """As SGLang does for Qwen3 and others that are not of Llama's kin: it answers 400."""
+def test_without_reported_tensors_the_probe_alone_verifies_and_is_required(sglang_url):
+    """SGLang answers 400 for Qwen3 and other classes that are not related to Llama."""
     from tir_alp.engines.servers.http_client import ServerFailed
     from tir_alp.engines.sglang.weights import verify_tensors
 
@@ -200,10 +203,10 @@ def test_where_a_server_reports_no_tensors_the_probe_is_asked_alone_and_has_to_b
             assert engine.health()["tensors_compared"] == 0
             assert 0 < engine.health()["probe_difference"] < 1e-5
             snapshot = replace(engine.fleet.snapshot, probe=None)
-            with pytest.raises(ServerFailed, match=r"reports none of 4 .* no probe: nothing tells"):
+            with pytest.raises(ServerFailed, match=r"reports none of 4 .* no probe: nothing shows"):
                 await verify_tensors(engine.fleet.servers[0].client, snapshot)
 
-    # The server starts with other weights than the reference has: they are given to it first.
+    # The server starts with other weights than the trainer has, and gets those first.
     run(given(sglang_url, OLD))
     run(work())
     assert "new weights are verified by the logprobs of a probe alone" in said[0]
@@ -215,8 +218,8 @@ def probe_of(of, token_ids) -> Probe:
     return Probe(token_ids, tuple(said))
 
 
-def test_an_engine_far_from_the_trainer_checks_its_server_by_the_probe_that_comes_along(sglang_url):
-    """As it lives in an actor of a cluster; the server reports no tensors here either."""
+def test_an_engine_in_an_actor_verifies_by_the_probe_that_comes_with_the_weights(sglang_url):
+    """As in an actor of a cluster. The server reports no tensors here either."""
     pytest.importorskip("ray")
     from tir_alp.cluster.engine_host import EngineHost
     from tir_alp.cluster.packed_weights import pack
@@ -241,14 +244,14 @@ def test_an_engine_far_from_the_trainer_checks_its_server_by_the_probe_that_come
 
 
 async def given(url: str, of) -> None:
-    """Leave a server with the weights of a model."""
+    """Give a server the weights of a model, and leave it."""
     async with served(url, of):
         pass
 
 
 @pytest.mark.parametrize("router", ["none", "local"])
 def test_what_a_half_updated_server_samples_is_refused_until_it_is_whole(sglang_url, router):
-    """A router has no server then, and gets it back."""
+    """Meanwhile a router has no server; it gets the server back."""
     said: list[str] = []
 
     async def work():
@@ -273,7 +276,7 @@ def test_what_a_half_updated_server_samples_is_refused_until_it_is_whole(sglang_
 
 
 def test_memory_is_lent_in_order_and_weights_come_back(sglang_url):
-    """On a CPU the server frees nothing, and does and checks all else."""
+    """On a CPU the server frees nothing, but does and checks everything else."""
     tokens: list[int] = []
 
     def watch():
@@ -288,7 +291,7 @@ def test_memory_is_lent_in_order_and_weights_come_back(sglang_url):
             running = asyncio.create_task(engine.generate(PROMPT, sampling))
             await until(lambda: tokens)
             proxy.paths.clear()
-            await engine.lend_memory()  # waits for what runs: the server would die of it
+            await engine.lend_memory()  # waits: a running request would crash the server
             assert await running
             waiting = asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=9)))
             await engine.load_weights(NEW.state_dict(), 1)
@@ -316,12 +319,8 @@ def test_memory_that_is_lent_is_free(tmp_path):
     )
 
     async def work():
-        async with open_sglang(
-            config,
-            model_path=write_model(tmp_path),
-            vocab_size=VOCABULARY,
-            end_token_ids=frozenset({1}),
-        ) as engine:
+        context = EngineContext(path=write_model(tmp_path), on_update="keep")
+        async with open_sglang(config, context) as engine:
             before, _ = torch.cuda.mem_get_info()
             await engine.lend_memory()
             between, _ = torch.cuda.mem_get_info()
@@ -347,7 +346,7 @@ def test_a_token_out_of_the_vocabulary_is_refused_before_it_ends_the_server(sgla
     run(work())
 
 
-def test_a_wrong_key_is_told(sglang_url, monkeypatch):
+def test_a_wrong_key_is_reported(sglang_url, monkeypatch):
     monkeypatch.setenv("TIR_ALP_SGLANG_KEY", "wrong")
 
     async def work():
@@ -418,7 +417,7 @@ def test_turns_of_a_sequence_and_samples_of_a_prompt_stay_on_one_server(sglang_u
     homes, num_moved = run(work())
     assert len({tuple(homes[index : index + 6]) for index in (0, 6)}) <= 2
     assert all(len(set(homes[index : index + 6])) == 1 for index in (0, 6))
-    assert 8 <= num_moved <= 32  # a crowd is divided all the same
+    assert 8 <= num_moved <= 32  # many samples are divided all the same
 
 
 # ------------------------------------------------------------------------------------------ faults
@@ -432,7 +431,7 @@ def test_turns_of_a_sequence_and_samples_of_a_prompt_stay_on_one_server(sglang_u
         ("drip", "sent no event within 4 s"),
     ],
 )
-def test_a_request_that_fails_is_told_and_not_made_twice(sglang_url, fault, message):
+def test_a_request_that_fails_is_reported_and_not_repeated(sglang_url, fault, message):
     async def work():
         async with (
             proxy_of(sglang_url, fault=fault, num_faults=0) as proxy,
@@ -450,7 +449,7 @@ def test_a_request_that_fails_is_told_and_not_made_twice(sglang_url, fault, mess
     assert run(work()).stop_reason is StopReason.LENGTH
 
 
-def test_a_request_that_was_not_taken_is_made_again(sglang_url):
+def test_a_request_that_was_not_accepted_is_repeated(sglang_url):
     async def work():
         async with (
             proxy_of(sglang_url, fault="refuse", num_faults=0) as proxy,
@@ -500,9 +499,9 @@ def wait_until_gone(sessions: list[int]) -> None:
 
 
 def shared_memory_of(session: int) -> set[int]:
-    """Inodes of the files below /dev/shm that processes of a session have mapped.
+    """Inodes of the files in /dev/shm that processes of a session have mapped.
 
-    A semaphore is mapped by another name than the one that it has in the end.
+    A semaphore is mapped under another name than its final one.
     """
     found = set()
     for pid in session_of(session):
@@ -514,8 +513,9 @@ def shared_memory_of(session: int) -> set[int]:
 
 @pytest.mark.slow
 def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, tmp_path):
-    """Two servers behind a router. One is killed, whose first restart fails for want of a
-    descriptor; the other is frozen, the router is killed, and in the end all restarts fail.
+    """Two servers and a router in front of them. One server is killed, and its first restart fails
+    because there is no descriptor; the other is frozen, the router is killed, and at the end all
+    restarts fail.
     """
     from tir_alp.engines.servers.http_client import ServerFailed
     from tir_alp.engines.sglang import process as sglang_process
@@ -553,7 +553,7 @@ def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, 
         return Sampling(max_tokens=max_tokens, sequence_uid=uid, stop_matcher=watch)
 
     async def patiently(engine, uid: int):
-        """A completion, asked for until it is one: some are sent before a loss is noticed."""
+        """Request a completion until one succeeds: some requests precede the notice of a loss."""
         while True:
             with contextlib.suppress(EngineFailed):
                 completion = await engine.generate(PROMPT, sampling(uid, 30))
@@ -563,20 +563,15 @@ def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, 
 
     async def work():
         nonlocal num_full
-        async with open_sglang(
-            config,
-            model_path=write_model(tmp_path),
-            vocab_size=VOCABULARY,
-            end_token_ids=frozenset({1}),
-            log=said.append,
-        ) as engine:
+        context = EngineContext(path=write_model(tmp_path), on_update="keep", log=said.append)
+        async with open_sglang(config, context) as engine:
             await engine.load_weights(NEW.state_dict(), 1)
             servers: Any = engine.fleet.servers
             router: Any = engine.router
             sessions.extend(each.process.pid for each in (*servers, router))
             shared.update(*map(shared_memory_of, sessions))
 
-            # Turns of a sequence go to the server that has those before in its cache.
+            # Turns of a sequence go to the server that has its earlier turns in the cache.
             firsts = [(*PROMPTS[2], 100 + uid) for uid in range(4)]
             turns = await asyncio.gather(
                 *(engine.generate(ids, sampling(uid, 20)) for uid, ids in enumerate(firsts))
@@ -588,7 +583,7 @@ def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, 
 
             os.kill(router.process.pid, signal.SIGKILL)
             await until(lambda: not router.serves)
-            await patiently(engine, 5)  # without it
+            await patiently(engine, 5)  # without the router
             await until(lambda: "SGLang's router is back" in said)
 
             longs = [
@@ -623,15 +618,15 @@ def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, 
     assert sum("is back, with verified weights of 1" in line for line in said) == 2
     assert len(set(sessions)) == 6
     wait_until_gone(sessions)
-    assert len(shared) >= 8  # a file and a semaphore of each server that was there
+    assert len(shared) >= 8  # a file and a semaphore of each server that ran
     assert not [each.name for each in os.scandir("/dev/shm") if each.inode() in shared]
 
 
-def test_nothing_of_a_server_outlives_whoever_started_it(tmp_path):
+def test_nothing_of_a_server_outlives_the_process_that_started_it(tmp_path):
     program = f"""
         import asyncio, pathlib
-        from tir_alp.config import SGLangConfig
         from tir_alp.engines.sglang import process as sglang
+        from tir_alp.config import SGLangConfig
         from tir_alp.engines.sglang.process import SGLangProcess
         async def main():
             config = SGLangConfig(type="sglang", device="cpu", dtype="float32")
@@ -652,7 +647,7 @@ def test_nothing_of_a_server_outlives_whoever_started_it(tmp_path):
     assert starter.stdout is not None
     server = int(starter.stdout.readline())
     deadline = time.monotonic() + PATIENCE
-    while len(session_of(server)) < 3:  # the scheduler is there as well
+    while len(session_of(server)) < 3:  # until the scheduler runs as well
         assert time.monotonic() < deadline, (tmp_path / "log").read_text()
         time.sleep(0.2)
     starter.kill()

@@ -1,11 +1,11 @@
-"""The embedded engine: what it samples, who may share a batch with whom, and what it survives."""
+"""The embedded engine: its samples, their independence of the batch, its cache, its failures."""
 
 import asyncio
 import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from copy import deepcopy
 from typing import Any
@@ -40,7 +40,7 @@ def model(seed: int = 0) -> Any:
 
 
 def enlarged(small: Any) -> Any:
-    with torch.no_grad():  # fresh weights say the same of every token
+    with torch.no_grad():  # fresh weights give every token the same logits
         for parameter in small.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return small.eval()
@@ -58,7 +58,7 @@ async def opened(of: Any = None, max_cache_tokens: int = 1 << 16, **settings: An
 
 
 def sampled(*requests: tuple[tuple[int, ...], Sampling], **settings) -> list[Completion]:
-    """What a new engine samples for requests that arrive together."""
+    """The completions by a new engine of requests that arrive together."""
 
     async def run() -> list[Completion]:
         async with opened(**settings) as engine:
@@ -84,7 +84,7 @@ def trainer_logprobs(
 
 
 class Watch:
-    """A stop rule that never holds, but tells the event loop about every token."""
+    """A stop rule that never holds, but reports every token to the event loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -211,7 +211,7 @@ def test_draws_are_a_function_of_seed_sequence_and_position():
 
 
 @pytest.mark.parametrize("along", ["positions", "sequences", "seeds"])
-def test_twenty_thousand_draws_have_the_distribution_that_was_asked_for(along):
+def test_twenty_thousand_draws_have_the_requested_distribution(along):
     count = 20_000
     uniform = {
         "positions": lambda: draws(0, 0, 0, count),
@@ -247,7 +247,7 @@ def test_the_same_key_gives_the_same_tokens_and_another_key_others():
         assert other.token_ids != same[0].token_ids
 
 
-def test_a_second_turn_draws_on_where_the_first_ended():
+def test_a_second_turn_continues_the_draws_of_the_first():
     whole = one(Sampling(max_tokens=30))
     first = one(Sampling(max_tokens=12))
     second = one(Sampling(max_tokens=18), PROMPT + first.token_ids)
@@ -282,7 +282,7 @@ def test_a_completion_does_not_depend_on_its_neighbours():
             return await asyncio.gather(*map(join, requests)), most
 
     together, most = asyncio.run(crowd())
-    assert most > 5  # they did share forwards
+    assert most > 5  # they shared forwards
     for index in range(0, 40, 4):
         alone = one(requests[index][1], requests[index][0])
         assert together[index].token_ids == alone.token_ids
@@ -323,7 +323,7 @@ def test_a_stop_token_ends_a_completion_and_stays_in_it():
     assert completion.stop_reason is StopReason.EOS
 
 
-def test_a_matcher_ends_a_completion_at_the_token_it_holds_at():
+def test_a_matcher_ends_a_completion_at_the_token_where_it_holds():
     def third() -> Callable[[int], bool]:
         calls = itertools.count(1)
         return lambda _: next(calls) == 3
@@ -338,7 +338,7 @@ def test_a_matcher_ends_a_completion_at_the_token_it_holds_at():
     [
         ((), 5, "the sequence has no tokens"),
         (PROMPT, 0, "max_tokens is 0; it must be at least 1"),
-        (PROMPT, 95, "6 tokens with 95 to come does not fit into the engine's cache of 100"),
+        (PROMPT, 95, "6 tokens with 95 to sample does not fit into the engine's cache of 100"),
     ],
 )
 def test_a_request_that_can_never_run_is_refused(prompt, max_tokens, message):
@@ -349,7 +349,7 @@ def test_a_request_that_can_never_run_is_refused(prompt, max_tokens, message):
 # ------------------------------------------------------------------------------------ weights
 
 
-def test_completions_keep_the_version_that_they_began_with_and_weights_wait_for_them():
+def test_new_weights_wait_for_completions_which_keep_their_version():
     old, new = one(Sampling(max_tokens=40)), one(Sampling(max_tokens=40), of=model(1))
     ended: list[str] = []
 
@@ -382,7 +382,7 @@ def test_completions_keep_the_version_that_they_began_with_and_weights_wait_for_
 
 
 def updated(on_update: str, *prompts: tuple[int, ...]) -> list[Completion]:
-    """Completions of 40 tokens under which new weights came, again and again."""
+    """Completions of 40 tokens that new weights interrupted again and again."""
 
     async def run() -> list[Completion]:
         async with opened(on_update=on_update) as engine:
@@ -404,7 +404,7 @@ def updated(on_update: str, *prompts: tuple[int, ...]) -> list[Completion]:
     return asyncio.run(run())
 
 
-def test_a_completion_that_is_kept_has_each_token_range_by_the_weights_that_sampled_it():
+def test_each_token_range_of_a_kept_completion_names_the_weights_that_sampled_it():
     prompts = (PROMPT, PROMPT[:3], PROMPT * 3)
     for prompt, completion in zip(prompts, updated("keep", *prompts), strict=True):
         spans = completion.version_spans
@@ -418,7 +418,7 @@ def test_a_completion_that_is_kept_has_each_token_range_by_the_weights_that_samp
             assert wrong[here].sub(expected[here]).abs().max() > 1e-2
 
 
-def test_a_completion_that_is_dropped_begins_again_with_the_same_draws():
+def test_a_dropped_completion_begins_again_with_the_same_draws():
     for uid, completion in enumerate(updated("drop", PROMPT, PROMPT)):
         afresh = one(Sampling(max_tokens=40, sequence_uid=uid), of=model(2))
         assert (completion.policy_version, completion.version_spans) == (2, ())
@@ -484,7 +484,7 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(spoil):
     assert completion.token_ids == one(Sampling(max_tokens=20)).token_ids
 
 
-def test_an_engine_says_when_it_does_not_hold_what_it_was_given():
+def test_an_engine_that_cannot_hold_its_weights_raises():
     small = make_model(0)
     small.config.tie_word_embeddings = True
     small.tie_weights()
@@ -514,6 +514,21 @@ def test_weights_that_cannot_be_copied_fail_their_caller_and_the_engine_goes_on(
             return await engine.generate(PROMPT, Sampling(max_tokens=20))
 
     assert asyncio.run(run()).policy_version == 2
+
+
+def test_weights_that_fail_do_not_fail_those_that_wait_for_them():
+    broken = {name: tensor.to("meta") for name, tensor in model(1).state_dict().items()}
+
+    async def run() -> Sequence[BaseException | None]:
+        async with opened() as engine, asyncio.timeout(10):
+            return await asyncio.gather(
+                engine.load_weights(broken, version=1),
+                engine.load_weights(model(2).state_dict(), version=2),
+                return_exceptions=True,
+            )
+
+    first, second = asyncio.run(run())
+    assert isinstance(first, NotImplementedError) and second is None
 
 
 # ----------------------------------------------------------------------- abort, cancel, failure
@@ -600,7 +615,7 @@ def test_a_forward_that_fails_fails_its_callers_and_the_engine_goes_on():
     assert after == one(Sampling(max_tokens=20))
 
 
-def test_a_closed_engine_cancels_what_it_has():
+def test_closing_an_engine_cancels_its_requests():
     async def run() -> list[Any]:
         async with opened(max_cache_tokens=400) as engine:
             watch = Watch()
@@ -615,7 +630,7 @@ def test_a_closed_engine_cancels_what_it_has():
 # -------------------------------------------------------------------------------- the cache
 
 
-def test_as_many_requests_run_at_a_time_as_the_cache_has_room_for():
+def test_the_cache_bounds_how_many_requests_run_at_a_time():
     most_running = 0
 
     async def run() -> list[Completion]:
@@ -647,7 +662,7 @@ def test_one_long_prompt_does_not_make_a_wide_row_of_every_short_one():
     assert sum(sizes) == 800 + 39 * 5 + 40
 
 
-def test_a_turn_is_read_from_where_the_last_one_ended_while_weights_and_beginning_are_the_same():
+def test_a_turn_reads_only_new_tokens_unless_weights_or_prefix_have_changed():
     watched, sizes = model(), []
     watched.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -673,14 +688,14 @@ def test_a_turn_is_read_from_where_the_last_one_ended_while_weights_and_beginnin
             return (*PROMPT, *first.token_ids, 50, 51), second, [*read, sizes[0]], ids, third
 
     prompt, second, read, ids, third = asyncio.run(run())
-    # The last token of a completion has been sampled, and not read.
+    # The last token of a completion has been sampled, but not read.
     assert read == [1 + 2, len(ids), len(ids), len(ids) + 1]
     for of, before, completion in ((model(), prompt, second), (model(1), (*ids, 3), third)):
         expected = trainer_logprobs(of, before, completion, 1.0)
         assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_what_is_kept_of_sequences_stays_within_the_budget():
+def test_parked_sequences_stay_within_the_budget():
     budget = 9000
 
     async def run() -> list[int]:
@@ -699,7 +714,7 @@ def test_what_is_kept_of_sequences_stays_within_the_budget():
     assert any(later < earlier for earlier, later in itertools.pairwise(parked))
 
 
-def test_health_counts_what_is_there():
+def test_health_counts_requests_and_tokens():
     async def run() -> tuple[dict[str, float], dict[str, float]]:
         async with opened(max_cache_tokens=100) as engine:
             watch = Watch()
@@ -723,7 +738,7 @@ def test_health_counts_what_is_there():
 
 
 def fill(cache: KVCache, lengths: list[int]) -> int:
-    """Have rows of so many tokens; returns the tokens that the cache has memory for."""
+    """Make rows of these numbers of tokens; returns the cache's size in tokens."""
     while cache.lengths:
         cache.remove_row(0)
     for length in lengths:
@@ -746,7 +761,7 @@ def test_the_memory_of_the_cache_stays_within_its_budget(budget):
 
 @pytest.mark.parametrize(("more_rows", "width"), [(0, 500), (40, 100), (40, 500), (40, 3)])
 def test_a_cache_that_grows_keeps_what_it_holds(more_rows, width):
-    """Also if those that make it grow are shorter than those that it holds."""
+    """Even if the rows that make it grow are shorter than those that it holds."""
     cache = KVCache(1 << 16)
     states = torch.ones(1, 2, 4)
     for _ in range(3):
@@ -766,19 +781,19 @@ def test_a_cache_that_grows_keeps_what_it_holds(more_rows, width):
 
 
 def mismatch(**settings: Any) -> float:
-    """Mean |engine's - trainer's logprob| of a long completion."""
+    """Mean |engine's logprob - trainer's logprob| over a long completion."""
     completion = one(Sampling(max_tokens=60), of=model().float(), **settings)
     trainers = trainer_logprobs(model().float(), PROMPT, completion)
     return torch.tensor(completion.logprobs).sub(trainers).abs().mean().item()
 
 
-def test_fewer_bits_are_a_larger_mismatch():
+def test_fewer_bits_give_a_larger_mismatch():
     exact, bf16, fp8, int8 = (
         mismatch(precision=each) for each in ("float32", "bfloat16", "fp8", "int8")
     )
     assert exact < 1e-4
     assert 10 * exact < bf16 < fp8
-    assert 10 * exact < int8 < fp8  # a row has 8 bits and one scale, e4m3 only 3 of mantissa
+    assert 10 * exact < int8 < fp8  # int8 has 8 bits per number, e4m3 only 3 of mantissa
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8", "fp8"])
@@ -830,8 +845,8 @@ def test_only_matrices_of_the_decoder_layers_are_quantised():
     assert all(name.startswith("model.layers.") and "norm" not in name for name in names)
 
 
-def test_noise_on_the_logits_is_of_the_sequence_and_position():
-    """Neighbours do not change it, another sequence has other noise, and it is of its size."""
+def test_noise_on_the_logits_depends_on_sequence_and_position_alone():
+    """Neighbours do not change it, another sequence has other noise, and its size is as set."""
     sampling = Sampling(max_tokens=30, seed=3, sequence_uid=5)
     alone = one(sampling, logit_noise=0.3)
     other = Sampling(max_tokens=25, seed=3, sequence_uid=6)

@@ -1,4 +1,4 @@
-"""What of the vLLM engine can be told without a vLLM; the rest is in the conformance suite."""
+"""What can be tested of the vLLM engine without vLLM; the rest is in the conformance suite."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from tir_alp.config import VLLMConfig
 vllm_process = pytest.importorskip("tir_alp.engines.vllm.process")
 
 
-def test_a_tied_head_is_written_as_one_of_its_own(tmp_path):
+def test_a_tied_head_is_written_as_a_tensor_of_its_own(tmp_path):
     tensors = vllm_process.write_start(
         tmp_path / "start", model(), model().state_dict(), torch.bfloat16
     )
@@ -22,7 +22,7 @@ def test_a_tied_head_is_written_as_one_of_its_own(tmp_path):
     assert torch.equal(written[vllm_process.HEAD], written[vllm_process.EMBEDDING])
     config = json.loads((tmp_path / "start" / "config.json").read_text())
     assert (config["tie_word_embeddings"], config["architectures"]) == (False, ["LlamaForCausalLM"])
-    model().save_pretrained(tmp_path / "saved")  # without it
+    model().save_pretrained(tmp_path / "saved")  # without the head
     again = vllm_process.write_start(
         tmp_path / "again", model(), tmp_path / "saved", torch.bfloat16
     )
@@ -43,8 +43,8 @@ def test_a_python_that_is_not_there_is_named(tmp_path):
     ("seen", "first", "count", "names"),
     [(None, 1, 2, "1,2"), ("4,5,6", 1, 2, "5,6"), ("GPU-a,GPU-b", 0, 1, "GPU-a")],
 )
-def test_a_server_gets_gpus_of_those_that_its_starter_sees(monkeypatch, seen, first, count, names):
-    """An actor of a cluster is shown its own alone, by whatever numbers."""
+def test_a_server_gets_its_gpus_among_those_of_its_parent(monkeypatch, seen, first, count, names):
+    """An actor of a cluster sees only its own GPUs, under any numbers."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if seen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)

@@ -1,8 +1,8 @@
-"""A run whose parts are actors of a Ray cluster, each replaced when it dies or hangs.
+"""A run whose roles are actors of a Ray cluster, each replaced when it dies or hangs.
 
-`cluster` places them; `part` watches one of them; `engine_pool`, `environments` and `trainer` are
-what the loop in `train` sees of them, and `*_host` what lives in the actors. Ray is imported
-nowhere else.
+`placement` starts the actors and `watched_actor` watches one of them. `engine_pool`,
+`environment_pool` and `remote_trainer` are what the loop in `train` sees of them; the `*_host`
+modules are what runs inside them. Ray is imported nowhere else.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What lives in an engine's actor: an engine, and the rule that ends its completions."""
+"""What runs in an engine's actor: an engine, and the rule that ends its completions."""
 
 from __future__ import annotations
 
@@ -10,23 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from tir_alp.cluster.packed_weights import unpack
-from tir_alp.cluster.same_code import Host
+from tir_alp.cluster.same_code import ReportsCode
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion, Probe, Sampling
 from tir_alp.engines.open import open_engine
 from tir_alp.rollouts.renderer import Renderer
 
 
-class EngineHost(Host):
-    """One engine. Its methods run in one event loop; a heartbeat waits for it as they do."""
+class EngineHost(ReportsCode):
+    """One engine. Its methods, the health check included, share one event loop."""
 
     async def start(self, config: Config, path: str, version: int, renderer: Renderer) -> None:
-        """Load the model, or start its server; `renderer` has the rule that ends completions."""
+        """Load the model, or start its server.
+
+        Args:
+            config: The config of the run.
+            path: Folder or Hugging Face id of the weights.
+            version: Policy version of the weights.
+            renderer: The renderer of the run, whose rule ends completions.
+        """
         self._renderer = renderer
         self._exit = contextlib.AsyncExitStack()
-        self._said: list[str] = []
+        self._log: list[str] = []
         self._probe: Probe | None = None
-        opened = open_engine(config, path, version, self._reference, self._said.append)
+        opened = open_engine(config, path, version, self._ask_trainer, self._log.append)
         self._engine = await self._exit.enter_async_context(opened)
 
     async def stop(self) -> None:
@@ -36,7 +43,7 @@ class EngineHost(Host):
     async def generate(
         self, token_ids: tuple[int, ...], sampling: Sampling, has_rule: bool
     ) -> Completion:
-        """As `Engine.generate`; with `has_rule`, the run's own rule ends the completion."""
+        """As `Engine.generate`; with `has_rule`, the rule of the run ends the completion."""
         if has_rule:
             sampling = replace(sampling, stop_matcher=self._renderer.stop_matcher)
         return await self._engine.generate(token_ids, sampling)
@@ -44,15 +51,15 @@ class EngineHost(Host):
     async def load_weights(
         self, source: Any, version: int, probe: Probe | None
     ) -> Mapping[str, Any]:
-        """As `Engine.load_weights`, from what `weights.pack` made or from a folder.
+        """As `Engine.load_weights`.
 
         Args:
-            source: The weights.
-            version: Theirs.
-            probe: What the trainer says with them of a sequence; None: it was not asked.
+            source: The result of `packed_weights.pack`, or a folder.
+            version: Policy version of the weights.
+            probe: The trainer's logprobs of a sequence with these weights; None: it was not asked.
 
         Returns:
-            What a heartbeat says behind it.
+            The health report after the update.
         """
         self._probe = probe
         weights = source if isinstance(source, Path) else unpack(source)
@@ -67,11 +74,11 @@ class EngineHost(Host):
         """As `Engine.abort`."""
         await self._engine.abort(sequence_uid)
 
-    async def _reference(self, _: tuple[int, ...]) -> Probe | None:
-        """The trainer is not to be asked from here: what it said comes with the weights."""
+    async def _ask_trainer(self, _: tuple[int, ...]) -> Probe | None:
+        """Return the probe that came with the weights: the trainer cannot be reached from here."""
         return self._probe
 
     async def heartbeat(self) -> Mapping[str, Any]:
-        """As `Engine.health`, the number of the process, and what its servers had to say since."""
-        said, self._said[:] = (*self._said,), ()
-        return {**self._engine.health(), "pid": os.getpid(), "said": said}
+        """As `Engine.health`, with the process id and the lines logged since the last report."""
+        lines, self._log[:] = (*self._log,), ()
+        return {**self._engine.health(), "pid": os.getpid(), "log": lines}

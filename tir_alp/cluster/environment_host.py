@@ -1,4 +1,4 @@
-"""What lives in an environment runner's actor: environments, each by a number of its episode."""
+"""What runs in an environment runner's actor: environments, each with a key of its own."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 import gymnasium
 import ray
 
-from tir_alp.cluster.same_code import Host
+from tir_alp.cluster.same_code import ReportsCode
 from tir_alp.config import Config
 from tir_alp.rollouts.environment import make_environment
 
 
-class EnvironmentHost(Host):
-    """Environments. Calls block, and run in as many threads as the actor has."""
+class EnvironmentHost(ReportsCode):
+    """Environments. Calls block; each runs in one of the actor's threads."""
 
     def __init__(self) -> None:
         self._environments: dict[int, gymnasium.Env[str, str]] = {}
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Nothing to prepare: the actor is there."""
+        """Do nothing: a call that returns shows that the actor has started."""
 
     def reset(self, key: int, config: Config, seed: int | None, options: dict[str, Any]) -> str:
-        """Make an environment if there is none of that number, and reset it."""
+        """Reset the environment of a key; it is made if there is none."""
         with self._lock:
             env = self._environments.get(key)
         if env is None:
@@ -36,17 +36,17 @@ class EnvironmentHost(Host):
         return env.reset(seed=seed, options=options)[0]
 
     def step(self, key: int, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """As `Env.step`, with numbers that are Python's own."""
+        """As `Env.step`, with Python's own numbers."""
         text, reward, terminated, truncated, info = self._environments[key].step(action)
         return text, float(reward), bool(terminated), bool(truncated), info
 
     def ask(self, key: int, method: str) -> Any:
-        """What a method of the environment says; None if it has none of that name."""
+        """Call a method of the environment; returns None if it has no such method."""
         env = self._environments[key]
         return env.get_wrapper_attr(method)() if env.has_wrapper_attr(method) else None
 
     def close(self, key: int) -> None:
-        """Forget an environment; one that is unknown is none."""
+        """Close the environment of a key, if there is one."""
         with self._lock:
             env = self._environments.pop(key, None)
         if env is not None:
@@ -54,5 +54,5 @@ class EnvironmentHost(Host):
 
     @ray.method(concurrency_group="health")
     def heartbeat(self) -> Mapping[str, float]:
-        """How many environments there are, in which process. It has a thread of its own."""
+        """Health report: the number of environments, and the process id. It has its own thread."""
         return {"environments": len(self._environments), "pid": os.getpid()}

@@ -1,6 +1,6 @@
-"""Weights on their way through Ray's object store: as bytes that need no copy to be read.
+"""Weights on their way through Ray's object store, as bytes that can be read without a copy.
 
-A sample of the tensors has checksums, made where the trainer is and compared where the engine is.
+A sample of the tensors has checksums, computed by the trainer and compared by the engine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NUM_SUMMED = 16  # tensors, at the least if there are so many
+_NUM_SUMMED = 16  # tensors with a checksum, or all if there are fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +23,20 @@ class PackedTensor:
     dtype: str
     shape: tuple[int, ...]
     plain: Any
-    """A uint8 array of numpy."""
+    """The data, a NumPy array of uint8."""
     checksum: int | None
     """CRC-32 of `plain`; None: this tensor is not in the sample."""
 
 
 Packed = Mapping[str, PackedTensor | str]
-"""By name; or the name that has the same tensor."""
+"""Tensors by name; a string is the name under which the same tensor was already packed."""
 
 
 def pack(weights: Mapping[str, Tensor]) -> Packed:
-    """Return tensors, of any dtype, as what Ray shares between the processes of a node.
+    """Pack tensors of any dtype into arrays that Ray shares between the processes of a node.
 
-    One of two names, such as a tied head, goes once: engines tell it by its being one.
+    A tensor shared under two names, such as a tied head, is sent once. Engines recognise it because
+    `unpack` returns the same object under both names.
     """
     packed: dict[str, PackedTensor | str] = {}
     names: dict[tuple[Any, ...], str] = {}
@@ -49,10 +50,10 @@ def pack(weights: Mapping[str, Tensor]) -> Packed:
 
 
 def unpack(packed: Packed) -> dict[str, Tensor]:
-    """Undo `pack`; the tensors are copies, since what is shared must not be written to.
+    """Undo `pack`. The tensors are copies, because shared memory must not be written to.
 
     Raises:
-        ValueError: If a tensor is not what was packed; it is named.
+        ValueError: If a tensor differs from the one that was packed; the message names it.
     """
     weights: dict[str, Tensor] = {}
     for name, each in packed.items():

@@ -1,9 +1,10 @@
-"""Tasks that may have killed their host, and the proof. Knows nothing of Ray.
+"""Finds tasks that kill the host they run on. Knows nothing of Ray.
 
-When a host dies, every task with a call on it is a suspect. From then on the calls of suspects on
-one host are made one at a time, beside those of all others. A suspect whose host dies in its call
-twice is guilty: no other suspect was at work there either time. A host that somebody else killed
-costs no task so, unless that happens in the same task's calls again and again.
+When a host dies, every task with a call on it becomes a suspect. From then on, calls of suspects on
+one host are made one at a time, alongside those of other tasks. A suspect is guilty when its host
+has died during its calls twice, since no other suspect was running there either time. A host that
+dies for another reason therefore costs no task, unless that happens in the same task's calls again
+and again.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_ENOUGH = 2  # hosts that died in calls of a suspect
+_ENOUGH = 2  # hosts that died during calls of one suspect
 
 
 class PoisonTask(RuntimeError):
-    """A task that ends whatever process it runs in."""
+    """A task that kills the process it runs in, and is excluded."""
 
 
 class HostGone(RuntimeError):
@@ -28,8 +29,8 @@ class Suspects:
     """Which tasks were at work when a host died.
 
     Args:
-        log: Told, in a sentence, of a task that is dropped.
-        timeout_s: How long a suspect waits for another one.
+        log: Receives a line for each task that is excluded.
+        timeout_s: How long a suspect waits for another one, in seconds.
     """
 
     def __init__(self, log: Callable[[str], None], timeout_s: float) -> None:
@@ -37,61 +38,64 @@ class Suspects:
         self._lock = threading.Lock()
         self._locks: defaultdict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
         self._dead: set[tuple[str, int]] = set()
-        self._suspects: dict[str, list[str]] = {}  # task -> hosts that died in its calls since
+        self._suspects: dict[str, list[str]] = {}  # task -> hosts that died since
         self._guilty: dict[str, str] = {}
 
     @property
     def guilty(self) -> tuple[str, ...]:
-        """Tasks that are dropped."""
+        """Ids of the tasks that are excluded."""
         return tuple(self._guilty)
 
     @contextmanager
     def at_work(
         self, task_id: str, host: str, generation: int = 0
     ) -> Iterator[Callable[[str], None]]:
-        """Hold while a call of a task runs on a host; yields whom to tell if the host dies in it.
+        """Surround a call of a task on a host.
 
         Args:
-            task_id: Of the task.
-            host: Its name.
-            generation: Hosts of that name before it.
+            task_id: Id of the task.
+            host: Name of the host.
+            generation: Number of hosts of that name before this one.
+
+        Yields:
+            A function to call, with the reason, if the host dies during the call.
 
         Raises:
-            PoisonTask: If the task is dropped.
-            HostGone: If the host is known to be dead: what begins on it then has not killed it.
-            TimeoutError: If other suspects kept the host busy for too long.
+            PoisonTask: If the task is excluded.
+            HostGone: If the host is known to be dead, so that this call cannot have killed it.
+            TimeoutError: If other suspects keep the host busy for too long.
         """
         if task_id in self._guilty:
-            raise PoisonTask(f"task {task_id} is dropped: {self._guilty[task_id]}")
-        place = host, generation
+            raise PoisonTask(f"task {task_id} is excluded: {self._guilty[task_id]}")
+        slot = host, generation
         if task_id not in self._suspects:
-            self._check(place)
-            yield lambda reason: self._suspect(task_id, place)
+            self._check(slot)
+            yield lambda reason: self._suspect(task_id, slot)
             return
-        lock = self._locks[place]
+        lock = self._locks[slot]
         if not lock.acquire(timeout=self._timeout_s):
             raise TimeoutError(f"other suspects keep {host} busy")
         try:
-            self._check(place)
-            yield lambda reason: self._blame(task_id, place, reason)
+            self._check(slot)
+            yield lambda reason: self._blame(task_id, slot, reason)
         finally:
             lock.release()
 
-    def _check(self, place: tuple[str, int]) -> None:
-        if place in self._dead:
-            raise HostGone(f"{place[0]} is dead")
+    def _check(self, slot: tuple[str, int]) -> None:
+        if slot in self._dead:
+            raise HostGone(f"{slot[0]} is dead")
 
-    def _suspect(self, task_id: str, place: tuple[str, int]) -> None:
+    def _suspect(self, task_id: str, slot: tuple[str, int]) -> None:
         with self._lock:
-            self._dead.add(place)
+            self._dead.add(slot)
             self._suspects.setdefault(task_id, [])
 
-    def _blame(self, task_id: str, place: tuple[str, int], reason: str) -> None:
+    def _blame(self, task_id: str, slot: tuple[str, int], reason: str) -> None:
         with self._lock:
-            self._dead.add(place)
+            self._dead.add(slot)
             ended = self._suspects[task_id]
-            ended.append(f"{place[0]}, {reason}")
+            ended.append(f"{slot[0]}, {reason}")
             if len(ended) < _ENOUGH or task_id in self._guilty:
                 return
-            self._guilty[task_id] = f"it ended its host twice ({'; '.join(ended)})"
-        self._log(f"task {task_id} is dropped: {self._guilty[task_id]}")
+            self._guilty[task_id] = f"it killed its host twice ({'; '.join(ended)})"
+        self._log(f"task {task_id} is excluded: {self._guilty[task_id]}")

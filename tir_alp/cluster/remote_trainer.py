@@ -1,8 +1,8 @@
-"""The trainer of a run in other processes: every call goes to all ranks, rank 0 answers.
+"""The trainer of a run in other processes: every call goes to all ranks, and rank 0 answers.
 
-A rank that is lost is not replaced by itself: what it held is in the run's newest checkpoint, from
-which all ranks begin again. So its loss ends the calls with `RoleLost`, and the run goes on from
-there.
+A rank that is lost is not replaced on its own: its state is in the run's newest checkpoint, from
+which all ranks start again. So its loss ends the calls with `RoleLost`, and the run goes on from
+that checkpoint.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from tir_alp.training.step_report import StepReport
 
 
 class RemoteTrainer:
-    """As `parts.TrainerRole`; its calls block, and each has a deadline.
+    """A `roles.TrainerRole` whose calls block, each with a deadline.
 
     Args:
-        ranks: The places of the ranks, opened.
+        ranks: The ranks' actors, which have started.
         timeout_s: Deadline of a call.
     """
 
@@ -49,7 +49,7 @@ class RemoteTrainer:
         self._call("perturb_weights", scale)
 
     def weights(self) -> WeightsRef:
-        """A handle to the weights. It outlives the trainer: the object is the run's own."""
+        """A handle to the weights, which outlives the trainer: this process owns the object."""
         answers = self._ask("weights")
         self._wait([is_there for _, is_there in answers])
         return WeightsRef(answers[0][0])
@@ -57,7 +57,7 @@ class RemoteTrainer:
     def save(
         self, folder: Path, position: Position, rollouts: Mapping[str, Any], keep: int
     ) -> Path:
-        """As `LocalTrainer.save`; the folder has to be one that ranks and run share."""
+        """As `LocalTrainer.save`, to a folder that ranks and run share."""
         return self._call("save", folder.resolve(), position, rollouts, keep)
 
     def load(self, path: Path) -> None:
@@ -68,10 +68,10 @@ class RemoteTrainer:
         return self._wait(self._ask(method, *arguments))[0]
 
     def _ask(self, method: str, *arguments: Any) -> list[Any]:
-        actors = [part.actor for part in self._ranks]
-        for part, actor in zip(self._ranks, actors, strict=True):
+        actors = [rank.actor for rank in self._ranks]
+        for rank, actor in zip(self._ranks, actors, strict=True):
             if actor is None:
-                raise RoleLost(f"{part.name} was lost")
+                raise RoleLost(f"{rank.name} was lost")
         return [getattr(actor, method).remote(*arguments) for actor in actors]
 
     def _wait(self, refs: Sequence[Any]) -> list[Any]:
@@ -88,4 +88,4 @@ class RemoteTrainer:
             raise error.cause from None
 
     def close(self) -> None:
-        """Nothing is held here: the ranks are the cluster's."""
+        """Do nothing: the cluster ends the ranks."""

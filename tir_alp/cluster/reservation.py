@@ -1,7 +1,7 @@
-"""The Ray cluster of a run, and the places that its parts have in it.
+"""The Ray cluster of a run, and the resources that are reserved in it for the run's actors.
 
-All places are reserved together, before anything starts: of a cluster that is too small, what is
-missing is said at once, and waited for.
+All actors' resources are reserved together, before anything starts. If the cluster is too small,
+what is missing is logged at once, and waited for.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -17,7 +16,8 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from tir_alp.cluster.watched_actor import wait_for
-from tir_alp.config import ActorsConfig, ClusterConfig, Config, ServersConfig
+from tir_alp.config import ActorsConfig, ClusterConfig, Config
+from tir_alp.engines.base import Log
 
 KINDS = {
     "trainer": "trainer",
@@ -25,53 +25,38 @@ KINDS = {
     "environments": "environment",
     "sandboxes": "sandbox",
 }
-"""Kinds of parts, in the order of their places, and what one of them is called."""
+"""Kinds of actors, in the order of `ClusterConfig.actors`, and the name of one of each kind."""
 
-_SAID_AFTER_S = 5.0  # who waits for room longer than that is told for what
-_CLIENT_TRIES = 3  # to be taken by a cluster, as a client
+_LOG_AFTER_S = 5.0  # of waiting for room
+_CLIENT_TRIES = 3  # to join a cluster as a client
 
 
 def check_gpus(config: Config) -> None:
-    """See that servers get the GPUs that they take: Ray shows a part no others.
+    """Check that servers get the GPUs that they take: Ray shows an actor no others.
 
     Raises:
-        ValueError: If an engine has too few, or does not begin with its first.
+        ValueError: If an engine's actor has too few, or the engine does not begin with its first.
     """
-    engine, given = config.engine, config.cluster.engines.gpus
-    if not isinstance(engine, ServersConfig) or engine.device != "cuda":
-        return
-    if getattr(engine, "urls", ()):
-        return
-    taken = engine.tensor_parallel * getattr(engine, "num_servers", 1)
-    if engine.first_gpu or taken > math.ceil(given):
+    taken, given = config.engine.gpus, config.cluster.engines.gpus
+    if taken and (taken.start or len(taken) > math.ceil(given)):
         raise ValueError(
-            f"the servers of an engine take {taken} GPUs from engine.first_gpu = "
-            f"{engine.first_gpu} on, but Ray gives it {given:g}: set cluster.engines.gpus = "
-            f"{taken} and engine.first_gpu = 0"
+            f"an engine takes {len(taken)} GPUs, from engine.first_gpu = {taken.start} on, but Ray "
+            f"gives its actor {given:g}: set cluster.engines.gpus = {len(taken)} and "
+            "engine.first_gpu = 0"
         )
 
 
-def parts_of(config: ClusterConfig) -> dict[str, ActorsConfig]:
-    """What each kind of `KINDS` is to be."""
-    return {
-        "trainer": config.trainer,
-        "engines": config.engines,
-        "environments": config.environments,
-        "sandboxes": config.sandboxes,
-    }
-
-
-def connect(config: ClusterConfig, log: Callable[[str], None]) -> None:
-    """Join the cluster, or start one on this machine with as many cores as parts ask for.
+def connect(config: ClusterConfig, log: Log) -> None:
+    """Join the cluster, or start one on this machine with as many cores as the actors ask for.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no such cluster.
     """
     if config.address == "local":
-        cpus = sum(part.count * part.cpus for part in parts_of(config).values())
-        where: dict[str, Any] = {"num_cpus": math.ceil(cpus), "include_dashboard": False}
+        cpus = sum(each.count * each.cpus for each in config.actors.values())
+        options: dict[str, Any] = {"num_cpus": math.ceil(cpus), "include_dashboard": False}
     else:
-        where = {}
+        options = {}
     for tries_left in reversed(range(_CLIENT_TRIES)):
         try:
             ray.init(
@@ -79,52 +64,55 @@ def connect(config: ClusterConfig, log: Callable[[str], None]) -> None:
                 namespace="tir_alp",
                 logging_level=logging.WARNING,
                 log_to_driver=False,
-                **where,
+                **options,
             )
             return
         except (ConnectionError, RayError, ValueError) as error:
-            # The head's server of a client can die in its start, forked beside gRPC's threads.
+            # The process that the head forks for a client can die at its start, because gRPC's
+            # threads run while it forks.
             if tries_left and isinstance(error, ConnectionAbortedError):
-                log(f"the Ray cluster at {config.address!r} did not take us; once more")
+                log(f"the Ray cluster at {config.address!r} refused the connection; trying again")
                 continue
             raise ValueError(f"there is no Ray cluster at {config.address!r}: {error}") from error
 
 
-async def reserve(config: ClusterConfig, log: Callable[[str], None]) -> Any:
-    """The placement group, with a bundle a part in the order of `KINDS`.
+async def reserve(config: ClusterConfig, log: Log) -> Any:
+    """Reserve the actors' resources; returns the placement group, with one bundle per actor.
+
+    The bundles are in the order of `KINDS`.
 
     Raises:
-        ValueError: If there is no room for it in time.
+        ValueError: If there is no room for them in time.
     """
-    parts = parts_of(config)
-    bundles = [_bundle(parts[kind]) for kind in KINDS for _ in range(parts[kind].count)]
-    places = placement_group(bundles, strategy="SPREAD" if config.spread else "PACK")
-    ready = wait_for(places.ready())
-    first_s = min(_SAID_AFTER_S, config.start_timeout_s)
+    actors = config.actors
+    bundles = [_bundle(actors[kind]) for kind in KINDS for _ in range(actors[kind].count)]
+    reservation = placement_group(bundles, strategy="SPREAD" if config.spread else "PACK")
+    ready = wait_for(reservation.ready())
+    first_s = min(_LOG_AFTER_S, config.start_timeout_s)
     if not (await asyncio.wait([ready], timeout=first_s))[0]:
-        log(f"waiting for room in the cluster: {_room(parts)}")
+        log(f"waiting for room in the cluster: {_room(actors)}")
         if not (await asyncio.wait([ready], timeout=config.start_timeout_s - first_s))[0]:
-            remove_placement_group(places)
+            remove_placement_group(reservation)
             raise ValueError(
                 f"the cluster did not have room within {config.start_timeout_s:g} s: "
-                f"{_room(parts)}: lower cluster.*.count, cpus or gpus, or add nodes"
+                f"{_room(actors)}: lower cluster.*.count, cpus or gpus, or add nodes"
             )
     await ready
-    return places
+    return reservation
 
 
-def _room(parts: dict[str, ActorsConfig]) -> str:
-    """What parts ask for, and what of the cluster is free."""
-    wanted = {kind: part.count for kind, part in parts.items()}
-    has, free = ray.cluster_resources(), ray.available_resources()
+def _room(actors: dict[str, ActorsConfig]) -> str:
+    """What the actors ask for, and how much of the cluster is free, for a message."""
+    wanted = {kind: each.count for kind, each in actors.items()}
+    total, free = ray.cluster_resources(), ray.available_resources()
     figures = [str(wanted)]
     for name in ("CPU", "GPU"):
-        asked = sum(part.count * _bundle(part).get(name, 0.0) for part in parts.values())
-        of = f"{free.get(name, 0):g} of {has.get(name, 0):g} free"
-        figures.append(f"{asked:g} {name}s asked, {of}")
+        asked = sum(each.count * _bundle(each).get(name, 0.0) for each in actors.values())
+        of_all = f"{free.get(name, 0):g} of {total.get(name, 0):g} free"
+        figures.append(f"{asked:g} {name}s asked, {of_all}")
     return ", ".join(figures)
 
 
-def _bundle(part: ActorsConfig) -> dict[str, float]:
-    gpus = {"GPU": part.gpus} if part.gpus else {}
-    return {"CPU": part.cpus, **gpus}
+def _bundle(actor: ActorsConfig) -> dict[str, float]:
+    gpus = {"GPU": actor.gpus} if actor.gpus else {}
+    return {"CPU": actor.cpus, **gpus}

@@ -1,7 +1,7 @@
-"""What all actors of a run have in common: they run the code of tir_alp that the run itself has.
+"""Checks that all actors of a run have the same code of tir_alp as the run itself.
 
-An image or a node with another version would unpickle what it was not made for, or compute what is
-slightly different, and nobody would see it.
+An image or a node with another version would unpickle objects that it was not made for, or compute
+slightly different numbers, and nobody would notice.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import tir_alp
 _MOST_NAMES = 5  # in a message
 
 
-class Host:
-    """Base of what lives in an actor."""
+class ReportsCode:
+    """Base of every class that runs in an actor: it reports which code it runs."""
 
     def code(self) -> Mapping[str, str]:
-        """As `own_code`, of its process."""
+        """`own_code` of the actor's process."""
         return own_code()
 
 
 @functools.cache
 def own_code() -> Mapping[str, str]:
-    """As `code_of`, of tir_alp; what it was when it was first asked for, whoever edits it later."""
+    """`code_of` tir_alp, as of the first call: later edits of the files do not count."""
     return code_of(Path(tir_alp.__file__).parent)
 
 
 def code_of(package: Path) -> Mapping[str, str]:
-    """Digest of each module below a folder, by its path in it."""
+    """Digest of each module in a folder, by its path relative to the folder."""
     found = {}
     for folder, _, names in os.walk(package, followlinks=True):
         for name in names:
@@ -44,7 +44,7 @@ def code_of(package: Path) -> Mapping[str, str]:
 
 
 def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    """Which modules are not the same in both, for a message; empty if all are."""
+    """Names of the modules that differ, for a message; empty if none does."""
     names = sorted(
         name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
     )

@@ -1,4 +1,4 @@
-"""What lives in a sandbox host's actor: a sandbox, and the HTTP service in front of it."""
+"""What runs in a sandbox host's actor: a sandbox, and the HTTP service in front of it."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Any
 
 import ray
 
-from tir_alp.cluster.same_code import Host
+from tir_alp.cluster.same_code import ReportsCode
 from tir_alp.tools.sandbox import SandboxConfig, SandboxError, create_sandbox
 from tir_alp.tools.sandbox.service.server import Service, ServiceConfig, serve
 
 _START_TIMEOUT_S = 120.0
 
 
-class SandboxHost(Host):
-    """Serves one sandbox. It dies with its process, and so do the programs in it."""
+class SandboxHost(ReportsCode):
+    """Serves one sandbox, which ends with its process, as do the programs in it."""
 
     async def start(self, config: Mapping[str, Any], port: int, token: str) -> str:
-        """Start both; returns the address.
+        """Start the sandbox and the service; returns the service's address.
 
         Args:
-            config: Of the sandbox.
-            port: Where to listen if it is free; else, and with 0, anywhere.
-            token: What clients have to show.
+            config: Settings of the sandbox.
+            port: Port to listen on; if it is taken, or 0, any free port.
+            token: Token that clients have to send.
 
         Raises:
-            SandboxRefused: This machine cannot hold a program in.
+            SandboxRefused: If this machine cannot confine a program.
         """
         async with contextlib.AsyncExitStack() as opened:
             sandbox = await opened.enter_async_context(
@@ -44,7 +44,7 @@ class SandboxHost(Host):
         return address
 
     async def heartbeat(self) -> Mapping[str, float]:
-        """The number of its process."""
+        """Health report: the process id."""
         return {"pid": os.getpid()}
 
     async def stop(self) -> None:
@@ -68,7 +68,7 @@ class SandboxHost(Host):
         if address.done():
             return address.result()
         if self._serving.done():
-            await self._serving  # says why, if it failed
+            await self._serving  # raises the reason, if it failed
             raise SandboxError(f"the service ended before it had an address at {node}:{port}")
         self._serving.cancel()
         raise SandboxError(

@@ -1,4 +1,4 @@
-"""What lives in a trainer rank's actor: a trainer."""
+"""What runs in a trainer rank's actor: one rank's `LocalTrainer`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from tir_alp.cluster.packed_weights import Packed, pack
-from tir_alp.cluster.same_code import Host
+from tir_alp.cluster.same_code import ReportsCode
 from tir_alp.config import Config
 from tir_alp.records.folder import RunFolder
 from tir_alp.training.batch import Sample
@@ -24,8 +24,8 @@ from tir_alp.training.step_report import StepReport
 _SIOCGIFADDR = 0x8915
 
 
-class TrainerHost(Host):
-    """One rank. Calls block, and run one after another in a thread."""
+class TrainerHost(ReportsCode):
+    """One rank. Calls block, and run one after another in one thread."""
 
     def meeting_place(self) -> tuple[str, int]:
         """Address of this node, and a port that is free on it."""
@@ -36,7 +36,15 @@ class TrainerHost(Host):
     def start(
         self, config: Config, run: Path, initial: str, found: Path | None, ranks: Mapping[str, str]
     ) -> None:
-        """Load the model; `ranks` are the variables by which ranks find one another."""
+        """Load the model.
+
+        Args:
+            config: The config of the run.
+            run: Folder of the run.
+            initial: The model that the run began with.
+            found: The checkpoint to go on from; None: a new run.
+            ranks: The environment variables by which ranks find one another.
+        """
         os.environ.update(ranks)
         if interface := interface_of(ray.util.get_node_ip_address()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -60,7 +68,10 @@ class TrainerHost(Host):
 
     @ray.method(num_returns=2)
     def weights(self) -> tuple[Packed, bool]:
-        """As `LocalTrainer.weights`, packed, and a sign that they are there; for rank 0 alone."""
+        """As `LocalTrainer.weights`, packed; empty on other ranks than 0.
+
+        The second result is small: waiting for it is waiting for the weights without fetching them.
+        """
         weights = self._trainer.weights()
         return ({} if self._rank else pack(weights)), True
 
@@ -76,15 +87,15 @@ class TrainerHost(Host):
 
     @ray.method(concurrency_group="health")
     def heartbeat(self) -> Mapping[str, Any]:
-        """The number of its process. It has a thread of its own."""
+        """Health report: the process id. It has a thread of its own."""
         return {"pid": os.getpid()}
 
 
 def interface_of(address: str) -> str | None:
-    """Name of this host's network interface that has an IPv4 address; None: there is none.
+    """Name of this node's network interface with an IPv4 address; None: there is none.
 
-    Gloo would take the one that the host's name stands for, on many hosts that of 127.0.0.1, where
-    no other host reaches it.
+    Gloo would take the interface of the address that the host name resolves to. On many hosts that
+    is 127.0.0.1, which other hosts cannot reach.
     """
     with socket.socket() as probe:
         for _, name in socket.if_nameindex():

@@ -15,26 +15,22 @@ from typing import Any
 
 import torch
 
-from tir_alp.config import Config, ServersConfig
+from tir_alp.config import LOGPROB_TOLERANCE, Config
 from tir_alp.doctor.check_result import CheckResult
 from tir_alp.engines.base import Completion, Engine, LogprobSource, Sampling
 from tir_alp.types import StopReason
 
 _NUM_TOKENS = 16  # length of a completion that is sampled for a check
 _DEADLINE_S = 300.0
-_MEAN_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.05, "int8": 0.1, "fp8": 0.3}
 _MAX_OVER_MEAN = 20  # tolerance of a single token over that of the mean
-_NOISE_TOLERANCE = 1.5  # per unit of noise on the logits
 _SHIFT = 10  # how far a change of the weights should move logprobs, in tolerances
 
 
 def tolerance_of(config: Config) -> float:
     """Return the largest acceptable mean |difference of logprobs|, in nats."""
-    engine, own = config.engine, config.trainer.dtype
-    rounding = 0.0 if own == "float32" else _MEAN_TOLERANCE[own]
-    if isinstance(engine, ServersConfig):
-        return _MEAN_TOLERANCE[engine.dtype] + rounding
-    return _MEAN_TOLERANCE[engine.precision] + _NOISE_TOLERANCE * engine.logit_noise + rounding
+    own = config.trainer.dtype
+    rounding = 0.0 if own == "float32" else LOGPROB_TOLERANCE[own]
+    return config.engine.logprob_tolerance + rounding
 
 
 @dataclass(frozen=True, slots=True)

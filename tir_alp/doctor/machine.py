@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 
-from tir_alp.config import Config, ServersConfig, SGLangConfig
+from tir_alp.config import Config
 from tir_alp.doctor.check_result import CheckResult
 from tir_alp.training.structure import load_outline
 
 _FLOAT = 4  # bytes: weights, gradients and both moments of AdamW are float32
 _KEPT_PER_LAYER = (16, 4)  # hidden and inner vectors kept per token and layer for backward
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # per number in a server
 _LOGIT_COPIES = 3  # logits, their log-softmax, and its gradient
 
 
@@ -72,35 +71,20 @@ def memory_needed(config: Config, shape: Shape, device: str) -> dict[str, int]:
     if trainer.gradient_checkpointing:
         kept = per_layer + shape.hidden * shape.num_layers
     weights = _FLOAT * shape.num_parameters
+    engine = config.engine.memory_beside_trainer(
+        device,
+        num_parameters=shape.num_parameters,
+        num_tokens=num_episodes * rollout.max_context_tokens,
+        numbers_per_token=shape.cache_width * shape.num_layers,
+    )
     frozen = weights if trainer.dtype == "float32" else weights // 2
     return {
         "weights, gradients, optimizer": 4 * weights if trainer.lora is None else frozen,
-        **_engine_memory(config, shape, device, num_episodes * rollout.max_context_tokens),
+        "the engine's weights": engine.weights,
+        "cache": engine.cache,
         "reference weights": weights if config.algorithm.needs_reference else 0,
         "activations": _FLOAT * packed * kept,
         "logits": _FLOAT * _LOGIT_COPIES * trainer.logprob_chunk_tokens * shape.vocabulary,
-    }
-
-
-def _engine_memory(config: Config, shape: Shape, device: str, most_cached: int) -> dict[str, int]:
-    """Return the bytes that engines take on the trainer's device; others do not count."""
-    engine = config.engine
-    number_bytes, num_engines, cached = _FLOAT, 1, most_cached
-    if engine.max_cache_tokens is not None:
-        cached = min(engine.max_cache_tokens, most_cached)
-    if isinstance(engine, ServersConfig):
-        is_sglang = isinstance(engine, SGLangConfig)
-        number_bytes, num_engines = _BYTES[engine.dtype], engine.num_servers if is_sglang else 1
-        if engine.device == "cuda":  # each has its own GPUs, and the trainer has the first
-            num_engines = int(engine.first_gpu == 0)
-        # External servers do not count, nor do those that release memory while training.
-        if engine.device != device or (is_sglang and (engine.urls or engine.release_memory)):
-            num_engines = 0
-        if engine.max_cache_tokens is None:  # it takes a share of the free memory: always fits
-            cached = 0
-    return {
-        "the engine's weights": num_engines * number_bytes * shape.num_parameters,
-        "cache": num_engines * number_bytes * cached * shape.cache_width * shape.num_layers,
     }
 
 

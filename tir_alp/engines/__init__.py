@@ -1,1 +1,1 @@
-"""What samples completions: the protocol in `base`, one module an engine."""
+"""What samples completions: the protocol in `base`, and one module or folder per engine."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from tir_alp.types import StopReason, VersionSpan, check_version_spans, written_
 
 
 class EngineFailed(RuntimeError):
-    """The engine could not do what it was asked for; what it was doing is lost."""
+    """The engine could not do what it was asked to do; the request's result is lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,20 +22,21 @@ class Sampling:
     """How one completion is sampled.
 
     In the embedded engine the draw at each position of a sequence is a function of (`seed`,
-    `sequence_uid`, position), so a completion does not depend on what else is in the batch. SGLang
-    draws from its own generator; there `sequence_uid` says whose prefix a request continues.
+    `sequence_uid`, position), so a completion does not depend on what else is in the batch. Servers
+    draw from their own generators; there `sequence_uid` identifies the sequence whose prefix a
+    request continues.
     """
 
     max_tokens: int
     """Limit of the completion, in tokens."""
     temperature: float = 1.0
-    """0 is greedy."""
+    """Temperature of the distribution; 0 is greedy."""
     top_p: float = 1.0
     """Only the most probable tokens that together reach this probability can be sampled."""
     stop_token_ids: frozenset[int] = frozenset()
-    """Tokens that end the completion, and stay its last token."""
+    """Tokens that end the completion; the one that does is its last token."""
     stop_matcher: Callable[[], Callable[[int], bool]] | None = None
-    """Makes a matcher that is fed token by token and says True at the last one to keep."""
+    """Makes a matcher that is fed token by token and returns True at the last token to keep."""
     seed: int = 0
     """Root of the run's draws."""
     sequence_uid: int = 0
@@ -52,12 +54,13 @@ class Completion:
     token_ids: tuple[int, ...]
     """Ids as they were sampled, the stop token included."""
     logprobs: tuple[float, ...]
-    """Of the distribution actually sampled from: temperature and truncation applied."""
+    """Logprob of each token under the distribution actually sampled from, i.e. after temperature
+    and truncation, in nats."""
     stop_reason: StopReason
     policy_version: int
-    """Training steps behind the weights that sampled its first token."""
+    """Number of training steps that produced the weights that sampled the first token."""
     version_spans: tuple[VersionSpan, ...] = ()
-    """Which weights sampled which tokens; empty: those of `policy_version` sampled all."""
+    """Which weights sampled which tokens; empty: those of `policy_version` sampled all of them."""
 
     def __post_init__(self) -> None:
         if len(self.logprobs) != len(self.token_ids):
@@ -68,22 +71,47 @@ class Completion:
 
     @property
     def versions(self) -> tuple[VersionSpan, ...]:
-        """The version spans, written out also where one version sampled all."""
+        """The version spans, written out even if one version sampled every token."""
         return written_out(self.version_spans, len(self.token_ids), self.policy_version)
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A sequence, and what the trainer's forward says of it at temperature 1."""
+    """A sequence and its logprobs by the trainer's forward, at temperature 1."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """Of each token but the first, in nats."""
+    """Logprob of each token but the first, given those before it, in nats."""
 
 
 AskTrainer = Callable[[tuple[int, ...]], Awaitable[Probe | None]]
-"""What an engine is checked against, given a sequence to ask for. Whoever cannot ask the trainer
-answers with a probe that was made before, of another sequence, or with None."""
+"""Asks the trainer for the logprobs of a sequence, with which an engine's own are compared. Where
+the trainer cannot be reached, the answer is a probe of another sequence that was made before, or
+None."""
+
+Log = Callable[[str], None]
+"""Takes one line for the person who watches the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineContext:
+    """What an engine needs to know of the run that opens it, besides its own settings."""
+
+    path: str
+    """Folder or Hugging Face id of the model whose weights it starts with."""
+    version: int = 0
+    """Policy version of those weights."""
+    seed: int = 0
+    """Seed of the run."""
+    device: str = "auto"
+    """The run's `trainer.device`: "auto", "cpu" or "cuda". Only the embedded engine computes
+    there."""
+    on_update: str = "wait"
+    """What new weights do to running completions: "wait", "keep" or "drop"."""
+    ask_trainer: AskTrainer | None = None
+    """Asks the trainer for the logprobs that the engine's are compared with; None: nobody can."""
+    log: Log = print
+    """Receives starts, losses and recoveries."""
 
 
 def check_request(token_ids: tuple[int, ...], sampling: Sampling) -> None:
@@ -95,7 +123,7 @@ def check_request(token_ids: tuple[int, ...], sampling: Sampling) -> None:
 
 
 def check_vocabulary(token_ids: tuple[int, ...], vocab_size: int) -> None:
-    """Refuse ids that the model has no row for: they can end a server. Raises ValueError."""
+    """Refuse ids that the model has no row for, which can crash a server. Raises ValueError."""
     if not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
         raise ValueError(
             f"the sequence has a token that is not in the vocabulary: ids go from 0 to "
@@ -129,14 +157,17 @@ class Engine(Protocol):
         ...
 
     async def lend_memory(self) -> None:
-        """Give memory to a trainer on the same device, if asked for, until `load_weights`.
+        """Free memory for a trainer on the same device, if configured, until `load_weights`.
 
-        Nothing may run, nor be asked for before the weights are there.
+        No completion may run, and none may be requested before the weights are loaded.
         """
         ...
 
     async def abort(self, sequence_uid: int | None = None) -> None:
-        """End the completions of one sequence, or all, with what they have: `StopReason.ABORT`."""
+        """End the completions of one sequence, or all; each returns the tokens that it has.
+
+        Their stop reason is `StopReason.ABORT`.
+        """
         ...
 
     def health(self) -> Mapping[str, float]:
@@ -148,19 +179,24 @@ class Engine(Protocol):
         ...
 
 
+EngineFactory = Callable[[Any, EngineContext], AbstractAsyncContextManager[Engine]]
+"""Opens an engine, given its section of the config. Each section names its factory. Raises
+ValueError on entry if the engine cannot start."""
+
+
 class LogprobSource(Protocol):
-    """Says what the engine should: a `Trainer`, or one in another process."""
+    """Computes logprobs by the trainer's forward: a `Trainer`, or one in another process."""
 
     def completion_logprobs(
         self, prompt: Sequence[int], completion: Sequence[int], temperature: float, top_p: float
     ) -> Sequence[float]:
-        """Logprob of each token of a completion, by one forward."""
+        """Compute the logprob of each token of a completion, in one forward."""
         ...
 
     def perturb_weights(self, scale: float) -> None:
-        """Change some weights a little; 0: back."""
+        """Change some weights a little; 0 restores them bit for bit."""
         ...
 
 
 Generate = Callable[[tuple[int, ...], Sampling], Awaitable[Completion]]
-"""What an episode knows of the engine."""
+"""All that an episode sees of the engine: `Engine.generate`."""

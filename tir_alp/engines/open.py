@@ -1,76 +1,53 @@
-"""Opens the engine that a config names."""
+"""Opens the engine that a config names, by the factory that its section names."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import importlib
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
-from tir_alp.config import Config, ServersConfig, SGLangConfig, VLLMConfig
-from tir_alp.engines.base import AskTrainer, Engine
-from tir_alp.engines.transformers import TransformersEngine
-from tir_alp.training.policy import compute_device, load_policy
-from tir_alp.training.structure import end_token_ids, load_outline
+from tir_alp.config import Config
+from tir_alp.engines.base import AskTrainer, Engine, EngineContext, EngineFactory, Log
 
 
 @asynccontextmanager
 async def open_engine(
-    config: Config,
-    path: str,
-    version: int,
-    ask_trainer: AskTrainer,
-    log: Callable[[str], None],
+    config: Config, path: str, version: int, ask_trainer: AskTrainer, log: Log
 ) -> AsyncIterator[Engine]:
-    """The engine that the config names, in this process or in servers that it starts.
+    """Open the engine of a run, in this process or in servers that it starts.
+
+    Args:
+        config: The config of the run.
+        path: Folder or Hugging Face id of the model whose weights the engine starts with.
+        version: Policy version of those weights.
+        ask_trainer: Asks the trainer for the logprobs that the engine's are compared with.
+        log: Receives starts, losses and recoveries.
 
     Raises:
         ValueError: If it cannot start.
     """
-    settings, on_update = config.engine, config.rollout.on_update
-    if isinstance(settings, ServersConfig):
-        try:
-            from tir_alp.engines.sglang.engine import open_sglang
-            from tir_alp.engines.vllm.engine import open_vllm
-        except ImportError as error:
-            raise ValueError(
-                f'engine.type = "{settings.type}" needs aiohttp: install it as docs/sglang.md says'
-            ) from error
-    if isinstance(settings, VLLMConfig):
-        async with open_vllm(
-            settings,
-            load_outline(path),
-            Path(path) if Path(path).is_dir() else load_policy(path).state_dict(),
-            version=version,
-            seed=config.seed,
-            ask_trainer=ask_trainer,
-            log=log,
-        ) as engine:
-            yield engine
-        return
-    if isinstance(settings, SGLangConfig):
-        outline = load_outline(path)
-        async with open_sglang(
-            settings,
-            model_path=path,
-            version=version,
-            vocab_size=outline.config.get_text_config().vocab_size,
-            end_token_ids=end_token_ids(outline),
-            seed=config.seed,
-            ask_trainer=ask_trainer,
-            on_update=on_update,
-            log=log,
-        ) as engine:
-            yield engine
-        return
-    engine = TransformersEngine(
-        load_policy(path, compute_device(config.trainer.device)),
-        max_cache_tokens=settings.max_cache_tokens,
+    settings = config.engine
+    context = EngineContext(
+        path=path,
         version=version,
-        precision=settings.precision,
-        logit_noise=settings.logit_noise,
-        on_update=on_update,
+        seed=config.seed,
+        device=config.trainer.device,
+        on_update=config.rollout.on_update,
+        ask_trainer=ask_trainer,
+        log=log,
     )
-    try:
+    factory = _find_factory(settings.factory, settings.type, settings.install_hint)
+    async with factory(settings, context) as engine:
         yield engine
-    finally:
-        await engine.close()
+
+
+def _find_factory(path: str, type_: str, install_hint: str) -> EngineFactory:
+    module_name, _, name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        missing = error.name or str(error)
+        raise ValueError(f'engine.type = "{type_}" needs {missing}: {install_hint}') from error
+    if not hasattr(module, name):
+        raise ValueError(f"engine.factory = {path!r}: the module {module_name} has no {name}")
+    return getattr(module, name)

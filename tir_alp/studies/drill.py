@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tir_alp.cluster.placement import Cluster, open_cluster
+from tir_alp.cluster.placement import ClusterPlacement, open_cluster
 from tir_alp.cluster.reservation import KINDS
 from tir_alp.cluster.watched_actor import WatchedActor
 from tir_alp.config import Config
@@ -157,7 +157,7 @@ async def drill(config: Config, faults: int, seed: int) -> Counter[str]:
 
 
 async def disturb(
-    cluster: Cluster, made: Path, faults: int, rng: random.Random, done: Counter[str]
+    cluster: ClusterPlacement, made: Path, faults: int, rng: random.Random, done: Counter[str]
 ) -> None:
     """Kill or freeze random actors; then, when all are running again, send SIGINT.
 
@@ -185,7 +185,7 @@ async def disturb(
     while done.total() < faults:
         await asyncio.sleep(rng.uniform(0.2, 2.0))
         kind = rng.choice([*KINDS])
-        running = [each for each in cluster.parts[kind] if each.actor is not None]
+        running = [each for each in cluster.actors[kind] if each.actor is not None]
         how = rng.choice([signal.SIGKILL, signal.SIGSTOP])
         if kind == "trainer" and last_step() <= step_of_hit:
             continue
@@ -194,7 +194,7 @@ async def disturb(
             done[f"{KINDS[kind]} {how.name}"] += 1
             print(f"fault {done.total()}: {how.name} to an actor ({KINDS[kind]})", file=sys.stderr)
     await wait_beyond(last_step())
-    while not all(each.actor for actors in cluster.parts.values() for each in actors):
+    while not all(each.actor for actors in cluster.actors.values() for each in actors):
         await asyncio.sleep(0.2)
     os.kill(os.getpid(), signal.SIGINT)
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from tir_alp.config import DataConfig, SGLangConfig
-from tir_alp.engines.base import Completion, Engine, Sampling
+from tir_alp.engines.base import Completion, Engine, EngineContext, Sampling
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.models.tiny import SHIPPED
 from tir_alp.rollouts.data import load_held_out
@@ -35,7 +35,6 @@ from tir_alp.training.policy import (
     load_tokenizer,
     token_logprobs,
 )
-from tir_alp.training.structure import end_token_ids
 
 _TOKENS_EACH = 64
 _NUM_AT_ONCE = 32
@@ -135,14 +134,8 @@ async def _opened(name: str, path: str, model: Any, dtype: str) -> AsyncIterator
             "max_cache_tokens": 1 << 16,
         }
     )
-    vocab_size = model.config.get_text_config().vocab_size
-    async with open_sglang(
-        settings,
-        model_path=path,
-        vocab_size=vocab_size,
-        end_token_ids=end_token_ids(model),
-        log=lambda line: print(line, file=sys.stderr),
-    ) as engine:
+    context = EngineContext(path=path, log=lambda line: print(line, file=sys.stderr))
+    async with open_sglang(settings, context) as engine:
         yield engine
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tir_alp.algorithm.presets import AlgorithmConfig
-from tir_alp.config import Config, SGLangConfig
+from tir_alp.config import Config
 from tir_alp.training import checkpoint
 from tir_alp.training.batch import Sample
 from tir_alp.training.checkpoint import Position
@@ -39,7 +39,7 @@ class LocalTrainer:
     ) -> None:
         path = initial if found is None else str(found)
         self._tokenizer = load_tokenizer(path)
-        self._takes_turns = isinstance(config.engine, SGLangConfig) and config.engine.release_memory
+        self._takes_turns = config.engine.returns_memory
         device = compute_device(config.trainer.device)
         with contextlib.ExitStack() as stack:
             self._trainer = Trainer(

@@ -1,1 +1,1 @@
-"""What the embedded engine is made of: its cache, its sampling, its rounding."""
+"""Components of the embedded engine: its requests, its forward, its cache, its rounding."""

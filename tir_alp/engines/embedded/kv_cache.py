@@ -1,9 +1,9 @@
 """The keys and values of the sequences that the embedded engine is sampling.
 
-One row a sequence, rows without gaps: a sequence that leaves is replaced by the last row, so the
-running batch is always a slice and is never gathered. Memory is rows times width, made anew when
-either is too small for what is there: many short sequences and then a few long ones never stand
-for many long ones. The token budget bounds that product.
+There is one row per sequence, and no gap between rows: when a sequence leaves, the last row moves
+into its row, so that the running batch is always a slice and is never gathered. Memory is rows
+times width, allocated anew when either is too small. Many short sequences followed by a few long
+ones therefore never take the memory of many long ones. The token budget bounds that product.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 RowStates = dict[int, tuple[Tensor, Tensor]]
 """Keys and values [heads, T, D] of one row, by layer."""
 
-_ROW_STEP, _WIDTH_STEP = 16, 64  # room is added by the block, so that growth is rare
+_ROW_STEP, _WIDTH_STEP = 16, 64  # memory grows by blocks, so that growth is rare
 
 
 class KVCache:
-    """Rows of keys and values, a pair of tensors a layer.
+    """Rows of keys and values, one pair of tensors per layer.
 
     Args:
-        max_tokens: Bound of rows times width. Whoever opens rows sees to it that there is room.
+        max_tokens: Bound of rows times width. The caller adds a row only if there is room.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -31,16 +31,16 @@ class KVCache:
         self.lengths: list[int] = []
         """Tokens cached in each row."""
         self.size = 0
-        """Tokens that there is memory for, rows times width."""
+        """Tokens that memory is allocated for: rows times width."""
 
     def add_row(self) -> int:
-        """Open an empty row behind the others."""
+        """Append an empty row; returns its index."""
         self.lengths.append(0)
         return len(self.lengths) - 1
 
     @torch.inference_mode()
     def copy_row(self, row: int) -> RowStates:
-        """Copy what a row has cached, so that it can be closed."""
+        """Copy what a row has cached, so that the row can be removed."""
         length = self.lengths[row]
         return {
             layer: (keys[row, :, :length].clone(), values[row, :, :length].clone())
@@ -49,7 +49,7 @@ class KVCache:
 
     @torch.inference_mode()
     def fill_row(self, row: int, states: RowStates) -> None:
-        """Give an empty row what another one had."""
+        """Fill an empty row with the copy of another one."""
         for layer, (key, value) in states.items():
             self.lengths[row] = key.shape[1]
             made = self.layer(layer, key.shape[1], key.transpose(0, 1), value.transpose(0, 1))
@@ -58,7 +58,7 @@ class KVCache:
 
     @torch.inference_mode()
     def remove_row(self, row: int) -> None:
-        """Close a row; the last row takes its place."""
+        """Remove a row; the last row takes its index."""
         last = len(self.lengths) - 1
         if row != last:
             length = self.lengths[last]
@@ -68,13 +68,13 @@ class KVCache:
         self.lengths.pop()
 
     def clear(self) -> None:
-        """Forget every row, e.g. since the weights behind them are no longer the engine's."""
+        """Remove every row, e.g. because the weights that computed them are gone."""
         self.lengths.clear()
         self._layers.clear()
         self.size = 0
 
     def size_for(self, num_rows: int, width: int) -> int:
-        """What `size` can come to when there are so many rows of such a width."""
+        """The largest `size` that this number of rows of this width can need."""
         needed = _round_up(num_rows, _ROW_STEP) * _round_up(width, _WIDTH_STEP)
         return max(self.size, min(needed, self._max_tokens))
 
@@ -83,7 +83,11 @@ class KVCache:
 
         What any row has cached is kept.
 
-        `key` and `value` [N, heads, D] only say what the states look like.
+        Args:
+            layer: Index of the layer.
+            width: Tokens that the longest row of this forward has to hold.
+            key: [N, heads, D] gives the dtype, device and shape of new tensors.
+            value: [N, heads, D] does the same for the values.
         """
         have = self._layers.get(layer)
         if have is None or len(self.lengths) > have[0].shape[0] or width > have[0].shape[2]:
@@ -101,13 +105,13 @@ class KVCache:
 
 
 class CachedStep:
-    """Layout of one forward over a slice of the cache's rows: each brings its next tokens.
+    """Layout of one forward over a slice of the cache's rows, each with its next tokens.
 
     Args:
-        cache: Where the keys and values are.
+        cache: The keys and values.
         rows: The slice of rows that take part.
-        num_new: New tokens of each of them, in order: the whole context, or one.
-        device: Where the forward runs.
+        num_new: Number of new tokens of each row: its whole context, or 1.
+        device: Device of the forward.
     """
 
     def __init__(
@@ -126,7 +130,7 @@ class CachedStep:
         self._distance = columns.to(device)[:, :, None] - torch.arange(self._width, device=device)
         self._mask = (self._distance >= 0).unsqueeze(1)  # [R, 1, Q, W]
         self.last = (new.cumsum(0) - 1).to(device)
-        """[R] where each row's last new token stands among the N."""
+        """[R] index of each row's last new token among the N."""
 
     def attend(
         self,
@@ -138,7 +142,7 @@ class CachedStep:
         scale: float | None,
         window: int | None,
     ) -> Tensor:
-        """Store the new keys and values, then attend to everything before and at each token."""
+        """Store the new keys and values, then attend from each token to itself and all before."""
         keys, values = self._cache.layer(layer, self._width, key, value)
         keys[self._row_ids, :, self.positions] = key
         values[self._row_ids, :, self.positions] = value
@@ -164,7 +168,7 @@ class CachedStep:
         return output.squeeze(1) if decoding else output[self._inside]
 
     def commit(self) -> None:
-        """Count the new tokens as cached: every layer has stored its keys and values."""
+        """Count the new tokens as cached, after every layer has stored its keys and values."""
         num_new = self._inside.sum(1).tolist()
         for row, count in zip(self._rows, num_new, strict=True):
             self._cache.lengths[row] += count

@@ -1,7 +1,7 @@
-"""Numbers of few bits, emulated: what an engine that serves quantised weights really computes with.
+"""Numbers of few bits, emulated: the weights that an engine with quantisation really computes with.
 
-A laptop has no kernels for them, but the *mismatch* that they cause between engine and trainer does
-not need kernels: rounding the weights is enough. Pure.
+A laptop has no kernels for them, but the *mismatch* between engine and trainer needs none: rounding
+the weights is enough. Pure.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _LARGEST = {"int8": 127.0, "fp8": torch.finfo(torch.float8_e4m3fn).max}
 
 
 def layer_matrices(model: nn.Module) -> frozenset[str]:
-    """Names of the matrices inside the decoder layers: what serving engines quantise."""
+    """Names of the matrices in the decoder layers, which serving engines quantise."""
     inside = {id(p) for p in find_decoder_layers(model).parameters() if p.dim() >= 2}
     return frozenset(name for name, p in model.named_parameters() if id(p) in inside)
 
 
 def quantised(weight: Tensor, precision: str) -> Tensor:
-    """Round a matrix to the numbers that `int8` or `fp8` can hold, with one scale an output row.
+    """Round a matrix to the numbers that `int8` or `fp8` can hold, with one scale per output row.
 
     Args:
         weight: [rows, columns, ...]; a row's largest magnitude becomes the format's largest number.

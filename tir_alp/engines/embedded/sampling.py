@@ -1,4 +1,4 @@
-"""Drawing tokens: keyed by sequence and position, logprobs of what was really drawn from. Pure."""
+"""Draws tokens, keyed by sequence and position, with the logprobs of what was drawn from. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 def draws(seed: int, sequence_uid: int, start: int, count: int) -> np.ndarray:
     """Uniform numbers in [0, 1) for the positions [start, start + count) of a sequence.
 
-    A function of (seed, sequence, position) alone, by the counter-based generator Philox.
+    They are a function of (seed, sequence, position) alone, by the counter-based generator Philox.
     """
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, sequence_uid], np.uint64)))
     return generator.random(start + count)[start:]
@@ -19,7 +19,7 @@ def draws(seed: int, sequence_uid: int, start: int, count: int) -> np.ndarray:
 def sample(
     logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverting the cumulative distribution.
+    """Draw one token per row by inverting the cumulative distribution.
 
     Args:
         logits: [R, V] float32.
@@ -42,7 +42,7 @@ def sample(
         logprobs = torch.where(greedy[:, None], point, logprobs)
     cumulative = logprobs.double().exp().cumsum(-1)
     threshold = (uniform * cumulative[:, -1]).unsqueeze(1)
-    # right=True: the first token whose cumulative probability exceeds the draw has a chance > 0.
+    # right=True: the first token whose cumulative probability exceeds the draw; its own is > 0.
     token_ids = torch.searchsorted(cumulative, threshold, right=True).clamp_max_(
         logits.shape[1] - 1
     )

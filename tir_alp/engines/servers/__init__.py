@@ -1,1 +1,1 @@
-"""Processes that serve a model, whichever kind they are."""
+"""Processes that serve a model, and what every kind of them has in common."""

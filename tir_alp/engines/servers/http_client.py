@@ -1,6 +1,6 @@
-"""A server over HTTP: calls, and answers that come as a stream of events.
+"""A server over HTTP: calls, and answers that arrive as a stream of events.
 
-Not here: what is said to which kind of server, which server is asked, and what becomes of one that
+Not here: what each kind of server is asked, which server is asked, and what happens to one that
 fails. Invariant: every call has a deadline and ends with an answer or with `ServerFailed`; nothing
 is ever sent a second time.
 """
@@ -22,12 +22,12 @@ _HEALTH_TIMEOUT_S = 25.0  # the server itself allows its scheduler 20 s to answe
 
 
 class ServerFailed(EngineFailed):
-    """A server did not do what it was asked for.
+    """A server did not do what it was asked to do.
 
     Args:
         message: What happened, with the server's address.
-        ran: False where the request certainly did not run, and may be made elsewhere.
-        refused: Whether the server was well and the request at fault.
+        ran: False if the request certainly did not run, and may be sent to another server.
+        refused: Whether the request was at fault, and not the server.
     """
 
     def __init__(self, message: str, *, ran: bool = True, refused: bool = False) -> None:
@@ -39,9 +39,9 @@ class ServerClient:
     """Talks to one server.
 
     Args:
-        session: The connections; several clients may share them.
+        session: HTTP session, which several clients may share.
         url: Address of the server.
-        api_key: What the server was started with; None: it asks for none.
+        api_key: The server's API key; None: it asks for none.
         stall_timeout_s: Deadline of each event of a stream, and of short calls.
         load_timeout_s: Deadline of calls that move weights.
     """
@@ -60,8 +60,8 @@ class ServerClient:
         self._session = session
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._stall_timeout_s = stall_timeout_s
-        self.heard = time.monotonic()
-        """When the server last said something."""
+        self.last_answer_s = time.monotonic()
+        """Time of the server's last sign of life, by the monotonic clock."""
 
     async def stream(
         self,
@@ -70,7 +70,13 @@ class ServerClient:
         is_last: Callable[[dict[str, Any]], bool],
         headers: Mapping[str, str] | None = None,
     ) -> AsyncGenerator[dict[str, Any]]:
-        """Ask for something, and yield the events of the answer up to the last one.
+        """Send a request, and yield the events of the answer up to the last one.
+
+        Args:
+            path: Path of the URL.
+            payload: Body of the request, sent as JSON.
+            is_last: Whether an event is the last one.
+            headers: Headers of this request.
 
         Raises:
             ServerFailed: If the server refuses, breaks off, or is silent for too long.
@@ -86,33 +92,38 @@ class ServerClient:
                             raise ServerFailed(f"{self.url} broke off in the middle of an answer")
                         buffer += piece
                 event, _, buffer = buffer.partition(b"\n\n")
-                said = self._parse(event.removeprefix(b"data: "))
-                if "error" in said:
-                    message = said["error"].get("message", said["error"])
+                answer = self._parse(event.removeprefix(b"data: "))
+                if "error" in answer:
+                    message = answer["error"].get("message", answer["error"])
                     raise ServerFailed(f"{self.url} refused: {message}", ran=False, refused=True)
-                self.heard = time.monotonic()
-                yield said
-                is_complete = is_last(said)
-                await asyncio.sleep(0)  # many may be here already, and a caller may give up
+                self.last_answer_s = time.monotonic()
+                yield answer
+                is_complete = is_last(answer)
+                await asyncio.sleep(0)  # if many events are here already, others have their turn
             async with self._deadline("did not end its answer", self._stall_timeout_s):
-                await response.read()  # so that the connection can be used again
+                await response.read()  # so that the connection can be reused
 
     async def call(
         self, path: str, timeout_s: float | None = None, **payload: Any
     ) -> dict[str, Any] | list[Any] | None:
-        """Ask for something that is answered at once; returns the answer, None if it is empty.
+        """Send a request that is answered at once; returns the answer, None if it is empty.
+
+        Args:
+            path: Path of the URL.
+            timeout_s: Deadline; None: the client's `stall_timeout_s`.
+            payload: Body of the request, sent as JSON.
 
         Raises:
-            ServerFailed: If it is not answered, or not with success.
+            ServerFailed: If there is no answer, or it reports a failure.
         """
         return await self._call("POST", path, timeout_s, payload)
 
     async def get(self, path: str) -> dict[str, Any] | list[Any] | None:
-        """As `call`, for what is only read."""
+        """Read something; as `call`."""
         return await self._call("GET", path, None, None)
 
     async def delete(self, path: str) -> None:
-        """As `call`, for what is to be no more."""
+        """Delete something; as `call`."""
         await self._call("DELETE", path, None, None)
 
     async def _call(
@@ -124,11 +135,11 @@ class ServerClient:
             self._deadline(f"did not answer {path}", timeout_s),
         ):
             body = await response.read()
-            said = self._parse(body) if body and "json" in response.content_type else None
-            if isinstance(said, dict) and said.get("success") is False:
-                raise ServerFailed(f"{self.url}{path}: {said.get('message')}")
-            self.heard = time.monotonic()
-            return said
+            answer = self._parse(body) if body and "json" in response.content_type else None
+            if isinstance(answer, dict) and answer.get("success") is False:
+                raise ServerFailed(f"{self.url}{path}: {answer.get('message')}")
+            self.last_answer_s = time.monotonic()
+            return answer
 
     async def is_healthy(self) -> bool:
         """Whether the server's scheduler answers."""
@@ -138,7 +149,7 @@ class ServerClient:
             async with asyncio.timeout(limit):
                 async with self._session.get(url, headers=self._headers) as response:
                     if response.status == 200:
-                        self.heard = time.monotonic()
+                        self.last_answer_s = time.monotonic()
                         return True
         return False
 
@@ -160,24 +171,24 @@ class ServerClient:
         except TimeoutError:
             raise ServerFailed(f"{self.url}{path}: no answer within {timeout_s:g} s") from None
         except aiohttp.ClientConnectorError as error:  # nothing was sent
-            raise ServerFailed(f"{self.url} is not there: {error}", ran=False) from error
+            raise ServerFailed(f"{self.url} cannot be reached: {error}", ran=False) from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerFailed(f"{self.url}{path} broke off: {error!r}") from error
         try:
-            if response.status not in (200, 202):  # 202: it will do so
-                async with self._deadline("did not say why", timeout_s):
+            if response.status not in (200, 202):  # 202: accepted, and done later
+                async with self._deadline("did not send the reason of its refusal", timeout_s):
                     why = (await response.text(errors="replace"))[:500]
                 status = response.status
                 raise ServerFailed(
                     f"{self.url}{path} answered {status}: {why}",
-                    ran=status not in (400, 401, 503),  # 503: it is not ready, and took nothing
+                    ran=status not in (400, 401, 503),  # 503: it is not ready, and accepted nothing
                     refused=400 <= status < 500,
                 )
             yield response
         except (aiohttp.ClientError, OSError) as error:
             raise ServerFailed(f"{self.url}{path} broke off: {error!r}") from error
         finally:
-            response.close()  # what was not read to its end cannot be used again
+            response.close()  # a connection that was not read to its end cannot be reused
 
     @asynccontextmanager
     async def _deadline(self, what: str, timeout_s: float) -> AsyncIterator[None]:

@@ -1,5 +1,7 @@
-"""Ties a process to the one that started it. Needs the standard library alone, and nothing of ours:
-servers in an environment of their own load this file by its path.
+"""Ties the life of a process to that of the process that started it.
+
+This file needs the standard library alone: servers that have an environment of their own load it by
+its path.
 """
 
 from __future__ import annotations
@@ -9,17 +11,17 @@ import os
 import signal
 
 PARENT_VARIABLE = "TIR_ALP_SERVER_PARENT"
-"""Process id of whoever started a process, in its environment."""
+"""Environment variable with the id of the process that started this one."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it is gone."""
+    """Have the kernel kill this process when the one that started it ends."""
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is None:
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it was gone before we asked
+    if os.getppid() != int(parent):  # it ended before the call above
         os.kill(os.getpid(), signal.SIGKILL)
-    os.environ[PARENT_VARIABLE] = str(os.getpid())  # to those that this one starts
+    os.environ[PARENT_VARIABLE] = str(os.getpid())  # for processes that this one starts

@@ -1,10 +1,11 @@
-"""A server's process: how it is started, what it says meanwhile, and how it ends for certain.
+"""A server's process: how it is started, how its progress is reported, and how it is ended.
 
-A server is a session of processes of its own. The kernel kills it when we are gone, whatever ended
-us (`lifetime.die_with_parent`), and we kill the whole session when it is to go.
+A server is a session of processes of its own. The kernel kills it when the process that started it
+ends, for whatever reason (`lifetime.die_with_parent`), and `kill` ends the whole session.
 
-Python's resource trackers are left out of both. Each knows which shared memory and semaphores the
-processes of its server made, removes them when the last of those is gone, and ends.
+Python's resource trackers are exempt from both. Each knows the shared memory and semaphores that
+the processes of its server have made, removes them when the last of those processes has ended, and
+then ends itself.
 """
 
 from __future__ import annotations
@@ -17,35 +18,36 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from tir_alp.engines.base import EngineFailed
+from tir_alp.engines.base import EngineFailed, Log
 from tir_alp.engines.servers.http_client import ServerClient
 from tir_alp.engines.servers.lifetime import PARENT_VARIABLE
 
 _POLL_S = 0.5
-_SAY_EVERY_S = 10.0
+_LOG_EVERY_S = 10.0
 _END_S = 60.0
-_TIDY_S = 10.0  # of it, for what the killed ones left to be removed
+_TIDY_S = 10.0  # part of it, in which resource trackers remove what the others have left
 _TIDY_POLL_S = 0.05
-_PORTS = range(20000, 32768)  # Linux gives those behind to connections
+_PORTS = range(20000, 32768)  # Linux gives those above to connections
 _TRACKER = b"multiprocessing.resource_tracker"
-_TAIL_LINES, _LINE_LENGTH = 25, 300  # one of them is all of the server's settings
+_TAIL_LINES, _LINE_LENGTH = 25, 300  # one line has all of the server's settings
 
 
 class ServerProcess:
-    """One server that we start and end.
+    """One server that the run starts and ends.
 
     Args:
-        name: To people.
-        command: What is run.
-        environment: What is added to ours.
-        log_path: File that gets what it prints.
-        log: Told of its progress.
-        stages: Lines of its log, in order, and what it does from there on; "" is the start.
-        leaves: How the names of its files below /dev/shm begin that it leaves behind when it is
-            killed; those that it had mapped are removed with it. "": it leaves none.
+        name: Name for messages.
+        command: Program and arguments.
+        environment: Variables added to those of this process.
+        log_path: File for what it prints.
+        log: Receives its progress.
+        stages: Lines of its log, in order, each with what it does from there on; the line "" stands
+            for the start.
+        leaves: Prefix of the files in /dev/shm that it leaves when it is killed. Those that it had
+            mapped are removed by `kill`. "": it leaves none.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class ServerProcess:
         command: Sequence[str],
         environment: Mapping[str, str],
         log_path: Path,
-        log: Callable[[str], None],
+        log: Log,
         stages: Sequence[tuple[str, str]],
         leaves: str = "",
     ) -> None:
@@ -68,11 +70,11 @@ class ServerProcess:
 
     @property
     def pid(self) -> int | None:
-        """Process id of the server's first process, and id of its session."""
+        """Id of the server's first process, which is also the id of its session."""
         return self._process.pid if self._process is not None else None
 
     async def start(self, *arguments: str) -> None:
-        """Start the process, with more words for its command line."""
+        """Start the process, with more arguments for its command line."""
         with self.log_path.open("ab") as log:
             self._log_start = log.tell()
             self._process = await asyncio.create_subprocess_exec(
@@ -85,13 +87,13 @@ class ServerProcess:
             )
 
     async def wait_until_ready(self, client: ServerClient, timeout_s: float) -> None:
-        """Wait until the server answers, and say what it does meanwhile.
+        """Wait until the server answers, and log its progress.
 
         Raises:
-            EngineFailed: With the end of its log, if it ends or is not ready in time.
+            EngineFailed: If it ends or is not ready in time; the message has the end of its log.
         """
         assert self._process is not None
-        began = said = time.monotonic()
+        began = logged = time.monotonic()
         stage = ""
         while not await client.is_healthy():
             now = time.monotonic()
@@ -102,23 +104,23 @@ class ServerProcess:
                     f"{self.name} was not ready within engine.start_timeout_s = {timeout_s:g} s:\n"
                     f"{self.tail()}"
                 )
-            if (reached := self._stage()) != stage or now - said > _SAY_EVERY_S:
-                stage, said = reached, now
+            if (reached := self._stage()) != stage or now - logged > _LOG_EVERY_S:
+                stage, logged = reached, now
                 self._log(f"{self.name}: {stage} ({now - began:.0f} s)")
             await asyncio.sleep(_POLL_S)
         self._note_shared_memory(_members(self._process.pid))
         self._log(f"{self.name}: ready after {time.monotonic() - began:.0f} s")
 
     async def ended(self) -> int:
-        """Wait until the process has ended; returns its exit code."""
+        """Wait until the process ends; returns its exit code."""
         assert self._process is not None
         return await self._process.wait()
 
     async def kill(self) -> None:
-        """End every process of the server, also one that is stopped.
+        """End every process of the server, even a stopped one.
 
         Raises:
-            EngineFailed: If it is still there after a minute; the kernel holds it then.
+            EngineFailed: If the kernel has not ended it within a minute.
         """
         if self._process is None:
             return
@@ -142,7 +144,7 @@ class ServerProcess:
             self._left.pop().unlink(missing_ok=True)
 
     def tail(self) -> str:
-        """The last lines that it printed since its start."""
+        """The last lines that it has printed since its start."""
         lines = self._printed().splitlines()[-_TAIL_LINES:]
         return "\n".join(line[:_LINE_LENGTH] for line in lines)
 
@@ -153,7 +155,7 @@ class ServerProcess:
 
     def _note_shared_memory(self, pids: Iterable[int]) -> None:
         for pid in pids if self._leaves else ():
-            with contextlib.suppress(OSError):  # it ended meanwhile
+            with contextlib.suppress(OSError):  # it has ended meanwhile
                 for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
                     if (path := line.partition("/")[2]).startswith(f"dev/shm/{self._leaves}"):
                         self._left.add(Path("/", path))
@@ -164,20 +166,34 @@ class ServerProcess:
 
 
 def _members(session: int) -> dict[int, bool]:
-    """Processes of a session that have not ended, and whether each is a resource tracker."""
+    """The processes of a session that have not ended; True for each resource tracker."""
     members = {}
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # it has ended meanwhile
             state, _, _, its_session = (process / "stat").read_text().rpartition(")")[2].split()[:4]
             if int(its_session) == session and state != "Z":
                 members[int(process.name)] = _TRACKER in (process / "cmdline").read_bytes()
     return members
 
 
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens at.
+def arguments_of(options: Mapping[str, object]) -> list[str]:
+    """The arguments of a command line: each option, and its value."""
+    return [str(word) for option in options.items() for word in option]
 
-    A server takes it a minute later. So it is none of those that the kernel gives to connections.
+
+def num_threads() -> str:
+    """Value of OMP_NUM_THREADS for a server on a CPU.
+
+    A thread that waits by spinning would cost the trainer a core.
+    """
+    return os.environ.get("OMP_NUM_THREADS", "1")
+
+
+def free_port() -> int:
+    """A port of the loopback interface on which nobody listens.
+
+    The server binds it a minute later, so it is none of the ports that the kernel gives to
+    connections.
     """
     for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -1,18 +1,19 @@
-"""The entry of a server's own process.
+"""Entry point of an SGLang server's own process.
 
     python -m tir_alp.engines.servers.sglang_main SGLANG ARGUMENTS
 
-It is `sglang.launch_server` with two things around it, and nothing of a trainer's process:
+It runs `sglang.launch_server` with two additions, and imports nothing of a trainer's process:
 
-- The server dies with whoever started it, also by SIGKILL, and so does each process that it starts.
-  SGLang sees to that once it is imported; until then, for many seconds, nothing would.
-- On a machine without the CUDA kernels (`--device cpu`), stand-ins for two packages whose wheels
-  are made for GPUs alone: `sgl_kernel` and `torchvision`. SGLang imports names of theirs and, for
-  dense models on a CPU, calls none: its layers fall back to plain torch. A stand-in that is called
-  after all raises NotImplementedError.
+- The server ends when the process that started it ends, even by SIGKILL, and so does each process
+  that the server starts. SGLang sees to that once it is imported; until then, for many seconds,
+  nothing would.
+- On a machine without the CUDA kernels (`--device cpu`) there are stand-ins for two packages whose
+  wheels are built for GPUs alone: `sgl_kernel` and `torchvision`. SGLang imports names from them
+  and, for dense models on a CPU, calls none: its layers fall back to plain torch. Calling a
+  stand-in raises NotImplementedError.
 
-SGLang starts its processes by `spawn`, which imports this module again as `__mp_main__`. So both
-are done at import, in those two roles only.
+SGLang starts its processes by `spawn`, which imports this module again as `__mp_main__`. Therefore
+both are done at import, and only under those two names.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from typing import Any
 from tir_alp.engines.servers.lifetime import die_with_parent
 
 KEY_VARIABLE = "TIR_ALP_SERVER_KEY"
-"""What the server asks of its clients; a command line could be read by every user of the machine.
-"""
+"""Environment variable with the server's API key. Every user of the machine could read it in a
+command line."""
 
 _VISION = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
 
@@ -41,7 +42,7 @@ def install_stand_ins() -> None:
         importlib.import_module("transformers.processing_utils")  # replaces `transformers`: first
         from transformers.utils.import_utils import is_torchvision_available
 
-        is_torchvision_available()  # it is remembered that there is none
+        is_torchvision_available()  # the answer "no" is cached
         for name in _VISION:
             sys.modules[name] = _StandIn(name)
         # SGLang registers image processors at import; without torchvision there is no registry.
@@ -49,7 +50,7 @@ def install_stand_ins() -> None:
 
 
 class _StandIn(ModuleType):
-    """A module of which any name can be imported, and none can be called."""
+    """A module from which any name can be imported, and none can be called."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -70,7 +71,7 @@ class _StandIn(ModuleType):
 class _NoImages:
     @staticmethod
     def register(*_: Any, **__: Any) -> None:
-        """Forget about an image processor."""
+        """Ignore an image processor."""
 
 
 if __name__ in ("__main__", "__mp_main__"):

@@ -1,10 +1,10 @@
-"""The entry of a router's own process.
+"""Entry point of a router's own process.
 
     python -m tir_alp.engines.servers.sglang_router_main ARGUMENTS
 
-The arguments are those of `sglang_router.launch_router`, which is not what runs: it imports a
-server in Python as well, and takes six seconds for it. The process dies with whoever started it,
-and has its key from the environment.
+The arguments are those of `sglang_router.launch_router`. That module is not run itself because it
+also imports a Python server, which takes six seconds. The process ends when the one that started it
+ends, and reads its API key from the environment.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import sys
 from tir_alp.engines.servers.lifetime import die_with_parent
 
 KEY_VARIABLE = "TIR_ALP_ROUTER_KEY"
-"""What the router asks of its clients; a command line could be read by every user of the machine.
-"""
+"""Environment variable with the router's API key. Every user of the machine could read it in a
+command line."""
 
 
 def main(words: list[str]) -> None:
-    """Run a router; returns when it is told to end."""
+    """Run a router until it is asked to end."""
     settings = importlib.import_module("sglang_router.router_args").RouterArgs
     router = importlib.import_module("sglang_router.router").Router
     parser = argparse.ArgumentParser("sglang_router")

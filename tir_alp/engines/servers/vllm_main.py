@@ -1,8 +1,8 @@
-"""The entry of a vLLM server's own process, by the path of this file and with vLLM's own Python.
+"""Entry point of a vLLM server's own process, run by this file's path with vLLM's own Python.
 
-It is vLLM's server, and it dies with whoever started it, as do the processes that it starts: those
-import this file again, as `__mp_main__`. The package of this file is not there, and must not be:
-its dependencies are others than vLLM's.
+It runs vLLM's server, which ends when the process that started it ends. So do the processes that
+the server starts: they import this file again, as `__mp_main__`. This file's package cannot be
+imported here, and must not be: it depends on other packages than vLLM.
 """
 
 from __future__ import annotations

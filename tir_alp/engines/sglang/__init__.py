@@ -1,1 +1,1 @@
-"""SGLang as an engine."""
+"""The engine that drives SGLang servers."""

@@ -1,4 +1,4 @@
-"""One SGLang server: what is said to it, and what its answers mean."""
+"""One SGLang server: its requests, and what its answers mean."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _MEMORY = ["kv_cache", "weights"]
 
 
 def label(version: int, index: int) -> str:
-    """What the server number `index` calls weights of a version."""
+    """The name of a version's weights on the server with this index."""
     return f"{version}@{index}"
 
 
-def read_label(said: str) -> tuple[int, int]:
-    """Version and server of a label. Raises ValueError if it is none of ours."""
-    version, _, index = said.partition("@")
+def read_label(label: str) -> tuple[int, int]:
+    """Policy version and server index of a label. Raises ValueError if it is not a label."""
+    version, _, index = label.partition("@")
     return int(version), int(index)
 
 
@@ -25,8 +25,9 @@ class SGLangClient(ServerClient):
     """Talks to one server, or to a router in front of several.
 
     Args:
-        index: Number of the server; a router has none.
-        arguments: Of `ServerClient`.
+        arguments: Arguments of `ServerClient`.
+        index: Index of the server in its fleet; for a router it has no meaning.
+        more: Keyword arguments of `ServerClient`.
     """
 
     def __init__(self, *arguments: Any, index: int = 0, **more: Any) -> None:
@@ -34,15 +35,15 @@ class SGLangClient(ServerClient):
         self._index = index
 
     def label(self, version: int) -> str:
-        """What the server calls weights of a version: what it samples says so, and whose it is."""
+        """The server's name for weights of a version. What it samples carries it."""
         return label(version, self._index)
 
     def events(self, payload: Mapping[str, Any], key: str) -> AsyncGenerator[dict[str, Any]]:
-        """Begin a generation and yield its events up to the one that has a `finish_reason`.
+        """Start a generation and yield its events up to the one that has a `finish_reason`.
 
         Args:
             payload: The request.
-            key: A router sends requests with equal keys to one server; a server overlooks it.
+            key: A router sends requests with equal keys to one server; a server ignores it.
 
         Raises:
             ServerFailed: If the server refuses, breaks off, or is silent for too long.
@@ -50,55 +51,55 @@ class SGLangClient(ServerClient):
         return self.stream(
             "/generate",
             payload,
-            lambda said: said["meta_info"]["finish_reason"] is not None,
+            lambda event: event["meta_info"]["finish_reason"] is not None,
             {"X-SMG-Routing-Key": key},
         )
 
     async def abort(self, request_id: str) -> None:
-        """End one request; its stream ends with what it has."""
+        """End one request; its stream ends with the tokens that it has."""
         await self.call("/abort_request", rid=request_id)
 
     async def pause(self) -> None:
-        """Stop sampling; what runs goes back to the queue and will be read again from the start."""
+        """Stop sampling; running requests are queued, and will be read again from the start."""
         await self.call("/pause_generation", mode="retract")
 
-    async def go_on(self) -> None:
+    async def resume(self) -> None:
         """Sample again."""
         await self.call("/continue_generation")
 
     async def release_memory(self) -> None:
         """Forget all prefixes, and free the memory of weights and cache.
 
-        What still runs has half of the deadline to end: a server that is asked while anything runs
-        dies of it.
+        Running requests have half of the deadline to end: releasing memory while one runs would
+        crash the server.
         """
         await self.call(f"/flush_cache?timeout={self._stall_timeout_s / 2:g}")
         await self.call("/release_memory_occupation", tags=_MEMORY)
 
     async def resume_memory(self) -> None:
-        """Take the memory again; weights have to be loaded into it."""
+        """Allocate the memory again; weights have to be loaded into it."""
         await self.call("/resume_memory_occupation", tags=_MEMORY)
 
     async def weights_by_name(self, name: str, num_rows: int) -> list[Any] | None:
-        """The first rows of a tensor, or None where the model's class does not tell."""
+        """The first rows of a tensor, or None if the model's class does not report them."""
         try:
-            said = await self.call(
+            answer = await self.call(
                 "/get_weights_by_name", self.load_timeout_s, name=name, truncate_size=num_rows
             )
         except ServerFailed as error:
             if not error.refused:
                 raise
-            return None  # how it says that the class, e.g. Qwen3's, does not know how
-        return said if isinstance(said, list) else None
+            return None  # the class, e.g. Qwen3's, does not implement it
+        return answer if isinstance(answer, list) else None
 
     async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Logprob of each token but the first, given those before it, at temperature 1."""
-        said = await self.call(
+        answer = await self.call(
             "/generate",
             input_ids=list(token_ids),
             return_logprob=True,
             logprob_start_len=0,
             sampling_params={"max_new_tokens": 0, "temperature": 1.0},
         )
-        assert isinstance(said, dict)
-        return [entry[0] for entry in said["meta_info"]["input_token_logprobs"][1:]]
+        assert isinstance(answer, dict)
+        return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]

@@ -1,14 +1,14 @@
 """Drives SGLang servers: many completions at a time, over servers that come and go.
 
-New weights wait until what runs has ended, or they interrupt it: then the tokens sampled so far
-stay, their keys and values are computed again, and the rest is sampled by the new weights. A
-completion says which weights sampled which tokens. Keeping the old keys and values would be faster,
-but then no forward of any weights gives the logprobs that were sampled from, and the prefix cache
-would hand old states to later requests.
+New weights wait until the running completions have ended, or they interrupt them: then the tokens
+sampled so far stay, their keys and values are computed again, and the rest is sampled by the new
+weights. A completion records which weights sampled which tokens. Keeping the old keys and values
+would be faster, but then no forward of any weights gives the logprobs that were sampled from, and
+the prefix cache would hand old states to later requests.
 
-What a server was sampling when it was lost is refused.
+A completion that a server was sampling when it was lost fails.
 
-Not here: how servers come and go (`sglang_fleet`), and what a router does (`sglang_router`).
+Not here: how servers come and go (`sglang.fleet`), and what a router does (`sglang.router`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import random
 import secrets
 import tempfile
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
@@ -28,81 +28,74 @@ from torch import Tensor
 
 from tir_alp.config import SGLangConfig
 from tir_alp.engines.base import (
-    AskTrainer,
     Completion,
+    EngineContext,
     EngineFailed,
-    Probe,
     Sampling,
     check_fit,
     check_request,
     check_vocabulary,
 )
+from tir_alp.engines.probe import ProbeMaker
 from tir_alp.engines.servers.http_client import ServerFailed
 from tir_alp.engines.servers.weights import WeightSnapshot, snapshot_tensors
-from tir_alp.engines.sglang.fleet import Fleet, Server
+from tir_alp.engines.sglang.fleet import Fleet
 from tir_alp.engines.sglang.request import SGLangRequest
 from tir_alp.engines.sglang.router import make_router
+from tir_alp.engines.sglang.server import Server
+from tir_alp.training.structure import end_token_ids, load_outline
 
 _RETRY_S = 0.5
 _MOST_REMEMBERED = 1 << 16  # sequences and prompts whose server is remembered
-_SLACK = 8  # completions that a server may be ahead of the least busy one, for a prefix's sake
-_PROBE_TOKENS = 256
+_SLACK = 8  # completions more than the least busy server has, at which a prefix is given up
+_FIRST_PROBE_TOKENS = 64  # drawn at random while nothing has been sampled
 
 
 class SGLangEngine:
     """Samples with SGLang servers; `open_sglang` makes one.
 
     Args:
-        config: Of the servers.
-        model_path: Folder or Hugging Face id that servers start from.
-        version: Policy version of those weights.
-        vocab_size: Tokens have ids below it.
-        end_token_ids: At which the model's own config ends a sequence.
-        seed: Of the servers' draws.
-        folder: For logs, and for weights if the config names no other.
-        ask_trainer: What the servers are checked against; None: sampled tensors alone.
-        on_update: What new weights do to running completions: "keep" or "wait".
-        log: Told of starts, losses and recoveries.
+        config: Settings of the servers.
+        context: The run; its seed is that of the servers' draws.
+        vocab_size: Number of token ids; all are below it.
+        end_token_ids: Tokens at which the model's own config ends a sequence.
+        folder: For logs, and for weights if the config names no other folder.
     """
 
     def __init__(
         self,
         config: SGLangConfig,
+        context: EngineContext,
         *,
-        model_path: str,
-        version: int,
         vocab_size: int,
         end_token_ids: frozenset[int],
-        seed: int,
         folder: Path,
-        ask_trainer: AskTrainer | None,
-        on_update: str,
-        log: Callable[[str], None],
     ) -> None:
-        self._config, self._model_path, self._vocab_size = config, model_path, vocab_size
+        self._config, self._model_path, self._vocab_size = config, context.path, vocab_size
         self._end_token_ids = end_token_ids
-        self._seed, self._ask_trainer = seed, ask_trainer
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout()
         )
         key = secrets.token_urlsafe(24)
         self.fleet = Fleet(
             config,
-            model_path=model_path,
-            snapshot=WeightSnapshot(version, None, None),
-            seed=seed,
+            model_path=context.path,
+            snapshot=WeightSnapshot(context.version, None, None),
+            seed=context.seed,
             folder=folder,
             session=self._session,
             key=key,
-            log=log,
+            log=context.log,
         )
-        self.router = make_router(config, self.fleet, folder, self._session, key, log)
-        self._recent: tuple[int, ...] = ()
+        self.router = make_router(config, self.fleet, folder, self._session, key, context.log)
+        draw = random.Random(context.seed)
+        first = [draw.randrange(vocab_size) for _ in range(_FIRST_PROBE_TOKENS)]
+        self._probes = ProbeMaker(context.ask_trainer, first)
         self._room = asyncio.Semaphore(config.max_running * len(self.fleet.servers))
         self._homes: OrderedDict[int | tuple[int, ...], Server] = OrderedDict()
         self._requests: set[SGLangRequest] = set()
-        self._asked: set[SGLangRequest] = set()
-        self._waits, self._gate = on_update == "wait", asyncio.Event()
+        self._asked: set[SGLangRequest] = set()  # those that a server has
+        self._waits, self._gate = context.on_update == "wait", asyncio.Event()
         self._gate.set()
         self._ended = asyncio.Event()
         self._tokens_generated = self._tokens_cached = 0
@@ -110,13 +103,13 @@ class SGLangEngine:
     # ------------------------------------------------------------------------ the protocol
 
     async def start(self) -> None:
-        """Bring up all servers, and check that they sample what the trainer would.
+        """Bring up all servers, and check that they have the trainer's weights.
 
         Raises:
             EngineFailed: If one cannot start.
         """
         version = self.fleet.snapshot.version
-        self.fleet.snapshot = WeightSnapshot(version, None, await self._make_probe())
+        self.fleet.snapshot = WeightSnapshot(version, None, await self._probes.make())
         await self.fleet.start()
         if self.router is not None:
             await self.router.start()
@@ -126,8 +119,8 @@ class SGLangEngine:
         """Continue a sequence; see `Engine.generate`.
 
         Raises:
-            ValueError: If a token is not in the vocabulary, or a server says that it can never
-                sample this.
+            ValueError: If a token is not in the vocabulary, or the server refuses the request for
+                good, e.g. because it is too long.
             EngineFailed: If the server that sampled it was lost.
         """
         check_request(token_ids, sampling)
@@ -155,16 +148,16 @@ class SGLangEngine:
             self._ended.set()
 
     async def load_weights(self, source: Mapping[str, Tensor] | Path, version: int) -> None:
-        """Take new weights on all servers that serve; the others get them when they are back.
+        """Give new weights to all servers that serve; the others get them when they are back.
 
         Raises:
-            ValueError: If names or shapes are not those of the weights before.
+            ValueError: If names or shapes differ from those of the previous weights.
             EngineFailed: If no server could take them, and none came back in time.
         """
         dtype = getattr(torch, self._config.dtype)
         tensors = await asyncio.to_thread(snapshot_tensors, source, dtype)
         self._check_shapes(tensors, version)
-        probe = await self._make_probe()
+        probe = await self._probes.make()
         try:
             if self._waits:
                 await self._come_to_rest()
@@ -174,7 +167,7 @@ class SGLangEngine:
         await self.fleet.any_serves()
 
     async def lend_memory(self) -> None:
-        """As `Engine.lend_memory`, where `engine.release_memory` says so."""
+        """As `Engine.lend_memory`, if `engine.release_memory` is set."""
         if not self._config.release_memory:
             return
         try:
@@ -185,7 +178,7 @@ class SGLangEngine:
             raise
 
     async def abort(self, sequence_uid: int | None = None) -> None:
-        """End the completions of one sequence, or all, with what they have."""
+        """End the completions of one sequence, or all; each returns the tokens that it has."""
         for request in self._requests:
             if sequence_uid in (None, request.sampling.sequence_uid):
                 request.is_aborted = True
@@ -193,12 +186,11 @@ class SGLangEngine:
             await self._take_back(request)
 
     def health(self) -> Mapping[str, float]:
-        """Requests running and waiting, servers that serve, tokens made since the start.
+        """Requests running and waiting, servers that serve, and tokens since the start.
 
-        And how many tokens of prompts were not read, as the server had their keys and values.
-        Also what verified the newest weights of these servers, of the worst one: the number of
-        tensors that were compared, -1 before the first sync, and the mean |difference of logprobs|
-        of the probe.
+        `tokens_cached` counts tokens of prompts whose keys and values a server still had.
+        `tensors_compared` (-1 before the first update) and `probe_difference` describe the checks
+        of the newest weights, for the server with the weakest check.
         """
         serving = [server for server in self.fleet.servers if server.serves]
         return {
@@ -212,7 +204,7 @@ class SGLangEngine:
         }
 
     async def close(self) -> None:
-        """End our servers, and what runs on them."""
+        """End the servers that the run started, and what runs on all of them."""
         await self.fleet.close()
         if self.router is not None:
             await self.router.close()
@@ -221,7 +213,7 @@ class SGLangEngine:
     # ------------------------------------------------------------------------ one completion
 
     def _choose(self, request: SGLangRequest) -> Server:
-        """Take the server that has the longest prefix of a sequence, or the least busy one."""
+        """Choose the server that has the longest prefix of a sequence, or the least busy one."""
         serving = [server for server in self.fleet.servers if server.serves]
         least = min(serving, key=lambda server: len(server.requests))
         uid = request.sampling.sequence_uid
@@ -237,8 +229,8 @@ class SGLangEngine:
         return home
 
     async def _sample(self, request: SGLangRequest) -> Completion:
-        """Have a server sample a request: the one that we choose, or that the router does."""
-        losses = [server.lost for server in self.fleet.servers]  # one that is back has another
+        """Have a server sample a request: one that is chosen here, or by the router."""
+        losses = [server.lost for server in self.fleet.servers]  # one per start
         request.server = asyncio.get_running_loop().create_future()
         with ExitStack() as stack:
             if self.router is not None and self.router.takes(request):
@@ -253,8 +245,8 @@ class SGLangEngine:
             try:
                 await asyncio.wait({running, request.server}, return_when=asyncio.FIRST_COMPLETED)
                 if (server := self._server_of(request)) is None:
-                    running.result()  # which raises: nobody has answered
-                    raise ServerFailed(f"{client.url} answered with nothing")
+                    running.result()  # raises: no server has answered
+                    raise ServerFailed(f"{client.url} sent an empty answer")
                 stack.enter_context(server.sampling(request))
                 lost = losses[server.index]
                 await asyncio.wait({running, lost}, return_when=asyncio.FIRST_COMPLETED)
@@ -266,8 +258,9 @@ class SGLangEngine:
                 if not running.done():
                     running.cancel()
                     self.fleet.spawn(self._take_back(request))
-        # Weights that came meanwhile may yet turn out to be wrong.
-        await self._settled(server, lost)
+        # Weights that arrived meanwhile may yet turn out to be wrong.
+        if not await server.until_serving(lost):
+            raise ServerFailed(f"{server.name} was lost: {lost.result()}")
         versions = {span.version for span in completion.versions}
         if not versions <= server.versions:
             raise ServerFailed(
@@ -279,26 +272,19 @@ class SGLangEngine:
             self.router.answered()
         self._tokens_generated += len(completion.token_ids)
         self._tokens_cached += request.cached_tokens
-        self._recent = (*request.token_ids, *completion.token_ids)[:_PROBE_TOKENS]
+        self._probes.note((*request.token_ids, *completion.token_ids))
         return completion
 
     def _server_of(self, request: SGLangRequest) -> Server | None:
-        """The server that has a request; None while only a router knows."""
+        """The server that has a request; None while only the router knows."""
         if not request.server.done():
             return None
         if (index := request.server.result()) >= len(self.fleet.servers):
-            raise ServerFailed(f"an answer is by server {index}, which is none of this engine's")
+            raise ServerFailed(f"an answer is by server {index}, which this engine does not have")
         return self.fleet.servers[index]
 
-    async def _settled(self, server: Server, lost: asyncio.Future[str]) -> None:
-        if not server.settled.is_set():
-            settling = asyncio.create_task(server.settled.wait())
-            await asyncio.wait({settling, lost}, return_when=asyncio.FIRST_COMPLETED)
-            settling.cancel()
-        if lost.done():
-            raise ServerFailed(f"{server.name} was lost: {lost.result()}")
-
     async def _take_back(self, request: SGLangRequest) -> None:
+        """Have the server end a request; while it is unknown which, every server."""
         server = self._server_of(request)
         for each in self.fleet.servers if server is None else [server]:
             with suppress(ServerFailed):  # then its stream fails as well
@@ -307,20 +293,11 @@ class SGLangEngine:
     # ------------------------------------------------------------------------------ weights
 
     async def _come_to_rest(self) -> None:
-        """Let nothing in, and wait until nothing runs: whoever asked for a completion limits it."""
+        """Admit no request, and wait until none runs. Each has a deadline of its caller's."""
         self._gate.clear()
         while self._requests:
             self._ended.clear()
             await self._ended.wait()
-
-    async def _make_probe(self) -> Probe | None:
-        if self._ask_trainer is None:
-            return None
-        draw = random.Random(self._seed)
-        token_ids = self._recent
-        if len(token_ids) < 2:
-            token_ids = tuple(draw.randrange(self._vocab_size) for _ in range(_PROBE_TOKENS // 4))
-        return await self._ask_trainer(token_ids)
 
     def _check_shapes(self, tensors: Mapping[str, Tensor], version: int) -> None:
         own = self.fleet.snapshot.tensors
@@ -333,37 +310,20 @@ class SGLangEngine:
 
 
 @asynccontextmanager
-async def open_sglang(
-    config: SGLangConfig,
-    *,
-    model_path: str,
-    version: int = 0,
-    vocab_size: int,
-    end_token_ids: frozenset[int],
-    seed: int = 0,
-    ask_trainer: AskTrainer | None = None,
-    on_update: str = "keep",
-    log: Callable[[str], None] = print,
-) -> AsyncIterator[SGLangEngine]:
-    """Bring servers up, and take down behind the block those that we started.
-
-    The arguments are those of `SGLangEngine`.
+async def open_sglang(config: SGLangConfig, context: EngineContext) -> AsyncIterator[SGLangEngine]:
+    """Bring servers up, and end those that were started when the block ends; an `EngineFactory`.
 
     Raises:
-        ValueError: If they cannot start, or do not sample what they should.
+        ValueError: If they cannot start, or do not have the weights that they should.
     """
+    outline = load_outline(context.path)
     with tempfile.TemporaryDirectory(prefix="tir_alp-sglang-") as folder:
         engine = SGLangEngine(
             config,
-            model_path=model_path,
-            version=version,
-            vocab_size=vocab_size,
-            end_token_ids=end_token_ids,
-            seed=seed,
+            context,
+            vocab_size=outline.config.get_text_config().vocab_size,
+            end_token_ids=end_token_ids(outline),
             folder=Path(folder),
-            ask_trainer=ask_trainer,
-            on_update=on_update,
-            log=log,
         )
         try:
             try:

@@ -1,9 +1,9 @@
-"""The servers of an engine: how they come and go, and which of them may be believed.
+"""The servers of an engine: how they come and go, and which of them can be trusted.
 
-Started by us or there already, each server is in one of two states. It *serves* once it has the
-newest weights and both checks of `sglang_weights` have passed. It is *lost* when its process ends,
-when it is silent or fails request after request, or when an update of its weights fails. It serves
-again only after a restart or a reload, and the same checks.
+A server *serves* once it has the newest weights and both checks of `sglang.weights` have passed. It
+is *lost* when its process ends, when it is silent or fails request after request, or when an update
+of its weights fails. It serves again only after a restart or a reload, and the same checks. That
+holds for servers that the run starts and for servers that run already.
 
 Not here: what they are asked to sample, and by whom.
 """
@@ -14,20 +14,21 @@ import asyncio
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from tir_alp.config import SGLangConfig
-from tir_alp.engines.base import EngineFailed
+from tir_alp.engines.base import EngineFailed, Log
+from tir_alp.engines.probe import check_probe
 from tir_alp.engines.servers.http_client import ServerFailed
-from tir_alp.engines.servers.weights import WeightSnapshot, verify_probe
+from tir_alp.engines.servers.weights import WeightSnapshot
 from tir_alp.engines.sglang.client import SGLangClient
 from tir_alp.engines.sglang.process import SGLangProcess, server_arguments, server_environment
-from tir_alp.engines.sglang.request import SGLangRequest
+from tir_alp.engines.sglang.server import Server
 from tir_alp.engines.sglang.weights import (
     DiskTransfer,
     DistributedTransfer,
@@ -41,67 +42,25 @@ KEY_VARIABLE = "TIR_ALP_SGLANG_KEY"
 """Environment variable with the key of servers, and of a router, that run already."""
 
 MOST_STARTS = 3
-"""In a row, without a completion between them."""
+"""Restarts in a row, without a completion between them, after which the engine gives up."""
 
 _HEALTH_EVERY_S = 5.0
 _RETRY_S = 0.5
-_MOST_FAILURES = 3  # requests of a server in a row; then it is lost
-
-
-class Server:
-    """What is known of one server."""
-
-    def __init__(self, index: int, name: str, process: SGLangProcess | None) -> None:
-        self.index, self.name, self.process = index, name, process
-        self.address: SGLangClient | None = None
-        self.requests: set[SGLangRequest] = set()
-        self.versions: set[int] = set()
-        self.failures = self.starts = 0
-        self.tensors_compared = -1
-        """In the check behind the newest weights; -1 before the first."""
-        self.probe_difference = 0.0
-        """Mean |difference| in the other one, in nats."""
-        self.held = True
-        """Not to be asked for its health, e.g. while it loads."""
-        self.is_lent = False
-        """Whether its memory is somebody else's for now."""
-        self.settled = asyncio.Event()
-        """Set while the weights that it samples from are verified."""
-        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-    @property
-    def serves(self) -> bool:
-        """Whether what it samples next is by verified weights."""
-        return self.settled.is_set() and not self.lost.done()
-
-    @property
-    def client(self) -> SGLangClient:
-        """Where it is asked."""
-        assert self.address is not None
-        return self.address
-
-    @contextmanager
-    def sampling(self, request: SGLangRequest) -> Iterator[None]:
-        """It has the request as long as the block runs."""
-        self.requests.add(request)
-        try:
-            yield
-        finally:
-            self.requests.discard(request)
+_MOST_FAILURES = 3  # requests that fail in a row before a server counts as lost
 
 
 class Fleet:
-    """The servers of an engine, and the weights that they are to have.
+    """The servers of an engine, and the weights that they have to have.
 
     Args:
-        config: Of the servers.
+        config: Settings of the servers.
         model_path: Folder or Hugging Face id that servers start from.
-        snapshot: The weights that are there.
-        seed: Of the servers' draws.
-        folder: For logs, and for weights if the config names no other.
-        session: For all connections.
-        key: That our own servers ask for.
-        log: Told of starts, losses and recoveries.
+        snapshot: The weights in that folder.
+        seed: Seed of the servers' draws.
+        folder: For logs, and for weights if the config names no other folder.
+        session: HTTP session of all connections.
+        key: API key of the servers that the run starts.
+        log: Receives starts, losses and recoveries.
     """
 
     def __init__(
@@ -114,7 +73,7 @@ class Fleet:
         folder: Path,
         session: aiohttp.ClientSession,
         key: str,
-        log: Callable[[str], None],
+        log: Log,
     ) -> None:
         self._config, self._model_path, self._seed = config, model_path, seed
         self._folder, self._session, self._log = folder, session, log
@@ -124,7 +83,7 @@ class Fleet:
         self._weights_lock = asyncio.Lock()
         self.servers = self._make_servers()
         self.on_change: Callable[[], None] = lambda: None
-        """Called when `addresses` has changed."""
+        """Called whenever `addresses` has changed."""
         self._changed = asyncio.Event()
         self._memory_is_ours = asyncio.Event()
         self._memory_is_ours.set()
@@ -133,15 +92,11 @@ class Fleet:
 
     @property
     def addresses(self) -> set[str]:
-        """Of the servers that are not lost."""
-        return {
-            server.address.url
-            for server in self.servers
-            if server.address is not None and not server.lost.done()
-        }
+        """Addresses of the servers that are up."""
+        return {server.client.url for server in self.servers if server.is_up}
 
     async def start(self) -> None:
-        """Bring up all servers, and see that they sample what the trainer would.
+        """Bring up all servers, and check that they have the weights of the snapshot.
 
         Raises:
             EngineFailed: If one cannot start.
@@ -155,18 +110,18 @@ class Fleet:
         async with self._weights_lock:
             self.snapshot = snapshot
             self._memory_is_ours.set()
-            ready = [server for server in self.servers if not server.lost.done()]
-            await asyncio.gather(*(self._load_or_lose(server) for server in ready))
+            up = [server for server in self.servers if server.is_up]
+            await asyncio.gather(*(self._update(server) for server in up))
 
     async def lend_memory(self) -> None:
         """Free the memory of all servers until weights are given to them. Nothing may run."""
         async with self._weights_lock:
             self._memory_is_ours.clear()
-            ready = [server for server in self.servers if not server.lost.done()]
-            await asyncio.gather(*(self._lend(server) for server in ready))
+            up = [server for server in self.servers if server.is_up]
+            await asyncio.gather(*(self._lend(server) for server in up))
 
     async def any_serves(self) -> None:
-        """Wait for a server that serves. Raises EngineFailed if there cannot be one any more."""
+        """Wait for a server that serves. Raises EngineFailed if none can come back any more."""
         timeout_s = self._config.start_timeout_s * MOST_STARTS
         try:
             async with asyncio.timeout(timeout_s):
@@ -179,20 +134,25 @@ class Fleet:
             raise EngineFailed(f"no SGLang server served for {timeout_s:g} s") from None
 
     def count_failure(self, server: Server, error: ServerFailed) -> None:
-        """A request failed; several in a row, and the server is lost."""
+        """Count a failed request. After several in a row the server is lost."""
         server.failures += 1
         if server.failures >= _MOST_FAILURES:
             self._lose(server, f"{server.failures} requests failed in a row, the last one: {error}")
 
     def watch(self, work: Coroutine[Any, Any, None], whose: str) -> None:
-        """Run what looks after something. Where that ends, the engine is broken and says so."""
+        """Supervise something until `close`. If supervision fails, so does the engine.
+
+        Args:
+            work: Notices losses, and repairs them.
+            whose: Name of what it supervises, for messages.
+        """
 
         async def watched() -> None:
             try:
                 await work
-            except Exception as error:  # nobody would notice that this task is no more
+            except Exception as error:  # nobody awaits this task
                 if not isinstance(error, EngineFailed):
-                    error = EngineFailed(f"{whose} is not looked after any more: {error!r}")
+                    error = EngineFailed(f"{whose} is no longer supervised: {error!r}")
                 self._log(str(error))
                 self._broken = error
                 self._changed.set()
@@ -206,63 +166,79 @@ class Fleet:
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """End our servers, and give the others their memory back."""
+        """End the servers that the run started, and give the others their memory back."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for server in self.servers:
             if server.process is not None:
                 await server.process.kill()
-            elif server.is_lent:
+            elif server.memory_is_lent:
                 with suppress(ServerFailed):
                     await server.client.resume_memory()
         self._transfer.close()
 
     # ------------------------------------------------------------------------------ weights
 
-    async def _load_or_lose(self, server: Server) -> None:
+    async def _update(self, server: Server) -> None:
+        """Give a server that is up the newest weights. The weights' lock is held."""
+        lost = server.lost
         try:
             await self._load(server)
         except EngineFailed as error:
             self._lose(server, f"its weights could not be updated: {error}")
+        else:
+            if not lost.done():  # else it is being started again, and gets these weights there
+                self._serve(server)
 
     async def _load(self, server: Server) -> None:
-        """Give a server the newest weights, and verify them. The weights' lock is held."""
+        """Give a server the newest weights, and verify them. The weights' lock is held.
+
+        No request reaches it meanwhile, and no completion of it is returned.
+        """
         client, snapshot = server.client, self.snapshot
-        self._hold(server)
-        if server.is_lent:
+        server.hold()
+        if server.memory_is_lent:
             await client.resume_memory()
-            server.is_lent = False
+            server.memory_is_lent = False
         if snapshot.tensors is not None:
             await client.pause()
             try:
                 await self._transfer.send(client, snapshot)
-            except (RuntimeError, OSError) as error:  # of the group, or of the disk
+            except (RuntimeError, OSError) as error:  # of the process group, or of the disk
                 self._transfer.forget(client)
-                with suppress(ServerFailed):  # else it could not begin another one
+                with suppress(ServerFailed):  # else it could not begin another update
                     await client.call("/end_weight_update")
                 if isinstance(error, EngineFailed):
                     raise
                 raise EngineFailed(f"weights could not be sent to {client.url}: {error}") from error
             checked = await verify_tensors(client, snapshot)
-            await client.go_on()
-            self._say_checked(server, checked)
-        server.probe_difference = await verify_probe(client, snapshot, self._config.dtype) or 0.0
-        server.versions.add(snapshot.version)
-        server.held = False
-        server.settled.set()
+            await client.resume()
+            self._log_check(server, checked)
+        server.probe_difference = 0.0
+        if snapshot.probe is not None:
+            server.probe_difference = check_probe(
+                snapshot.probe,
+                await client.prompt_logprobs(snapshot.probe.token_ids),
+                self._config.dtype,
+                server=client.url,
+                version=snapshot.version,
+            )
+
+    def _serve(self, server: Server) -> None:
+        server.serve(self.snapshot.version)
         self._changed.set()
 
     async def _lend(self, server: Server) -> None:
-        self._hold(server)
+        server.hold()
         try:
             await server.client.release_memory()
-            server.is_lent = True
+            server.memory_is_lent = True
         except ServerFailed as error:
             self._lose(server, f"its memory could not be released: {error}")
 
-    def _say_checked(self, server: Server, checked: TensorCheck) -> None:
-        """Say how weights are verified, where it is the first time or not as it was before."""
+    def _log_check(self, server: Server, checked: TensorCheck) -> None:
+        """Log how weights are verified, the first time and whenever that has changed."""
         if checked.num_compared != server.tensors_compared:
             probe = "the logprobs of a probe" if self.snapshot.probe else "no probe"
             self._log(
@@ -274,11 +250,6 @@ class Fleet:
             )
         server.tensors_compared = checked.num_compared
 
-    def _hold(self, server: Server) -> None:
-        """No new requests, and no completion gets out, until the weights are verified."""
-        server.held = True
-        server.settled.clear()
-
     # -------------------------------------------------------------------------- come and go
 
     def _make_servers(self) -> list[Server]:
@@ -286,11 +257,11 @@ class Fleet:
         if config.urls:
             servers = [Server(index, url, None) for index, url in enumerate(config.urls)]
             for server in servers:
-                server.address = self._connect(server, server.name)
+                server.connection = self._connect(server, server.name)
             return servers
         if importlib.util.find_spec("sglang") is None:
             raise ValueError(
-                'engine.type = "sglang" needs the package sglang: install it as docs/sglang.md '
+                'engine.type = "sglang" needs the package sglang: install it as docs/engines.md '
                 "says, or name servers that run already with engine.urls"
             )
         assert self._key is not None
@@ -322,24 +293,29 @@ class Fleet:
         )
 
     async def _bring_up(self, server: Server) -> None:
-        """Start a server, or wait for one that is not ours, and give it the newest weights."""
+        """Start a server, or wait for one that runs already, and give it the newest weights."""
+        server.begin_start()
         if server.process is not None:
             await server.process.kill()
-            server.address = self._connect(server, await server.process.listen())
-            server.versions, server.is_lent = set(), False
+            server.connection = self._connect(server, await server.process.listen())
+            server.versions, server.memory_is_lent = set(), False
             await server.process.wait_until_ready(server.client, self._config.start_timeout_s)
         else:
             await self._wait_for(server)
         async with self._weights_lock:
             await self._load(server)
+            self._serve(server)
 
     async def _wait_for(self, server: Server) -> None:
-        """Wait for a server that is not ours; one that we left paused would not look healthy."""
+        """Wait for a server that the run did not start.
+
+        It is resumed first: one that was left paused would not look healthy.
+        """
         began, client = time.monotonic(), server.client
         while time.monotonic() - began < self._config.start_timeout_s:
             with suppress(ServerFailed):
-                await client.go_on()
-                await client.prompt_logprobs((0, 0))  # asked for its health it waits a second
+                await client.resume()
+                await client.prompt_logprobs((0, 0))  # faster than /health, which waits a second
                 if self.snapshot.tensors is None:
                     label = client.label(self.snapshot.version)
                     await client.call("/update_weight_version", new_version=label)
@@ -348,7 +324,7 @@ class Fleet:
         raise EngineFailed(f"there is no healthy SGLang server at {server.name}")
 
     async def _look_after(self, server: Server) -> None:
-        """Notice that a server is lost, and bring it back."""
+        """Notice that a server is lost, and bring it back, for ever."""
         while True:
             self._lose(server, await self._until_lost(server))
             await self._bring_back(server)
@@ -367,27 +343,25 @@ class Fleet:
                 if server.lost.done():
                     return server.lost.result()
                 client, limit = server.client, self._config.stall_timeout_s
-                if server.held or time.monotonic() - client.heard < _HEALTH_EVERY_S:
+                if not server.serves or time.monotonic() - client.last_answer_s < _HEALTH_EVERY_S:
                     continue
-                if await client.is_healthy() or server.held:
+                if await client.is_healthy() or not server.serves:
                     continue
-                if time.monotonic() - client.heard > limit:  # nor has any request been answered
-                    return f"it has said nothing for {limit:g} s"
+                if time.monotonic() - client.last_answer_s > limit:  # no request was answered
+                    return f"it has not answered for {limit:g} s"
         finally:
             if ended is not None:
                 ended.cancel()
 
     def _lose(self, server: Server, reason: str) -> None:
-        server.settled.clear()
-        if not server.lost.done():
-            server.lost.set_result(reason)
+        if server.lose(reason):
             self._log(f"{server.name} is lost: {reason}")
             self.on_change()
 
     async def _bring_back(self, server: Server) -> None:
         reason = server.lost.result()
         if server.process is not None:
-            with suppress(EngineFailed):  # it is tried again below
+            with suppress(EngineFailed):  # the next start tries again
                 await server.process.kill()
         await self._memory_is_ours.wait()
         while True:
@@ -396,19 +370,17 @@ class Fleet:
                 raise EngineFailed(
                     f"{server.name} was lost {MOST_STARTS} times in a row, the last time: {reason}"
                 )
-            if server.address is not None:
-                self._transfer.forget(server.address)
+            if server.connection is not None:
+                self._transfer.forget(server.connection)
             try:
                 await self._bring_up(server)
-            except (EngineFailed, OSError) as error:  # of the server, or of a machine that is full
+            except (EngineFailed, OSError) as error:  # the latter: the machine is full
                 reason = str(error)
                 self._log(f"{server.name} did not come back: {reason}")
                 await asyncio.sleep(_RETRY_S)
                 continue
             finally:
                 server.failures = 0
-            server.lost = asyncio.get_running_loop().create_future()
-            self._changed.set()
             self.on_change()
             self._log(f"{server.name} is back, with verified weights of {self.snapshot.version}")
             return

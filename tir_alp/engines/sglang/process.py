@@ -1,14 +1,19 @@
-"""An SGLang server's process: its command line, our entry module, and the stages of its start."""
+"""An SGLang server's process: its command line, its environment, the stages of its start."""
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tir_alp.config import SGLangConfig
-from tir_alp.engines.servers.process import ServerProcess, free_port
+from tir_alp.engines.base import Log
+from tir_alp.engines.servers.process import (
+    ServerProcess,
+    arguments_of,
+    free_port,
+    num_threads,
+)
 from tir_alp.engines.servers.sglang_main import KEY_VARIABLE
 from tir_alp.engines.sglang.client import label
 
@@ -22,15 +27,15 @@ _STAGES = (
 
 
 class SGLangProcess(ServerProcess):
-    """One SGLang server that we start and end.
+    """One SGLang server that the run starts and ends.
 
     Args:
-        name: To people.
-        arguments: Of `sglang.launch_server`, without host, port and key.
-        environment: What is added to ours.
-        log_path: File that gets what it prints.
-        api_key: What it asks of its clients.
-        log: Told of its progress.
+        name: Name for messages.
+        arguments: Arguments of `sglang.launch_server`, without host, port and key.
+        environment: Variables added to those of this process.
+        log_path: File for what it prints.
+        api_key: The key that it asks its clients for.
+        log: Receives its progress.
     """
 
     def __init__(
@@ -40,17 +45,17 @@ class SGLangProcess(ServerProcess):
         environment: Mapping[str, str],
         log_path: Path,
         api_key: str,
-        log: Callable[[str], None],
+        log: Log,
     ) -> None:
         command = [sys.executable, "-m", "tir_alp.engines.servers.sglang_main", *arguments]
         environment = {**environment, KEY_VARIABLE: api_key}
-        leaves = "sglang_loads_"  # what its scheduler says of its load
+        leaves = "sglang_loads_"  # where its scheduler publishes its load
         super().__init__(name, command, environment, log_path, log, stages=_STAGES, leaves=leaves)
 
     async def listen(self) -> str:
-        """Start the process; returns the address at which it is going to listen."""
+        """Start the process; returns the address on which it will listen."""
         port = free_port()
-        ranks = ("--nccl-port", str(free_port()))  # where the ranks of a server meet
+        ranks = ("--nccl-port", str(free_port()))  # where the ranks of this server meet
         await self.start("--host", "127.0.0.1", "--port", str(port), *ranks)
         return f"http://127.0.0.1:{port}"
 
@@ -58,8 +63,8 @@ class SGLangProcess(ServerProcess):
 def server_arguments(
     config: SGLangConfig, model_path: str, version: int, seed: int, index: int
 ) -> list[str]:
-    """Words of the command line of the server number `index`."""
-    words = {
+    """Arguments of `sglang.launch_server` for the server with this index."""
+    options: dict[str, object] = {
         "--model-path": model_path,
         "--weight-version": label(version, index),
         "--device": config.device,
@@ -70,25 +75,23 @@ def server_arguments(
     }
     flags = ["--skip-tokenizer-init", "--incremental-streaming-output", "--skip-server-warmup"]
     if config.max_cache_tokens is not None:
-        words["--max-total-tokens"] = config.max_cache_tokens
+        options["--max-total-tokens"] = config.max_cache_tokens
     if config.device == "cpu":
-        words["--attention-backend"] = "torch_native"
-        flags += ["--disable-overlap-schedule", "--sleep-on-idle"]  # cores are shared with others
+        options["--attention-backend"] = "torch_native"
+        flags += ["--disable-overlap-schedule", "--sleep-on-idle"]  # others use the cores, too
     else:
-        words["--base-gpu-id"] = config.first_gpu + index * config.tensor_parallel
+        options["--base-gpu-id"] = config.first_gpu + index * config.tensor_parallel
         if config.release_memory:
             flags.append("--enable-memory-saver")
-    pairs = [str(word) for pair in words.items() for word in pair]
-    return [*pairs, *flags, *config.arguments]
+    return [*arguments_of(options), *flags, *config.arguments]
 
 
 def server_environment(config: SGLangConfig, model_path: str) -> dict[str, str]:
-    """What a server's environment has beside ours."""
+    """Variables that are added to this process's own for a server."""
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if config.device == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
-        # A thread that waits for another one by spinning costs the trainer a core.
-        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+        environment["OMP_NUM_THREADS"] = num_threads()
     if Path(model_path).is_dir():
         environment["HF_HUB_OFFLINE"] = "1"
     return environment

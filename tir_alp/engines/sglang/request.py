@@ -1,8 +1,8 @@
-"""One completion by a server: from the request's JSON to a `Completion`, cut by token.
+"""One completion by an SGLang server: from the request's JSON to a `Completion`, cut by token.
 
-The server sends tokens as it samples them. They are fed to the stop rule one by one, and when it
-holds the server is told to stop; what it sampled meanwhile is dropped, ids, logprobs and versions
-alike. The server never sees or makes text.
+The server sends tokens as it samples them. They are fed to the stop rule one by one. When the rule
+holds the server is asked to stop; the ids, logprobs and versions of tokens that it sampled
+meanwhile are dropped. The server never sees or makes text.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from tir_alp.engines.sglang.client import SGLangClient, read_label
 from tir_alp.types import StopReason, VersionSpan, cut_version_spans
 
 _MOST_CANDIDATES = 4096
-"""Tokens that a truncated distribution can have: what SGLang reports exact logprobs for."""
+"""Most tokens that a truncated distribution can have for SGLang to report exact logprobs."""
 
 
 class SGLangRequest:
     """A completion in the making.
 
     Args:
-        token_ids: What is continued.
-        sampling: How.
-        end_token_ids: Tokens at which the server ends a completion of its own accord. Where they
-            are no stop tokens it is told to go on, and its stop tokens are left to us.
+        token_ids: The sequence that is continued.
+        sampling: How it is sampled.
+        end_token_ids: Tokens at which the server ends a completion of its own accord. If not all of
+            them are stop tokens, it is asked to ignore them, and the completion is cut here.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class SGLangRequest:
         self.token_ids, self.sampling = token_ids, sampling
         self.is_aborted = False
         self.server: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        """Number of the server that has it: chosen, or as the answer says."""
+        """Index of the server that has it: chosen here, or read from the answer."""
         self.cached_tokens = 0
-        """Of its prompt: those whose keys and values the server had."""
+        """Tokens of its prompt whose keys and values the server still had."""
         self._goes_on = not end_token_ids <= sampling.stop_token_ids
         self._matches = sampling.stop_matcher() if sampling.stop_matcher else None
         self._sampled: list[int] = []
@@ -52,7 +52,7 @@ class SGLangRequest:
         self._stop: tuple[int, StopReason] | None = None
 
     def aborted_before(self, version: int) -> Completion:
-        """What is returned for a request that was taken back before a server had it."""
+        """The completion of a request that was aborted before a server had it."""
         return Completion(
             token_ids=(), logprobs=(), stop_reason=StopReason.ABORT, policy_version=version
         )
@@ -63,11 +63,11 @@ class SGLangRequest:
         """Have a server sample it, once.
 
         Args:
-            client: Of the server, or of a router.
-            take_back: Tells the server to stop.
+            client: Client of the server, or of a router.
+            take_back: Asks the server to stop.
 
         Raises:
-            ServerFailed: If the server refuses or fails, or what it says does not fit together.
+            ServerFailed: If the server refuses or fails, or its answer contradicts itself.
         """
         key = str(self.sampling.sequence_uid)
         async with aclosing(client.events(self._payload(), key)) as events:
@@ -98,23 +98,23 @@ class SGLangRequest:
             "stream": True,
         }
         if self.is_truncated:
-            # Its ordinary logprobs are those before truncation; with the support come the others.
+            # Ordinary logprobs are those before truncation; others come with the sampling mask.
             parameters |= {"top_p": sampling.top_p, "top_k": _MOST_CANDIDATES}
             payload["return_sampling_mask"] = True
         return payload
 
     @property
     def is_truncated(self) -> bool:
-        """Whether it needs the support of each token, to know its logprob."""
+        """Whether the logprob of each token depends on which tokens the truncation leaves."""
         return self.sampling.top_p < 1 and self.sampling.temperature > 0
 
     def _take(self, event: Mapping[str, Any], url: str) -> None:
-        """Take the tokens of an event, and look for where the completion ends."""
+        """Add the tokens of an event, and find where the completion ends."""
         meta = event["meta_info"]
         new_ids = list(event["output_ids"])
         entries = meta["output_token_logprobs"]
         num_all = meta["completion_tokens"]
-        if len(new_ids) == num_all and self._sampled:  # a server that says all from the start again
+        if len(new_ids) == num_all and self._sampled:  # cumulative events
             new_ids = new_ids[len(self._sampled) :]
         entries = entries[len(entries) - len(new_ids) :]
         if [entry[1] for entry in entries] != new_ids:
@@ -129,7 +129,7 @@ class SGLangRequest:
         self._logprobs += logprobs
         if not len(self._sampled) == len(self._logprobs) == num_all:
             raise ServerFailed(
-                f"{url} says that it sampled {num_all} tokens, and sent {len(self._sampled)} with "
+                f"{url} reports {num_all} sampled tokens, and sent {len(self._sampled)} with "
                 f"{len(self._logprobs)} logprobs"
             )
         for index in range(num_all - len(new_ids), num_all):
@@ -155,7 +155,9 @@ class SGLangRequest:
                 version_spans=spans if len(spans) > 1 else (),
             )
         except (KeyError, ValueError) as error:
-            raise ServerFailed(f"{url} does not say which weights sampled what: {error}") from error
+            raise ServerFailed(
+                f"{url} does not report which weights sampled which tokens: {error}"
+            ) from error
 
     def _ending(self, reason: Mapping[str, Any], url: str) -> StopReason:
         match reason["type"]:
@@ -167,10 +169,10 @@ class SGLangRequest:
         raise ServerFailed(f"{url} gave a request up: {reason}", ran=not refused, refused=refused)
 
 
-def version_spans(said: list[Mapping[str, Any]]) -> tuple[VersionSpan, ...]:
-    """What a server says of versions, as spans: those of equal versions joined, none empty."""
+def version_spans(reported: list[Mapping[str, Any]]) -> tuple[VersionSpan, ...]:
+    """The versions that a server reports, as spans; neighbours of one version are joined."""
     spans: list[VersionSpan] = []
-    for each in said:
+    for each in reported:
         version, start, stop = read_label(each["version"])[0], each["start"], each["end"]
         if start == stop:
             continue
@@ -181,8 +183,10 @@ def version_spans(said: list[Mapping[str, Any]]) -> tuple[VersionSpan, ...]:
 
 
 def _labelled(meta: Mapping[str, Any], url: str) -> tuple[int, int]:
-    """Version and server that an event names."""
+    """Policy version and server index that an event names."""
     try:
         return read_label(meta["weight_version"])
     except (KeyError, ValueError) as error:
-        raise ServerFailed(f"{url} does not say which weights sampled what: {error}") from error
+        raise ServerFailed(
+            f"{url} does not report which weights sampled which tokens: {error}"
+        ) from error

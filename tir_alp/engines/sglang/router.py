@@ -1,11 +1,11 @@
 """SGLang's own router in front of the servers: it picks the server of a completion, and no more.
 
-Weights, checks, aborts and questions of health go to the servers themselves, since a router knows
-nothing of weights. It has the servers that are not lost, no others. Which of them sampled a
-completion is told by the completion: each server gives its weights names of its own.
+Weights, checks, aborts and health checks go to the servers themselves, since a router knows nothing
+of weights. It has the servers that are up, and no others. A completion itself tells which server
+sampled it, because each server gives its weights names of its own.
 
-Completions that a router cannot pass on go straight to a server: those under `top_p`, whose support
-it drops from the request, and all of them while it is lost.
+Completions that a router cannot pass on go straight to a server: those with `top_p` below 1, whose
+sampling mask it drops from the request, and all of them while the router is lost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import aiohttp
 
 from tir_alp.config import SGLangConfig
-from tir_alp.engines.base import EngineFailed
+from tir_alp.engines.base import EngineFailed, Log
 from tir_alp.engines.servers.http_client import ServerFailed
 from tir_alp.engines.servers.process import ServerProcess, free_port
 from tir_alp.engines.servers.sglang_router_main import KEY_VARIABLE as OWN_KEY_VARIABLE
@@ -37,16 +37,16 @@ _ADD_AGAIN_S = 60.0  # it takes a second to add a server that answers
 
 
 class Router:
-    """A router and what is known of it; `make_router` makes one.
+    """A router, and which servers it has; `make_router` makes one.
 
     Args:
-        process: Its process; None: somebody else's.
-        connect: Makes a client of a router at an address.
-        url: Of somebody else's.
-        fleet: The servers that it is to have.
-        server_key: That they ask for.
-        config: For deadlines.
-        log: Told of losses and recoveries.
+        process: The process that the run starts; None: the router runs already.
+        connect: Makes a client of the router at an address.
+        url: Address of a router that runs already.
+        fleet: The servers that it has to have.
+        server_key: API key of the servers.
+        config: Settings of the engine, for deadlines.
+        log: Receives losses and recoveries.
     """
 
     def __init__(
@@ -57,36 +57,36 @@ class Router:
         fleet: Fleet,
         server_key: str | None,
         config: SGLangConfig,
-        log: Callable[[str], None],
+        log: Log,
     ) -> None:
         self.process, self._connect = process, connect
         self.client = connect(url)
         self._fleet, self._server_key = fleet, server_key
         self._config, self._log = config, log
         self.serves = False
-        """Whether it can be asked: it answers, and has a server."""
+        """Whether it answers and has a server."""
         self._starts = 0
-        self._known: set[str] = set()  # addresses that servers of ours have, or had
-        self._found: set[str] | None = None  # those that it had before us
-        self._asked_for: dict[str, float] = {}
+        self._known: set[str] = set()  # addresses that servers of the fleet have or had
+        self._found: set[str] | None = None  # those that it had when the run began
+        self._requested_at: dict[str, float] = {}  # servers being added, monotonic seconds
         self._changed = asyncio.Event()
         fleet.on_change = self._changed.set
 
     def takes(self, request: SGLangRequest) -> bool:
-        """Whether a request can go through it now."""
+        """Whether a request can go through the router now."""
         return self.serves and not request.is_truncated
 
     async def start(self) -> None:
-        """Bring it up with the servers that there are.
+        """Bring it up with the servers of the fleet.
 
         Raises:
-            EngineFailed: If it does not answer in time, or has servers of others.
+            EngineFailed: If it does not answer in time, or has servers that the fleet does not.
         """
         if self.process is not None:
             await self.process.kill()
             self.client = self._connect(await self.process.listen())
             await self.process.wait_until_ready(self.client, self._config.start_timeout_s)
-        self._asked_for.clear()
+        self._requested_at.clear()
         deadline = time.monotonic() + self._config.start_timeout_s
         reason = "can it reach them?"
         while time.monotonic() < deadline:
@@ -103,15 +103,15 @@ class Router:
         )
 
     async def look_after(self) -> None:
-        """Keep its servers those that are not lost, and bring it back when it is lost itself.
+        """Keep its servers those that are up, and bring it back when it is lost itself.
 
-        Where that does not help, it is given up: the run can do without it.
+        After several losses in a row it is given up: the run can do without it.
         """
         while True:
             reason = await self._until_lost()
             self.serves = False
             while reason:
-                self._log(f"SGLang's router is lost, and not asked until it is back: {reason}")
+                self._log(f"SGLang's router is lost, and not used until it is back: {reason}")
                 self._starts += 1
                 if self._starts > MOST_STARTS:
                     self._log(
@@ -128,11 +128,11 @@ class Router:
             self._log("SGLang's router is back")
 
     def answered(self) -> None:
-        """A completion came through it."""
+        """Note that a completion came through it."""
         self._starts = 0
 
     async def close(self) -> None:
-        """End it if it is ours, and else take out of it what we have put there."""
+        """End a router that the run started; remove from any other the servers added to it."""
         if self.process is not None:
             await self.process.kill()
             return
@@ -142,7 +142,7 @@ class Router:
                     await self._remove(worker)
 
     async def _until_lost(self) -> str:
-        """Look after its servers for as long as it answers; returns what is wrong then."""
+        """Keep its servers up to date while it answers; returns the reason when it is lost."""
         ended = asyncio.create_task(self.process.ended()) if self.process else None
         if ended is not None:
             ended.add_done_callback(lambda _: self._changed.set())
@@ -159,7 +159,7 @@ class Router:
                     await self._agree()
                 except ServerFailed as error:
                     self.serves = False
-                    if time.monotonic() - self.client.heard > self._config.stall_timeout_s:
+                    if time.monotonic() - self.client.last_answer_s > self._config.stall_timeout_s:
                         return str(error)
                 except EngineFailed as error:
                     return str(error)
@@ -169,21 +169,21 @@ class Router:
 
     @property
     def _is_settled(self) -> bool:
-        return self.serves and not self._asked_for
+        return self.serves and not self._requested_at
 
     async def _workers(self) -> dict[str, dict[str, Any]]:
-        said = await self.client.get("/workers")
-        assert isinstance(said, dict)
-        return {worker["url"].rstrip("/"): worker for worker in said["workers"]}
+        answer = await self.client.get("/workers")
+        assert isinstance(answer, dict)
+        return {worker["url"].rstrip("/"): worker for worker in answer["workers"]}
 
     async def _remove(self, worker: dict[str, Any]) -> None:
         await self.client.delete(f"/workers/{worker['id']}")
 
     async def _agree(self) -> bool:
-        """Add servers to it and take some out; returns whether it has those that it should have.
+        """Add servers to it and remove others; returns whether it has exactly the right ones.
 
         Raises:
-            EngineFailed: If it has servers that are not ours: nothing is known of their weights.
+            EngineFailed: If it has servers that the fleet does not: their weights are unknown.
             ServerFailed: If it does not answer.
         """
         wanted = self._fleet.addresses
@@ -201,30 +201,32 @@ class Router:
             await self._remove(there[url])
         now = time.monotonic()
         for url in wanted - there.keys():
-            if now - self._asked_for.get(url, -_ADD_AGAIN_S) >= _ADD_AGAIN_S:
-                self._asked_for[url] = now
+            if now - self._requested_at.get(url, -_ADD_AGAIN_S) >= _ADD_AGAIN_S:
+                self._requested_at[url] = now
                 await self.client.call("/workers", url=url, api_key=self._server_key)
         well = {url for url in there.keys() & wanted if there[url]["is_healthy"]}
-        self._asked_for = {url: at for url, at in self._asked_for.items() if url in wanted - well}
+        self._requested_at = {
+            url: at for url, at in self._requested_at.items() if url in wanted - well
+        }
         self.serves = bool(well)
         return well == wanted == there.keys()
 
 
 class RouterProcess(ServerProcess):
-    """A router that we start and end.
+    """A router that the run starts and ends.
 
-    It sends all requests of a sequence to one server, and those of a new sequence to the one with
-    the fewest. It makes no request twice, and asks no server for its health: that is our business.
+    It sends all requests of a sequence to one server, and those of a new sequence to the server
+    with the fewest requests. It repeats no request and checks no server's health: the engine does.
 
     Args:
-        log_path: File that gets what it prints.
-        api_key: What it asks of its clients.
-        log: Told of its progress.
+        log_path: File for what it prints.
+        api_key: The key that it asks its clients for.
+        log: Receives its progress.
     """
 
-    def __init__(self, log_path: Path, api_key: str, log: Callable[[str], None]) -> None:
+    def __init__(self, log_path: Path, api_key: str, log: Log) -> None:
         words = ["--policy", "manual", "--assignment-mode", "min_load", "--log-level", "warn"]
-        words += ["--request-timeout-secs", str(24 * 3600)]  # who asks has a deadline
+        words += ["--request-timeout-secs", str(24 * 3600)]  # callers have deadlines of their own
         flags = ["--disable-retries", "--disable-circuit-breaker", "--disable-health-check"]
         entry = "tir_alp.engines.servers.sglang_router_main"
         super().__init__(
@@ -237,7 +239,7 @@ class RouterProcess(ServerProcess):
         )
 
     async def listen(self) -> str:
-        """Start the process; returns the address at which it is going to listen."""
+        """Start the process; returns the address on which it will listen."""
         port = free_port()
         metrics = ("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port()))
         await self.start("--host", "127.0.0.1", "--port", str(port), *metrics)
@@ -250,20 +252,20 @@ def make_router(
     folder: Path,
     session: aiohttp.ClientSession,
     key: str,
-    log: Callable[[str], None],
+    log: Log,
 ) -> Router | None:
-    """The router that the config asks for, not yet started; None if it asks for none.
+    """The router that the config names, not yet started; None if it names none.
 
     Raises:
         ValueError: If it is not installed.
     """
     if config.router == "none":
         return None
-    is_ours = config.router == "local"
-    if is_ours and importlib.util.find_spec("sglang_router") is None:
+    is_local = config.router == "local"
+    if is_local and importlib.util.find_spec("sglang_router") is None:
         raise ValueError(
-            'engine.router = "local" needs the package sglang-router: install it as docs/sglang.md '
-            "says, or name a router that runs already by its address"
+            'engine.router = "local" needs the package sglang-router: install it as '
+            "docs/engines.md says, or name a router that runs already by its address"
         )
     given_key = os.environ.get(KEY_VARIABLE)
 
@@ -271,13 +273,13 @@ def make_router(
         return SGLangClient(
             session,
             url,
-            key if is_ours else given_key,
+            key if is_local else given_key,
             stall_timeout_s=config.stall_timeout_s,
             load_timeout_s=config.load_timeout_s,
         )
 
     return Router(
-        RouterProcess(folder / "router.log", key, log) if is_ours else None,
+        RouterProcess(folder / "router.log", key, log) if is_local else None,
         connect,
         config.router,
         fleet,

@@ -1,14 +1,14 @@
-"""How new weights get into a running SGLang server, and how we know that they did.
+"""How new weights get into a running SGLang server, and how it is verified that they did.
 
-Three ways, of one interface: a folder that both sides see, tensors in the request, or a broadcast
+Three ways with one interface: a folder that both sides see, tensors in the request, or a broadcast
 in a process group. Each is one update to the server: a version is never named before all of its
-tensors are loaded. Then two checks, both against the trainer's own tensors: sampled tensors as the
-server reports them, equal to the last bit; and the logprobs of a probe sequence.
+tensors are loaded. Two checks follow, both against the trainer's own tensors: sampled tensors as
+the server reports them, equal to the last bit, and the logprobs of a probe (`engines.probe`).
 
-Not here: who pauses the server, and what becomes of one that fails a check.
+Not here: who pauses the server, and what happens to one that fails a check.
 """
 
-# torch.distributed exports its stores and groups without saying so:
+# torch.distributed exports its stores and groups, but does not declare them:
 # pyright: reportPrivateImportUsage=false
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from tir_alp.engines.sglang.client import SGLangClient
 
 _BUCKET_BYTES = 256 << 20  # of tensors in one request or broadcast
 _NUM_SAMPLED = 4  # tensors that are compared after an update
-_NUM_ROWS = 2  # of each
-_MOST_ELEMENTS = 1 << 25  # of a sampled tensor: the server writes its rows out as text
+_NUM_ROWS = 2  # of each that are compared
+_MOST_ELEMENTS = 1 << 25  # of a sampled tensor: the server sends its rows as text
 _GROUP = "tir_alp_weights"
-_Group = Any  # of gloo or of NCCL: torch types neither
+_Group = Any  # a group of gloo or NCCL: torch types neither
 
 
 class WeightTransfer(Protocol):
-    """A way for weights into a paused server."""
+    """A way to get weights into a paused server."""
 
     async def send(self, client: SGLangClient, snapshot: WeightSnapshot) -> None:
-        """Load the snapshot's tensors. Raises ServerFailed; the server may be half updated then."""
+        """Load the snapshot's tensors. If it raises ServerFailed, some of them may be loaded."""
         ...
 
     def forget(self, client: SGLangClient) -> None:
-        """A server is gone: drop what connects with it."""
+        """Drop the connection to a server that is lost."""
         ...
 
     def close(self) -> None:
@@ -59,10 +59,10 @@ class WeightTransfer(Protocol):
 
 
 class DiskTransfer:
-    """Writes a folder that the servers read, too.
+    """Writes a folder that the servers read.
 
     Args:
-        folder: On a file system that they share with us.
+        folder: A folder on a file system that trainer and servers share.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,7 +71,7 @@ class DiskTransfer:
         self._version: int | None = None
 
     async def send(self, client: SGLangClient, snapshot: WeightSnapshot) -> None:
-        """Write the snapshot, once for all servers, and let the server read it."""
+        """Write the snapshot, once for all servers, and have the server read it."""
         if self._written is None or self._version != snapshot.version:
             self._version = snapshot.version
             self._written = asyncio.create_task(
@@ -86,7 +86,7 @@ class DiskTransfer:
         )
 
     def forget(self, client: SGLangClient) -> None:
-        """Nothing connects with a server."""
+        """Do nothing: there is no connection."""
 
     def close(self) -> None:
         """Remove what was written."""
@@ -97,8 +97,8 @@ class DiskTransfer:
 class TensorTransfer:
     """Sends tensors inside the request: no shared disk or memory is needed.
 
-    They go as ordinary bytes, since the other way that SGLang reads, handles of shared memory, ties
-    the life of trainer and server together.
+    They are sent as plain bytes. The other encoding that SGLang reads, handles of shared memory,
+    would tie the lives of trainer and server together.
 
     Args:
         num_ranks: Tensor-parallel ranks of a server; each gets a copy.
@@ -123,20 +123,20 @@ class TensorTransfer:
         await client.call("/end_weight_update", client.load_timeout_s)
 
     def forget(self, client: SGLangClient) -> None:
-        """Nothing connects with a server."""
+        """Do nothing: there is no connection."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is held."""
 
 
 class DistributedTransfer:
     """Broadcasts tensors to the ranks of a server: gloo between CPUs, NCCL between GPUs.
 
-    A group of its own for each server, so that one that dies takes no other down with it.
+    Each server has a group of its own, so that one that dies takes no other down with it.
 
     Args:
         backend: "gloo" or "nccl".
-        host: Our address, as the servers see it.
+        host: Address of this machine, as the servers see it.
         num_ranks: Tensor-parallel ranks of a server.
     """
 
@@ -154,7 +154,7 @@ class DistributedTransfer:
         device = "cuda" if self._backend == "nccl" else "cpu"
         await client.call("/begin_weight_update", client.load_timeout_s)
         for bucket, is_last in buckets(snapshot.tensors):
-            told = client.call(
+            received = client.call(
                 "/update_weights_from_distributed",
                 client.load_timeout_s,
                 names=[name for name, _ in bucket],
@@ -165,11 +165,11 @@ class DistributedTransfer:
                 **({"weight_version": client.label(snapshot.version)} if is_last else {}),
             )
             tensors = [tensor.to(device) for _, tensor in bucket]
-            await asyncio.gather(told, asyncio.to_thread(_broadcast, group, tensors))
+            await asyncio.gather(received, asyncio.to_thread(_broadcast, group, tensors))
         await client.call("/end_weight_update", client.load_timeout_s)
 
     def forget(self, client: SGLangClient) -> None:
-        """Leave the group that we share with a server."""
+        """Leave the group of a server."""
         self._groups.pop(client.url, None)
 
     def close(self) -> None:
@@ -180,19 +180,19 @@ class DistributedTransfer:
         return f"{_GROUP}_{self._groups[client.url][0].port}"
 
     async def _join(self, client: SGLangClient) -> None:
-        """Make a group of us, rank 0, and the ranks of a server."""
+        """Make a group of this process, rank 0, and the ranks of a server."""
         size = 1 + self._num_ranks
         limit = timedelta(seconds=client.load_timeout_s)
         store = dist.TCPStore(
             self._host, 0, size, is_master=True, timeout=limit, wait_for_workers=False
         )
         name = f"{_GROUP}_{store.port}"
-        # The keys that torch gives a group of this name: so does the server.
+        # The prefixes that torch, and so the server, gives the keys of a group of this name.
         device = "cuda" if self._backend == "nccl" else "cpu"
         keys: dist.Store = store
         for prefix in (name, f"{name}/", f"{device}/"):
             keys = dist.PrefixStore(prefix, keys)
-        told = client.call(
+        joined = client.call(
             "/init_weights_update_group",
             client.load_timeout_s,
             master_address=self._host,
@@ -202,7 +202,7 @@ class DistributedTransfer:
             group_name=name,
             backend=self._backend,
         )
-        _, group = await asyncio.gather(told, asyncio.to_thread(self._connect, keys, size, limit))
+        _, group = await asyncio.gather(joined, asyncio.to_thread(self._connect, keys, size, limit))
         self._groups[client.url] = (store, group)
 
     def _connect(self, keys: dist.Store, size: int, limit: timedelta) -> _Group:
@@ -216,7 +216,7 @@ class DistributedTransfer:
 def buckets(
     tensors: Mapping[str, Tensor], max_bytes: int = _BUCKET_BYTES
 ) -> Iterator[tuple[list[tuple[str, Tensor]], bool]]:
-    """Divide tensors into pieces of about `max_bytes`, and say which is the last."""
+    """Divide tensors into lists of about `max_bytes`; True comes with the last one."""
     bucket: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in tensors.items():
@@ -230,20 +230,20 @@ def buckets(
 
 @dataclass(frozen=True, slots=True)
 class TensorCheck:
-    """What a comparison of sampled tensors, which found them equal, has looked at."""
+    """What a successful comparison of sampled tensors covered."""
 
     num_compared: int
-    """0 where the model's class reports no tensors, or SGLang knows them by other names."""
+    """Tensors compared; 0 if the model's class reports none, or names them differently."""
     digest: str
-    """Of their names and of the rows that were compared."""
+    """Digest of their names and of the rows that were compared."""
 
 
 async def verify_tensors(client: SGLangClient, snapshot: WeightSnapshot) -> TensorCheck:
     """Compare sampled tensors with what the server reports, to the last bit.
 
     Raises:
-        ServerFailed: If one differs; or if the server reports none of them, and the snapshot has no
-            probe either: then nothing would tell whether it has these weights.
+        ServerFailed: If one differs; or if the server reports none of them and the snapshot has no
+            probe, so that nothing shows whether it has these weights.
     """
     assert snapshot.tensors is not None
     names = sorted(n for n, t in snapshot.tensors.items() if 0 < t.numel() <= _MOST_ELEMENTS)
@@ -266,7 +266,7 @@ async def verify_tensors(client: SGLangClient, snapshot: WeightSnapshot) -> Tens
     if not num_compared and snapshot.probe is None:
         raise ServerFailed(
             f"{client.url} reports none of {len(drawn)} sampled tensors, and there is no probe: "
-            f"nothing tells whether it has the weights of version {snapshot.version}"
+            f"nothing shows whether it has the weights of version {snapshot.version}"
         )
     return TensorCheck(num_compared, digest.hexdigest())
 

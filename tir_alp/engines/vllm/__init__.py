@@ -1,1 +1,1 @@
-"""vLLM as an engine."""
+"""The engine that drives a vLLM server."""

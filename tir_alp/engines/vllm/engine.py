@@ -1,9 +1,9 @@
 """Drives one vLLM server, which has a Python of its own, over a socket in a private folder.
 
-Completions that run are waited for before new weights are taken, and nothing is admitted meanwhile,
-as by the embedded engine. vLLM could also go on with new weights in mid-generation, and it does log
-which weights sampled which tokens; but it then keeps the keys and values of the old ones, and no
-forward of any weights gives the logprobs that were sampled from.
+New weights wait until the running completions have ended, and no request is admitted meanwhile, as
+with the embedded engine's `wait`. vLLM could also go on with new weights in the middle of a
+completion, and it does record which weights sampled which tokens; but it then keeps the keys and
+values of the old weights, and no forward of any weights gives the logprobs that were sampled from.
 
 A server that ends or fails to take weights is not started again: the run stops and can be resumed.
 """
@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import torch
@@ -26,23 +25,21 @@ from tir_alp.config import VLLMConfig
 from tir_alp.engines.base import (
     AskTrainer,
     Completion,
+    EngineContext,
     EngineFailed,
-    Probe,
     Sampling,
     check_fit,
     check_request,
     check_vocabulary,
 )
+from tir_alp.engines.probe import ProbeMaker, check_probe
 from tir_alp.engines.servers.http_client import ServerFailed
 from tir_alp.engines.servers.process import ServerProcess
-from tir_alp.engines.servers.weights import (
-    WeightSnapshot,
-    snapshot_tensors,
-    verify_probe,
-    write_version,
-)
+from tir_alp.engines.servers.weights import WeightSnapshot, snapshot_tensors, write_version
 from tir_alp.engines.vllm.process import SOCKET, server_process, with_head, write_start
 from tir_alp.engines.vllm.request import VLLMClient, VLLMRequest
+from tir_alp.training.policy import load_policy
+from tir_alp.training.structure import load_outline
 
 _PROBE_TOKENS = 64
 
@@ -51,12 +48,13 @@ class VLLMEngine:
     """Samples with one vLLM server; `open_vllm` makes one.
 
     Args:
-        config: Of the server.
-        client: Talks to it.
-        folder: That it can read, too: for weights.
-        snapshot: The weights that it has; of its tensors only names and shapes are kept.
-        vocab_size: Tokens have ids below it.
-        ask_trainer: What the server is checked against; None: not at all.
+        config: Settings of the server.
+        client: Client of the server.
+        folder: A folder for weights, which the server can read.
+        snapshot: The weights that it has. Only the names and shapes of the tensors are kept.
+        vocab_size: Number of token ids; all are below it.
+        ask_trainer: Asks the trainer for the logprobs that the server's are compared with; None:
+            they are not compared.
     """
 
     def __init__(
@@ -70,7 +68,9 @@ class VLLMEngine:
     ) -> None:
         self._config, self._client, self._folder = config, client, folder
         self._snapshot = _outline(snapshot)
-        self._vocab_size, self._ask_trainer = vocab_size, ask_trainer
+        self._vocab_size = vocab_size
+        first = range(min(_PROBE_TOKENS, vocab_size))
+        self._probes = ProbeMaker(ask_trainer, first, _PROBE_TOKENS)
         self._room = asyncio.Semaphore(config.max_running)
         self._requests: set[VLLMRequest] = set()
         self._running: set[VLLMRequest] = set()
@@ -80,14 +80,13 @@ class VLLMEngine:
         self._weights_lock = asyncio.Lock()
         self._broken: EngineFailed | None = None
         self._probe_difference, self._tokens_generated = 0.0, 0
-        self._recent: tuple[int, ...] = ()
 
     async def generate(self, token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
         """Continue a sequence; see `Engine.generate`.
 
         Raises:
-            ValueError: If a token is not in the vocabulary, or the server says that it can never
-                sample this.
+            ValueError: If a token is not in the vocabulary, or the server refuses the request for
+                good, e.g. because it is too long.
             EngineFailed: If the server failed.
         """
         check_request(token_ids, sampling)
@@ -104,12 +103,13 @@ class VLLMEngine:
             self._requests.discard(request)
 
     async def load_weights(self, source: Mapping[str, Tensor] | Path, version: int) -> None:
-        """Take new weights as soon as the completions that run now have ended.
+        """Take new weights as soon as the running completions have ended.
 
         Raises:
-            ValueError: If names or shapes are not those of the weights before; nothing is changed.
-            EngineFailed: If the server does not take them, or samples from others afterwards. It
-                samples no more then.
+            ValueError: If names or shapes differ from those of the previous weights; nothing is
+                changed.
+            EngineFailed: If the server does not take them, or samples from others afterwards. The
+                engine refuses all requests from then on.
         """
         async with self._weights_lock:
             self._is_open.clear()
@@ -118,23 +118,23 @@ class VLLMEngine:
                 await self._is_idle.wait()
                 try:
                     await self._load(snapshot)
-                except BaseException as error:  # also cancelled: it may have some of the weights
+                except BaseException as error:  # even if cancelled: it may have some of the weights
                     self.fail(f"its weights were not updated: {error!r}")
                     raise
             finally:
                 self._is_open.set()
 
     async def lend_memory(self) -> None:
-        """Nothing: the server keeps its memory."""
+        """Do nothing: the server keeps its memory."""
 
     async def abort(self, sequence_uid: int | None = None) -> None:
-        """End the completions of one sequence, or all, with what they have."""
+        """End the completions of one sequence, or all; each returns the tokens that it has."""
         for request in self._requests:
             if sequence_uid in (None, request.sampling.sequence_uid):
                 request.aborted.set()
 
     def health(self) -> Mapping[str, float]:
-        """Requests running and waiting, tokens made, and what the check of the weights found."""
+        """Requests running and waiting, tokens generated, and the probe's difference in nats."""
         return {
             "running": len(self._running),
             "waiting": len(self._requests) - len(self._running),
@@ -147,35 +147,33 @@ class VLLMEngine:
         await self.abort()
 
     def fail(self, reason: str) -> None:
-        """Refuse everything from now on."""
+        """Refuse every request from now on."""
         self._broken = self._broken or EngineFailed(f"the vLLM server is lost: {reason}")
 
     async def take_up(self, process: ServerProcess) -> None:
-        """Wait for the server that starts, and see that it has the weights of its folder.
+        """Wait until the server has started, and check that it has the weights of its folder.
 
         Raises:
-            EngineFailed: If it does not answer in time, or has others.
+            EngineFailed: If it does not answer in time, or has other weights.
         """
         await process.wait_until_ready(self._client, self._config.start_timeout_s)
         version = self._snapshot.version
         await self._client.call("/update_weight_version", new_version=str(version))
-        self._snapshot = replace(self._snapshot, probe=await self._make_probe())
+        self._snapshot = replace(self._snapshot, probe=await self._probes.make())
         await self._verify()
 
     async def _verify(self) -> None:
-        """Compare the server's logprobs of a sequence with the trainer's."""
-        difference = await verify_probe(self._client, self._snapshot, self._config.dtype)
-        self._probe_difference = difference or 0.0
-
-    async def _make_probe(self) -> Probe | None:
-        """A sequence, of the last completion if there is one, and the trainer's logprobs for it."""
-        if self._ask_trainer is None:
-            return None
-        ids = self._recent or tuple(range(min(_PROBE_TOKENS, self._vocab_size)))
-        return await self._ask_trainer(ids)
+        """Compare the server's logprobs of the snapshot's probe with the trainer's."""
+        version, probe = self._snapshot.version, self._snapshot.probe
+        if probe is not None:
+            reported = await self._client.prompt_logprobs(probe.token_ids)
+            dtype, url = self._config.dtype, self._client.url
+            self._probe_difference = check_probe(
+                probe, reported, dtype, server=url, version=version
+            )
 
     async def _admitted(self, request: VLLMRequest) -> None:
-        """Wait until no weights are on their way, or the request is taken back."""
+        """Wait until no weights are being loaded, or the request is aborted."""
         while not self._is_open.is_set() and not request.aborted.is_set():
             waits = [asyncio.create_task(e.wait()) for e in (self._is_open, request.aborted)]
             try:
@@ -195,12 +193,12 @@ class VLLMEngine:
             if error.refused:
                 raise ValueError(f"a request was refused: {error}") from error
             raise
-        finally:  # its connection is closed, and with it ends what the server still samples
+        finally:  # its connection is closed, which ends what the server still samples
             self._running.discard(request)
             if not self._running:
                 self._is_idle.set()
         self._tokens_generated += len(completion.token_ids)
-        self._recent = (*request.token_ids, *completion.token_ids)[:_PROBE_TOKENS]
+        self._probes.note((*request.token_ids, *completion.token_ids))
         return completion
 
     async def _snapshot_of(
@@ -211,7 +209,7 @@ class VLLMEngine:
         assert self._snapshot.tensors is not None
         tensors = with_head(tensors)
         check_fit(self._snapshot.tensors, tensors, version)
-        return WeightSnapshot(version, tensors, await self._make_probe())
+        return WeightSnapshot(version, tensors, await self._probes.make())
 
     async def _load(self, snapshot: WeightSnapshot) -> None:
         if self._broken is not None:
@@ -223,7 +221,7 @@ class VLLMEngine:
 
 
 def _outline(snapshot: WeightSnapshot) -> WeightSnapshot:
-    """The snapshot with tensors that have no memory: a lost server is not given them again."""
+    """The snapshot without its data, which a lost server is not given again."""
     assert snapshot.tensors is not None
     return replace(snapshot, tensors={n: t.to("meta") for n, t in snapshot.tensors.items()})
 
@@ -237,7 +235,10 @@ async def connected(
     vocab_size: int,
     ask_trainer: AskTrainer | None = None,
 ) -> AsyncIterator[VLLMEngine]:
-    """An engine over a server that listens on a socket; the arguments are those of `VLLMEngine`."""
+    """Open an engine over a server that listens on a socket.
+
+    The other arguments are those of `VLLMEngine`.
+    """
     async with aiohttp.ClientSession(
         connector=aiohttp.UnixConnector(str(socket), limit=0), timeout=aiohttp.ClientTimeout()
     ) as session:
@@ -256,38 +257,24 @@ async def connected(
 
 
 @asynccontextmanager
-async def open_vllm(
-    config: VLLMConfig,
-    outline: Any,
-    weights: Mapping[str, Tensor] | Path,
-    *,
-    version: int = 0,
-    seed: int = 0,
-    ask_trainer: AskTrainer | None = None,
-    log: Callable[[str], None] = print,
-) -> AsyncIterator[VLLMEngine]:
-    """Bring a server up, and take it down behind the block.
-
-    Args:
-        config: Of the server.
-        outline: A model with the architecture that it is to serve; its own weights do not matter.
-        weights: That it starts with: tensors, or a folder in the Hugging Face format.
-        version: Their policy version.
-        seed: Of the server's draws.
-        ask_trainer: Logprobs by the trainer's forward; None: what the server says is not checked.
-        log: Told of the start.
+async def open_vllm(config: VLLMConfig, context: EngineContext) -> AsyncIterator[VLLMEngine]:
+    """Bring a server up, and end it when the block ends; an `EngineFactory`.
 
     Raises:
-        ValueError: If it cannot start, or does not sample what it should.
+        ValueError: If it cannot start, or does not have the weights that it should.
     """
+    outline = load_outline(context.path)
+    is_folder = Path(context.path).is_dir()
+    weights = Path(context.path) if is_folder else load_policy(context.path).state_dict()
     with tempfile.TemporaryDirectory(prefix="tir_alp-vllm-") as name:
         folder = Path(name)
         start = write_start(folder / "start", outline, weights, getattr(torch, config.dtype))
-        snapshot = _outline(WeightSnapshot(version, start, None))
+        snapshot = _outline(WeightSnapshot(context.version, start, None))
         del start, weights  # they are as large as the model
-        process = server_process(config, folder, seed, log)
+        process = server_process(config, folder, context.seed, context.log)
         vocab_size = outline.config.get_text_config().vocab_size
-        opened = connected(config, folder / SOCKET, folder, snapshot, vocab_size, ask_trainer)
+        socket, ask_trainer = folder / SOCKET, context.ask_trainer
+        opened = connected(config, socket, folder, snapshot, vocab_size, ask_trainer)
         try:
             async with opened as engine:
                 try:

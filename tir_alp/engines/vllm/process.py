@@ -1,10 +1,10 @@
-"""A vLLM server's process: the folder that it starts from, its command line, its stages."""
+"""A vLLM server's process: the folder that it starts from, its command line, the stages."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tir_alp.config import VLLMConfig
-from tir_alp.engines.servers.process import ServerProcess
+from tir_alp.engines.base import Log
+from tir_alp.engines.servers.process import ServerProcess, arguments_of, num_threads
 from tir_alp.engines.servers.weights import snapshot_tensors
 
 SOCKET = "socket"
 """Name of the server's socket in its folder."""
 
+_MAIN = Path(__file__).parents[1] / "servers" / "vllm_main.py"
 _CACHE_BLOCK = 32  # tokens
 _STAGES = (
     ("", "importing vLLM"),
@@ -30,7 +32,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def with_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give weights a head of their own, where it is tied to the embedding and so has no name."""
+    """Give weights a head of their own if it is tied to the embedding and so has no name."""
     if HEAD in tensors or EMBEDDING not in tensors:
         return dict(tensors)
     return {**tensors, HEAD: tensors[EMBEDDING].clone()}
@@ -41,21 +43,21 @@ def write_start(
 ) -> dict[str, Tensor]:
     """Write the folder that a server starts from; returns the tensors that are in it.
 
-    A head that is tied to the embedding is written, and served, as one of its own: vLLM's CPU build
-    goes on with the head that it packed at its start when a tied model gets new weights.
+    A head that is tied to the embedding is written, and served, as a tensor of its own: when a tied
+    model gets new weights, vLLM's CPU build keeps using the head that it packed at its start.
 
     Args:
-        folder: To write.
-        outline: A model of the same architecture.
-        weights: Tensors, or a folder whose files have them.
-        dtype: Of the server.
+        folder: The folder to make.
+        outline: A model of the same architecture; its own weights do not matter.
+        weights: Tensors, or a folder in the Hugging Face format.
+        dtype: The server's dtype.
 
     Raises:
         ValueError: If a tensor of the model is missing.
     """
     names = set(outline.state_dict())
     if outline.config.get_text_config().tie_word_embeddings:
-        names.discard(HEAD)  # the file of a model may have one all the same, which nobody reads
+        names.discard(HEAD)  # the file may have one all the same, which nobody reads
     own = snapshot_tensors(weights, dtype, every_name=True)
     if missing := sorted(names - own.keys()):
         raise ValueError(
@@ -73,10 +75,14 @@ def write_start(
     return tensors
 
 
-def server_process(
-    config: VLLMConfig, folder: Path, seed: int, log: Callable[[str], None]
-) -> ServerProcess:
-    """The server of a folder that `write_start` has written `start` into.
+def server_process(config: VLLMConfig, folder: Path, seed: int, log: Log) -> ServerProcess:
+    """The process of a server, not yet started.
+
+    Args:
+        config: Settings of the server.
+        folder: A folder in which `write_start` has written the folder `start`.
+        seed: Seed of the server's draws.
+        log: Receives its progress.
 
     Raises:
         ValueError: If there is no such Python.
@@ -84,46 +90,39 @@ def server_process(
     if not os.access(config.python, os.X_OK):
         raise ValueError(
             f"engine.python = {str(config.python)!r} is no program: give the Python of an "
-            "environment with vLLM, made as docs/sglang.md says"
+            "environment with vLLM, made as docs/engines.md says"
         )
-    words = {
+    options: dict[str, object] = {
         "--model": folder / "start",
         "--uds": folder / SOCKET,
         "--dtype": config.dtype,
         "--max-num-seqs": config.max_running,
         "--tensor-parallel-size": config.tensor_parallel,
         "--seed": seed % (1 << 30),
-        "--logprobs-mode": "processed_logprobs",  # those that are sampled from
+        "--logprobs-mode": "processed_logprobs",  # those of the distribution that is sampled from
     }
-    flags = ["--skip-tokenizer-init", "--enable-scale-out"]  # which is ids in and ids out
+    flags = ["--skip-tokenizer-init", "--enable-scale-out"]  # token ids in, token ids out
     environment = {
-        "VLLM_SERVER_DEV_MODE": "1",  # to take weights
+        "VLLM_SERVER_DEV_MODE": "1",  # to accept new weights
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # so that its processes die with it
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
     if config.max_cache_tokens is not None:
-        words["--block-size"] = _CACHE_BLOCK
-        words["--num-gpu-blocks-override"] = -(-config.max_cache_tokens // _CACHE_BLOCK)
-        # GiB that have to be free, or else 92 % of the memory have to; the blocks are as many as
-        # the line above says.
+        options["--block-size"] = _CACHE_BLOCK
+        options["--num-gpu-blocks-override"] = -(-config.max_cache_tokens // _CACHE_BLOCK)
+        # GiB that have to be free: without it, 92 % of the memory. The size of the cache follows
+        # from the number of blocks above.
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
     if config.device == "cpu":
         flags.append("--enforce-eager")
-        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+        environment["OMP_NUM_THREADS"] = num_threads()
     else:
         environment["CUDA_VISIBLE_DEVICES"] = gpus(config.first_gpu, config.tensor_parallel)
+    python = [str(config.python), "-P", str(_MAIN)]
     return ServerProcess(
         "vLLM server",
-        [
-            *(
-                str(config.python),
-                "-P",
-                str(Path(__file__).parents[1] / "servers" / "vllm_main.py"),
-            ),
-            *(str(word) for pair in words.items() for word in pair),
-            *(*flags, *config.arguments),
-        ],
+        [*python, *arguments_of(options), *flags, *config.arguments],
         environment,
         folder / "server.log",
         log,
@@ -132,10 +131,14 @@ def server_process(
 
 
 def gpus(first: int, count: int) -> str:
-    """GPUs by their number among those that this process sees, as CUDA_VISIBLE_DEVICES names them.
+    """Value of CUDA_VISIBLE_DEVICES for a server.
+
+    Args:
+        first: Index of its first GPU among those that this process sees.
+        count: Number of its GPUs.
 
     Raises:
-        ValueError: If it is known to see too few.
+        ValueError: If this process is known to see too few.
     """
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if seen is None:
@@ -143,7 +146,7 @@ def gpus(first: int, count: int) -> str:
     names = [name for name in seen.split(",") if name]
     if first + count > len(names):
         raise ValueError(
-            f"the server takes {count} GPUs from engine.first_gpu = {first} on, but "
+            f"the server takes {count} GPUs, from engine.first_gpu = {first} on, but "
             f"CUDA_VISIBLE_DEVICES is {seen!r}"
         )
     return ",".join(names[first : first + count])

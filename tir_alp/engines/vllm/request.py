@@ -1,4 +1,4 @@
-"""One vLLM server, and one completion by it, cut by token: what is said, and what answers mean."""
+"""One vLLM server and one completion by it, cut by token: requests, and what answers mean."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class VLLMClient(ServerClient):
     async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Logprob of each token but the first, given those before it, at temperature 1."""
         parameters = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
-        said = await self.call(
+        answer = await self.call(
             "/inference/v1/generate", token_ids=list(token_ids), sampling_params=parameters
         )
-        assert isinstance(said, dict)
-        rows = zip(token_ids[1:], said["prompt_logprobs"][1:], strict=True)
+        assert isinstance(answer, dict)
+        rows = zip(token_ids[1:], answer["prompt_logprobs"][1:], strict=True)
         return [row[str(token_id)]["logprob"] for token_id, row in rows]
 
     async def load(self, path: Path, version: int) -> None:
-        """Read weights from a folder; forget the keys and values of the old ones, and count."""
+        """Read weights from a folder, drop the keys and values of the old ones, set the version."""
         await self.call(
             "/collective_rpc",
             self.load_timeout_s,
@@ -38,7 +38,7 @@ class VLLMClient(ServerClient):
             kwargs={"weights_path": str(path)},
         )
         async with self._deadline("did not empty its cache", self._stall_timeout_s):
-            while True:  # a request that was taken back may hold some of it for a moment
+            while True:  # a request that was aborted may hold some of it for a moment
                 with suppress(ServerFailed):
                     await self.call("/reset_prefix_cache")
                     break
@@ -75,8 +75,8 @@ class VLLMRequest:
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "stop_token_ids": sorted(sampling.stop_token_ids),
-                "ignore_eos": True,  # no token ends a completion but those
-                "logprobs": 0,  # of the sampled token alone
+                "ignore_eos": True,  # only the stop tokens end a completion
+                "logprobs": 0,  # those of the sampled tokens alone
             },
         }
         last = None
@@ -90,13 +90,13 @@ class VLLMRequest:
                 if self.aborted.is_set():
                     self._stop = StopReason.ABORT
                     break
-        assert last is not None  # a stream has an event, or fails
+        assert last is not None  # a stream without an event fails
         if self._stop is None:
             self._stop = self._ending(last, client.url, version)
         return self.completion(version)
 
     def completion(self, version: int) -> Completion:
-        """What it has, or nothing if it was taken back before it ran."""
+        """What it has: nothing if it was aborted before it ran."""
         return Completion(
             token_ids=tuple(self._sampled),
             logprobs=tuple(self._logprobs),
@@ -105,7 +105,7 @@ class VLLMRequest:
         )
 
     def _take(self, choice: Mapping[str, Any], url: str) -> None:
-        """Take the tokens of an event up to where the completion ends."""
+        """Add the tokens of an event, up to the end of the completion."""
         new_ids = choice["token_ids"] or []
         entries = choice["logprobs"]["content"] if choice["logprobs"] else []
         if [entry["token_id"] for entry in entries] != new_ids:
@@ -124,15 +124,15 @@ class VLLMRequest:
     def _ending(self, choice: Mapping[str, Any], url: str, version: int) -> StopReason:
         by = {each["version"] for each in choice["weight_versions"] or ()}
         if by != {str(version)}:
-            raise ServerFailed(f"{url} sampled with weights of {sorted(by)}, and not of {version}")
+            raise ServerFailed(f"{url} sampled with weights of {sorted(by)}, not of {version}")
         if choice["finish_reason"] == "abort" and self.aborted.is_set():
             return StopReason.ABORT
         if choice["finish_reason"] != "length":
             raise ServerFailed(f"{url} gave a request up: {choice['finish_reason']}")
-        if len(self._sampled) < self.sampling.max_tokens:  # it does not refuse what is too long
+        if len(self._sampled) < self.sampling.max_tokens:  # vLLM cuts a completion that is too long
             raise ServerFailed(
                 f"a sequence of {len(self.token_ids)} tokens with {self.sampling.max_tokens} to "
-                "come does not fit into the server's context; see --max-model-len, or lower "
+                "sample does not fit into the server's context; see --max-model-len, or lower "
                 "rollout.max_context_tokens",
                 refused=True,
             )

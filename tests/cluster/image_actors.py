@@ -1,8 +1,8 @@
 """Processes of a run in containers: `test_image.py` starts this as an ordinary user who has podman.
 
-    python -m tests.cluster.image_parts IMAGE OLD_IMAGE
+    python -m tests.cluster.image_actors IMAGE OLD_IMAGE
 
-OLD_IMAGE has other code of tir_alp. It prints a line of JSON with what it saw.
+OLD_IMAGE has other code of tir_alp. It prints one line of JSON with its observations.
 """
 
 import asyncio
@@ -48,16 +48,16 @@ def is_contained(pid):
 
 
 async def replacement(image):
-    """Whether a part that is killed is in a container, and the one behind it too."""
+    """Whether an actor that is killed is in a container, and so is the one that replaces it."""
     async with open_cluster(config_of({"environments": image})) as cluster:
-        (part,) = cluster.parts["environments"]
+        (host,) = cluster.actors["environments"]
         seen = []
         for number in range(2):
-            while part.actor is None or not part.health or part.generation != number:
+            while host.actor is None or not host.health or host.generation != number:
                 await asyncio.sleep(0.05)
-            seen.append(is_contained(part.health["pid"]))
+            seen.append(is_contained(host.health["pid"]))
             if number == 0:
-                os.kill(part.health["pid"], signal.SIGKILL)
+                os.kill(host.health["pid"], signal.SIGKILL)
         return seen
 
 

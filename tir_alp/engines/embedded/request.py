@@ -1,0 +1,94 @@
+"""One completion in the making, and what the cache keeps of a sequence between completions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tir_alp.engines.base import Completion, Sampling
+from tir_alp.engines.embedded.kv_cache import RowStates
+from tir_alp.types import StopReason, VersionSpan
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedSequence:
+    """The keys and values of a sequence whose last completion has ended."""
+
+    token_ids: tuple[int, ...]
+    states: RowStates
+
+
+@dataclass(eq=False, slots=True)
+class EmbeddedRequest:
+    """One completion in the making."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    uniforms: np.ndarray
+    """[max_tokens] one draw per token of the completion."""
+    matches: Callable[[int], bool] | None = field(init=False)
+    """The stop rule; returns True at the last token to keep."""
+    done: asyncio.Future[Completion]
+    parked: ParkedSequence | None = None
+    """What the cache keeps of the prompt; the request's row begins with that."""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stop_reason: StopReason | None = None
+    versions: list[tuple[int, int]] = field(default_factory=list)
+    """Each policy version that sampled some of it, with the index of its first token."""
+
+    def __post_init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Discard all tokens that were sampled so far."""
+        matcher = self.sampling.stop_matcher
+        self.matches = matcher() if matcher else None
+        self.token_ids, self.logprobs, self.versions = [], [], []
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far, the prompt included."""
+        return len(self.prompt) + len(self.token_ids)
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens so far that a forward has yet to read, if only `parked` is in the cache."""
+        return self.num_tokens - (len(self.parked.token_ids) if self.parked else 0)
+
+    @property
+    def most_tokens(self) -> int:
+        """Columns of the cache that it can come to need."""
+        return len(self.prompt) + self.sampling.max_tokens
+
+    def push(self, token_id: int, logprob: float, version: int) -> None:
+        """Add the next sampled token, and decide whether it is the last."""
+        if not self.versions or self.versions[-1][0] != version:
+            self.versions.append((version, len(self.token_ids)))
+        self.token_ids.append(token_id)
+        self.logprobs.append(logprob)
+        if token_id in self.sampling.stop_token_ids:
+            self.stop_reason = StopReason.EOS
+        elif self.matches is not None and self.matches(token_id):
+            self.stop_reason = StopReason.STOP
+        elif len(self.token_ids) == self.sampling.max_tokens:
+            self.stop_reason = StopReason.LENGTH
+
+    def completion(self, version: int) -> Completion:
+        """Return what was sampled; an empty completion gets `version`."""
+        starts = [start for _, start in self.versions]
+        stops = [*starts[1:], len(self.token_ids)]
+        spans = zip(self.versions, stops, strict=True)
+        assert self.stop_reason is not None
+        return Completion(
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self.logprobs),
+            stop_reason=self.stop_reason,
+            policy_version=self.versions[0][0] if self.versions else version,
+            version_spans=tuple(VersionSpan(each, start, stop) for (each, start), stop in spans)
+            if len(starts) > 1
+            else (),
+        )
