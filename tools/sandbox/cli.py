@@ -79,16 +79,16 @@ async def _probe(config: SandboxConfig, arguments: argparse.Namespace) -> int:
     for name in names:
         table = Table("protection", "enforced", "by", title=f"backend {name}", title_justify="left")
         try:
-            findings = await examine(name, config)
+            results = await examine(name, config)
         except SandboxRefused as refusal:
             console.print(f"backend {name}: [red]cannot be used[/red]: {refusal}", soft_wrap=True)
             continue
-        for finding in findings:
-            held = f"[red]NO: {finding.failure}" if finding.failure else "yes"
-            held = held if finding.promised else "not promised"
-            table.add_row(finding.promise, held, finding.mechanism)
+        for result in results:
+            held = f"[red]NO: {result.failure}" if result.failure else "yes"
+            held = held if result.promised else "not promised"
+            table.add_row(result.promise, held, result.mechanism)
         console.print(table)
-        if not any(finding.failure for finding in findings):
+        if not any(result.failure for result in results):
             usable.append(name)
     console.print(f"usable: {', '.join(usable) or 'none'}")
     return 0 if usable else 1

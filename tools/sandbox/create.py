@@ -8,19 +8,19 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from tir_alp.tools.sandbox.backends.docker import plan_docker
-from tir_alp.tools.sandbox.backends.gvisor import AnyJail
+from tir_alp.tools.sandbox.backends.jail_protocol import Jail
 from tir_alp.tools.sandbox.backends.landlock import plan_landlock, plan_unsafe
 from tir_alp.tools.sandbox.backends.namespaces import plan_namespaces
 from tir_alp.tools.sandbox.base import Sandbox
 from tir_alp.tools.sandbox.config import SandboxConfig
-from tir_alp.tools.sandbox.probes.probe import Finding, probe, refuse_if_weak
+from tir_alp.tools.sandbox.probes.probe import ProbeResult, probe, refuse_if_weak
 from tir_alp.tools.sandbox.result import SandboxRefused, SandboxReport
 from tir_alp.tools.sandbox.sessions.local_sandbox import LocalSandbox
 
 if TYPE_CHECKING:
     from tir_alp.tools.sandbox.service.client import RemoteSandbox
 
-BACKENDS: dict[str, Callable[[SandboxConfig], AnyJail]] = {
+BACKENDS: dict[str, Callable[[SandboxConfig], Jail]] = {
     "namespaces": plan_namespaces,
     "landlock": plan_landlock,
     "docker": plan_docker,
@@ -39,7 +39,7 @@ UNSAFE_WARNING = (
 
 @asynccontextmanager
 async def create_sandbox(
-    config: SandboxConfig | None = None, *, alter_jail: Callable[..., AnyJail] | None = None
+    config: SandboxConfig | None = None, *, alter_jail: Callable[..., Jail] | None = None
 ) -> AsyncIterator[Sandbox]:
     """A sandbox that has tried to break out of itself and failed; `unsafe` has not tried.
 
@@ -58,7 +58,7 @@ async def create_sandbox(
         await sandbox.stop()
 
 
-async def examine(name: str, config: SandboxConfig) -> list[Finding]:
+async def examine(name: str, config: SandboxConfig) -> list[ProbeResult]:
     """What the probes of a backend find on this machine.
 
     Raises:
@@ -73,7 +73,7 @@ async def examine(name: str, config: SandboxConfig) -> list[Finding]:
 
 
 async def _start(
-    config: SandboxConfig, alter_jail: Callable[..., AnyJail]
+    config: SandboxConfig, alter_jail: Callable[..., Jail]
 ) -> LocalSandbox | RemoteSandbox:
     if config.backend == "remote":
         return await _start_remote(config)
@@ -104,7 +104,7 @@ async def _start_remote(config: SandboxConfig) -> RemoteSandbox:
 
 
 async def _start_backend(
-    name: str, config: SandboxConfig, alter_jail: Callable[..., AnyJail], refused: dict[str, str]
+    name: str, config: SandboxConfig, alter_jail: Callable[..., Jail], refused: dict[str, str]
 ) -> LocalSandbox:
     warnings = (UNSAFE_WARNING,) if name == "unsafe" else ()
     for warning in warnings:

@@ -18,7 +18,7 @@ from tests.tools.sandbox.processes import wait_until
 from tests.tools.sandbox.test_docker import IMAGE, containers, run_as_a_user_of
 from tests.tools.sandbox.unprobed import unprobed_sandbox
 from tir_alp.tools.sandbox import Limits, Outcome, SandboxConfig, SandboxRefused, create_sandbox
-from tir_alp.tools.sandbox.backends.gvisor import GuestJail
+from tir_alp.tools.sandbox.backends.gvisor import GvisorJail
 from tir_alp.tools.sandbox.jail.seal import Seal
 
 pytestmark = pytest.mark.sandbox
@@ -201,7 +201,7 @@ def test_sandbox_of_an_ordinary_user(engine: Engine, address: str):
 # --------------------------------------------------------------------------------- refusals
 
 
-def refusal(chosen: SandboxConfig, weaken: Callable[..., GuestJail] | None = None) -> str:
+def refusal(chosen: SandboxConfig, weaken: Callable[..., GvisorJail] | None = None) -> str:
     async def start():
         async with create_sandbox(chosen, alter_jail=weaken):
             pass
@@ -215,23 +215,23 @@ def test_many_sessions_in_one_container_are_refused(address: str):
     assert 'container_per = "session"' in refusal(config(address, container_per="sandbox"))
 
 
-def with_options(**options: object) -> Callable[[GuestJail], GuestJail]:
+def with_options(**options: object) -> Callable[[GvisorJail], GvisorJail]:
     return lambda jail: dataclasses.replace(jail, options=jail.options | options)
 
 
-def with_spec(**changes: object) -> Callable[[GuestJail], GuestJail]:
+def with_spec(**changes: object) -> Callable[[GvisorJail], GvisorJail]:
     return lambda jail: dataclasses.replace(jail, spec=dataclasses.replace(jail.spec, **changes))
 
 
-def without_rlimit(name: str) -> Callable[[GuestJail], GuestJail]:
-    def alter(jail: GuestJail) -> GuestJail:
+def without_rlimit(name: str) -> Callable[[GvisorJail], GvisorJail]:
+    def alter(jail: GvisorJail) -> GvisorJail:
         limits = {k: v for k, v in jail.spec.rlimits.items() if k != name}
         return with_spec(rlimits=limits)(jail)
 
     return alter
 
 
-def with_secrets(jail: GuestJail) -> GuestJail:
+def with_secrets(jail: GvisorJail) -> GvisorJail:
     return dataclasses.replace(jail, environment=jail.environment | {"API_KEY": "x"})
 
 
@@ -252,6 +252,6 @@ WEAKENED = {
 
 @pytest.mark.parametrize(("weaken", "probe"), WEAKENED.values(), ids=WEAKENED)
 def test_weakened_container_refuses_to_start(
-    address: str, weaken: Callable[..., GuestJail], probe: str
+    address: str, weaken: Callable[..., GvisorJail], probe: str
 ):
     assert f" {probe}" in refusal(config(address), weaken)

@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from tir_alp.tools.sandbox.backends import jail_protocol as jails
-from tir_alp.tools.sandbox.backends.container_engine import engine_at, remove_container
+from tir_alp.tools.sandbox.backends.container_engine import connect, remove_container
 from tir_alp.tools.sandbox.backends.container_profile import container_profile
-from tir_alp.tools.sandbox.backends.gvisor import GuestJail
+from tir_alp.tools.sandbox.backends.gvisor import GvisorJail
 from tir_alp.tools.sandbox.backends.landlock import demand_landlock
 from tir_alp.tools.sandbox.backends.seccomp import compile_filter
 from tir_alp.tools.sandbox.config import SandboxConfig
+from tir_alp.tools.sandbox.interpreters.container_stream import ContainerStream, last_line
+from tir_alp.tools.sandbox.interpreters.forked import ForkServerHost
 from tir_alp.tools.sandbox.jail import container_entry as entry
 from tir_alp.tools.sandbox.jail import kernel
 from tir_alp.tools.sandbox.jail.spec import JailSpec
@@ -75,19 +77,23 @@ class ContainerJail:
     environment: dict[str, str] = field(default_factory=lambda: dict(jails.ENVIRONMENT))
     """Of the fork server; nothing that the image or the engine sets reaches it."""
 
-    async def start(
+    def new_host(self) -> ForkServerHost:
+        """See `jails.Jail`."""
+        return ForkServerHost(self)
+
+    async def launch(
         self, requests: socket.socket, obituaries: socket.socket, errors: IO[bytes]
     ) -> RunningContainer:
-        """Start a container, and give it what it needs when it calls."""
-        return await asyncio.to_thread(self._start, requests, obituaries, errors)
+        """Start a container and, when it calls, hand it what it needs."""
+        return await asyncio.to_thread(self._launch, requests, obituaries, errors)
 
-    def _start(
+    def _launch(
         self, requests: socket.socket, obituaries: socket.socket, errors: IO[bytes]
     ) -> RunningContainer:
         from docker.errors import DockerException
 
         try:
-            with engine_at(self.address) as engine, _Door(self.options["user"]) as door:
+            with connect(self.address) as engine, _Door(self.options["user"]) as door:
                 container = self._create(engine, door)
                 try:
                     _let_in(door, container, requests, obituaries, errors)
@@ -129,11 +135,11 @@ class RunningContainer:
         from docker.errors import DockerException
 
         # If the engine is gone, the container ends all the same: its host has closed its sockets.
-        with contextlib.suppress(DockerException, OSError), engine_at(self.address) as engine:
+        with contextlib.suppress(DockerException, OSError), connect(self.address) as engine:
             remove_container(engine, self.container_id)
 
 
-def plan_docker(config: SandboxConfig) -> ContainerJail | GuestJail:
+def plan_docker(config: SandboxConfig) -> ContainerJail | GvisorJail:
     """Find the engine, and lock away the rest.
 
     Raises:
@@ -174,7 +180,7 @@ def plan_docker(config: SandboxConfig) -> ContainerJail | GuestJail:
                 f"docker.runtime {chosen.runtime!r} has no Landlock, which keeps the sessions of "
                 'one container apart: set docker.container_per = "session"'
             )
-        return GuestJail(address=address, options=options, spec=_spec_of_guest(config))
+        return GvisorJail(address=address, options=options, spec=_spec_of_guest(config))
     demand_landlock()
     return ContainerJail(
         address=address,
@@ -205,7 +211,7 @@ def _spec_of_guest(config: SandboxConfig) -> JailSpec:
     limits = jails.session_limits(config)
     del limits["RLIMIT_MSGQUEUE"]  # may not be set there, nor are there any queues
     return JailSpec(
-        room="guest",
+        room="gvisor",
         landlock=False,
         seccomp=compile_filter(kernel.BRANCH_IN_PLACE, asks_host=False).hex(),
         asks_host=False,
@@ -259,7 +265,7 @@ def _check_engine(config: SandboxConfig, address: str) -> _Kind:
         raise SandboxRefused(f"{error}; `docker` needs: pip install 'tir_alp[docker]'") from error
     image, runtime = config.docker.image, config.docker.runtime
     try:
-        with engine_at(address) as engine:
+        with connect(address) as engine:
             info = engine.info()
             runtimes = info.get("Runtimes") or {}
             engine.images.get(image)
@@ -328,7 +334,8 @@ class _Door:
         Raises:
             SandboxError: It ended, or it does not call.
         """
-        words, deadline = b"", time.monotonic() + _CALL_TIMEOUT_S
+        words, pieces = b"", ContainerStream()
+        deadline = time.monotonic() + _CALL_TIMEOUT_S
         events = select.poll()  # not `select`, which takes no descriptor above 1023
         for source in (self._listener.fileno(), last_words):
             events.register(source, select.POLLIN)
@@ -340,10 +347,10 @@ class _Door:
                 data = os.read(last_words, _MAX_MESSAGE)
                 if not data:
                     raise SandboxError(
-                        f"the container ended: {_last_line(words)} (was its image built from "
+                        f"the container ended: {last_line(words)} (was its image built from "
                         "docker/sandbox.Dockerfile?)"
                     )
-                words += data
+                words += b"".join(piece for _, piece in pieces.feed(data))
         raise SandboxError(
             f"the container did not call within {_CALL_TIMEOUT_S:g} s: does the engine see "
             f"{self.folder}, and this host's kernel?"
@@ -384,13 +391,3 @@ def _let_in(
             descriptors = [requests.fileno(), obituaries.fileno(), errors.fileno()]
             socket.send_fds(call, [b"\0"], descriptors)
             door.was_opened = True
-
-
-def _last_line(output: bytes) -> str:
-    """Of a container's output, which comes in frames with a header of eight bytes."""
-    text = b""
-    while len(output) > 8:
-        end = 8 + int.from_bytes(output[4:8], "big")
-        text, output = text + output[8:end], output[end:]
-    lines = text.decode("utf-8", "backslashreplace").strip().splitlines()
-    return lines[-1] if lines else "no message"

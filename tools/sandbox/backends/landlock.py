@@ -18,6 +18,7 @@ from tir_alp.tools.sandbox.backends import jail_protocol as jails
 from tir_alp.tools.sandbox.backends.namespaces import LAUNCHER
 from tir_alp.tools.sandbox.backends.seccomp import compile_filter
 from tir_alp.tools.sandbox.config import SandboxConfig
+from tir_alp.tools.sandbox.interpreters.forked import ForkServerHost
 from tir_alp.tools.sandbox.jail import kernel, landlock, paths
 from tir_alp.tools.sandbox.jail.spec import JailSpec
 from tir_alp.tools.sandbox.result import SandboxRefused
@@ -40,7 +41,11 @@ class PlainJail:
     """What the fork server must be able to read, should it have to become an ordinary user."""
     environment: dict[str, str] = field(default_factory=lambda: dict(jails.ENVIRONMENT))
 
-    async def start(
+    def new_host(self) -> ForkServerHost:
+        """See `jails.Jail`."""
+        return ForkServerHost(self)
+
+    async def launch(
         self, requests: socket.socket, obituaries: socket.socket, errors: IO[bytes]
     ) -> jails.ChildProcess:
         """Start the launcher, which becomes the fork server."""

@@ -20,6 +20,7 @@ from typing import IO
 from tir_alp.tools.sandbox.backends import jail_protocol as jails
 from tir_alp.tools.sandbox.backends.seccomp import compile_filter
 from tir_alp.tools.sandbox.config import SandboxConfig
+from tir_alp.tools.sandbox.interpreters.forked import ForkServerHost
 from tir_alp.tools.sandbox.jail import kernel, paths
 from tir_alp.tools.sandbox.jail.room_namespaces import SCRATCH, SCRATCH_ROOT
 from tir_alp.tools.sandbox.jail.spec import JailSpec
@@ -55,7 +56,11 @@ class NamespacesJail:
         }
         return [sys.executable, "-I", "-S", str(LAUNCHER), json.dumps(job)]
 
-    async def start(
+    def new_host(self) -> ForkServerHost:
+        """See `jails.Jail`."""
+        return ForkServerHost(self)
+
+    async def launch(
         self, requests: socket.socket, obituaries: socket.socket, errors: IO[bytes]
     ) -> jails.ChildProcess:
         """Start the launcher."""

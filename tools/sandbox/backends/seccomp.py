@@ -11,6 +11,7 @@ import errno
 import socket
 import tempfile
 
+from tir_alp.tools.sandbox.jail.kernel import CLONE_THREAD
 from tir_alp.tools.sandbox.result import SandboxRefused
 
 _FILES = """
@@ -48,7 +49,6 @@ ALLOWED = (
 
 # clone is allowed for threads. clone3 hides its flags behind a pointer: it must look missing, so
 # that the C library falls back.
-CLONE_THREAD = 0x00010000
 CLONE_NEW_ANY = 0x7E020080
 LOOKS_MISSING = ("clone3",)
 

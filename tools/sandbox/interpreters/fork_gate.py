@@ -15,7 +15,7 @@ import os
 import struct
 from pathlib import Path
 
-from tir_alp.tools.sandbox.backends.seccomp import CLONE_THREAD
+from tir_alp.tools.sandbox.jail.kernel import CLONE_THREAD
 
 _NOTIFICATION = struct.Struct("=QII16xQ40x")  # id, thread, flags, first argument of the call
 _ANSWER = struct.Struct("=QqiI")  # id, value, error, flags

@@ -16,7 +16,7 @@ from typing import Any
 
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.sandbox.endings import CRASHED, SERVER_DIED, Lost, lost_by
-from tir_alp.tools.sandbox.interpreters.descriptors import CREDENTIALS_SPACE, readable, sender
+from tir_alp.tools.sandbox.interpreters.descriptors import readable
 from tir_alp.tools.sandbox.interpreters.fork_gate import ForkGate
 from tir_alp.tools.sandbox.interpreters.fork_server_client import ForkServer
 from tir_alp.tools.sandbox.interpreters.interpreter import (
@@ -25,16 +25,17 @@ from tir_alp.tools.sandbox.interpreters.interpreter import (
     Interpreter,
 )
 from tir_alp.tools.sandbox.jail import frames
+from tir_alp.tools.sandbox.jail.credentials import CREDENTIALS_SPACE, sender
 from tir_alp.tools.sandbox.machine.budget import NOTHING, Resources
-from tir_alp.tools.sandbox.machine.usage import ProcessStatus
+from tir_alp.tools.sandbox.machine.usage import ProcessUsage
 from tir_alp.tools.sandbox.result import SandboxError
 
 _OBITUARY_TIMEOUT_S = 5.0
 _CHUNK = 1 << 16
 
 
-class InterpreterProcess(Interpreter):
-    """Made by `start` or `branch`."""
+class ForkedInterpreter(Interpreter):
+    """An interpreter that a fork server has forked, or a branch of one."""
 
     def __init__(self, server: ForkServer, family: int = 0, gate: ForkGate | None = None) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class InterpreterProcess(Interpreter):
         self._pid_in_family = 0
         self._pid = 0
         self._pidfd = -1
-        self._status: ProcessStatus | None = None
+        self._process_usage: ProcessUsage | None = None
         self._cpu_s = 0.0
         self._grace: asyncio.TimerHandle | None = None
         self._control, self._their_control = socket.socketpair()
@@ -57,7 +58,7 @@ class InterpreterProcess(Interpreter):
     # ------------------------------------------------------------------ birth
 
     @classmethod
-    async def start(cls, server: ForkServer) -> InterpreterProcess:
+    async def fork_from(cls, server: ForkServer) -> ForkedInterpreter:
         """A fresh interpreter.
 
         Raises:
@@ -78,7 +79,7 @@ class InterpreterProcess(Interpreter):
             raise
         return process
 
-    async def branch(self) -> InterpreterProcess:
+    async def branch(self) -> ForkedInterpreter:
         """See `Interpreter`."""
         child = self._create(self._server, self._family, self._gate)
         if self._gate is not None:
@@ -98,13 +99,13 @@ class InterpreterProcess(Interpreter):
         return child
 
     @classmethod
-    def _create(cls, *arguments: Any) -> InterpreterProcess:
+    def _create(cls, *arguments: Any) -> ForkedInterpreter:
         try:
             return cls(*arguments)
         except OSError as error:
             raise SandboxError(f"no descriptors for another session: {error}") from error
 
-    async def _fork_into(self, child: InterpreterProcess) -> None:
+    async def _fork_into(self, child: ForkedInterpreter) -> None:
         reply = self._expect_reply()
         await self._send({"id": 0, "op": "branch"})
         socket.send_fds(self._control, [b"\0"], child._their_ends())
@@ -137,7 +138,7 @@ class InterpreterProcess(Interpreter):
                 (questions,) = array.array("i", payload)
                 self._gate = ForkGate(questions, self._server.jail.max_threads).retain()
         self._pidfd = os.pidfd_open(self.pid)
-        self._usage = self._status = ProcessStatus(self.pid)
+        self._usage = self._process_usage = ProcessUsage(self.pid)
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
         loop.add_reader(self._control, self._on_control)
         loop.add_reader(self._out, self._on_output, self._out)
@@ -185,10 +186,10 @@ class InterpreterProcess(Interpreter):
     @property
     def holds(self) -> Resources:
         """See `Interpreter`; its keeper counts."""
-        if self.lost is not None or self._status is None:
+        if self.lost is not None or self._process_usage is None:
             return NOTHING
-        status = self._status
-        return Resources(memory_mb=round(status.grown_mb), processes=status.num_threads + 1)
+        usage = self._process_usage
+        return Resources(memory_mb=round(usage.grown_mb), processes=usage.num_threads + 1)
 
     async def _send(self, message: dict[str, Any]) -> None:
         try:
@@ -256,8 +257,8 @@ class InterpreterProcess(Interpreter):
         finally:  # even if whoever waits is cancelled
             if self._pidfd >= 0:
                 os.close(self._pidfd)
-            if self._status is not None:
-                self._status.close()
+            if self._process_usage is not None:
+                self._process_usage.close()
             await self._server.move_out(self._family, self._pid_in_family)
 
     async def _cause_of_crash(self) -> Lost:
@@ -294,6 +295,14 @@ class InterpreterProcess(Interpreter):
             stat = Path(f"/proc/{self.pid}/stat").read_text()
             keeper = int(stat.rpartition(")")[2].split()[1])
             os.kill(keeper, signal.SIGKILL if in_namespaces else signal.SIGTERM)
+
+
+class ForkServerHost(ForkServer):
+    """A fork server and the interpreters that it makes; see `InterpreterHost`."""
+
+    async def new_interpreter(self) -> ForkedInterpreter:
+        """See `InterpreterHost`."""
+        return await ForkedInterpreter.fork_from(self)
 
 
 def _pipe() -> tuple[FileIO, FileIO]:

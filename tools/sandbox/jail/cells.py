@@ -19,7 +19,7 @@ from typing import Any
 _LIMIT_ERRNOS = (errno.ENOSPC, errno.EFBIG, errno.EMFILE, errno.ENOMEM, errno.EAGAIN)
 
 
-class Interpreter:
+class CellRunner:
     """The state that lives across cells: a `__main__` module and a count."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Interpreter:
         self._globals: dict[str, Any] = module.__dict__
         self._cells = 0
 
-    def run(self, code: str, value_chars: int) -> dict[str, Any]:
+    def execute(self, code: str, value_chars: int) -> dict[str, Any]:
         """Execute one cell.
 
         Output goes straight to descriptors 1 and 2, so what was printed survives whatever comes.
@@ -42,7 +42,7 @@ class Interpreter:
         name = f"<cell {self._cells}>"
         linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
         try:
-            value = self._execute(code, name)
+            value = self._evaluate(code, name)
             shown = None if value is None else repr(value)
             return {"ok": True, "value": _cut(shown, value_chars), "limit": ""}
         except BaseException as error:
@@ -50,7 +50,7 @@ class Interpreter:
             _print_traceback(error)
             return {"ok": False, "value": None, "limit": limit}
 
-    def _execute(self, code: str, name: str) -> Any:
+    def _evaluate(self, code: str, name: str) -> Any:
         tree = ast.parse(code, name)
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, name, "exec"), self._globals)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tir_alp.tools.sandbox.jail import fork_server, kernel, paths
+from tir_alp.tools.sandbox.jail.limit_files import LIMIT_FILES, read_number
 
 DOOR = "/sandbox/door/socket"
 """Where the host waits for the call."""
@@ -27,11 +28,8 @@ _NAMESPACES = ("pid", "mnt", "net", "ipc", "uts")
 _AF_VSOCK = 40
 _NR_IO_URING_SETUP = 425
 _MAX_LIMIT = 1 << 50
-_LIMITS = {
-    "memory": ("memory.max", "memory/memory.limit_in_bytes"),
-    "processes": ("pids.max", "pids/pids.max"),
-}
-"""Files below /sys/fs/cgroup, of version 2 and of version 1."""
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""The container's own group: of version 2 itself, of version 1 in one folder per controller."""
 
 
 def main() -> None:
@@ -80,8 +78,10 @@ def breaches() -> Iterator[tuple[str, str]]:
     for promise, attempt in tries.items():
         with contextlib.suppress(OSError):
             yield promise, f"got {attempt()!r:.100}"
-    for resource, files in _LIMITS.items():
-        if (limit := _limit(files)) is None or limit > _MAX_LIMIT:
+    for resource, (controller, *files) in LIMIT_FILES.items():
+        folders = _CONTROL_GROUP, _CONTROL_GROUP / controller
+        limits = [read_number(folder, *files) for folder in folders]
+        if not any(limit is not None and limit <= _MAX_LIMIT for limit in limits):
             yield f"container's {resource}", "no limit"
 
 
@@ -99,12 +99,3 @@ def breaches_of_rights() -> Iterator[tuple[str, str]]:
     mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     if not any(m[4] == "/" and "ro" in m[5].split(",") for m in mounts):
         yield "container's root file system", "is writable"
-
-
-def _limit(files: tuple[str, str]) -> int | None:
-    for file in files:
-        path = Path("/sys/fs/cgroup", file)
-        if path.exists():
-            text = path.read_text().strip()
-            return None if text == "max" else int(text)
-    return None

@@ -26,16 +26,16 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tir_alp.tools.sandbox.jail import confine, frames, kernel
-from tir_alp.tools.sandbox.jail.cells import Interpreter
+from tir_alp.tools.sandbox.jail.cells import CellRunner
 from tir_alp.tools.sandbox.jail.room_folder import FolderRoom
-from tir_alp.tools.sandbox.jail.room_gvisor import GuestRoom
+from tir_alp.tools.sandbox.jail.room_gvisor import GvisorRoom
 from tir_alp.tools.sandbox.jail.room_namespaces import NamespacesRoom
 from tir_alp.tools.sandbox.jail.spec import JailSpec
 
 _CONTROL = 3
 _MAX_DESCRIPTORS = 1 << 16
 _MAX_REQUEST = 1 << 18
-_ROOMS = {"namespaces": NamespacesRoom, "folder": FolderRoom, "guest": GuestRoom}
+_ROOMS = {"namespaces": NamespacesRoom, "folder": FolderRoom, "gvisor": GvisorRoom}
 
 
 class Room(Protocol):
@@ -170,7 +170,7 @@ def _start_interpreter(spec: JailSpec, room: Room, descriptors: list[int]) -> No
         hello = frames.encode({"hello": True, "pid": os.getpid()})
         socket.send_fds(control, [hello], rights)
         os.closerange(_CONTROL + 1, _MAX_DESCRIPTORS)
-        _serve_cells(Interpreter(), control, room)
+        _serve_cells(CellRunner(), control, room)
     except BaseException as failure:
         os.write(2, f"{type(failure).__name__}: {failure}\n".encode())
     os._exit(0)
@@ -189,11 +189,11 @@ def _reseed() -> None:
         sys.modules["numpy.random"].seed()
 
 
-def _serve_cells(interpreter: Interpreter, control: socket.socket, room: Room) -> None:
+def _serve_cells(runner: CellRunner, control: socket.socket, room: Room) -> None:
     receive = control.recv
     while (message := frames.read_frame(receive)) is not None:
         if message["op"] == "run":
-            reply = interpreter.run(message["code"], message["value_chars"])
+            reply = runner.execute(message["code"], message["value_chars"])
         else:
             reply = _branch(control, room)
             if reply is None:  # this is the branch now, and its control socket is a new one

@@ -19,7 +19,6 @@ import os
 import selectors
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from typing import Any
 
 from tir_alp.tools.sandbox.jail import container_entry as container
 from tir_alp.tools.sandbox.jail import frames, kernel
+from tir_alp.tools.sandbox.jail.credentials import CREDENTIALS_SPACE, sender
 from tir_alp.tools.sandbox.jail.seal import Seal
 
 CONTROL, STDOUT, STDERR = 0, 1, 2
@@ -40,7 +40,6 @@ _PIPES = 4
 _LOOK_EVERY_S = 0.02
 _OBITUARY_S = 0.2
 """How long after a death its keeper may tell of it."""
-_CREDENTIALS = struct.Struct("iII")
 
 
 def main() -> None:
@@ -163,18 +162,15 @@ class _Relay:
 
     def _on_control(self, number: int) -> None:
         interpreter = self._interpreters[number]
-        space = socket.CMSG_SPACE(_CREDENTIALS.size)
         try:
-            data, ancillary, _, _ = interpreter.control.recvmsg(_CHUNK, space)
+            data, ancillary, _, _ = interpreter.control.recvmsg(_CHUNK, CREDENTIALS_SPACE)
         except OSError:
             data, ancillary = b"", []
         if not interpreter.pid:
             interpreter.control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
-            for _, kind, payload in ancillary:
-                if kind == socket.SCM_CREDENTIALS:
-                    interpreter.pid = _CREDENTIALS.unpack(payload)[0]
-                    if self._is_of_another(number, interpreter.pid):
-                        data = b""  # it poses as its own branch
+            interpreter.pid = sender(ancillary)
+            if interpreter.pid and self._is_of_another(number, interpreter.pid):
+                data = b""  # it poses as its own branch
         if not data:
             self._selector.unregister(interpreter.control)
             if interpreter.pid:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from tir_alp.tools.sandbox.jail.room_folder import FolderRoom
 
 
-class GuestRoom(FolderRoom):
+class GvisorRoom(FolderRoom):
     """See `fork_server.Room`."""
 
     def _reap(self, interpreter: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Literal
 class JailSpec:
     """Everything that a session is allowed. Crosses into the jail as one JSON object."""
 
-    room: Literal["namespaces", "folder", "guest"]
+    room: Literal["namespaces", "folder", "gvisor"]
     """Where a session lives: in namespaces of its own, or in a folder of its own; that on the
     machine's kernel or on another."""
     preload: tuple[str, ...]
@@ -31,5 +31,5 @@ class JailSpec:
     scratch_files: int
     """Inodes of a session's own /tmp."""
     max_threads: int | None = None
-    """That the keeper lets a session have, branches included, in room `guest`; others count them
+    """That the keeper lets a session have, branches included, in room `gvisor`; others count them
     elsewhere."""

@@ -26,6 +26,9 @@ class ServiceMetrics:
         self._refused = Counter(
             "sandbox_refused_requests", "Requests turned away", ["status"], registry=registry
         )
+        self._failed_closes = Counter(
+            "sandbox_failed_closes", "Sessions that could not be closed", registry=registry
+        )
         gauges = {"sandbox_sessions": num_sessions, "sandbox_waiting_requests": num_waiting}
         for name, value in gauges.items():
             Gauge(name, "At this moment", registry=registry).set_function(value)
@@ -39,6 +42,10 @@ class ServiceMetrics:
     def count_refusal(self, status: int) -> None:
         """Take note of a request that was turned away."""
         self._refused.labels(str(status)).inc()
+
+    def count_failed_close(self) -> None:
+        """Count a session that could not be closed."""
+        self._failed_closes.inc()
 
     def text(self) -> bytes:
         """The exposition."""

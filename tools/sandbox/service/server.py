@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hmac
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
@@ -37,6 +38,7 @@ from tir_alp.tools.sandbox.service.files import Fetched, fetch_files, put_files
 from tir_alp.tools.sandbox.service.metrics import ServiceMetrics
 from tir_alp.tools.sandbox.service.script import ScriptResult, run_script
 
+_log = logging.getLogger(__name__)
 _SHUTDOWN_S = 10.0
 """What running calls get to come to their end."""
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -266,22 +268,30 @@ class Service:
             lease.last_use = time.monotonic()
 
     async def _close_forgotten_sessions(self, app: web.Application) -> AsyncIterator[None]:
-        """Runs as long as the application; at its end no session is left."""
-
-        async def sweep() -> None:
-            while True:
-                await asyncio.sleep(self._config.session_ttl_s / 4)
-                oldest = time.monotonic() - self._config.session_ttl_s
-                for name, lease in list(self._leases.items()):
-                    if lease.num_calls == 0 and lease.last_use < oldest:
-                        del self._leases[name]
-                        await lease.session.close()
-
-        sweeper = asyncio.create_task(sweep())
+        """Runs while the application runs; at its end no session is left."""
+        sweeper = asyncio.create_task(self._sweep())
         yield
         sweeper.cancel()
-        await asyncio.gather(*(lease.session.close() for lease in self._leases.values()))
-        self._leases.clear()
+        await asyncio.gather(*map(self._end, list(self._leases)))
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.session_ttl_s / 4)
+            oldest = time.monotonic() - self._config.session_ttl_s
+            for name, lease in list(self._leases.items()):
+                if lease.num_calls == 0 and lease.last_use < oldest:
+                    await self._end(name)
+
+    async def _end(self, name: str) -> None:
+        """Close a session. A failure is logged and counted, and the other sessions are served."""
+        lease = self._leases.pop(name, None)
+        if lease is None:
+            return
+        try:
+            await lease.session.close()
+        except Exception:
+            self._metrics.count_failed_close()
+            _log.exception("a session could not be closed")
 
     # ------------------------------------------------------------------ middleware
 

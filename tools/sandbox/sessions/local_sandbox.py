@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from tir_alp.tools.sandbox.backends.gvisor import AnyJail
+from tir_alp.tools.sandbox.backends.jail_protocol import Jail
 from tir_alp.tools.sandbox.config import SandboxConfig
 from tir_alp.tools.sandbox.machine.budget import NOTHING, Budget, Resources
 from tir_alp.tools.sandbox.machine.capacity import (
@@ -22,7 +22,7 @@ from tir_alp.tools.sandbox.sessions.supply import InterpreterSupply
 class LocalSandbox:
     """Sessions on this machine, in one kind of jail. See `base.Sandbox`."""
 
-    def __init__(self, config: SandboxConfig, jail: AnyJail, report: SandboxReport) -> None:
+    def __init__(self, config: SandboxConfig, jail: Jail, report: SandboxReport) -> None:
         self.jail = jail
         self.report = report
         self._config = config

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.sandbox.config import Limits, SandboxConfig
 from tir_alp.tools.sandbox.endings import Lost
+from tir_alp.tools.sandbox.interpreters.interpreter import Interpreter
 from tir_alp.tools.sandbox.machine.budget import NOTHING, Budget, Resources
 from tir_alp.tools.sandbox.output import HeadTail, cut_middle
 from tir_alp.tools.sandbox.result import RunResult, SandboxError
-from tir_alp.tools.sandbox.sessions.supply import Interpreter
 
 MakeProcess = Callable[[], Awaitable[Interpreter]]
 
