@@ -1,4 +1,4 @@
-"""Chooses a backend. A sandbox that does not hold what it promises does not start."""
+"""Chooses a backend. A sandbox that does not keep its promises does not start."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ BACKENDS: dict[str, Callable[[SandboxConfig], Jail]] = {
     "docker": plan_docker,
     "unsafe": plan_unsafe,
 }
-"""What runs on this machine."""
+"""Backend -> what makes its jail. These run on this machine."""
 
 AUTOMATIC = ("namespaces", "landlock")
-"""What `auto` chooses from, the strongest first."""
+"""The backends that `auto` chooses from, the strongest first."""
 
 UNSAFE_WARNING = (
     "sandbox backend 'unsafe': programs written by the model run as this user, with its files, "
@@ -41,17 +41,18 @@ UNSAFE_WARNING = (
 async def create_sandbox(
     config: SandboxConfig | None = None, *, alter_jail: Callable[..., Jail] | None = None
 ) -> AsyncIterator[Sandbox]:
-    """A sandbox that has tried to break out of itself and failed; `unsafe` has not tried.
+    """A sandbox whose own attacks on it have failed; backend `unsafe` is not attacked.
 
     Args:
-        config: None takes the defaults.
+        config: Settings; None takes the defaults.
         alter_jail: For tests of the probes: changes the jail before it is built.
 
     Raises:
-        SandboxRefused: This machine cannot hold a program in; says which probe got out, and how.
+        SandboxRefused: This machine cannot confine a program; the message names the probes that
+            got out, and how.
     """
     config = config or SandboxConfig()
-    sandbox = await _start(config, alter_jail or (lambda jail: jail))
+    sandbox = await _open(config, alter_jail or (lambda jail: jail))
     try:
         yield sandbox
     finally:
@@ -59,10 +60,10 @@ async def create_sandbox(
 
 
 async def examine(name: str, config: SandboxConfig) -> list[ProbeResult]:
-    """What the probes of a backend find on this machine.
+    """The results of a backend's probes on this machine.
 
     Raises:
-        SandboxRefused: It does not even start.
+        SandboxRefused: The backend does not even start.
     """
     sandbox = LocalSandbox(config, BACKENDS[name](config), SandboxReport(backend=name))
     try:
@@ -72,24 +73,24 @@ async def examine(name: str, config: SandboxConfig) -> list[ProbeResult]:
         await sandbox.stop()
 
 
-async def _start(
+async def _open(
     config: SandboxConfig, alter_jail: Callable[..., Jail]
 ) -> LocalSandbox | RemoteSandbox:
     if config.backend == "remote":
-        return await _start_remote(config)
+        return await _connect(config)
     if config.backend != "auto":
-        return await _start_backend(config.backend, config, alter_jail, {})
+        return await _build(config.backend, config, alter_jail, {})
     refused: dict[str, str] = {}
     for name in AUTOMATIC:
         try:
-            return await _start_backend(name, config, alter_jail, refused)
+            return await _build(name, config, alter_jail, refused)
         except SandboxRefused as refusal:
             refused[name] = str(refusal)
     listing = "".join(f"\n  {name}: {reason}" for name, reason in refused.items())
     raise SandboxRefused(f"no sandbox backend holds on this machine:{listing}")
 
 
-async def _start_remote(config: SandboxConfig) -> RemoteSandbox:
+async def _connect(config: SandboxConfig) -> RemoteSandbox:
     try:
         from tir_alp.tools.sandbox.service.client import RemoteSandbox
     except ImportError as error:
@@ -103,7 +104,7 @@ async def _start_remote(config: SandboxConfig) -> RemoteSandbox:
     return sandbox
 
 
-async def _start_backend(
+async def _build(
     name: str, config: SandboxConfig, alter_jail: Callable[..., Jail], refused: dict[str, str]
 ) -> LocalSandbox:
     warnings = (UNSAFE_WARNING,) if name == "unsafe" else ()

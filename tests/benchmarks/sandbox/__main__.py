@@ -19,7 +19,7 @@ import sys
 from collections.abc import Awaitable, Callable
 
 from tests.benchmarks.sandbox import measure
-from tests.benchmarks.sandbox.engine import engine_with_image
+from tests.benchmarks.sandbox.container_engine import engine_with_image
 from tests.benchmarks.sandbox.measure import Times
 from tests.benchmarks.sandbox.notebook import start_kernels
 from tests.benchmarks.sandbox.ours import start_ours

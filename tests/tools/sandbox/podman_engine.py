@@ -1,6 +1,6 @@
 """Podman's service with Docker's API, of the tests' own: its own folder and socket.
 
-    with podman_engine() as address:     # EngineUnavailable where there cannot be one
+    with podman_engine() as address:     # ContainerEngineUnavailable where there cannot be one
 
 Nothing is left of it: no process, no mount, no control group that was not there before.
 """
@@ -21,7 +21,7 @@ import docker
 import docker.errors
 import requests.exceptions
 
-from tests.tools.sandbox.docker_engine import EngineUnavailable
+from tests.tools.sandbox.docker_engine import ContainerEngineUnavailable
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 60.0
@@ -44,13 +44,13 @@ def podman_engine() -> Iterator[str]:
     """The address of a service; afterwards the service and its containers are gone.
 
     Raises:
-        EngineUnavailable: It is not installed, or does not start here.
+        ContainerEngineUnavailable: It is not installed, or does not start here.
     """
     if os.geteuid() != 0:
-        raise EngineUnavailable("only root can start this service")
+        raise ContainerEngineUnavailable("only root can start this service")
     for program in ("podman", "runc"):
         if shutil.which(program) is None:
-            raise EngineUnavailable(f"{program} is not installed")
+            raise ContainerEngineUnavailable(f"{program} is not installed")
     folder = Path(tempfile.mkdtemp(prefix="podman-"))
     groups_before = _groups()
     options = f"mode=0711,size={_SIZE_GB}g"
@@ -92,7 +92,7 @@ def _wait_until_it_answers(service: subprocess.Popen[bytes], address: str, log: 
             return
         time.sleep(0.1)
     words = log.read_text(errors="replace").splitlines()
-    raise EngineUnavailable(f"podman does not come up: {' | '.join(words[-3:])}")
+    raise ContainerEngineUnavailable(f"podman does not come up: {' | '.join(words[-3:])}")
 
 
 def _end(service: subprocess.Popen[bytes], address: str, folder: Path) -> None:

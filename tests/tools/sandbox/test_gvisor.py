@@ -13,7 +13,7 @@ from collections.abc import Callable
 import docker
 import pytest
 
-from tests.tools.sandbox.docker_engine import Engine
+from tests.tools.sandbox.docker_engine import ContainerEngine
 from tests.tools.sandbox.processes import wait_until
 from tests.tools.sandbox.test_docker import IMAGE, containers, run_as_a_user_of
 from tests.tools.sandbox.unprobed import unprobed_sandbox
@@ -25,10 +25,10 @@ pytestmark = pytest.mark.sandbox
 
 
 @pytest.fixture(scope="module")
-def address(engine: Engine) -> str:
-    if "runsc" not in engine.runtimes:
+def address(container_engine: ContainerEngine) -> str:
+    if "runsc" not in container_engine.runtimes:
         pytest.skip("no gVisor: runsc is not installed, and cannot be")
-    return engine.address
+    return container_engine.address
 
 
 def config(address: str, **settings: object) -> SandboxConfig:
@@ -194,8 +194,8 @@ asyncio.run(main())
     wait_until(lambda: set(containers(address)) <= old)
 
 
-def test_sandbox_of_an_ordinary_user(engine: Engine, address: str):
-    assert run_as_a_user_of(engine, config(address)) == ("1001\n", "")
+def test_sandbox_of_an_ordinary_user(container_engine: ContainerEngine, address: str):
+    assert run_as_a_user_of(container_engine, config(address)) == ("1001\n", "")
 
 
 # --------------------------------------------------------------------------------- refusals

@@ -1,4 +1,7 @@
-"""An interpreter that is a process of this machine: its control socket, its pipes, its pidfd."""
+"""An interpreter that is a process of this machine: its control socket, its pipes and its pidfd.
+
+`in_gvisor.py` has the other kind.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ class ForkedInterpreter(Interpreter):
                 process._family = server.fork_session(process._their_ends())
                 process._close_their_ends()
                 (hello,) = await process._greet(with_questions=True)
-            process._pid_in_family = hello["pid"]  # no foreign code has run in it so far
+            process._pid_in_family = hello["pid"]  # trusted: no foreign code has run in it yet
             server.death(process._family, process._pid_in_family)
         except BaseException as error:
             await process.kill()
@@ -91,7 +94,7 @@ class ForkedInterpreter(Interpreter):
         except BaseException as error:
             has_forked = self._gate is None or not self._gate.withdraw(self.pid)
             if has_forked and not child._pidfd >= 0:
-                self._kill_family()  # somewhere in it runs a copy that nobody holds
+                self._kill_family()  # otherwise a copy that nobody holds would run on
             await child.kill()
             if isinstance(error, OSError | TimeoutError | ValueError):
                 raise SandboxError(f"the interpreter cannot be forked: {error!r}") from error
@@ -122,7 +125,7 @@ class ForkedInterpreter(Interpreter):
         await child._send({"op": "go"})
 
     async def _greet(self, with_questions: bool) -> list[dict[str, Any]]:
-        """Wait for the first frame. The kernel vouches for the pid that comes with it."""
+        """Wait for the first frame. The kernel vouches for the pid that arrives with it."""
         loop = asyncio.get_running_loop()
         try:
             await readable(self._control.fileno(), GREETING_TIMEOUT_S)
@@ -167,7 +170,8 @@ class ForkedInterpreter(Interpreter):
         """See `Interpreter`."""
         self._server.poll()
         if self.lost is None and self._server.dead:
-            self.lose(Outcome.INFRA_ERROR, "the fork server died")  # it may outlive it by moments
+            # The interpreter may outlive it by moments.
+            self.lose(Outcome.INFRA_ERROR, "the fork server died")
         elif self.lost is None:
             self._on_control()
 
@@ -178,14 +182,14 @@ class ForkedInterpreter(Interpreter):
 
     def cpu_s(self) -> float:
         """See `Interpreter`."""
-        if self.lost is None:  # otherwise the pid may be another's by now
+        if self.lost is None:  # otherwise another process may have the pid by now
             with contextlib.suppress(OSError):
                 self._cpu_s = time.clock_gettime(~self.pid << 3 | 2)
         return self._cpu_s
 
     @property
     def holds(self) -> Resources:
-        """See `Interpreter`; its keeper counts."""
+        """See `Interpreter`; its keeper is included."""
         if self.lost is not None or self._process_usage is None:
             return NOTHING
         usage = self._process_usage
@@ -211,7 +215,7 @@ class ForkedInterpreter(Interpreter):
             self.lose(Outcome.RESOURCE_LIMIT, self._flood)
 
     def _floods(self, pipe: FileIO) -> bool:
-        """Read what is there; whether it was too much, after which the rest stays unread."""
+        """Read what the pipe holds, up to the limit; return whether that was exceeded."""
         sink = self._stdout if pipe is self._out else self._stderr
         while self.lost is None:
             data = pipe.read(_CHUNK)
@@ -226,7 +230,7 @@ class ForkedInterpreter(Interpreter):
 
     # ------------------------------------------------------------------ death
 
-    def _last_words_are_too_many(self) -> bool:
+    def _final_output_is_too_much(self) -> bool:
         return self._pidfd >= 0 and any(map(self._floods, (self._out, self._err)))
 
     def _end_after(self, grace_s: float) -> None:
@@ -254,7 +258,7 @@ class ForkedInterpreter(Interpreter):
                 await readable(self._pidfd, DEATH_TIMEOUT_S)
         except TimeoutError:
             self._kill_family()
-        finally:  # even if whoever waits is cancelled
+        finally:  # even if the caller is cancelled
             if self._pidfd >= 0:
                 os.close(self._pidfd)
             if self._process_usage is not None:
@@ -266,7 +270,7 @@ class ForkedInterpreter(Interpreter):
         try:
             async with asyncio.timeout(_OBITUARY_TIMEOUT_S):
                 end = await asyncio.shield(death)
-        except TimeoutError:  # no program can keep it from telling
+        except TimeoutError:  # no program can keep the keeper from reporting
             return Lost(Outcome.INFRA_ERROR, "its keeper died")
         if end is SERVER_DIED:
             return Lost(Outcome.INFRA_ERROR, "the fork server died")
@@ -285,10 +289,10 @@ class ForkedInterpreter(Interpreter):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def _kill_family(self) -> None:
-        """End the keeper, and so every process of the session and of its branches.
+        """End the keeper, and with it every process of the session and of its branches.
 
-        Pid 1 of a namespace takes all with it, and cannot be told anything. In a folder, SIGTERM
-        makes the keeper kill the others.
+        As pid 1 of a namespace the keeper handles no signal, and its death ends all the others.
+        In a folder, SIGTERM makes it kill the others.
         """
         in_namespaces = self._server.jail.spec.room == "namespaces"
         with contextlib.suppress(OSError):

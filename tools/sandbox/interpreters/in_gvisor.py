@@ -127,8 +127,8 @@ class GuestInterpreter(Interpreter):
             self._killer.cancel()
         self.lose(Outcome.TOOL_ERROR, CRASHED)
 
-    def _last_words_are_too_many(self) -> bool:
-        return False  # they have arrived already
+    def _final_output_is_too_much(self) -> bool:
+        return False  # all output has arrived already
 
     def _end_after(self, grace_s: float) -> None:
         if not self._death.done():

@@ -1,7 +1,6 @@
-"""The control groups around a process, of version 1 or 2: their limits, and what is used of them.
+"""The control groups around a process, of version 1 or 2: what their limits leave.
 
-Seen from outside of any session, so that it can be trusted. A file that is not there is no limit:
-the root has none, and some lie outside of the container that this process is in.
+They are read from outside of any session, so the values can be trusted.
 """
 
 from __future__ import annotations

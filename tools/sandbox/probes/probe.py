@@ -1,7 +1,8 @@
 """The sandbox attacks itself before anybody may use it, and refuses to start if an attack works.
 
-Two kinds of probes: programs that try something inside a session (`attacks.py`), and looks from
-outside at what the kernel says about the session's process, for the locks behind another lock.
+There are two kinds of probes: programs that try something inside a session (`attacks.py`), and
+checks from outside of what the kernel reports about the session's process. The latter are for locks
+that no attack reaches, because another lock stops it first.
 """
 
 from __future__ import annotations
@@ -39,22 +40,22 @@ _LIMITS = Limits(wall_s=60.0)
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """What one probe found."""
+    """The result of one probe."""
 
     promise: str
     mechanism: str
-    """The locks that stop it, each of which would be enough."""
+    """The locks that stop the attack, each of which would be enough."""
     failure: str
-    """What the attack got; empty if it was stopped, or not tried."""
+    """What the attack got; empty if it was stopped or not tried."""
     promised: bool = True
-    """False if the backend does not keep a program from this."""
+    """Whether the backend promises to stop the attack."""
 
 
 async def refuse_if_weak(sandbox: LocalSandbox, config: SandboxConfig) -> None:
     """Run every probe.
 
     Raises:
-        SandboxRefused: Names each probe that was not held, and what it got.
+        SandboxRefused: An attack worked; the message names each one and what it got.
     """
     results = await probe(sandbox, config)
     failures = [f"{f.promise} ({f.failure})" for f in results if f.failure]
@@ -63,10 +64,10 @@ async def refuse_if_weak(sandbox: LocalSandbox, config: SandboxConfig) -> None:
 
 
 async def probe(sandbox: LocalSandbox, config: SandboxConfig) -> list[ProbeResult]:
-    """Run every probe and tell what each found.
+    """Run every probe and return the results.
 
     Raises:
-        SandboxRefused: They could not be run.
+        SandboxRefused: The probes could not be run.
     """
     jail = sandbox.jail
     try:
@@ -124,7 +125,7 @@ async def _foreign_abis(sandbox: LocalSandbox, jail: Jail) -> list[ProbeResult]:
     for name, attack in KILLED_BY_ABI.items():
         async with sandbox.session() as session:
             result = await session.run(PRELUDE + attack, _LIMITS)
-            # gVisor has no such ABI: the call is taken for another, native one.
+            # gVisor has no such ABI and treats the call as another, native one.
             is_error = "gVisor" in jail.locks and (result.value or "").startswith("-")
             failure = "" if is_error or "SIGSYS" in result.stderr else _summary(result)
             results.append(ProbeResult(f"{name} system calls", "seccomp", failure))
@@ -141,11 +142,11 @@ async def _forged_reply(sandbox: LocalSandbox) -> list[ProbeResult]:
 
 
 async def _look_from_outside(session: PythonSession, jail: Jail) -> list[ProbeResult]:
-    """What the kernel says about an interpreter, or about the kernel that it has instead of it.
+    """Check what the kernel reports about an interpreter, or about the kernel that it runs on.
 
-    These are the locks that no attack can tell apart.
+    Attacks cannot distinguish these locks.
     """
-    if "gVisor" in jail.locks:  # which needs some capabilities, in its own user namespace
+    if "gVisor" in jail.locks:  # gVisor needs some capabilities, in its own user namespace
         prefix, promises, namespaces = "gVisor's ", [], _visible_namespaces(session.pid)
     else:
         prefix, promises = "", ["capabilities"]
@@ -160,7 +161,7 @@ _NAMESPACES_OF_GVISOR = ("user", "mnt", "net", "ipc", "uts")
 
 
 def _visible_namespaces(pid: int) -> tuple[str, ...]:
-    """Those of gVisor; none if it runs as another user, whose processes only root may look at."""
+    """The namespaces of gVisor; none if it runs as another user, whose processes only root sees."""
     try:
         os.readlink(f"/proc/{pid}/ns/net")
     except PermissionError:
@@ -173,7 +174,7 @@ def _process_state(pid: int, namespaces: Iterable[str]) -> Iterator[tuple[str, s
     lines = (line.split(":", 1) for line in (process / "status").read_text().splitlines())
     status = {key: value.strip() for key, value in lines}
     sets = ["CapInh", "CapPrm", "CapEff", "CapAmb"]
-    if namespaces:  # who starts as an ordinary user of the host cannot empty this one
+    if namespaces:  # an ordinary user of the host cannot empty this set
         sets.append("CapBnd")
     if kept := {name: status[name] for name in sets if int(status[name], 16)}:
         yield "capabilities", str(kept)

@@ -115,7 +115,7 @@ def _gvisor(request: pytest.FixtureRequest) -> str:
         pytest.skip(
             "gVisor is tested by the owner of the engine: a kernel a session takes its time"
         )
-    if "runsc" not in request.getfixturevalue("engine").runtimes:
+    if "runsc" not in request.getfixturevalue("container_engine").runtimes:
         pytest.skip("no gVisor: runsc is not installed, and cannot be")
     return "runsc"
 

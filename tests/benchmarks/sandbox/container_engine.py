@@ -27,7 +27,7 @@ def engine_with_image() -> Iterator[str]:
             engine = stack.enter_context(tests.docker_engine())
             tests.make_base_image(engine)
             built = tests.build_sandbox_image(engine)
-        except tests.EngineUnavailable as error:
+        except tests.ContainerEngineUnavailable as error:
             yield f"no engine of its own: {error}"
             return
         engine.client().images.get(built).tag(IMAGE)
