@@ -340,7 +340,7 @@ class McpConnection:
         done, _ = concurrent.futures.wait([self._held], _CLOSE_TIMEOUT_S)
         if not done:
             self._held.cancel()
-        self.kill()  # processes that the server started and left behind
+        self.kill()  # processes that the server has started and not ended
         group, self._group = self._group, None
         if group is not None:
             group.close()

@@ -1,4 +1,4 @@
-"""The sandbox behind blocking calls: its thread, its end, and what a call after it reports."""
+"""The sandbox for blocking code: its thread, its end, and what a call after its end reports."""
 
 import os
 import threading

@@ -1,4 +1,4 @@
-"""MCP servers as tools: one from PyPI, one from npm where it is installed, and a naughty one."""
+"""MCP servers as tools: one from PyPI, one from npm if it is installed, and one that misbehaves."""
 
 import json
 import os
@@ -32,7 +32,7 @@ PATIENT = 120.0
 
 
 MARK = {"MARK": uuid.uuid4().hex}
-"""By this variable in their environment our servers are found among all processes."""
+"""An environment variable by which the tests find their servers among all processes."""
 
 
 def naughty(**settings: Any) -> McpServer:
@@ -41,7 +41,7 @@ def naughty(**settings: Any) -> McpServer:
 
 
 def processes(server: McpServer) -> list[int]:
-    """Living processes of a server, those that it started included."""
+    """Living processes of a server, including those that it started."""
     mark = f"MARK={server.env['MARK']}\0".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):

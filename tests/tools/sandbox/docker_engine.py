@@ -1,12 +1,12 @@
-"""A Docker engine of the tests' own: its own folder, socket, control groups; nothing is left of it.
+"""A Docker engine for the tests alone: its own folder, socket and control groups, and no leftovers.
 
-    with docker_engine() as engine:      # ContainerEngineUnavailable where there cannot be one
+    with docker_engine() as engine:      # ContainerEngineUnavailable if there cannot be one
         make_base_image(engine)          # Debian packages, from the mirror that apt uses here
-        build_sandbox_image(engine)      # with no network
+        build_sandbox_image(engine)      # without a network
         engine.client()
 
-`python tests/tools/sandbox/docker_engine.py` installs the Debian packages that it needs.
-It needs root, and no registry of images.
+`python tests/tools/sandbox/docker_engine.py` installs the Debian packages that this module needs.
+It needs root, but no registry of images.
 """
 
 from __future__ import annotations
@@ -61,22 +61,22 @@ _DOWNLOAD_TIMEOUT_S = 300.0
 
 
 class ContainerEngineUnavailable(Exception):
-    """This machine cannot have an engine; the message says why."""
+    """This machine cannot run a container engine; the message names the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class ContainerEngine:
-    """A running engine."""
+    """A running container engine."""
 
     folder: Path
-    """Everything of it: data, sockets, log."""
+    """Its data, sockets and log."""
     cgroup: str
-    """The name of the control group above those of its containers, in every hierarchy."""
+    """Name of the control group above those of its containers, in every hierarchy."""
     process: subprocess.Popen[bytes]
 
     @property
     def runtimes(self) -> dict[str, object]:
-        """What containers may run on, by name."""
+        """The runtimes that it offers, by name."""
         with contextlib.closing(self.client()) as client:
             return client.info()["Runtimes"]
 
@@ -90,7 +90,7 @@ class ContainerEngine:
 
 @contextlib.contextmanager
 def docker_engine() -> Iterator[ContainerEngine]:
-    """Start an engine; end it, its containers and all that they were made of.
+    """Start an engine; after the block, end it and its containers and remove all their data.
 
     Raises:
         ContainerEngineUnavailable: It cannot be started here.
@@ -99,7 +99,7 @@ def docker_engine() -> Iterator[ContainerEngine]:
         raise ContainerEngineUnavailable("only root can start a Docker engine")
     install_packages()
     folder = Path(tempfile.mkdtemp(prefix="engine-"))
-    # In memory: an image is thousands of small files, written once and removed soon after.
+    # In memory, because an image is thousands of small files that are soon removed again.
     options = f"mode=0711,size={_MAX_GB}g"
     try:
         _run(["mount", "-t", "tmpfs", "-o", options, "engine", str(folder)])
@@ -115,7 +115,7 @@ def docker_engine() -> Iterator[ContainerEngine]:
 
 
 def install_packages() -> None:
-    """Install what is missing, without starting the machine's own engine.
+    """Install missing packages, without starting the machine's own engine.
 
     Raises:
         ContainerEngineUnavailable: It cannot be installed here.
@@ -158,8 +158,11 @@ def make_base_image(engine: ContainerEngine, tarball: Path | None = None) -> Pat
     """Make `BASE_IMAGE`, with Python, from the Debian packages of this machine's mirror.
 
     Args:
-        engine: Which gets it.
+        engine: The engine that gets the image.
         tarball: What this function returned for another engine; saves the download.
+
+    Returns:
+        The image's content, as a file that can be passed as `tarball`.
 
     Raises:
         ContainerEngineUnavailable: The mirror cannot be reached.
@@ -176,7 +179,7 @@ def make_base_image(engine: ContainerEngine, tarball: Path | None = None) -> Pat
 
 
 def build_sandbox_image(engine: ContainerEngine, target: str = "sandbox") -> str:
-    """Build an image of docker/sandbox.Dockerfile from wheels, with no network; returns its name.
+    """Build an image of docker/sandbox.Dockerfile from wheels, without a network; return its name.
 
     Raises:
         ContainerEngineUnavailable: The wheels cannot be downloaded.
@@ -204,7 +207,7 @@ def build_sandbox_image(engine: ContainerEngine, target: str = "sandbox") -> str
 
 
 def leftovers(engine: ContainerEngine) -> list[str]:
-    """What there still is of an engine that has ended: processes, mounts, control groups, files."""
+    """What is left of an engine that has ended: processes, mounts, control groups, files."""
     found = [f"folder {engine.folder}"] if engine.folder.exists() else []
     found += [f"process {pid}" for pid in _processes_of(engine)]
     found += [f"mount {mount}" for mount in _mounts_of(engine)]
@@ -234,11 +237,11 @@ def _start(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def _runtimes() -> dict[str, dict[str, object]]:
-    """Beside runc: gVisor, where it is installed."""
+    """The runtimes in addition to runc: gVisor, if it is installed."""
     path = shutil.which("runsc")
     if path is None:
         return {}
-    # With no bridge there is no network that gVisor could take over, and it has to be told.
+    # Without a bridge there is no network that gVisor could take over, which it has to be told.
     return {"runsc": {"path": path, "runtimeArgs": ["--network=none"]}}
 
 
@@ -276,14 +279,14 @@ def _end(engine: ContainerEngine) -> None:
 
 
 def _is_removed(folder: Path) -> bool:
-    """Whether an empty control group is gone; it is busy until the last process is reaped."""
+    """Try to remove an empty control group, which is busy until its last process is reaped."""
     with contextlib.suppress(OSError):
         folder.rmdir()
     return not folder.exists()
 
 
 def _processes_of(engine: ContainerEngine) -> list[int]:
-    """Those that name its folder in their command line, and those in its control groups."""
+    """The processes that name its folder in their command line, and those in its control groups."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -300,14 +303,14 @@ def _mounts_of(engine: ContainerEngine) -> list[str]:
 
 
 def _cgroups_of(engine: ContainerEngine) -> list[Path]:
-    """Its control groups and those below, in one hierarchy (v2) or in several (v1)."""
+    """Its control groups and those below them, in one hierarchy (v2) or in several (v1)."""
     top = Path("/sys/fs/cgroup")
     own = [p for p in (top / engine.cgroup[1:], *top.glob(f"*{engine.cgroup}")) if p.is_dir()]
     return [folder for group in own for folder in (group, *group.rglob("*")) if folder.is_dir()]
 
 
 def _download_wheels(engine: ContainerEngine, folder: Path, requirements: tuple[str, ...]) -> None:
-    """For the Python of the base image, which may be another than this one."""
+    """Download wheels for the Python of the base image, which may differ from this one."""
     with contextlib.closing(engine.client()) as client:
         container = client.containers.create(BASE_IMAGE, ["true"])
         archive, _ = container.get_archive("/usr/bin/python3")
@@ -320,7 +323,7 @@ def _download_wheels(engine: ContainerEngine, folder: Path, requirements: tuple[
 
 
 def _mirror() -> tuple[str, str]:
-    """Where apt gets this machine's own release from: address, name of the release."""
+    """The address from which apt gets this machine's release, and the release's name."""
     system = dict(
         line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if line
     )

@@ -1,4 +1,4 @@
-"""Backend `docker`: what is not the same as for a fork server that is a child of the host."""
+"""Backend `docker`: what differs from a fork server that is a child of the host."""
 
 import asyncio
 import contextlib
@@ -77,7 +77,7 @@ def test_ready_sessions_are_used_and_end_with_the_sandbox(engine_address: str, c
 
 
 def containers(address: str) -> dict[str, int]:
-    """Id -> pid of its fork server, as the host numbers it."""
+    """Id of each container -> pid of its fork server, as the host numbers it."""
     client = docker.DockerClient(base_url=address)
     found = {}
     for container in client.api.containers(all=True):
@@ -147,7 +147,7 @@ def test_nothing_is_left_when_the_sandbox_is_closed(
 
     tmp_path.chmod(0o711)  # the container's user goes through it
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    gc.collect()  # what other tests left open is closed now, and not meanwhile
+    gc.collect()  # closes what other tests left open now, and not during this one
     old = containers(engine_address)
     before, after = asyncio.run(scenario())
     assert containers(engine_address) == old
@@ -387,7 +387,7 @@ asyncio.run(main())
 
 @contextlib.contextmanager
 def open_to_users(container_engine: ContainerEngine) -> Iterator[None]:
-    """Inside, anybody is in the engine's group, as far as the engine can tell."""
+    """Within the block, the engine accepts everybody as a member of its group."""
     socket_path = Path(container_engine.address.removeprefix("unix://"))
     socket_path.chmod(0o666)
     try:
@@ -397,7 +397,7 @@ def open_to_users(container_engine: ContainerEngine) -> Iterator[None]:
 
 
 def run_as_a_user_of(container_engine: ContainerEngine, chosen: SandboxConfig) -> tuple[str, str]:
-    """Output of a program of somebody in the engine's group."""
+    """Output of a program that a member of the engine's group runs."""
     with open_to_users(container_engine):
         result = run_python_as_user("-c", AS_A_USER, chosen.model_dump_json())
     return result.stdout, result.stderr
@@ -430,7 +430,7 @@ print(json.load(urllib.request.urlopen(request))["stdout"])
 
 @contextlib.contextmanager
 def composed(container_engine: ContainerEngine, image: str, folder: Path) -> Iterator[Any]:
-    """The container of the compose file, with no network to publish a port on."""
+    """The container of the compose file, without a network, so that no port is published."""
     service = {"image": image, "network_mode": "none"}
     own = folder / "own.yaml"
     own.write_text(yaml.safe_dump({"version": "3.9", "services": {"sandbox": service}}))

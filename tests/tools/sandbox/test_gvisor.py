@@ -1,4 +1,4 @@
-"""Runtime `runsc` of backend `docker`: what differs where a container has a kernel of its own."""
+"""Runtime `runsc` of backend `docker`: what differs if a container has a kernel of its own."""
 
 import asyncio
 import contextlib
@@ -50,7 +50,7 @@ def test_it_passes_its_probes_and_leaves_nothing(address: str):
             uname = (await python.run("import os; os.uname().version")).value
         return uname, before, len(os.listdir("/proc/self/fd"))
 
-    gc.collect()  # what other tests left open is closed now, and not meanwhile
+    gc.collect()  # closes what other tests left open now, and not during this one
     old = containers(address)
     uname, before, after = asyncio.run(scenario())
     assert uname is not None and uname.strip("'") != os.uname().version

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.sandbox
 
 @pytest.fixture(scope="module")
 def podman(container_engine: ContainerEngine) -> Iterator[str]:
-    """Its address; it has the image that Docker has built."""
+    """Address of a Podman service that has the image which Docker built."""
     with contextlib.ExitStack() as stack:
         try:
             address = stack.enter_context(podman_engine())
