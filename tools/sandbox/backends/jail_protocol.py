@@ -29,7 +29,7 @@ ENVIRONMENT = {
     # One arena per thread would use up the address space that a session may have.
     "MALLOC_ARENA_MAX": "1",
 }
-# The fork server can import the `jail` folder under its own dotted name, and nothing else of ours.
+# The fork server can import the `jail` folder under its own dotted name, and nothing else here.
 _START = """
 import sys, types
 for name in ("tir_alp", "tir_alp.tools", "tir_alp.tools.sandbox"):

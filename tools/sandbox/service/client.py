@@ -186,7 +186,8 @@ class RemoteSession:
     ) -> None:
         self._sandbox = sandbox
         self._config = config
-        self._place: tuple[_ServiceHost, str] | None = (host, name)
+        self._remote: tuple[_ServiceHost, str] | None = (host, name)
+        """Host and name of the session; None while it has none."""
         self._lock = asyncio.Lock()
         self._has_state = False
         self._lost_state = False
@@ -209,9 +210,9 @@ class RemoteSession:
     async def fork(self) -> RemoteSession:
         """As `base.Session.fork`."""
         async with self._lock:
-            if self._place is None:
+            if self._remote is None:
                 raise SandboxError("nothing left to fork: the host lost the session")
-            host, name = self._place
+            host, name = self._remote
             try:
                 reply = await host.request("POST", f"/v1/sessions/{name}/fork", {})
             except (_NothingRan, _SessionGone) as error:
@@ -224,8 +225,8 @@ class RemoteSession:
     async def close(self) -> None:
         """As `base.Session.close`."""
         self._closed = True
-        if self._place is not None:
-            (host, name), self._place = self._place, None
+        if self._remote is not None:
+            (host, name), self._remote = self._remote, None
             host.num_sessions -= 1
             await _close(host, name)
 
@@ -241,9 +242,9 @@ class RemoteSession:
         body = {"code": code, "limits": limits.model_dump()}
         timeout_s = limits.wall_s + self._config.max_wait_s + _MARGIN_S
         while True:
-            if self._place is None:
-                self._place = await self._sandbox.open_somewhere()
-            host, name = self._place
+            if self._remote is None:
+                self._remote = await self._sandbox.open_somewhere()
+            host, name = self._remote
             try:
                 reply = await host.request("POST", f"/v1/sessions/{name}/run", body, timeout_s)
             except (_NothingRan, _SessionGone) as error:
@@ -263,8 +264,8 @@ class RemoteSession:
             return reply
 
     def _leave(self, state_is_lost: bool) -> None:
-        if self._place is not None:
-            (host, name), self._place = self._place, None
+        if self._remote is not None:
+            (host, name), self._remote = self._remote, None
             host.num_sessions -= 1
             self._sandbox.close_in_background(host, name)
             self._lost_state = self._lost_state or (state_is_lost and self._has_state)
