@@ -3,12 +3,12 @@
 #   docker build -f docker/sandbox.Dockerfile --target sandbox -t tir-alp-sandbox .
 #   docker build -f docker/sandbox.Dockerfile --target service -t tir-alp-sandbox-service .
 #
-# sandbox: what backend "docker" starts; it holds a Python, packages for programs, and the few modules that
-#          become the fork server. The host says what to run in it, and with which limits.
-# service: `python -m tir_alp.sandbox serve`, backend "landlock", for compose.yaml.
+# sandbox: the image that backend "docker" starts. It contains Python, packages for programs, and the
+#          few modules that become the fork server. The host decides what runs in it, and its limits.
+# service: `python -m tir_alp.sandbox serve` with backend "landlock", for compose.yaml.
 #
-# BASE_IMAGE: any with Python 3.11 or newer and pip. PACKAGES: what programs may import.
-# Wheels in docker/wheels are taken instead of an index: with those, no network is needed.
+# BASE_IMAGE: any image with Python 3.11 or newer and pip. PACKAGES: what programs may import.
+# Wheels in docker/wheels are used instead of an index; with those, no network is needed.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
 
 FROM ${BASE_IMAGE} AS packages
@@ -22,7 +22,7 @@ RUN set -- --target /packages --no-cache-dir ${PACKAGES}; \
 FROM ${BASE_IMAGE} AS sandbox
 COPY --from=packages /packages /sandbox/packages
 COPY tools/sandbox/jail /sandbox/jail
-# The one path by which the host calls this image's Python, wherever that is.
+# The path by which the host calls this image's Python, wherever that is.
 RUN ldconfig; ln -s "$(command -v python3)" /sandbox/python; mkdir /sandbox/door
 USER 65534:65534
 

@@ -1,1 +1,1 @@
-"""What a model can call. Imports nothing of the trainer and nothing of the environments."""
+"""What a model can call. Imports neither the trainer nor the environments."""

@@ -1,4 +1,4 @@
-"""Are the arguments of a call what a tool's JSON schema asks for?"""
+"""Checks the arguments of a call against a tool's JSON schema."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ _MOST_CHARS = 300
 
 
 class ArgumentCheck:
-    """Checks arguments by a schema, which is read once.
+    """Checks arguments against a schema, which is read once.
 
     Args:
-        name: Of the tool, for errors.
-        schema: JSON schema of an object, of the draft that it names, else 2020-12. Nothing is
+        name: Name of the tool, for error messages.
+        schema: JSON schema of an object, in the draft that it names or else 2020-12. Nothing is
             fetched for a `$ref`.
 
     Raises:
-        ValueError: The schema is none.
+        ValueError: It is not a JSON schema.
     """
 
     def __init__(self, name: str, schema: Mapping[str, Any]) -> None:
         try:
             self._validator = _validator(json.dumps(dict(schema)))
         except (SchemaError, TypeError) as error:
-            said = error.message if isinstance(error, SchemaError) else error
+            reason = error.message if isinstance(error, SchemaError) else error
             raise ValueError(
-                f"the parameters of the tool {name!r} are no JSON schema: {said}"
+                f"the parameters of the tool {name!r} are not a JSON schema: {reason}"
             ) from error
 
     def error(self, arguments: Mapping[str, Any]) -> str:
-        """Say what is wrong, for the model to read; empty where nothing is.
+        """Describe what is wrong, for the model to read; empty if nothing is.
 
         Example: `"'code' is a required property"`.
         """
@@ -54,10 +54,10 @@ class ArgumentCheck:
         return f"{error.json_path[2:]}: {message}" if len(error.path) else message
 
 
-@functools.lru_cache(maxsize=256)  # every episode has tools of its own, with the same schemas
+@functools.lru_cache(maxsize=256)  # every episode has its own tools, with the same schemas
 def _validator(schema: str) -> Validator:
-    """Of a schema as JSON. To check the schema takes ten times as long as a whole episode does."""
-    known = json.loads(schema)
-    kind = validator_for(known, default=Draft202012Validator)
-    kind.check_schema(known)
-    return kind(known, registry=Registry())
+    """The validator of a JSON schema. Checking a schema takes ten times as long as an episode."""
+    parsed = json.loads(schema)
+    kind = validator_for(parsed, default=Draft202012Validator)
+    kind.check_schema(parsed)
+    return kind(parsed, registry=Registry())

@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own, for code that blocks: it lives while somebody uses it."""
+"""An event loop in a thread of its own, for blocking code: it lives while somebody uses it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import threading
 
 
 class BackgroundLoop:
-    """A context that any number of threads may be in: the first starts the loop, the last ends it.
+    """A context that any number of threads may enter: the first starts the loop, the last ends it.
 
-    The thread is a daemon, so that an interpreter can exit while somebody is still inside.
+    The thread is a daemon, so that Python can exit while somebody is still inside.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._lock = threading.Lock()
-        self._users = 0
+        self._num_users = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -27,13 +27,13 @@ class BackgroundLoop:
                     target=self._loop.run_forever, name=self._name, daemon=True
                 )
                 self._thread.start()
-            self._users += 1
+            self._num_users += 1
             return self._loop
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            self._users -= 1
-            if self._users:
+            self._num_users -= 1
+            if self._num_users:
                 return
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None

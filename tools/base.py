@@ -1,4 +1,4 @@
-"""The protocol that a tool implements, and what a call of it returns."""
+"""The protocol that a tool implements, and what a call returns."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from tir_alp.tools.outcome import Outcome
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolResult:
-    """What came of one tool call.
+    """The result of one tool call.
 
     Example: `print(6 * 7)` gives `ToolResult(outcome=Outcome.OK, text="42", duration_s=0.0002)`.
     """
 
     outcome: Outcome
     text: str
-    """What the model gets to read; already cut to the observation limit."""
+    """What the model reads; already cut to the observation limit."""
     duration_s: float
     """Wall-clock seconds from the call to the answer, queueing included."""
     error: str = ""
-    """For people: what failed, in the words of the part that failed. Empty when nothing did."""
+    """For people: what failed, as the failing component describes it. Empty if nothing failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolReport:
-    """What the calls of a tool run in.
+    """Where the calls of a tool run.
 
     Example: `ToolReport(runs_in={"sandbox": "namespaces", "refused": {}})`.
     """
 
     runs_in: Mapping[str, Any]
-    """For people; goes through JSON."""
+    """For people; written as JSON."""
     warnings: tuple[str, ...] = ()
-    """What must not be overlooked, in sentences."""
+    """Whole sentences that must not be overlooked."""
 
 
 class ToolSession(Protocol):
@@ -50,14 +50,14 @@ class NoSession:
     """The session of a tool that keeps nothing between calls."""
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing."""
 
 
 class Tool(Protocol):
     """One thing that a model can call.
 
-    `run` never raises for what the model wrote: bad arguments and failing programs are results
-    with an outcome. It returns within the tool's own deadline, whatever the program does.
+    `run` never raises because of what the model wrote: bad arguments and failing programs are
+    results with an outcome. It returns within the tool's own deadline, whatever the program does.
     """
 
     name: str
@@ -66,23 +66,23 @@ class Tool(Protocol):
     """JSON schema of `arguments`."""
 
     def open_session(self) -> ToolSession:
-        """Make the state for one episode. Cheap: nothing heavy starts before the first call."""
+        """Make the state of one episode. Cheap: nothing heavy starts before the first call."""
         ...
 
     def run(self, arguments: Mapping[str, Any], session: ToolSession) -> ToolResult:
-        """Call the tool once. Blocking; called from a thread of the rollout's own pool."""
+        """Call the tool once. Blocks; called from a thread of the rollout's own pool."""
         ...
 
 
 def refused_call(error: str) -> ToolResult:
-    """The result of a call that could not be made: the model reads why, and may do better."""
+    """The result of a call that could not be made; the model reads why and may correct it."""
     return ToolResult(
         outcome=Outcome.TOOL_ERROR, text=f"Error: {error}", duration_s=0.0, error=error
     )
 
 
 def function_schema(tool: Tool) -> dict[str, Any]:
-    """Describe a tool as chat templates want their `tools`."""
+    """Describe a tool in the form that chat templates expect in `tools`."""
     function = {
         "name": tool.name,
         "description": tool.description,
@@ -93,16 +93,16 @@ def function_schema(tool: Tool) -> dict[str, Any]:
 
 @runtime_checkable
 class TriedTool(Protocol):
-    """A tool that can be tried before a run begins, so that what it needs starts or fails there."""
+    """A tool that is tried before a run begins, so that whatever it needs starts or fails then."""
 
     harmless: Mapping[str, Any]
-    """Arguments of a call that changes nothing, and that works wherever the tool does."""
+    """Arguments of a call that changes nothing and works wherever the tool works."""
 
 
 @runtime_checkable
 class ReportingTool(Protocol):
-    """A tool that can say what its calls run in."""
+    """A tool that can report where its calls run."""
 
     def report(self) -> ToolReport:
-        """What a run should print and keep. Starts what a first call would start."""
+        """What a run should print and record. Starts what a first call would start."""
         ...

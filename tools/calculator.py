@@ -26,7 +26,7 @@ _OPERATORS: dict[type, Callable[[Fraction, Fraction], Any]] = {
 
 
 class CalculatorTool:
-    """Works out an arithmetic expression in exact fractions."""
+    """Evaluates an arithmetic expression in exact fractions."""
 
     name = "calculator"
     description = (
@@ -40,11 +40,11 @@ class CalculatorTool:
     }
 
     def open_session(self) -> NoSession:
-        """There is nothing to keep."""
+        """A session that keeps nothing."""
         return NoSession()
 
     def run(self, arguments: Mapping[str, Any], session: ToolSession) -> ToolResult:
-        """Work out `arguments["expression"]`."""
+        """Evaluate `arguments["expression"]`."""
         began = time.perf_counter()
         try:
             text = _as_text(evaluate(arguments["expression"]))
@@ -57,7 +57,7 @@ def evaluate(expression: str) -> Fraction:
     """Return the value of an arithmetic expression.
 
     Raises:
-        ValueError: It is something else, or its numbers become too large.
+        ValueError: It is not an arithmetic expression, or its numbers become too large.
         ZeroDivisionError: It divides by zero.
     """
     if len(expression) > _MOST_CHARS:
@@ -73,7 +73,7 @@ def _value(node: ast.expr) -> Fraction:
         case ast.Constant(value=bool() | complex() | str() | bytes() | None):
             pass
         case ast.Constant(value=int() | float() as number):
-            # Decimals as they are written: 0.1 is a tenth.
+            # Decimals are taken as they are written: 0.1 is a tenth.
             return _bounded(
                 Fraction(str(number)) if isinstance(number, float) else Fraction(number)
             )

@@ -1,16 +1,16 @@
-r"""How a tool call looks in a model's text. Pure text, and linear in it.
+r"""How a tool call looks in a model's text. Pure functions, linear in the length of the text.
 
-Environments read calls with it and the renderer stops generation with it, so that both always agree
-on where a call ends. There are three formats:
+Environments read calls with this module and the renderer stops generation with it, so that both
+always agree on where a call ends. There are three formats:
 
 * `fenced`: a Python block between fences (`tools.fenced`) calls the tool named `python`;
 * `tool_call`: JSON between `<tool_call>` and `</tool_call>`, as Hermes and Qwen models write it:
   `<tool_call>{"name": "python", "arguments": {"code": "print(1)"}}</tool_call>`;
 * `none`: nothing is a call.
 
-The second is also what an environment reads of a model that writes its calls in another JSON form:
-the renderer finds that form out from the chat template (`tir_alp.rollouts.chat_template`), and
-`canonical` translates. A call ends at the first closing mark, whatever stands before it, so that
+An environment also reads the second one if a model writes its calls in another JSON form: the
+renderer derives that form from the chat template (`tir_alp.rollouts.chat_template`), and
+`canonical` translates it. A call ends at the first closing mark, whatever stands before it, so that
 its end is known as soon as the mark is written.
 """
 
@@ -29,19 +29,19 @@ CALL_FORMATS: tuple[CallFormat, ...] = ("fenced", "tool_call", "none")
 
 @dataclass(frozen=True, slots=True)
 class CallMarks:
-    """What a model puts around the JSON of a call, and how it names what is in it.
+    """What a model writes around the JSON of a call, and the keys that it uses inside.
 
-    Example, of Mistral's: `CallMarks("[TOOL_CALLS]", "", in_list=True)`.
+    Example, for Mistral models: `CallMarks("[TOOL_CALLS]", "", in_list=True)`.
     """
 
     opening: str = "<tool_call>"
-    """Before the JSON; empty where a message that is a call is nothing else."""
+    """The mark before the JSON; empty if a message with a call contains nothing else."""
     closing: str = "</tool_call>"
-    """Behind the JSON; empty where only the end of the turn ends a call."""
+    """The mark after the JSON; empty if only the end of the turn ends a call."""
     name_key: str = "name"
     arguments_key: str = "arguments"
     in_list: bool = False
-    """Whether the JSON is a list of calls; the first of them is taken."""
+    """Whether the JSON is a list of calls, of which the first is taken."""
 
 
 HERMES = CallMarks()
@@ -49,19 +49,19 @@ HERMES = CallMarks()
 
 @dataclass(frozen=True, slots=True)
 class CallBlock:
-    """What stands between an opening and a closing mark."""
+    """The text between an opening and a closing mark."""
 
     content: str
     start: int
-    """Where the opening mark begins."""
+    """Index at which the opening mark begins."""
     end: int
-    """Just behind the closing mark, or the end of the text where there is none."""
+    """Index just after the closing mark, or the end of the text if there is none."""
     is_complete: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """The model wants a tool to run."""
+    """A call that the model makes."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -69,7 +69,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class BadCall:
-    """The model meant to call a tool, and nobody can tell which or with what."""
+    """The model meant to call a tool, but it is not clear which one or with which arguments."""
 
     error: str
 
@@ -93,7 +93,7 @@ def call_blocks(text: str, marks: CallMarks = HERMES) -> Iterator[CallBlock]:
 
 
 def read_call(content: str, marks: CallMarks = HERMES) -> ToolCall | BadCall:
-    """Read the JSON of a call. Never raises for what it holds."""
+    """Read the JSON of a call. Never raises, whatever the content is."""
     try:
         call = json.loads(content, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -123,10 +123,10 @@ def find_call(text: str, call_format: CallFormat = "fenced") -> ToolCall | BadCa
 
 
 def write_call(call: ToolCall, call_format: CallFormat) -> str | None:
-    """Write a call so that `find_call` reads it; None where the format has no such call.
+    """Write a call so that `find_call` reads it; None if the format cannot express it.
 
     Example: `write_call(ToolCall("python", {"code": "1"}), "fenced")` is a Python block. Its code
-    is read with the line end that stands before the closing fence.
+    is read back with the line end that stands before the closing fence.
     """
     if call_format == "fenced" and call.name == "python" and call.arguments.keys() == {"code"}:
         code = str(call.arguments["code"]).removesuffix("\n") + "\n"
@@ -139,9 +139,9 @@ def write_call(call: ToolCall, call_format: CallFormat) -> str | None:
 
 
 def has_call(text: str, call_format: CallFormat, marks: CallMarks = HERMES) -> bool:
-    """Whether a text has a complete call in it, that generation should stop behind.
+    """Whether a text contains a complete call, after which generation should stop.
 
-    Never where only the end of the turn ends a call: there the end-of-turn token stops it.
+    Always False if only the end of the turn ends a call: then the end-of-turn token stops it.
     """
     if call_format == "fenced":
         return any(block.is_python for block in code_blocks(text))
@@ -151,10 +151,10 @@ def has_call(text: str, call_format: CallFormat, marks: CallMarks = HERMES) -> b
 
 
 def canonical(text: str, marks: CallMarks) -> str:
-    """Write the first complete call of a text in the form of Hermes, if it has another.
+    """Rewrite the first complete call of a text in the form of Hermes, if it has another form.
 
-    A call that cannot be read keeps its content between Hermes' marks, so that whoever reads it
-    finds out the same.
+    A call that cannot be read keeps its content, between Hermes' marks, so that reading it again
+    gives the same error.
     """
     if marks == HERMES:
         return text
@@ -171,14 +171,14 @@ def canonical(text: str, marks: CallMarks) -> str:
 
 
 def prose(text: str, call_format: CallFormat = "fenced") -> list[str]:
-    """Return the parts of a text that are neither code nor calls, complete or not."""
-    parts = [text]
+    """Return the pieces of a text that are neither code nor calls, complete or not."""
+    pieces = [text]
     if call_format == "tool_call":
-        parts = _between(text, ((block.start, block.end) for block in call_blocks(text)))
+        pieces = _between(text, ((block.start, block.end) for block in call_blocks(text)))
     return [
-        piece
-        for part in parts
-        for piece in _between(part, ((block.start, block.end) for block in code_blocks(part)))
+        rest
+        for piece in pieces
+        for rest in _between(piece, ((block.start, block.end) for block in code_blocks(piece)))
     ]
 
 
@@ -189,11 +189,11 @@ def _in_hermes(call: ToolCall) -> str:
 
 
 def _between(text: str, taken: Iterator[tuple[int, int]]) -> list[str]:
-    parts, position = [], 0
+    pieces, position = [], 0
     for start, end in taken:
-        parts.append(text[position:start])
+        pieces.append(text[position:start])
         position = end
-    return [*parts, text[position:]]
+    return [*pieces, text[position:]]
 
 
 def _no_constant(name: str) -> None:

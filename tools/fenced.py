@@ -1,7 +1,7 @@
-"""Fenced code blocks in a model's text: the call syntax of the Python tool. Pure text.
+"""Fenced code blocks in a model's text: the call syntax of the Python tool. Pure functions.
 
-Environments read calls with it and the renderer stops generation with it, so that both always agree
-on where a call ends.
+Environments read calls with this module and the renderer stops generation with it, so that both
+always agree on where a call ends.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 PYTHON_TAGS = frozenset({"", "py", "python"})
 
-# Any tag opens a block at the start of a line. In mid-line, where base models like to write
-# "Let me see: ```python", the tag has to be there: a bare ``` could as well end inline code.
+# At the start of a line any tag opens a block. Within a line, where base models like to write
+# "Let me see: ```python", the tag is required: a bare ``` might end inline code.
 _OPENING = re.compile(
     r"^```(?P<tag>[^`\n]*)\n|```(?P<python>[ \t]*py(?:thon)?[ \t]*\r?)\n",
     re.MULTILINE | re.IGNORECASE,
@@ -29,13 +29,13 @@ class CodeBlock:
     """
 
     tag: str
-    """The word behind the opening fence, in lower case; may be empty."""
+    """The word after the opening fence, in lower case; may be empty."""
     code: str
-    """What stands between the fences."""
+    """The text between the fences."""
     start: int
-    """Where the opening fence begins."""
+    """Index at which the opening fence begins."""
     end: int
-    """Just behind the closing fence, or the end of the text where there is none."""
+    """Index just after the closing fence, or the end of the text if there is none."""
     is_complete: bool
     """Whether it has a closing fence."""
 
@@ -48,8 +48,8 @@ class CodeBlock:
 def code_blocks(text: str) -> Iterator[CodeBlock]:
     r"""Yield the fenced blocks of a text in order.
 
-    A closing fence is ``` at the very start of a line, whatever follows it, so that the end of a
-    block is known as soon as its third backtick is written, and ``` inside a line of code is code.
+    A closing fence is ``` at the very start of a line, whatever follows. So the end of a block is
+    known as soon as its third backtick is written, and ``` within a line of code is code.
     """
     position = 0
     while opening := _OPENING.search(text, position):

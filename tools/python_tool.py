@@ -1,7 +1,7 @@
-"""The Python tool: code in, the text that a model reads out.
+"""The Python tool: takes code and returns the text that a model reads.
 
 The text is what a notebook would show: what was printed, the value of the last expression, the end
-of the traceback. It never holds more than `max_output_chars`, and it is never empty.
+of the traceback. It is never longer than `max_output_chars`, and never empty.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _STDERR_LINES = 12
 
 
 class PythonToolSession:
-    """The interpreter of one episode; started by the first call."""
+    """The interpreter of one episode, which the first call starts."""
 
     def __init__(self) -> None:
         self.interpreter: BlockingSession | None = None
@@ -35,9 +35,9 @@ class PythonToolSession:
 
 
 class PythonTool:
-    """Runs Python in the sandbox; variables live as long as the episode, or as the call.
+    """Runs Python in the sandbox; variables last for the episode, or for one call.
 
-    All tools of a process with the same sandbox config share one sandbox.
+    All tools of a process that have the same sandbox config share one sandbox.
     """
 
     name = "python"
@@ -63,11 +63,11 @@ class PythonTool:
         """Check the settings; nothing is started before the first call.
 
         Args:
-            sandbox: Which sandbox; None takes the defaults.
-            limits: Of each call; None takes those of `sandbox`.
-            max_output_chars: How long the text that the model reads may become.
-            stateful: Whether variables are kept between the calls of an episode; else each call
-                has a fresh interpreter.
+            sandbox: Config of the sandbox; None takes the defaults.
+            limits: Limits of each call; None takes those of `sandbox`.
+            max_output_chars: Greatest length of the text that the model reads, in characters.
+            stateful: Whether variables are kept between the calls of an episode; otherwise each
+                call has a fresh interpreter.
         """
         self._config = SandboxConfig.model_validate(sandbox or {})
         self._limits = self._config.limits if limits is None else Limits.model_validate(limits)
@@ -77,11 +77,11 @@ class PythonTool:
         self.description = f"{PythonTool.description}Variables are {kept} between calls."
 
     def open_session(self) -> PythonToolSession:
-        """An interpreter that is not started yet."""
+        """A session whose interpreter is not started yet."""
         return PythonToolSession()
 
     def report(self) -> ToolReport:
-        """Which sandbox backend was taken, and why none that is stronger.
+        """Which sandbox backend was taken, and why the stronger ones were not.
 
         Raises:
             SandboxError: There is no sandbox.
@@ -96,7 +96,7 @@ class PythonTool:
         """Run `arguments["code"]`.
 
         Raises:
-            SandboxRefused: This machine cannot hold a program in; a retry would not help.
+            SandboxRefused: This machine cannot confine a program; a retry would not help.
         """
         assert isinstance(session, PythonToolSession)
         code = arguments.get("code")
@@ -128,5 +128,5 @@ class PythonTool:
 def _as_text(result: RunResult) -> str:
     note = f"[{result.note}]" if result.note else ""
     stderr = result.stderr.rstrip("\n").split("\n")
-    parts = (note, result.stdout, result.value or "", "\n".join(stderr[-_STDERR_LINES:]))
-    return "\n".join(part.rstrip("\n") for part in parts if part) or NO_OUTPUT
+    pieces = (note, result.stdout, result.value or "", "\n".join(stderr[-_STDERR_LINES:]))
+    return "\n".join(piece.rstrip("\n") for piece in pieces if piece) or NO_OUTPUT

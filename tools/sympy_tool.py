@@ -1,7 +1,7 @@
 """Symbolic mathematics as a tool: a few operations of sympy, run in the Python sandbox.
 
-sympy reads an expression by evaluating it as a program and can be at it for ever, so it runs where
-programs of a model run: with the sandbox's limits, and away from everything.
+sympy parses an expression by evaluating it as a program, which may never end. So it runs where the
+programs of a model run: within the sandbox and its limits.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class SympyTool:
         self._python = PythonTool(sandbox, limits=limits)
 
     def open_session(self) -> PythonToolSession:
-        """An interpreter that is not started yet."""
+        """A session whose interpreter is not started yet."""
         return self._python.open_session()
 
     def report(self) -> ToolReport:
-        """As `PythonTool.report`."""
+        """See `PythonTool.report`."""
         return self._python.report()
 
     def run(self, arguments: Mapping[str, Any], session: ToolSession) -> ToolResult:

@@ -1,12 +1,12 @@
-"""Does a sandbox leak? Calls of every kind for a long time, and what they leave behind.
+"""Does a sandbox leak? Makes calls of every kind for a long time, and measures what is left.
 
     unshare --mount python -m tests.benchmarks.soak_sandbox [--calls 100000] [--backend landlock]
     python -m tests.benchmarks.soak_sandbox --open 500
 
-The first prints what the host process and the fork server hold before and after, and ends with
-status 1 if anything grew or a call ended otherwise than it should; in a mount namespace of its own,
-lest it count the mounts of others. The second opens many sessions at once, calls each, and prints
-what one costs. Both want root, who may look at everything.
+The first command prints what the host process and the fork server hold before and after. It exits
+with status 1 if anything grew, or if a call ended otherwise than it should. The mount namespace of
+its own keeps it from counting the mounts of others. The second command opens many sessions at once,
+calls each, and prints what one costs. Both need root, who may look at everything.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ NUM_OF_JAIL = {"namespaces": 3, "landlock": 1}
 """Processes of a jail without sessions; the last of them is the fork server."""
 SETTLE_S = 60.0
 LATE_S = 30.0
-"""What a call may take beyond its limit on a loaded machine before it counts as hung."""
+"""Seconds beyond its limit that a call may take on a loaded machine before it counts as hung."""
 TOLERANCE_MB = {"host memory, MB": 40.0, "fork server memory, MB": 8.0}
-"""What an allocator keeps, whatever the number of calls."""
+"""Memory that an allocator keeps, whatever the number of calls."""
 
 COUNT = "x = globals().get('x', 0) + 1\nx"
 SWARM = """
@@ -85,7 +85,7 @@ KINDS = {
     ),
 }
 FORK, TURN_OVER, CANCEL = 4.0, 4.0, 1.0
-"""Weights of what is not just a call: a branch, another session, a caller who gives up."""
+"""Weights of what is more than a call: a branch, another session, a caller who gives up."""
 
 
 class Client:
@@ -99,7 +99,7 @@ class Client:
         self._session: Session | None = None
 
     async def work(self, calls: int) -> None:
-        """Make so many calls."""
+        """Make this many calls."""
         names = [*KINDS, "fork", "turn over", "cancel"]
         weights = [*(kind.weight for kind in KINDS.values()), FORK, TURN_OVER, CANCEL]
         for name in self._random.choices(names, weights, k=calls):
@@ -108,7 +108,7 @@ class Client:
             if name == "fork":
                 async with await self._live(session) as branch:
                     await self._check(branch, "count")
-                self._count -= 1  # that was the branch's own
+                self._count -= 1  # that count was the branch's own
             elif name == "turn over":
                 await self.close()
             elif name == "cancel":
@@ -123,7 +123,7 @@ class Client:
         self._session, self._count = None, 0
 
     async def _live(self, session: Session) -> Session:
-        """A branch; of an interpreter that lives, which the last call may have ended."""
+        """A branch. The call before it makes sure that there is a live interpreter to copy."""
         await self._check(session, "count")
         return await session.fork()
 
@@ -166,14 +166,14 @@ class Footprint:
         files: Path,
         before: Footprint | None = None,
     ) -> Footprint:
-        """Wait until all is quiet and look; what is not quiet in time is seen as it is.
+        """Wait until all is quiet, and measure; after the deadline, measure anyway.
 
         Args:
-            sandbox: Without an open session.
-            config: Its own.
-            files: Its folder for temporary files.
-            before: An earlier look. What is more by now may still go away in time: a fork server
-                that is retired gives its descriptors back only when its keepers have ended.
+            sandbox: A sandbox without an open session.
+            config: Config of the sandbox.
+            files: Folder of its temporary files.
+            before: An earlier footprint. Whatever has grown since may still shrink: a retired fork
+                server gives its descriptors back only when its keepers have ended.
         """
         num_jail = NUM_OF_JAIL[config.backend]
         num_expected = num_jail + 2 * config.ready_sessions
@@ -196,12 +196,12 @@ class Footprint:
             "processes": len(processes),
             "descriptors of the host": len(os.listdir("/proc/self/fd")),
             "mounts of the host": len(Path("/proc/self/mountinfo").read_bytes().splitlines()),
-            # By `os.walk`, which goes on where a folder is removed under it, as sessions' are.
+            # `os.walk` goes on if a folder is removed meanwhile, as those of sessions are.
             "temporary files": sum(len(dirs) + len(names) for _, dirs, names in os.walk(files)),
             "host memory, MB": _resident_mb(os.getpid()),
             "fork server memory, MB": _resident_mb(server),
         }
-        with contextlib.suppress(PermissionError):  # for root's eyes
+        with contextlib.suppress(PermissionError):  # only root may look
             figures["descriptors of the fork server"] = len(os.listdir(f"/proc/{server}/fd"))
             mounts = Path(f"/proc/{server}/mountinfo").read_bytes().splitlines()
             figures["mounts of the fork server"] = len(mounts)
@@ -222,7 +222,7 @@ def _resident_mb(pid: int) -> float:
 
 
 async def soak(config: SandboxConfig, calls: int, num_clients: int, seed: int) -> bool:
-    """Whether nothing grew and every call ended as it should."""
+    """Make the calls; return whether nothing grew and every call ended as it should."""
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         os.chmod(folder, 0o1777)  # root's fork server is `nobody`
 
@@ -241,7 +241,7 @@ async def soak(config: SandboxConfig, calls: int, num_clients: int, seed: int) -
                 await asyncio.gather(*(client.work(calls_each) for client in clients))
                 await asyncio.gather(*(client.close() for client in clients))
 
-            await work(100)  # what is allocated once
+            await work(100)  # whatever is allocated only once is allocated now
             before = await Footprint.take(sandbox, config, Path(folder))
             tally.clear()
             started = time.monotonic()
@@ -259,7 +259,7 @@ async def soak(config: SandboxConfig, calls: int, num_clients: int, seed: int) -
 
 
 async def open_many(config: SandboxConfig, count: int) -> bool:
-    """Whether so many sessions answer while all of them are open."""
+    """Open this many sessions; return whether all answer while all are open."""
     async with create_sandbox(config) as sandbox:
         server = descendants(os.getpid())[NUM_OF_JAIL[config.backend] - 1].pid
         started = time.monotonic()
@@ -279,7 +279,7 @@ async def open_many(config: SandboxConfig, count: int) -> bool:
             inside = descendants(server)
             pss_mb = sum(_proportional_mb(process.pid) for process in inside) / count
             print(
-                f"  after {name} each, in {elapsed_s:.1f} s: {pss_mb:.2f} MB (PSS) a session,",
+                f"  after {name} each, in {elapsed_s:.1f} s: {pss_mb:.2f} MB (PSS) per session,",
                 end="",
             )
             print(f" {len(inside)} processes, {len(os.listdir('/proc/self/fd'))} descriptors")
@@ -292,15 +292,15 @@ def _proportional_mb(pid: int) -> float:
 
 
 def main() -> int:
-    """Parse the command line; 0 if all is well."""
+    """Parse the command line and run; return 0 if all is well."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=100_000)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--backend", default="namespaces", choices=NUM_OF_JAIL)
-    parser.add_argument("--preload", default="numpy,sympy", help="modules, comma between")
+    parser.add_argument("--preload", default="numpy,sympy", help="modules, separated by commas")
     parser.add_argument("--recycle", type=int, help="sessions of one fork server; default: endless")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--open", type=int, default=0, help="open so many sessions instead")
+    parser.add_argument("--open", type=int, default=0, help="open this many sessions instead")
     arguments = parser.parse_args()
     config = SandboxConfig.model_validate(
         {

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager
 import pytest
 
 from tests.tools.sandbox.docker_engine import (
-    Engine,
-    EngineUnavailable,
+    ContainerEngine,
+    ContainerEngineUnavailable,
     build_sandbox_image,
     docker_engine,
     leftovers,
@@ -19,7 +19,7 @@ from tests.tools.sandbox.docker_engine import (
 from tests.tools.sandbox.ordinary_user import LENT_ENGINE
 from tir_alp.tools.sandbox import BlockingSandbox, BlockingSession, SandboxConfig, shared_sandbox
 
-# No sessions ahead: some tests count the children of this process, from which these would differ.
+# No ready sessions: some tests count the children of this process.
 BARE = SandboxConfig(
     preload=(), memory_mb=512, tmp_mb=8, tmp_files=64, max_processes=16, ready_sessions=0
 )
@@ -49,7 +49,7 @@ Serving = Callable[..., AbstractContextManager[str]]
 
 @pytest.fixture(scope="session")
 def serving() -> Serving:
-    """`with serving(*arguments, **environment) as address`: the command as a user starts it."""
+    """`with serving(*arguments, **environment) as address`: runs the command as a user would."""
 
     @contextlib.contextmanager
     def start(*arguments: str, **environment: str) -> Iterator[str]:
@@ -71,14 +71,14 @@ def serving() -> Serving:
 
 
 @pytest.fixture(scope="session")
-def engine() -> Iterator[Engine]:
-    """A Docker engine of our own, with the image of the sandbox."""
+def container_engine() -> Iterator[ContainerEngine]:
+    """A Docker engine for the tests alone, with the image of the sandbox."""
     with contextlib.ExitStack() as stack:
         try:
             engine = stack.enter_context(docker_engine())
             make_base_image(engine)
             build_sandbox_image(engine)
-        except EngineUnavailable as error:
+        except ContainerEngineUnavailable as error:
             pytest.skip(f"no Docker engine: {error}")
         yield engine
         stack.close()
@@ -87,5 +87,5 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def engine_address(request: pytest.FixtureRequest) -> str:
-    """Of our own engine, or of the one that root has lent to the tests of an ordinary user."""
-    return os.environ.get(LENT_ENGINE) or request.getfixturevalue("engine").address
+    """Address of the tests' own engine, or of the one that root lends to an ordinary user."""
+    return os.environ.get(LENT_ENGINE) or request.getfixturevalue("container_engine").address

@@ -21,7 +21,7 @@ def free_port() -> int:
 def http_server(
     command: Callable[[int], Sequence[str]], port: int | None = None
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Its address and process; it is told its port as the command has it, and by PORT."""
+    """The server's address and process; it gets its port in the command and as PORT."""
     port = port or free_port()
     environment = os.environ | {"PORT": str(port)}
     process = subprocess.Popen(command(port), env=environment, stderr=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""A server for the tests of `tir_alp.tools.mcp`, which does what a good one should not.
+"""A server for the tests of `tir_alp.tools.mcp`, which misbehaves on request.
 
 Run it as `python mcp_server.py` for stdio, or with a port for HTTP.
 """
@@ -33,15 +33,15 @@ async def sleep(seconds: float) -> str:
 
 @server.tool()
 async def freeze() -> str:
-    """Answers nobody any more, whoever asks; a process that it started stays behind."""
+    """Stops answering anybody, and leaves a process that it started."""
     subprocess.Popen(["sleep", "1000"], stdin=subprocess.DEVNULL)
-    time.sleep(1000)  # of the loop itself
+    time.sleep(1000)  # blocks the event loop itself
     return ""
 
 
 @server.tool()
 def die() -> str:
-    """Ends the server in the middle of the call, in words for people."""
+    """Ends the server in the middle of the call, with a message for people."""
     print("out of luck", file=sys.stderr, flush=True)
     os._exit(3)
 
@@ -66,7 +66,7 @@ def picture() -> list:
 
 @server.tool()
 def header(name: str, context: Context) -> str:
-    """What the request says about itself."""
+    """The value of a header of the request."""
     request = context.request_context.request
     assert request is not None
     return request.headers.get(name, "")

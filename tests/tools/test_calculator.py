@@ -70,5 +70,5 @@ def test_errors_stay_short_and_nothing_is_fetched():
 
 
 def test_a_schema_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="the parameters of the tool 't' are no JSON schema"):
+    with pytest.raises(ValueError, match="the parameters of the tool 't' are not a JSON schema"):
         ArgumentCheck("t", {"type": "objekt"})

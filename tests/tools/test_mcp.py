@@ -1,16 +1,17 @@
-"""MCP servers as tools: one from PyPI, one from npm where it is installed, and a naughty one."""
+"""MCP servers as tools: one from PyPI, one from npm if it is installed, and one that misbehaves."""
 
 import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from tir_alp.tools.outcome import Outcome
 
 pytest.importorskip("mcp", reason="the extra `mcp` is not installed")
 
-from tir_alp.tools.mcp import McpError, McpServer, McpSession, McpTool, mcp_tools
+from tir_alp.tools.mcp import McpSession, McpTool, mcp_tools
+from tir_alp.tools.mcp_connection import McpError, McpServer, ProcessGroup
 
 NAUGHTY = (sys.executable, str(Path(__file__).with_name("mcp_server.py")))
 TIME = (sys.executable, "-m", "mcp_server_time", "--local-timezone", "UTC")
@@ -30,7 +32,7 @@ PATIENT = 120.0
 
 
 MARK = {"MARK": uuid.uuid4().hex}
-"""By this variable in their environment our servers are found among all processes."""
+"""An environment variable by which the tests find their servers among all processes."""
 
 
 def naughty(**settings: Any) -> McpServer:
@@ -39,7 +41,7 @@ def naughty(**settings: Any) -> McpServer:
 
 
 def processes(server: McpServer) -> list[int]:
-    """Living processes of a server, those that it started included."""
+    """Living processes of a server, including those that it started."""
     mark = f"MARK={server.env['MARK']}\0".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -208,6 +210,69 @@ def test_a_server_gets_none_of_our_secrets(episode, monkeypatch):
     assert "MARK" in text.split()
     allowed = {"HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER", "MARK", "PWD", "LC_CTYPE"}
     assert set(text.split()) <= allowed
+
+
+def test_start_of_one_server_does_not_keep_the_others_waiting(episode):
+    mark = {"MARK": uuid.uuid4().hex}
+    slow = McpServer(command=("sleep", "1000"), env=mark, start_timeout_s=PATIENT)
+    other = naughty(env=MARK | {"OTHER": uuid.uuid4().hex})  # which nobody has listed yet
+    with ThreadPoolExecutor(1) as thread:
+        starting = thread.submit(mcp_tools, slow)
+        wait_until(lambda: processes(slow))
+        tools = episode(other)
+        assert tools("count")[:2] == (Outcome.OK, "1")
+        assert not starting.done()
+        for pid in processes(slow):
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(McpError, match="did not start"):
+            starting.result(PATIENT)
+
+
+# -------------------------------------------------------------------------------- process groups
+
+
+def leader_of_a_group(program: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["sh", "-c", program], start_new_session=True, stdout=subprocess.PIPE)
+
+
+def group_members(leader: int) -> list[int]:
+    """Living processes of a process group."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            fields = folder.joinpath("stat").read_text().rpartition(")")[2].split()
+            if fields[0] != "Z" and int(fields[2]) == leader:
+                found.append(int(folder.name))
+    return found
+
+
+def test_processes_are_killed_after_the_leader_of_their_group_was_reaped():
+    leader = leader_of_a_group("sleep 1000 >/dev/null & read _ < /dev/null; sleep 0.2")
+    with closing(ProcessGroup(leader.pid)) as group:
+        leader.communicate()
+        assert len(group_members(leader.pid)) == 1
+        group.kill()
+        wait_until(lambda: not group_members(leader.pid))
+        group.kill()  # nobody is left, and that is no error
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="chooses the number of a process")
+def test_another_group_that_got_the_number_is_left_alone():
+    for _ in range(50):  # another process may take the number first
+        leader = leader_of_a_group("true")
+        with closing(ProcessGroup(leader.pid)) as group:
+            leader.communicate()
+            Path("/proc/sys/kernel/ns_last_pid").write_text(str(leader.pid - 1))
+            stranger = leader_of_a_group("exec sleep 1000")
+            group.kill()
+            time.sleep(0.1)
+            is_alive = stranger.poll() is None
+            stranger.kill()
+            stranger.communicate()
+            assert is_alive
+            if stranger.pid == leader.pid:
+                return
+    pytest.skip("the number could not be had again")
 
 
 # ----------------------------------------------------------------------------- what cannot start

@@ -10,19 +10,19 @@ from tir_alp.tools.sandbox.result import RunResult, SandboxReport
 
 
 class Session(Protocol):
-    """A stateful Python interpreter. Calls on one session run one after the other."""
+    """A stateful Python interpreter. The calls of one session run one after the other."""
 
     async def run(self, code: str, limits: Limits | None = None) -> RunResult:
-        """Execute a cell; variables live on to the next one. Never raises for what `code` does.
+        """Execute a cell; its variables are kept for the next one. Never raises for what it does.
 
         Args:
-            code: Python source; the value of a last expression is shown as in a notebook.
-            limits: Of this call; None takes those of the sandbox's config.
+            code: Python source; the value of the last expression is returned, as in a notebook.
+            limits: Limits of this call; None takes those of the sandbox's config.
         """
         ...
 
     async def fork(self) -> Session:
-        """An independent live copy: same variables, same files, its own future. Close it.
+        """An independent live copy with the same variables and files. Close it.
 
         Raises:
             SandboxError: The interpreter is gone or cannot be copied.
@@ -34,16 +34,16 @@ class Session(Protocol):
         ...
 
     async def __aenter__(self) -> Self:
-        """The session itself."""
+        """Return the session itself."""
         ...
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Close it."""
+        """Close the session."""
         ...
 
 
 class Sandbox(Protocol):
-    """Gives out sessions. Made by `create_sandbox`."""
+    """Gives out sessions. Make one with `create_sandbox`."""
 
     report: SandboxReport
 
@@ -56,5 +56,5 @@ class Sandbox(Protocol):
         ...
 
     async def open_session(self) -> Session:
-        """As `session`, for a caller that closes it itself."""
+        """As `session`, for a caller that closes the session itself."""
         ...

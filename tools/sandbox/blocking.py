@@ -1,8 +1,8 @@
 """The sandbox for code that is not asynchronous, such as a Gymnasium environment.
 
-One event loop in one thread of its own serves every thread of the process, and all who ask for the
-same config share one sandbox. It ends with the process; if the process is killed, the kernel ends
-the jail with it.
+A sandbox and its event loop live in one thread, which serves every thread of the process; callers
+with the same config share one sandbox. It ends with the process. If the process is killed, the
+kernel ends the jail with it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import concurrent.futures
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from tir_alp.tools.background_loop import BackgroundLoop
 from tir_alp.tools.sandbox.base import Sandbox, Session
 from tir_alp.tools.sandbox.config import Limits, SandboxConfig
 from tir_alp.tools.sandbox.create import create_sandbox
@@ -28,26 +30,24 @@ _MARGIN_S = 60.0
 
 
 class BlockingSandbox:
-    """One sandbox and the thread that serves it. Get it from `shared_sandbox`."""
+    """One sandbox and the thread that serves it. Get one from `shared_sandbox`."""
 
     def __init__(self, config: SandboxConfig) -> None:
         self.config = config
-        self._loop = asyncio.new_event_loop()
-        self._exit = contextlib.AsyncExitStack()
-        # A daemon, so that an interpreter that exits does not wait for it; atexit comes first.
-        self._thread = threading.Thread(target=self._loop.run_forever, name="sandbox", daemon=True)
-        self._thread.start()
-        try:
-            self._sandbox: Sandbox = self.wait_for(
-                self._exit.enter_async_context(create_sandbox(config)), _START_TIMEOUT_S
-            )
-        except BaseException:
-            self._stop_loop()
-            raise
+        self._closing = threading.Lock()
+        self._owner = os.getpid()
+        self._is_closed = False
+        with contextlib.ExitStack() as undo:
+            self._loop = undo.enter_context(BackgroundLoop("sandbox"))
+            opened = contextlib.AsyncExitStack()
+            entering = opened.enter_async_context(create_sandbox(config))
+            self._sandbox: Sandbox = self._wait_for(entering, _START_TIMEOUT_S)
+            undo.callback(self._end, opened)
+            self._exit = undo.pop_all()
 
     @property
     def report(self) -> SandboxReport:
-        """Which backend it is, and what a run should say about it."""
+        """Which backend was taken, and what a run should print about it."""
         return self._sandbox.report
 
     def session(self) -> BlockingSession:
@@ -60,21 +60,27 @@ class BlockingSandbox:
         return BlockingSession(self, self.wait_for(self._sandbox.open_session(), timeout_s))
 
     def close(self) -> None:
-        """End every session, the fork server and the thread."""
-        if self._thread.is_alive():
-            with contextlib.suppress(SandboxError):
-                self.wait_for(self._exit.aclose(), _MARGIN_S)
-            self._stop_loop()
+        """End every session, the sandbox and its thread. Closing twice is allowed.
+
+        In a forked child this does nothing: the thread lives in the parent.
+        """
+        with self._closing:
+            if not self._is_closed and os.getpid() == self._owner:
+                self._is_closed = True
+                self._exit.close()
 
     def wait_for(self, work: Coroutine[Any, Any, _T], timeout_s: float) -> _T:
         """Run a coroutine in the sandbox's thread.
 
         Raises:
-            SandboxError: It did not end in time, and was cancelled; or the sandbox is closed.
+            SandboxError: It did not end in time and was cancelled, or the sandbox is closed.
         """
-        if self._loop.is_closed():
+        if self._is_closed:
             work.close()
             raise SandboxError("the sandbox is closed")
+        return self._wait_for(work, timeout_s)
+
+    def _wait_for(self, work: Coroutine[Any, Any, _T], timeout_s: float) -> _T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result(timeout_s)
@@ -82,10 +88,9 @@ class BlockingSandbox:
             future.cancel()
             raise SandboxError(f"the sandbox did not answer within {timeout_s:g} s") from None
 
-    def _stop_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_MARGIN_S)
-        self._loop.close()
+    def _end(self, opened: contextlib.AsyncExitStack) -> None:
+        with contextlib.suppress(SandboxError):
+            self._wait_for(opened.aclose(), _MARGIN_S)
 
 
 class BlockingSession:
@@ -99,10 +104,11 @@ class BlockingSession:
         """As `Session.run`; a sandbox that does not answer is an `INFRA_ERROR`."""
         config = self._sandbox.config
         timeout_s = (limits or config.limits).wall_s + config.max_wait_s + _MARGIN_S
+        started = time.perf_counter()
         try:
             return self._sandbox.wait_for(self._session.run(code, limits), timeout_s)
         except SandboxError as error:
-            return failed_result(error, timeout_s)
+            return failed_result(error, time.perf_counter() - started)
 
     def fork(self) -> BlockingSession:
         """As `Session.fork`."""
@@ -121,10 +127,10 @@ _shared_lock = threading.Lock()
 
 
 def shared_sandbox(config: SandboxConfig) -> BlockingSandbox:
-    """The sandbox of this process for this config, started by whoever asks first.
+    """The sandbox of this process for this config; the first caller starts it.
 
     Raises:
-        SandboxRefused: This machine cannot hold a program in.
+        SandboxRefused: This machine cannot confine a program.
     """
     key = (os.getpid(), config)  # a forked child has no thread that would serve its parent's
     with _shared_lock:

@@ -1,4 +1,4 @@
-"""`python -m tir_alp.sandbox`: what this machine enforces, one execution, the HTTP service."""
+"""`python -m tir_alp.sandbox`: probes this machine, runs one program, serves over HTTP."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNAVAILABLE = 69
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and do what it says; returns the exit status."""
+    """Parse the command line and carry it out; return the exit status."""
     arguments = _parser().parse_args(argv)
     config = SandboxConfig.model_validate(
         {
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     defaults = SandboxConfig()
     common.add_argument("--backend", default="auto", choices=("auto", *BACKENDS))
     common.add_argument(
-        "--preload", default=",".join(defaults.preload), help="modules, comma between"
+        "--preload", default=",".join(defaults.preload), help="modules, separated by commas"
     )
     common.add_argument("--memory-mb", type=int, default=defaults.memory_mb)
     verbs = parser.add_subparsers(required=True)
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = verbs.add_parser("serve", parents=[common], help="the HTTP service")
     serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8080, help="0: any that is free")
+    serve.add_argument("--port", type=int, default=8080, help="0: any free port")
     serve.add_argument("--no-token", action="store_true", help="let every local process in")
     serve.add_argument("--max-sessions", type=int, default=defaults.max_sessions)
     serve.set_defaults(do=_serve)
@@ -72,30 +72,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def _probe(config: SandboxConfig, arguments: argparse.Namespace) -> int:
-    """Print a table of backend and protection; status 1 if no backend can be used."""
+    """Print one table per backend; return 1 if no backend can be used."""
     console = Console()
     names = AUTOMATIC if config.backend == "auto" else (config.backend,)
     usable = []
     for name in names:
         table = Table("protection", "enforced", "by", title=f"backend {name}", title_justify="left")
         try:
-            findings = await examine(name, config)
+            results = await examine(name, config)
         except SandboxRefused as refusal:
             console.print(f"backend {name}: [red]cannot be used[/red]: {refusal}", soft_wrap=True)
             continue
-        for finding in findings:
-            held = f"[red]NO: {finding.failure}" if finding.failure else "yes"
-            held = held if finding.promised else "not promised"
-            table.add_row(finding.promise, held, finding.mechanism)
+        for result in results:
+            enforced = f"[red]NO: {result.failure}" if result.failure else "yes"
+            enforced = enforced if result.promised else "not promised"
+            table.add_row(result.promise, enforced, result.mechanism)
         console.print(table)
-        if not any(finding.failure for finding in findings):
+        if not any(result.failure for result in results):
             usable.append(name)
     console.print(f"usable: {', '.join(usable) or 'none'}")
     return 0 if usable else 1
 
 
 async def _run(config: SandboxConfig, arguments: argparse.Namespace) -> int:
-    """Print what a program prints; its exit status, or one that stands for how it ended."""
+    """Print what a program prints; return its exit status, or one that stands for its outcome."""
     file = arguments.file
     code = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     stdin = "" if file == "-" or sys.stdin.isatty() else sys.stdin.read()
@@ -114,7 +114,7 @@ async def _serve(config: SandboxConfig, arguments: argparse.Namespace) -> int:
     except ImportError as error:
         raise SandboxError(f"{error}; the service needs: pip install 'tir_alp[service]'") from error
     if arguments.no_token and arguments.host not in _LOOPBACK:
-        raise SandboxError("--no-token is for this machine's own clients; drop it, or --host")
+        raise SandboxError("--no-token is for clients on this machine only: drop it, or --host")
     token = None
     if not arguments.no_token and (token := os.environ.get(TOKEN_VARIABLE)) is None:
         token = secrets.token_urlsafe(24)

@@ -1,4 +1,4 @@
-"""Chooses a backend. A sandbox that does not hold what it promises does not start."""
+"""Chooses a backend. A sandbox that does not keep its promises does not start."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from tir_alp.tools.sandbox.backends.docker import plan_docker
-from tir_alp.tools.sandbox.backends.gvisor import AnyJail
+from tir_alp.tools.sandbox.backends.jail_protocol import Jail
 from tir_alp.tools.sandbox.backends.landlock import plan_landlock, plan_unsafe
 from tir_alp.tools.sandbox.backends.namespaces import plan_namespaces
 from tir_alp.tools.sandbox.base import Sandbox
 from tir_alp.tools.sandbox.config import SandboxConfig
-from tir_alp.tools.sandbox.probes.probe import Finding, probe, refuse_if_weak
+from tir_alp.tools.sandbox.probes.probe import ProbeResult, probe, refuse_if_weak
 from tir_alp.tools.sandbox.result import SandboxRefused, SandboxReport
 from tir_alp.tools.sandbox.sessions.local_sandbox import LocalSandbox
 
 if TYPE_CHECKING:
     from tir_alp.tools.sandbox.service.client import RemoteSandbox
 
-BACKENDS: dict[str, Callable[[SandboxConfig], AnyJail]] = {
+BACKENDS: dict[str, Callable[[SandboxConfig], Jail]] = {
     "namespaces": plan_namespaces,
     "landlock": plan_landlock,
     "docker": plan_docker,
     "unsafe": plan_unsafe,
 }
-"""What runs on this machine."""
+"""Backend -> what makes its jail. These run on this machine."""
 
 AUTOMATIC = ("namespaces", "landlock")
-"""What `auto` chooses from, the strongest first."""
+"""The backends that `auto` chooses from, the strongest first."""
 
 UNSAFE_WARNING = (
     "sandbox backend 'unsafe': programs written by the model run as this user, with its files, "
@@ -39,30 +39,31 @@ UNSAFE_WARNING = (
 
 @asynccontextmanager
 async def create_sandbox(
-    config: SandboxConfig | None = None, *, alter_jail: Callable[..., AnyJail] | None = None
+    config: SandboxConfig | None = None, *, alter_jail: Callable[..., Jail] | None = None
 ) -> AsyncIterator[Sandbox]:
-    """A sandbox that has tried to break out of itself and failed; `unsafe` has not tried.
+    """A sandbox whose own attacks on it have failed; backend `unsafe` is not attacked.
 
     Args:
-        config: None takes the defaults.
+        config: Settings; None takes the defaults.
         alter_jail: For tests of the probes: changes the jail before it is built.
 
     Raises:
-        SandboxRefused: This machine cannot hold a program in; says which probe got out, and how.
+        SandboxRefused: This machine cannot confine a program; the message names the probes that
+            got out, and how.
     """
     config = config or SandboxConfig()
-    sandbox = await _start(config, alter_jail or (lambda jail: jail))
+    sandbox = await _open(config, alter_jail or (lambda jail: jail))
     try:
         yield sandbox
     finally:
         await sandbox.stop()
 
 
-async def examine(name: str, config: SandboxConfig) -> list[Finding]:
-    """What the probes of a backend find on this machine.
+async def examine(name: str, config: SandboxConfig) -> list[ProbeResult]:
+    """The results of a backend's probes on this machine.
 
     Raises:
-        SandboxRefused: It does not even start.
+        SandboxRefused: The backend does not even start.
     """
     sandbox = LocalSandbox(config, BACKENDS[name](config), SandboxReport(backend=name))
     try:
@@ -72,24 +73,24 @@ async def examine(name: str, config: SandboxConfig) -> list[Finding]:
         await sandbox.stop()
 
 
-async def _start(
-    config: SandboxConfig, alter_jail: Callable[..., AnyJail]
+async def _open(
+    config: SandboxConfig, alter_jail: Callable[..., Jail]
 ) -> LocalSandbox | RemoteSandbox:
     if config.backend == "remote":
-        return await _start_remote(config)
+        return await _connect(config)
     if config.backend != "auto":
-        return await _start_backend(config.backend, config, alter_jail, {})
+        return await _build(config.backend, config, alter_jail, {})
     refused: dict[str, str] = {}
     for name in AUTOMATIC:
         try:
-            return await _start_backend(name, config, alter_jail, refused)
+            return await _build(name, config, alter_jail, refused)
         except SandboxRefused as refusal:
             refused[name] = str(refusal)
     listing = "".join(f"\n  {name}: {reason}" for name, reason in refused.items())
     raise SandboxRefused(f"no sandbox backend holds on this machine:{listing}")
 
 
-async def _start_remote(config: SandboxConfig) -> RemoteSandbox:
+async def _connect(config: SandboxConfig) -> RemoteSandbox:
     try:
         from tir_alp.tools.sandbox.service.client import RemoteSandbox
     except ImportError as error:
@@ -103,8 +104,8 @@ async def _start_remote(config: SandboxConfig) -> RemoteSandbox:
     return sandbox
 
 
-async def _start_backend(
-    name: str, config: SandboxConfig, alter_jail: Callable[..., AnyJail], refused: dict[str, str]
+async def _build(
+    name: str, config: SandboxConfig, alter_jail: Callable[..., Jail], refused: dict[str, str]
 ) -> LocalSandbox:
     warnings = (UNSAFE_WARNING,) if name == "unsafe" else ()
     for warning in warnings:

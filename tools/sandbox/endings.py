@@ -1,4 +1,4 @@
-"""How an interpreter is lost: what its keeper saw, and what that says to whoever called it."""
+"""How an interpreter is lost: what its keeper saw, and what that means to the caller."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tir_alp.tools.outcome import Outcome
 
 CLOSED_CHANNEL = "it closed the sandbox's own channel"
 CRASHED = ""
-"""The reason until the keeper has told a better one."""
+"""The reason until the keeper has reported a better one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +18,9 @@ class Death:
     """How an interpreter ended, as its keeper saw it."""
 
     status: int | None
-    """As wait(2) gives it; None where nobody could wait for it."""
+    """Status as wait(2) gives it; None if nobody could wait for the process."""
     limit: str = ""
-    """The limit that its keeper killed it for, if it did."""
+    """The limit for which its keeper killed it; empty if it did not."""
 
 
 SERVER_DIED = Death(-1)
@@ -37,13 +37,13 @@ class Lost(Exception):
 
 
 def lost_by(death: Death, *, we_killed: bool, kills_itself: bool) -> Lost:
-    """What a death says that came to a crashed interpreter.
+    """Interpret the death of a crashed interpreter.
 
     Args:
-        death: Not that of the whole jail.
-        we_killed: Whether the host has killed it, for it had closed its channel and lived on.
-        kills_itself: Whether a program can send a SIGKILL; if not, the machine is out of memory, or
-            somebody outside has sent it.
+        death: A death of the interpreter alone, not of the whole jail.
+        we_killed: Whether the host killed it because it had closed its channel and lived on.
+        kills_itself: Whether a program can send a SIGKILL. If it cannot, the machine ran out of
+            memory or somebody outside sent the signal.
     """
     if death.limit:
         return Lost(Outcome.RESOURCE_LIMIT, death.limit)

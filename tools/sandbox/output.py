@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _REMARK = "\n[... output cut here ...]\n"
-_BYTES_PER_CHAR = 4  # at most, so head and tail hold more characters than are wanted
+_BYTES_PER_CHAR = 4  # at most, so head and tail hold at least as many characters as needed
 
 
 class HeadTail:
@@ -17,7 +17,7 @@ class HeadTail:
         self._tail = bytearray()
 
     def feed(self, data: bytes) -> None:
-        """Take the next piece."""
+        """Take the next bytes."""
         self.total_bytes += len(data)
         room = self._capacity - len(self._head)
         self._head += data[:room]
@@ -26,16 +26,16 @@ class HeadTail:
             del self._tail[: -self._capacity]
 
     def text(self) -> tuple[str, bool]:
-        r"""The text and whether something was cut. Bytes that are no UTF-8 become `\xNN`."""
+        r"""The text, and whether something was cut. Bytes that are not UTF-8 become `\xNN`."""
         text = (self._head + self._tail).decode("utf-8", "backslashreplace")
         return cut_middle(text, self._max_chars)
 
 
 def cut_middle(text: str, max_chars: int) -> tuple[str, bool]:
-    """Keep both ends of a text that is longer than `max_chars`, the remark in between included.
+    """Keep both ends of a text that is longer than `max_chars`, which includes the remark between.
 
     Returns:
-        The text and whether something was cut.
+        The text, and whether something was cut.
     """
     if len(text) <= max_chars:
         return text, False

@@ -1,11 +1,11 @@
-"""The sandbox beside what else runs Python, in one run and one table.
+"""The sandbox beside other ways to run Python, in one run and one table.
 
     python -m tests.benchmarks.sandbox [--seconds 4] [--engine] [NAME ...]
 
-Run it from the top of a checkout. NAME: only the rows whose name holds it. `--engine` starts a
-Docker engine of its own (as root), for the rows that need one; else they use the one at DOCKER_HOST
-and its image `tir-alp-sandbox`. `pip install ipykernel` and `apt-get install firejail` add their
-rows. Who is missing is listed, with the reason.
+Run it from the top of a checkout. With a NAME, only rows whose name contains it are measured.
+`--engine` starts a Docker engine of its own (as root) for the rows that need one; otherwise they
+use the engine at DOCKER_HOST and its image `tir-alp-sandbox`. `pip install ipykernel` and
+`apt-get install firejail` add their rows. Missing rows are listed with the reason.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import sys
 from collections.abc import Awaitable, Callable
 
 from tests.benchmarks.sandbox import measure
-from tests.benchmarks.sandbox.engine import engine_with_image
+from tests.benchmarks.sandbox.container_engine import engine_with_image
 from tests.benchmarks.sandbox.measure import Times
 from tests.benchmarks.sandbox.notebook import start_kernels
 from tests.benchmarks.sandbox.ours import start_ours
-from tests.benchmarks.sandbox.process_a_call import Bubblewrap, Container, Firejail, Python
+from tests.benchmarks.sandbox.process_per_call import Bubblewrap, Container, Firejail, Python
 from tests.benchmarks.sandbox.rival import CannotFork, Host, Missing, Rival
 
 CLIENTS = (1, 8)
@@ -45,7 +45,7 @@ RIVALS = (
         lambda: start_ours(backend="docker"),
     ),
     Rival(
-        "ours, docker, a container a session",
+        "ours, docker, one container per session",
         "",
         True,
         lambda: start_ours(backend="docker", docker={"container_per": "session"}),
@@ -66,7 +66,7 @@ RIVALS = (
         Bubblewrap.start,
     ),
     Rival("ipykernel", "no isolation, no limits, no fork", True, start_kernels),
-    Rival("container a call", _NO_STATE, False, Container.start),
+    Rival("container per call", _NO_STATE, False, Container.start),
     Rival(
         "firejail, as the first ALP release",
         f"home hidden, other host files readable, set-uid root, {_NO_STATE}",
@@ -89,13 +89,13 @@ STATELESS: dict[str, Work] = {
 }
 
 _HEADER = (
-    "| | work | 1 client: p50 / p95 / p99 ms | a second | 8 clients: p50 / p95 / p99 ms | a second "
-    "| load |\n|---|---|---|---|---|---|---|"
+    "| | work | 1 client: p50 / p95 / p99 ms | per second | 8 clients: p50 / p95 / p99 ms "
+    "| per second | load |\n|---|---|---|---|---|---|---|"
 )
 
 
 def machine() -> str:
-    """What the figures depend on, beside the code."""
+    """What the figures depend on, in addition to the code."""
     cpus = len(os.sched_getaffinity(0))
     user = "root" if os.geteuid() == 0 else "an ordinary user"
     return (
@@ -110,7 +110,7 @@ def load() -> str:
 
 
 def row(name: str, work: str, times: list[Times]) -> str:
-    """A row of the table, in Markdown."""
+    """One row of the table, in Markdown."""
     cells = [
         cell
         for t in times
@@ -124,12 +124,12 @@ def row(name: str, work: str, times: list[Times]) -> str:
 
 
 def short(number: float) -> str:
-    """Three digits that mean something, at most."""
+    """At most three significant digits."""
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
-async def run(rival: Rival, seconds: float) -> None:
-    """Measure all that a rival can do, and print a row of each."""
+async def compete(rival: Rival, seconds: float) -> None:
+    """Measure everything that a rival can do, and print one row for each kind of work."""
     async with rival.start() as host:
         for name, work in (STATEFUL if rival.is_stateful else STATELESS).items():
             try:
@@ -144,18 +144,18 @@ async def run(rival: Rival, seconds: float) -> None:
 
 
 async def main(seconds: float, names: list[str], without_engine: str) -> None:
-    """Print the machine, the table, what each rival lacks, and who is missing."""
+    """Print the machine, the table, what each rival lacks, and which ones are missing."""
     chosen = [r for r in RIVALS if not names or any(name in r.name for name in names)]
     print(f"{machine()}\nat the start: {load()}\n")
     print(_HEADER)
     missing: dict[str, str] = {}
     for rival in chosen:
         try:
-            await run(rival, seconds)
+            await compete(rival, seconds)
         except Missing as reason:
             missing[rival.name] = " ".join(str(reason).split())
             print(f"| {rival.name} | missing | | | | | |", flush=True)
-    print("\nIn brackets: rounds. Load: average of the last minute when the row was ready.")
+    print("\nIn brackets: number of rounds. Load: average of the last minute of the row.")
     for rival in chosen:
         if rival.lacks:
             print(f"- {rival.name}: {rival.lacks}")

@@ -1,4 +1,4 @@
-"""Times of one kind of work, by one client or several at once."""
+"""Measures one kind of work, done by one client or by several at once."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ Round = Callable[[], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """What `measure` found. `p50_ms` and its like are of single rounds."""
+    """The result of `measure`. The percentiles are those of single rounds."""
 
     num_rounds: int
     num_failed: int
-    """Rounds beside those."""
+    """Number of failed rounds, which are not in `num_rounds`."""
     p50_ms: float
     p95_ms: float
     p99_ms: float
     per_s: float
-    """Rounds a second, of all clients together."""
+    """Rounds per second, of all clients together."""
 
 
 async def measure(rounds: list[Round], seconds: float) -> Times:
-    """Let each client do its rounds until the time is over; three at least.
+    """Let each client do rounds until the time is over, but at least three.
 
     Raises:
         RuntimeError: Most rounds failed.
@@ -100,13 +100,13 @@ async def sympy_calls(host: Host, clients: int, seconds: float) -> Times:
 
 
 async def imports_and_sympy_calls(host: Host, clients: int, seconds: float) -> Times:
-    """The same where nothing lives on: sympy is imported by each call."""
+    """A call that imports sympy and factors, where nothing is kept between calls."""
     opened = [await host.open() for _ in range(clients)]
     return await measure([lambda c=c: _expect(c, FACTOR, IMPORT) for c in opened], seconds)
 
 
 async def new_sessions(host: Host, clients: int, seconds: float) -> Times:
-    """A session: opened, one call that prints, closed."""
+    """A new session: open it, make one call that prints, close it."""
 
     async def one_round() -> None:
         client = await host.open()
@@ -117,7 +117,7 @@ async def new_sessions(host: Host, clients: int, seconds: float) -> Times:
 
 
 async def forks(host: Host, clients: int, seconds: float) -> Times:
-    """A live copy of an interpreter that has state: made, one call that prints, closed."""
+    """A live copy of an interpreter with state: make it, make one call that prints, close it."""
     opened = await _warm(host, clients, "state = list(range(1000))\n")
 
     async def one_round(client: Client) -> None:

@@ -1,4 +1,4 @@
-"""A Jupyter kernel a client: state, and nothing that holds a program in."""
+"""One Jupyter kernel per client: it has state, and nothing that confines a program."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class _Kernels:
 
 @asynccontextmanager
 async def start_kernels() -> AsyncIterator[Host]:
-    """Kernels of this machine's ipykernel, which is no dependency of the project."""
+    """Kernels of this machine's ipykernel, which is not a dependency of the project."""
     try:
         importlib.import_module("ipykernel")
         yield _Kernels(importlib.import_module("jupyter_client"))

@@ -1,4 +1,4 @@
-"""Our own backends, with everything switched on that they switch on by default."""
+"""Our own backends, with all of their default protections."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Host:
 
 @asynccontextmanager
 async def start_ours(**settings: object) -> AsyncIterator[Host]:
-    """A sandbox of this config, its probes passed."""
+    """A sandbox with this config whose probes have passed."""
     try:
         config = SandboxConfig.model_validate(settings)
     except ValidationError as error:

@@ -14,18 +14,18 @@ class Missing(Exception):
 
 
 class CannotFork(Exception):
-    """It has no copy of a live interpreter to give."""
+    """This rival cannot copy a live interpreter."""
 
 
 class Client(Protocol):
-    """One user: an interpreter of its own, or, where there is no state, a place to start them."""
+    """One user, with an interpreter of its own or, without state, a way to start processes."""
 
     async def call(self, code: str) -> str:
-        """Run a program; returns what it printed."""
+        """Run a program; return what it printed."""
         ...
 
     async def fork(self) -> Client:
-        """A live copy. Raises CannotFork where there is none."""
+        """A live copy. Raises CannotFork if there cannot be one."""
         ...
 
     async def close(self) -> None:
@@ -43,18 +43,18 @@ class Host(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Rival:
-    """A row of the table."""
+    """One row of the table."""
 
     name: str
     lacks: str
     """What it cannot do."""
     is_stateful: bool
     start: Callable[[], AbstractAsyncContextManager[Host]]
-    """Raises Missing."""
+    """Starts the rival; raises Missing if it cannot run here."""
 
 
 async def output_of(*command: str, **settings: object) -> str:
-    """What a command prints.
+    """Run a command and return what it prints.
 
     Raises:
         RuntimeError: It failed.

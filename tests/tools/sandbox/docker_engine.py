@@ -1,12 +1,12 @@
-"""A Docker engine of the tests' own: its own folder, socket, control groups; nothing is left of it.
+"""A Docker engine for the tests alone: its own folder, socket and control groups, and no leftovers.
 
-    with docker_engine() as engine:      # EngineUnavailable where there cannot be one
+    with docker_engine() as engine:      # ContainerEngineUnavailable if there cannot be one
         make_base_image(engine)          # Debian packages, from the mirror that apt uses here
-        build_sandbox_image(engine)      # with no network
+        build_sandbox_image(engine)      # without a network
         engine.client()
 
-`python tests/tools/sandbox/docker_engine.py` installs the Debian packages that it needs.
-It needs root, and no registry of images.
+`python tests/tools/sandbox/docker_engine.py` installs the Debian packages that this module needs.
+It needs root, but no registry of images.
 """
 
 from __future__ import annotations
@@ -60,23 +60,23 @@ _STOP_TIMEOUT_S = 60.0
 _DOWNLOAD_TIMEOUT_S = 300.0
 
 
-class EngineUnavailable(Exception):
-    """This machine cannot have an engine; the message says why."""
+class ContainerEngineUnavailable(Exception):
+    """This machine cannot run a container engine; the message names the reason."""
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
-    """A running engine."""
+class ContainerEngine:
+    """A running container engine."""
 
     folder: Path
-    """Everything of it: data, sockets, log."""
+    """Its data, sockets and log."""
     cgroup: str
-    """The name of the control group above those of its containers, in every hierarchy."""
+    """Name of the control group above those of its containers, in every hierarchy."""
     process: subprocess.Popen[bytes]
 
     @property
     def runtimes(self) -> dict[str, object]:
-        """What containers may run on, by name."""
+        """The runtimes that it offers, by name."""
         with contextlib.closing(self.client()) as client:
             return client.info()["Runtimes"]
 
@@ -89,24 +89,24 @@ class Engine:
 
 
 @contextlib.contextmanager
-def docker_engine() -> Iterator[Engine]:
-    """Start an engine; end it, its containers and all that they were made of.
+def docker_engine() -> Iterator[ContainerEngine]:
+    """Start an engine; after the block, end it and its containers and remove all their data.
 
     Raises:
-        EngineUnavailable: It cannot be started here.
+        ContainerEngineUnavailable: It cannot be started here.
     """
     if os.geteuid() != 0:
-        raise EngineUnavailable("only root can start a Docker engine")
+        raise ContainerEngineUnavailable("only root can start a Docker engine")
     install_packages()
     folder = Path(tempfile.mkdtemp(prefix="engine-"))
-    # In memory: an image is thousands of small files, written once and removed soon after.
+    # In memory, because an image is thousands of small files that are soon removed again.
     options = f"mode=0711,size={_MAX_GB}g"
     try:
         _run(["mount", "-t", "tmpfs", "-o", options, "engine", str(folder)])
-    except EngineUnavailable:
+    except ContainerEngineUnavailable:
         folder.rmdir()
         raise
-    engine = Engine(folder, f"/{folder.name}", _start(folder))
+    engine = ContainerEngine(folder, f"/{folder.name}", _start(folder))
     try:
         _wait_until_it_answers(engine)
         yield engine
@@ -115,21 +115,23 @@ def docker_engine() -> Iterator[Engine]:
 
 
 def install_packages() -> None:
-    """Install what is missing, without starting the machine's own engine.
+    """Install missing packages, without starting the machine's own engine.
 
     Raises:
-        EngineUnavailable: It cannot be installed here.
+        ContainerEngineUnavailable: It cannot be installed here.
     """
     missing = [package for name, package in PACKAGES.items() if shutil.which(name) is None]
     extras = [package for name, package in EXTRAS.items() if shutil.which(name) is None]
     if missing and (os.geteuid() != 0 or shutil.which("apt-get") is None):
-        raise EngineUnavailable(f"not installed, and root with apt-get is needed for: {missing}")
+        raise ContainerEngineUnavailable(
+            f"not installed, and root with apt-get is needed for: {missing}"
+        )
     if missing:
         with _services_not_started():
             _apt_get("update")
             _apt_get("install", *missing)
             for package in extras:
-                with contextlib.suppress(EngineUnavailable):  # not in this release
+                with contextlib.suppress(ContainerEngineUnavailable):  # not in this release
                     _apt_get("install", package)
 
 
@@ -152,15 +154,18 @@ def _apt_get(verb: str, *packages: str) -> None:
     _run(["apt-get", verb, *options, *packages], env=environment)
 
 
-def make_base_image(engine: Engine, tarball: Path | None = None) -> Path:
+def make_base_image(engine: ContainerEngine, tarball: Path | None = None) -> Path:
     """Make `BASE_IMAGE`, with Python, from the Debian packages of this machine's mirror.
 
     Args:
-        engine: Which gets it.
+        engine: The engine that gets the image.
         tarball: What this function returned for another engine; saves the download.
 
+    Returns:
+        The image's content, as a file that can be passed as `tarball`.
+
     Raises:
-        EngineUnavailable: The mirror cannot be reached.
+        ContainerEngineUnavailable: The mirror cannot be reached.
     """
     if tarball is None:
         tarball = engine.folder / "base.tar"
@@ -173,11 +178,11 @@ def make_base_image(engine: Engine, tarball: Path | None = None) -> Path:
     return tarball
 
 
-def build_sandbox_image(engine: Engine, target: str = "sandbox") -> str:
-    """Build an image of docker/sandbox.Dockerfile from wheels, with no network; returns its name.
+def build_sandbox_image(engine: ContainerEngine, target: str = "sandbox") -> str:
+    """Build an image of docker/sandbox.Dockerfile from wheels, without a network; return its name.
 
     Raises:
-        EngineUnavailable: The wheels cannot be downloaded.
+        ContainerEngineUnavailable: The wheels cannot be downloaded.
         docker.errors.BuildError: The image cannot be built.
     """
     context = engine.folder / "context"
@@ -201,8 +206,8 @@ def build_sandbox_image(engine: Engine, target: str = "sandbox") -> str:
     return f"tir-alp-{target}:test"
 
 
-def leftovers(engine: Engine) -> list[str]:
-    """What there still is of an engine that has ended: processes, mounts, control groups, files."""
+def leftovers(engine: ContainerEngine) -> list[str]:
+    """What is left of an engine that has ended: processes, mounts, control groups, files."""
     found = [f"folder {engine.folder}"] if engine.folder.exists() else []
     found += [f"process {pid}" for pid in _processes_of(engine)]
     found += [f"mount {mount}" for mount in _mounts_of(engine)]
@@ -232,15 +237,15 @@ def _start(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def _runtimes() -> dict[str, dict[str, object]]:
-    """Beside runc: gVisor, where it is installed."""
+    """The runtimes in addition to runc: gVisor, if it is installed."""
     path = shutil.which("runsc")
     if path is None:
         return {}
-    # With no bridge there is no network that gVisor could take over, and it has to be told.
+    # Without a bridge there is no network that gVisor could take over, which it has to be told.
     return {"runsc": {"path": path, "runtimeArgs": ["--network=none"]}}
 
 
-def _wait_until_it_answers(engine: Engine) -> None:
+def _wait_until_it_answers(engine: ContainerEngine) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while engine.process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(docker.errors.DockerException):
@@ -248,10 +253,10 @@ def _wait_until_it_answers(engine: Engine) -> None:
             return
         time.sleep(0.1)
     log = (engine.folder / "dockerd.log").read_text(errors="replace").splitlines()
-    raise EngineUnavailable(f"dockerd does not come up: {' | '.join(log[-3:])}")
+    raise ContainerEngineUnavailable(f"dockerd does not come up: {' | '.join(log[-3:])}")
 
 
-def _end(engine: Engine) -> None:
+def _end(engine: ContainerEngine) -> None:
     with contextlib.suppress(docker.errors.DockerException):
         for container in engine.client().containers.list(all=True):
             with contextlib.suppress(docker.errors.NotFound):
@@ -274,14 +279,14 @@ def _end(engine: Engine) -> None:
 
 
 def _is_removed(folder: Path) -> bool:
-    """Whether an empty control group is gone; it is busy until the last process is reaped."""
+    """Try to remove an empty control group, which is busy until its last process is reaped."""
     with contextlib.suppress(OSError):
         folder.rmdir()
     return not folder.exists()
 
 
-def _processes_of(engine: Engine) -> list[int]:
-    """Those that name its folder in their command line, and those in its control groups."""
+def _processes_of(engine: ContainerEngine) -> list[int]:
+    """The processes that name its folder in their command line, and those in its control groups."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -291,21 +296,21 @@ def _processes_of(engine: Engine) -> list[int]:
     return found
 
 
-def _mounts_of(engine: Engine) -> list[str]:
+def _mounts_of(engine: ContainerEngine) -> list[str]:
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     points = [line.split()[4] for line in lines]
     return [p for p in points if f"{p}/".startswith(f"{engine.folder}/")]
 
 
-def _cgroups_of(engine: Engine) -> list[Path]:
-    """Its control groups and those below, in one hierarchy (v2) or in several (v1)."""
+def _cgroups_of(engine: ContainerEngine) -> list[Path]:
+    """Its control groups and those below them, in one hierarchy (v2) or in several (v1)."""
     top = Path("/sys/fs/cgroup")
     own = [p for p in (top / engine.cgroup[1:], *top.glob(f"*{engine.cgroup}")) if p.is_dir()]
     return [folder for group in own for folder in (group, *group.rglob("*")) if folder.is_dir()]
 
 
-def _download_wheels(engine: Engine, folder: Path, requirements: tuple[str, ...]) -> None:
-    """For the Python of the base image, which may be another than this one."""
+def _download_wheels(engine: ContainerEngine, folder: Path, requirements: tuple[str, ...]) -> None:
+    """Download wheels for the Python of the base image, which may differ from this one."""
     with contextlib.closing(engine.client()) as client:
         container = client.containers.create(BASE_IMAGE, ["true"])
         archive, _ = container.get_archive("/usr/bin/python3")
@@ -318,7 +323,7 @@ def _download_wheels(engine: Engine, folder: Path, requirements: tuple[str, ...]
 
 
 def _mirror() -> tuple[str, str]:
-    """Where apt gets this machine's own release from: address, name of the release."""
+    """The address from which apt gets this machine's release, and the release's name."""
     system = dict(
         line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if line
     )
@@ -328,7 +333,7 @@ def _mirror() -> tuple[str, str]:
         address, _, release = line.partition(" ")
         if release == suite:
             return address, suite
-    raise EngineUnavailable(f"apt has no source for the release {suite!r}")
+    raise ContainerEngineUnavailable(f"apt has no source for the release {suite!r}")
 
 
 def _run(command: list[str], env: dict[str, str] | None = None) -> str:
@@ -344,9 +349,9 @@ def _run(command: list[str], env: dict[str, str] | None = None) -> str:
         ).stdout
     except subprocess.CalledProcessError as error:
         words = " | ".join(error.stderr.strip().splitlines()[-3:])
-        raise EngineUnavailable(f"{' '.join(command[:2])}: {words}") from error
+        raise ContainerEngineUnavailable(f"{' '.join(command[:2])}: {words}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise EngineUnavailable(f"{' '.join(command[:2])}: {error}") from error
+        raise ContainerEngineUnavailable(f"{' '.join(command[:2])}: {error}") from error
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
@@ -358,5 +363,5 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 if __name__ == "__main__":
     try:
         install_packages()
-    except EngineUnavailable as error:
+    except ContainerEngineUnavailable as error:
         print(f"no Docker engine: {error}")

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 LENT_ENGINE = "TIR_ALP_TEST_ENGINE"
-"""Environment variable with the address of an engine that is there already."""
+"""Environment variable with the address of a container engine that runs already."""
 USER = 1001
 
 _REPOSITORY = Path(__file__).parents[3]
-# In a mount namespace of its own: folders that only root may enter are replaced by empty ones that
-# everybody may enter, in which the interpreter's own folder is bound at its own path.
+# In a mount namespace of its own, a folder that only root may enter is replaced by an empty one
+# that everybody may enter, in which the interpreter's folder is bound to its own path.
 _AS_USER = f"""
 set -e
 exec 3<"$1"
@@ -32,13 +32,13 @@ _NO_PRIVILEGES = ("--bounding-set", "-all")
 def command_as_user(
     *command: str, before: str = "", may_use_setuid: bool = False, unshare: tuple[str, ...] = ()
 ) -> list[str]:
-    """What runs a command as `USER`.
+    """A command that runs another command as `USER`.
 
     Args:
-        command: Which.
-        before: Of the shell that prepares its mount namespace, as root.
-        may_use_setuid: Whether programs such as newuidmap may get privileges.
-        unshare: Further namespaces of its own, as options of the program of that name.
+        command: The command to run.
+        before: Shell code that prepares its mount namespace, as root.
+        may_use_setuid: Whether programs such as newuidmap may gain privileges.
+        unshare: Further namespaces of its own, as options of unshare(1).
     """
     prefix = Path(sys.base_prefix)
     closed = [p for p in reversed(prefix.parents) if not p.stat().st_mode & 0o001]
@@ -53,9 +53,9 @@ def run_python_as_user(
     """Run this Python as `USER`, in the folder of the repository.
 
     Args:
-        arguments: Of the interpreter.
-        engine: Address of an engine to lend to its tests; empty: none.
-        timeout_s: Deadline.
+        arguments: Arguments of the interpreter.
+        engine: Address of a container engine to lend to its tests; empty for none.
+        timeout_s: Deadline in seconds.
     """
     return subprocess.run(
         command_as_user(sys.executable, *arguments),

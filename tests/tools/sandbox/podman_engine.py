@@ -1,8 +1,8 @@
-"""Podman's service with Docker's API, of the tests' own: its own folder and socket.
+"""A Podman service with Docker's API for the tests alone, with a folder and a socket of its own.
 
-    with podman_engine() as address:     # EngineUnavailable where there cannot be one
+    with podman_engine() as address:     # ContainerEngineUnavailable if there cannot be one
 
-Nothing is left of it: no process, no mount, no control group that was not there before.
+Nothing is left of it: no process, no mount, no control group that did not exist before.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import docker
 import docker.errors
 import requests.exceptions
 
-from tests.tools.sandbox.docker_engine import EngineUnavailable
+from tests.tools.sandbox.docker_engine import ContainerEngineUnavailable
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 60.0
 _SIZE_GB = 2
-# The limits are those of a machine that takes the right to raise them from root.
+# The limits of a machine on which even root may not raise them.
 _SETTINGS = """
 [containers]
 default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
@@ -41,16 +41,16 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 @contextlib.contextmanager
 def podman_engine() -> Iterator[str]:
-    """The address of a service; afterwards the service and its containers are gone.
+    """The address of a service, which ends with its containers after the block.
 
     Raises:
-        EngineUnavailable: It is not installed, or does not start here.
+        ContainerEngineUnavailable: It is not installed, or does not start here.
     """
     if os.geteuid() != 0:
-        raise EngineUnavailable("only root can start this service")
+        raise ContainerEngineUnavailable("only root can start this service")
     for program in ("podman", "runc"):
         if shutil.which(program) is None:
-            raise EngineUnavailable(f"{program} is not installed")
+            raise ContainerEngineUnavailable(f"{program} is not installed")
     folder = Path(tempfile.mkdtemp(prefix="podman-"))
     groups_before = _groups()
     options = f"mode=0711,size={_SIZE_GB}g"
@@ -92,7 +92,7 @@ def _wait_until_it_answers(service: subprocess.Popen[bytes], address: str, log: 
             return
         time.sleep(0.1)
     words = log.read_text(errors="replace").splitlines()
-    raise EngineUnavailable(f"podman does not come up: {' | '.join(words[-3:])}")
+    raise ContainerEngineUnavailable(f"podman does not come up: {' | '.join(words[-3:])}")
 
 
 def _end(service: subprocess.Popen[bytes], address: str, folder: Path) -> None:
@@ -106,7 +106,7 @@ def _end(service: subprocess.Popen[bytes], address: str, folder: Path) -> None:
     except subprocess.TimeoutExpired:
         service.kill()
         service.wait()
-    for pid in _processes_in(folder):  # those that watch a container, and end soon after it
+    for pid in _processes_in(folder):  # the monitors of containers, which end soon after these
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]

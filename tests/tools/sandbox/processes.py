@@ -1,4 +1,4 @@
-"""Which processes there are, for tests that count them."""
+"""The processes of this machine, for tests that count them or wait for them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 
 class Process(NamedTuple):
-    """One process; its start tells it from another that gets the same number later."""
+    """One process; its start time distinguishes it from a later one with the same number."""
 
     pid: int
     started: str
 
 
 def descendants(pid: int) -> list[Process]:
-    """Children first, then theirs; without the dead ones that nobody has reaped."""
+    """The descendants of a process, children first, without zombies."""
     children: dict[int, list[Process]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         if (found := _look(int(folder.name))) is not None:
@@ -29,7 +29,7 @@ def descendants(pid: int) -> list[Process]:
 
 
 def is_running(process: Process) -> bool:
-    """Whether it still lives."""
+    """Whether the process still lives."""
     found = _look(process.pid)
     return found is not None and found[0] == process
 
@@ -41,13 +41,13 @@ def wait_until(
     pause_s: float = 0.02,
     more: Callable[[], str] = str,
 ) -> None:
-    """Wait for what has to happen sooner or later; a loaded machine may take its time.
+    """Wait for something that has to happen, however long a loaded machine takes for it.
 
     Args:
-        condition: Whether it has happened.
-        within_s: Fails behind that.
-        pause_s: Between two looks; longer where a look is dear.
-        more: What is told of a failure.
+        condition: Returns whether it has happened.
+        within_s: Seconds after which the test fails.
+        pause_s: Seconds between two checks; longer if a check is expensive.
+        more: Returns text for the message of a failure.
     """
     deadline = time.monotonic() + within_s
     while not condition():

@@ -1,4 +1,4 @@
-"""Who waits for memory, and who goes first."""
+"""Which calls wait for memory and processes, and which go first."""
 
 import asyncio
 from pathlib import Path

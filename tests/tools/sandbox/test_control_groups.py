@@ -1,4 +1,4 @@
-"""What control groups leave, read from trees like those that kernels show."""
+"""What control groups leave, read from folders like those that kernels show."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ VERSION_1 = """\
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch):
-    """`groups(lines of /proc/self/cgroup, {file: text})`: all that this process then sees."""
+    """`groups(lines of /proc/self/cgroup, {file: text})` sets what this process then sees."""
 
     def see(own: str, files: dict[str, object]) -> None:
         for name, text in {"proc/self/cgroup": own, **files}.items():

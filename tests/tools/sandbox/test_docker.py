@@ -1,4 +1,4 @@
-"""Backend `docker`: what is not the same as for a fork server that is a child of the host."""
+"""Backend `docker`: what differs from a fork server that is a child of the host."""
 
 import asyncio
 import contextlib
@@ -22,8 +22,8 @@ from docker.errors import NotFound
 
 from tests.tools.sandbox.docker_engine import (
     BASE_IMAGE,
-    Engine,
-    EngineUnavailable,
+    ContainerEngine,
+    ContainerEngineUnavailable,
     build_sandbox_image,
     docker_engine,
     leftovers,
@@ -77,7 +77,7 @@ def test_ready_sessions_are_used_and_end_with_the_sandbox(engine_address: str, c
 
 
 def containers(address: str) -> dict[str, int]:
-    """Id -> pid of its fork server, as the host numbers it."""
+    """Id of each container -> pid of its fork server, as the host numbers it."""
     client = docker.DockerClient(base_url=address)
     found = {}
     for container in client.api.containers(all=True):
@@ -147,7 +147,7 @@ def test_nothing_is_left_when_the_sandbox_is_closed(
 
     tmp_path.chmod(0o711)  # the container's user goes through it
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    gc.collect()  # what other tests left open is closed now, and not meanwhile
+    gc.collect()  # closes what other tests left open now, and not during this one
     old = containers(engine_address)
     before, after = asyncio.run(scenario())
     assert containers(engine_address) == old
@@ -238,7 +238,7 @@ def test_engine_of_another_machine_is_refused(monkeypatch):
 
 def test_engine_that_does_not_answer_is_refused(tmp_path: Path):
     message = refusal(config(f"unix://{tmp_path}/none.sock"))
-    assert f"no engine answers at unix://{tmp_path}/none.sock" in message
+    assert f"no container engine answers at unix://{tmp_path}/none.sock" in message
     assert "DOCKER_HOST" in message
 
 
@@ -267,14 +267,14 @@ def test_image_of_something_else_is_refused(engine_address: str):
     assert "docker/sandbox.Dockerfile" in message
 
 
-def test_image_of_another_version_is_refused(engine: Engine):
+def test_image_of_another_version_is_refused(container_engine: ContainerEngine):
     lines = (f"FROM {IMAGE}", "USER 0", "RUN echo '# changed' >> /sandbox/jail/spec.py")
-    client = engine.client()
+    client = container_engine.client()
     client.images.build(
         fileobj=io.BytesIO("\n".join(lines).encode()), tag="old:test", network_mode="none"
     )
     client.close()
-    assert "build it again" in refusal(config(engine.address, image="old:test"))
+    assert "build it again" in refusal(config(container_engine.address, image="old:test"))
 
 
 def test_unknown_runtime_is_refused(engine_address: str):
@@ -386,9 +386,9 @@ asyncio.run(main())
 
 
 @contextlib.contextmanager
-def open_to_users(engine: Engine) -> Iterator[None]:
-    """Inside, anybody is in the engine's group, as far as the engine can tell."""
-    socket_path = Path(engine.address.removeprefix("unix://"))
+def open_to_users(container_engine: ContainerEngine) -> Iterator[None]:
+    """Within the block, the engine accepts everybody as a member of its group."""
+    socket_path = Path(container_engine.address.removeprefix("unix://"))
     socket_path.chmod(0o666)
     try:
         yield
@@ -396,26 +396,26 @@ def open_to_users(engine: Engine) -> Iterator[None]:
         socket_path.chmod(0o660)
 
 
-def run_as_a_user_of(engine: Engine, chosen: SandboxConfig) -> tuple[str, str]:
-    """Output of a program of somebody in the engine's group."""
-    with open_to_users(engine):
+def run_as_a_user_of(container_engine: ContainerEngine, chosen: SandboxConfig) -> tuple[str, str]:
+    """Output of a program that a member of the engine's group runs."""
+    with open_to_users(container_engine):
         result = run_python_as_user("-c", AS_A_USER, chosen.model_dump_json())
     return result.stdout, result.stderr
 
 
 @IN_BOTH_MODES
-def test_sandbox_of_an_ordinary_user(engine: Engine, container_per: str):
-    chosen = config(engine.address, container_per=container_per)
-    assert run_as_a_user_of(engine, chosen) == ("1001\n", "")
+def test_sandbox_of_an_ordinary_user(container_engine: ContainerEngine, container_per: str):
+    chosen = config(container_engine.address, container_per=container_per)
+    assert run_as_a_user_of(container_engine, chosen) == ("1001\n", "")
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(os.geteuid() != 0, reason="the suite runs as an ordinary user already")
-def test_no_program_escapes_from_containers_of_an_ordinary_user(engine: Engine):
+def test_no_program_escapes_from_containers_of_an_ordinary_user(container_engine: ContainerEngine):
     suite = str(Path(__file__).parent / "escape")
     pytest_command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "docker", suite]
-    with open_to_users(engine):
-        result = run_python_as_user(*pytest_command, engine=engine.address, timeout_s=800)
+    with open_to_users(container_engine):
+        result = run_python_as_user(*pytest_command, engine=container_engine.address, timeout_s=800)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
 
 
@@ -429,13 +429,16 @@ print(json.load(urllib.request.urlopen(request))["stdout"])
 
 
 @contextlib.contextmanager
-def composed(engine: Engine, image: str, folder: Path) -> Iterator[Any]:
-    """The container of the compose file, with no network to publish a port on."""
+def composed(container_engine: ContainerEngine, image: str, folder: Path) -> Iterator[Any]:
+    """The container of the compose file, without a network, so that no port is published."""
     service = {"image": image, "network_mode": "none"}
     own = folder / "own.yaml"
     own.write_text(yaml.safe_dump({"version": "3.9", "services": {"sandbox": service}}))
     command = ["docker-compose", "-p", "tir-alp-test", "-f", "compose.yaml", "-f", str(own)]
-    environment = os.environ | {"DOCKER_HOST": engine.address, "TIR_ALP_SANDBOX_TOKEN": "secret"}
+    environment = os.environ | {
+        "DOCKER_HOST": container_engine.address,
+        "TIR_ALP_SANDBOX_TOKEN": "secret",
+    }
 
     def compose(*arguments: str) -> None:
         done = subprocess.run(
@@ -447,7 +450,7 @@ def composed(engine: Engine, image: str, folder: Path) -> Iterator[Any]:
         )
         assert done.returncode == 0, done.stderr
 
-    with contextlib.closing(engine.client()) as client:
+    with contextlib.closing(container_engine.client()) as client:
         try:
             compose("up", "--detach", "--no-build")
             label = "com.docker.compose.project=tir-alp-test"
@@ -458,17 +461,17 @@ def composed(engine: Engine, image: str, folder: Path) -> Iterator[Any]:
 
 
 @pytest.mark.skipif(not shutil.which("docker-compose"), reason="docker-compose is not installed")
-def test_service_of_the_compose_file_answers(engine: Engine, tmp_path: Path):
+def test_service_of_the_compose_file_answers(container_engine: ContainerEngine, tmp_path: Path):
     try:
-        image = build_sandbox_image(engine, "service")
-    except EngineUnavailable as error:
+        image = build_sandbox_image(container_engine, "service")
+    except ContainerEngineUnavailable as error:
         pytest.skip(str(error))
 
     def is_healthy() -> bool:
         container.reload()
         return container.attrs["State"]["Health"]["Status"] == "healthy"
 
-    with composed(engine, image, tmp_path) as container:
+    with composed(container_engine, image, tmp_path) as container:
         try:
             wait_until(is_healthy, within_s=120)
         except AssertionError as error:
@@ -477,9 +480,9 @@ def test_service_of_the_compose_file_answers(engine: Engine, tmp_path: Path):
         assert output.strip() == "42", output
 
 
-def test_engine_leaves_nothing(engine: Engine):
+def test_engine_leaves_nothing(container_engine: ContainerEngine):
     with docker_engine() as other:
-        make_base_image(other, engine.folder / "base.tar")
+        make_base_image(other, container_engine.folder / "base.tar")
         client = other.client()
         client.containers.run(BASE_IMAGE, ["sleep", "1000"], network_mode="none", detach=True)
         client.close()

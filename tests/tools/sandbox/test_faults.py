@@ -1,4 +1,4 @@
-"""What breaks around a call: it ends with a typed outcome, in its time, and the next one works."""
+"""Faults around a call: it ends with a typed outcome in time, and the next one works."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.sandbox
 ON_EACH_BACKEND = pytest.mark.parametrize("backend", ["namespaces", "landlock"])
 NUM_OF_JAIL = {"namespaces": 3, "landlock": 1}
 SLACK_S = 60.0
-"""What a loaded machine may add to a deadline."""
+"""Seconds that a loaded machine may add to a deadline."""
 SLEEP = "import time; time.sleep(1); 'slept'"
 Result = TypeVar("Result")
 
@@ -36,7 +36,7 @@ def config_of(backend: str, **settings: object) -> SandboxConfig:
 
 
 async def in_time(work: Awaitable[Result], deadline_s: float = 0.0) -> Result:
-    """Whatever comes of it, it comes within its deadline."""
+    """Wait for a result, whatever it is, within its deadline."""
     return await asyncio.wait_for(work, deadline_s + SLACK_S)
 
 
@@ -69,7 +69,7 @@ def test_fork_server_killed_during_births(backend: str):
 @ON_EACH_BACKEND
 def test_half_of_the_interpreters_killed_during_calls(backend: str):
     async def scenario() -> None:
-        config = config_of(backend, memory_budget_mb=1 << 20)  # all at once, here
+        config = config_of(backend, memory_budget_mb=1 << 20)  # so that all run at once
         async with unprobed_sandbox(config) as sandbox:
             sessions = [await sandbox.open_session() for _ in range(20)]
             calls = [asyncio.create_task(session.run(SLEEP)) for session in sessions]
@@ -79,7 +79,7 @@ def test_half_of_the_interpreters_killed_during_calls(backend: str):
                 os.kill(sessions[victim].pid, signal.SIGKILL)
             for number, call in enumerate(calls):
                 result = await in_time(call, 10)
-                if number in victims:  # no program can kill itself so: nobody is to blame
+                if number in victims:  # no program can send itself a SIGKILL: it is not to blame
                     assert result.outcome is Outcome.INFRA_ERROR, result
                     assert "killed from outside" in result.stderr
                 else:
@@ -109,7 +109,7 @@ def test_keeper_killed_during_a_call(backend: str):
             assert result.outcome is Outcome.INFRA_ERROR, result
             assert (await in_time(python.run("2"), 10)).value == "2"
             assert (await in_time(neighbour.run("x"), 10)).value == "1"
-            if backend == "landlock":  # it could not remove its folder any more
+            if backend == "landlock":  # the keeper could no longer remove its folder
                 subprocess.run(["rm", "-r", (folder.value or "").strip("'")], check=True)
 
     asyncio.run(scenario())
@@ -158,7 +158,7 @@ def test_control_sockets_cut_during_calls(backend: str):
 
 
 def _open_files() -> set[tuple[int, str]]:
-    """Descriptors and what they stand for; a number alone may soon stand for something else."""
+    """Descriptors and what they refer to; a number alone may soon refer to something else."""
     found = set()
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # that of the listing itself
@@ -186,7 +186,7 @@ def test_full_folder_of_a_session(backend: str):
             try:
                 branch = await in_time(python.fork(), 20)
             except SandboxError:
-                pass  # there was no room for a copy of the files
+                pass  # there was no space for a copy of the files
             else:
                 assert (await in_time(branch.run("6 * 7"), 20)).value == "42"
                 await branch.close()

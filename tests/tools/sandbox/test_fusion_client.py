@@ -1,6 +1,6 @@
-"""The PyPI client of SandboxFusion, unchanged, against our service: its documented Python calls.
+"""SandboxFusion's client from PyPI, unchanged, against our service: its documented Python calls.
 
-The datasets of its manual (`get_prompts`, `submit`, ...) are another service, which is not ours.
+The data sets of its manual (`get_prompts`, `submit`, ...) are a service that we do not offer.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("aiohttp")
-fusion: Any = pytest.importorskip("sandbox_fusion")  # its models are of pydantic 1, untyped here
+fusion: Any = pytest.importorskip("sandbox_fusion")  # its models use pydantic 1: untyped here
 
 RunCodeRequest, RunJupyterRequest = fusion.RunCodeRequest, fusion.RunJupyterRequest
 RunStatus, CommandRunStatus = fusion.RunStatus, fusion.CommandRunStatus

@@ -1,4 +1,4 @@
-"""Runtime `runsc` of backend `docker`: what differs where a container has a kernel of its own."""
+"""Runtime `runsc` of backend `docker`: what differs if a container has a kernel of its own."""
 
 import asyncio
 import contextlib
@@ -13,22 +13,22 @@ from collections.abc import Callable
 import docker
 import pytest
 
-from tests.tools.sandbox.docker_engine import Engine
+from tests.tools.sandbox.docker_engine import ContainerEngine
 from tests.tools.sandbox.processes import wait_until
 from tests.tools.sandbox.test_docker import IMAGE, containers, run_as_a_user_of
 from tests.tools.sandbox.unprobed import unprobed_sandbox
 from tir_alp.tools.sandbox import Limits, Outcome, SandboxConfig, SandboxRefused, create_sandbox
-from tir_alp.tools.sandbox.backends.gvisor import GuestJail
+from tir_alp.tools.sandbox.backends.gvisor import GvisorJail
 from tir_alp.tools.sandbox.jail.seal import Seal
 
 pytestmark = pytest.mark.sandbox
 
 
 @pytest.fixture(scope="module")
-def address(engine: Engine) -> str:
-    if "runsc" not in engine.runtimes:
+def address(container_engine: ContainerEngine) -> str:
+    if "runsc" not in container_engine.runtimes:
         pytest.skip("no gVisor: runsc is not installed, and cannot be")
-    return engine.address
+    return container_engine.address
 
 
 def config(address: str, **settings: object) -> SandboxConfig:
@@ -50,7 +50,7 @@ def test_it_passes_its_probes_and_leaves_nothing(address: str):
             uname = (await python.run("import os; os.uname().version")).value
         return uname, before, len(os.listdir("/proc/self/fd"))
 
-    gc.collect()  # what other tests left open is closed now, and not meanwhile
+    gc.collect()  # closes what other tests left open now, and not during this one
     old = containers(address)
     uname, before, after = asyncio.run(scenario())
     assert uname is not None and uname.strip("'") != os.uname().version
@@ -194,14 +194,14 @@ asyncio.run(main())
     wait_until(lambda: set(containers(address)) <= old)
 
 
-def test_sandbox_of_an_ordinary_user(engine: Engine, address: str):
-    assert run_as_a_user_of(engine, config(address)) == ("1001\n", "")
+def test_sandbox_of_an_ordinary_user(container_engine: ContainerEngine, address: str):
+    assert run_as_a_user_of(container_engine, config(address)) == ("1001\n", "")
 
 
 # --------------------------------------------------------------------------------- refusals
 
 
-def refusal(chosen: SandboxConfig, weaken: Callable[..., GuestJail] | None = None) -> str:
+def refusal(chosen: SandboxConfig, weaken: Callable[..., GvisorJail] | None = None) -> str:
     async def start():
         async with create_sandbox(chosen, alter_jail=weaken):
             pass
@@ -215,23 +215,23 @@ def test_many_sessions_in_one_container_are_refused(address: str):
     assert 'container_per = "session"' in refusal(config(address, container_per="sandbox"))
 
 
-def with_options(**options: object) -> Callable[[GuestJail], GuestJail]:
+def with_options(**options: object) -> Callable[[GvisorJail], GvisorJail]:
     return lambda jail: dataclasses.replace(jail, options=jail.options | options)
 
 
-def with_spec(**changes: object) -> Callable[[GuestJail], GuestJail]:
+def with_spec(**changes: object) -> Callable[[GvisorJail], GvisorJail]:
     return lambda jail: dataclasses.replace(jail, spec=dataclasses.replace(jail.spec, **changes))
 
 
-def without_rlimit(name: str) -> Callable[[GuestJail], GuestJail]:
-    def alter(jail: GuestJail) -> GuestJail:
+def without_rlimit(name: str) -> Callable[[GvisorJail], GvisorJail]:
+    def alter(jail: GvisorJail) -> GvisorJail:
         limits = {k: v for k, v in jail.spec.rlimits.items() if k != name}
         return with_spec(rlimits=limits)(jail)
 
     return alter
 
 
-def with_secrets(jail: GuestJail) -> GuestJail:
+def with_secrets(jail: GvisorJail) -> GvisorJail:
     return dataclasses.replace(jail, environment=jail.environment | {"API_KEY": "x"})
 
 
@@ -252,6 +252,6 @@ WEAKENED = {
 
 @pytest.mark.parametrize(("weaken", "probe"), WEAKENED.values(), ids=WEAKENED)
 def test_weakened_container_refuses_to_start(
-    address: str, weaken: Callable[..., GuestJail], probe: str
+    address: str, weaken: Callable[..., GvisorJail], probe: str
 ):
     assert f" {probe}" in refusal(config(address), weaken)

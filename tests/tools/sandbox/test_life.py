@@ -200,7 +200,7 @@ def test_nothing_is_left_when_the_sandbox_is_closed(backend: str):
             assert len(set(descendants(os.getpid())) - mine) > 8
             return folders
 
-    gc.collect()  # what other tests left open is closed now, and not meanwhile
+    gc.collect()  # closes what other tests left open now, and not during this one
     mine, files = set(descendants(os.getpid())), len(os.listdir("/proc/self/fd"))
     folders = asyncio.run(scenario())
     assert set(descendants(os.getpid())) == mine
@@ -220,7 +220,7 @@ def test_closed_sessions_leave_no_process_and_no_descriptor(backend: str):
                     async with sandbox.session() as python:
                         branch = await python.fork()
                         await branch.close()
-                # A keeper ends a moment after its interpreter; those that are ready come and stay.
+                # A keeper ends a moment after its interpreter; ready sessions are made again.
                 num_processes = num_others + NUM_PROCESSES[backend] + 2 * config.ready_sessions
                 await _until(lambda: sandbox.num_ready_sessions == config.ready_sessions)
                 await _until(lambda: len(descendants(os.getpid())) == num_processes)  # noqa: B023
@@ -232,7 +232,7 @@ def test_closed_sessions_leave_no_process_and_no_descriptor(backend: str):
 
 
 NUM_PROCESSES = {"namespaces": 3, "landlock": 1}
-"""Of a jail without sessions: bubblewrap's two and the fork server."""
+"""Processes of a jail without sessions: bubblewrap's two and the fork server."""
 
 
 async def _folder_of(session: Session) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import docker
 import pytest
 
-from tests.tools.sandbox.docker_engine import Engine, EngineUnavailable
+from tests.tools.sandbox.docker_engine import ContainerEngine, ContainerEngineUnavailable
 from tests.tools.sandbox.podman_engine import podman_engine
 from tests.tools.sandbox.test_docker import IMAGE, IN_BOTH_MODES, config, containers
 from tir_alp.tools.sandbox import Limits, Outcome, create_sandbox
@@ -16,15 +16,15 @@ pytestmark = pytest.mark.sandbox
 
 
 @pytest.fixture(scope="module")
-def podman(engine: Engine) -> Iterator[str]:
-    """Its address; it has the image that Docker has built."""
+def podman(container_engine: ContainerEngine) -> Iterator[str]:
+    """Address of a Podman service that has the image which Docker built."""
     with contextlib.ExitStack() as stack:
         try:
             address = stack.enter_context(podman_engine())
-        except EngineUnavailable as error:
+        except ContainerEngineUnavailable as error:
             pytest.skip(f"no Podman: {error}")
         with (
-            contextlib.closing(engine.client()) as builder,
+            contextlib.closing(container_engine.client()) as builder,
             contextlib.closing(docker.DockerClient(base_url=address, timeout=120)) as client,
         ):
             client.images.load(b"".join(builder.images.get(IMAGE).save(named=True)))

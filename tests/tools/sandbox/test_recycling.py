@@ -1,4 +1,4 @@
-"""What has been used for long makes way for something fresh; what is fresh is kept ready."""
+"""Worn interpreters and fork servers are replaced, and fresh interpreters are kept ready."""
 
 import asyncio
 import os
@@ -30,7 +30,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def fork_servers(others: list[Process]) -> list[Process]:
-    """What this process has started since it had these children."""
+    """What this process has started since it had only these children."""
     return [child for child in children() if child not in others]
 
 
@@ -122,7 +122,7 @@ def test_worn_fork_server_is_replaced_and_its_sessions_live_on(backend: str):
 
 
 async def _serves_until_it_has_moved(sandbox: LocalSandbox, worn: Process) -> None:
-    """Sessions open all the time; at last they come from another fork server."""
+    """Open sessions until one comes from another fork server; each of them has to work."""
     async with asyncio.timeout(60):
         while True:
             async with sandbox.session() as python:

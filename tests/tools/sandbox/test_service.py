@@ -205,6 +205,42 @@ def test_forgotten_session_is_closed():
     run(scenario)
 
 
+def test_session_that_cannot_be_closed_is_counted_and_the_next_is_closed():
+    async def scenario():
+        broken, whole = _FakeSession(is_broken=True), _FakeSession(is_broken=False)
+        sandbox: Any = _FakeSandbox([broken, whole])
+        service = Service(sandbox, ServiceConfig(token=None, session_ttl_s=0.2))
+        async with TestClient(TestServer(service.application())) as client:
+            for _ in range(2):
+                assert (await post(client, "/v1/sessions"))[0] == 200
+                await asyncio.sleep(0.4)  # the broken one is swept first, by itself
+            async with client.get("/metrics") as response:
+                text = await response.text()
+        assert (broken.num_closes, whole.num_closes) == (1, 1)
+        assert "sandbox_failed_closes_total 1.0" in text and "sandbox_sessions 0.0" in text
+
+    run(scenario)
+
+
+class _FakeSession:
+    def __init__(self, is_broken: bool) -> None:
+        self.num_closes = 0
+        self._is_broken = is_broken
+
+    async def close(self) -> None:
+        self.num_closes += 1
+        if self._is_broken:
+            raise OSError("broken")
+
+
+class _FakeSandbox:
+    def __init__(self, sessions: list[_FakeSession]) -> None:
+        self._sessions = iter(sessions)
+
+    async def open_session(self) -> _FakeSession:
+        return next(self._sessions)
+
+
 @contextlib.asynccontextmanager
 async def remote(*clients: TestClient, **changes: Any):
     urls = tuple(str(client.make_url("/")) for client in clients)

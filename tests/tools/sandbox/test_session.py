@@ -1,4 +1,4 @@
-"""What a session does for a program that means no harm."""
+"""What a session does for harmless programs."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""The soak of `tests/benchmarks/soak_sandbox.py`, for a short while."""
+"""A short run of `tests/benchmarks/soak_sandbox.py`."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The same promises, kept by an ordinary user: the suite again, without root's privileges."""
+"""The sandbox holds for an ordinary user as well: the suite again, without root's privileges."""
 
 import os
 from pathlib import Path
@@ -13,8 +13,8 @@ pytestmark = pytest.mark.sandbox
 @pytest.mark.skipif(os.geteuid() != 0, reason="the suite runs as an ordinary user already")
 def test_suite_passes_as_an_ordinary_user():
     suite = Path(__file__).parent
-    tests = [str(suite / "escape"), str(suite / "test_sandbox_life.py")]
-    # An ordinary user cannot start a Docker engine; test_sandbox_docker.py lends one.
+    tests = [str(suite / "escape"), str(suite / "test_life.py")]
+    # An ordinary user cannot start a Docker engine; test_docker.py lends one.
     not_about_users = ["-k", "not weakened and not end_of_the_host and not docker"]
     pytest_command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     result = run_python_as_user(*pytest_command, *not_about_users, *tests)

@@ -1,4 +1,4 @@
-"""A local sandbox that does not attack itself first, for settings that leave no room for that."""
+"""A local sandbox that does not attack itself first, for settings under which probes would fail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tir_alp.tools.sandbox.sessions.local_sandbox import LocalSandbox
 async def unprobed_sandbox(
     config: SandboxConfig, alter_jail: Callable[..., Jail] = lambda jail: jail
 ) -> AsyncIterator[LocalSandbox]:
-    """Started, and stopped at the end."""
+    """A sandbox that is started now and stopped at the end of the block."""
     jail = alter_jail(BACKENDS[config.backend](config))
     sandbox = LocalSandbox(config, jail, SandboxReport(backend=jail.name))
     try:

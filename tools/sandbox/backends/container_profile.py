@@ -1,8 +1,9 @@
-"""The system calls of a whole container, as the engine wants them: an allow-list again.
+"""The system calls of a whole container, in the container engine's format: an allow-list again.
 
-It is what a session may call (`seccomp.py`), and what the fork server and the keepers need to make
-sessions; for the container of the HTTP service, what a server needs too. `docker/*.json` are these
-profiles, for whoever starts a container without this code; `write_profiles("docker")` made them.
+It holds what a session may call (`seccomp.py`) and what the fork server and the keepers need to
+make sessions; for the container of the HTTP service, also what a server needs.
+`write_profiles("docker")` writes these profiles to `docker/*.json`, for containers that are started
+without this code.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ _SERVICE = """
 _SERVICE_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
 
 _ARCHITECTURES = ("SCMP_ARCH_X86_64", "SCMP_ARCH_AARCH64")
-"""Without their 32-bit variants: a call through one of those ends the process."""
+"""Without their 32-bit variants: a call through one of these ends the process."""
 
 
 def container_profile(*, service: bool = False) -> dict[str, Any]:
     """A profile for `--security-opt seccomp=`.
 
     Args:
-        service: For a container in which the HTTP service runs, with sessions inside.
+        service: Whether the HTTP service runs in the container, with the sessions inside.
     """
     names = {*ALLOWED, *(_FORK_SERVER + (_SERVICE if service else "")).split()}
     families = (socket.AF_UNIX, *(_SERVICE_FAMILIES if service else ()))

@@ -1,8 +1,8 @@
 """Containers with a kernel of their own (gVisor), one for each session and its branches.
 
-What keeps a program from the host is gVisor: a kernel in user space that answers every system call
-itself, and is itself locked in. So there is no Landlock inside, and nothing to hide: the files are
-the image's and the session's own. Our filter, limits and keeper hold in there as elsewhere.
+gVisor keeps a program from the host: it is a kernel in user space that answers every system call
+itself and is itself confined. So there is no Landlock inside, and nothing to hide: the files are
+those of the image and of the session. The filter, the limits and the keeper work as elsewhere.
 """
 
 from __future__ import annotations
@@ -15,43 +15,49 @@ from typing import Any
 
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.sandbox.backends import jail_protocol as jails
-from tir_alp.tools.sandbox.backends.container_engine import engine_at, remove_container
+from tir_alp.tools.sandbox.backends.container_engine import connect, remove_container
 from tir_alp.tools.sandbox.endings import Lost
+from tir_alp.tools.sandbox.interpreters.in_gvisor import GuestHost
 from tir_alp.tools.sandbox.jail.spec import JailSpec
 from tir_alp.tools.sandbox.result import SandboxError
 
 _EVENTS_S = 120
-"""How far back the engine is asked why a container ended."""
+"""How far back the container engine is asked why a container ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GuestJail:
-    """A container with a kernel of its own; what `jails.Jail` is for a fork server."""
+class GvisorJail:
+    """Containers with a kernel of their own; see `jails.Jail`."""
 
     name = "docker"
     locks = frozenset({"seccomp", "rlimit", "keeper", "launcher", "container", "gVisor"})
     one_session = True
-    max_threads = None
 
     address: str
-    """Of the engine."""
+    """Address of the container engine."""
     options: dict[str, Any]
-    """What the engine is asked for, in the words of the SDK."""
+    """Options of a container, as the SDK takes them."""
     spec: JailSpec
     environment: dict[str, str] = field(default_factory=lambda: dict(jails.ENVIRONMENT))
+    """Environment of the fork server; nothing else reaches it."""
 
-    def open(self) -> OpenContainer:
-        """Start a container.
+    @property
+    def image(self) -> str:
+        """See `GuestJail`."""
+        return self.options["image"]
 
-        Raises:
-            SandboxError: The engine does not start it.
-        """
+    def new_host(self) -> GuestHost:
+        """See `jails.Jail`."""
+        return GuestHost(self)
+
+    def open(self) -> RunningGuest:
+        """See `GuestJail`."""
         from docker.errors import DockerException
 
         variables = [f"{name}={value}" for name, value in self.environment.items()]
         command = jails.python_command("/sandbox", "gvisor_relay", python="/sandbox/python")
         try:
-            with engine_at(self.address) as engine:
+            with connect(self.address) as engine:
                 container = engine.containers.create(
                     entrypoint=["/usr/bin/env", "-i", *variables],
                     command=command,
@@ -67,10 +73,10 @@ class GuestJail:
         except (DockerException, OSError, ValueError) as error:
             raise SandboxError(f"the container does not start: {error}") from error
 
-    def _attach(self, engine: Any, identity: str) -> OpenContainer:
+    def _attach(self, engine: Any, identity: str) -> RunningGuest:
         streams = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
         attached = engine.api.attach_socket(identity, params=streams)
-        # The SDK gives a file upon the connection, which would otherwise wait to be collected.
+        # The SDK wraps the connection in a file, which would stay open until it is collected.
         stream: socket.socket = attached._sock.dup()
         attached._sock.close()
         attached.close()
@@ -81,45 +87,34 @@ class GuestJail:
         except BaseException:
             stream.close()
             raise
-        return OpenContainer(self.address, identity, stream, pid)
-
-
-AnyJail = jails.Jail | GuestJail
-"""What a sandbox is built on."""
+        return RunningGuest(self.address, identity, stream, pid)
 
 
 @dataclass(frozen=True, slots=True)
-class OpenContainer:
-    """A container that runs, and the stream to it."""
+class RunningGuest:
+    """A container that runs, and the stream to it; see `OpenContainer`."""
 
     address: str
+    """Address of the container engine."""
     container_id: str
     stream: socket.socket
-    """To its stdin; from its stdout and stderr, in the engine's pieces. Its end ends the container.
-
-    Does not block."""
     pid: int
-    """Of its kernel, as the host numbers it; 0 if that has ended already."""
-
-    def close_stream(self) -> None:
-        """Give the descriptor back."""
-        self.stream.close()
 
     def remove(self) -> None:
-        """Kill and remove it; wait until it is gone."""
+        """See `OpenContainer`."""
         from docker.errors import DockerException
 
-        # If the engine is gone, the container ends all the same: the host has closed its stream.
-        with contextlib.suppress(DockerException, OSError), engine_at(self.address) as engine:
+        # If the engine is gone, the container ends anyway: the host has closed its stream.
+        with contextlib.suppress(DockerException, OSError), connect(self.address) as engine:
             remove_container(engine, self.container_id)
 
     def cause_of_end(self) -> Lost:
-        """Why it ended by itself, by the engine's word."""
+        """See `OpenContainer`."""
         from docker.errors import DockerException
 
         now = int(time.time())
         try:
-            with engine_at(self.address) as engine:
+            with connect(self.address) as engine:
                 events = engine.events(
                     since=now - _EVENTS_S,
                     until=now + 1,

@@ -1,16 +1,17 @@
-"""The seam between the sandbox and what confines it: a `Jail` says how the fork server is started.
+"""The seam between the sandbox and what confines it: a `Jail` makes hosts of interpreters.
 
-Everything above, from the fork server's protocol to the typed outcomes, is the same for each jail.
+Everything above, from the protocol of the fork server to the typed outcomes, is the same for every
+jail.
 """
 
 from __future__ import annotations
 
-import socket
 import subprocess
 from pathlib import Path
 from typing import IO, Protocol
 
 from tir_alp.tools.sandbox.config import SandboxConfig
+from tir_alp.tools.sandbox.interpreters.host import InterpreterHost
 from tir_alp.tools.sandbox.jail import paths
 from tir_alp.tools.sandbox.jail.spec import JailSpec
 
@@ -21,14 +22,14 @@ ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "LANG": "C.UTF-8",
     "MPLBACKEND": "Agg",
-    # One thread a library: a fork copies only the calling thread, and sessions are the parallelism.
+    # One thread per library: a fork copies the calling thread only, and sessions run in parallel.
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-    # An arena a thread would eat the address space that a session may use.
+    # One arena per thread would use up the address space that a session may have.
     "MALLOC_ARENA_MAX": "1",
 }
-# The fork server gets the one folder that it needs, under its own name, and nothing else of ours.
+# The fork server can import the `jail` folder under its own dotted name, and nothing else here.
 _START = """
 import sys, types
 for name in ("tir_alp", "tir_alp.tools", "tir_alp.tools.sandbox"):
@@ -39,55 +40,36 @@ main({arguments})
 """
 
 
-class Started(Protocol):
-    """A fork server that has been started."""
-
-    async def end(self) -> None:
-        """Kill it, and wait until it is dead. What it has forked may outlive it by moments."""
-        ...
-
-
 class Jail(Protocol):
-    """What holds the fork server and its sessions. `BACKENDS` makes one from a config."""
+    """What confines interpreters. `create.BACKENDS` makes one from a config."""
 
     @property
     def name(self) -> str:
-        """Of the backend."""
+        """Name of the backend."""
         ...
 
     @property
     def spec(self) -> JailSpec:
-        """What the fork server is told."""
+        """What a session may do."""
         ...
 
     @property
     def locks(self) -> frozenset[str]:
-        """The mechanisms that the probes may name as what stopped an attack."""
-        ...
-
-    @property
-    def max_threads(self) -> int | None:
-        """How many the host lets an interpreter have; None where the kernel counts them."""
+        """The mechanisms that the probes may name as having stopped an attack."""
         ...
 
     @property
     def one_session(self) -> bool:
-        """Whether each session gets a fork server of its own."""
+        """Whether each session gets a host of its own."""
         ...
 
-    async def start(
-        self, requests: socket.socket, obituaries: socket.socket, errors: IO[bytes]
-    ) -> Started:
-        """Start a fork server on its ends of two sockets; what goes wrong, it writes to `errors`.
-
-        Raises:
-            SandboxError: It could not be started.
-        """
+    def new_host(self) -> InterpreterHost:
+        """A host in this jail, not yet started."""
         ...
 
 
 class ChildProcess:
-    """A fork server that is a child of the host."""
+    """A fork server that is a child of the host; see `Launched`."""
 
     def __init__(
         self,
@@ -107,7 +89,7 @@ class ChildProcess:
         )
 
     async def end(self) -> None:
-        """See `Started`."""
+        """See `Launched`."""
         self._process.kill()
         self._process.wait()
 
@@ -118,17 +100,17 @@ def python_command(
     """The command of a Python that calls the `main` of a module of the `jail` folder.
 
     Args:
-        folder: Where the `jail` folder is.
-        module: Its name in there.
-        arguments: Of `main`.
-        python: Path of the interpreter; None: this one.
+        folder: The folder that contains the `jail` folder.
+        module: Name of the module in the `jail` folder.
+        arguments: Arguments of its `main`.
+        python: Path of the interpreter; None means the one that runs now.
     """
     start = _START.format(folder=folder, module=module, arguments=", ".join(map(repr, arguments)))
     return [python or paths.python(), "-I", "-u", "-c", start]
 
 
 def session_limits(config: SandboxConfig) -> dict[str, int]:
-    """The rlimits of one process. That on processes is not among them: it counts a user's."""
+    """The rlimits of one process, except the one on processes, which counts those of a user."""
     return {
         "RLIMIT_AS": config.memory_mb << 20,
         "RLIMIT_NOFILE": config.open_files,

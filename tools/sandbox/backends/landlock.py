@@ -1,9 +1,8 @@
 """Backends `landlock` and `unsafe`: the fork server as a plain process, without namespaces.
 
-`landlock` is for the inside of containers that forbid namespaces. Its sessions are kept apart by
-Landlock (files, signals, sockets), the system call filter and rlimits; what only namespaces can do
-is done by the host, which counts threads, and by the keepers, which measure folders. `unsafe` keeps
-nothing apart from anything.
+`landlock` is for use inside containers that forbid namespaces. Its sessions are kept apart by
+Landlock (files, signals, sockets), the system call filter and rlimits. In place of namespaces, the
+host counts threads and the keepers measure folders. `unsafe` has no protection at all.
 """
 
 from __future__ import annotations
@@ -18,17 +17,18 @@ from tir_alp.tools.sandbox.backends import jail_protocol as jails
 from tir_alp.tools.sandbox.backends.namespaces import LAUNCHER
 from tir_alp.tools.sandbox.backends.seccomp import compile_filter
 from tir_alp.tools.sandbox.config import SandboxConfig
+from tir_alp.tools.sandbox.interpreters.forked import ForkServerHost
 from tir_alp.tools.sandbox.jail import kernel, landlock, paths
 from tir_alp.tools.sandbox.jail.spec import JailSpec
 from tir_alp.tools.sandbox.result import SandboxRefused
 
-_MIN_LANDLOCK = 6  # the first that keeps signals and abstract sockets in
+_MIN_LANDLOCK = 6  # the first version that confines signals and abstract sockets
 _NO_COMPILED_FILTER = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlainJail:
-    """A fork server that is a child of the host like any other; see `jails.Jail`."""
+    """Fork servers that are plain children of the host; see `jails.Jail`."""
 
     one_session = False
 
@@ -37,10 +37,14 @@ class PlainJail:
     max_threads: int | None
     spec: JailSpec
     visible: tuple[str, ...]
-    """What the fork server must be able to read, should it have to become an ordinary user."""
+    """Paths that the fork server must be able to read if it has to become an ordinary user."""
     environment: dict[str, str] = field(default_factory=lambda: dict(jails.ENVIRONMENT))
 
-    async def start(
+    def new_host(self) -> ForkServerHost:
+        """See `jails.Jail`."""
+        return ForkServerHost(self)
+
+    async def launch(
         self, requests: socket.socket, obituaries: socket.socket, errors: IO[bytes]
     ) -> jails.ChildProcess:
         """Start the launcher, which becomes the fork server."""
@@ -53,10 +57,10 @@ class PlainJail:
 
 
 def plan_landlock(config: SandboxConfig) -> PlainJail:
-    """Find out what this machine's Python needs, and what its kernel gives.
+    """Find out what this machine's Python needs, and what its kernel offers.
 
     Raises:
-        SandboxRefused: The kernel has no Landlock that keeps signals in, or libseccomp is missing.
+        SandboxRefused: The kernel's Landlock cannot confine signals, or libseccomp is missing.
     """
     demand_landlock()
     packages = paths.package_folders()
@@ -76,7 +80,7 @@ def plan_landlock(config: SandboxConfig) -> PlainJail:
 
 
 def demand_landlock() -> None:
-    """Check that the kernel can keep apart, by Landlock alone, sessions of the same user.
+    """Check that the kernel's Landlock alone can keep sessions of the same user apart.
 
     Raises:
         SandboxRefused: It cannot.
@@ -86,7 +90,7 @@ def demand_landlock() -> None:
 
 
 def plan_unsafe(config: SandboxConfig) -> PlainJail:
-    """No protection at all: programs are run as the user that the host is."""
+    """No protection at all: programs run as the host's own user."""
     return PlainJail(
         name="unsafe",
         locks=frozenset(),

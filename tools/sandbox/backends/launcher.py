@@ -1,11 +1,12 @@
-"""Starts the fork server, in bubblewrap or plainly, as an unprivileged user. A script.
+"""A script that starts the fork server, in bubblewrap or plainly, as an unprivileged user.
 
-Neither must be started by the real root: in bubblewrap, whatever ids it shows inside, its payload
-would be root to the kernel (bubblewrap issues 181, 313, 551). So root becomes `nobody` first. But
-`nobody` may not enter the folders where root keeps its Python: while still root, and in a mount
-namespace of its own, this script binds them where anybody can reach them. For bubblewrap that is
-any place, since it binds them back to their own paths, as compiled libraries and `sys.prefix`
-expect; otherwise it is their own paths, with empty folders in place of those that were closed.
+Neither may be started by the real root: whatever ids bubblewrap shows inside, its payload would be
+root to the kernel (bubblewrap issues 181, 313, 551). So root becomes `nobody` first. `nobody` may
+not enter folders below /root, where root may keep its Python. So while it is still root, and in a
+mount namespace of its own, this script binds them where everybody can reach them. For bubblewrap
+any path will do, since it binds them back to their own paths, as compiled libraries and
+`sys.prefix` expect. Otherwise they are bound to their own paths, with empty folders in place of
+those that were closed.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _start_bubblewrap(
 
 
 def _stage(paths: list[str]) -> dict[str, str]:
-    """Bind every path below /tmp, which is private to this process from here on."""
+    """Bind every path below /tmp, which is private to this process from now on."""
     _check(_libc.unshare(_CLONE_NEWNS), "unshare")
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
     opened = {path: os.open(path, os.O_PATH) for path in paths}
@@ -62,9 +63,9 @@ def _stage(paths: list[str]) -> dict[str, str]:
 
 
 def _uncover(paths: list[str]) -> None:
-    """Let everybody reach these paths, in a mount namespace of this process; hide what is around.
+    """Let everybody reach these paths, in this process's own mount namespace; hide their siblings.
 
-    Where nothing is closed, nothing is done, so that a container needs no right to mount.
+    If nothing is closed, nothing is done, so that a container needs no right to mount.
     """
     closed = {top for top in map(_outermost_closed, paths) if top is not None}
     if not closed:

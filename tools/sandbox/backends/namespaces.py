@@ -1,9 +1,9 @@
 """Backend `namespaces`: what bubblewrap binds, hides and unshares for the fork server.
 
-The jail has the interpreter and its libraries at their own paths (compiled code remembers them),
-the installed packages below /packages, and this package's `jail` folder, all read-only; no network,
-no processes but its own, an empty environment. The sessions inside are confined further, by
-`jail/confine.py`.
+The jail contains the interpreter and its libraries at their own paths (compiled code remembers
+them), the installed packages below /packages, and this package's `jail` folder, all read-only. It
+has no network, no processes but its own, and an empty environment. `jail/confine.py` confines the
+sessions inside further.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import IO
 from tir_alp.tools.sandbox.backends import jail_protocol as jails
 from tir_alp.tools.sandbox.backends.seccomp import compile_filter
 from tir_alp.tools.sandbox.config import SandboxConfig
+from tir_alp.tools.sandbox.interpreters.forked import ForkServerHost
 from tir_alp.tools.sandbox.jail import kernel, paths
 from tir_alp.tools.sandbox.jail.room_namespaces import SCRATCH, SCRATCH_ROOT
 from tir_alp.tools.sandbox.jail.spec import JailSpec
@@ -30,7 +31,7 @@ LAUNCHER = Path(__file__).parent / "launcher.py"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamespacesJail:
-    """The outer jail and what holds inside it; see `jails.Jail`."""
+    """The outer jail and the rules inside it; see `jails.Jail`."""
 
     name = "namespaces"
     locks = frozenset({"seccomp", "Landlock", "rlimit", "namespaces", "NPROC", "tmpfs", "launcher"})
@@ -40,13 +41,13 @@ class NamespacesJail:
     bwrap: str
     """Path of the bubblewrap binary."""
     binds: tuple[tuple[str, str], ...]
-    """(host path, path inside) of all that is visible, read-only."""
+    """(host path, path inside) of everything that is visible, read-only."""
     arguments: tuple[str, ...]
-    """Of bubblewrap, the binds left out."""
+    """Arguments of bubblewrap except the binds."""
     spec: JailSpec
 
     def command(self, requests_fd: int, obituaries_fd: int) -> list[str]:
-        """Of the launcher, which becomes bubblewrap, which starts the fork server."""
+        """The command of the launcher, which becomes bubblewrap, which starts the fork server."""
         job = {
             "bwrap": self.bwrap,
             "binds": self.binds,
@@ -55,7 +56,11 @@ class NamespacesJail:
         }
         return [sys.executable, "-I", "-S", str(LAUNCHER), json.dumps(job)]
 
-    async def start(
+    def new_host(self) -> ForkServerHost:
+        """See `jails.Jail`."""
+        return ForkServerHost(self)
+
+    async def launch(
         self, requests: socket.socket, obituaries: socket.socket, errors: IO[bytes]
     ) -> jails.ChildProcess:
         """Start the launcher."""
@@ -64,7 +69,7 @@ class NamespacesJail:
 
 
 def plan_namespaces(config: SandboxConfig) -> NamespacesJail:
-    """Find out what this machine's Python needs, and lock away the rest.
+    """Find out what this machine's Python needs, and plan a jail that shows nothing else.
 
     Raises:
         SandboxRefused: bubblewrap or libseccomp is not installed.

@@ -1,8 +1,8 @@
 """The system calls that a session may make: an allow-list, compiled on the host to a BPF program.
 
-Whatever is not named here fails with EPERM: sockets other than local pairs, exec, fork, mounts,
-namespaces, ptrace, io_uring, keyrings, bpf, memfd, System V IPC, and every way to send a signal,
-even to oneself. A call through a foreign ABI (i386 or x32 on x86-64) kills the process.
+Everything else fails with EPERM: sockets other than local pairs, exec, fork, mounts, namespaces,
+ptrace, io_uring, keyrings, bpf, memfd, System V IPC, and every way to send a signal, even to
+oneself. A call through a foreign ABI (i386 or x32 on x86-64) kills the process.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import socket
 import tempfile
 
+from tir_alp.tools.sandbox.jail.kernel import CLONE_THREAD
 from tir_alp.tools.sandbox.result import SandboxRefused
 
 _FILES = """
@@ -46,9 +47,8 @@ ALLOWED = (
 ).split()
 """Allowed with any arguments; a name that this architecture lacks is skipped."""
 
-# clone is allowed for threads. clone3 hides its flags behind a pointer: it must look missing, so
-# that the C library falls back.
-CLONE_THREAD = 0x00010000
+# clone is allowed for threads. clone3 passes its flags through a pointer, where a filter cannot
+# read them: it must look missing, so that the C library falls back to clone.
 CLONE_NEW_ANY = 0x7E020080
 LOOKS_MISSING = ("clone3",)
 
@@ -56,24 +56,25 @@ _PR_SET_NAME, _PR_GET_NAME = 15, 16
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 """TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX."""
 _FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)
-"""Duplicates, flags and locks. Not F_SETOWN and F_SETSIG: they make the kernel send signals."""
+"""Duplicates, flags and locks. Not F_SETOWN and F_SETSIG, which make the kernel send signals."""
 
 
 def compile_filter(
     branch_flags: int, *, ask_for_threads: bool = False, asks_host: bool = True
 ) -> bytes:
-    """The filter for this machine's architecture, as the kernel wants it.
+    """The filter for this machine's architecture, in the kernel's format.
 
     Args:
-        branch_flags: Of the one clone(2) that is no thread; the kernel asks the host about it.
-        ask_for_threads: Whether the kernel asks the host about every new thread, too.
-        asks_host: False where the kernel cannot ask: the one form of clone(2) is then allowed.
+        branch_flags: Flags of the one clone(2) that makes a process; the kernel asks the host about
+            it.
+        ask_for_threads: Whether the kernel asks the host about every new thread as well.
+        asks_host: Whether the kernel can ask the host. If not, that clone(2) is allowed.
 
     Raises:
         SandboxRefused: libseccomp is not installed.
     """
     try:
-        import pyseccomp as seccomp  # raises where libseccomp is missing: only its users see that
+        import pyseccomp as seccomp  # raises if libseccomp is missing: only its users see that
     except RuntimeError as error:
         raise SandboxRefused(f"no system call filter: {error} (Debian: libseccomp2)") from error
 

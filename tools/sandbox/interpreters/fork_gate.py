@@ -1,9 +1,9 @@
-"""Lets an interpreter fork when the host has asked for it, and at no other time.
+"""Lets an interpreter fork when the host has asked it to, and at no other time.
 
-The seccomp filter forbids every fork but one form of clone(2), about which the kernel asks the
-host. So code inside a session can start threads, never processes: that is what makes the address
-space limit of one process the memory limit of a session. Where the kernel does not count threads a
-session, it asks the host about each of them as well.
+The seccomp filter forbids every fork except one form of clone(2), about which the kernel asks the
+host. So code inside a session can start threads but no processes, and the address space limit of
+one process is the memory limit of a session. Where the kernel does not count the threads of each
+session, it asks the host about every new thread as well.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import struct
 from pathlib import Path
 
-from tir_alp.tools.sandbox.backends.seccomp import CLONE_THREAD
+from tir_alp.tools.sandbox.jail.kernel import CLONE_THREAD
 
 _NOTIFICATION = struct.Struct("=QII16xQ40x")  # id, thread, flags, first argument of the call
 _ANSWER = struct.Struct("=QqiI")  # id, value, error, flags
@@ -23,9 +23,9 @@ _RECEIVE, _SEND, _CONTINUE = 0xC0502100, 0xC0182101, 1
 
 
 class ForkGate:
-    """The questions of one session and of all its branches, which share its filter.
+    """Answers the kernel's questions about one session and its branches, which share a filter.
 
-    Whoever uses it calls `retain`; the last `release` closes it.
+    Every user calls `retain`; the last `release` closes the gate.
     """
 
     def __init__(self, questions: int, max_threads: int | None) -> None:
@@ -36,12 +36,12 @@ class ForkGate:
         asyncio.get_running_loop().add_reader(questions, self._answer)
 
     def retain(self) -> ForkGate:
-        """Count one user more."""
+        """Count one more user."""
         self._users += 1
         return self
 
     def release(self) -> None:
-        """Count one user less."""
+        """Count one user less, and close the gate after the last."""
         self._users -= 1
         if self._users == 0:
             asyncio.get_running_loop().remove_reader(self._questions)
@@ -69,18 +69,18 @@ class ForkGate:
             answer = _ANSWER.pack(number, 0, -refusal, 0 if refusal else _CONTINUE)
             fcntl.ioctl(self._questions, _SEND, answer)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.EINTR):  # who asked was killed meanwhile
+            if error.errno not in (errno.ENOENT, errno.EINTR):  # the asker was killed meanwhile
                 raise
 
     def _refusal_of_thread(self, asker: int) -> int:
-        """The error number for one more thread in this process, 0 if it may have it.
+        """The error number for one more thread of this process; 0 if it may start.
 
-        Threads that ask at the same time count only once each has started, so that for a moment
-        there can be twice as many as allowed, and never more.
+        A thread counts only once it has started. When many ask at the same time, there can be
+        twice as many threads as allowed for a moment, but never more.
         """
         try:
             status = Path(f"/proc/{asker}/status").read_text()
-        except OSError:  # who asked was killed meanwhile
+        except OSError:  # the asker was killed meanwhile
             return errno.EAGAIN
         num_threads = int(status.partition("Threads:")[2].split(None, 1)[0])
         assert self._max_threads is not None

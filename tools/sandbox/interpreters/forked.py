@@ -1,4 +1,7 @@
-"""An interpreter that is a process of this machine: its control socket, its pipes, its pidfd."""
+"""An interpreter that is a process of this machine: its control socket, its pipes and its pidfd.
+
+`in_gvisor.py` has the other kind.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from typing import Any
 
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.sandbox.endings import CRASHED, SERVER_DIED, Lost, lost_by
-from tir_alp.tools.sandbox.interpreters.descriptors import CREDENTIALS_SPACE, readable, sender
+from tir_alp.tools.sandbox.interpreters.descriptors import readable
 from tir_alp.tools.sandbox.interpreters.fork_gate import ForkGate
 from tir_alp.tools.sandbox.interpreters.fork_server_client import ForkServer
 from tir_alp.tools.sandbox.interpreters.interpreter import (
@@ -25,16 +28,17 @@ from tir_alp.tools.sandbox.interpreters.interpreter import (
     Interpreter,
 )
 from tir_alp.tools.sandbox.jail import frames
+from tir_alp.tools.sandbox.jail.credentials import CREDENTIALS_SPACE, sender
 from tir_alp.tools.sandbox.machine.budget import NOTHING, Resources
-from tir_alp.tools.sandbox.machine.usage import ProcessStatus
+from tir_alp.tools.sandbox.machine.usage import ProcessUsage
 from tir_alp.tools.sandbox.result import SandboxError
 
 _OBITUARY_TIMEOUT_S = 5.0
 _CHUNK = 1 << 16
 
 
-class InterpreterProcess(Interpreter):
-    """Made by `start` or `branch`."""
+class ForkedInterpreter(Interpreter):
+    """An interpreter that a fork server has forked, or a branch of one."""
 
     def __init__(self, server: ForkServer, family: int = 0, gate: ForkGate | None = None) -> None:
         super().__init__()
@@ -44,7 +48,7 @@ class InterpreterProcess(Interpreter):
         self._pid_in_family = 0
         self._pid = 0
         self._pidfd = -1
-        self._status: ProcessStatus | None = None
+        self._process_usage: ProcessUsage | None = None
         self._cpu_s = 0.0
         self._grace: asyncio.TimerHandle | None = None
         self._control, self._their_control = socket.socketpair()
@@ -57,7 +61,7 @@ class InterpreterProcess(Interpreter):
     # ------------------------------------------------------------------ birth
 
     @classmethod
-    async def start(cls, server: ForkServer) -> InterpreterProcess:
+    async def fork_from(cls, server: ForkServer) -> ForkedInterpreter:
         """A fresh interpreter.
 
         Raises:
@@ -69,7 +73,7 @@ class InterpreterProcess(Interpreter):
                 process._family = server.fork_session(process._their_ends())
                 process._close_their_ends()
                 (hello,) = await process._greet(with_questions=True)
-            process._pid_in_family = hello["pid"]  # no foreign code has run in it so far
+            process._pid_in_family = hello["pid"]  # trusted: no foreign code has run in it yet
             server.death(process._family, process._pid_in_family)
         except BaseException as error:
             await process.kill()
@@ -78,7 +82,7 @@ class InterpreterProcess(Interpreter):
             raise
         return process
 
-    async def branch(self) -> InterpreterProcess:
+    async def branch(self) -> ForkedInterpreter:
         """See `Interpreter`."""
         child = self._create(self._server, self._family, self._gate)
         if self._gate is not None:
@@ -90,7 +94,7 @@ class InterpreterProcess(Interpreter):
         except BaseException as error:
             has_forked = self._gate is None or not self._gate.withdraw(self.pid)
             if has_forked and not child._pidfd >= 0:
-                self._kill_family()  # somewhere in it runs a copy that nobody holds
+                self._kill_family()  # otherwise a copy that nobody holds would run on
             await child.kill()
             if isinstance(error, OSError | TimeoutError | ValueError):
                 raise SandboxError(f"the interpreter cannot be forked: {error!r}") from error
@@ -98,13 +102,13 @@ class InterpreterProcess(Interpreter):
         return child
 
     @classmethod
-    def _create(cls, *arguments: Any) -> InterpreterProcess:
+    def _create(cls, *arguments: Any) -> ForkedInterpreter:
         try:
             return cls(*arguments)
         except OSError as error:
             raise SandboxError(f"no descriptors for another session: {error}") from error
 
-    async def _fork_into(self, child: InterpreterProcess) -> None:
+    async def _fork_into(self, child: ForkedInterpreter) -> None:
         reply = self._expect_reply()
         await self._send({"id": 0, "op": "branch"})
         socket.send_fds(self._control, [b"\0"], child._their_ends())
@@ -121,7 +125,7 @@ class InterpreterProcess(Interpreter):
         await child._send({"op": "go"})
 
     async def _greet(self, with_questions: bool) -> list[dict[str, Any]]:
-        """Wait for the first frame. The kernel vouches for the pid that comes with it."""
+        """Wait for the first frame. The kernel vouches for the pid that arrives with it."""
         loop = asyncio.get_running_loop()
         try:
             await readable(self._control.fileno(), GREETING_TIMEOUT_S)
@@ -137,7 +141,7 @@ class InterpreterProcess(Interpreter):
                 (questions,) = array.array("i", payload)
                 self._gate = ForkGate(questions, self._server.jail.max_threads).retain()
         self._pidfd = os.pidfd_open(self.pid)
-        self._usage = self._status = ProcessStatus(self.pid)
+        self._usage = self._process_usage = ProcessUsage(self.pid)
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
         loop.add_reader(self._control, self._on_control)
         loop.add_reader(self._out, self._on_output, self._out)
@@ -166,7 +170,8 @@ class InterpreterProcess(Interpreter):
         """See `Interpreter`."""
         self._server.poll()
         if self.lost is None and self._server.dead:
-            self.lose(Outcome.INFRA_ERROR, "the fork server died")  # it may outlive it by moments
+            # The interpreter may outlive it by moments.
+            self.lose(Outcome.INFRA_ERROR, "the fork server died")
         elif self.lost is None:
             self._on_control()
 
@@ -177,18 +182,18 @@ class InterpreterProcess(Interpreter):
 
     def cpu_s(self) -> float:
         """See `Interpreter`."""
-        if self.lost is None:  # otherwise the pid may be another's by now
+        if self.lost is None:  # otherwise another process may have the pid by now
             with contextlib.suppress(OSError):
                 self._cpu_s = time.clock_gettime(~self.pid << 3 | 2)
         return self._cpu_s
 
     @property
     def holds(self) -> Resources:
-        """See `Interpreter`; its keeper counts."""
-        if self.lost is not None or self._status is None:
+        """See `Interpreter`; its keeper is included."""
+        if self.lost is not None or self._process_usage is None:
             return NOTHING
-        status = self._status
-        return Resources(memory_mb=round(status.grown_mb), processes=status.num_threads + 1)
+        usage = self._process_usage
+        return Resources(memory_mb=round(usage.grown_mb), processes=usage.num_threads + 1)
 
     async def _send(self, message: dict[str, Any]) -> None:
         try:
@@ -210,7 +215,7 @@ class InterpreterProcess(Interpreter):
             self.lose(Outcome.RESOURCE_LIMIT, self._flood)
 
     def _floods(self, pipe: FileIO) -> bool:
-        """Read what is there; whether it was too much, after which the rest stays unread."""
+        """Read what the pipe holds, up to the limit; return whether that was exceeded."""
         sink = self._stdout if pipe is self._out else self._stderr
         while self.lost is None:
             data = pipe.read(_CHUNK)
@@ -225,7 +230,7 @@ class InterpreterProcess(Interpreter):
 
     # ------------------------------------------------------------------ death
 
-    def _last_words_are_too_many(self) -> bool:
+    def _final_output_is_too_much(self) -> bool:
         return self._pidfd >= 0 and any(map(self._floods, (self._out, self._err)))
 
     def _end_after(self, grace_s: float) -> None:
@@ -253,11 +258,11 @@ class InterpreterProcess(Interpreter):
                 await readable(self._pidfd, DEATH_TIMEOUT_S)
         except TimeoutError:
             self._kill_family()
-        finally:  # even if whoever waits is cancelled
+        finally:  # even if the caller is cancelled
             if self._pidfd >= 0:
                 os.close(self._pidfd)
-            if self._status is not None:
-                self._status.close()
+            if self._process_usage is not None:
+                self._process_usage.close()
             await self._server.move_out(self._family, self._pid_in_family)
 
     async def _cause_of_crash(self) -> Lost:
@@ -265,7 +270,7 @@ class InterpreterProcess(Interpreter):
         try:
             async with asyncio.timeout(_OBITUARY_TIMEOUT_S):
                 end = await asyncio.shield(death)
-        except TimeoutError:  # no program can keep it from telling
+        except TimeoutError:  # no program can keep the keeper from reporting
             return Lost(Outcome.INFRA_ERROR, "its keeper died")
         if end is SERVER_DIED:
             return Lost(Outcome.INFRA_ERROR, "the fork server died")
@@ -284,16 +289,24 @@ class InterpreterProcess(Interpreter):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def _kill_family(self) -> None:
-        """End the keeper, and so every process of the session and of its branches.
+        """End the keeper, and with it every process of the session and of its branches.
 
-        Pid 1 of a namespace takes all with it, and cannot be told anything. In a folder, SIGTERM
-        makes the keeper kill the others.
+        As pid 1 of a namespace the keeper handles no signal, and its death ends all the others.
+        In a folder, SIGTERM makes it kill the others.
         """
         in_namespaces = self._server.jail.spec.room == "namespaces"
         with contextlib.suppress(OSError):
             stat = Path(f"/proc/{self.pid}/stat").read_text()
             keeper = int(stat.rpartition(")")[2].split()[1])
             os.kill(keeper, signal.SIGKILL if in_namespaces else signal.SIGTERM)
+
+
+class ForkServerHost(ForkServer):
+    """A fork server and the interpreters that it makes; see `InterpreterHost`."""
+
+    async def new_interpreter(self) -> ForkedInterpreter:
+        """See `InterpreterHost`."""
+        return await ForkedInterpreter.fork_from(self)
 
 
 def _pipe() -> tuple[FileIO, FileIO]:

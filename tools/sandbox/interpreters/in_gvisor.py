@@ -1,7 +1,7 @@
-"""An interpreter in a guest: its streams, its end. See `process.py`.
+"""An interpreter in a guest: its streams and its end. `forked.py` has the other kind.
 
 The host cannot see the process itself, which belongs to another kernel. It asks the guest to kill
-it, and ends the whole container where the guest does not.
+the process, and ends the whole container if the guest does not.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from tir_alp.tools.sandbox.result import SandboxError
 _MAX_WORDS = 1 << 16
 
 
-class GuestProcess(Interpreter):
-    """Made by `start` or `branch`."""
+class GuestInterpreter(Interpreter):
+    """An interpreter that a guest has started, or a branch of one."""
 
     def __init__(self, guest: Guest) -> None:
         super().__init__()
         self._guest = guest
-        self._usage = guest.use
+        self._usage = guest.usage
         self._death: asyncio.Future[Death] = asyncio.get_running_loop().create_future()
         self._killer: asyncio.TimerHandle | None = None
         self._number = guest.move_in(self)
@@ -40,11 +40,11 @@ class GuestProcess(Interpreter):
     # ------------------------------------------------------------------ birth
 
     @classmethod
-    async def start(cls, guest: Guest) -> GuestProcess:
+    async def start_in(cls, guest: Guest) -> GuestInterpreter:
         """A fresh interpreter.
 
         Raises:
-            SandboxError: The guest did not make one.
+            SandboxError: The guest did not start one.
         """
         process = cls(guest)
         try:
@@ -60,9 +60,9 @@ class GuestProcess(Interpreter):
             raise
         return process
 
-    async def branch(self) -> GuestProcess:
+    async def branch(self) -> GuestInterpreter:
         """See `Interpreter`."""
-        child = GuestProcess(self._guest)
+        child = GuestInterpreter(self._guest)
         try:
             reply, greeting = self._expect_reply(), child._expect_reply()
             frame = frames.encode({"id": 0, "op": "branch"})
@@ -84,29 +84,29 @@ class GuestProcess(Interpreter):
 
     @property
     def pid(self) -> int:
-        """Of the guest's kernel."""
+        """The process of the guest's kernel."""
         return self._guest.pid
 
     def poll(self) -> None:
-        """See `Interpreter`. Other news of the guest arrives through the event loop."""
+        """See `Interpreter`. Everything else about the guest arrives through the event loop."""
         if self._guest.dead:
             self.lose(Outcome.TOOL_ERROR, CRASHED)
 
     def drain(self) -> None:
-        """Nothing to take: the guest sends what was printed before it sends a reply."""
+        """Do nothing: the guest sends what was printed before it sends a reply."""
 
     def cpu_s(self) -> float:
-        """Of the container since its start, branches and kernel included."""
+        """Processor seconds of the container since its start, branches and kernel included."""
         self.measure()
-        return self._guest.use.cpu_s if self._guest.use else 0.0
+        return self._guest.usage.cpu_s if self._guest.usage else 0.0
 
     @property
     def holds(self) -> Resources:
-        """Its part of what the container has taken since its start, by the last measurement."""
+        """Its share of what the container has taken since its start, by the last measurement."""
         return NOTHING if self.lost is not None else self._guest.share()
 
     def receive(self, stream: int, data: bytes) -> None:
-        """See `guest.Resident`."""
+        """See `Resident`."""
         if self.lost is not None:
             return
         if stream == CONTROL:
@@ -120,15 +120,15 @@ class GuestProcess(Interpreter):
     # ------------------------------------------------------------------ death
 
     def bury(self, death: Death) -> None:
-        """See `guest.Resident`."""
+        """See `Resident`."""
         if not self._death.done():
             self._death.set_result(death)
         if self._killer is not None:
             self._killer.cancel()
         self.lose(Outcome.TOOL_ERROR, CRASHED)
 
-    def _last_words_are_too_many(self) -> bool:
-        return False  # they have come already
+    def _final_output_is_too_much(self) -> bool:
+        return False  # all output has arrived already
 
     def _end_after(self, grace_s: float) -> None:
         if not self._death.done():
@@ -142,24 +142,32 @@ class GuestProcess(Interpreter):
                     await asyncio.shield(self._death)
         except TimeoutError:
             await self._guest.stop()
-        finally:  # even if whoever waits is cancelled
+        finally:  # even if the caller is cancelled
             if self._killer is not None:
                 self._killer.cancel()
             await self._guest.move_out(self._number)
 
     async def _cause_of_crash(self) -> Lost:
-        death = await asyncio.shield(self._death)  # `_kill` has a deadline, and the last word
+        death = await asyncio.shield(self._death)  # `_kill` has a deadline of its own
         if death is SERVER_DIED:
             return await self._guest.cause_of_end()
         return lost_by(death, we_killed=self._was_killed, kills_itself=False)
 
     def _kill(self) -> None:
-        """By the guest, and if that is of no use, with the guest."""
+        """Have the guest kill it; if that does not help, end the guest."""
         self._was_killed = True
         self._guest.send("kill", self._number)
         loop = asyncio.get_running_loop()
         verdict = Lost(Outcome.RESOURCE_LIMIT, "nothing answers in its container any more")
         self._killer = loop.call_later(DEATH_TIMEOUT_S / 2, self._guest.give_up, verdict)
+
+
+class GuestHost(Guest):
+    """A guest and the interpreters in it; see `InterpreterHost`."""
+
+    async def new_interpreter(self) -> GuestInterpreter:
+        """See `InterpreterHost`."""
+        return await GuestInterpreter.start_in(self)
 
 
 async def _in_time(reply: asyncio.Future[dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What the host's end of an interpreter is, wherever that runs: questions, replies, output, an end.
+"""The host's end of one interpreter, wherever it runs: requests, replies, output and death.
 
-Everything that arrives is suspect, for the program can write to the control channel as well as the
-interpreter can. Whatever breaks the protocol ends the interpreter.
+Everything that arrives is suspect, because the program can write to the control channel as well as
+the interpreter can. Whatever breaks the protocol ends the interpreter.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from tir_alp.tools.sandbox.output import HeadTail
 GREETING_TIMEOUT_S = 20.0
 DEATH_TIMEOUT_S = 5.0
 GRACE_S = 0.25
-"""After the end of its channel: to die, if that is what it was doing."""
+"""Time to die after its channel has closed, before it is killed."""
 _MAX_REPLY = 16 << 20
 
 
 class Usage(Growth, Protocol):
-    """What has been seen of its use of the machine."""
+    """What has been measured of an interpreter's use of the machine."""
 
     peak_memory_mb: float
-    """The most that it has held."""
+    """The most memory that it has held."""
 
     def measure(self) -> None:
-        """Look again; leaves everything as it is once it is gone."""
+        """Update the values; changes nothing once the interpreter is gone."""
         ...
 
 
@@ -52,7 +52,7 @@ class Interpreter(abc.ABC):
     @property
     @abc.abstractmethod
     def pid(self) -> int:
-        """Its process, or that of its kernel, as the host numbers it."""
+        """Its process, or the process of its kernel, as the host numbers it."""
 
     @abc.abstractmethod
     async def branch(self) -> Self:
@@ -66,11 +66,11 @@ class Interpreter(abc.ABC):
     # ------------------------------------------------------------------ life
 
     def collect(self, stdout: HeadTail, stderr: HeadTail, max_bytes: int) -> None:
-        """Where output goes from now on, and how much of it is too much."""
+        """Set where output goes from now on, and how many bytes are too many."""
         self._stdout, self._stderr, self._max_output_bytes = stdout, stderr, max_bytes
 
     async def call(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Send a request and wait for its reply. Bring your own deadline.
+        """Send a request and wait for its reply. The caller sets a deadline.
 
         Raises:
             Lost: There will be no reply.
@@ -82,36 +82,36 @@ class Interpreter(abc.ABC):
 
     @abc.abstractmethod
     def poll(self) -> None:
-        """Notice what happened while nothing was asked: a death, or a frame sent unasked."""
+        """Notice what happened between requests: a death, or a frame that nobody requested."""
 
     @abc.abstractmethod
     def drain(self) -> None:
-        """Take what is printed but not yet read."""
+        """Read what was printed but not yet read."""
 
     @abc.abstractmethod
     def cpu_s(self) -> float:
-        """Processor seconds since its birth, by the kernel's count; the last known once it is dead.
+        """Processor seconds since its birth, counted by the kernel; after its death the last value.
 
-        A crash leaves none to be read between its last call's start and its end.
+        After a crash, that is the value from before its last call.
         """
 
     def measure(self) -> None:
-        """Update what is known of its use of the machine; the last known once it is dead."""
+        """Measure its use of the machine; changes nothing once it is dead."""
         if self._usage is not None:
             self._usage.measure()
 
     @property
     def peak_memory_mb(self) -> float:
-        """The most that it has held since its birth, by the last measurement."""
+        """The most memory that it has held since its birth, by the last measurement."""
         return self._usage.peak_memory_mb if self._usage else 0.0
 
     @property
     @abc.abstractmethod
     def holds(self) -> Resources:
-        """What it has taken since its birth, by the last measurement."""
+        """The resources that it has taken since its birth, by the last measurement."""
 
     def worn_out(self, lifetime: Lifetime) -> str:
-        """Why it should not be used any longer; empty if it may."""
+        """Why it should not be used any longer; empty if it may be."""
         if self.lost is not None or self._usage is None:
             return ""
         return lifetime.exceeded(self._num_calls, "calls", self._usage)
@@ -127,20 +127,20 @@ class Interpreter(abc.ABC):
     async def _send(self, message: dict[str, Any]) -> None: ...
 
     def _take_control(self, data: bytes) -> None:
-        """LogprobSource what came from its control channel; nothing is the end of that."""
+        """Handle bytes from its control channel; no bytes are the channel's end."""
         if not data:
             self.lose(Outcome.TOOL_ERROR, CRASHED)
             return
         try:
             for frame in self._frames.feed(data):
                 if self._reply is None or self._reply.done() or self._frames.has_rest:
-                    raise ValueError("a frame that nobody asked for")
+                    raise ValueError("a frame that nobody requested")
                 self._reply.set_result(frame)
         except ValueError as error:
             self.lose(Outcome.TOOL_ERROR, f"it wrote to the sandbox's own channel: {error}")
 
     def _take_output(self, sink: HeadTail, data: bytes) -> bool:
-        """Keep what it printed; whether that was too much."""
+        """Keep what it printed; return whether that was too much."""
         sink.feed(data)
         return self._stdout.total_bytes + self._stderr.total_bytes > self._max_output_bytes
 
@@ -151,27 +151,27 @@ class Interpreter(abc.ABC):
     # ------------------------------------------------------------------ death
 
     def lose(self, outcome: Outcome, reason: str) -> None:
-        """Give it up: it is killed, and whoever waits for a reply gets `Lost`."""
+        """Give it up: it is killed, and the caller who waits for a reply gets `Lost`."""
         if self.lost is not None:
             return
-        if self._last_words_are_too_many():
+        if self._final_output_is_too_much():
             outcome, reason = Outcome.RESOURCE_LIMIT, self._flood
         self.measure()
         self.cpu_s()
         self.lost = Lost(outcome, reason)
-        # Dead or dying if it has crashed, unless it has only closed its channel.
+        # After a crash it is dead or dying, unless it has only closed its channel.
         self._end_after(GRACE_S if reason == CRASHED else 0.0)
         if self._reply is not None and not self._reply.done():
             self._reply.set_exception(self.lost)
-            self._reply.exception()  # seen, even if nobody waits any more
+            self._reply.exception()  # retrieved, even if nobody waits any more
 
     @abc.abstractmethod
-    def _last_words_are_too_many(self) -> bool:
-        """Take what is printed but not yet read, before the end."""
+    def _final_output_is_too_much(self) -> bool:
+        """Read what was printed but not yet read; return whether that is too much."""
 
     @abc.abstractmethod
     def _end_after(self, grace_s: float) -> None:
-        """Kill it, now or later, if it still lives then."""
+        """Kill it after this time (at once if 0), if it still lives then."""
 
     async def kill(self) -> None:
         """End it, wait until it is dead, free everything. Killing twice is allowed."""
@@ -182,10 +182,10 @@ class Interpreter(abc.ABC):
 
     @abc.abstractmethod
     async def _bury(self) -> None:
-        """Wait until it is dead, and free everything, even if whoever waits is cancelled."""
+        """Wait until it is dead, and free everything, even if the caller is cancelled."""
 
     async def cause_of_death(self) -> Lost:
-        """Why it was lost; what a crash was, its keeper tells."""
+        """Why it was lost; the keeper's report explains a crash."""
         assert self.lost is not None
         if self.lost.reason == CRASHED:
             self.lost = await self._cause_of_crash()

@@ -1,7 +1,7 @@
-"""The interpreter of a session: executes cells one after the other, and says how each one ended.
+"""Executes a session's cells one after the other, and reports how each one ended.
 
-It shares its process with the program, which can therefore forge any reply. The host believes a
-reply only about the program that it ran, checks its form, and never takes it for a reward.
+It shares its process with the program, which can therefore forge any reply. The host checks the
+form of a reply, believes it only about the program that it ran, and never uses it as a reward.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 _LIMIT_ERRNOS = (errno.ENOSPC, errno.EFBIG, errno.EMFILE, errno.ENOMEM, errno.EAGAIN)
 
 
-class Interpreter:
-    """The state that lives across cells: a `__main__` module and a count."""
+class CellRunner:
+    """The state that cells share: a `__main__` module and a count of cells."""
 
     def __init__(self) -> None:
         module = ModuleType("__main__")
@@ -29,20 +29,20 @@ class Interpreter:
         self._globals: dict[str, Any] = module.__dict__
         self._cells = 0
 
-    def run(self, code: str, value_chars: int) -> dict[str, Any]:
+    def execute(self, code: str, value_chars: int) -> dict[str, Any]:
         """Execute one cell.
 
-        Output goes straight to descriptors 1 and 2, so what was printed survives whatever comes.
+        Output goes straight to descriptors 1 and 2, so what was printed survives any crash.
 
         Returns:
-            `ok`; `value`, the repr of the last expression, or None; `limit`, which limit of the
-            session an uncaught exception stands for, or "".
+            `ok`: whether no exception was raised. `value`: the repr of the last expression, or
+            None. `limit`: the limit of the session that an uncaught exception stands for, or "".
         """
         self._cells += 1
         name = f"<cell {self._cells}>"
         linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
         try:
-            value = self._execute(code, name)
+            value = self._evaluate(code, name)
             shown = None if value is None else repr(value)
             return {"ok": True, "value": _cut(shown, value_chars), "limit": ""}
         except BaseException as error:
@@ -50,7 +50,7 @@ class Interpreter:
             _print_traceback(error)
             return {"ok": False, "value": None, "limit": limit}
 
-    def _execute(self, code: str, name: str) -> Any:
+    def _evaluate(self, code: str, name: str) -> Any:
         tree = ast.parse(code, name)
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, name, "exec"), self._globals)
@@ -60,7 +60,7 @@ class Interpreter:
 
 
 def _cut(text: str | None, limit: int) -> str | None:
-    # One character too many is enough for the host to see, and to say, that it was cut.
+    # With one character too many, the host sees and reports that the text was cut.
     return text if text is None else text[: limit + 1]
 
 
@@ -75,7 +75,7 @@ def _limit_of(error: BaseException) -> str:
 
 
 def _print_traceback(error: BaseException, write: Any = os.write) -> None:
-    """Print an error as Python does, trimmed to the program's own frames and the innermost one."""
+    """Print an error as Python does, reduced to the program's own frames and the innermost one."""
     try:
         report = traceback.TracebackException.from_exception(error, compact=True)
         _trim(report)

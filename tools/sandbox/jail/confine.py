@@ -1,10 +1,10 @@
-"""What an interpreter gives up before the first foreign instruction. Order matters.
+"""What an interpreter gives up before the first foreign instruction. The order matters.
 
 A session has two processes. Its *keeper* runs no foreign code: it furnishes the session's room
-(`room_namespaces.py` or `room_folder.py`), reaps, and tells the host of deaths. The interpreter is
-the keeper's child, and gives up everything else: limits, capabilities, privileges by exec, files
-(Landlock), system calls (seccomp), in this order, since each step needs what a later one takes
-away.
+(`room_*.py`), reaps processes, and reports their deaths to the host. The interpreter is the
+keeper's child. It gives up limits, capabilities, the privileges that an exec could give, files
+(Landlock) and system calls (seccomp), in this order, because each step needs something that a later
+one takes away.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
 def confine(spec: JailSpec, ruleset: int | None) -> int | None:
-    """In the interpreter: give up every right. Returns the descriptor of seccomp's questions."""
+    """In the interpreter: give up every right; return the descriptor of seccomp's questions."""
     for name, value in spec.rlimits.items():
         resource.setrlimit(getattr(resource, name), (value, value))
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)

@@ -1,7 +1,7 @@
-"""The first thing that runs in a container: calls the host, and becomes the fork server.
+"""The first process in a container: calls the host, and becomes the fork server.
 
-Before it does, it tries what no container of ours may, since later each session has locks of its
-own behind which a weak container would not be noticed.
+Before that it tries what our containers must not be able to do. Later every session has locks of
+its own, which would hide a weak container from the probes.
 """
 
 from __future__ import annotations
@@ -17,25 +17,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tir_alp.tools.sandbox.jail import fork_server, kernel, paths
+from tir_alp.tools.sandbox.jail.limit_files import LIMIT_FILES, read_number
 
 DOOR = "/sandbox/door/socket"
-"""Where the host waits for the call."""
+"""Socket on which the host waits for the call."""
 PACKAGES = "/sandbox/packages"
-"""Where the image has its packages, beside those of its Python."""
+"""The image's packages, in addition to those of its Python."""
 _NAMESPACES = ("pid", "mnt", "net", "ipc", "uts")
-"""In which the container must be apart from the host; the engine may let it share that of users."""
+"""Namespaces that the container must not share with the host; it may share that of users."""
 _AF_VSOCK = 40
 _NR_IO_URING_SETUP = 425
 _MAX_LIMIT = 1 << 50
-_LIMITS = {
-    "memory": ("memory.max", "memory/memory.limit_in_bytes"),
-    "processes": ("pids.max", "pids/pids.max"),
-}
-"""Files below /sys/fs/cgroup, of version 2 and of version 1."""
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""The container's own control group: this folder (version 2), or one per controller below it."""
 
 
 def main() -> None:
-    """Tell the host what this container is; take over what it gives, or end."""
+    """Report to the host what this container is; become the fork server if the host accepts it."""
     call = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     call.connect(DOOR)
     namespaces = {kind: os.readlink(f"/proc/self/ns/{kind}") for kind in _NAMESPACES}
@@ -43,7 +41,7 @@ def main() -> None:
     hello = {"code": fingerprint(), "breaches": found, "namespaces": namespaces}
     call.send(json.dumps(hello).encode())
     _, descriptors, _, _ = socket.recv_fds(call, 1, 3)
-    if not descriptors:  # the host does not want it
+    if not descriptors:  # the host has refused this container
         return
     requests, obituaries, errors = descriptors
     os.dup2(errors, 2)
@@ -53,14 +51,14 @@ def main() -> None:
 
 
 def become_fork_server(requests: int, obituaries: int) -> None:
-    """Serve on these sockets, with the packages of the image."""
+    """Become the fork server on these sockets, with the packages of the image."""
     sys.path.append(PACKAGES)
     readable = [*paths.library_folders(), *paths.package_folders(), PACKAGES, *paths.files()]
     fork_server.main(requests, obituaries, paths.outermost(readable))
 
 
 def fingerprint() -> str:
-    """Of the code that runs in the jail: an image must have the same as the host."""
+    """A digest of the code that runs in the jail: image and host must have the same."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
@@ -68,7 +66,7 @@ def fingerprint() -> str:
 
 
 def breaches() -> Iterator[tuple[str, str]]:
-    """What this container's kernel lets it do and must not, each with what it got."""
+    """What the kernel lets this container do although it must not: (promise, what it got)."""
     tries: dict[str, Callable[[], object]] = {
         "container's network": lambda: socket.socket(socket.AF_INET),
         "container's vsock": lambda: socket.socket(_AF_VSOCK),
@@ -80,13 +78,15 @@ def breaches() -> Iterator[tuple[str, str]]:
     for promise, attempt in tries.items():
         with contextlib.suppress(OSError):
             yield promise, f"got {attempt()!r:.100}"
-    for resource, files in _LIMITS.items():
-        if (limit := _limit(files)) is None or limit > _MAX_LIMIT:
+    for resource, (controller, *files) in LIMIT_FILES.items():
+        folders = _CONTROL_GROUP, _CONTROL_GROUP / controller
+        limits = [read_number(folder, *files) for folder in folders]
+        if not any(limit is not None and limit <= _MAX_LIMIT for limit in limits):
             yield f"container's {resource}", "no limit"
 
 
 def breaches_of_rights() -> Iterator[tuple[str, str]]:
-    """What this container was given and must not have, whatever its kernel."""
+    """What this container has although it must not, whatever its kernel: (promise, what it has)."""
     lines = (line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     status = {key: value.strip() for key, value in lines}
     names = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
@@ -99,12 +99,3 @@ def breaches_of_rights() -> Iterator[tuple[str, str]]:
     mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     if not any(m[4] == "/" and "ro" in m[5].split(",") for m in mounts):
         yield "container's root file system", "is writable"
-
-
-def _limit(files: tuple[str, str]) -> int | None:
-    for file in files:
-        path = Path("/sys/fs/cgroup", file)
-        if path.exists():
-            text = path.read_text().strip()
-            return None if text == "max" else int(text)
-    return None

@@ -1,9 +1,9 @@
 """The fork server: imports once, then turns every request of the host into a confined session.
 
-One thread, one loop, no foreign code: what a program can reach is only its own forked copy. The
-processes of a session, and who talks to whom:
+It has one thread and one loop, and runs no foreign code: a program reaches only its own forked
+copy. The processes of a session, and the channels between them:
 
-    host ──requests──> fork server ──clone──> keeper (one a session) ──────fork──> interpreter
+    host ──requests──> fork server ──clone──> keeper (per session) ────────fork──> interpreter
       ├──<──────────── obituaries ─────────────┘                                            │
       └──<── control (frames), stdout, stderr ──────────────────────────────────────────────┘
 """
@@ -26,58 +26,65 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tir_alp.tools.sandbox.jail import confine, frames, kernel
-from tir_alp.tools.sandbox.jail.cells import Interpreter
+from tir_alp.tools.sandbox.jail.cells import CellRunner
 from tir_alp.tools.sandbox.jail.room_folder import FolderRoom
-from tir_alp.tools.sandbox.jail.room_gvisor import GuestRoom
+from tir_alp.tools.sandbox.jail.room_gvisor import GvisorRoom
 from tir_alp.tools.sandbox.jail.room_namespaces import NamespacesRoom
 from tir_alp.tools.sandbox.jail.spec import JailSpec
 
 _CONTROL = 3
 _MAX_DESCRIPTORS = 1 << 16
 _MAX_REQUEST = 1 << 18
-_ROOMS = {"namespaces": NamespacesRoom, "folder": FolderRoom, "guest": GuestRoom}
+_ROOMS = {"namespaces": NamespacesRoom, "folder": FolderRoom, "gvisor": GvisorRoom}
 
 
 class Room(Protocol):
-    """Where a session lives, and what keeps it there. One copy in each process of the session."""
+    """Where a session lives. Every process of the session has a copy of this object."""
 
     keeper_flags: int
-    """Of the clone(2) that makes a keeper, its signal left out."""
+    """Flags of the clone(2) that makes a keeper, without its signal."""
     branch_flags: int
-    """Of the clone(2) by which an interpreter copies itself."""
+    """Flags of the clone(2) by which an interpreter copies itself."""
 
     def furnish(self) -> None:
-        """In the keeper, first thing."""
+        """Called in the keeper, before anything else."""
         ...
 
     def enter(self) -> int | None:
-        """In the interpreter, before it is confined; returns its Landlock rule set."""
+        """Called in the interpreter before it is confined; returns its Landlock rule set."""
         ...
 
     def wait(self, interpreter: int) -> tuple[int, int, str]:
-        """In the keeper: the next death as (pid, wait status, the limit that it was killed for)."""
+        """Called in the keeper: wait for a death.
+
+        Returns:
+            The pid, the wait status, and the limit for which the process was killed ("" if none).
+
+        Raises:
+            ChildProcessError: No process of the session is left.
+        """
         ...
 
     def leave(self) -> None:
-        """In the keeper, when no process of the session is left."""
+        """Called in the keeper when no process of the session is left."""
         ...
 
     def enter_branch(self) -> None:
-        """In a branch, which is confined already."""
+        """Called in a branch, which is confined already."""
         ...
 
     def furnish_branch(self, pidfd: int) -> None:
-        """In a helper outside of the session: what a branch may not do itself."""
+        """Called in a helper outside of the session: does what a branch may not do itself."""
         ...
 
 
 def main(requests_fd: int, obituaries_fd: int, readable: Sequence[str] = ()) -> None:
-    """Serve until the host closes its end; that also ends every session.
+    """Serve until the host closes its end, which also ends every session.
 
     Args:
-        requests_fd: The host's socket.
-        obituaries_fd: The socket on which keepers tell the host of deaths.
-        readable: What a program may read here, beside what the host says.
+        requests_fd: Socket to the host.
+        obituaries_fd: Socket on which keepers report deaths to the host.
+        readable: Paths that a program may read here, in addition to those in the host's spec.
     """
     requests = socket.socket(fileno=requests_fd)
     fields = json.loads(requests.recv(_MAX_REQUEST))
@@ -102,11 +109,11 @@ def main(requests_fd: int, obituaries_fd: int, readable: Sequence[str] = ()) -> 
         if message["op"] == "session":
             try:
                 pid = kernel.clone(room.keeper_flags | kernel.SIGCHLD)
-            except OSError as error:  # no room for another process or namespace
+            except OSError as error:  # no more processes or namespaces can be had
                 os.write(descriptors[2], str(error).encode())
             else:
                 if pid == 0:
-                    requests.close()  # else its end, and what waits in it, outlived the fork server
+                    requests.close()  # otherwise it would stay open after the fork server's end
                     _keep(spec, room, message["id"], descriptors, obituaries_fd)
         elif message["op"] == "furnish_branch" and os.fork() == 0:
             _furnish_branch(requests, message["id"], descriptors[0], room)
@@ -135,7 +142,7 @@ def _furnish_branch(requests: socket.socket, number: int, pidfd: int, room: Room
 def _keep(
     spec: JailSpec, room: Room, family: int, descriptors: list[int], obituaries_fd: int
 ) -> None:
-    """The keeper: start the interpreter, reap it and its branches, tell the host how each ended."""
+    """The keeper: start the interpreter, reap it and its branches, report how each ended."""
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         room.furnish()
@@ -160,7 +167,7 @@ def _keep(
 def _start_interpreter(spec: JailSpec, room: Room, descriptors: list[int]) -> None:
     try:
         ruleset = room.enter()
-        if ruleset is not None:  # out of the way of the descriptors that are adopted
+        if ruleset is not None:  # away from the numbers of the descriptors that are adopted
             ruleset = fcntl.fcntl(ruleset, fcntl.F_DUPFD_CLOEXEC, 10)
         _adopt(descriptors)
         control = socket.socket(fileno=_CONTROL)
@@ -170,7 +177,7 @@ def _start_interpreter(spec: JailSpec, room: Room, descriptors: list[int]) -> No
         hello = frames.encode({"hello": True, "pid": os.getpid()})
         socket.send_fds(control, [hello], rights)
         os.closerange(_CONTROL + 1, _MAX_DESCRIPTORS)
-        _serve_cells(Interpreter(), control, room)
+        _serve_cells(CellRunner(), control, room)
     except BaseException as failure:
         os.write(2, f"{type(failure).__name__}: {failure}\n".encode())
     os._exit(0)
@@ -184,25 +191,25 @@ def _adopt(descriptors: list[int]) -> None:
 
 
 def _reseed() -> None:
-    """Give this copy random numbers of its own; `random` does so by itself after a fork."""
+    """Give this copy random numbers of its own; `random` reseeds itself after a fork."""
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
 
 
-def _serve_cells(interpreter: Interpreter, control: socket.socket, room: Room) -> None:
+def _serve_cells(runner: CellRunner, control: socket.socket, room: Room) -> None:
     receive = control.recv
     while (message := frames.read_frame(receive)) is not None:
         if message["op"] == "run":
-            reply = interpreter.run(message["code"], message["value_chars"])
+            reply = runner.execute(message["code"], message["value_chars"])
         else:
             reply = _branch(control, room)
-            if reply is None:  # this is the branch now, and its control socket is a new one
+            if reply is None:  # this is the branch now, with a control socket of its own
                 continue
         control.sendall(frames.encode(reply | {"id": message["id"]}))
 
 
 def _branch(control: socket.socket, room: Room) -> dict[str, Any] | None:
-    """Fork this interpreter; None in the branch, once the host has given it a /tmp of its own."""
+    """Fork this interpreter; return None in the branch, once it has a /tmp of its own."""
     _, descriptors, _, _ = socket.recv_fds(control, 1, 3)
     error = ""
     pid = -1
@@ -223,5 +230,5 @@ def _branch(control: socket.socket, room: Room) -> dict[str, Any] | None:
     control.sendall(frames.encode({"hello": True}))
     if frames.read_frame(control.recv) is None:
         os._exit(0)
-    os.chdir(folder)  # by its name again, which may lie in another file system by now
+    os.chdir(folder)  # the same path may lead into another file system by now
     return None

@@ -11,13 +11,13 @@ HEADER = struct.Struct(">I")
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """One frame."""
+    """Encode a message as one frame."""
     body = json.dumps(message, ensure_ascii=True).encode()
     return HEADER.pack(len(body)) + body
 
 
 class FrameReader:
-    """Cuts a stream into frames; refuses what is longer than `max_bytes` or is no JSON object."""
+    """Cuts a stream into frames; refuses one longer than `max_bytes` or not a JSON object."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -25,14 +25,14 @@ class FrameReader:
 
     @property
     def has_rest(self) -> bool:
-        """Whether bytes lie here that are not yet a whole frame."""
+        """Whether there are bytes that are not yet a whole frame."""
         return bool(self._buffer)
 
     def feed(self, data: bytes) -> list[dict[str, Any]]:
         """Take bytes from the stream; return the frames that they complete.
 
         Raises:
-            ValueError: The stream breaks the protocol; nothing after this can be trusted.
+            ValueError: The stream breaks the protocol; nothing that follows can be trusted.
         """
         self._buffer += data
         frames = []

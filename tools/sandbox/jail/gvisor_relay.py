@@ -1,13 +1,14 @@
-"""The first thing that runs in a container with a kernel of its own, such as gVisor's.
+"""The first process in a container with a kernel of its own, such as gVisor's.
 
-Descriptors of the host cannot be handed in there. So this process is to a fork server beside it
-what the host is elsewhere, and passes all bytes on, as frames over its own stdin and stdout:
+The host's descriptors cannot be passed into such a container. So this process starts a fork server
+beside itself, plays the host's role towards it, and passes all bytes on as frames over its own
+stdin and stdout:
 
-    host ──one stream──> this ──requests──> fork server ──> keeper ──> interpreter, branches
+    host ──one stream──> relay ──requests──> fork server ──> keeper ──> interpreter, branches
       └──<────────────────┴──<── control, stdout, stderr of each, obituaries ──┘
 
-It decides nothing: the host says what each interpreter is to do, and judges what comes of it. When
-the stream ends, so does the container.
+It decides nothing: the host tells each interpreter what to do and checks what it returns. When the
+stream ends, so does the container.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import os
 import selectors
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable
@@ -27,27 +27,27 @@ from typing import Any
 
 from tir_alp.tools.sandbox.jail import container_entry as container
 from tir_alp.tools.sandbox.jail import frames, kernel
+from tir_alp.tools.sandbox.jail.credentials import CREDENTIALS_SPACE, sender
 from tir_alp.tools.sandbox.jail.seal import Seal
 
 CONTROL, STDOUT, STDERR = 0, 1, 2
 """The streams of an interpreter, in the order in which the fork server wants them."""
 HOST, GUEST = "host", "guest"
-"""The two ends of the one stream. All frames but the first of each are sealed."""
+"""The two ends of the one stream. All frames except the first of each end are sealed."""
 _CHUNK = 1 << 16
 _MAX_FRAME = 32 << 20
 _PIPES = 4
-"""How many times what is read at once a pipe may hold."""
+"""Capacity of a pipe, in reads of `_CHUNK` bytes."""
 _LOOK_EVERY_S = 0.02
 _OBITUARY_S = 0.2
-"""How long after a death its keeper may tell of it."""
-_CREDENTIALS = struct.Struct("iII")
+"""How long after a death its keeper may take to report it."""
 
 
 def main() -> None:
     """Serve the host until its stream ends."""
-    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # a program is the same user, and must not look in
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # programs run as the same user, and must not look in
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as the first process here, it inherits orphans
-    # Before there is a key, so that no copy of this process's memory has it.
+    # Forked before there is a key, so that no copy of this process's memory contains it.
     requests, obituaries = _start_fork_server()
     uname = os.uname()
     hello = {
@@ -69,7 +69,7 @@ class _Interpreter:
 
     def __init__(self) -> None:
         self.pid = 0
-        """By the word of the kernel, with its first message."""
+        """The pid that the kernel attached to its first message; 0 before that."""
         self.control, self._their_control = socket.socketpair()
         self.control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         pipes = [os.pipe() for _ in (STDOUT, STDERR)]
@@ -98,7 +98,7 @@ class _Relay:
         self._from_host, self._to_host = Seal(key, HOST), Seal(key, GUEST)
         self._interpreters: dict[int, _Interpreter] = {}
         self._dying: dict[int, float] = {}
-        """Number -> when it was last seen alive, of those that should end soon."""
+        """Number of an interpreter that should end soon -> when it was last seen alive."""
         self._selector = selectors.DefaultSelector()
         self._selector.register(0, selectors.EVENT_READ, self._on_host)
         self._selector.register(requests, selectors.EVENT_READ, self._on_fork_server)
@@ -107,12 +107,12 @@ class _Relay:
     def serve(self) -> None:
         while True:
             for key, _ in self._selector.select(_LOOK_EVERY_S if self._dying else None):
-                if key.fd in self._selector.get_map():  # else an earlier event has closed it
+                if key.fd in self._selector.get_map():  # otherwise an earlier event has closed it
                     key.data()
             self._look_after_dying()
 
     def _look_after_dying(self) -> None:
-        """Notice deaths that no keeper has seen: a branch can be the child of another."""
+        """Notice deaths that no keeper sees: a branch can be the child of another branch."""
         for number in [n for n in self._dying if n not in self._interpreters]:
             del self._dying[number]
         for number, since in list(self._dying.items()):
@@ -132,7 +132,7 @@ class _Relay:
             socket.send_fds(self._requests, [request], made.theirs)
             made.close_theirs()
         elif (interpreter := self._interpreters.get(n)) is None:
-            return  # it has ended, and the host will read so in a moment
+            return  # it has ended, and the host will learn that in a moment
         elif op == "kill":
             if interpreter.pid:
                 self._dying[n] = time.monotonic()
@@ -140,7 +140,7 @@ class _Relay:
                     os.kill(interpreter.pid, signal.SIGKILL)
         else:
             branch = self._add(to) if op == "branch" else None
-            with contextlib.suppress(OSError):  # it is dying, and its obituary will come
+            with contextlib.suppress(OSError):  # it is dying, and its obituary will follow
                 interpreter.control.sendall(base64.b64decode(data))
                 if branch is not None:
                     socket.send_fds(interpreter.control, [b"\0"], branch.theirs)
@@ -163,23 +163,20 @@ class _Relay:
 
     def _on_control(self, number: int) -> None:
         interpreter = self._interpreters[number]
-        space = socket.CMSG_SPACE(_CREDENTIALS.size)
         try:
-            data, ancillary, _, _ = interpreter.control.recvmsg(_CHUNK, space)
+            data, ancillary, _, _ = interpreter.control.recvmsg(_CHUNK, CREDENTIALS_SPACE)
         except OSError:
             data, ancillary = b"", []
         if not interpreter.pid:
             interpreter.control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
-            for _, kind, payload in ancillary:
-                if kind == socket.SCM_CREDENTIALS:
-                    interpreter.pid = _CREDENTIALS.unpack(payload)[0]
-                    if self._is_of_another(number, interpreter.pid):
-                        data = b""  # it poses as its own branch
+            interpreter.pid = sender(ancillary)
+            if interpreter.pid and self._is_of_another(number, interpreter.pid):
+                data = b""  # it poses as its own branch
         if not data:
             self._selector.unregister(interpreter.control)
             if interpreter.pid:
                 self._dying[number] = time.monotonic()
-        for stream in interpreter.readers:  # what was printed first is told first
+        for stream in interpreter.readers:  # what was printed before is passed on first
             self._drain(number, stream)
         self._tell_bytes(number, CONTROL, data)
 
@@ -187,7 +184,7 @@ class _Relay:
         return any(pid == i.pid for other, i in self._interpreters.items() if other != number)
 
     def _on_output(self, number: int, stream: int) -> bool:
-        """Pass on what is there; whether there may be more."""
+        """Pass on what can be read; return whether there may be more."""
         reader = self._interpreters[number].readers[stream]
         try:
             data = os.read(reader, _CHUNK)
@@ -200,7 +197,7 @@ class _Relay:
         return True
 
     def _drain(self, number: int, stream: int) -> None:
-        """Pass on what a pipe holds; what is written meanwhile may have to wait."""
+        """Pass on what a pipe holds now; what is written meanwhile may have to wait."""
         reader = self._interpreters[number].readers[stream]
         for _ in range(_PIPES):
             if reader not in self._selector.get_map() or not self._on_output(number, stream):
@@ -213,7 +210,7 @@ class _Relay:
                 self._bury(number, status, limit)
 
     def _bury(self, number: int, status: int | None, limit: str) -> None:
-        """Pass on its last words, and how it ended."""
+        """Pass on its last output, and how it ended."""
         interpreter = self._interpreters[number]
         for stream, reader in interpreter.readers.items():
             self._drain(number, stream)
@@ -234,13 +231,13 @@ class _Relay:
 
 
 def _start_fork_server() -> tuple[socket.socket, socket.socket]:
-    """Our ends of its two sockets; it waits for what it is told on the first."""
+    """Fork the fork server; return our ends of its sockets for requests and obituaries."""
     pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
     if os.fork() == 0:
         for ours, _ in pairs:
             ours.close()
         null = os.open(os.devnull, os.O_RDWR)
-        for number in (0, 1):  # the host's, and no program's
+        for number in (0, 1):  # these lead to the host, and are not for programs
             os.dup2(null, number)
         container.become_fork_server(*(theirs.detach() for _, theirs in pairs))
         os._exit(0)

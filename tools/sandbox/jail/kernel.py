@@ -1,4 +1,4 @@
-"""The few system calls that Python does not wrap, as functions that raise `OSError`."""
+"""The system calls that Python does not wrap, as functions that raise `OSError`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ctypes
 import os
 import platform
 
+CLONE_THREAD = 0x00010000
 CLONE_NEWNS = 0x00020000
 CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
@@ -15,9 +16,9 @@ CLONE_PARENT = 0x00008000
 SIGCHLD = 17
 BRANCH_INTO_NAMESPACES = CLONE_NEWUSER | CLONE_NEWNS | CLONE_PARENT | SIGCHLD
 BRANCH_IN_PLACE = CLONE_PARENT | SIGCHLD
-"""How an interpreter forks itself: as a sibling. With its own view of mounts and its own count of
-processes, or without. A seccomp filter asks the host about exactly one of them, and forbids every
-other fork."""
+"""How an interpreter forks itself: as its own sibling, with or without its own mount and user
+namespaces. A seccomp filter asks the host about exactly one of the two and forbids every other
+fork."""
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_MOVE = 1, 2, 4, 8, 8192
 
@@ -53,10 +54,10 @@ def syscall(number: int, *arguments: object) -> int:
 
 
 def clone(flags: int) -> int:
-    """Fork this process into new namespaces: 0 in the child, the child's pid in the parent.
+    """Fork this process into new namespaces; return 0 in the child, the child's pid in the parent.
 
-    `os.fork` takes no flags. The interpreter's own fork hooks run, so locks, thread state and the
-    seed of `random` are right in the child; the caller must have no other threads.
+    `os.fork` takes no flags. Python's own fork hooks run, so that locks, thread state and the seed
+    of `random` are correct in the child. The caller must have no other threads.
     """
     ctypes.pythonapi.PyOS_BeforeFork()
     pid = _libc_with_gil.syscall(ctypes.c_long(_NR_CLONE), ctypes.c_long(flags), 0, 0, 0, 0)
@@ -77,7 +78,7 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
 
 
 def enter_namespaces(pidfd: int, kinds: int) -> None:
-    """Join another process in some of its namespaces."""
+    """Join some of another process's namespaces."""
     _check(_libc.setns(pidfd, kinds))
 
 
@@ -92,8 +93,8 @@ def prctl(option: int, value: int = 0) -> int:
 
 
 def drop_capabilities() -> None:
-    """Empty every capability set of this thread; the bounding set where that is allowed."""
-    with contextlib.suppress(PermissionError):  # who has no capabilities may not lower the bound
+    """Empty every capability set of this thread; the bounding set only if that is allowed."""
+    with contextlib.suppress(PermissionError):  # lowering the bound takes a capability itself
         for capability in range(_LAST_CAPABILITY + 1):
             prctl(PR_CAPBSET_DROP, capability)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
@@ -101,7 +102,7 @@ def drop_capabilities() -> None:
 
 
 def landlock_restrict_self(ruleset: int) -> None:
-    """Put this thread, and what it starts, under a Landlock rule set. For good."""
+    """Put this thread and everything that it starts under a Landlock rule set, for good."""
     syscall(_NR_LANDLOCK_RESTRICT_SELF, ruleset, 0)
 
 
@@ -110,11 +111,11 @@ class _Program(ctypes.Structure):
 
 
 def install_seccomp(program: bytes, *, asks: bool) -> int | None:
-    """Install a compiled filter; returns the descriptor on which its NOTIFY rules ask the host.
+    """Install a compiled filter; return the descriptor on which its NOTIFY rules ask the host.
 
     Args:
-        program: In the kernel's form.
-        asks: Whether it has such rules; if not, there is no descriptor.
+        program: The filter in the kernel's format.
+        asks: Whether it has NOTIFY rules; if not, None is returned.
     """
     arguments = _Program(len(program) // 8, program)
     flags = _SECCOMP_FILTER_FLAG_NEW_LISTENER if asks else 0

@@ -1,7 +1,7 @@
 """The Landlock rule set of a session: read the libraries, write the scratch folder, nothing else.
 
-Landlock is the second lock on files, behind the mount namespace, and with ABI 6 on signals and
-abstract sockets. The rule set is built once by the fork server; a session only enters it.
+Beside the mount namespace, Landlock is the second lock on files and, from ABI 6 on, on signals and
+abstract sockets. In namespaces, the fork server builds the rule set once for all sessions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _PathBeneath(ctypes.Structure):
 
 
 def abi() -> int:
-    """The Landlock version of this kernel; 0 where it has none."""
+    """The Landlock version of this kernel; 0 if it has none."""
     try:
         return syscall(_NR_CREATE_RULESET, 0, 0, _CREATE_RULESET_VERSION)
     except OSError:
@@ -43,7 +43,7 @@ def abi() -> int:
 
 
 def build_ruleset(readable: Iterable[str], devices: Iterable[str], writable: str) -> int | None:
-    """A descriptor of the rule set, or None where the kernel has no Landlock."""
+    """A descriptor of the rule set; None if the kernel has no Landlock."""
     version = abi()
     if version == 0:
         return None

@@ -1,4 +1,4 @@
-"""What of an installation a Python needs to see, on the host or in an image."""
+"""The files of an installation that Python has to see, on the host or in an image."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ LINKER_CACHE = "/etc/ld.so.cache"
 
 
 def python() -> str:
-    """The interpreter itself, not the link to it in a virtual environment."""
+    """Path of the interpreter itself, not of the link to it in a virtual environment."""
     return os.path.realpath(sys.executable)
 
 
 def library_folders() -> list[str]:
-    """Where the interpreter, its compiled modules and what they link to look for libraries."""
+    """Folders where the interpreter, its compiled modules and their dependencies find libraries."""
     folders = (*_SYSTEM_LIBRARIES, f"{sys.base_prefix}/lib")
     return [p for p in folders if os.path.isdir(p)]
 
 
 def package_folders() -> list[str]:
-    """Where packages are installed."""
+    """Folders in which packages are installed."""
     names = ("site-packages", "dist-packages")
     return [p for p in sys.path if os.path.basename(p) in names and os.path.isdir(p)]
 
 
 def files() -> list[str]:
-    """What is needed beside those folders."""
+    """Files that are needed in addition to those folders."""
     return [p for p in (python(), LINKER_CACHE) if os.path.exists(p)]
 
 

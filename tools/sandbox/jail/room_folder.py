@@ -1,9 +1,9 @@
-"""A session in a folder of its own, on a machine that gives no namespaces.
+"""A session in a folder of its own, on a machine without namespaces.
 
-What the kernel does for the other room, the keeper does here: it measures the folder again and
-again and ends the session when it is too full, and it ends what is left of the session when it is
-told to, or when the fork server dies. The interpreter and its branches are one process group, which
-none of them can leave. They share the folder; each has a copy of the files in a part of it.
+The keeper does what the kernel does for `room_namespaces`: it measures the folder again and again
+and ends the session when the folder is too full. It also ends the rest of the session on request,
+or when the fork server dies. The interpreter and its branches are one process group, which none of
+them can leave. They share the folder; each has its own copy of the files in a subfolder.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class FolderRoom:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         _die_with(self._fork_server, signal.SIGTERM)
         self._keeper = os.getpid()
-        # Named, since Python would look for another place where this one is full.
+        # Explicit, because Python would look for another folder if this one is full.
         self._folder = tempfile.mkdtemp(prefix="sandbox-", dir=os.environ["TMPDIR"])
         self._enter_folder(os.path.join(self._folder, "0"))
 
     def enter(self) -> int | None:
-        """In the interpreter: lead a process group, die with the keeper, be shut in the folder."""
+        """In the interpreter: lead a process group, die with the keeper, see only the folder."""
         _die_with(self._keeper, signal.SIGKILL)
         os.setpgid(0, 0)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -61,52 +61,52 @@ class FolderRoom:
         return landlock.build_ruleset(self._spec.readable, DEVICES, self._folder)
 
     def wait(self, interpreter: int) -> tuple[int, int, str]:
-        """In the keeper: wait for a death, and see to it that the folder does not grow too full."""
-        with contextlib.suppress(OSError):  # it does so itself, but may be killed before
+        """In the keeper: wait for a death, and end the session if the folder becomes too full."""
+        with contextlib.suppress(OSError):  # it does this itself, but may be killed before
             os.setpgid(interpreter, interpreter)
         while True:
             pid, status = self._reap(interpreter)
             if pid:
                 return pid, status, self._limit
-            told = signal.sigtimedwait(_SIGNALS, self._pause_s)
-            if told is not None and told.si_signo == signal.SIGTERM:
+            received = signal.sigtimedwait(_SIGNALS, self._pause_s)
+            if received is not None and received.si_signo == signal.SIGTERM:
                 _kill_group(interpreter)
-            elif told is None and (limit := self._exceeded(interpreter)):
+            elif received is None and (limit := self._exceeded(interpreter)):
                 self._limit = limit
                 _kill_group(interpreter)
 
     def leave(self) -> None:
-        """In the keeper: remove the folder. A program can nest folders too deep for Python."""
+        """In the keeper: remove the folder. A program can nest folders too deeply for Python."""
         for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
             null = [(os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)]
             command = [*command, "--", self._folder]
             os.waitpid(os.posix_spawnp(command[0], command, os.environ, file_actions=null), 0)
 
     def enter_branch(self) -> None:
-        """In a branch: take a copy of the files of whom it was forked from."""
-        origin, folder = self._own_part, os.path.join(self._folder, str(os.getpid()))
+        """In a branch: copy the files of the interpreter that it was forked from."""
+        origin, folder = self._own_folder, os.path.join(self._folder, str(os.getpid()))
         inside = os.path.relpath(os.getcwd(), origin)
         _copy(origin, folder)
         self._enter_folder(folder)
         os.chdir(inside)
 
     def furnish_branch(self, pidfd: int) -> None:
-        """In a helper: a branch has done everything by itself."""
+        """In a helper: nothing to do, since a branch does everything itself."""
 
     def _enter_folder(self, folder: str) -> None:
-        self._own_part = folder
+        self._own_folder = folder
         os.makedirs(folder, exist_ok=True)
         os.chdir(folder)
         for name in ("HOME", "TMPDIR", "PWD"):
             os.environ[name] = folder
-        tempfile.tempdir = None  # remembered by the fork server
+        tempfile.tempdir = None  # the fork server's, which would be remembered
 
     def _reap(self, interpreter: int) -> tuple[int, int]:
-        """A death as (pid, wait status), or zeros; `ChildProcessError` if there will be none."""
+        """A death as (pid, wait status), or zeros; raises ChildProcessError if none can follow."""
         return os.waitpid(-1, os.WNOHANG)
 
     def _exceeded(self, interpreter: int) -> str:
-        """The limit that the session has gone beyond; empty if none."""
+        """The limit that the session has exceeded; empty if there is none."""
         return "its files took more space than it may use" if self._is_too_full() else ""
 
     def _is_too_full(self) -> bool:
@@ -119,7 +119,7 @@ class FolderRoom:
 
 def _die_with(parent: int, death_signal: int) -> None:
     kernel.prctl(kernel.PR_SET_PDEATHSIG, death_signal)
-    if os.getppid() != parent:  # it was too late to be told
+    if os.getppid() != parent:  # the parent had died already
         os._exit(1)
 
 
@@ -129,7 +129,7 @@ def _kill_group(leader: int) -> None:
 
 
 def _copy(origin: str, target: str) -> None:
-    """As `shutil.copytree`, which asks for attributes that the filter keeps from a program."""
+    """As `shutil.copytree`, which cannot be used: it reads attributes that the filter forbids."""
     os.mkdir(target)
     with os.scandir(origin) as entries:
         for entry in entries:
@@ -138,13 +138,13 @@ def _copy(origin: str, target: str) -> None:
                 os.symlink(os.readlink(entry.path), copy)
             elif entry.is_dir():
                 _copy(entry.path, copy)
-            elif entry.is_file():  # and no pipe or socket, which it would wait for
+            elif entry.is_file():  # not a pipe or a socket: reading those would block
                 shutil.copyfile(entry.path, copy)
                 shutil.copymode(entry.path, copy)
 
 
 def _measure(folder: str) -> tuple[int, int]:
-    """Bytes and files in a folder; endless if it hides something, by its rights or its depth."""
+    """Bytes and files in a folder; endless if permissions or depth hide something from us."""
     num_bytes = num_files = 0
     folders = [(folder, 0)]
     while folders:

@@ -1,8 +1,8 @@
-"""A session in a folder, on a kernel of its own that lacks what other kernels have.
+"""A session in a folder, on gVisor's kernel.
 
-gVisor counts no threads of a user, and makes a branch the child of the interpreter, where elsewhere
-it is the keeper's. So here the keeper counts threads too, and stays until the last branch has
-ended, which it cannot wait for.
+gVisor does not count the threads of a user, and a branch becomes the child of the interpreter
+instead of the keeper. So the keeper counts threads as well, and stays until the last branch has
+ended, for which it cannot wait(2).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from tir_alp.tools.sandbox.jail.room_folder import FolderRoom
 
 
-class GuestRoom(FolderRoom):
+class GvisorRoom(FolderRoom):
     """See `fork_server.Room`."""
 
     def _reap(self, interpreter: int) -> tuple[int, int]:

@@ -1,6 +1,6 @@
-"""A session in namespaces of its own: its own processes, users, mounts, message queues.
+"""A session in namespaces of its own: its own processes, users, mounts and message queues.
 
-The keeper is pid 1 of the session's pid namespace, so that its death is the death of all. The /tmp
+The keeper is pid 1 of the session's pid namespace, so that its death ends all the others. The /tmp
 is a file system of its own, whose size the kernel bounds.
 """
 
@@ -15,7 +15,8 @@ from tir_alp.tools.sandbox.jail.confine import DEVICES
 from tir_alp.tools.sandbox.jail.spec import JailSpec
 
 SCRATCH_ROOT = "/session"
-"""Landlock's writable folder. It lies above the mount point, so its rule survives a remount."""
+"""The folder that Landlock makes writable. It contains the mount point, so that its rule still
+holds when another file system is mounted there."""
 SCRATCH = "/session/tmp"
 _SPARE = "/session/spare"
 _SCRATCH_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
@@ -47,7 +48,7 @@ class NamespacesRoom:
         os.chdir("/tmp")
 
     def enter(self) -> int | None:
-        """In the interpreter: nothing more to do; the rule set is the same for all."""
+        """In the interpreter: nothing to do; the rule set is the same for all."""
         return self._ruleset
 
     def wait(self, interpreter: int) -> tuple[int, int, str]:
@@ -55,14 +56,14 @@ class NamespacesRoom:
         return *os.wait(), ""
 
     def leave(self) -> None:
-        """In the keeper: nothing to clean; the mounts end with their namespace."""
+        """In the keeper: nothing to do; the mounts end with their namespace."""
 
     def enter_branch(self) -> None:
-        """In a branch: its /tmp is exchanged from outside, by `furnish_branch`."""
+        """In a branch: nothing to do; `furnish_branch` replaces its /tmp from outside."""
 
     def furnish_branch(self, pidfd: int) -> None:
-        """In a helper: give a new branch, which waits, its user and a copy of its parent's /tmp."""
-        process = os.open(f"/proc/{_pid_of(pidfd)}", os.O_PATH)  # out of sight in a moment
+        """In a helper: give a waiting branch its user and a copy of its parent's /tmp."""
+        process = os.open(f"/proc/{_pid_of(pidfd)}", os.O_PATH)  # invisible in its namespaces
         kernel.enter_namespaces(pidfd, kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS)
         _write("uid_map", f"{_USER} {_USER} 1", process)
         _write("gid_map", f"{_USER} {_USER} 1", process)
@@ -76,7 +77,7 @@ class NamespacesRoom:
 
 
 def _special_files(folder: str, names: list[str]) -> list[str]:
-    """What a copy of a folder leaves out: pipes, which it would wait for, and sockets."""
+    """What a copy of a folder leaves out: sockets, and pipes, on which it would block."""
     modes = {name: os.lstat(os.path.join(folder, name)).st_mode for name in names}
     return [n for n, m in modes.items() if stat.S_ISFIFO(m) or stat.S_ISSOCK(m)]
 

@@ -1,7 +1,7 @@
-"""Frames that only the holders of a key can make, in the order in which they were made.
+"""Frames that only the holders of a key can make, and that are accepted only in order.
 
-For a stream that others can reach: a program in a guest may find ways to read or write the
-descriptors of the process that speaks for it, but not to read its memory.
+They protect a stream that others can reach: a program in a guest may find ways to read or write the
+descriptors of the relay, but not to read its memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tir_alp.tools.sandbox.jail import frames
 
 
 class Seal:
-    """One direction of a stream; one for each end of it."""
+    """One direction of a stream. Each end of the stream has one per direction."""
 
     def __init__(self, key: bytes, sender: str) -> None:
         self._key = key
@@ -31,7 +31,7 @@ class Seal:
         """The message of a frame.
 
         Raises:
-            ValueError: It is not the next one of the other end.
+            ValueError: It is not the next frame of the other end.
         """
         body, mac = frame.get("body"), frame.get("mac")
         if not isinstance(body, str) or not isinstance(mac, str):

@@ -1,4 +1,4 @@
-"""What sessions share: who wants to run waits until the worst that it may do fits in."""
+"""What sessions share: a call waits until the most that it may use fits into the budget."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tir_alp.tools.sandbox.result import SandboxError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """An amount of each thing that can run out. Whole numbers, so that sums stay exact."""
+    """An amount of everything that can run out. Whole numbers, so that sums stay exact."""
 
     memory_mb: int = 0
     processes: int = 0
-    """Threads count: to the kernel they are processes."""
+    """Includes threads, which the kernel counts as processes."""
 
     def __add__(self, other: Resources) -> Resources:
         return Resources(
@@ -32,10 +32,10 @@ NOTHING = Resources()
 
 
 class Budget:
-    """A sum of reservations, one an owner. First come, first served.
+    """A sum of reservations, one per owner. First come, first served.
 
-    An owner that nobody else stands beside always fits: a budget too small for one call would
-    otherwise be a deadlock.
+    A single owner always fits: otherwise a budget that is too small for one call would be a
+    deadlock.
     """
 
     def __init__(self, total: Resources, max_wait_s: float) -> None:
@@ -47,7 +47,7 @@ class Budget:
         self._waiting: deque[tuple[object, Resources, asyncio.Future[None]]] = deque()
 
     async def reserve(self, owner: object, amount: Resources) -> None:
-        """Raise the owner's reservation to this much, as soon as it fits.
+        """Raise the owner's reservation to this amount, as soon as it fits.
 
         Raises:
             SandboxError: It did not fit in time.
@@ -56,8 +56,8 @@ class Budget:
             self._set(owner, amount)
             return
         turn = asyncio.get_running_loop().create_future()
-        place = (owner, amount, turn)
-        self._waiting.append(place)
+        entry = (owner, amount, turn)
+        self._waiting.append(entry)
         try:
             async with asyncio.timeout(self._max_wait_s):  # `wait_for` can swallow a cancellation
                 await turn
@@ -65,12 +65,12 @@ class Budget:
             lack = self._lack(owner, amount) or "room for those who came earlier"
             raise SandboxError(f"{lack} did not become free in {self._max_wait_s:g} s") from None
         finally:
-            if place in self._waiting:
-                self._waiting.remove(place)
-                self._serve()  # who stood behind may fit
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+                self._serve()  # those who came later may fit
 
     def settle(self, owner: object, amount: Resources) -> None:
-        """Set the owner's reservation to what it really holds; `NOTHING` ends it."""
+        """Set the owner's reservation to what it actually holds; `NOTHING` ends it."""
         self._set(owner, amount)
         self._serve()
 
@@ -80,7 +80,7 @@ class Budget:
             self._reservations[owner] = amount
 
     def _lack(self, owner: object, amount: Resources) -> str:
-        """What does not fit of this amount, in words; empty if all does."""
+        """The part of this amount that does not fit, in words; empty if all of it fits."""
         others = self.reserved - self._reservations.get(owner, NOTHING)
         total = self.total
         if others.memory_mb and others.memory_mb + amount.memory_mb > total.memory_mb:

@@ -1,4 +1,8 @@
-"""What this machine has left to give, as the kernel tells it: the defaults of the budgets."""
+"""What this machine has to give: free memory and processes for the budgets, and open files.
+
+The defaults of the two budgets are a share of what the kernel leaves when the sandbox starts. Open
+files are not shared out: the limit of this process is raised to what all sessions need.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,17 @@ from tir_alp.tools.sandbox.result import SandboxRefused
 
 _SHARE_OF_FREE = 0.75
 _KERNEL_LIMITS = ("pid_max", "threads-max")
+_FILES_PER_INTERPRETER = 6
+"""Control socket, stdout, stderr, pidfd, status, and the questions of its filter."""
+_FILES_PER_FORK_SERVER = 5
+_SPARE_FILES = 128
+"""For births, before the other ends are given away, and for the rest of the program."""
 
 
 def share_of_free_memory_mb() -> int:
     """Megabytes for all sessions together.
 
-    The least that is left by the machine and by the control groups around this process.
+    A share of the least that the machine and the control groups around this process leave.
     """
     return max(1, int(_SHARE_OF_FREE * min(_free_memory()) / 2**20))
 
@@ -25,10 +34,33 @@ def share_of_free_memory_mb() -> int:
 def share_of_free_processes() -> int:
     """Processes and threads for all sessions together.
 
-    The least that is left by the kernel's own limits, by that of the user and by those of the
-    control groups around this process.
+    A share of the least that the kernel's own limits, the user's limit and the control groups
+    around this process leave.
     """
     return max(1, int(_SHARE_OF_FREE * min(_free_processes())))
+
+
+def provide_open_files(num_interpreters: int, num_fork_servers: int) -> None:
+    """Raise this process's soft limit of open files to what so many interpreters need.
+
+    Raises:
+        SandboxRefused: The hard limit is lower; the message says how to raise it.
+    """
+    others = len(os.listdir("/proc/self/fd")) + _SPARE_FILES
+    needed = _FILES_PER_INTERPRETER * num_interpreters
+    needed += _FILES_PER_FORK_SERVER * num_fork_servers + others
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        fewer = -(-(needed - hard) // _FILES_PER_INTERPRETER)
+        raise SandboxRefused(
+            f"{num_interpreters} interpreters (max_sessions and ready_sessions) need {needed} open "
+            f"files, and this process may have {hard}: raise the hard limit (`ulimit -Hn {needed}` "
+            f"as root, LimitNOFILE={needed} in systemd, --ulimit nofile={needed} for a container), "
+            f"or lower max_sessions by {fewer} or more"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _free_memory() -> Iterator[int]:
@@ -43,33 +75,5 @@ def _free_processes() -> Iterator[int]:
         yield int(Path("/proc/sys/kernel", name).read_text()) - num_tasks
     limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     if limit != resource.RLIM_INFINITY:
-        yield limit - num_tasks  # at most so many of them are this user's
+        yield limit - num_tasks  # at most this many of them belong to this user
     yield from (free for free in map(free_processes, control_groups("pids")) if free is not None)
-
-
-_PER_INTERPRETER = 6
-"""Control socket, stdout, stderr, pidfd, status; and the questions of its filter."""
-_PER_FORK_SERVER = 5
-_SPARE = 128
-"""For a birth, before the other ends are given away, and for the rest of the program."""
-
-
-def provide_open_files(num_interpreters: int, num_fork_servers: int) -> None:
-    """Raise this process's soft limit of open files, to what so many interpreters need.
-
-    Raises:
-        SandboxRefused: The hard limit is lower, and says how many interpreters it allows.
-    """
-    others = len(os.listdir("/proc/self/fd")) + _SPARE
-    needed = _PER_INTERPRETER * num_interpreters + _PER_FORK_SERVER * num_fork_servers + others
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise SandboxRefused(
-            f"{num_interpreters} interpreters (max_sessions and ready_sessions) need {needed} open "
-            f"files, and this process may have {hard}: raise the hard limit (`ulimit -Hn {needed}` "
-            f"as root, LimitNOFILE={needed} in systemd, --ulimit nofile={needed} for a container), "
-            f"or lower max_sessions by {-(-(needed - hard) // _PER_INTERPRETER)} or more"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

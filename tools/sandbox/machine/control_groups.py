@@ -1,7 +1,6 @@
-"""The control groups around a process, of version 1 or 2: their limits, and what is used of them.
+"""The control groups around a process, of version 1 or 2: what their limits leave.
 
-Seen from outside of any session, so that it can be trusted. A file that is not there is no limit:
-the root has none, and some lie outside of the container that this process is in.
+They are read from outside of any session, so the values can be trusted.
 """
 
 from __future__ import annotations
@@ -9,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from tir_alp.tools.sandbox.jail.limit_files import read_number
+
 _TOP = Path("/sys/fs/cgroup")
 _PROCESSES = Path("/proc")
-_NO_LIMIT = 1 << 60
-"""Version 1 writes the largest number of pages instead of "max"."""
 
 
 def control_groups(
@@ -30,24 +29,13 @@ def control_groups(
             group = group.parent
 
 
-def number(folder: Path, *files: str) -> int | None:
-    """What the first of these files that is there says; None if none is, or it says "no limit"."""
-    for file in files:
-        try:
-            text = (folder / file).read_text().strip()
-        except OSError:
-            continue
-        return None if text == "max" or int(text) >= _NO_LIMIT else int(text)
-    return None
-
-
 def free_memory(folder: Path) -> int | None:
     """Bytes that a group may still take; None if it has no limit.
 
     File pages that nobody has touched for a while are free: the kernel drops them first.
     """
-    limit = number(folder, "memory.max", "memory.limit_in_bytes")
-    used = number(folder, "memory.current", "memory.usage_in_bytes")
+    limit = read_number(folder, "memory.max", "memory.limit_in_bytes")
+    used = read_number(folder, "memory.current", "memory.usage_in_bytes")
     if limit is None or used is None:
         return None
     lines = (folder / "memory.stat").read_text().splitlines()
@@ -58,5 +46,5 @@ def free_memory(folder: Path) -> int | None:
 
 def free_processes(folder: Path) -> int | None:
     """Processes and threads that a group may still start; None if it has no limit."""
-    limit, used = number(folder, "pids.max"), number(folder, "pids.current")
+    limit, used = read_number(folder, "pids.max"), read_number(folder, "pids.current")
     return None if limit is None or used is None else max(0, limit - used)

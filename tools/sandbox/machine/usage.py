@@ -1,38 +1,66 @@
-"""What the kernel says about a process: its memory and its threads. Seen from outside, trusted."""
+"""What processes and containers use of the machine, seen from outside and by the kernel's word.
+
+`ProcessUsage` follows one process (its memory and its threads); `ContainerUsage` follows the
+control groups of a container (its memory and its processor time). Both keep the last values that
+they saw, so that these can be read after the end.
+"""
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tir_alp.tools.sandbox.machine.control_groups import control_groups, number
+from tir_alp.tools.sandbox.jail.limit_files import LIMIT_FILES, read_number
+from tir_alp.tools.sandbox.machine.control_groups import control_groups
 
-_SIZE = 4096
+_STATUS_BYTES = 4096
+_NANOSECONDS, _MICROSECONDS = 1e9, 1e6
 
 
-class ProcessStatus:
-    """Follows one process, from when it is made until `close`; keeps what it saw last.
+class _Usage(abc.ABC):
+    """Memory in MB, now, at most, and since the first measurement."""
+
+    def __init__(self) -> None:
+        self.memory_mb = self.peak_memory_mb = 0.0
+        self._since = time.monotonic()
+        self.measure()
+        self._first_memory_mb = self.memory_mb
+
+    @abc.abstractmethod
+    def measure(self) -> None:
+        """Update the values; changes nothing once the process or the container is gone."""
+
+    @property
+    def grown_mb(self) -> float:
+        """Memory taken since the first measurement."""
+        return max(0.0, self.memory_mb - self._first_memory_mb)
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the first measurement."""
+        return time.monotonic() - self._since
+
+
+class ProcessUsage(_Usage):
+    """Follows one process until `close`. Modules that it shares with others count as its memory.
 
     Raises:
-        OSError: The process is gone already, or there are no descriptors left.
+        OSError: The process has ended already, or there are no descriptors left.
     """
 
     def __init__(self, pid: int) -> None:
-        self.peak_memory_mb = self.memory_mb = 0.0
-        """Modules that it shares with others included."""
         self.num_threads = 1
-        self._since = time.monotonic()
         self._file = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
-        self.measure()
-        self._memory_mb_at_first = self.memory_mb
+        super().__init__()
 
     def measure(self) -> None:
-        """Look again; leaves everything as it is once the process is dead."""
+        """See `_Usage`."""
         try:
-            status = os.pread(self._file, _SIZE, 0)
+            status = os.pread(self._file, _STATUS_BYTES, 0)
         except OSError:
             return
         if b"VmHWM:" in status:
@@ -40,69 +68,36 @@ class ProcessStatus:
             self.memory_mb = _number(status, b"VmRSS:") / 1024
             self.num_threads = _number(status, b"Threads:")
 
-    @property
-    def grown_mb(self) -> float:
-        """The memory that it has taken since it was first seen."""
-        return max(0.0, self.memory_mb - self._memory_mb_at_first)
-
-    @property
-    def age_s(self) -> float:
-        """Seconds since it was first seen."""
-        return time.monotonic() - self._since
-
     def close(self) -> None:
         """Give the descriptor back."""
         os.close(self._file)
 
 
-def _number(status: bytes, field: bytes) -> int:
-    return int(status.partition(field)[2].split(None, 1)[0])
-
-
-_NANOSECONDS, _MICROSECONDS = 1e9, 1e6
-_LIMITS = {
-    "memory": ("memory", "memory.max", "memory.limit_in_bytes"),
-    "processes": ("pids", "pids.max"),
-}
-
-
-class ContainerUse:
-    """Follows the innermost control groups of a process; keeps what it saw last."""
+class ContainerUsage(_Usage):
+    """Follows the innermost control groups of a container's process."""
 
     def __init__(self, pid: int) -> None:
+        self.cpu_s = 0.0
         self._folders: dict[str, Path] = {}
         for controller in ("cpuacct", "memory", "pids"):
             with contextlib.suppress(OSError, StopIteration):
                 self._folders[controller] = next(control_groups(controller, pid))
-        self.cpu_s = self.memory_mb = self.peak_memory_mb = 0.0
-        self._since = time.monotonic()
-        self.measure()
-        self._memory_mb_at_first = self.memory_mb
+        super().__init__()
 
     def unlimited(self) -> Iterator[str]:
-        """What this container may take without a bound."""
-        for what, (controller, *files) in _LIMITS.items():
+        """The resources that this container may use without a bound."""
+        for resource, (controller, *files) in LIMIT_FILES.items():
             if self._read(controller, *files) is None:
-                yield what
+                yield resource
 
     def measure(self) -> None:
-        """Look again; leaves everything as it is once the container is gone."""
+        """See `_Usage`."""
         self.cpu_s = max(self.cpu_s, self._cpu_s())
         used = self._read("memory", "memory.current", "memory.usage_in_bytes")
         if used is not None:
             self.memory_mb = used / 2**20
             peak = self._read("memory", "memory.peak", "memory.max_usage_in_bytes")
             self.peak_memory_mb = max(self.peak_memory_mb, self.memory_mb, (peak or 0) / 2**20)
-
-    @property
-    def grown_mb(self) -> float:
-        """The memory that it has taken since it was first seen."""
-        return max(0.0, self.memory_mb - self._memory_mb_at_first)
-
-    @property
-    def age_s(self) -> float:
-        """Seconds since it was first seen."""
-        return time.monotonic() - self._since
 
     def _cpu_s(self) -> float:
         if (used := self._read("cpuacct", "cpuacct.usage")) is not None:
@@ -114,4 +109,8 @@ class ContainerUse:
 
     def _read(self, controller: str, *files: str) -> int | None:
         folder = self._folders.get(controller)
-        return None if folder is None else number(folder, *files)
+        return None if folder is None else read_number(folder, *files)
+
+
+def _number(status: bytes, field: bytes) -> int:
+    return int(status.partition(field)[2].split(None, 1)[0])

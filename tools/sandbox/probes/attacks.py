@@ -1,7 +1,7 @@
-"""What the probes try: one program for each promise, and the locks that should stop it. Pure data.
+"""What the probes try: one program per promise, and the locks that should stop it. Pure data.
 
-Each program is an expression that is `'held'` only if the attack was stopped in the way it should
-be. Where several locks are named, each of them would have been enough.
+Each program is an expression whose value is `'held'` only if the attack was stopped as it should
+be. If several locks are named, each of them alone would be enough.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from tir_alp.tools.sandbox.config import SandboxConfig
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """One thing that must not work."""
+    """Something that must not work."""
 
     promise: str
     locks: tuple[str, ...]
-    """Of those that a backend has, these stop it. A backend that has none of them does not promise
-    to."""
+    """The locks that stop it. A backend that has none of them does not promise to stop it."""
     program: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Canary:
-    """Things of the host and of a neighbour that a session must not reach."""
+    """What a session must not reach: a file and a port of the host, a file of a neighbour."""
 
     path: str
     port: int
@@ -91,11 +90,11 @@ ctypes.CFUNCTYPE(ctypes.c_int)(address)()
 _SOCKETS = ("seccomp", "namespaces", "container")
 _FILES = ("Landlock", "namespaces")
 _OWN_IMAGE = "gVisor"
-"""A container a session, and its own kernel: there are no files there but the image's."""
+"""A container and a kernel per session: there are no files but those of the image."""
 
 
 def intrusions(config: SandboxConfig, canary: Canary) -> tuple[Attack, ...]:
-    """Tries to reach what lies outside of a session."""
+    """Attempts to reach what lies outside of a session."""
     n = _NUMBERS
     names = {*ENVIRONMENT, "PWD"}
     environment = f"'held' if set(os.environ) <= {{*{sorted(names)}}} else dict(os.environ)"
@@ -139,7 +138,7 @@ def intrusions(config: SandboxConfig, canary: Canary) -> tuple[Attack, ...]:
 
 
 def exhaustions(config: SandboxConfig) -> tuple[Attack, ...]:
-    """Tries to use more of something than a session may."""
+    """Attempts to use more of something than a session may."""
     attacks = (
         Attack("threads", ("NPROC", "host", "gVisor keeper"), _THREADS),
         Attack("open files", ("rlimit NOFILE",), _OPEN_FILES),
@@ -156,7 +155,7 @@ def swarm():
     while len(threads) < {max_processes}:
         threads.append(threading.Thread(target=wait.wait))
         threads[-1].start()
-    time.sleep(2)  # for a keeper, which only looks now and then
+    time.sleep(2)  # for a keeper, which looks only now and then
     return len(threads)
 verdict = stopped(swarm, RuntimeError)
 wait.set()
@@ -167,7 +166,7 @@ verdict = stopped(lambda: [os.dup(0) for _ in range({open_files})], FULL)
 os.closerange(4, {open_files})
 verdict
 """
-# Whoever is not stopped at once waits for the keeper, which only looks now and then.
+# An attack that is not stopped at once waits for the keeper, which looks only now and then.
 _DISK = """
 def fill():
     for i in range({tmp_mb} + 1):

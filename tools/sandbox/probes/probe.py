@@ -1,7 +1,8 @@
 """The sandbox attacks itself before anybody may use it, and refuses to start if an attack works.
 
-Two kinds of probes: programs that try something inside a session (`attacks.py`), and looks from
-outside at what the kernel says about the session's process, for the locks behind another lock.
+There are two kinds of probes: programs that try something inside a session (`attacks.py`), and
+checks from outside of what the kernel reports about the session's process. The latter are for locks
+that no attack reaches, because another lock stops it first.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tir_alp.tools.outcome import Outcome
-from tir_alp.tools.sandbox.backends.gvisor import AnyJail
+from tir_alp.tools.sandbox.backends.jail_protocol import Jail
 from tir_alp.tools.sandbox.config import Limits, SandboxConfig
 from tir_alp.tools.sandbox.probes.attacks import (
     KILLED_BY_ABI,
@@ -38,35 +39,35 @@ _LIMITS = Limits(wall_s=60.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """What one probe found."""
+class ProbeResult:
+    """The result of one probe."""
 
     promise: str
     mechanism: str
-    """The locks that stop it, each of which would be enough."""
+    """The locks that stop the attack, each of which would be enough."""
     failure: str
-    """What the attack got; empty if it was stopped, or not tried."""
+    """What the attack got; empty if it was stopped or not tried."""
     promised: bool = True
-    """False if the backend does not keep a program from this."""
+    """Whether the backend promises to stop the attack."""
 
 
 async def refuse_if_weak(sandbox: LocalSandbox, config: SandboxConfig) -> None:
     """Run every probe.
 
     Raises:
-        SandboxRefused: Names each probe that was not held, and what it got.
+        SandboxRefused: An attack worked; the message names each one and what it got.
     """
-    findings = await probe(sandbox, config)
-    failures = [f"{f.promise} ({f.failure})" for f in findings if f.failure]
+    results = await probe(sandbox, config)
+    failures = [f"{f.promise} ({f.failure})" for f in results if f.failure]
     if failures:
         raise SandboxRefused(f"the sandbox does not hold on this machine: {'; '.join(failures)}")
 
 
-async def probe(sandbox: LocalSandbox, config: SandboxConfig) -> list[Finding]:
-    """Run every probe and tell what each found.
+async def probe(sandbox: LocalSandbox, config: SandboxConfig) -> list[ProbeResult]:
+    """Run every probe and return the results.
 
     Raises:
-        SandboxRefused: They could not be run.
+        SandboxRefused: The probes could not be run.
     """
     jail = sandbox.jail
     try:
@@ -82,7 +83,7 @@ async def probe(sandbox: LocalSandbox, config: SandboxConfig) -> list[Finding]:
     except SandboxError as error:
         raise SandboxRefused(f"the probes could not run: {error}") from error
     unharmed = "" if alive.value == "1" else f"an attack reached another session: {alive}"
-    return [*(f for report in reports for f in report), Finding("neighbour", "all", unharmed)]
+    return [*(f for report in reports for f in report), ProbeResult("neighbour", "all", unharmed)]
 
 
 @contextlib.asynccontextmanager
@@ -96,61 +97,63 @@ async def _canary(neighbour: PythonSession) -> AsyncIterator[Canary]:
         yield Canary(path=file.name, port=port, neighbour_path=path.strip("'"))
 
 
-async def _attack(sandbox: LocalSandbox, jail: AnyJail, attacks: Iterable[Attack]) -> list[Finding]:
+async def _attack(
+    sandbox: LocalSandbox, jail: Jail, attacks: Iterable[Attack]
+) -> list[ProbeResult]:
     async with sandbox.session() as session:
         await session.run(PRELUDE, _LIMITS)
-        findings = []
+        results = []
         for attack in attacks:
             locks = [lock for lock in attack.locks if lock.split()[0] in jail.locks]
             if not locks:
-                findings.append(Finding(attack.promise, "", "", promised=False))
+                results.append(ProbeResult(attack.promise, "", "", promised=False))
                 continue
             result = await session.run(attack.program, _LIMITS)
             may_be_ended = any(lock.endswith("keeper") for lock in locks)
             was_ended = may_be_ended and result.outcome is Outcome.RESOURCE_LIMIT
             failure = "" if result.value == "'held'" or was_ended else _summary(result)
-            findings.append(Finding(attack.promise, ", ".join(locks), failure))
+            results.append(ProbeResult(attack.promise, ", ".join(locks), failure))
             if result.value != "'held'":  # the attack may have cost the interpreter
                 await session.run(PRELUDE, _LIMITS)
-        return findings
+        return results
 
 
-async def _foreign_abis(sandbox: LocalSandbox, jail: AnyJail) -> list[Finding]:
+async def _foreign_abis(sandbox: LocalSandbox, jail: Jail) -> list[ProbeResult]:
     if platform.machine() != "x86_64":
         return []
-    findings = []
+    results = []
     for name, attack in KILLED_BY_ABI.items():
         async with sandbox.session() as session:
             result = await session.run(PRELUDE + attack, _LIMITS)
-            # gVisor has no such ABI: the call is taken for another, native one.
+            # gVisor has no such ABI and treats the call as another, native one.
             is_error = "gVisor" in jail.locks and (result.value or "").startswith("-")
             failure = "" if is_error or "SIGSYS" in result.stderr else _summary(result)
-            findings.append(Finding(f"{name} system calls", "seccomp", failure))
-    return findings
+            results.append(ProbeResult(f"{name} system calls", "seccomp", failure))
+    return results
 
 
-async def _forged_reply(sandbox: LocalSandbox) -> list[Finding]:
+async def _forged_reply(sandbox: LocalSandbox) -> list[ProbeResult]:
     forged = b'{"id": 1, "ok": true, "value": "forged", "limit": ""}'
     frame = len(forged).to_bytes(4, "big") + forged
     async with sandbox.session() as session:
         result = await session.run(f"import os; os.write(3, {frame!r})", _LIMITS)
         held = result.outcome is Outcome.TOOL_ERROR and result.value != "forged"
-        return [Finding("forged reply", "host", "" if held else _summary(result))]
+        return [ProbeResult("forged reply", "host", "" if held else _summary(result))]
 
 
-async def _look_from_outside(session: PythonSession, jail: AnyJail) -> list[Finding]:
-    """What the kernel says about an interpreter, or about the kernel that it has instead of it.
+async def _look_from_outside(session: PythonSession, jail: Jail) -> list[ProbeResult]:
+    """Check what the kernel reports about an interpreter, or about the kernel that it runs on.
 
-    These are the locks that no attack can tell apart.
+    Attacks cannot distinguish these locks.
     """
-    if "gVisor" in jail.locks:  # which needs some capabilities, in its own user namespace
+    if "gVisor" in jail.locks:  # gVisor needs some capabilities, in its own user namespace
         prefix, promises, namespaces = "gVisor's ", [], _visible_namespaces(session.pid)
     else:
         prefix, promises = "", ["capabilities"]
         namespaces = _NAMESPACES if "namespaces" in jail.locks else ()
     promises += ["no new privileges", "seccomp", "root", *(f"{n} namespace" for n in namespaces)]
     failures = dict(_process_state(session.pid, namespaces))
-    return [Finding(prefix + p, "seen in /proc", failures.get(p, "")) for p in promises]
+    return [ProbeResult(prefix + p, "seen in /proc", failures.get(p, "")) for p in promises]
 
 
 _NAMESPACES = ("user", "pid", "mnt", "net", "ipc", "uts")
@@ -158,7 +161,7 @@ _NAMESPACES_OF_GVISOR = ("user", "mnt", "net", "ipc", "uts")
 
 
 def _visible_namespaces(pid: int) -> tuple[str, ...]:
-    """Those of gVisor; none if it runs as another user, whose processes only root may look at."""
+    """The namespaces of gVisor; none if it runs as another user, whose processes only root sees."""
     try:
         os.readlink(f"/proc/{pid}/ns/net")
     except PermissionError:
@@ -171,7 +174,7 @@ def _process_state(pid: int, namespaces: Iterable[str]) -> Iterator[tuple[str, s
     lines = (line.split(":", 1) for line in (process / "status").read_text().splitlines())
     status = {key: value.strip() for key, value in lines}
     sets = ["CapInh", "CapPrm", "CapEff", "CapAmb"]
-    if namespaces:  # who starts as an ordinary user of the host cannot empty this one
+    if namespaces:  # an ordinary user of the host cannot empty this set
         sets.append("CapBnd")
     if kept := {name: status[name] for name in sets if int(status[name], 16)}:
         yield "capabilities", str(kept)

@@ -1,8 +1,8 @@
-"""Backend `remote`: sessions that live in services (`service.py`) on other hosts.
+"""Backend `remote`: sessions in services (`server.py`) on other hosts.
 
-A session stays on the host where it was opened. What did not run is tried again, elsewhere if need
-be, until `max_wait_s` is over: no connection, a 429, a 503. What may have run is not: it is an
-`INFRA_ERROR`, and the next call begins in a fresh interpreter.
+A session stays on the host where it was opened. A request that did not run (no connection, a 429, a
+503) is tried again, on another host if necessary, until `max_wait_s` is over. A request that may
+have run is not repeated: it is an `INFRA_ERROR`, and the next call begins in a fresh interpreter.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from tir_alp.tools.sandbox.result import (
 _CHECK_EVERY_S = 5.0
 _REQUEST_TIMEOUT_S = 60.0
 _MARGIN_S = 30.0
-"""What a service may take for a call beyond the call's own limits."""
+"""Seconds that a service may take for a call beyond the call's own limits."""
 _MIN_PAUSE_S = 0.05
 
 
 class _NothingRan(Exception):
-    """The host did not take the request; another one may."""
+    """The host did not accept the request; another one may."""
 
 
 class _SessionGone(Exception):
-    """The host does not know the session any more."""
+    """The host no longer knows the session."""
 
 
-class _Host:
+class _ServiceHost:
     """One service, and what is known about it."""
 
     def __init__(self, url: str, client: aiohttp.ClientSession) -> None:
@@ -54,12 +54,12 @@ class _Host:
     async def request(
         self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = 0.0
     ) -> dict[str, Any]:
-        """One request.
+        """Send one request and return the reply.
 
         Raises:
-            _NothingRan: It was not taken.
+            _NothingRan: The request was not accepted.
             _SessionGone: There is no such session.
-            SandboxError: It was refused for good, or its fate is unknown.
+            SandboxError: The request was refused for good, or its fate is unknown.
         """
         timeout = aiohttp.ClientTimeout(total=timeout_s or _REQUEST_TIMEOUT_S, sock_connect=5.0)
         try:
@@ -69,7 +69,7 @@ class _Host:
                 if response.status in (429, 503):
                     raise _NothingRan(f"{self.url}: {await response.text()}")
                 if response.status == 404:
-                    raise _SessionGone(f"{self.url} does not know the session any more")
+                    raise _SessionGone(f"{self.url} no longer knows the session")
                 if response.status != 200:
                     text = await response.text()
                     raise SandboxError(f"{self.url} answered {response.status}: {text[:500]}")
@@ -82,27 +82,27 @@ class _Host:
 
 
 class RemoteSandbox:
-    """Sessions on whichever host has the fewest. See `base.Sandbox`."""
+    """Opens each session on the host that has the fewest. See `base.Sandbox`."""
 
     def __init__(self, config: SandboxConfig) -> None:
         self.report = SandboxReport(backend="remote")
         self._config = config
-        self._hosts: list[_Host] = []
+        self._hosts: list[_ServiceHost] = []
         self._client: aiohttp.ClientSession | None = None
         self._checker: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Ask every host how it is.
+        """Check the health of every host.
 
         Raises:
-            SandboxRefused: None of them answers.
+            SandboxRefused: No host answers.
         """
         token = os.environ.get(TOKEN_VARIABLE)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         connector = aiohttp.TCPConnector(limit=0)
         self._client = aiohttp.ClientSession(headers=headers, connector=connector)
-        self._hosts = [_Host(url, self._client) for url in self._config.hosts]
+        self._hosts = [_ServiceHost(url, self._client) for url in self._config.hosts]
         answers = await asyncio.gather(*map(_health, self._hosts))
         refused = {
             h.url: a for h, a in zip(self._hosts, answers, strict=True) if isinstance(a, str)
@@ -121,7 +121,7 @@ class RemoteSandbox:
         self._checker = asyncio.create_task(self._check_hosts())
 
     async def stop(self) -> None:
-        """Forget the hosts; they close what nobody calls any more."""
+        """Disconnect from the hosts, which close the sessions that nobody calls any more."""
         if self._checker is not None:
             self._checker.cancel()
         await asyncio.gather(*self._closing)
@@ -141,17 +141,17 @@ class RemoteSandbox:
         """As `base.Sandbox.open_session`."""
         return RemoteSession(self, self._config, *await self.open_somewhere())
 
-    async def open_somewhere(self) -> tuple[_Host, str]:
-        """A fresh session: its host and its name there.
+    async def open_somewhere(self) -> tuple[_ServiceHost, str]:
+        """Open a session; return its host and its name there.
 
         Raises:
-            SandboxError: No host gave one in time.
+            SandboxError: No host had a free session in time.
         """
         deadline = time.monotonic() + self._config.max_wait_s
         pause_s, refusal = _MIN_PAUSE_S, "no host is healthy"
         while True:
             for host in sorted(self._hosts, key=lambda h: (not h.is_healthy, h.num_sessions)):
-                host.num_sessions += 1  # before the answer, so that those who ask now spread out
+                host.num_sessions += 1  # before the reply, so that simultaneous requests spread out
                 try:
                     return host, (await host.request("POST", "/v1/sessions", {}))["session"]
                 except (_NothingRan, _SessionGone) as error:
@@ -165,28 +165,29 @@ class RemoteSandbox:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, 1.0)
 
-    def close_in_background(self, host: _Host, name: str) -> None:
-        """Give a session back that nobody waits for."""
+    def close_in_background(self, host: _ServiceHost, name: str) -> None:
+        """Close a session without waiting for it."""
         task = asyncio.create_task(_close(host, name))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
     async def _check_hosts(self) -> None:
-        """Look after hosts again and again; ends with the sandbox."""
+        """Check the hosts' health periodically, until the sandbox ends."""
         while True:
             await asyncio.sleep(_CHECK_EVERY_S)
             await asyncio.gather(*map(_health, self._hosts))
 
 
 class RemoteSession:
-    """A session on one of the hosts, or on another when it was lost. See `base.Session`."""
+    """A session on one host, or on another one after it was lost. See `base.Session`."""
 
     def __init__(
-        self, sandbox: RemoteSandbox, config: SandboxConfig, host: _Host, name: str
+        self, sandbox: RemoteSandbox, config: SandboxConfig, host: _ServiceHost, name: str
     ) -> None:
         self._sandbox = sandbox
         self._config = config
-        self._place: tuple[_Host, str] | None = (host, name)
+        self._remote: tuple[_ServiceHost, str] | None = (host, name)
+        """Host and name of the session; None while it has none."""
         self._lock = asyncio.Lock()
         self._has_state = False
         self._lost_state = False
@@ -197,7 +198,7 @@ class RemoteSession:
         started = time.perf_counter()
         async with self._lock:
             try:
-                reply = await self._run(code, limits or self._config.limits)
+                reply = await self._call(code, limits or self._config.limits)
             except SandboxError as error:
                 return failed_result(error, time.perf_counter() - started)
             except BaseException:
@@ -209,9 +210,9 @@ class RemoteSession:
     async def fork(self) -> RemoteSession:
         """As `base.Session.fork`."""
         async with self._lock:
-            if self._place is None:
+            if self._remote is None:
                 raise SandboxError("nothing left to fork: the host lost the session")
-            host, name = self._place
+            host, name = self._remote
             try:
                 reply = await host.request("POST", f"/v1/sessions/{name}/fork", {})
             except (_NothingRan, _SessionGone) as error:
@@ -224,8 +225,8 @@ class RemoteSession:
     async def close(self) -> None:
         """As `base.Session.close`."""
         self._closed = True
-        if self._place is not None:
-            (host, name), self._place = self._place, None
+        if self._remote is not None:
+            (host, name), self._remote = self._remote, None
             host.num_sessions -= 1
             await _close(host, name)
 
@@ -235,20 +236,20 @@ class RemoteSession:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
-    async def _run(self, code: str, limits: Limits) -> dict[str, Any]:
+    async def _call(self, code: str, limits: Limits) -> dict[str, Any]:
         if self._closed:
             raise SandboxError("the session is closed")
         body = {"code": code, "limits": limits.model_dump()}
         timeout_s = limits.wall_s + self._config.max_wait_s + _MARGIN_S
         while True:
-            if self._place is None:
-                self._place = await self._sandbox.open_somewhere()
-            host, name = self._place
+            if self._remote is None:
+                self._remote = await self._sandbox.open_somewhere()
+            host, name = self._remote
             try:
                 reply = await host.request("POST", f"/v1/sessions/{name}/run", body, timeout_s)
             except (_NothingRan, _SessionGone) as error:
                 self._leave(state_is_lost=False)
-                if self._has_state:  # the program may count on variables that are gone
+                if self._has_state:  # the program may rely on variables that are gone
                     self._has_state = False
                     raise SandboxError(f"the variables were lost: {error}") from error
                 continue
@@ -263,22 +264,22 @@ class RemoteSession:
             return reply
 
     def _leave(self, state_is_lost: bool) -> None:
-        if self._place is not None:
-            (host, name), self._place = self._place, None
+        if self._remote is not None:
+            (host, name), self._remote = self._remote, None
             host.num_sessions -= 1
             self._sandbox.close_in_background(host, name)
             self._lost_state = self._lost_state or (state_is_lost and self._has_state)
             self._has_state = self._has_state and not state_is_lost
 
 
-async def _close(host: _Host, name: str) -> None:
-    """A host that cannot be told forgets the session by itself."""
+async def _close(host: _ServiceHost, name: str) -> None:
+    """Close a session; a host that cannot be reached closes it by itself in time."""
     with contextlib.suppress(SandboxError, _NothingRan, _SessionGone):
         await host.request("DELETE", f"/v1/sessions/{name}", timeout_s=_CHECK_EVERY_S)
 
 
-async def _health(host: _Host) -> dict[str, Any] | str:
-    """What a host reports, or why it cannot be used."""
+async def _health(host: _ServiceHost) -> dict[str, Any] | str:
+    """A host's report, or the reason why it cannot be used."""
     try:
         report = await host.request("GET", "/v1/health", timeout_s=_CHECK_EVERY_S)
     except (SandboxError, _NothingRan, _SessionGone) as error:

@@ -1,7 +1,7 @@
-"""The request and reply formats of two older sandbox services, as functions of ours. No I/O.
+"""The request and reply formats of two older sandbox services. No I/O.
 
 SandboxFusion answers `/run_code` and `/run_jupyter`; the firejail service that SimpleTIR and the
-first ALP release call answers `/faas/sandbox/`. Only Python is spoken here.
+first ALP release call answers `/faas/sandbox/`. Only Python programs are supported.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _LIMITED = (Outcome.TOOL_TIMEOUT, Outcome.RESOURCE_LIMIT)
 
 
 def _inside(path: str) -> str:
-    """Refuse what is no path of a file in the working folder, or below /tmp."""
+    """Refuse anything but the path of a file in the working folder or below /tmp."""
     parts = PurePosixPath(path).parts
     leaves = ".." in parts or (path.startswith("/") and parts[:2] != ("/", "tmp"))
     if not path or path.endswith("/") or "\0" in path or leaves:
-        raise ValueError("a path of a file in the working folder, or below /tmp, is needed")
+        raise ValueError("the path of a file in the working folder or below /tmp is needed")
     return path
 
 
@@ -35,15 +35,16 @@ _Path = Annotated[str, Field(max_length=1000), AfterValidator(_inside)]
 
 
 class Files(BaseModel):
-    """The part of a request that moves files."""
+    """The fields of a request that move files."""
 
     files: dict[_Path, Base64Bytes | None] = {}
-    """Content of files that the program finds; None: nothing, as SandboxFusion takes it."""
+    """Path -> content of the files that the program finds; None means no file, as in
+    SandboxFusion."""
     fetch_files: list[_Path] = Field(default=[], max_length=100)
 
     @property
     def moves_files(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether there are any files to move."""
         return bool(self.files or self.fetch_files)
 
     @property
@@ -68,7 +69,7 @@ class FusionNotebook(Files):
 
     cells: list[str]
     cell_timeout: float = Field(default=0.0, ge=0)
-    """0: only the total counts."""
+    """Seconds; 0 means that only the total counts."""
     total_timeout: float = Field(default=45.0, gt=0)
     kernel: Literal["python3"] = "python3"
 
@@ -85,7 +86,7 @@ class FaasRequest(BaseModel):
 
 
 def fusion_reply(script: ScriptResult, fetched: Fetched) -> dict[str, Any]:
-    """What SandboxFusion says of a program."""
+    """SandboxFusion's reply about a program."""
     result = script.result
     if result.outcome.is_infrastructure:
         return fusion_failure(result.stderr)
@@ -100,7 +101,7 @@ def fusion_reply(script: ScriptResult, fetched: Fetched) -> dict[str, Any]:
 
 
 def fusion_failure(message: str) -> dict[str, Any]:
-    """What SandboxFusion says when it could not run a program."""
+    """SandboxFusion's reply if it could not run a program."""
     return {
         "status": "SandboxError",
         "message": message,
@@ -112,7 +113,7 @@ def fusion_failure(message: str) -> dict[str, Any]:
 
 
 def notebook_reply(results: list[RunResult], fetched: Fetched) -> dict[str, Any]:
-    """What SandboxFusion says of a notebook, whose cells ran until one was stopped."""
+    """SandboxFusion's reply about a notebook, whose cells ran until one was stopped."""
     last = results[-1] if results else None
     if last is not None and last.outcome.is_infrastructure:
         return notebook_failure(last.stderr)
@@ -129,7 +130,7 @@ def notebook_reply(results: list[RunResult], fetched: Fetched) -> dict[str, Any]
 
 
 def notebook_failure(message: str) -> dict[str, Any]:
-    """What SandboxFusion says when it could not run a notebook."""
+    """SandboxFusion's reply if it could not run a notebook."""
     return {
         "status": "SandboxError",
         "message": message,
@@ -141,7 +142,7 @@ def notebook_failure(message: str) -> dict[str, Any]:
 
 
 def faas_reply(script: ScriptResult) -> dict[str, Any]:
-    """What the firejail service says of a program; a failed sandbox is no reply but a 503."""
+    """The firejail service's reply about a program; a failed sandbox is a 503 instead."""
     result = script.result
     if result.outcome is Outcome.TOOL_TIMEOUT:
         status = "timeout"

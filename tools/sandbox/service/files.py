@@ -1,8 +1,8 @@
-"""Files that a program finds in its working folder, and files that it leaves there.
+"""Moves files into a program's working folder, and out of it again.
 
-Both ways lead through the session: a cell writes, a cell reads, with the rights of the program and
-within its limits, so that a path or a link that leads out of the sandbox leads nowhere. What comes
-back is what the program wants us to see, like everything that it prints.
+Files are written and read by cells of the session, with the rights of the program and within its
+limits, so that a path or a link out of the sandbox leads nowhere. What is read is what the program
+chooses to show, like everything that it prints.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from tir_alp.tools.sandbox.base import Session
 from tir_alp.tools.sandbox.config import Limits
 from tir_alp.tools.sandbox.result import SandboxError
 
-_CHUNK_BYTES = 720_000  # in base64 less than the most that a value may hold
+_CHUNK_BYTES = 720_000  # in base64 this is shorter than the longest value of a cell
 _LIMITS = Limits(wall_s=10.0, output_chars=1_000_000)
 
-# Each runs in a namespace of its own, and so leaves nothing behind in the program's.
+# Each cell runs in a namespace of its own, so that it leaves nothing in the program's.
 _PUT = """
 import base64, os, sys
 for path, content in files:
@@ -48,22 +48,22 @@ if os.path.isfile(path):
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What was found of the files that were asked for."""
+    """The files that were requested, as far as they were found."""
 
     files: dict[str, bytes] = field(default_factory=dict)
-    """Path, as it was asked for, to content. What does not exist is missing here."""
+    """Path, as requested -> content. Files that do not exist are missing."""
     problem: str = ""
     """Why a file that does exist is missing; empty if none is."""
 
 
 async def put_files(session: Session, files: Mapping[str, bytes]) -> str:
-    """Write files into a session that has run nothing yet, making the folders that they lie in.
+    """Write files, and the folders that they need, into a session that has run nothing yet.
 
     Returns:
-        The working folder, which paths are relative to.
+        The working folder, to which paths are relative.
 
     Raises:
-        SandboxError: One cannot be written there: no room, or no right.
+        SandboxError: A file cannot be written: there is no space, or no right to.
     """
     encoded = [(path, base64.b64encode(content).decode()) for path, content in files.items()]
     result = await session.run(_cell(_PUT, files=encoded), _LIMITS)
@@ -76,33 +76,40 @@ async def put_files(session: Session, files: Mapping[str, bytes]) -> str:
 async def fetch_files(
     session: Session, folder: str, paths: Sequence[str], max_bytes: int
 ) -> Fetched:
-    """Read files that a program has left behind; `folder` is what `put_files` returned.
+    """Read files that a program has left.
 
-    All files together may have `max_bytes`. What the program broke is a `problem`.
+    Args:
+        session: The session that has run the program.
+        folder: The working folder, as `put_files` returned it.
+        paths: The files to read.
+        max_bytes: Size of all files together.
+
+    Returns:
+        The files. Whatever the program is to blame for is a `problem`.
 
     Raises:
         SandboxError: The sandbox failed.
     """
-    fetched, room = Fetched(), max_bytes
+    fetched, bytes_left = Fetched(), max_bytes
     for path in dict.fromkeys(paths):
-        content = await _read(session, os.path.join(folder, path), room)
+        content = await _read(session, os.path.join(folder, path), bytes_left)
         if isinstance(content, str):
             return Fetched(fetched.files, f"not fetched: {path!r}: {content}")
         if content is not None:
             fetched.files[path] = content
-            room -= len(content)
+            bytes_left -= len(content)
     return fetched
 
 
-async def _read(session: Session, path: str, room: int) -> bytes | str | None:
-    """The content; or why it cannot be had; or None if there is no such file."""
+async def _read(session: Session, path: str, bytes_left: int) -> bytes | str | None:
+    """The content, or the reason why it cannot be read, or None if there is no such file."""
     content = b""
     while True:
         cell = _cell(_FETCH, path=path, start=len(content), length=_CHUNK_BYTES)
         result = await session.run(cell, _LIMITS)
         if result.outcome.is_infrastructure:
             raise SandboxError(result.stderr)
-        if result.note:  # first: the old folder may still stand, closed to the new interpreter
+        if result.note:  # checked first: the old folder may still exist, without access
             return "it is gone with the interpreter"
         if result.outcome is not Outcome.OK:
             return (result.stderr.splitlines() or [result.outcome.value])[-1]
@@ -113,12 +120,12 @@ async def _read(session: Session, path: str, room: int) -> bytes | str | None:
         except (binascii.Error, ValueError):
             return "the program has broken its interpreter"
         content += chunk
-        if len(content) > room:
-            return f"it has more than the {room} bytes that may still be fetched"
+        if len(content) > bytes_left:
+            return f"it has more than the {bytes_left} bytes that may still be fetched"
         if len(chunk) < _CHUNK_BYTES:
             return content
 
 
 def _cell(source: str, **names: object) -> str:
-    """Source of an expression whose value is what `source` leaves in `answer`."""
+    """Source of an expression whose value is what `source` assigns to `answer`."""
     return f"(lambda names: exec({source!r}, names) or names['answer'])({names!r})"

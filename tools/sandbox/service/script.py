@@ -1,4 +1,4 @@
-"""Runs a whole program in a fresh session, as `python FILE` would: with stdin and a status."""
+"""Runs a whole program in a fresh session, as `python FILE` would: with stdin and exit status."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXIT_STATUS = {
     Outcome.OK: 0,
     Outcome.TOOL_ERROR: 1,
     Outcome.TOOL_TIMEOUT: 124,  # as timeout(1)
-    Outcome.RESOURCE_LIMIT: 137,  # as a shell says of what was killed
+    Outcome.RESOURCE_LIMIT: 137,  # as a shell reports a killed process
     Outcome.INFRA_ERROR: 70,  # EX_SOFTWARE
     Outcome.CANCELLED: 130,
 }
@@ -34,9 +34,9 @@ class ScriptResult:
     """How a program ended."""
 
     result: RunResult
-    """`SystemExit` is an end like any other here: `OK` for status 0."""
+    """The call's result; `SystemExit` with status 0 is `OK` here."""
     exit_status: int
-    """The program's own, or one that stands for its outcome."""
+    """The program's own exit status, or one that stands for its outcome."""
 
 
 async def run_script(

@@ -1,15 +1,15 @@
-"""The sandbox as an HTTP service: sessions, single programs, and what older clients call.
+"""The sandbox as an HTTP service: sessions, single programs, and the routes of older clients.
 
     POST   /v1/sessions                 {}                  -> {"session": ID}
     POST   /v1/sessions/ID/run          {"code", "limits"?} -> a `RunResult`
     POST   /v1/sessions/ID/fork         {}                  -> {"session": ID}
     DELETE /v1/sessions/ID
-    POST   /v1/run                      {"code", "stdin"?, "limits"?}, the same and "exit_status"
+    POST   /v1/run                      {"code", "stdin"?, "limits"?} -> with "exit_status"
     GET    /v1/health, /metrics
     POST   /run_code, /run_jupyter, /faas/sandbox/              see `compat.py`
 
-What a program does is a result, with status 200. A 429 or 503 means that nothing ran, and when to
-come again; a 404, that the session is gone. Whoever does not know the token gets a 401.
+Whatever a program does is a result, with status 200. A 429 or 503 means that nothing ran, and
+states when to try again; a 404 means that the session is gone; a 401, that the token is wrong.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hmac
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
@@ -37,8 +38,9 @@ from tir_alp.tools.sandbox.service.files import Fetched, fetch_files, put_files
 from tir_alp.tools.sandbox.service.metrics import ServiceMetrics
 from tir_alp.tools.sandbox.service.script import ScriptResult, run_script
 
+_log = logging.getLogger(__name__)
 _SHUTDOWN_S = 10.0
-"""What running calls get to come to their end."""
+"""Seconds that running calls get to end when the service stops."""
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -48,16 +50,16 @@ class ServiceConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     token: str | None
-    """What clients have to send as `Authorization: Bearer TOKEN`. None: nothing."""
+    """Token that clients send as `Authorization: Bearer TOKEN`; None lets everybody in."""
     max_waiting: int = 256
-    """Requests that may wait for a session; the next is turned away with a 429."""
+    """Number of requests that may wait for a session; further ones are turned away with a 429."""
     max_wait_s: float = 30.0
-    """How long one waits before it is turned away with a 503."""
+    """Seconds that a request waits before it is turned away with a 503."""
     max_wall_s: float = 120.0
-    """The longest that a call may ask for."""
+    """Greatest `wall_s` that a call may request."""
     max_body_bytes: int = 4 << 20
     session_ttl_s: float = 1800.0
-    """A session that nobody has called for so long is closed: its client is gone."""
+    """A session that nobody has called for this long is closed: its client is gone."""
 
 
 class _Strict(BaseModel):
@@ -80,11 +82,11 @@ class _Lease:
     session: Session
     last_use: float = field(default_factory=time.monotonic)
     num_calls: int = 0
-    """That are running now."""
+    """Number of calls that are running now."""
 
 
 class Service:
-    """Serves one sandbox. `application` is what aiohttp runs."""
+    """Serves one sandbox. aiohttp runs its `application`."""
 
     def __init__(self, sandbox: Sandbox, config: ServiceConfig) -> None:
         self._sandbox = sandbox
@@ -94,7 +96,7 @@ class Service:
         self._metrics = ServiceMetrics(lambda: len(self._leases), lambda: self._num_waiting)
 
     def application(self) -> web.Application:
-        """The routes."""
+        """The aiohttp application with all routes."""
         app = web.Application(
             middlewares=[self._authorise, _report_bad_requests],
             client_max_size=self._config.max_body_bytes,
@@ -104,7 +106,7 @@ class Service:
                 web.get("/v1/health", self._health),
                 web.get("/metrics", self._show_metrics),
                 web.post("/v1/sessions", self._open),
-                web.post("/v1/sessions/{id}/run", self._run),
+                web.post("/v1/sessions/{id}/run", self._run_cell),
                 web.post("/v1/sessions/{id}/fork", self._fork),
                 web.delete("/v1/sessions/{id}", self._close),
                 web.post("/v1/run", self._run_script),
@@ -118,7 +120,7 @@ class Service:
         app.cleanup_ctx.append(self._close_forgotten_sessions)
         return app
 
-    # ------------------------------------------------------------------ our own API
+    # ------------------------------------------------------------------ sessions and programs
 
     async def _health(self, request: web.Request) -> web.Response:
         report = dataclasses.asdict(self._sandbox.report)
@@ -134,7 +136,7 @@ class Service:
         with self._in_use(request) as lease:
             return self._lease(await self._admitted(lease.session.fork()))
 
-    async def _run(self, request: web.Request) -> web.Response:
+    async def _run_cell(self, request: web.Request) -> web.Response:
         cell = await _body(request, _Cell)
         self._check_wall(cell.limits.wall_s if cell.limits else 0.0)
         with self._in_use(request) as lease:
@@ -150,7 +152,7 @@ class Service:
 
     async def _run_script(self, request: web.Request) -> web.Response:
         script = await _body(request, _Script)
-        ended = await self._script(script.code, script.stdin, script.limits)
+        ended = await self._run_program(script.code, script.stdin, script.limits)
         reply = dataclasses.asdict(ended.result)
         return web.json_response({**reply, "exit_status": ended.exit_status})
 
@@ -203,14 +205,14 @@ class Service:
     async def _faas(self, request: web.Request) -> web.Response:
         asked = await _body(request, compat.FaasRequest)
         limits = Limits(wall_s=asked.run_timeout)
-        ended = await self._script(asked.code, asked.stdin or "", limits)
+        ended = await self._run_program(asked.code, asked.stdin or "", limits)
         if ended.result.outcome.is_infrastructure:
             raise self._refusal(503, ended.result.stderr)
         return web.json_response(compat.faas_reply(ended))
 
     # ------------------------------------------------------------------ admission
 
-    async def _script(self, code: str, stdin: str, limits: Limits | None) -> ScriptResult:
+    async def _run_program(self, code: str, stdin: str, limits: Limits | None) -> ScriptResult:
         self._check_wall(limits.wall_s if limits else 0.0)
         async with await self._admitted(self._sandbox.open_session()) as session:
             ended = await run_script(session, code, stdin=stdin, limits=limits)
@@ -218,13 +220,13 @@ class Service:
         return ended
 
     async def _admitted(self, opening: Coroutine[Any, Any, Session]) -> Session:
-        """Wait for a session, but neither too long nor behind too many others."""
+        """Wait for a session, unless that takes too long or too many requests wait already."""
         if self._num_waiting >= self._config.max_waiting:
             opening.close()
             raise self._refusal(429, f"{self._num_waiting} requests are waiting already")
         self._num_waiting += 1
         try:
-            # Not `wait_for`: cancelled in the wrong moment, it would lose the session that it has.
+            # Not `wait_for`: cancelled at the wrong moment, it would lose a session that is open.
             async with asyncio.timeout(self._config.max_wait_s):
                 return await opening
         except TimeoutError:
@@ -243,7 +245,7 @@ class Service:
     def _check_wall(self, wall_s: float) -> None:
         if wall_s > self._config.max_wall_s:
             raise web.HTTPBadRequest(
-                text=f"{wall_s:g} s were asked for; at most {self._config.max_wall_s:g} s are given"
+                text=f"the time limit is {wall_s:g} s, and at most {self._config.max_wall_s:g} s"
             )
 
     # ------------------------------------------------------------------ sessions of clients
@@ -257,7 +259,8 @@ class Service:
     def _in_use(self, request: web.Request) -> Iterator[_Lease]:
         lease = self._leases.get(request.match_info["id"])
         if lease is None:
-            raise web.HTTPNotFound(text="no such session: it was closed, forgotten or never opened")
+            text = "no such session: it was closed, or expired, or never existed"
+            raise web.HTTPNotFound(text=text)
         lease.num_calls += 1
         try:
             yield lease
@@ -266,22 +269,30 @@ class Service:
             lease.last_use = time.monotonic()
 
     async def _close_forgotten_sessions(self, app: web.Application) -> AsyncIterator[None]:
-        """Runs as long as the application; at its end no session is left."""
-
-        async def sweep() -> None:
-            while True:
-                await asyncio.sleep(self._config.session_ttl_s / 4)
-                oldest = time.monotonic() - self._config.session_ttl_s
-                for name, lease in list(self._leases.items()):
-                    if lease.num_calls == 0 and lease.last_use < oldest:
-                        del self._leases[name]
-                        await lease.session.close()
-
-        sweeper = asyncio.create_task(sweep())
+        """Runs while the application runs; at its end no session is left."""
+        sweeper = asyncio.create_task(self._sweep())
         yield
         sweeper.cancel()
-        await asyncio.gather(*(lease.session.close() for lease in self._leases.values()))
-        self._leases.clear()
+        await asyncio.gather(*map(self._end, list(self._leases)))
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.session_ttl_s / 4)
+            oldest = time.monotonic() - self._config.session_ttl_s
+            for name, lease in list(self._leases.items()):
+                if lease.num_calls == 0 and lease.last_use < oldest:
+                    await self._end(name)
+
+    async def _end(self, name: str) -> None:
+        """Close a session. A failure is logged and counted, and the other sessions are served."""
+        lease = self._leases.pop(name, None)
+        if lease is None:
+            return
+        try:
+            await lease.session.close()
+        except Exception:
+            self._metrics.count_failed_close()
+            _log.exception("a session could not be closed")
 
     # ------------------------------------------------------------------ middleware
 
@@ -300,12 +311,12 @@ async def _report_bad_requests(request: web.Request, handler: Handler) -> web.St
         return await handler(request)
     except ValidationError as error:
         faults = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
-        text = "; ".join(f"{place}: {fault}" if place else fault for place, fault in faults)
+        text = "; ".join(f"{path}: {fault}" if path else fault for path, fault in faults)
         return web.Response(status=400, text=text)
 
 
 async def _put(session: Session, asked: compat.Files) -> str:
-    """Returns the working folder; nothing is asked of the session where no file moves."""
+    """Write the request's files; return the working folder, or "" if no file moves."""
     return await put_files(session, asked.contents) if asked.moves_files else ""
 
 
@@ -320,17 +331,17 @@ async def serve(
     stop: asyncio.Event,
     announce: Callable[[str], None],
 ) -> None:
-    """Serve until `stop` is set. A client that goes away takes its call with it.
+    """Serve until `stop` is set. A client that disconnects cancels its call.
 
     Args:
-        app: What to serve.
-        host: Where to listen.
-        port: 0 takes any that is free.
-        stop: Ends it.
+        app: The application to serve.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes any free one.
+        stop: Ends the service when it is set.
         announce: Called with the address as soon as clients can connect.
 
     Raises:
-        SandboxError: The address cannot be had.
+        SandboxError: The address cannot be listened on.
     """
     runner = web.AppRunner(
         app, handler_cancellation=True, access_log=None, shutdown_timeout=_SHUTDOWN_S

@@ -1,4 +1,4 @@
-"""The embedded sandbox: who may have a session, and the sessions given out."""
+"""The sandbox on this machine: admits sessions and keeps count of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from tir_alp.tools.sandbox.backends.gvisor import AnyJail
+from tir_alp.tools.sandbox.backends.jail_protocol import Jail
 from tir_alp.tools.sandbox.config import SandboxConfig
 from tir_alp.tools.sandbox.machine.budget import NOTHING, Budget, Resources
 from tir_alp.tools.sandbox.machine.capacity import (
@@ -15,14 +15,14 @@ from tir_alp.tools.sandbox.machine.capacity import (
     share_of_free_processes,
 )
 from tir_alp.tools.sandbox.result import SandboxError, SandboxRefused, SandboxReport
-from tir_alp.tools.sandbox.sessions.session import MakeProcess, PythonSession
+from tir_alp.tools.sandbox.sessions.session import MakeInterpreter, PythonSession
 from tir_alp.tools.sandbox.sessions.supply import InterpreterSupply
 
 
 class LocalSandbox:
     """Sessions on this machine, in one kind of jail. See `base.Sandbox`."""
 
-    def __init__(self, config: SandboxConfig, jail: AnyJail, report: SandboxReport) -> None:
+    def __init__(self, config: SandboxConfig, jail: Jail, report: SandboxReport) -> None:
         self.jail = jail
         self.report = report
         self._config = config
@@ -38,17 +38,17 @@ class LocalSandbox:
 
     @property
     def num_ready_sessions(self) -> int:
-        """Idle interpreters that wait for whoever opens a session."""
+        """Number of idle interpreters that wait for a session to open."""
         return self._supply.num_ready
 
     async def start(self) -> None:
-        """Start the fork server.
+        """Start the host of interpreters.
 
         Raises:
-            SandboxRefused: It does not come up on this machine, or has too few open files there.
+            SandboxRefused: It does not come up, or this process may not open enough files.
         """
         num_interpreters = self._config.max_sessions + self._config.ready_sessions
-        # With the fork server in use, there can be a retired one, and one that starts.
+        # Beside the fork server in use there can be a retired one and one that is starting.
         provide_open_files(num_interpreters, num_interpreters if self.jail.one_session else 3)
         try:
             await self._supply.start()
@@ -56,7 +56,7 @@ class LocalSandbox:
             raise SandboxRefused(f"the sandbox does not start on this machine: {error}") from error
 
     async def stop(self) -> None:
-        """End every session and the fork server."""
+        """End every session and every host of interpreters."""
         await asyncio.gather(*(session.close() for session in list(self._sessions)))
         await self._supply.stop()
 
@@ -74,10 +74,10 @@ class LocalSandbox:
             await session.close()
 
     async def open_session(self) -> PythonSession:
-        """As `session`, for a caller that closes it itself."""
+        """As `session`, for a caller that closes the session itself."""
         return await self._admit(self._supply.take)
 
-    async def _admit(self, make_process: MakeProcess) -> PythonSession:
+    async def _admit(self, make_interpreter: MakeInterpreter) -> PythonSession:
         """Wait for a free slot; the session gives it back when it closes."""
         try:
             # Not `wait_for`: before Python 3.12 it can swallow a cancellation.
@@ -86,24 +86,24 @@ class LocalSandbox:
         except TimeoutError:
             count = self._config.max_sessions
             raise SandboxError(
-                f"all {count} sessions are in use since {self._config.max_wait_s:g} s; "
+                f"all {count} sessions have been in use for {self._config.max_wait_s:g} s: "
                 "close some or raise max_sessions"
             ) from None
         birth = object()
         try:
-            # With all that a call may use, so that there is always room for one call of those
+            # As much as a call may use, so that there is always room for one call of the sessions
             # that are admitted.
             await self.budget.reserve(birth, Resources(processes=self._config.max_processes))
-            process = await make_process()
+            interpreter = await make_interpreter()
             session = PythonSession(
-                process,
+                interpreter,
                 self._config,
                 self.budget,
                 restart=self._supply.take,
                 admit=self._admit,
                 on_close=self._release,
             )
-            self.budget.settle(session, process.holds)
+            self.budget.settle(session, interpreter.holds)
         except BaseException:
             self._free_slots.release()
             raise

@@ -1,4 +1,4 @@
-"""A stateful Python session: runs cells, types how they ended, rebuilds a lost interpreter."""
+"""A stateful Python session: runs cells, gives each an outcome, replaces a lost interpreter."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from dataclasses import dataclass
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.sandbox.config import Limits, SandboxConfig
 from tir_alp.tools.sandbox.endings import Lost
+from tir_alp.tools.sandbox.interpreters.interpreter import Interpreter
 from tir_alp.tools.sandbox.machine.budget import NOTHING, Budget, Resources
 from tir_alp.tools.sandbox.output import HeadTail, cut_middle
 from tir_alp.tools.sandbox.result import RunResult, SandboxError
-from tir_alp.tools.sandbox.sessions.supply import Interpreter
 
-MakeProcess = Callable[[], Awaitable[Interpreter]]
+MakeInterpreter = Callable[[], Awaitable[Interpreter]]
 
 _CORES = os.cpu_count() or 1
 _MIN_PAUSE_S = 0.005
 
 
 class PythonSession:
-    """One live interpreter and, should the program lose it, its successors.
+    """One live interpreter and, if the program loses it, its successors.
 
-    Got from `Sandbox.session` or `fork`; calls on one session run one after the other.
+    Made by `Sandbox.session` or `fork`. The calls of one session run one after the other.
     """
 
     def __init__(
         self,
-        process: Interpreter,
+        interpreter: Interpreter,
         config: SandboxConfig,
         budget: Budget,
         *,
-        restart: MakeProcess,
-        admit: Callable[[MakeProcess], Awaitable[PythonSession]],
+        restart: MakeInterpreter,
+        admit: Callable[[MakeInterpreter], Awaitable[PythonSession]],
         on_close: Callable[[PythonSession], None],
     ) -> None:
-        self._process = process
+        self._interpreter = interpreter
         self._config = config
         self._budget = budget
         self._restart = restart
@@ -48,21 +48,16 @@ class PythonSession:
         self._lock = asyncio.Lock()
         self._worst = Resources(memory_mb=config.memory_mb, processes=config.max_processes)
         self._has_state = False
-        self._told_of: Lost | None = None
+        self._reported: Lost | None = None
         self._closed = False
 
     @property
     def pid(self) -> int:
         """The interpreter's process, as the host numbers it."""
-        return self._process.pid
+        return self._interpreter.pid
 
     async def run(self, code: str, limits: Limits | None = None) -> RunResult:
-        """Execute a cell; variables live on to the next one. Never raises for what `code` does.
-
-        Args:
-            code: Python source; the value of a last expression is shown as in a notebook.
-            limits: Of this call; None takes those of the sandbox's config.
-        """
+        """See `base.Session`."""
         started = time.perf_counter()
         limits = limits or self._config.limits
         stdout, stderr = HeadTail(limits.output_chars), HeadTail(limits.output_chars)
@@ -72,26 +67,26 @@ class PythonSession:
                 await self._budget.reserve(self, self._worst)
                 note = await self._ensure_interpreter()
                 began = time.perf_counter()
-                self._process.collect(stdout, stderr, limits.output_bytes)
-                cpu_s_before = self._process.cpu_s()
-                with _Watch(self._process, limits):
+                self._interpreter.collect(stdout, stderr, limits.output_bytes)
+                cpu_s_before = self._interpreter.cpu_s()
+                with _CallTimers(self._interpreter, limits):
                     reply = await self._call(code, limits.output_chars)
                 outcome, reason = _outcome_of(reply), ""
             except Lost:
-                lost = await self._process.cause_of_death()
-                self._told_of = lost
+                lost = await self._interpreter.cause_of_death()
+                self._reported = lost
                 outcome, reason = lost.outcome, f"[the interpreter was killed: {lost.reason}]\n"
             except SandboxError as error:
                 outcome, reason = Outcome.INFRA_ERROR, f"[the sandbox failed: {error}]\n"
             except BaseException:
-                self._process.lose(Outcome.CANCELLED, "the call was cancelled")
-                self._told_of = self._process.lost
+                self._interpreter.lose(Outcome.CANCELLED, "the call was cancelled")
+                self._reported = self._interpreter.lost
                 raise
             finally:
-                self._process.measure()
-                cpu_s = 0.0 if began is None else self._process.cpu_s() - cpu_s_before
+                self._interpreter.measure()
+                cpu_s = 0.0 if began is None else self._interpreter.cpu_s() - cpu_s_before
                 note = " ".join(filter(None, (note, self._end_if_worn_out())))
-                self._budget.settle(self, self._process.holds)
+                self._budget.settle(self, self._interpreter.holds)
             ended = time.perf_counter()
         out, out_cut = stdout.text()
         err, err_cut = stderr.text()
@@ -108,34 +103,28 @@ class PythonSession:
             truncated=out_cut or err_cut or value_cut,
             queue_s=(began or ended) - started,
             output_bytes=stdout.total_bytes + stderr.total_bytes,
-            peak_memory_mb=self._process.peak_memory_mb,
+            peak_memory_mb=self._interpreter.peak_memory_mb,
             note=note,
         )
 
     async def fork(self) -> PythonSession:
-        """An independent live copy: same variables, same files, its own future.
-
-        Threads are not copied, and files that are open stay shared, as in any fork. Close it.
-
-        Raises:
-            SandboxError: The interpreter is gone or cannot be copied.
-        """
+        """See `base.Session`. Threads are not copied, and open files are shared, as in any fork."""
         async with self._lock:
             try:
-                branch = await self._admit(self._process.branch)
+                branch = await self._admit(self._interpreter.branch)
             except Lost:
-                lost = await self._process.cause_of_death()
+                lost = await self._interpreter.cause_of_death()
                 raise SandboxError(f"nothing left to fork: {lost.reason}") from lost
         branch._has_state = self._has_state
         return branch
 
     async def close(self) -> None:
-        """Kill the interpreter. Closing twice is allowed."""
+        """See `base.Session`."""
         if not self._closed:
             self._closed = True
             try:
-                await self._process.kill()
-            finally:  # even if whoever waits is cancelled
+                await self._interpreter.kill()
+            finally:  # even if the caller is cancelled
                 self._budget.settle(self, NOTHING)
                 self._on_close(self)
 
@@ -149,58 +138,59 @@ class PythonSession:
         """Replace a lost interpreter.
 
         Returns:
-            A note for whoever reads the result, if variables were lost.
+            A note for the reader of the result if variables were lost; otherwise "".
 
         Raises:
-            SandboxError: They were lost by no fault of the program, and nobody has been told yet.
+            SandboxError: Variables were lost through no fault of the program, and no result has
+                reported it yet.
         """
         if self._closed:
             raise SandboxError("the session is closed")
-        self._process.poll()
-        if self._process.lost is None:
+        self._interpreter.poll()
+        if self._interpreter.lost is None:
             return ""
-        lost = await self._process.cause_of_death()
-        await self._process.kill()
-        self._process = await self._restart()
+        lost = await self._interpreter.cause_of_death()
+        await self._interpreter.kill()
+        self._interpreter = await self._restart()
         had_state, self._has_state = self._has_state, False
-        if had_state and lost.outcome.is_infrastructure and lost is not self._told_of:
+        if had_state and lost.outcome.is_infrastructure and lost is not self._reported:
             raise SandboxError(f"the variables were lost: {lost.reason}")
         return "The interpreter was restarted: earlier variables are lost." if had_state else ""
 
     def _end_if_worn_out(self) -> str:
-        """Give up an interpreter that has come to its bounds, lest it grow further.
+        """Give up an interpreter that has reached its bounds, so that it does not grow further.
 
         Returns:
-            A note for whoever reads the result, if variables are lost.
+            A note for the reader of the result if variables are lost; otherwise "".
         """
-        worn_out = self._process.worn_out(self._config.interpreter_lifetime)
+        worn_out = self._interpreter.worn_out(self._config.interpreter_lifetime)
         if not worn_out:
             return ""
-        self._process.lose(Outcome.RESOURCE_LIMIT, worn_out)
-        self._told_of = self._process.lost
-        return f"The interpreter ended after this call, since {worn_out}: its variables are lost."
+        self._interpreter.lose(Outcome.RESOURCE_LIMIT, worn_out)
+        self._reported = self._interpreter.lost
+        return f"The interpreter ended after this call because {worn_out}: its variables are lost."
 
     async def _call(self, code: str, value_chars: int) -> _Reply:
         self._has_state = True
         number = secrets.randbits(62)
-        answer = await self._process.call(
+        answer = await self._interpreter.call(
             {"id": number, "op": "run", "code": code, "value_chars": value_chars}
         )
-        self._process.drain()
+        self._interpreter.drain()
         try:
             if answer.pop("id") != number:
-                raise ValueError("an answer to another question")
+                raise ValueError("the reply to another request")
             reply = _Reply(**answer)
         except (KeyError, TypeError, ValueError):
-            self._process.lose(Outcome.TOOL_ERROR, "it wrote to the sandbox's own channel")
-        if self._process.lost is not None:
-            raise self._process.lost
+            self._interpreter.lose(Outcome.TOOL_ERROR, "it wrote to the sandbox's own channel")
+        if self._interpreter.lost is not None:
+            raise self._interpreter.lost
         return reply
 
 
 @dataclass(frozen=True, slots=True)
 class _Reply:
-    """What the interpreter, or a program in its place, says about a cell."""
+    """What the interpreter, or a program in its place, reports about a cell."""
 
     ok: bool
     value: str | None
@@ -220,20 +210,20 @@ def _outcome_of(reply: _Reply) -> Outcome:
     return Outcome.RESOURCE_LIMIT if reply.limit else Outcome.TOOL_ERROR
 
 
-class _Watch:
+class _CallTimers:
     """Ends the interpreter when its call has used up its wall-clock or its processor time."""
 
-    def __init__(self, process: Interpreter, limits: Limits) -> None:
-        self._process = process
+    def __init__(self, interpreter: Interpreter, limits: Limits) -> None:
+        self._interpreter = interpreter
         self._limits = limits
-        self._cpu_s_before = process.cpu_s()
+        self._cpu_s_before = interpreter.cpu_s()
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> _CallTimers:
         self._loop = asyncio.get_running_loop()
         wall_s = self._limits.wall_s
         reason = f"it hit the time limit of {wall_s:g} s"
         self._wall_timer = self._loop.call_later(
-            wall_s, self._process.lose, Outcome.TOOL_TIMEOUT, reason
+            wall_s, self._interpreter.lose, Outcome.TOOL_TIMEOUT, reason
         )
         self._cpu_timer: asyncio.TimerHandle | None = None
         if self._limits.cpu_s is not None:
@@ -246,13 +236,13 @@ class _Watch:
             self._cpu_timer.cancel()
 
     def used_cpu_s(self) -> float:
-        return max(0.0, self._process.cpu_s() - self._cpu_s_before)
+        return max(0.0, self._interpreter.cpu_s() - self._cpu_s_before)
 
     def _check_cpu(self, limit_s: float) -> None:
         left_s = limit_s - self.used_cpu_s()
         if left_s <= 0:
             reason = f"it hit the limit of {limit_s:g} s of processor time"
-            self._process.lose(Outcome.TOOL_TIMEOUT, reason)
+            self._interpreter.lose(Outcome.TOOL_TIMEOUT, reason)
             return
         pause_s = max(_MIN_PAUSE_S, left_s / _CORES)
         self._cpu_timer = self._loop.call_later(pause_s, self._check_cpu, limit_s)

@@ -1,7 +1,7 @@
 """Every program of `programs.toml`, on every backend that can run here.
 
-After each: a neighbour still has its variables, nothing has touched the host's canaries, and the
-session answers its next call. `test_sandbox_user.py` runs all of it again as an ordinary user.
+After each program, a neighbour still has its variables, nothing has touched the host's canaries,
+and the session answers its next call. `test_user.py` runs all of this again as an ordinary user.
 """
 
 import os
@@ -29,15 +29,15 @@ from tir_alp.tools.sandbox import (
 pytestmark = pytest.mark.sandbox
 
 PROGRAMS = tomllib.loads((Path(__file__).parent / "programs.toml").read_text())
-A_CONTAINER_A_SESSION = "docker, a container a session"
-A_KERNEL_A_SESSION = "docker, gVisor"
-BACKENDS = ("namespaces", "landlock", "docker", A_CONTAINER_A_SESSION, A_KERNEL_A_SESSION)
+CONTAINER_PER_SESSION = "docker, one container per session"
+KERNEL_PER_SESSION = "docker, gVisor"
+BACKENDS = ("namespaces", "landlock", "docker", CONTAINER_PER_SESSION, KERNEL_PER_SESSION)
 OWN_IN_GVISOR = {
     *("network of the kernel's files", "hosts", "environ of init", "environ of self"),
     *("command line of init", "mounts", "maps", "descriptors in proc", "processes", "sys"),
     *("terminal", "fuse", "tun", "devices", "listing of /", "leaving by a symlink to a folder"),
 }
-"""Programs that get to see something there, but nothing of the host: files of the image and of the
+"""Programs that see something in gVisor, though nothing of the host: files of the image and of the
 container's own kernel."""
 DENIAL = re.compile(
     r"Errno (1|2|13|18|30|38)\]|PermissionError|Operation not permitted|BrokenProcessPool"
@@ -57,7 +57,7 @@ mark = 1
 
 @dataclass
 class World:
-    """A backend with two sessions, and what belongs to the host."""
+    """A backend with two sessions, and the host's canaries."""
 
     sandbox: BlockingSandbox
     neighbour: BlockingSession
@@ -66,16 +66,16 @@ class World:
     backend: str
     session: BlockingSession | None = None
     is_fresh: bool = False
-    """Whether no program has run in the session, or in the interpreter that it has got since."""
+    """Whether no program has run in the session's present interpreter."""
     count: int = field(default=0)
 
     def open_session(self) -> BlockingSession:
-        """For any number of programs that do no harm."""
+        """A session for any number of programs that do no harm."""
         session, self.is_fresh = self._session(), False
         return session
 
     def fresh_session(self) -> BlockingSession:
-        """For one program."""
+        """A session for one program."""
         if self.session is not None and self.is_fresh:
             self._prepare(self.session)
         else:
@@ -83,7 +83,7 @@ class World:
         return self.open_session()
 
     def answers(self) -> bool:
-        """Whether the session does, with the same interpreter or another."""
+        """Whether the session answers, with the same interpreter or another one."""
         result = self._session().run("20 + 1")
         self.is_fresh = self.is_fresh or result.note != ""
         return result.value == "21"
@@ -113,9 +113,9 @@ class World:
 def _gvisor(request: pytest.FixtureRequest) -> str:
     if os.environ.get(LENT_ENGINE):
         pytest.skip(
-            "gVisor is tested by the owner of the engine: a kernel a session takes its time"
+            "gVisor is tested by the owner of the engine only: one kernel per session takes long"
         )
-    if "runsc" not in request.getfixturevalue("engine").runtimes:
+    if "runsc" not in request.getfixturevalue("container_engine").runtimes:
         pytest.skip("no gVisor: runsc is not installed, and cannot be")
     return "runsc"
 
@@ -127,7 +127,7 @@ def config_of(backend: str, request: pytest.FixtureRequest) -> SandboxConfig:
             "address": request.getfixturevalue("engine_address"),
             "image": "tir-alp-sandbox:test",
             "container_per": "sandbox" if backend == "docker" else "session",
-            "runtime": _gvisor(request) if backend == A_KERNEL_A_SESSION else None,
+            "runtime": _gvisor(request) if backend == KERNEL_PER_SESSION else None,
         }
     return SandboxConfig.model_validate(
         {
@@ -153,8 +153,8 @@ def world(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[World]:
     own_file = neighbour.run("os.path.abspath('own')").value
     pid = neighbour.run("os.getpid()").value
     if request.param in (
-        A_CONTAINER_A_SESSION,
-        A_KERNEL_A_SESSION,
+        CONTAINER_PER_SESSION,
+        KERNEL_PER_SESSION,
     ):  # where it has no number, but the fork server has
         pid = "1"
     tcp, udp = socket.create_server(("127.0.0.1", 0)), socket.socket(type=socket.SOCK_DGRAM)
@@ -183,7 +183,7 @@ def programs(table: str) -> pytest.MarkDecorator:
 
 
 def attempt(world: World, program: str, limits: Limits | None = None) -> RunResult:
-    """Run it in an interpreter that has run nothing else, and look after the neighbour."""
+    """Run a program in an interpreter that has run nothing else, and check the neighbour."""
     result = world.fresh_session().run(program, limits)
     world.check()
     return result
@@ -200,11 +200,11 @@ def was_denied(result: RunResult) -> bool:
 
 @programs("denied")
 def test_denied(world: World, program: str):
-    if "," not in world.backend:  # those that have a container for each take long to start
+    if "," not in world.backend:  # a session with a container of its own takes long to start
         world.drop_session()
     result = world.open_session().run(program)
     world.check()
-    in_gvisor = world.backend == A_KERNEL_A_SESSION
+    in_gvisor = world.backend == KERNEL_PER_SESSION
     sees_its_own = in_gvisor and program in {PROGRAMS["denied"][name] for name in OWN_IN_GVISOR}
     assert sees_its_own or was_denied(result), result
     assert survives(world)
@@ -215,8 +215,8 @@ def test_denied(world: World, program: str):
 def test_system_call_is_denied(world: World, program: str):
     result = world.open_session().run(f"syscall({program})")
     world.check()
-    if world.backend == A_KERNEL_A_SESSION and program == A_BRANCH:
-        # Nobody can be asked there, so it has copied itself. Two replies to one call end both.
+    if world.backend == KERNEL_PER_SESSION and program == A_BRANCH:
+        # The kernel cannot ask the host, so it has copied itself. Two replies to one call end both.
         wait_until(lambda: not survives(world))
         assert world.answers()
         world.drop_session()
@@ -236,7 +236,7 @@ def test_stopped(world: World, program: str):
 def test_limited(world: World, program: str):
     result = attempt(world, program)
     assert result.outcome is Outcome.RESOURCE_LIMIT, result
-    if world.backend == A_KERNEL_A_SESSION:  # where threads are counted late, and end a later call
+    if world.backend == KERNEL_PER_SESSION:  # threads are counted late, and may end a later call
         wait_until(world.answers)
     else:
         assert world.answers()
@@ -253,8 +253,8 @@ def test_killed(world: World, program: str):
 @programs("killed_by_abi")
 def test_killed_by_abi(world: World, program: str):
     result = attempt(world, program)
-    # gVisor has no such ABI, and takes the call for another one.
-    is_another = world.backend == A_KERNEL_A_SESSION and (result.value or "").startswith("-")
+    # gVisor has no such ABI, and treats the call as another one.
+    is_another = world.backend == KERNEL_PER_SESSION and (result.value or "").startswith("-")
     assert (is_another or "SIGSYS" in result.stderr) and world.answers()
 
 
@@ -263,7 +263,7 @@ def test_harmless(world: World, program: str):
     attempt(world, program, Limits(wall_s=1))
     session = world.open_session()
     session.run("1")
-    for _ in range(2):  # one call may be the one that notices
+    for _ in range(2):  # the first call may be the one that notices
         last = session.run("print('alive')")
     assert last.outcome in (Outcome.OK, Outcome.TOOL_ERROR)
     world.drop_session()

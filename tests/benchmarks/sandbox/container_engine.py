@@ -1,4 +1,4 @@
-"""A Docker engine for the time of a benchmark, with our image in it, at DOCKER_HOST."""
+"""A Docker engine with our image, at DOCKER_HOST while a benchmark runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from tests.benchmarks.sandbox.process_a_call import IMAGE
+from tests.benchmarks.sandbox.process_per_call import IMAGE
 
 
 @contextmanager
@@ -15,19 +15,19 @@ def engine_with_image() -> Iterator[str]:
     """Start the engine of the tests and build the image; undo all of it at the end.
 
     Yields:
-        "" while DOCKER_HOST leads to it, or why there is none.
+        "" if DOCKER_HOST leads to it, otherwise the reason why there is none.
     """
     with ExitStack() as stack:
         try:
             tests = importlib.import_module("tests.tools.sandbox.docker_engine")
-        except ImportError as error:  # the SDK, for one
+        except ImportError as error:  # for example of the SDK
             yield f"no engine of its own: {error}"
             return
         try:
             engine = stack.enter_context(tests.docker_engine())
             tests.make_base_image(engine)
             built = tests.build_sandbox_image(engine)
-        except tests.EngineUnavailable as error:
+        except tests.ContainerEngineUnavailable as error:
             yield f"no engine of its own: {error}"
             return
         engine.client().images.get(built).tag(IMAGE)

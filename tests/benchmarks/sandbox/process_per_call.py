@@ -1,4 +1,4 @@
-"""Rivals that start a process, or a container, for each call. None of them has state."""
+"""Rivals that start one process or one container per call. None of them has state."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ IMAGE = "tir-alp-sandbox"
 _PACKAGES_OF_IMAGE = "/sandbox/packages"
 
 
-class _ProcessACall(ABC):
-    """Host and client at once: there is nothing to keep between calls."""
+class _ProcessPerCall(ABC):
+    """Both host and client, because there is nothing to keep between calls."""
 
     @classmethod
     @asynccontextmanager
     async def start(cls) -> AsyncIterator[Host]:
-        """Find what is needed."""
+        """Check that everything needed is there."""
         host = cls()
         await host.check()
         yield host
@@ -52,14 +52,14 @@ class _ProcessACall(ABC):
     async def call(self, code: str) -> str: ...
 
 
-class Python(_ProcessACall):
+class Python(_ProcessPerCall):
     """`python -I -c`: as bare as it gets."""
 
     async def call(self, code: str) -> str:
         return await output_of(sys.executable, "-I", "-c", code)
 
 
-class Bubblewrap(_ProcessACall):
+class Bubblewrap(_ProcessPerCall):
     """All namespaces of bubblewrap around `python -I -c`, the whole disk read-only."""
 
     _FLAGS = (
@@ -74,7 +74,7 @@ class Bubblewrap(_ProcessACall):
         return await output_of(self._bwrap, *self._FLAGS, sys.executable, "-I", "-c", code)
 
 
-class Firejail(_ProcessACall):
+class Firejail(_ProcessPerCall):
     """The command line of the first ALP release: its profile, its limits, a file in memory."""
 
     _FLAGS = (
@@ -85,7 +85,7 @@ class Firejail(_ProcessACall):
     def __init__(self) -> None:
         if shutil.which("firejail") is None:
             raise Missing("not installed: apt-get install firejail")
-        # It hides /root, and a Python that lives there; the packages do for the system's as well.
+        # It hides /root with a Python that is there; the packages also work with the system's.
         self._python = "/usr/bin/python3" if _is_below_root(sys.executable) else sys.executable
         self._packages = str(Path(numpy.__file__).parents[1])
 
@@ -98,8 +98,8 @@ class Firejail(_ProcessACall):
             return await output_of(*command, "main.py", cwd=folder, env=kept)
 
 
-class Container(_ProcessACall):
-    """A fresh, hardened container of the engine at DOCKER_HOST; the image is our own."""
+class Container(_ProcessPerCall):
+    """A fresh, hardened container of the container engine at DOCKER_HOST, with our own image."""
 
     _FLAGS = (
         *("--rm", "--network=none", "--read-only", "--cap-drop=ALL", "--ipc=none", "--cpus=1"),
