@@ -5,11 +5,12 @@ import textwrap
 
 import pytest
 
-from tir_alp.config import Config, load_config, read_toml
+from tir_alp.config import Config
 from tir_alp.engines import open as engines_open
 from tir_alp.engines.base import Sampling
 from tir_alp.engines.open import open_engine
 from tir_alp.models.tiny import BASE, TRAIN_CONFIG
+from tir_alp.run.command_line import load_config, read_toml
 from tir_alp.training.policy import load_policy
 from tir_alp.types import StopReason
 
