@@ -119,7 +119,7 @@ class MixedSource(SourceConfig):
 
 
 class DataConfig(SourceConfig):
-    """Which tasks a run trains on."""
+    """The tasks that a run trains on."""
 
     mix: tuple[MixedSource, ...] = ()
     """Several sources, mixed by weight; instead of the settings of one."""
@@ -150,7 +150,7 @@ class RolloutConfig(OverlongConfig):
     group_size: int = Field(default=8, ge=1)
     """Trajectories a task."""
     max_staleness: int = Field(default=0, ge=0)
-    """Steps by which the weights behind a trajectory may lag; 0 is exactly on-policy rollouts."""
+    """Steps by which the weights of a trajectory may lag; 0 is exactly on-policy rollouts."""
     hold: bool = False
     """For studies of staleness: train only when every group in flight has ended, so that weights
     lag by exactly `max_staleness` steps, fewer in the first. Sampling and training take turns."""

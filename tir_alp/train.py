@@ -191,7 +191,7 @@ async def measure(run: Run, step: int) -> None:
     run.console.print(
         f"step {step}: accuracy {metrics['eval/accuracy']:.1%} sampled"
         + (f", {greedy:.1%} greedy" if greedy is not None else "")
-        + f", {metrics['eval/tool_calls']:.2f} tool calls a trajectory"
+        + f", {metrics['eval/tool_calls']:.2f} tool calls per trajectory"
         + f" ({len(run.held_out)} held-out tasks)"
     )
 
