@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import assert_honest
+from tir_alp.audit import audit_run
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -115,8 +116,8 @@ def test_an_environment_and_its_tool_from_one_file_train(tmp_path, monkeypatch):
         *("--env.kwargs.instruction", "", "--env.kwargs.max_turns", "2"),
         *("--env.kwargs.tools_in_prompt", "true", "--rollout.max_context_tokens", "1024"),
     )
-    assert metrics["outcome/infra_error"] == 0
-    assert_honest(tmp_path / "runs" / "outside")
+    assert metrics["outcome/infra_error"] == 0 and metrics["tokens/generated"] > 0
+    assert audit_run(tmp_path / "runs" / "outside").drifts == []
 
 
 def test_an_engine_from_one_file_trains(tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ async def main(steps: int) -> None:
         optimizer.zero_grad()
         await engine.load_weights(policy.model.state_dict(), version=step + 1)
         reward = sum(each.reward for each in played) / len(played)
-        print(f"step {step + 1}: reward {reward:.3f}, KL {metrics['kl/rollout']:+.4f}")
+        print(f"step {step + 1}: reward {reward:.3f}, clipped {metrics['loss/clip_fraction']:.3f}")
     await engine.close()
 
 

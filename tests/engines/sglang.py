@@ -2,16 +2,12 @@
 
 import asyncio
 
-import pytest
 import torch
 
 from tests.engines.harness import (
     PROMPTS,
     model,
-    needs_sglang,
 )
-
-pytestmark = [needs_sglang, pytest.mark.timeout(900)]
 
 OLD, NEW = model(0), model(1)
 PROMPT = PROMPTS[0]

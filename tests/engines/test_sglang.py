@@ -15,11 +15,26 @@ from tests.engines.harness import (
     logprobs,
     logprobs_of,
     model,
+    needs_sglang,
     served,
     served_by,
     write_model,
 )
-from tests.engines.sglang import NEW, OLD, PROMPT, drifted, run, until from tir_alp.config import SGLangConfig from tir_alp.engines.base import EngineContext, EngineFailed, Probe, Sampling from tir_alp.engines.probe import check_probe from tir_alp.models.tiny import BASE, TRAIN_CONFIG from tir_alp.rollouts.renderer import Renderer from tir_alp.run.command_line import load_config, read_toml from tir_alp.training.policy import load_tokenizer # ---------------------------------------------------------------------------------------- weights @pytest.mark.parametrize("way", ["disk", "tensor", "distributed"]
+from tests.engines.sglang import NEW, OLD, PROMPT, drifted, run, until
+from tir_alp.config import SGLangConfig
+from tir_alp.engines.base import EngineContext, EngineFailed, Probe, Sampling
+from tir_alp.engines.probe import check_probe
+from tir_alp.models.tiny import BASE, TRAIN_CONFIG
+from tir_alp.rollouts.renderer import Renderer
+from tir_alp.run.command_line import load_config, read_toml
+from tir_alp.training.policy import load_tokenizer
+
+pytestmark = [needs_sglang, pytest.mark.timeout(900)]
+
+# ---------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("way", ["disk", "tensor", "distributed"])
 def test_after_five_updates_the_engine_is_the_trainer_to_float32(sglang_url, way, tmp_path):
     """3,072 tokens at either temperature. The engine verifies each update."""
     models = drifted(3, 5)

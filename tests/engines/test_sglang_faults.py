@@ -20,10 +20,22 @@ from tests.engines.faulty_proxy import proxy_of
 from tests.engines.harness import (
     PROMPTS,
     distance,
+    needs_sglang,
     served_by,
     write_model,
 )
-from tests.engines.sglang import NEW, OLD, PATIENCE, PROMPT, run, until from tir_alp.config import SGLangConfig from tir_alp.engines.base import EngineContext, EngineFailed, Sampling from tir_alp.models.tiny import BASE from tir_alp.types import StopReason # ------------------------------------------------------------------------------------------ faults @pytest.mark.parametrize(
+from tests.engines.sglang import NEW, OLD, PATIENCE, PROMPT, run, until
+from tir_alp.config import SGLangConfig
+from tir_alp.engines.base import EngineContext, EngineFailed, Sampling
+from tir_alp.models.tiny import BASE
+from tir_alp.types import StopReason
+
+pytestmark = [needs_sglang, pytest.mark.timeout(900)]
+
+# ------------------------------------------------------------------------------------------ faults
+
+
+@pytest.mark.parametrize(
     ("fault", "message"),
     [
         ("error", "answered 500: out of order"),
