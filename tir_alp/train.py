@@ -19,6 +19,7 @@ from tir_alp.algorithm.guards import Tripped, faint_noise, out_of_bounds
 from tir_alp.algorithm.metrics import rollout_metrics
 from tir_alp.algorithm.presets import ALGORITHMS
 from tir_alp.config import Config
+from tir_alp.engines.base import EngineFailed
 from tir_alp.evaluate import evaluate
 from tir_alp.models.tiny import TRAIN_CONFIG
 from tir_alp.records.folder import read_run_config
@@ -57,13 +58,18 @@ machine's CPU, which takes minutes and downloads nothing.""",
 T = TypeVar("T")
 
 
+ENDS = (Interrupted, RolloutsFailed, EngineFailed)
+"""The ends of a run before its last step after which it can go on."""
+
+
 async def train(run: Run) -> None:
     """Train from the run's position to its last step, evaluating before and after.
 
     Raises:
-        Interrupted: The user asked for an end; there is a checkpoint then.
+        Interrupted, RolloutsFailed, EngineFailed: The run ended early. It was saved, unless it
+            ended in the middle of an update.
     """
-    config, step = run.config, run.position.step
+    config, step, in_update = run.config, run.position.step, False
     with run.console.training(step, config.steps):
         try:
             if step == 0:
@@ -73,50 +79,76 @@ async def train(run: Run) -> None:
             while step < config.steps:
                 began = time.monotonic()
                 groups = await run.interrupt.interruptible(run.rollouts.take())
-                await learn(run, groups, step, began)
-                step += 1
+                rolled_out, in_update = time.monotonic(), True
+                metrics = await learn(run, groups, step)
+                step, in_update = step + 1, False
+                metrics["time/rollout"] = rolled_out - began
+                await publish(run, groups, step, metrics, began)
                 if due(step, config.eval.every) and step < config.steps:
                     await run.interrupt.interruptible(measure(run, step))
                 if due(step, config.checkpoint.every) or step == config.steps:
                     await save(run, step)
-            await run.interrupt.interruptible(measure(run, step))
-        except Interrupted:
-            with contextlib.suppress(RoleLost):  # then the checkpoint before it has to do
-                await save(run, step)
+            if step > 0:
+                await run.interrupt.interruptible(measure(run, step))
+        except ENDS:
+            if not in_update:
+                with contextlib.suppress(RoleLost):  # then the checkpoint before it has to do
+                    await save(run, step)
             raise
 
 
-async def learn(run: Run, groups: Sequence[TrajectoryGroup], step: int, began: float) -> None:
-    """Update on the groups of a step, give the engine the new weights, and free the slots.
+async def learn(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> dict[str, float]:
+    """Update on the groups of a step, and record it; returns its metrics.
 
-    Trainer and engine can take turns with the memory of a GPU: the engine's is free in between.
+    Trainer and engine can take turns with the memory of a GPU: the engine's is free meanwhile.
 
     Args:
         run: The run.
         groups: The groups that the step trains on.
         step: Number of the step, from 0.
-        began: `time.monotonic` when the wait for the groups began.
     """
-    rolled_out = time.monotonic()
+    began = time.monotonic()
     await run.engine.lend_memory()
     metrics = await update(run, groups, step)
-    trained = time.monotonic()
+    metrics["time/train"] = time.monotonic() - began
     metrics |= rollout_metrics(groups, step, run.rollouts.replaced)
     record(run, groups, step)
     await check_health(run, metrics, step)
-    recorded = time.monotonic()
-    weights = await with_trainer(run, run.trainer.weights)
-    await run.engine.load_weights(weights, version=step + 1)
-    run.rollouts.release()
+    return metrics
 
+
+async def publish(
+    run: Run,
+    groups: Sequence[TrajectoryGroup],
+    step: int,
+    metrics: dict[str, float],
+    began: float,
+) -> None:
+    """Give the engine the weights after `step` steps, free the slots, and log the step.
+
+    Args:
+        run: The run.
+        groups: The groups that the step trained on.
+        step: Number of steps made, which is the version of the weights.
+        metrics: Those of the step; times are added.
+        began: `time.monotonic` when the wait for the groups began.
+    """
+    trained = time.monotonic()
+    weights = await with_trainer(run, run.trainer.weights)
+    try:
+        await run.engine.load_weights(weights, version=step)
+    except EngineFailed:  # the step is made all the same
+        run.folder.log(step, metrics)
+        raise
+    run.rollouts.release()
     ended = time.monotonic()
     metrics |= {f"engine/{name}": value for name, value in run.engine.health().items()}
-    metrics["time/rollout"] = rolled_out - began
-    metrics["time/train"] = trained - rolled_out
-    metrics["time/weights"] = ended - recorded
+    metrics["time/weights"] = ended - trained
     metrics["tokens/per_second"] = metrics["tokens/generated"] / (ended - began)
-    run.folder.log(step + 1, metrics)
-    run.console.step(step + 1, metrics)
+    run.folder.log(step, metrics)
+    run.console.step(step, metrics)
+    for sentence in run.advice.of_step(step, groups, metrics):
+        run.console.print(f"step {step}: {sentence}")
 
 
 async def update(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> dict[str, float]:
@@ -182,10 +214,14 @@ def roll_back(run: Run) -> Position:
 async def measure(run: Run, step: int) -> None:
     """Evaluate on held-out tasks, and log it."""
     settings = run.config.eval
+    run.console.print(f"step {step}: evaluating {len(run.held_out)} held-out tasks")
     metrics = await evaluate(
         run.evaluation, run.held_out, samples=settings.samples, greedy=settings.greedy
     )
     run.folder.log(step, metrics)
+    if "eval/accuracy" not in metrics:
+        run.console.print(f"step {step}: no accuracy: every episode of the evaluation failed")
+        return
     greedy = metrics.get("eval/greedy_accuracy")
     run.console.print(
         f"step {step}: accuracy {metrics['eval/accuracy']:.1%} sampled"
@@ -259,14 +295,14 @@ def main(arguments: Sequence[str]) -> int:
     disable_progress_bar()  # the library's own, for every file that it reads or writes
     try:
         asyncio.run(train_from(config, resume, services()))
-    except (CannotStart, PromptTooLong, RolloutsFailed, RunLost) as error:
+    except (CannotStart, PromptTooLong, RolloutsFailed, EngineFailed, RunLost, OSError) as error:
         print(f"tir_alp.train: {error}", file=sys.stderr)
         return 2
     except Tripped as error:
         print(f"tir_alp.train: {error}", file=sys.stderr)
         return 3
     except (Interrupted, KeyboardInterrupt):
-        print("tir_alp.train: interrupted; --resume goes on from the last checkpoint")
+        print("tir_alp.train: interrupted", file=sys.stderr)
         return 130
     return 0
 

@@ -26,7 +26,7 @@ from tir_alp.models.tiny import TRAIN_CONFIG
 from tir_alp.run.command_line import load_config, read_toml
 from tir_alp.run.local_placement import LocalPlacement
 from tir_alp.run.open_run import open_run
-from tir_alp.train import learn
+from tir_alp.train import learn, publish
 
 BARE = (
     *("--eval.num_tasks", "1", "--checkpoint.every", "0", "--rollout.on_update", "keep"),
@@ -64,7 +64,8 @@ async def measure(config: Config, is_trained: bool) -> tuple[float, float, float
                 num_tokens += sum(len(turn.completion) for turn in turns)
                 taken = time.monotonic()
                 if is_trained:
-                    await learn(run, groups, step, waiting)
+                    metrics = await learn(run, groups, step)
+                    await publish(run, groups, step + 1, metrics, waiting)
                     ages += [step - turn.policy_version for turn in turns]
                 else:
                     run.rollouts.release()

@@ -17,7 +17,8 @@ from tir_alp.report.catalogue import PICTURES, meaning
 from tir_alp.report.compare import row, summary_of
 from tir_alp.report.figures import median_of, scale_for, shares
 from tir_alp.report.methods import STYLES, by_method
-from tir_alp.report.read import Series, changed_settings, read_run
+from tir_alp.report.read import Series, read_run
+from tir_alp.run.describe import changed_settings
 
 METRICS = {
     **{"rollout/reward": 0.5, "ratio/p2": 0.5, "ratio/p50": 1.0, "ratio/p98": 2.0},
@@ -201,7 +202,10 @@ def test_many_layers_and_levels_of_ratios_are_drawn(tmp_path):
 def test_settings_that_differ_from_the_preset_are_named(tmp_path):
     grpo = ALGORITHMS["grpo"].model_copy(update={"clip_high": 0.5})
     run = read_run(make_run(tmp_path / "run", seed=3, algorithm=grpo))
-    assert changed_settings(run) == {"seed": (3, 0), "algorithm.clip_high": (0.5, 0.28)}
+    assert changed_settings(run.settings, run.algorithm) == {
+        "seed": (3, 0),
+        "algorithm.clip_high": (0.5, 0.28),
+    }
 
 
 def test_seeds_are_one_method_and_other_settings_are_another(tmp_path):

@@ -118,9 +118,12 @@ def evaluation_metrics(
 
     Returns:
         `eval/accuracy` is avg@k, the mean over tasks of the share of correct trajectories;
-        `eval/pass_at_k` is the share of tasks with at least one correct trajectory.
+        `eval/pass_at_k` is the share of tasks with at least one correct trajectory. Where every
+        episode failed there is no accuracy, which is not an accuracy of 0.
     """
     tasks = [[is_correct(trajectory) for trajectory in task] for task in samples if task]
+    if not tasks:
+        return {"eval/tasks": 0}
     metrics = {
         "eval/accuracy": _mean(_mean(task) for task in tasks),
         "eval/pass_at_k": _mean(any(task) for task in tasks),

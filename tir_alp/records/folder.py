@@ -11,6 +11,7 @@ from typing import Any
 
 from tir_alp.algorithm.formula import formula
 from tir_alp.config import Config
+from tir_alp.records.run_lock import RunLock
 from tir_alp.records.trajectories import to_record
 from tir_alp.types import Batch, Trajectory, TrajectoryGroup
 
@@ -28,12 +29,17 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self._lock = RunLock(path)
         self._events = path / "events.jsonl"
 
     def check_is_new(self) -> None:
         """Refuse the name of a run that is there already. Raises ValueError."""
         if self.path.exists():
             raise self._exists()
+
+    def check_is_free(self) -> None:
+        """Refuse a run that another process is writing. Raises ValueError."""
+        self._lock.check_is_free()
 
     def _exists(self) -> ValueError:
         return ValueError(
@@ -47,6 +53,12 @@ class RunFolder:
             self.path.mkdir(parents=True)
         except FileExistsError:
             raise self._exists() from None
+        except OSError as error:
+            raise ValueError(
+                f"cannot make the run's folder {self.path}: {error.strerror}; runs are written "
+                "below the folder in which the command is started"
+            ) from None
+        self._lock.acquire()
         (self.path / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
         (self.path / "objective.txt").write_text(formula(config.algorithm) + "\n")
         self._open()
@@ -56,7 +68,11 @@ class RunFolder:
 
         Args:
             step: Number of training steps that the run's newest checkpoint contains.
+
+        Raises:
+            ValueError: Another process is writing the run.
         """
+        self._lock.acquire()
         for name in STEP_FOLDERS:
             for file in (self.path / name).glob("step_*.jsonl"):
                 if file.name > step_file(step):
@@ -144,9 +160,10 @@ class RunFolder:
         torch.save([asdict(batch) for batch in batches], folder / f"update_{update}.pt")
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the files, and free the run's lock."""
         self._metrics.close()
         self._tensorboard.close()
+        self._lock.release()
 
 
 def step_file(step: int) -> str:

@@ -16,7 +16,8 @@ from tir_alp.report.catalogue import meaning
 from tir_alp.report.compare import COLUMNS, row, summary_of
 from tir_alp.report.figures import DrawnPicture
 from tir_alp.report.methods import Method, colour_of
-from tir_alp.report.read import RecordedRun, changed_settings
+from tir_alp.report.read import RecordedRun
+from tir_alp.run.describe import changed_settings
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -196,7 +197,7 @@ def _settings(run: RecordedRun) -> str:
     """Show the settings that differ from the defaults, and the whole config folded."""
     changed = [
         [f"<code>{escape(key)}</code>", escape(_json(value)), escape(_json(default))]
-        for key, (value, default) in changed_settings(run).items()
+        for key, (value, default) in changed_settings(run.settings, run.algorithm).items()
         if key != "name"
     ]
     table = _table(("key", "value", "default"), changed) if changed else "<p>None.</p>"

@@ -9,9 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tir_alp.algorithm.presets import ALGORITHMS
-from tir_alp.config import Config
 from tir_alp.records.folder import read_records, read_run_config
+from tir_alp.run.describe import flat
 
 
 @dataclass(frozen=True)
@@ -113,30 +112,3 @@ def series_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
         name: Series(*map(tuple, zip(*sorted(points.items()), strict=True)))
         for name, points in sorted(found.items())
     }
-
-
-def changed_settings(run: RecordedRun) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ from the defaults: dotted key -> (value, default).
-
-    The defaults of an algorithm are those of its preset. A key that this version does not know has
-    the default None.
-    """
-    preset = ALGORITHMS.get(run.algorithm)
-    defaults = Config() if preset is None else Config(algorithm=preset)
-    known = flat(defaults.model_dump(mode="json"))
-    return {
-        key: (value, known.get(key))
-        for key, value in run.settings.items()
-        if key not in known or known[key] != value
-    }
-
-
-def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings to dotted keys; empty mappings are left out."""
-    found = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

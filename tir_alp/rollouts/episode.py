@@ -21,7 +21,7 @@ import gymnasium
 from tir_alp.config import RolloutConfig
 from tir_alp.engines.base import Completion, Generate, Sampling
 from tir_alp.rollouts.data import Task
-from tir_alp.rollouts.renderer import Renderer
+from tir_alp.rollouts.renderer import PromptTooLong, Renderer
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn
 
@@ -64,6 +64,8 @@ class EpisodeRunner:
     """Root seed of sampling."""
     on_failure: Callable[[EpisodeFailed], None]
     """Called after every failed attempt."""
+    on_left_out: Callable[[str, str], None] = lambda task_id, reason: None
+    """Called with a task's id and the reason why it cannot be played, once per episode."""
     admission: Callable[[], AbstractContextManager[None]] = nullcontext
     """Context that each episode holds from beginning to end."""
     record_env: RecordEnv = lambda env, uid: env
@@ -98,6 +100,9 @@ class EpisodeRunner:
                 return await self.run_episode(task, group_id, uid)
             except EpisodeFailed as failure:
                 self.on_failure(failure)
+            except PromptTooLong as error:  # a fault of the data, which another attempt keeps
+                self.on_left_out(task.task_id, str(error))
+                return None
         return None
 
     async def run_episode(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -31,7 +33,7 @@ _COLUMN_WIDTH = 8  # a narrow terminal shows only the first columns
 
 
 class RunConsole:
-    """Shows one run. Where there is no terminal, a plain line every tenth step."""
+    """Shows one run. Where there is no terminal, one plain line per step."""
 
     def __init__(self) -> None:
         self.console = Console()
@@ -49,7 +51,8 @@ class RunConsole:
     def training(self, first_step: int, num_steps: int) -> Iterator[None]:
         """Show the table while the steps go on."""
         task = self._progress.add_task("training", total=num_steps, completed=first_step)
-        self._task = task
+        self._task, self._num_steps = task, num_steps
+        self._first_step, self._began = first_step, time.monotonic()
         if not self.console.is_terminal:
             yield
             return
@@ -63,9 +66,16 @@ class RunConsole:
         self._progress.update(self._task, completed=step)
         if self._live is not None:
             self._live.update(self._picture())
-        elif step % _ROWS == 0:
+        else:
             cells = [f"{name} {self._cell(metrics, name)}" for name in _COLUMNS]
-            self.print(f"step {step}  " + "  ".join(cells))
+            self.print(f"{self._progress_of(step)}  " + "  ".join(cells))
+
+    def _progress_of(self, step: int) -> str:
+        """The time of day, the step, the mean duration of steps, and how long the rest may take."""
+        seconds = (time.monotonic() - self._began) / max(step - self._first_step, 1)
+        left = timedelta(seconds=round(seconds * (self._num_steps - step)))
+        now = datetime.now().strftime("%H:%M:%S")
+        return f"{now} step {step}/{self._num_steps}  {seconds:.1f} s per step, {left} left"
 
     def print(self, text: str) -> None:
         """Write lines that stay."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -21,10 +21,14 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """Whether somebody asked for an end."""
+    """Whether the user asked for an end.
 
-    def __init__(self) -> None:
-        self._asked = asyncio.Event()
+    Args:
+        log: Called at once with a sentence when that happens.
+    """
+
+    def __init__(self, log: Callable[[str], None] = lambda line: None) -> None:
+        self._asked, self._log = asyncio.Event(), log
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -33,6 +37,7 @@ class Interrupt:
 
         def ask() -> None:
             self._asked.set()
+            self._log("stopping: the run saves a checkpoint and ends; Ctrl-C again ends it at once")
             for each in _SIGNALS:
                 loop.remove_signal_handler(each)
 

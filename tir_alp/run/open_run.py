@@ -32,6 +32,7 @@ from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.episode import EpisodeRunner, RecordEnv
 from tir_alp.rollouts.lockstep import Lockstep
 from tir_alp.rollouts.queue import RolloutQueue
+from tir_alp.run.advice import Advice
 from tir_alp.run.console import RunConsole
 from tir_alp.run.interrupt import Interrupt
 from tir_alp.run.launch import Launched, launch
@@ -88,6 +89,7 @@ class Run:
     held_out: Sequence[Task]
     trainer_thread: ThreadPoolExecutor
     """See `Launched`."""
+    advice: Advice
 
 
 @asynccontextmanager
@@ -115,11 +117,14 @@ async def open_run(
         ValueError: For what a user can fix; nothing has been written then.
     """
     console = RunConsole()
+    console.print(f"reading the model {config.model.path!r}, the tasks and the environment")
     # In threads, not in the event loop: that is where actors which are lost meanwhile get replaced.
     prepared = await asyncio.to_thread(prepare, config, resume, console.print)
     is_new = examined is None
     if examined is None:
+        console.print("checking this machine, the environment and the chat template")
         examined = await asyncio.to_thread(checks.before_launch, prepared, placement.make_env)
+    console.print("starting trainer and engine")
     async with AsyncExitStack() as stack:
         launched = await stack.enter_async_context(launch(prepared, placement))
         warnings = list(examined.warnings)
@@ -156,6 +161,7 @@ def collect(
     stack.callback(env_threads.shutdown, wait=False, cancel_futures=True)
     slots = asyncio.Semaphore(num_episodes)
     lockstep = Lockstep() if config.deterministic else None
+    left_out = LeftOut(prepared, console)
 
     def runner(
         seed: int, generate: Generate, record_env: RecordEnv = lambda env, uid: env
@@ -169,6 +175,7 @@ def collect(
             slots=slots,
             seed=seed,
             on_failure=lambda failure: console.print(f"episode failed: {failure}"),
+            on_left_out=left_out.add,
             waiting=watchdog.waiting,
             admission=contextlib.nullcontext if lockstep is None else lockstep.episode,
             record_env=record_env,
@@ -203,6 +210,7 @@ def collect(
         evaluation=runner(config.seed + _EVALUATION, generate),
         held_out=prepared.held_out,
         trainer_thread=launched.trainer_thread,
+        advice=Advice(prepared.renderer.action, "tools" in examined.environment_report),
     )
 
 
@@ -214,3 +222,20 @@ def _open_folder(prepared: Prepared, examined: Examined) -> None:
         folder.create(prepared.config)
     folder.note_left_out(prepared.left_out)
     folder.note_environment(step, examined.environment_report)
+
+
+class LeftOut:
+    """Names tasks that turn out to be unplayable during the run, each once."""
+
+    def __init__(self, prepared: Prepared, console: RunConsole) -> None:
+        self._prepared, self._console = prepared, console
+        self._sentences: dict[str, str] = {}
+
+    def add(self, task_id: str, reason: str) -> None:
+        """Print and record why a task is left out."""
+        if task_id not in self._sentences:
+            self._sentences[task_id] = reason
+            self._console.print(f"left out: {reason}")
+            self._prepared.folder.note_left_out(
+                [*self._prepared.left_out, *self._sentences.values()]
+            )

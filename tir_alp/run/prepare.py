@@ -80,6 +80,7 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
         folder.check_is_new()
         progress = Progress()
     else:
+        folder.check_is_free()
         progress = read_progress(config, resume, log)
     initial = str(SHIPPED.get(config.model.path, config.model.path))
     found = progress.checkpoint

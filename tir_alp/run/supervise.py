@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -10,10 +9,12 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from tir_alp.algorithm.formula import formula
 from tir_alp.config import Config
+from tir_alp.engines.base import EngineFailed
 from tir_alp.roles import Placement, RoleLost
-from tir_alp.run.interrupt import Interrupt
+from tir_alp.rollouts.queue import RolloutsFailed
+from tir_alp.run.describe import describe_end, describe_start, describe_stop
+from tir_alp.run.interrupt import Interrupt, Interrupted
 from tir_alp.run.open_run import Examined, Run, StartChecks, open_run
 from tir_alp.run.placement import OpenCluster, open_placement
 from tir_alp.tools.sandbox import SandboxRefused
@@ -78,7 +79,7 @@ async def train_stubbornly(
     Raises:
         RunLost: If that does not help.
     """
-    interrupt = Interrupt()
+    interrupt = Interrupt(lambda line: print(line, file=sys.stderr, flush=True))
     losses: Counter[int] = Counter()
     examined: Examined | None = None
     with interrupt.listening():
@@ -126,37 +127,21 @@ async def train_once(
             if resume is None:
                 raise CannotStart(str(error)) from error
             raise RunLost(resume, str(error)) from error
-        run.console.print(describe(run))
+        path = run.folder.path
+        run.console.print(describe_start(config, run.examined.environment_report, path))
         is_lost = False
         try:
             await services.train(run)
-            run.console.print(describe_end(run))
+            run.console.print(describe_end(path, config.steps))
         except RoleLost as error:
             is_lost = True
-            raise RunLost(run.folder.path, str(error), run.examined) from error
+            raise RunLost(path, str(error), run.examined) from error
+        except (Interrupted, RolloutsFailed, EngineFailed, OSError):
+            run.console.print(describe_stop(path, newest_step(path)))
+            raise
         finally:
             if not is_lost:
                 draw(run, services.draw_report)
-
-
-def describe(run: Run) -> str:
-    """What a run is: its settings, its objective, and where its programs run."""
-    report = run.examined.environment_report
-    warnings = "".join(f"warning: {warning}\n" for warning in report.get("warnings", ()))
-    return (
-        f"config {run.config.model_dump_json()}\n{formula(run.config.algorithm)}\n"
-        f"environment {json.dumps(report)}\n{warnings}run {run.folder.path}"
-    )
-
-
-def describe_end(run: Run) -> str:
-    """Where a finished run left its model and its metrics, and how to go on."""
-    path, steps = run.folder.path, run.config.steps
-    return (
-        f"the model is in {path}/checkpoints/step_{steps}, metrics in {path}/metrics.jsonl\n"
-        f"next: tensorboard --logdir {path}  |  go on: python -m tir_alp.train "
-        f"--resume {path} --steps {steps * 2}"
-    )
 
 
 def draw(run: Run, draw_report: Callable[[Path], Path]) -> None:

@@ -1,0 +1,36 @@
+"""What a run prints about itself."""
+
+from tir_alp.run.command_line import load_config
+from tir_alp.run.describe import describe_end, describe_start, describe_stop
+
+
+def test_the_start_shows_the_objective_what_differs_and_the_sandbox():
+    config = load_config(["--seed", "3", "--trainer.lr", "1e-4", "--algorithm", "grpo"], {})
+    report = {
+        "tools": {"python": {"sandbox": "landlock", "refused": {"namespaces": "no bubblewrap"}}},
+        "warnings": ["the kernel is old"],
+    }
+    lines = describe_start(config, report, "runs/a").splitlines()
+    assert lines[0].startswith("grpo: minimise")
+    at = lines.index("settings that differ from the defaults:")
+    assert lines[at + 1 :] == [
+        "  seed = 3",
+        "  trainer.lr = 0.0001",
+        "sandbox of python: landlock, its probes held",
+        "  not namespaces: no bubblewrap",
+        "warning: the kernel is old",
+        "run runs/a",
+    ]
+
+
+def test_the_end_tells_the_truth_about_what_was_trained():
+    assert "checkpoints/step_5" in describe_end("runs/a", 5)
+    assert "--resume runs/a --steps 10" in describe_end("runs/a", 5)
+    assert "nothing was trained" in describe_end("runs/a", 0)
+
+
+def test_an_early_end_names_the_run_and_the_command():
+    assert describe_stop("runs/a", 7) == (
+        "go on from step 7: python -m tir_alp.train --resume runs/a"
+    )
+    assert "no checkpoint" in describe_stop("runs/a", None)

@@ -1,0 +1,91 @@
+"""What a run prints about itself before it begins and after it has ended. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tir_alp.algorithm.formula import formula
+from tir_alp.algorithm.presets import ALGORITHMS
+from tir_alp.config import Config
+
+
+def changed_settings(settings: Mapping[str, Any], algorithm: str) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ from the defaults: dotted key -> (value, default).
+
+    The defaults of an algorithm are those of its preset. A key that this version does not know has
+    the default None.
+
+    Args:
+        settings: Values by dotted key, as `flat` returns them.
+        algorithm: Name of the preset.
+    """
+    preset = ALGORITHMS.get(algorithm)
+    defaults = Config() if preset is None else Config(algorithm=preset)
+    known = flat(defaults.model_dump(mode="json"))
+    return {
+        key: (value, known.get(key))
+        for key, value in settings.items()
+        if key not in known or known[key] != value
+    }
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to dotted keys; empty mappings are left out."""
+    found = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def describe_start(config: Config, environment_report: Mapping[str, Any], path: object) -> str:
+    """Describe a run that begins: its objective, its settings, and where its programs run."""
+    changed = changed_settings(flat(config.model_dump(mode="json")), config.algorithm.name)
+    lines = [formula(config.algorithm)]
+    if changed:
+        lines.append("settings that differ from the defaults:")
+        lines += [f"  {key} = {_shown(value)}" for key, (value, _) in changed.items()]
+    lines += describe_environment(environment_report)
+    lines += [f"warning: {warning}" for warning in environment_report.get("warnings", ())]
+    return "\n".join([*lines, f"run {path}"])
+
+
+def describe_environment(report: Mapping[str, Any]) -> list[str]:
+    """Say in which sandbox each tool runs, and why no stronger one; other entries as they are."""
+    lines = []
+    for name, tool in report.get("tools", {}).items():
+        if isinstance(tool, Mapping) and "sandbox" in tool:
+            lines.append(f"sandbox of {name}: {tool['sandbox']}, its probes held")
+            refused = tool.get("refused") or {}
+            lines += [f"  not {other}: {reason}" for other, reason in refused.items()]
+        elif tool:
+            lines.append(f"tool {name}: {_shown(tool)}")
+    rest = {key: value for key, value in report.items() if key not in ("tools", "warnings")}
+    lines += [f"environment: {key} = {_shown(value)}" for key, value in rest.items() if value]
+    return lines
+
+
+def describe_end(path: object, steps: int) -> str:
+    """Say where a finished run left its model and its metrics, and how to go on."""
+    if steps == 0:
+        return f"nothing was trained, as steps = 0 asks; metrics in {path}/metrics.jsonl"
+    return (
+        f"the model is in {path}/checkpoints/step_{steps}, metrics in {path}/metrics.jsonl\n"
+        f"next: tensorboard --logdir {path}  |  go on: python -m tir_alp.train "
+        f"--resume {path} --steps {steps * 2}"
+    )
+
+
+def describe_stop(path: object, step: int | None) -> str:
+    """Say from which checkpoint a run that ended early can go on, if from any."""
+    if step is None:
+        return f"there is no checkpoint in {path} to go on from"
+    return f"go on from step {step}: python -m tir_alp.train --resume {path}"
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) and value else repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
