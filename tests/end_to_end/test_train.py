@@ -67,7 +67,7 @@ def test_a_run_prints_its_objective_and_how_it_ended(finished):
     objective = (path / "objective.txt").read_text()
     assert objective.startswith("alp_sequence: minimise the mean over tokens of L_t")
     assert objective in printed
-    assert '"groups_per_step":4' in printed
+    assert "  rollout.groups_per_step = 4" in printed
     assert "step 0: accuracy" in printed
     assert "step 4: accuracy" in printed
     assert f"--resume runs/{path.name}" in printed
@@ -151,7 +151,7 @@ def test_a_run_reports_its_sandbox(finished):
     sandbox = environment["tools"]["python"]["sandbox"]
     assert sandbox in ("namespaces", "landlock")
     assert (environment["step"], environment["warnings"]) == (0, [])
-    assert f'"sandbox": "{sandbox}"' in printed
+    assert f"sandbox of python: {sandbox}, its probes held" in printed
     assert "warning:" not in printed
 
 

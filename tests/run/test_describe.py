@@ -1,7 +1,12 @@
 """What a run prints about itself."""
 
 from tir_alp.run.command_line import load_config
-from tir_alp.run.describe import describe_end, describe_start, describe_stop
+from tir_alp.run.describe import (
+    describe_end,
+    describe_environment,
+    describe_start,
+    describe_stop,
+)
 
 
 def test_the_start_shows_the_objective_what_differs_and_the_sandbox():
@@ -21,6 +26,11 @@ def test_the_start_shows_the_objective_what_differs_and_the_sandbox():
         "warning: the kernel is old",
         "run runs/a",
     ]
+
+
+def test_no_probes_are_claimed_where_none_were_made():
+    (line,) = describe_environment({"tools": {"python": {"sandbox": "unsafe", "refused": {}}}})
+    assert line == "sandbox of python: unsafe"
 
 
 def test_the_end_tells_the_truth_about_what_was_trained():

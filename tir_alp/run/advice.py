@@ -54,9 +54,9 @@ class Advice:
         no_signal = sum(len(set(group.rewards)) == 1 for group in groups)
         if void > _MANY_VOID:
             sentence = (
-                f"{void:.0%} of the turns hold neither a complete call nor an answer{example}. Show "
-                "the model the format (env.kwargs.instruction), raise rollout.max_turn_tokens if "
-                "turns are cut, or begin with a model that knows it"
+                f"{void:.0%} of the turns hold neither a complete call nor an answer{example}. "
+                "Show the model the format (env.kwargs.instruction), raise "
+                "rollout.max_turn_tokens if turns are cut, or begin with a model that knows it"
             )
             yield "void", sentence
         if metrics.get("tokens/loss") == 0:

@@ -9,6 +9,9 @@ from tir_alp.algorithm.formula import formula
 from tir_alp.algorithm.presets import ALGORITHMS
 from tir_alp.config import Config
 
+_PROBED = ("namespaces", "landlock", "docker")
+"""Sandboxes that attack themselves when they start, and do not start if an attack succeeds."""
+
 
 def changed_settings(settings: Mapping[str, Any], algorithm: str) -> dict[str, tuple[Any, Any]]:
     """Return the settings that differ from the defaults: dotted key -> (value, default).
@@ -58,7 +61,8 @@ def describe_environment(report: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, tool in report.get("tools", {}).items():
         if isinstance(tool, Mapping) and "sandbox" in tool:
-            lines.append(f"sandbox of {name}: {tool['sandbox']}, its probes held")
+            held = ", its probes held" if tool["sandbox"] in _PROBED else ""
+            lines.append(f"sandbox of {name}: {tool['sandbox']}{held}")
             refused = tool.get("refused") or {}
             lines += [f"  not {other}: {reason}" for other, reason in refused.items()]
         elif tool:
