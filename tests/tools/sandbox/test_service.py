@@ -85,6 +85,46 @@ def test_single_programs():
     run(scenario)
 
 
+NESTED = "def f(n):\n    return f(n - 1) if n else 1 / 0\n"
+
+
+@pytest.mark.parametrize("call", ["f(5)", "f(50)", "f(5000)"])
+def test_the_service_answers_while_and_after_a_nested_traceback(call: str):
+    async def scenario():
+        async with client_of() as client:
+            running = asyncio.create_task(post(client, "/v1/run", code=NESTED + call))
+            while not running.done():
+                async with asyncio.timeout(2), client.get("/v1/health") as response:
+                    assert response.status == 200
+            _, reply = running.result()
+            assert (reply["outcome"], reply["exit_status"]) == ("tool_error", 1)
+            assert reply["duration_s"] < 5
+            async with asyncio.timeout(2):
+                _, reply = await post(client, "/run_code", code=NESTED + call, language="python")
+            assert reply["run_result"]["return_code"] == 1
+
+    run(scenario)
+
+
+def test_a_request_with_parts_without_number_is_refused_at_once():
+    many = {f"{number}/": "" for number in range(100_000)}
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/run_code", {"code": "", "language": "python", "files": many}),
+        ("/run_jupyter", {"cells": [1] * 1_000_000}),
+        ("/run_jupyter", {"cells": [""] * 1_000_000}),
+    ]
+
+    async def scenario():
+        async with client_of() as client:
+            for path, body in bodies:
+                began = time.perf_counter()
+                status, text = await post(client, path, **body)
+                assert status == 400 and len(text) < 1000
+                assert time.perf_counter() - began < 5
+
+    run(scenario)
+
+
 @pytest.mark.parametrize(
     ("code", "timeout_s", "status", "run_status", "return_code", "stdout"),
     [

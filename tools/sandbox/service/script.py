@@ -16,9 +16,7 @@ import io, sys
 sys.stdin = io.TextIOWrapper(io.BytesIO({data!r}), encoding="utf-8")
 del io, sys
 """
-_SYSTEM_EXIT = re.compile(
-    r"^Traceback \(most recent call last\):\n(?: +.*\n)*SystemExit(?:: (?P<status>.*))?\n\Z", re.M
-)
+_TRACEBACK = "Traceback (most recent call last):\n"
 EXIT_STATUS = {
     Outcome.OK: 0,
     Outcome.TOOL_ERROR: 1,
@@ -49,10 +47,11 @@ async def run_script(
 
 
 def _with_status(result: RunResult) -> ScriptResult:
-    ending = _SYSTEM_EXIT.search(result.stderr)
+    ending = _system_exit(result.stderr)
     if result.outcome is not Outcome.TOOL_ERROR or ending is None:
         return ScriptResult(result, EXIT_STATUS[result.outcome])
-    status, message = ending["status"] or "None", ""
+    before, status = ending
+    message = ""
     if status == "None":
         number = 0
     elif re.fullmatch(r"-?\d{1,9}", status):
@@ -62,6 +61,22 @@ def _with_status(result: RunResult) -> ScriptResult:
     ended = dataclasses.replace(
         result,
         outcome=Outcome.TOOL_ERROR if number else Outcome.OK,
-        stderr=result.stderr[: ending.start()] + message,
+        stderr=before + message,
     )
     return ScriptResult(ended, number)
+
+
+def _system_exit(stderr: str) -> tuple[str, str] | None:
+    """What precedes the traceback of a `SystemExit` at the end of a text, and its status.
+
+    None if the text does not end with one. Linear in the length of the text.
+    """
+    before, header, traceback = stderr.rpartition(_TRACEBACK)
+    lines = traceback.split("\n")
+    if not header or len(lines) < 2 or (before and not before.endswith("\n")):
+        return None
+    *frames, last, rest = lines
+    name, _, status = last.partition(": ")
+    if rest or name != "SystemExit" or not all(line.startswith(" ") for line in frames):
+        return None
+    return before, status or "None"

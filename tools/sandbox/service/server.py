@@ -41,6 +41,8 @@ from tir_alp.tools.sandbox.service.script import ScriptResult, run_script
 _log = logging.getLogger(__name__)
 _SHUTDOWN_S = 10.0
 """Seconds that running calls get to end when the service stops."""
+_MAX_FAULTS = 20
+"""Number of faults of a bad request that the reply names."""
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -310,7 +312,9 @@ async def _report_bad_requests(request: web.Request, handler: Handler) -> web.St
     try:
         return await handler(request)
     except ValidationError as error:
-        faults = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        first = errors[:_MAX_FAULTS]
+        faults = [(".".join(map(str, each["loc"]))[:200], each["msg"]) for each in first]
         text = "; ".join(f"{path}: {fault}" if path else fault for path, fault in faults)
         return web.Response(status=400, text=text)
 
