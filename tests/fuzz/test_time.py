@@ -22,9 +22,9 @@ from tir_alp.tools.sandbox.interpreters.container_stream import ContainerStream,
 from tir_alp.tools.sandbox.jail import frames
 from tir_alp.tools.sandbox.output import HeadTail, cut_middle
 from tir_alp.tools.sandbox.result import RunResult
+from tir_alp.tools.sandbox.script import ScriptResult
 from tir_alp.tools.sandbox.service import compat
 from tir_alp.tools.sandbox.service.files import Fetched
-from tir_alp.tools.sandbox.service.script import ScriptResult, _with_status
 
 CHUNK = 1 << 16
 SMALL, LARGE = 1 << 15, 1 << 18
@@ -143,7 +143,6 @@ def replied(text: str) -> None:
     compat.fusion_reply(script, Fetched())
     compat.faas_reply(script)
     compat.notebook_reply([result], Fetched())
-    _with_status(result)
     _as_text(result)
     cut_middle(text, 1000)
 

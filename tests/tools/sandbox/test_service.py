@@ -14,6 +14,7 @@ import pytest
 
 from tir_alp.tools.sandbox import Limits, Outcome, SandboxConfig, SandboxRefused, create_sandbox
 from tir_alp.tools.sandbox.config import TOKEN_VARIABLE
+from tir_alp.tools.sandbox.script import Script
 
 aiohttp = pytest.importorskip("aiohttp")
 from aiohttp import web  # noqa: E402
@@ -301,6 +302,11 @@ def test_remote_is_a_sandbox_like_any_other():
             result = await python.run("while True: pass", Limits(wall_s=0.2))
             assert result.outcome is Outcome.TOOL_TIMEOUT
             assert "restarted" in (await python.run("1")).note
+            async with sandbox.session() as fresh:
+                code = b"\xef\xbb\xbfprint(open(0, 'rb').read())\nraise SystemExit(3)"
+                script = await fresh.run_script(Script(code=code, stdin=b"\xff\n"))
+            assert (script.result.stdout, script.exit_status) == ("b'\\xff\\n'\n", 3)
+            assert script.result.outcome is Outcome.TOOL_ERROR
 
     run(scenario)
 
@@ -430,11 +436,11 @@ def test_clients_that_hang_up_leave_no_session_in_use(serving):
             url = f"{address}/v1/run"
             async with (
                 aiohttp.ClientSession() as client,
-                client.post(url, json={"code": "6 * 7"}) as response,
+                client.post(url, json={"code": "print(6 * 7)"}) as response,
             ):
-                return (await response.json())["value"]
+                return (await response.json())["stdout"]
 
-        assert run(scenario) == "42"
+        assert run(scenario) == "42\n"
 
 
 @pytest.mark.parametrize(

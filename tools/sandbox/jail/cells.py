@@ -46,16 +46,17 @@ class CellRunner:
             shown = None if value is None else repr(value)
             return {"ok": True, "value": _cut(shown, value_chars), "limit": ""}
         except BaseException as error:
-            limit = _limit_of(error)
+            limit = limit_of(error)
             _print_traceback(error)
             return {"ok": False, "value": None, "limit": limit}
 
     def _evaluate(self, code: str, name: str) -> Any:
         tree = ast.parse(code, name)
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, name, "exec"), self._globals)
+        exec(compile(tree, name, "exec", dont_inherit=True), self._globals)
         if isinstance(last, ast.Expr):
-            return eval(compile(ast.Expression(last.value), name, "eval"), self._globals)
+            value = compile(ast.Expression(last.value), name, "eval", dont_inherit=True)
+            return eval(value, self._globals)
         return None
 
 
@@ -64,7 +65,8 @@ def _cut(text: str | None, limit: int) -> str | None:
     return text if text is None else text[: limit + 1]
 
 
-def _limit_of(error: BaseException) -> str:
+def limit_of(error: BaseException) -> str:
+    """The limit of the session that an exception stands for; empty if none."""
     if isinstance(error, MemoryError):
         return "memory"
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):

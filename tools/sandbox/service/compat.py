@@ -16,8 +16,8 @@ from pydantic import AfterValidator, Base64Bytes, BaseModel, BeforeValidator, Fa
 
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.sandbox.result import RunResult
+from tir_alp.tools.sandbox.script import ScriptResult
 from tir_alp.tools.sandbox.service.files import Fetched
-from tir_alp.tools.sandbox.service.script import ScriptResult
 
 # A request is read in the event loop, so that it must not have parts without number.
 _MAX_FILES = 1000
