@@ -107,6 +107,31 @@ def test_the_service_answers_while_and_after_a_nested_traceback(call: str):
     run(scenario)
 
 
+def test_the_service_answers_while_programs_run():
+    programs = (
+        "while True: pass",
+        "import os\nwhile True: os.write(1, b'x' * 65536)",
+        "import os\nwhile True: os.write(2, b'\\xff' * 65536)",
+        "import threading\nwhile True: threading.Thread(target=print).start()",
+        "x = 'x' * 10 ** 6\nwhile True: print(x, end='')",
+    )
+    limits = {"wall_s": 2, "output_bytes": 1 << 50, "output_chars": 1_000_000}
+
+    async def scenario():
+        async with client_of() as client:
+            posts = (post(client, "/v1/run", code=code, limits=limits) for code in programs)
+            running = asyncio.gather(*posts)
+            while not running.done():
+                async with asyncio.timeout(2), client.get("/v1/health") as response:
+                    assert response.status == 200
+                await asyncio.sleep(0.01)
+            for _, reply in running.result():
+                assert reply["outcome"] in ("tool_timeout", "resource_limit")
+                assert reply["duration_s"] - reply["queue_s"] < 5
+
+    run(scenario)
+
+
 def test_a_request_with_parts_without_number_is_refused_at_once():
     many = {f"{number}/": "" for number in range(100_000)}
     bodies: list[tuple[str, dict[str, Any]]] = [
