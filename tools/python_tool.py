@@ -6,6 +6,7 @@ of the traceback. It is never longer than `max_output_chars`, and never empty.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,6 +100,7 @@ class PythonTool:
             SandboxRefused: This machine cannot confine a program; a retry would not help.
         """
         assert isinstance(session, PythonToolSession)
+        started = time.perf_counter()
         code = arguments.get("code")
         if not isinstance(code, str):
             text = "[the tool takes one argument, `code`, a string of Python source]"
@@ -111,7 +113,10 @@ class PythonTool:
         except SandboxError as error:
             text = "[the tool is not available]"
             return ToolResult(
-                outcome=Outcome.INFRA_ERROR, text=text, duration_s=0.0, error=str(error)
+                outcome=Outcome.INFRA_ERROR,
+                text=text,
+                duration_s=time.perf_counter() - started,
+                error=str(error),
             )
         result = session.interpreter.run(code, self._limits)
         if not self._stateful:
@@ -120,7 +125,7 @@ class PythonTool:
         return ToolResult(
             outcome=result.outcome,
             text=text,
-            duration_s=result.duration_s,
+            duration_s=time.perf_counter() - started,
             error="" if result.outcome is Outcome.OK else result.stderr,
         )
 

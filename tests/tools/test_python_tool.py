@@ -108,3 +108,17 @@ def test_dead_sandbox_is_an_infrastructure_error(session: PythonToolSession, mon
     monkeypatch.setattr(os, "pipe", lambda: (_ for _ in ()).throw(OSError(24, "no descriptors")))
     result = tool.run({"code": "1"}, session)
     assert result.outcome is Outcome.INFRA_ERROR and "no descriptors" in result.error
+
+
+def test_the_duration_of_a_call_that_gets_no_session_is_its_wait():
+    tool = PythonTool(BARE.model_copy(update={"max_sessions": 6, "max_wait_s": 2.0}))
+    holders, waiting = [tool.open_session() for _ in range(6)], tool.open_session()
+    try:
+        for holder in holders:
+            assert tool.run({"code": "1"}, holder).outcome is Outcome.OK
+        result = tool.run({"code": "1"}, waiting)
+    finally:
+        for holder in holders:
+            holder.close()
+    assert result.outcome is Outcome.INFRA_ERROR and "max_sessions" in result.error
+    assert 1.9 < result.duration_s < 30

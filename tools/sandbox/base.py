@@ -7,6 +7,7 @@ from typing import Protocol, Self
 
 from tir_alp.tools.sandbox.config import Limits
 from tir_alp.tools.sandbox.result import RunResult, SandboxReport
+from tir_alp.tools.sandbox.script import Script, ScriptResult
 
 
 class Session(Protocol):
@@ -18,6 +19,14 @@ class Session(Protocol):
         Args:
             code: Python source; the value of the last expression is returned, as in a notebook.
             limits: Limits of this call; None takes those of the sandbox's config.
+        """
+        ...
+
+    async def run_script(self, script: Script, limits: Limits | None = None) -> ScriptResult:
+        """Run a whole program as `python -u FILE` would. Never raises for what it does.
+
+        Its variables are gone afterwards, its files are not, unless it has ended the interpreter.
+        Only for a session that has run no other program.
         """
         ...
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from tir_alp.tools.sandbox.config import TOKEN_VARIABLE, Limits, SandboxConfig
 from tir_alp.tools.sandbox.create import AUTOMATIC, BACKENDS, create_sandbox, examine
 from tir_alp.tools.sandbox.result import SandboxError, SandboxRefused
-from tir_alp.tools.sandbox.service.script import run_script
+from tir_alp.tools.sandbox.script import Script
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _UNAVAILABLE = 69
@@ -97,14 +97,14 @@ async def _probe(config: SandboxConfig, arguments: argparse.Namespace) -> int:
 async def _run(config: SandboxConfig, arguments: argparse.Namespace) -> int:
     """Print what a program prints; return its exit status, or one that stands for its outcome."""
     file = arguments.file
-    code = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    stdin = "" if file == "-" or sys.stdin.isatty() else sys.stdin.read()
+    code = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    stdin = b"" if file == "-" or sys.stdin.isatty() else sys.stdin.buffer.read()
     limits = Limits(wall_s=arguments.wall_s)
     async with create_sandbox(config) as sandbox, sandbox.session() as session:
-        script = await run_script(session, code, stdin=stdin, limits=limits)
-    sys.stdout.write(script.result.stdout)
-    sys.stderr.write(script.result.stderr)
-    return script.exit_status
+        ended = await session.run_script(Script(code=code, stdin=stdin), limits)
+    sys.stdout.write(ended.result.stdout)
+    sys.stderr.write(ended.result.stderr)
+    return ended.exit_status
 
 
 async def _serve(config: SandboxConfig, arguments: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import signal
 from dataclasses import dataclass
 
 from tir_alp.tools.outcome import Outcome
+from tir_alp.tools.sandbox.jail.fork_server import ABORTED
 
 CLOSED_CHANNEL = "it closed the sandbox's own channel"
 CRASHED = ""
@@ -30,10 +31,21 @@ SERVER_DIED = Death(-1)
 class Lost(Exception):
     """The interpreter is gone, with its state."""
 
-    def __init__(self, outcome: Outcome, reason: str) -> None:
+    def __init__(
+        self, outcome: Outcome, reason: str, *, status: int | None = None, signal_number: int = 0
+    ) -> None:
         super().__init__(reason)
         self.outcome = outcome
         self.reason = reason
+        self.status = status
+        """Its exit status, if it exited by itself."""
+        self.signal_number = signal_number
+        """The signal of which it died by itself; 0 if it did not."""
+
+    @property
+    def exit_status(self) -> int | None:
+        """As a shell shows it: 128 + N after signal N. None if it was killed."""
+        return 128 + self.signal_number if self.signal_number else self.status
 
 
 def lost_by(death: Death, *, we_killed: bool, kills_itself: bool) -> Lost:
@@ -54,6 +66,19 @@ def lost_by(death: Death, *, we_killed: bool, kills_itself: bool) -> Lost:
     if death.status == signal.SIGKILL and not kills_itself:
         return Lost(Outcome.INFRA_ERROR, "it was killed from outside")
     if os.WIFSIGNALED(death.status):
-        name = signal.Signals(os.WTERMSIG(death.status)).name
-        return Lost(Outcome.TOOL_ERROR, f"it died of {name}")
-    return Lost(Outcome.TOOL_ERROR, f"it exited with status {os.WEXITSTATUS(death.status)}")
+        return _died_of(os.WTERMSIG(death.status))
+    status = os.WEXITSTATUS(death.status)
+    if status == ABORTED:
+        return _died_of(signal.SIGABRT)
+    return Lost(Outcome.TOOL_ERROR, f"it exited with status {status}", status=status)
+
+
+def _died_of(number: int) -> Lost:
+    return Lost(Outcome.TOOL_ERROR, f"it died of {_name(number)}", signal_number=number)
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 _REMARK = "\n[... output cut here ...]\n"
 _BYTES_PER_CHAR = 4  # at most, so head and tail hold at least as many characters as needed
+_ESCAPES = {0xDC00 + byte: f"\\x{byte:02x}" for byte in range(0x80, 0x100)}
+"""What "surrogateescape" makes of a byte that is not UTF-8 -> how it is shown."""
 
 
 class HeadTail:
@@ -27,8 +29,15 @@ class HeadTail:
 
     def text(self) -> tuple[str, bool]:
         r"""The text, and whether something was cut. Bytes that are not UTF-8 become `\xNN`."""
-        text = (self._head + self._tail).decode("utf-8", "backslashreplace")
-        return cut_middle(text, self._max_chars)
+        data = self._head + self._tail
+        try:
+            return cut_middle(data.decode("utf-8"), self._max_chars)
+        except UnicodeDecodeError:
+            text = data.decode("utf-8", "surrogateescape")
+        # Escaping is slow, so it is done only where something is kept: at both ends.
+        if len(text) > 2 * self._max_chars:
+            text = text[: self._max_chars] + text[-self._max_chars :]
+        return cut_middle(text.translate(_ESCAPES), self._max_chars)
 
 
 def cut_middle(text: str, max_chars: int) -> tuple[str, bool]:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.sandbox
 def test_run(tmp_path: Path, capsys, monkeypatch, code: str, stdout: str, stderr: str, status: int):
     file = tmp_path / "program.py"
     file.write_text(code)
-    monkeypatch.setattr("sys.stdin", io.StringIO("typed\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"typed\n")))
     assert cli.main(["run", "--preload", "", "--wall-s", "1", str(file)]) == status
     printed = capsys.readouterr()
     assert printed.out == stdout and printed.err.startswith(stderr)

@@ -14,6 +14,7 @@ import pytest
 
 from tir_alp.tools.sandbox import Limits, Outcome, SandboxConfig, SandboxRefused, create_sandbox
 from tir_alp.tools.sandbox.config import TOKEN_VARIABLE
+from tir_alp.tools.sandbox.script import Script
 
 aiohttp = pytest.importorskip("aiohttp")
 from aiohttp import web  # noqa: E402
@@ -81,6 +82,71 @@ def test_single_programs():
             )
             assert (reply["outcome"], reply["stdout"]) == ("tool_timeout", "1\n")
             assert reply["exit_status"] == 124
+
+    run(scenario)
+
+
+NESTED = "def f(n):\n    return f(n - 1) if n else 1 / 0\n"
+
+
+@pytest.mark.parametrize("call", ["f(5)", "f(50)", "f(5000)"])
+def test_the_service_answers_while_and_after_a_nested_traceback(call: str):
+    async def scenario():
+        async with client_of() as client:
+            running = asyncio.create_task(post(client, "/v1/run", code=NESTED + call))
+            while not running.done():
+                async with asyncio.timeout(2), client.get("/v1/health") as response:
+                    assert response.status == 200
+            _, reply = running.result()
+            assert (reply["outcome"], reply["exit_status"]) == ("tool_error", 1)
+            assert reply["duration_s"] < 5
+            async with asyncio.timeout(2):
+                _, reply = await post(client, "/run_code", code=NESTED + call, language="python")
+            assert reply["run_result"]["return_code"] == 1
+
+    run(scenario)
+
+
+def test_the_service_answers_while_programs_run():
+    programs = (
+        "while True: pass",
+        "import os\nwhile True: os.write(1, b'x' * 65536)",
+        "import os\nwhile True: os.write(2, b'\\xff' * 65536)",
+        "import threading\nwhile True: threading.Thread(target=print).start()",
+        "x = 'x' * 10 ** 6\nwhile True: print(x, end='')",
+    )
+    limits = {"wall_s": 2, "output_bytes": 1 << 50, "output_chars": 1_000_000}
+
+    async def scenario():
+        async with client_of() as client:
+            posts = (post(client, "/v1/run", code=code, limits=limits) for code in programs)
+            running = asyncio.gather(*posts)
+            while not running.done():
+                async with asyncio.timeout(2), client.get("/v1/health") as response:
+                    assert response.status == 200
+                await asyncio.sleep(0.01)
+            for _, reply in running.result():
+                assert reply["outcome"] in ("tool_timeout", "resource_limit")
+                assert reply["duration_s"] - reply["queue_s"] < 5
+
+    run(scenario)
+
+
+def test_a_request_with_parts_without_number_is_refused_at_once():
+    many = {f"{number}/": "" for number in range(100_000)}
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/run_code", {"code": "", "language": "python", "files": many}),
+        ("/run_jupyter", {"cells": [1] * 1_000_000}),
+        ("/run_jupyter", {"cells": [""] * 1_000_000}),
+    ]
+
+    async def scenario():
+        async with client_of() as client:
+            for path, body in bodies:
+                began = time.perf_counter()
+                status, text = await post(client, path, **body)
+                assert status == 400 and len(text) < 1000
+                assert time.perf_counter() - began < 5
 
     run(scenario)
 
@@ -261,6 +327,11 @@ def test_remote_is_a_sandbox_like_any_other():
             result = await python.run("while True: pass", Limits(wall_s=0.2))
             assert result.outcome is Outcome.TOOL_TIMEOUT
             assert "restarted" in (await python.run("1")).note
+            async with sandbox.session() as fresh:
+                code = b"\xef\xbb\xbfprint(open(0, 'rb').read())\nraise SystemExit(3)"
+                script = await fresh.run_script(Script(code=code, stdin=b"\xff\n"))
+            assert (script.result.stdout, script.exit_status) == ("b'\\xff\\n'\n", 3)
+            assert script.result.outcome is Outcome.TOOL_ERROR
 
     run(scenario)
 
@@ -390,11 +461,11 @@ def test_clients_that_hang_up_leave_no_session_in_use(serving):
             url = f"{address}/v1/run"
             async with (
                 aiohttp.ClientSession() as client,
-                client.post(url, json={"code": "6 * 7"}) as response,
+                client.post(url, json={"code": "print(6 * 7)"}) as response,
             ):
-                return (await response.json())["value"]
+                return (await response.json())["stdout"]
 
-        assert run(scenario) == "42"
+        assert run(scenario) == "42\n"
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,43 @@ def test_no_value_where_a_notebook_shows_none(python: BlockingSession, code: str
     assert (result.outcome, result.value) == (Outcome.OK, None)
 
 
+@pytest.mark.parametrize("code", ["6 * 7;", "(6 * 7);", "'é;'; # ;", "1; 2 ;", "x = 1\r\nx;\r\n"])
+def test_a_semicolon_hides_the_value(python: BlockingSession, code: str):
+    result = python.run(code)
+    assert (result.outcome, result.value, result.stderr) == (Outcome.OK, None, "")
+
+
+@pytest.mark.parametrize(
+    ("code", "value"), [("6; 7", "7"), ("';'", "';'"), ("7 # ;", "7"), ("(\n7\n)", "7")]
+)
+def test_other_semicolons_hide_nothing(python: BlockingSession, code: str, value: str):
+    assert python.run(code).value == value
+
+
+def test_await_outside_of_a_function(python: BlockingSession):
+    python.run("import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x")
+    assert python.run("await f(6)").value == "6"
+    assert python.run("task = asyncio.create_task(f(7))\nawait task").value == "7"
+    assert python.run("x = await f(8)\nprint(x)").stdout == "8\n"
+    assert python.run("async with asyncio.timeout(9): x = 9\nx").value == "9"
+    assert python.run("[await f(n) for n in range(3)]").value == "[0, 1, 2]"
+    assert python.run("asyncio.run(f(x))").value == "9"
+    stderr = python.run("async def g(): 1 / 0\nawait g()").stderr
+    assert stderr.endswith("ZeroDivisionError: division by zero\n") and "asyncio" not in stderr
+    assert python.run("await asyncio.sleep(9)", Limits(wall_s=0.2)).outcome is Outcome.TOOL_TIMEOUT
+
+
+def test_display_shows_objects_at_once(python: BlockingSession):
+    result = python.run("display('a', 1)\nprint(2)\n3")
+    assert (result.stdout, result.value) == ("'a'\n1\n2\n", "3")
+
+
+def test_cells_do_not_inherit_our_own_future_imports(python: BlockingSession):
+    assert python.run("def f(x: int): pass\nf.__annotations__").value == "{'x': <class 'int'>}"
+    own = "from __future__ import annotations\ndef f(x: int): pass\nf.__annotations__"
+    assert python.run(own).value == "{'x': 'int'}"
+
+
 def test_stdout_and_stderr_are_apart(python: BlockingSession):
     result = python.run("import sys; print('out'); print('err', file=sys.stderr)")
     assert (result.stdout, result.stderr) == ("out\n", "err\n")

@@ -22,7 +22,7 @@ from tir_alp.tools.sandbox.backends.seccomp import compile_filter
 from tir_alp.tools.sandbox.config import SandboxConfig
 from tir_alp.tools.sandbox.interpreters.forked import ForkServerHost
 from tir_alp.tools.sandbox.jail import kernel, paths
-from tir_alp.tools.sandbox.jail.room_namespaces import SCRATCH, SCRATCH_ROOT
+from tir_alp.tools.sandbox.jail.room_namespaces import PROC, SCRATCH, SCRATCH_ROOT, STDIN
 from tir_alp.tools.sandbox.jail.spec import JailSpec
 from tir_alp.tools.sandbox.result import SandboxRefused
 
@@ -106,6 +106,7 @@ def _arguments(links: dict[str, str]) -> list[str]:
     for link, target in links.items():
         arguments += ["--symlink", target, link]
     arguments += ["--dir", SCRATCH, "--dir", f"{SCRATCH_ROOT}/spare", "--symlink", SCRATCH, "/tmp"]
+    arguments += ["--dir", f"{PROC}/self/fd", "--symlink", STDIN, f"{PROC}/self/fd/0"]
     arguments += ["--remount-ro", "/"]
     return arguments
 

@@ -35,6 +35,8 @@ from tir_alp.tools.sandbox.result import SandboxError
 
 _OBITUARY_TIMEOUT_S = 5.0
 _CHUNK = 1 << 16
+_MAX_READS = 16
+"""Reads at one go: more than a pipe holds, so that a flood cannot keep the event loop busy."""
 
 
 class ForkedInterpreter(Interpreter):
@@ -217,7 +219,9 @@ class ForkedInterpreter(Interpreter):
     def _floods(self, pipe: FileIO) -> bool:
         """Read what the pipe holds, up to the limit; return whether that was exceeded."""
         sink = self._stdout if pipe is self._out else self._stderr
-        while self.lost is None:
+        for _ in range(_MAX_READS):
+            if self.lost is not None:
+                break
             data = pipe.read(_CHUNK)
             if data is None:  # nothing more for now
                 return False

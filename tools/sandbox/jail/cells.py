@@ -13,9 +13,11 @@ import linecache
 import os
 import sys
 import traceback
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
+_COROUTINE = 0x80
+"""The flag of compiled code that awaits something (`inspect.CO_COROUTINE`)."""
 _LIMIT_ERRNOS = (errno.ENOSPC, errno.EFBIG, errno.EMFILE, errno.ENOMEM, errno.EAGAIN)
 
 
@@ -24,7 +26,7 @@ class CellRunner:
 
     def __init__(self) -> None:
         module = ModuleType("__main__")
-        module.__dict__["__builtins__"] = builtins
+        module.__dict__.update(__builtins__=builtins, display=_display)
         sys.modules["__main__"] = module
         self._globals: dict[str, Any] = module.__dict__
         self._cells = 0
@@ -46,17 +48,53 @@ class CellRunner:
             shown = None if value is None else repr(value)
             return {"ok": True, "value": _cut(shown, value_chars), "limit": ""}
         except BaseException as error:
-            limit = _limit_of(error)
+            limit = limit_of(error)
             _print_traceback(error)
             return {"ok": False, "value": None, "limit": limit}
 
     def _evaluate(self, code: str, name: str) -> Any:
         tree = ast.parse(code, name)
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, name, "exec"), self._globals)
+        pieces = [_compile(tree, name, "exec")]
         if isinstance(last, ast.Expr):
-            return eval(compile(ast.Expression(last.value), name, "eval"), self._globals)
-        return None
+            pieces.append(_compile(ast.Expression(last.value), name, "eval"))
+        if any(piece.co_flags & _COROUTINE for piece in pieces):
+            import asyncio  # most cells do without, and it takes long to import
+
+            value = asyncio.run(self._await(pieces))
+        else:
+            value = None
+            for piece in pieces:
+                value = eval(piece, self._globals)
+        is_shown = isinstance(last, ast.Expr) and not _ends_with_semicolon(code, last)
+        return value if is_shown else None
+
+    async def _await(self, pieces: list[CodeType]) -> Any:
+        """Execute a cell with an `await` outside of any function, in one event loop."""
+        value = None
+        for piece in pieces:
+            value = eval(piece, self._globals)
+            if piece.co_flags & _COROUTINE:
+                value = await value
+        return value
+
+
+def _compile(tree: ast.Module | ast.Expression, name: str, mode: str) -> CodeType:
+    return compile(tree, name, mode, ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+
+
+def _display(*objects: object) -> None:
+    """What a notebook calls `display`: shows objects before the end of a cell."""
+    for each in objects:
+        print(repr(each))
+
+
+def _ends_with_semicolon(code: str, last: ast.Expr) -> bool:
+    """Whether a semicolon follows the last expression, as a notebook's user hides its value."""
+    assert last.end_lineno is not None
+    lines = code.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    rest = lines[last.end_lineno - 1].encode("utf-8", "surrogatepass")[last.end_col_offset :]
+    return rest.lstrip(b" \t\f)").startswith(b";")
 
 
 def _cut(text: str | None, limit: int) -> str | None:
@@ -64,7 +102,8 @@ def _cut(text: str | None, limit: int) -> str | None:
     return text if text is None else text[: limit + 1]
 
 
-def _limit_of(error: BaseException) -> str:
+def limit_of(error: BaseException) -> str:
+    """The limit of the session that an exception stands for; empty if none."""
     if isinstance(error, MemoryError):
         return "memory"
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):

@@ -11,6 +11,7 @@ copy. The processes of a session, and the channels between them:
 from __future__ import annotations
 
 import array
+import base64
 import contextlib
 import dataclasses
 import fcntl
@@ -23,15 +24,18 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from tir_alp.tools.sandbox.jail import confine, frames, kernel
 from tir_alp.tools.sandbox.jail.cells import CellRunner
 from tir_alp.tools.sandbox.jail.room_folder import FolderRoom
 from tir_alp.tools.sandbox.jail.room_gvisor import GvisorRoom
 from tir_alp.tools.sandbox.jail.room_namespaces import NamespacesRoom
+from tir_alp.tools.sandbox.jail.script import run_script
 from tir_alp.tools.sandbox.jail.spec import JailSpec
 
+ABORTED = 128 + signal.SIGABRT
+"""Exit status that stands for SIGABRT, as a shell shows it."""
 _CONTROL = 3
 _MAX_DESCRIPTORS = 1 << 16
 _MAX_REQUEST = 1 << 18
@@ -45,6 +49,8 @@ class Room(Protocol):
     """Flags of the clone(2) that makes a keeper, without its signal."""
     branch_flags: int
     """Flags of the clone(2) by which an interpreter copies itself."""
+    stdin_file: str | None
+    """The file to which `/dev/stdin` leads in a session; None if it leads to descriptor 0."""
 
     def furnish(self) -> None:
         """Called in the keeper, before anything else."""
@@ -96,6 +102,7 @@ def main(requests_fd: int, obituaries_fd: int, readable: Sequence[str] = ()) -> 
     for stream in (sys.stdout, sys.stderr):
         assert isinstance(stream, io.TextIOWrapper)
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    os.abort = _abort
     room: Room = _ROOMS[spec.room](spec)
     # Children are reaped by the kernel; keepers undo this for their own.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -119,6 +126,11 @@ def main(requests_fd: int, obituaries_fd: int, readable: Sequence[str] = ()) -> 
             _furnish_branch(requests, message["id"], descriptors[0], room)
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def _abort() -> NoReturn:
+    """What `os.abort` does here: no signal can be sent, so abort(3) would end in a SIGSEGV."""
+    os._exit(ABORTED)
 
 
 def _receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -180,6 +192,7 @@ def _start_interpreter(spec: JailSpec, room: Room, descriptors: list[int]) -> No
         _serve_cells(CellRunner(), control, room)
     except BaseException as failure:
         os.write(2, f"{type(failure).__name__}: {failure}\n".encode())
+        os._exit(1)
     os._exit(0)
 
 
@@ -201,6 +214,9 @@ def _serve_cells(runner: CellRunner, control: socket.socket, room: Room) -> None
     while (message := frames.read_frame(receive)) is not None:
         if message["op"] == "run":
             reply = runner.execute(message["code"], message["value_chars"])
+        elif message["op"] == "script":
+            code, stdin = (base64.b64decode(message[key]) for key in ("code", "stdin"))
+            reply = run_script(code, stdin, room.stdin_file)
         else:
             reply = _branch(control, room)
             if reply is None:  # this is the branch now, with a control socket of its own

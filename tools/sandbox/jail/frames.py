@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 HEADER = struct.Struct(">I")
+_CHUNK = 1 << 20
 
 
 def encode(message: dict[str, Any]) -> bytes:
@@ -70,11 +71,12 @@ def read_frame(receive: Callable[[int], bytes]) -> dict[str, Any] | None:
     return json.loads(body)
 
 
-def _read_exactly(receive: Callable[[int], bytes], count: int) -> bytes:
-    data = b""
+def _read_exactly(receive: Callable[[int], bytes], count: int) -> bytearray:
+    """Read this many bytes; fewer, namely none, at the end of the stream."""
+    data = bytearray()
     while len(data) < count:
-        chunk = receive(count - len(data))
+        chunk = receive(min(count - len(data), _CHUNK))
         if not chunk:
-            return b""
+            return bytearray()
         data += chunk
     return data

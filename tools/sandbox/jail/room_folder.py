@@ -32,6 +32,7 @@ class FolderRoom:
 
     keeper_flags = 0
     branch_flags = kernel.BRANCH_IN_PLACE
+    stdin_file = None
 
     def __init__(self, spec: JailSpec) -> None:
         self._spec = spec

@@ -18,6 +18,9 @@ SCRATCH_ROOT = "/session"
 """The folder that Landlock makes writable. It contains the mount point, so that its rule still
 holds when another file system is mounted there."""
 SCRATCH = "/session/tmp"
+STDIN = f"{SCRATCH}/.stdin"
+PROC = "/session-proc"
+"""All that a session sees of /proc: the link by which `/dev/stdin` leads to the file `STDIN`."""
 _SPARE = "/session/spare"
 _SCRATCH_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
 _USER = 1000
@@ -30,6 +33,7 @@ class NamespacesRoom:
         kernel.CLONE_NEWUSER | kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC
     )
     branch_flags = kernel.BRANCH_INTO_NAMESPACES
+    stdin_file = STDIN
 
     def __init__(self, spec: JailSpec) -> None:
         self._spec = spec
@@ -44,7 +48,7 @@ class NamespacesRoom:
         _write("/proc/self/gid_map", f"{_USER} 0 1")
         _write("/proc/self/oom_score_adj", "1000")
         self._mount_scratch(SCRATCH)
-        kernel.mount("tmpfs", "/proc", "tmpfs", _SCRATCH_FLAGS | kernel.MS_RDONLY, "nr_inodes=1")
+        kernel.mount(PROC, "/proc", "", kernel.MS_BIND)
         os.chdir("/tmp")
 
     def enter(self) -> int | None:

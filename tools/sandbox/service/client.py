@@ -8,6 +8,7 @@ have run is not repeated: it is an `INFRA_ERROR`, and the next call begins in a 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import os
 import time
@@ -26,6 +27,7 @@ from tir_alp.tools.sandbox.result import (
     SandboxReport,
     failed_result,
 )
+from tir_alp.tools.sandbox.script import EXIT_STATUS, Script, ScriptResult
 
 _CHECK_EVERY_S = 5.0
 _REQUEST_TIMEOUT_S = 60.0
@@ -195,17 +197,31 @@ class RemoteSession:
 
     async def run(self, code: str, limits: Limits | None = None) -> RunResult:
         """As `base.Session.run`."""
+        reply = await self._run("run", {"code": code}, limits)
+        return reply if isinstance(reply, RunResult) else _result(reply)
+
+    async def run_script(self, script: Script, limits: Limits | None = None) -> ScriptResult:
+        """As `base.Session.run_script`."""
+        code, stdin = (base64.b64encode(data).decode() for data in (script.code, script.stdin))
+        reply = await self._run("script", {"code": code, "stdin": stdin}, limits)
+        if isinstance(reply, RunResult):
+            return ScriptResult(reply, EXIT_STATUS[reply.outcome])
+        status = reply.pop("exit_status")
+        return ScriptResult(_result(reply), status)
+
+    async def _run(
+        self, verb: str, body: dict[str, Any], limits: Limits | None
+    ) -> dict[str, Any] | RunResult:
+        """The reply to a call, or the result if there is none."""
         started = time.perf_counter()
         async with self._lock:
             try:
-                reply = await self._call(code, limits or self._config.limits)
+                return await self._call(verb, body, limits or self._config.limits)
             except SandboxError as error:
                 return failed_result(error, time.perf_counter() - started)
             except BaseException:
                 self._leave(state_is_lost=True)
                 raise
-        reply["outcome"] = Outcome(reply["outcome"])
-        return RunResult(**reply)
 
     async def fork(self) -> RemoteSession:
         """As `base.Session.fork`."""
@@ -236,17 +252,17 @@ class RemoteSession:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
-    async def _call(self, code: str, limits: Limits) -> dict[str, Any]:
+    async def _call(self, verb: str, body: dict[str, Any], limits: Limits) -> dict[str, Any]:
         if self._closed:
             raise SandboxError("the session is closed")
-        body = {"code": code, "limits": limits.model_dump()}
+        body = {**body, "limits": limits.model_dump()}
         timeout_s = limits.wall_s + self._config.max_wait_s + _MARGIN_S
         while True:
             if self._remote is None:
                 self._remote = await self._sandbox.open_somewhere()
             host, name = self._remote
             try:
-                reply = await host.request("POST", f"/v1/sessions/{name}/run", body, timeout_s)
+                reply = await host.request("POST", f"/v1/sessions/{name}/{verb}", body, timeout_s)
             except (_NothingRan, _SessionGone) as error:
                 self._leave(state_is_lost=False)
                 if self._has_state:  # the program may rely on variables that are gone
@@ -270,6 +286,10 @@ class RemoteSession:
             self._sandbox.close_in_background(host, name)
             self._lost_state = self._lost_state or (state_is_lost and self._has_state)
             self._has_state = self._has_state and not state_is_lost
+
+
+def _result(reply: dict[str, Any]) -> RunResult:
+    return RunResult(**{**reply, "outcome": Outcome(reply["outcome"])})
 
 
 async def _close(host: _ServiceHost, name: str) -> None:

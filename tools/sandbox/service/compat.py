@@ -12,13 +12,17 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Base64Bytes, BaseModel, Field
+from pydantic import AfterValidator, Base64Bytes, BaseModel, BeforeValidator, FailFast, Field
 
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.sandbox.result import RunResult
+from tir_alp.tools.sandbox.script import ScriptResult
 from tir_alp.tools.sandbox.service.files import Fetched
-from tir_alp.tools.sandbox.service.script import ScriptResult
 
+# A request is read in the event loop, so that it must not have parts without number.
+_MAX_FILES = 1000
+_MAX_FETCHED_FILES = 100
+_MAX_CELLS = 1000
 _LIMITED = (Outcome.TOOL_TIMEOUT, Outcome.RESOURCE_LIMIT)
 
 
@@ -34,13 +38,20 @@ def _inside(path: str) -> str:
 _Path = Annotated[str, Field(max_length=1000), AfterValidator(_inside)]
 
 
+def _few(files: Any) -> Any:
+    """Refuse too many files before any of them is read."""
+    if isinstance(files, Mapping) and len(files) > _MAX_FILES:
+        raise ValueError(f"there are {len(files)} files, and at most {_MAX_FILES} are allowed")
+    return files
+
+
 class Files(BaseModel):
     """The fields of a request that move files."""
 
-    files: dict[_Path, Base64Bytes | None] = {}
+    files: Annotated[dict[_Path, Base64Bytes | None], BeforeValidator(_few)] = {}
     """Path -> content of the files that the program finds; None means no file, as in
     SandboxFusion."""
-    fetch_files: list[_Path] = Field(default=[], max_length=100)
+    fetch_files: list[_Path] = Field(default=[], max_length=_MAX_FETCHED_FILES)
 
     @property
     def moves_files(self) -> bool:
@@ -67,7 +78,7 @@ class FusionRequest(Files):
 class FusionNotebook(Files):
     """`/run_jupyter` of SandboxFusion."""
 
-    cells: list[str]
+    cells: Annotated[list[str], Field(max_length=_MAX_CELLS), FailFast()]
     cell_timeout: float = Field(default=0.0, ge=0)
     """Seconds; 0 means that only the total counts."""
     total_timeout: float = Field(default=45.0, gt=0)

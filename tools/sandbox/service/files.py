@@ -29,7 +29,7 @@ for path, content in files:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "wb") as file:
         file.write(base64.b64decode(content))
-sys.path.insert(0, "")  # as for `python FILE`, so that modules among the files can be imported
+sys.path.insert(0, "")  # as in a notebook, so that modules among the files can be imported
 answer = os.getcwd()
 """
 _FETCH = """

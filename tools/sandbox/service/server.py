@@ -4,6 +4,7 @@
     POST   /v1/sessions/ID/run          {"code", "limits"?} -> a `RunResult`
     POST   /v1/sessions/ID/fork         {}                  -> {"session": ID}
     DELETE /v1/sessions/ID
+    POST   /v1/sessions/ID/script       as /v1/run, with "code" and "stdin" in base64
     POST   /v1/run                      {"code", "stdin"?, "limits"?} -> with "exit_status"
     GET    /v1/health, /metrics
     POST   /run_code, /run_jupyter, /faas/sandbox/              see `compat.py`
@@ -27,20 +28,22 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Base64Bytes, BaseModel, ConfigDict, ValidationError
 
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.sandbox.base import Sandbox, Session
 from tir_alp.tools.sandbox.config import Limits
 from tir_alp.tools.sandbox.result import RunResult, SandboxError
+from tir_alp.tools.sandbox.script import Script, ScriptResult
 from tir_alp.tools.sandbox.service import compat
 from tir_alp.tools.sandbox.service.files import Fetched, fetch_files, put_files
 from tir_alp.tools.sandbox.service.metrics import ServiceMetrics
-from tir_alp.tools.sandbox.service.script import ScriptResult, run_script
 
 _log = logging.getLogger(__name__)
 _SHUTDOWN_S = 10.0
 """Seconds that running calls get to end when the service stops."""
+_MAX_FAULTS = 20
+"""Number of faults of a bad request that the reply names."""
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -75,6 +78,12 @@ class _Script(_Cell):
     stdin: str = ""
 
 
+class _EncodedScript(_Strict):
+    code: Base64Bytes
+    stdin: Base64Bytes
+    limits: Limits | None = None
+
+
 @dataclass(slots=True)
 class _Lease:
     """A client's session."""
@@ -107,6 +116,7 @@ class Service:
                 web.get("/metrics", self._show_metrics),
                 web.post("/v1/sessions", self._open),
                 web.post("/v1/sessions/{id}/run", self._run_cell),
+                web.post("/v1/sessions/{id}/script", self._run_script_in_session),
                 web.post("/v1/sessions/{id}/fork", self._fork),
                 web.delete("/v1/sessions/{id}", self._close),
                 web.post("/v1/run", self._run_script),
@@ -144,6 +154,15 @@ class Service:
         self._metrics.count_call(result)
         return web.json_response(dataclasses.asdict(result))
 
+    async def _run_script_in_session(self, request: web.Request) -> web.Response:
+        asked = await _body(request, _EncodedScript)
+        self._check_wall(asked.limits.wall_s if asked.limits else 0.0)
+        script = Script(code=asked.code, stdin=asked.stdin)
+        with self._in_use(request) as lease:
+            ended = await lease.session.run_script(script, asked.limits)
+        self._metrics.count_call(ended.result)
+        return web.json_response(_script_reply(ended))
+
     async def _close(self, request: web.Request) -> web.Response:
         lease = self._leases.pop(request.match_info["id"], None)
         if lease is not None:
@@ -153,8 +172,7 @@ class Service:
     async def _run_script(self, request: web.Request) -> web.Response:
         script = await _body(request, _Script)
         ended = await self._run_program(script.code, script.stdin, script.limits)
-        reply = dataclasses.asdict(ended.result)
-        return web.json_response({**reply, "exit_status": ended.exit_status})
+        return web.json_response(_script_reply(ended))
 
     # ------------------------------------------------------------------ older clients
 
@@ -165,9 +183,7 @@ class Service:
         async with await self._admitted(self._sandbox.open_session()) as session:
             try:
                 folder = await _put(session, asked)
-                ended = await run_script(
-                    session, asked.code, stdin=asked.stdin or "", limits=limits
-                )
+                ended = await session.run_script(_script(asked.code, asked.stdin), limits)
                 self._metrics.count_call(ended.result)
                 fetched = await self._fetch(session, folder, asked, [ended.result])
             except SandboxError as error:
@@ -215,7 +231,7 @@ class Service:
     async def _run_program(self, code: str, stdin: str, limits: Limits | None) -> ScriptResult:
         self._check_wall(limits.wall_s if limits else 0.0)
         async with await self._admitted(self._sandbox.open_session()) as session:
-            ended = await run_script(session, code, stdin=stdin, limits=limits)
+            ended = await session.run_script(_script(code, stdin), limits)
         self._metrics.count_call(ended.result)
         return ended
 
@@ -310,9 +326,23 @@ async def _report_bad_requests(request: web.Request, handler: Handler) -> web.St
     try:
         return await handler(request)
     except ValidationError as error:
-        faults = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        first = errors[:_MAX_FAULTS]
+        faults = [(".".join(map(str, each["loc"]))[:200], each["msg"]) for each in first]
         text = "; ".join(f"{path}: {fault}" if path else fault for path, fault in faults)
         return web.Response(status=400, text=text)
+
+
+def _script(code: str, stdin: str | None) -> Script:
+    # JSON can hold lone surrogates.
+    return Script(
+        code=code.encode("utf-8", "surrogatepass"),
+        stdin=(stdin or "").encode("utf-8", "surrogatepass"),
+    )
+
+
+def _script_reply(ended: ScriptResult) -> dict[str, Any]:
+    return {**dataclasses.asdict(ended.result), "exit_status": ended.exit_status}
 
 
 async def _put(session: Session, asked: compat.Files) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import dataclasses
 import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.sandbox.config import Limits, SandboxConfig
@@ -16,6 +19,7 @@ from tir_alp.tools.sandbox.interpreters.interpreter import Interpreter
 from tir_alp.tools.sandbox.machine.budget import NOTHING, Budget, Resources
 from tir_alp.tools.sandbox.output import HeadTail, cut_middle
 from tir_alp.tools.sandbox.result import RunResult, SandboxError
+from tir_alp.tools.sandbox.script import EXIT_STATUS, Script, ScriptResult
 
 MakeInterpreter = Callable[[], Awaitable[Interpreter]]
 
@@ -58,10 +62,27 @@ class PythonSession:
 
     async def run(self, code: str, limits: Limits | None = None) -> RunResult:
         """See `base.Session`."""
-        started = time.perf_counter()
         limits = limits or self._config.limits
+        message = {"op": "run", "code": code, "value_chars": limits.output_chars}
+        result, _ = await self._run(message, limits)
+        return result
+
+    async def run_script(self, script: Script, limits: Limits | None = None) -> ScriptResult:
+        """See `base.Session`."""
+        code, stdin = (base64.b64encode(data).decode() for data in (script.code, script.stdin))
+        message = {"op": "script", "code": code, "stdin": stdin}
+        result, status = await self._run(message, limits or self._config.limits)
+        if status is None or result.outcome not in (Outcome.OK, Outcome.TOOL_ERROR):
+            return ScriptResult(result, EXIT_STATUS[result.outcome])
+        outcome = Outcome.TOOL_ERROR if status else Outcome.OK
+        return ScriptResult(dataclasses.replace(result, outcome=outcome), status)
+
+    async def _run(self, message: dict[str, Any], limits: Limits) -> tuple[RunResult, int | None]:
+        """Make one call; returns its result and the program's exit status, if there is one."""
+        started = time.perf_counter()
         stdout, stderr = HeadTail(limits.output_chars), HeadTail(limits.output_chars)
         note, reply, began, cpu_s_before = "", _NO_REPLY, None, 0.0
+        status = None
         async with self._lock:
             try:
                 await self._budget.reserve(self, self._worst)
@@ -70,12 +91,12 @@ class PythonSession:
                 self._interpreter.collect(stdout, stderr, limits.output_bytes)
                 cpu_s_before = self._interpreter.cpu_s()
                 with _CallTimers(self._interpreter, limits):
-                    reply = await self._call(code, limits.output_chars)
-                outcome, reason = _outcome_of(reply), ""
+                    reply = await self._call(message)
+                outcome, reason, status = _outcome_of(reply), "", reply.status
             except Lost:
                 lost = await self._interpreter.cause_of_death()
                 self._reported = lost
-                outcome, reason = lost.outcome, f"[the interpreter was killed: {lost.reason}]\n"
+                outcome, status, reason = lost.outcome, lost.exit_status, _reason(message, lost)
             except SandboxError as error:
                 outcome, reason = Outcome.INFRA_ERROR, f"[the sandbox failed: {error}]\n"
             except BaseException:
@@ -93,7 +114,7 @@ class PythonSession:
         value, value_cut = reply.value, False
         if value is not None:
             value, value_cut = cut_middle(value, limits.output_chars)
-        return RunResult(
+        result = RunResult(
             outcome=outcome,
             stdout=out,
             stderr=err + ("\n" if reason and err and not err.endswith("\n") else "") + reason,
@@ -106,6 +127,7 @@ class PythonSession:
             peak_memory_mb=self._interpreter.peak_memory_mb,
             note=note,
         )
+        return result, status
 
     async def fork(self) -> PythonSession:
         """See `base.Session`. Threads are not copied, and open files are shared, as in any fork."""
@@ -170,12 +192,10 @@ class PythonSession:
         self._reported = self._interpreter.lost
         return f"The interpreter ended after this call because {worn_out}: its variables are lost."
 
-    async def _call(self, code: str, value_chars: int) -> _Reply:
+    async def _call(self, message: dict[str, Any]) -> _Reply:
         self._has_state = True
         number = secrets.randbits(62)
-        answer = await self._interpreter.call(
-            {"id": number, "op": "run", "code": code, "value_chars": value_chars}
-        )
+        answer = await self._interpreter.call(message | {"id": number})
         self._interpreter.drain()
         try:
             if answer.pop("id") != number:
@@ -195,10 +215,14 @@ class _Reply:
     ok: bool
     value: str | None
     limit: str
+    status: int | None = None
+    """Exit status of a script; None for a cell."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.value, str | None) or not isinstance(self.limit, str):
             raise TypeError
+        if self.status is not None and self.status not in range(256):
+            raise ValueError
 
 
 _NO_REPLY = _Reply(ok=False, value=None, limit="")
@@ -208,6 +232,13 @@ def _outcome_of(reply: _Reply) -> Outcome:
     if reply.ok is True:
         return Outcome.OK
     return Outcome.RESOURCE_LIMIT if reply.limit else Outcome.TOOL_ERROR
+
+
+def _reason(message: dict[str, Any], lost: Lost) -> str:
+    """What stderr says about a lost interpreter; nothing if a script has ended its process."""
+    if message["op"] == "script" and lost.status is not None:
+        return ""
+    return f"[the interpreter was killed: {lost.reason}]\n"
 
 
 class _CallTimers:

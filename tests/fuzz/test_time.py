@@ -1,0 +1,233 @@
+"""Whatever reads untrusted text takes time that grows linearly with the length of the text.
+
+Most of it runs in the event loop of the service, which answers nobody meanwhile.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+pytest.importorskip("aiohttp")
+from pydantic import ValidationError
+
+from tir_alp.tools.calculator import evaluate
+from tir_alp.tools.calls import CALL_FORMATS, CallMarks, canonical, find_call, has_call, prose
+from tir_alp.tools.outcome import Outcome
+from tir_alp.tools.python_tool import _as_text
+from tir_alp.tools.sandbox.interpreters.container_stream import ContainerStream, last_line
+from tir_alp.tools.sandbox.jail import frames
+from tir_alp.tools.sandbox.output import HeadTail, cut_middle
+from tir_alp.tools.sandbox.result import RunResult
+from tir_alp.tools.sandbox.script import ScriptResult
+from tir_alp.tools.sandbox.service import compat
+from tir_alp.tools.sandbox.service.files import Fetched
+
+CHUNK = 1 << 16
+SMALL, LARGE = 1 << 15, 1 << 18
+"""Lengths of the texts in bytes. What is exponential never gets through the small one."""
+MOST_GROWTH = 4.0
+"""How often the proportional time may be exceeded; quadratic growth exceeds it 8 times."""
+NOISE_S = 0.02
+"""Less than this is not compared: a busy machine takes as long now and then."""
+NUM_RUNS = 3
+
+FRAME = '  File "<cell 1>", line 1, in f\n    return f(n - 1)\n           ^^^^^^^^\n'
+HEADER = "Traceback (most recent call last):\n"
+SEEDS = {
+    "frames": FRAME,
+    "nested tracebacks": HEADER + FRAME + "ValueError: 1\n\nDuring handling of it:\n\n",
+    "headers": HEADER,
+    "exits": HEADER + FRAME + "SystemExit: 1\n",
+    "repeats": "  [Previous line repeated 2978 more times]\n",
+    "backticks": "`",
+    "fences": "```python\n",
+    "spaced fences": "```   ",
+    "fences in a row": "``` py ",
+    "tags": "<tool_call>",
+    "closed tags": "<tool_call></tool_call>",
+    "lists": "[",
+    "objects": '{"a":',
+    "quotes": '"',
+    "escapes": "\\",
+    "escaped quotes": '\\"',
+    "spaces": " ",
+    "blank lines": " \n",
+    "line ends": "\n",
+    "carriage returns": "\r",
+    "digits": "1",
+    "decimals": "1.",
+    "minus": "-",
+    "braces": "{}",
+    "slashes": "a/",
+    "dots": "../",
+    "surrogates": "\ud800",
+    "bytes": "\udcff",
+    "cut characters": "\udcf0\udc9f",
+    "null": "\0",
+    "wide": "\U0001f600",
+}
+TAILS = ("", "x", "SystemExit: 3\n")
+
+
+def from_bytes(text: str) -> bytes:
+    """The bytes of a text, in which "\\udcff" stands for a byte that is not UTF-8."""
+    return text.replace("\ud800", "?").encode("utf-8", "surrogateescape")
+
+
+def result_of(text: str) -> RunResult:
+    return RunResult(
+        outcome=Outcome.TOOL_ERROR,
+        stdout=text,
+        stderr=text,
+        value=text,
+        duration_s=0.0,
+        cpu_s=0.0,
+        truncated=False,
+    )
+
+
+def collected(text: str) -> None:
+    data = from_bytes(text)
+    for max_chars in (100, len(data) // 4, len(data)):
+        output = HeadTail(max_chars)
+        for start in range(0, len(data), CHUNK):
+            output.feed(data[start : start + CHUNK])
+        output.text()
+
+
+def framed(text: str) -> None:
+    bodies = (from_bytes(text), json.dumps({"value": text}).encode())
+    for body in bodies:
+        reader = frames.FrameReader(16 << 20)
+        data = frames.HEADER.pack(len(body)) + body
+        try:
+            for start in range(0, len(data), CHUNK):
+                reader.feed(data[start : start + CHUNK])
+        except ValueError:
+            pass
+
+
+def received(text: str) -> None:
+    body = json.dumps({"value": text})
+    data = frames.encode({"value": text})
+    view, position = memoryview(data), 0
+
+    def receive(count: int) -> bytes:
+        nonlocal position
+        start, position = position, position + min(count, 1 << 12)
+        return bytes(view[start:position])
+
+    assert json.loads(body) == frames.read_frame(receive)
+
+
+def streamed(text: str) -> None:
+    data = from_bytes(text)
+    stream = ContainerStream()
+    pieces = b"".join(
+        b"\1\0\0\0" + len(data[i : i + 1000]).to_bytes(4, "big") + data[i : i + 1000]
+        for i in range(0, len(data), 1000)
+    )
+    for start in range(0, len(pieces), CHUNK):
+        for _ in stream.feed(pieces[start : start + CHUNK]):
+            pass
+    last_line(data)
+
+
+def replied(text: str) -> None:
+    result = result_of(text)
+    script = ScriptResult(result, 1)
+    compat.fusion_reply(script, Fetched())
+    compat.faas_reply(script)
+    compat.notebook_reply([result], Fetched())
+    _as_text(result)
+    cut_middle(text, 1000)
+
+
+def requested(text: str) -> None:
+    sent = text.encode("utf-8", "replace").decode()
+    program = {"code": sent, "language": "python", "stdin": sent}
+    bodies: list[tuple[type[compat.BaseModel], object]] = [
+        (compat.FusionRequest, program),
+        (compat.FusionRequest, program | {"files": {sent: sent}, "fetch_files": [sent]}),
+        (compat.FusionRequest, program | {"files": {f"{i}/": "" for i in range(len(sent) // 20)}}),
+        (compat.FusionRequest, program | {"fetch_files": ["/"] * (len(sent) // 5)}),
+        (compat.FusionNotebook, {"cells": [1] * (len(sent) // 3)}),
+        (compat.FaasRequest, program),
+    ]
+    for model, body in bodies:
+        try:
+            model.model_validate_json(json.dumps(body))
+        except ValidationError as error:
+            error.errors()
+
+
+def called(text: str) -> None:
+    for call_format in CALL_FORMATS:
+        find_call(text, call_format)
+        has_call(text, call_format)
+        prose(text, call_format)
+    for marks in (CallMarks("[TOOL_CALLS]", "", in_list=True), CallMarks("", "", in_list=True)):
+        canonical(text, marks)
+        canonical(marks.opening + text, marks)
+
+
+def calculated(text: str) -> None:
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        evaluate(text)
+
+
+@dataclass(frozen=True)
+class Growth:
+    small_s: float
+    large_s: float
+
+    @property
+    def is_linear(self) -> bool:
+        proportional_s = max(self.small_s * LARGE / SMALL, NOISE_S)
+        return self.large_s <= MOST_GROWTH * proportional_s
+
+
+def growth(read: Callable[[str], object], seed: str, tail: str) -> Growth:
+    return Growth(*(best_time(read, make(seed, size) + tail) for size in (SMALL, LARGE)))
+
+
+def make(seed: str, size: int) -> str:
+    return seed * (size // len(seed))
+
+
+def best_time(read: Callable[[str], object], text: str) -> float:
+    times = []
+    for _ in range(NUM_RUNS):
+        began = time.perf_counter()
+        read(text)
+        times.append(time.perf_counter() - began)
+        if times[-1] < NOISE_S:
+            break
+    return min(times)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [calculated, called, collected, framed, received, replied, requested, streamed],
+    ids=lambda read: read.__name__,
+)
+def test_time_is_linear_in_the_length_of_a_text(read: Callable[[str], object]):
+    slow = {
+        (name, tail): found
+        for name, seed in SEEDS.items()
+        for tail in TAILS
+        if not (found := growth(read, seed, tail)).is_linear
+    }
+    assert slow == {}
+
+
+def test_a_quadratic_reader_is_noticed():
+    def quadratic(text: str) -> None:
+        while text:
+            text = text[4:]
+
+    assert not growth(quadratic, "ab", "").is_linear
