@@ -19,6 +19,10 @@ class GraderError(Exception):
     """An answer could not be graded; whether it is right is unknown."""
 
 
+class GaveUp(GraderError):
+    """The judge began with a request, but exceeded its deadline, crashed or raised."""
+
+
 class GraderPool:
     """Grades for any number of threads with at most `num_workers` processes.
 
@@ -58,7 +62,8 @@ class GraderPool:
             request: Arguments of the judge; for the default one, an answer and the truth.
 
         Raises:
-            GraderError: The judge exceeded its deadline, crashed, or could not decide.
+            GaveUp: The judge exceeded its deadline, crashed or raised on this request.
+            GraderError: The judge could not be asked.
         """
         try:
             worker = self._slots.get(timeout=self.queue_deadline_s)
@@ -78,7 +83,7 @@ class GraderPool:
         finally:
             self._slots.put(worker)
         if isinstance(verdict, str):
-            raise GraderError(verdict)
+            raise GaveUp(verdict)
         return verdict
 
     def close(self) -> None:
@@ -122,7 +127,10 @@ class _Worker:
             self._pipe.send(request)
         except OSError:
             raise GraderError("the grader had died between two requests") from None
-        return self._receive(deadline_s, "gave no verdict")
+        try:
+            return self._receive(deadline_s, "gave no verdict")
+        except GraderError as error:
+            raise GaveUp(str(error)) from None
 
     def kill(self) -> None:
         self._process.kill()
