@@ -25,8 +25,9 @@ _MAX_DIGITS = 5000  # of any number that an expression stands for
 _MAX_NODES = 600
 _MAX_DEPTH = 40
 _PYTHON_MARKS = re.compile(
-    r"\*|\be[+-]?\d|[A-Za-z]\(|\b(?:pi|oo|I|E)\b|^\[.*\]$|^\{.*\}$", re.DOTALL
+    r"\*|\d[eE][+-]?\d|[A-Za-z]\(|(?<![A-Za-z])(?:pi|oo|I|E)\b|^\[.*\]$|^\{.*\}$", re.DOTALL
 )
+_IMPLICIT = re.compile(r"(?<![A-Za-z_.0-9])(\d+(?:\.\d+)?) ?(?=[A-Za-z(])(?![eE][+-]?\d)")
 
 Decimal = tuple[int, int, int]  # numerator, denominator, digits after the point
 
@@ -99,6 +100,14 @@ def _is_right(
             and all(map(_is_constant, (*expected.args, *found.args)))
         ):
             return _same_members(expected, found)
+        if isinstance(expected, sympy.Interval) and isinstance(found, sympy.Interval):
+            ends = (expected.start, found.start), (expected.end, found.end)
+            if all(map(_is_constant, (*ends[0], *ends[1]))):
+                return (
+                    expected.left_open == found.left_open
+                    and expected.right_open == found.right_open
+                    and all(_same_constant(x, y, (None, None)) for x, y in ends)
+                )
         if _is_refuted(expected, _right_side(found)):
             return False
         return verify(expected, found, timeout_seconds=None, raise_on_error=True)
@@ -272,17 +281,24 @@ def _is_unevaluated(value: Any) -> bool:
         return sum(1 for each in value.args if each.is_number) > 1
     if isinstance(value, sympy.Mul):
         factors = [each for each in value.args if each not in (1, -1)]
-        plain = [each for each in factors if each.is_Number]
+        plain = [each for each in factors if _is_plain(each)]
         below = [each for each in factors if _is_reciprocal(each)]
-        if any(not each.base.is_Integer for each in below if each.base.is_number):
+        if any(not each.base.is_Integer for each in below):
             return True
         if len(plain) > 1 or len(below) > 1 or (below and plain and not plain[0].is_Integer):
             return True
     return any(map(_is_unevaluated, value.args))
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a factor is a number or a power of one, other than a power of ten."""
+    if isinstance(value, sympy.Pow):
+        return value.base.is_Integer and value.base != 10 and value.exp.is_Integer and value.exp > 0
+    return bool(value.is_Number)
+
+
 def _is_reciprocal(value: Any) -> bool:
-    return isinstance(value, sympy.Pow) and value.exp == -1 and value.base.is_Rational
+    return isinstance(value, sympy.Pow) and value.exp == -1 and value.base.is_number is True
 
 
 # ----------------------------------------------------------------------------------- readings
@@ -376,7 +392,7 @@ _RELATIONS: dict[type[Any], type[Relational]] = {
 def _as_python(text: str, imaginary: Any) -> Any:
     """Read what Python or sympy prints, e.g. `x**2 + sqrt(2)`; None if it is something else."""
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        tree = ast.parse(_IMPLICIT.sub(r"\1*", text.strip()), mode="eval").body
         return _walk(tree, 0, imaginary)
     except MemoryError:
         return None  # of the parser: nested too deeply

@@ -40,15 +40,16 @@ _CHARACTERS = str.maketrans(
     }
 )
 _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
+_DOUBLED = re.compile(r"\\\\(?=[A-Za-z])")  # a backslash that was escaped once too often
 _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"^\s*\*\*(?P<inside>[^*]+)\*\*\s*$", r"\g<inside>"),
-        (r"\\\\(?=[A-Za-z])", r"\\"),  # a doubled backslash before a command
-        (r"\\[()\[\]]|(?<!\\)\$", ""),
+        (r"(?<!\\)\\[()\[\]]|(?<!\\)\$", ""),
         (r"\\\$", ""),
         (r"\\(?:displaystyle|textstyle|limits|nolimits)(?![A-Za-z])", ""),
         (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
+        (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
         (r"\\langle(?![A-Za-z])", "("),
         (r"\\rangle(?![A-Za-z])", ")"),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
@@ -56,7 +57,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:le|ge|ne)q(?![A-Za-z])", lambda match: match[0][:-1]),
         (r"(?<=\d)(?:\\[,:;! ]|~|\{,\}|,\\!)(?=\d\d\d(?!\d))", ","),
         (r"\\!", ""),
-        (r"\\(?:[,:;> ]|quad(?![A-Za-z])|qquad(?![A-Za-z]))|~", " "),
+        (r"(?<!\\)\\(?:[,:;> ]|quad(?![A-Za-z])|qquad(?![A-Za-z]))|~", " "),
         (r"\^(?:\\circ(?![A-Za-z])|\{\\circ\})|\\degree(?![A-Za-z])", ""),
         (r"\\(?:text|mbox|textrm)\{[^{}]*[:=]\s*\}\s*(?=[^\s])", ""),  # a label before the value
     )  # pyright: ignore[reportArgumentType]
@@ -102,6 +103,8 @@ def tidy(text: str) -> str:
         ('1,234', '37+5')
     """
     text = _VULGAR.sub(_vulgar, text).translate(_CHARACTERS)
+    if r"\begin" not in text:  # else it separates rows
+        text = _DOUBLED.sub(r"\\", text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = " ".join(text.split()).strip()
@@ -240,9 +243,7 @@ def same_number(one: Number, other: Number) -> bool:
     """Whether two numbers are equal; see "How answers are compared" in docs/environments.md."""
     if one.base != other.base and None not in (one.base, other.base):
         return False
-    return any(
-        _close(x, one.places, y, other.places) for x in _readings(one) for y in _readings(other)
-    )
+    return any(_close(*x, *y) for x in _readings(one) for y in _readings(other))
 
 
 def is_rounding(number: Number, value: Fraction) -> bool:
@@ -253,10 +254,10 @@ def is_rounding(number: Number, value: Fraction) -> bool:
     return abs(number.value) >= 10**5 * unit and abs(number.value - value) < unit
 
 
-def _readings(number: Number) -> Iterator[Fraction]:
-    yield number.value
+def _readings(number: Number) -> Iterator[tuple[Fraction, int | None]]:
+    yield number.value, number.places
     if number.is_percent:
-        yield number.value / 100
+        yield number.value / 100, None if number.places is None else number.places + 2
 
 
 def _close(x: Fraction, x_places: int | None, y: Fraction, y_places: int | None) -> bool:
@@ -300,7 +301,8 @@ def text_key(text: str) -> str:
     """Return a form of a tidied text that is the same for equal texts."""
     if clock := _CLOCK.fullmatch(text):
         return f"{clock[1]}:{clock[2]}{clock[3] or ''}{(clock[4] or '').lower()}"
-    key = re.sub(r"\{([A-Za-z0-9])\}", r"\1", "".join(text.split())).strip("\"'`")
+    key = re.sub(r"(?<![0-9]) | (?![0-9])", "", text)
+    key = re.sub(r"\{([A-Za-z0-9])\}", r"\1", key).strip("\"'`")
     has_word = _WORD.search(text) or key.lower() in _TRUTHS or not key.isascii()
     return key.casefold() if has_word and "\\" not in key else key
 
