@@ -288,6 +288,7 @@ def _is_decimal(value: Fraction) -> bool:
 _CLOCK = re.compile(r"0?(\d|1\d|2[0-3]):([0-5]\d)(:[0-5]\d)? ?(?:([ap])\.?m\.?)?", re.IGNORECASE)
 _RATIO = re.compile(r"\d{1,20}(?:\.\d{1,20})?(?: ?: ?\d{1,20}(?:\.\d{1,20})?)+")
 _CHOICE = re.compile(r"\(?(?P<letter>[A-Z])(?:\)|[.:](?!\d))+ ?(?P<rest>.*)|\(?(?P<alone>[A-Z])\)?")
+_EMPTY = str.maketrans("", "", "{}\\$")
 _TRUTHS = {"true": "true", "false": "false", "yes": "yes", "no": "no", "none": "none"}
 _WORD = re.compile(r"[A-Za-z]{4,}")
 _NAMES = re.compile(
@@ -356,5 +357,5 @@ def is_same_ratio(answer: str, truth: tuple[Fraction, ...]) -> bool:
 
 
 def is_gradable(truth: str) -> bool:
-    """Whether a truth says anything: it has a letter, a digit or a mathematical sign."""
-    return any(each.isalnum() or unicodedata.category(each) in ("Sm", "So") for each in truth)
+    """Whether a truth says anything: it consists of more than braces and backslashes."""
+    return bool(truth.translate(_EMPTY).split())
