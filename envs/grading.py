@@ -37,7 +37,7 @@ _DIGITS = re.compile(r"[0-9]+")
 _TOWER = re.compile(r"(?:[_^][({ ]*\\?[A-Za-z0-9]{1,20}[)} ]*){8}")
 _MAX_DIGITS = 400  # in a row
 _MAX_NESTING = 12  # math-verify's time grows exponentially with the nesting of braces
-_SPARE_CHARS = 400  # an answer may be this much longer than four times the truth
+_SPARE_CHARS = 200  # an answer may be this much longer than four times the truth
 
 _pool = GraderPool(num_workers=min(8, os.cpu_count() or 1))
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tir_alp.envs import grading
-from tir_alp.envs.grader_pool import GraderError, GraderPool
+from tir_alp.envs.grader_pool import GaveUp, GraderError, GraderPool
 from tir_alp.envs.grading import Grade, grade
 from tir_alp.tools.outcome import Outcome
 
@@ -214,7 +214,7 @@ def test_a_worker_that_died_while_idle_is_an_error_and_replaced(pool):
 
 
 def test_a_full_pool_is_an_error_after_its_own_deadline():
-    pool = GraderPool(num_workers=1, deadline_s=2.0, queue_deadline_s=0.1)
+    pool = GraderPool(num_workers=1, deadline_s=2.0, patience_s=9.0, queue_deadline_s=0.1)
     assert pool.verify("0.5", "1/2")
 
     def hang():
@@ -227,6 +227,28 @@ def test_a_full_pool_is_an_error_after_its_own_deadline():
     with pytest.raises(GraderError, match="all 1 graders were busy"):
         pool.verify("0.5", "1/2")
     hanging.join()
+    pool.close()
+
+
+def test_a_slow_request_does_not_hold_up_the_others(tmp_path):
+    judge = tmp_path / "judge.py"
+    judge.write_text(_HANGING_JUDGE)
+    pool = GraderPool(num_workers=1, judge_file=judge, deadline_s=3.0, patience_s=0.1)
+    assert pool.verify("1", "2") is False
+
+    def hang():
+        with pytest.raises(GaveUp):
+            pool.verify("hang", "1")
+
+    hanging = threading.Thread(target=hang)
+    begin = time.perf_counter()
+    hanging.start()
+    time.sleep(0.05)
+    assert pool.verify("1", "2") is False  # waits until another process has started
+    assert time.perf_counter() - begin < 2.5
+    hanging.join()
+    assert pool.verify("1", "2") is False
+    assert len(worker_pids(pool)) == 1
     pool.close()
 
 
