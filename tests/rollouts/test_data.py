@@ -2,7 +2,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 from pydantic import ValidationError
 
 from tir_alp.config import DataConfig
-from tir_alp.rollouts.answer_pattern import cut_answer
 from tir_alp.rollouts.data import Task, TaskOrder, left_out, load_held_out, load_order, load_source
 from tir_alp.rollouts.data_files import open_rows
 from tir_alp.tools.held_out import is_held_out
@@ -322,73 +320,18 @@ def test_columns_can_have_other_names_and_lie_in_objects(tmp_path):
         read_jsonl(path, question_column="problem", answer_column="solution.x")
 
 
+def test_hidden_tests_are_read_when_the_data_is_opened(tmp_path):
+    row = {"question": "q", "answer": "a", "entry_point": "f", "tests": ["assert f(1) == open(2)"]}
+    path = write(tmp_path / "t.jsonl", json.dumps(row))
+    with pytest.raises(ValueError, match=r"t\.jsonl:1: test 0 is not of the form"):
+        read_jsonl(path)
+
+
 @pytest.mark.parametrize("written", ["0.00005", "1e22", "5e-05", "1.10", "7", "-0.5"])
 def test_a_number_as_answer_keeps_its_text(tmp_path, written):
     path = write(tmp_path / "t.jsonl", f'{{"question": "q", "answer": {written}, "x": 0.5}}')
     (row,) = read_jsonl(path)
     assert (row["answer"], row["x"]) == (written, 0.5)
-
-
-GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips.\nAltogether 72.\n#### 72"
-
-
-@pytest.mark.parametrize(
-    ("settings", "text", "answer"),
-    [
-        ({}, GSM8K, "72"),
-        ({}, "so\n#### 1,234 \n", "1,234"),
-        ({}, "#### 72", "#### 72"),  # no working before it: text like any other
-        ({}, "a\n#### A heading\nb", "a\n#### A heading\nb"),
-        ({"answer_pattern": "gsm8k"}, GSM8K, "72"),
-        ({"answer_pattern": "gsm8k"}, "#### x+1", "x+1"),
-        ({"answer_pattern": r"answer is (.+)\."}, "The answer is 5.", "5"),
-        ({"answer_pattern": r"= ([0-9]+)"}, "1 = 1, 2 = 2", "2"),
-    ],
-)
-def test_the_answer_is_cut_out_of_its_column(tmp_path, settings, text, answer):
-    path = write(tmp_path / "t.jsonl", json.dumps({"question": "q", "answer": text}))
-    (row,) = read_jsonl(path, **settings)
-    assert row["answer"] == answer
-
-
-def test_a_row_without_the_pattern_or_a_gradable_answer_is_named(tmp_path):
-    path = write(tmp_path / "t.jsonl", json.dumps({"question": "q", "answer": "72"}))
-    with pytest.raises(
-        ValueError, match=r"t\.jsonl:1: 'answer' has nothing that data\.answer_patt"
-    ):
-        read_jsonl(path, answer_pattern="gsm8k")
-    path = write(tmp_path / "u.jsonl", json.dumps({"question": "q", "answer": "}{"}))
-    with pytest.raises(ValueError, match=r"u\.jsonl:1: 'answer' is neither text nor mathematics"):
-        read_jsonl(path)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("####", "has 0 groups"),
-        ("(a)(b)", "has 2 groups"),
-        ("(", "is no regular expression"),
-        ("(a+)+b", "repeats a group"),
-        ("(a)\\1", "refers to a group"),
-        ("(?=a)(b)", "a group other than"),
-        ("a*b*c*(d)", "3 repetitions"),
-    ],
-)
-def test_a_pattern_that_could_be_slow_is_refused_when_the_data_is_opened(
-    tmp_path, pattern, message
-):
-    path = write(tmp_path / "t.jsonl", json.dumps({"question": "q", "answer": "72"}))
-    with pytest.raises(ValueError, match=message):
-        read_jsonl(path, answer_pattern=pattern)
-
-
-def test_a_pattern_is_searched_in_linear_time():
-    times = []
-    for size in (10_000, 20_000, 40_000):
-        begin = time.perf_counter()
-        assert cut_answer("a" * size, "a*a*(b)") is None
-        times.append(time.perf_counter() - begin)
-    assert times[2] < 8 * times[0]
 
 
 # --------------------------------------------------------------------- parquet, the hub

@@ -26,6 +26,7 @@ from tir_alp.config import SourceConfig
 from tir_alp.rollouts.answer_pattern import compile_pattern, cut_answer, gsm8k_answer
 from tir_alp.rollouts.surrogates import SURROGATE
 from tir_alp.tools.answer_text import is_gradable
+from tir_alp.tools.code_tests import read_cases
 from tir_alp.tools.held_out import Split, is_held_out
 
 _BATCH_ROWS = 1024  # rows of a row group that are converted to Python objects at a time
@@ -267,6 +268,11 @@ def read_row(raw: Any, rows: RawRows, number: int, config: SourceConfig) -> dict
             f"{location}: {columns[1]!r} must be a text or a number, not {answer!r:.100}"
         )
     answer = _cut(answer, config, f"{location}: {columns[1]!r}")
+    if "tests" in raw and "entry_point" in raw:
+        try:
+            read_cases(raw["tests"], raw["entry_point"])
+        except ValueError as error:
+            raise ValueError(f"{location}: {error}") from None
     task_id = raw.get("task_id")
     if task_id is None:
         task_id = f"{Path(rows.name).name}:{number}"
