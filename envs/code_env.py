@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
-from tir_alp.envs.code_grading import grade_function, read_cases
+from tir_alp.envs.code_grading import grade_function
 from tir_alp.envs.code_tasks import CodeTasks
 from tir_alp.envs.grading import Grade
 from tir_alp.envs.tasks import TaskSource
 from tir_alp.envs.tool_env import EnvSettings, ToolEnv
+from tir_alp.tools.code_tests import read_cases
 from tir_alp.tools.fenced import code_blocks
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.python_tool import PythonTool
@@ -19,7 +20,7 @@ from tir_alp.tools.sandbox import SandboxConfig, SandboxError, SandboxRefused, s
 class PythonCodeEnv(ToolEnv):
     r"""A function to write, and a Python tool to try it in; the reward is 1 if all tests pass.
 
-    A task needs `entry_point`, the name of the function, and `tests`; see `code_grading`. The
+    A task needs `entry_point`, the name of the function, and `tests`; see `tools.code_tests`. The
     values that the tests expect never enter the sandbox.
 
     Args:

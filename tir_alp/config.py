@@ -72,6 +72,9 @@ class SourceConfig(Section):
     """Of a file's or the hub's rows; dots lead into objects."""
     answer_column: str = "answer"
     """The same for the answer."""
+    answer_pattern: str | None = None
+    """Regular expression whose one group is the answer within the column's text, or `gsm8k` for
+    columns that end with `#### 72`; None: the whole text, or what follows `####` on a last line."""
     broken_rows: Literal["fatal", "skip"] = "fatal"
     """What becomes of a row that cannot be read: it is named either way."""
     min_question_chars: int = Field(default=0, ge=0)
@@ -100,7 +103,7 @@ class SourceConfig(Section):
             is_taken = name == needed or (is_foreign and name == "dataset")
             if is_given and not is_taken:
                 raise ValueError(f"the source {self.source!r} does not take a {name}")
-        of_rows = {"question_column", "answer_column", "broken_rows"}
+        of_rows = {"question_column", "answer_column", "answer_pattern", "broken_rows"}
         of_rows |= {"min_question_chars", "max_question_chars"}
         changed = _changed(self)
         foreign = set() if self.source == "hub" else changed & {"subset", "split"}

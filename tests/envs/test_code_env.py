@@ -3,8 +3,8 @@
 import gymnasium
 import pytest
 
-from tir_alp.envs.code_grading import Case, read_cases
 from tir_alp.envs.code_tasks import CodeTasks
+from tir_alp.tools.code_tests import Case, read_cases
 from tir_alp.tools.held_out import is_held_out
 
 pytestmark = pytest.mark.sandbox
@@ -126,10 +126,69 @@ def test_values_of_every_literal_kind_are_compared(env, value, written):
     assert submit(env, "def f():\n    return 'else'", task)[0] == 0.0
 
 
-def test_a_list_is_not_a_tuple_and_one_is_not_true(env):
+def test_a_list_is_not_a_tuple(env):
     task = TASK | {"tests": [{"args": [], "expected": [1]}]}
     assert submit(env, "def f():\n    return (1,)", task)[0] == 0.0
-    assert submit(env, "def f():\n    return [True]", task)[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "reward"),
+    [
+        (12, "return 6 * 4 / 2", 1.0),
+        ([1], "return [True]", 1.0),
+        ({"a": 2, "b": 1}, "import collections\n    return collections.Counter('aab')", 1.0),
+        (
+            {"a": 2},
+            "import collections\n    d = collections.defaultdict(int)\n"
+            "    d['a'] += 2\n    return d",
+            1.0,
+        ),
+        ((1, 2), "import collections\n    return collections.namedtuple('P', 'x y')(1, 2)", 1.0),
+        (0.5, "from fractions import Fraction\n    return Fraction(1, 2)", 1.0),
+        (3, "from decimal import Decimal\n    return Decimal('3.0')", 1.0),
+        ({1, 2}, "return frozenset([1, 2])", 1.0),
+        (12, "return '12'", 0.0),
+        ([1, 2], "return {1, 2}", 0.0),
+        (None, "return 0", 0.0),
+        (1, "class E(int):\n        __eq__ = lambda *_: True\n    return E(3)", 0.0),
+        ([1], "class L(list):\n        __eq__ = lambda *_: True\n    return L()", 0.0),
+    ],
+)
+def test_values_are_compared_as_python_compares_them(env, value, code, reward):
+    task = TASK | {"tests": [{"args": [], "expected": value}]}
+    assert submit(env, f"def f():\n    {code}", task)[0] == reward
+
+
+@pytest.mark.parametrize(
+    ("assertion", "passes", "fails"),
+    [
+        ("assert set(f(1)) == set([1, 2])", "[2, 1, 2]", "[1]"),
+        ("assert f(1) is None", "None", "0"),
+        ("assert not f(1)", "False", "True"),
+        ("assert f(1)", "[0]", "[]"),
+        ("assert abs(f(1) - 2.5) < 1e-6", "2.5000000001", "2.6"),
+        ("assert math.isclose(f(1), 2.5, rel_tol=0.001)", "2.5001", "2.6"),
+        ("assert f(1) != 3", "4", "3"),
+        ("assert f(1) in [3, 4]", "4", "5"),
+        ("assert 3 == f(1)", "3", "4"),
+        ("assert f(1) == True", "True", "False"),
+        ("assert sorted(f(1)) == [1, 2]", "[2, 1]", "[2]"),
+        ("assert f([0] * 3, set([1])) == 3, 'a message'", "3", "4"),
+        ("assert tuple(f(1)) == (1, 2)", "[1, 2]", "[2, 1]"),
+    ],
+)
+def test_conditions_of_assertions_are_decided_on_the_host(assertion, passes, fails):
+    (case,) = read_cases([assertion], "f")
+    assert case.is_passed(None if passes == "None" else passes)
+    assert not case.is_passed(fails)
+    assert not case.is_passed("<object at 0x7f>") and not case.is_passed("__import__('os')")
+
+
+def test_the_assertions_of_a_check_function_are_read():
+    text = "META = {}\n\ndef check(candidate):\n    assert candidate(1) == 2\n    assert True\n"
+    assert read_cases(text, "f") == [Case((1,), 2)]
+    with pytest.raises(ValueError, match="holds more than assertions: for"):
+        read_cases("def check(c):\n    for x in [1]:\n        assert c(x)", "f")
 
 
 def test_assertions_are_read_as_calls_and_what_they_expect():
@@ -145,6 +204,9 @@ def test_assertions_are_read_as_calls_and_what_they_expect():
         ("assert f() == 1", "'tests' must be a list"),
         (["assert g() == 1"], r"test 0 is not of the form `assert f\(...\)"),
         (["assert f() == open('x')"], "test 0 is not of the form"),
+        (["assert f() == f()"], "test 0 is not of the form"),
+        (["assert open(f())"], "test 0 is not of the form"),
+        (["assert f().real == 1"], "test 0 is not of the form"),
         ([{"args": [1]}], "test 0 must have 'args' and 'expected'"),
         ([{"args": [], "expected": float("nan")}], "test 0 holds more than Python literals"),
     ],

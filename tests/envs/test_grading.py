@@ -8,11 +8,11 @@ import time
 import pytest
 
 from tir_alp.envs import grading
-from tir_alp.envs.grader_pool import GraderError, GraderPool
+from tir_alp.envs.grader_pool import GaveUp, GraderError, GraderPool
 from tir_alp.envs.grading import Grade, grade
 from tir_alp.tools.outcome import Outcome
 
-HANGS = ("9^{9^{9^{9}}}", "1/3")  # sympy tries to write the number out
+HANGS = ("{" * 30 + "1" + "}" * 30, "1/3")  # for the pool alone: `grade` never asks this
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +114,72 @@ def test_a_truth_that_cannot_be_parsed_is_a_grader_error():
 # --------------------------------------------------------------------- hangs, crashes, ends
 
 
-def test_a_hang_is_a_grader_error_and_never_a_wrong_answer(monkeypatch, pool):
+_HANGING_JUDGE = """import os, time
+def judge(answer, truth, *_):
+    if "hang" in answer + truth:
+        sum(iter(int, 1))
+    if "die" in answer + truth:
+        os._exit(3)
+    if "raise" in answer + truth:
+        raise ValueError("as it was told to")
+    return False
+"""
+
+
+@pytest.fixture
+def hanging(monkeypatch, tmp_path):
+    judge = tmp_path / "judge.py"
+    judge.write_text(_HANGING_JUDGE)
+    pool = GraderPool(num_workers=1, judge_file=judge, deadline_s=0.5)
     monkeypatch.setattr(grading, "_pool", pool)
-    result = grade(*HANGS)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("answer", [r"\hang", r"\die", r"\raise"])
+def test_an_answer_on_which_the_grader_gives_up_is_wrong(hanging, answer):
+    result = grade(answer, "x+1")
+    assert (result.correct, result.outcome) == (False, Outcome.OK)
+    assert "cannot be evaluated" in result.error
+
+
+@pytest.mark.parametrize("truth", [r"\hang", r"\die", r"\raise"])
+def test_a_truth_on_which_the_grader_gives_up_is_a_grader_error(hanging, truth):
+    result = grade("5", truth)
     assert (result.correct, result.outcome) == (None, Outcome.GRADER_ERROR)
-    assert "within 1 s" in result.error
+    assert "the truth" in result.error
+
+
+def test_graders_that_cannot_start_are_a_grader_error(monkeypatch, tmp_path):
+    pool = GraderPool(num_workers=1, judge_file=tmp_path / "missing.py")
+    monkeypatch.setattr(grading, "_pool", pool)
+    assert grade("x", "x+1").outcome is Outcome.GRADER_ERROR
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "9^{9^{9^{9}}}",
+        "10^{10^{10}}",
+        "2^{9999999999}",
+        "1000000!",
+        "9**9**9**9",
+        "factorial(100000000)",
+        "exp(exp(exp(100)))",
+        "x^" * 250 + "x",
+        "(1,2)," * 800,
+        "{" * 300 + "1" + "}" * 300,
+        r"\sqrt{" * 40 + "2" + "}" * 40,
+        "7" * 5000,
+    ],
+)
+@pytest.mark.parametrize("truth", ["12", r"\sqrt{2}", "x+1", r"\{1,2\}"])
+def test_an_answer_that_would_take_forever_is_wrong_at_once(answer, truth):
+    grade("x", "y")  # a worker has started
+    begin = time.perf_counter()
+    result = grade(answer, truth)
+    assert (result.correct, result.outcome) == (False, Outcome.OK)
+    assert time.perf_counter() - begin < 2.0
 
 
 def test_a_hang_is_killed_at_the_deadline_and_replaced(pool):
@@ -153,7 +214,7 @@ def test_a_worker_that_died_while_idle_is_an_error_and_replaced(pool):
 
 
 def test_a_full_pool_is_an_error_after_its_own_deadline():
-    pool = GraderPool(num_workers=1, deadline_s=2.0, queue_deadline_s=0.1)
+    pool = GraderPool(num_workers=1, deadline_s=2.0, patience_s=9.0, queue_deadline_s=0.1)
     assert pool.verify("0.5", "1/2")
 
     def hang():
@@ -166,6 +227,28 @@ def test_a_full_pool_is_an_error_after_its_own_deadline():
     with pytest.raises(GraderError, match="all 1 graders were busy"):
         pool.verify("0.5", "1/2")
     hanging.join()
+    pool.close()
+
+
+def test_a_slow_request_does_not_hold_up_the_others(tmp_path):
+    judge = tmp_path / "judge.py"
+    judge.write_text(_HANGING_JUDGE)
+    pool = GraderPool(num_workers=1, judge_file=judge, deadline_s=3.0, patience_s=0.1)
+    assert pool.verify("1", "2") is False
+
+    def hang():
+        with pytest.raises(GaveUp):
+            pool.verify("hang", "1")
+
+    hanging = threading.Thread(target=hang)
+    begin = time.perf_counter()
+    hanging.start()
+    time.sleep(0.05)
+    assert pool.verify("1", "2") is False  # waits until another process has started
+    assert time.perf_counter() - begin < 2.5
+    hanging.join()
+    assert pool.verify("1", "2") is False
+    assert len(worker_pids(pool)) == 1
     pool.close()
 
 

@@ -320,6 +320,20 @@ def test_columns_can_have_other_names_and_lie_in_objects(tmp_path):
         read_jsonl(path, question_column="problem", answer_column="solution.x")
 
 
+def test_hidden_tests_are_read_when_the_data_is_opened(tmp_path):
+    row = {"question": "q", "answer": "a", "entry_point": "f", "tests": ["assert f(1) == open(2)"]}
+    path = write(tmp_path / "t.jsonl", json.dumps(row))
+    with pytest.raises(ValueError, match=r"t\.jsonl:1: test 0 is not of the form"):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize("written", ["0.00005", "1e22", "5e-05", "1.10", "7", "-0.5"])
+def test_a_number_as_answer_keeps_its_text(tmp_path, written):
+    path = write(tmp_path / "t.jsonl", f'{{"question": "q", "answer": {written}, "x": 0.5}}')
+    (row,) = read_jsonl(path)
+    assert (row["answer"], row["x"]) == (written, 0.5)
+
+
 # --------------------------------------------------------------------- parquet, the hub
 
 

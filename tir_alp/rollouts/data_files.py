@@ -23,7 +23,10 @@ from typing import Any, Protocol, TypeGuard
 import numpy as np
 
 from tir_alp.config import SourceConfig
+from tir_alp.rollouts.answer_pattern import compile_pattern, cut_answer, gsm8k_answer
 from tir_alp.rollouts.surrogates import SURROGATE
+from tir_alp.tools.answer_text import is_gradable
+from tir_alp.tools.code_tests import read_cases
 from tir_alp.tools.held_out import Split, is_held_out
 
 _BATCH_ROWS = 1024  # rows of a row group that are converted to Python objects at a time
@@ -194,6 +197,8 @@ def open_rows(config: SourceConfig) -> Opened:
 
 @functools.lru_cache(maxsize=8)
 def _open_version(config: SourceConfig, version: tuple[int, int]) -> Opened:
+    if config.answer_pattern is not None:
+        compile_pattern(config.answer_pattern)
     rows = _raw_rows(config)
     found: dict[Split, tuple[array[int], array[int]]] = {
         split: (array("q"), array("q")) for split in ("train", "held_out")
@@ -238,6 +243,7 @@ def read_row(raw: Any, rows: RawRows, number: int, config: SourceConfig) -> dict
         ValueError: The row is broken; the message begins with file and number.
     """
     location = f"{rows.name}:{number}"
+    line = raw
     if isinstance(raw, bytes):
         try:
             raw = json.loads(raw)
@@ -256,15 +262,47 @@ def read_row(raw: Any, rows: RawRows, number: int, config: SourceConfig) -> dict
             f"{location}: {columns[0]!r} must be a text that is not empty, not {question!r:.100}"
         )
     if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
-        answer = str(answer)
+        answer = _as_written(answer, line, columns[1])
     if not _is_text(answer):
         raise ValueError(
             f"{location}: {columns[1]!r} must be a text or a number, not {answer!r:.100}"
         )
+    answer = _cut(answer, config, f"{location}: {columns[1]!r}")
+    if "tests" in raw and "entry_point" in raw:
+        try:
+            read_cases(raw["tests"], raw["entry_point"])
+        except ValueError as error:
+            raise ValueError(f"{location}: {error}") from None
     task_id = raw.get("task_id")
     if task_id is None:
         task_id = f"{Path(rows.name).name}:{number}"
     return raw | {"task_id": str(task_id), "question": question, "answer": answer}
+
+
+def _as_written(answer: float, line: Any, column: str) -> str:
+    """Return a number as the file has it: a float would make 5e-05 of 0.00005."""
+    if isinstance(answer, float) and isinstance(line, bytes):
+        return str(_inside(json.loads(line, parse_float=str), column))
+    return str(answer)
+
+
+def _cut(text: str, config: SourceConfig, column: str) -> str:
+    """Return the answer within the text of its column."""
+    if config.answer_pattern is None:
+        answer = gsm8k_answer(text) or text
+    else:
+        found = cut_answer(text, config.answer_pattern)
+        if not found:
+            raise ValueError(
+                f"{column} has nothing that data.answer_pattern {config.answer_pattern!r} finds: "
+                f"{text[-100:]!r}"
+            )
+        answer = found
+    if not is_gradable(answer):
+        raise ValueError(
+            f"{column} is neither text nor mathematics, so it cannot be graded: {answer!r:.100}"
+        )
+    return answer
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
