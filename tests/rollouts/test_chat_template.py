@@ -1,6 +1,7 @@
 """Turn formats, with small templates that behave like those of known model families."""
 
 import json
+from datetime import datetime
 
 import pytest
 
@@ -185,6 +186,18 @@ def test_cut_keeps_what_stands_before_the_end_of_the_first_call():
     )
     cut = native(HERMES_LIKE).cut(completion)
     assert (cut.token_ids, cut.stop_reason) == (ids(call), StopReason.STOP)
+
+
+# ----------------------------------------------------------------------------------- the clock
+
+
+def test_a_template_that_writes_the_time_is_given_that_of_the_run():
+    tokenizer = tokenizer_with("{{ strftime_now('%d %b %Y %H:%M') }}" + HERMES_LIKE)
+    clock = datetime(2026, 1, 31, 23, 59)
+    assert text_of(Renderer(tokenizer, clock=clock).prompt("ab").token_ids) == (
+        "31 Jan 2026 23:59<|user|>ab<|end|><|assistant|>"
+    )
+    assert check_prefix_stability(tokenizer, clock=clock) == ()
 
 
 # ------------------------------------------------------------------------- prefix stability

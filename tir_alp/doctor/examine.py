@@ -58,7 +58,7 @@ def examine_config(
         # Actors have their own memory and GPUs; the process that starts them may have none.
         *([] if config.cluster.is_used else [_check_memory(config, shape)]),
         check_disk(config, shape, Path("runs")),
-        _check_history(tokenizer, config),
+        _check_history(tokenizer, config, renderer),
         check_fence(tokenizer, renderer),
         check_sandbox(env, task),
     ]
@@ -69,12 +69,12 @@ def _check_memory(config: Config, shape: Shape) -> CheckResult:
     return check_memory(memory_needed(config, shape, device), free_memory(device))
 
 
-def _check_history(tokenizer: Any, config: Config) -> CheckResult:
+def _check_history(tokenizer: Any, config: Config, renderer: Renderer) -> CheckResult:
     if config.model.rewritten_history == "append":
         return CheckResult(
             "template", True, "what it would rewrite stays as it was sampled, as configured"
         )
-    return check_template(tokenizer, config.model.system)
+    return check_template(tokenizer, config.model.system, renderer.clock)
 
 
 async def examine_engine(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
@@ -44,11 +45,14 @@ class ChatTemplate:
         tokenizer: A Hugging Face tokenizer with a template that knows the role `tool`.
         system: System prompt; empty for none.
         tools: JSON schemas of functions, as for `apply_chat_template`; empty for none.
+        clock: Local time that a template is given which asks for the time; None: the real time. A
+            run freezes it: prompts must be the same when the run is resumed or audited.
     """
 
     tokenizer: Any
     system: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
+    clock: datetime | None = None
 
     def render(self, messages: Sequence[Message], *, generation: bool = False) -> str:
         """Render a conversation.
@@ -63,6 +67,7 @@ class ChatTemplate:
                 tools=list(self.tools) or None,
                 tokenize=False,
                 add_generation_prompt=generation,
+                **({} if self.clock is None else {"strftime_now": self.clock.strftime}),
             )
         except (TemplateError, TypeError) as error:
             name = self.tokenizer.name_or_path
@@ -98,7 +103,9 @@ class ChatTemplate:
         name = self.tokenizer.name_or_path
         if not self.tools:
             return HERMES
-        if self.render([_user()]) == ChatTemplate(self.tokenizer, self.system).render([_user()]):
+        if self.render([_user()]) == ChatTemplate(
+            self.tokenizer, self.system, (), self.clock
+        ).render([_user()]):
             raise ValueError(
                 f"the chat template of {name!r} does not show the model its tools; use one that "
                 "does, or let the environment do so: env.kwargs.tools_in_prompt = true"
@@ -203,7 +210,11 @@ def grow_conversation(template: ChatTemplate) -> GrowingConversation:
 
 
 def check_prefix_stability(
-    tokenizer: Any, *, system: str = "", tools: Sequence[Mapping[str, Any]] = ()
+    tokenizer: Any,
+    *,
+    system: str = "",
+    tools: Sequence[Mapping[str, Any]] = (),
+    clock: datetime | None = None,
 ) -> tuple[str, ...]:
     """Find out whether a chat template only appends as a conversation grows. Pure.
 
@@ -215,13 +226,14 @@ def check_prefix_stability(
         tokenizer: A Hugging Face tokenizer with a chat template.
         system: System prompt; empty for none.
         tools: JSON schemas of functions, if calls are written in the template's own form.
+        clock: Local time that the template is given; None: the real time.
 
     Returns:
         One sentence per kind of rewriting, about its first instance; empty if the template only
         appends.
     """
     try:
-        grown = grow_conversation(ChatTemplate(tokenizer, system, tuple(tools)))
+        grown = grow_conversation(ChatTemplate(tokenizer, system, tuple(tools), clock))
     except ValueError as error:
         return (str(error),)
     texts = grown.texts
