@@ -35,6 +35,8 @@ class Frame:
     after: str
     as_json: bool = False
     """Whether the content is written as the inside of a JSON string."""
+    left: str = ""
+    """The conversation up to `before`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,7 @@ class ChatTemplate:
         if after:
             start = text.index(after) + len(after)
         prefix, suffix = text[start:].split(written)
-        return Frame(prefix, suffix, as_json)
+        return Frame(prefix, suffix, as_json, left=text[:start])
 
 
 @dataclass(frozen=True, slots=True)

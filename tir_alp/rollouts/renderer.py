@@ -20,9 +20,10 @@ from tokenizers.decoders import DecodeStream
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion
 from tir_alp.records.folder import Origin
-from tir_alp.rollouts.chat_template import ChatTemplate, Frame, check_prefix_stability
+from tir_alp.rollouts.chat_template import ChatTemplate, check_prefix_stability
 from tir_alp.rollouts.end_marks import end_mark, is_mark
 from tir_alp.rollouts.surrogates import SURROGATE
+from tir_alp.rollouts.text_encoder import EncodedFrame, TextEncoder
 from tir_alp.tools.calls import HERMES, CallFormat, canonical, has_call
 from tir_alp.types import StopReason, TokenSpan, cut_version_spans
 
@@ -77,9 +78,10 @@ class Renderer:
         self.clock = clock
         template = ChatTemplate(tokenizer, system, tuple(tools), clock)
         self.marks = template.call_marks() if call_format == "tool_call" else HERMES
-        self._prompt_frame = self._encode_frame(template.prompt_frame())
+        self._encoder = TextEncoder(tokenizer)
+        self._prompt_frame = self._encoder.frame(template.prompt_frame())
         frame = template.observation_frame(self.marks if call_format == "tool_call" else None)
-        self._observation_frame = self._encode_frame(frame)
+        self._observation_frame = self._encoder.frame(frame)
         self._observation_as_json = frame.as_json
         rewrites = check_prefix_stability(tokenizer, system=system, tools=tools, clock=clock)
         if rewrites and rewritten_history == "refuse":
@@ -88,7 +90,7 @@ class Renderer:
                 'template that only appends, or set model.rewritten_history = "append" to train '
                 "on the history as it was sampled"
             )
-        before, _ = self._observation_frame
+        before = self._observation_frame.before
         mark = end_mark(tokenizer, before)
         self._after_end_mark = before if mark is None else before[mark + 1 :]
         self.stop_token_ids = frozenset(
@@ -102,8 +104,8 @@ class Renderer:
 
     def prompt(self, text: str) -> TokenSpan:
         """Encode a task as the policy reads it, up to the start of its first completion."""
-        before, after = self._prompt_frame
-        return TokenSpan((*before, *self._encode_plain(text), *after))
+        frame = self._prompt_frame
+        return TokenSpan((*frame.before, *self._content(text, frame), *frame.after))
 
     def prompt_within(self, text: str, max_context_tokens: int, task_id: str) -> TokenSpan:
         """Encode a task, and check that the context has room for a completion after it.
@@ -127,16 +129,15 @@ class Renderer:
             after: How the completion before it ended: an end mark that the policy itself sampled
                 is not added a second time, nor is white space that the template puts before it.
         """
-        prefix, suffix = self._observation_frame
-        if after is StopReason.EOS:
-            prefix = self._after_end_mark
+        frame = self._observation_frame
+        before = self._after_end_mark if after is StopReason.EOS else frame.before
         if self._observation_as_json:
             text = json.dumps(text, ensure_ascii=False)[1:-1]
-        ids = self._encode_plain(text)
+        ids = self._content(text, frame)
         if len(ids) > self._max_observation_tokens:
             head = self._max_observation_tokens // 2
             ids = ids[:head] + ids[len(ids) - (self._max_observation_tokens - head) :]
-        return TokenSpan((*prefix, *ids, *suffix))
+        return TokenSpan((*before, *ids, *frame.after))
 
     def action(self, token_ids: Sequence[int]) -> str:
         """Decode a completion for the environment, without its end-of-turn token.
@@ -182,23 +183,13 @@ class Renderer:
                 )
         return completion
 
-    def _encode_plain(self, text: str) -> tuple[int, ...]:
-        """Encode text from outside: `<|im_end|>` in it is ten characters, not the token.
+    def _content(self, text: str, frame: EncodedFrame) -> tuple[int, ...]:
+        """Encode text from outside. A lone surrogate, which no tokenizer encodes, becomes U+FFFD.
 
-        A lone surrogate, which a tool can return and no tokenizer encodes, becomes U+FFFD.
+        Such text can come from a tool.
         """
-        text = SURROGATE.sub("\ufffd", text)
-        return tuple(
-            self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        )
-
-    def _encode_frame(self, frame: Frame) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Encode what the template puts before and after a content, with its special tokens."""
-        encode = self._tokenizer.encode
-        return (
-            tuple(encode(frame.before, add_special_tokens=False)),
-            tuple(encode(frame.after, add_special_tokens=False)),
-        )
+        text = frame.lead + SURROGATE.sub("\ufffd", text)
+        return self._encoder.content(text, frame.starts_text)
 
 
 def make_renderer(
