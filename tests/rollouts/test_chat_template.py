@@ -197,7 +197,7 @@ def test_a_template_that_writes_the_time_is_given_that_of_the_run():
     assert text_of(Renderer(tokenizer, clock=clock).prompt("ab").token_ids) == (
         "31 Jan 2026 23:59<|user|>ab<|end|><|assistant|>"
     )
-    assert check_prefix_stability(tokenizer, clock=clock) == ()
+    assert check_prefix_stability(ChatTemplate(tokenizer, clock=clock)) == ()
 
 
 # ------------------------------------------------------------------------- prefix stability
@@ -205,8 +205,8 @@ def test_a_template_that_writes_the_time_is_given_that_of_the_run():
 
 @pytest.mark.parametrize("template", [HERMES_LIKE, LLAMA_LIKE], ids=["hermes", "llama"])
 def test_templates_that_only_append_are_stable(template):
-    assert check_prefix_stability(tokenizer_with(template), tools=TOOLS) == ()
-    assert check_prefix_stability(tokenizer_with(template), system="Be brief.") == ()
+    assert check_prefix_stability(ChatTemplate(tokenizer_with(template), tools=TOOLS)) == ()
+    assert check_prefix_stability(ChatTemplate(tokenizer_with(template), "Be brief.")) == ()
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_templates_that_only_append_are_stable(template):
     ],
 )
 def test_what_a_template_rewrites_is_reported(template, sentence):
-    assert sentence in "; ".join(check_prefix_stability(tokenizer_with(template)))
+    assert sentence in "; ".join(check_prefix_stability(ChatTemplate(tokenizer_with(template))))
 
 
 def test_a_template_that_rewrites_is_refused_unless_the_history_may_differ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import pairwise
 from typing import Any
@@ -16,7 +17,12 @@ from tir_alp.training.structure import end_token_ids
 _SENTENCE = "Let x² ≈ 3.14·10⁻³; print('ok')\n\tThe answer is \\boxed{42}.\n"
 
 
-def check_template(tokenizer: Any, system: str, clock: datetime | None = None) -> CheckResult:
+def check_template(
+    tokenizer: Any,
+    system: str,
+    clock: datetime | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> CheckResult:
     """Check that a growing conversation is only appended to, as text and as tokens.
 
     A rollout only appends tokens. A template that changes or drops earlier text, such as the
@@ -26,8 +32,10 @@ def check_template(tokenizer: Any, system: str, clock: datetime | None = None) -
         tokenizer: The tokenizer, with its chat template.
         system: System prompt of the run; may be empty.
         clock: Local time that the run's prompts are rendered with; None: the real time.
+        tools: JSON schemas of functions, if calls are written in the template's own form.
     """
-    if rewritten := check_prefix_stability(tokenizer, system=system, clock=clock):
+    template = ChatTemplate(tokenizer, system, tuple(tools), clock)
+    if rewritten := check_prefix_stability(template):
         return CheckResult(
             "template",
             False,
@@ -35,7 +43,7 @@ def check_template(tokenizer: Any, system: str, clock: datetime | None = None) -
             "use a chat template that keeps every earlier message as it was written, including its "
             "thoughts (<think>...</think>)",
         )
-    prompts = grow_conversation(ChatTemplate(tokenizer, system, clock=clock)).prompts
+    prompts = grow_conversation(template).prompts
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in prompts]
     for turn, (before, after) in enumerate(pairwise(ids)):
         if after[: len(before)] != before:
@@ -48,7 +56,9 @@ def check_template(tokenizer: Any, system: str, clock: datetime | None = None) -
                 "the template's generation prompt must end with a special token or a line break",
             )
     return CheckResult(
-        "template", True, f"3 turns with thoughts, {len(ids[-1])} tokens, only appended to"
+        "template",
+        True,
+        f"{len(prompts)} turns with thoughts, {len(ids[-1])} tokens, only appended to",
     )
 
 

@@ -8,7 +8,6 @@ special token.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -80,10 +79,16 @@ class Renderer:
         self.marks = template.call_marks() if call_format == "tool_call" else HERMES
         self._encoder = TextEncoder(tokenizer)
         self._prompt_frame = self._encoder.frame(template.prompt_frame())
-        frame = template.observation_frame(self.marks if call_format == "tool_call" else None)
+        self.no_observations = ""
+        """Why the template cannot show an observation; empty if it can."""
+        try:
+            frame = template.observation_frame(self.marks if call_format == "tool_call" else None)
+        except ValueError as error:
+            if call_format != "none":
+                raise
+            frame, self.no_observations = template.end_of_turn(), str(error)
         self._observation_frame = self._encoder.frame(frame)
-        self._observation_as_json = frame.as_json
-        rewrites = check_prefix_stability(tokenizer, system=system, tools=tools, clock=clock)
+        rewrites = () if self.no_observations else check_prefix_stability(template)
         if rewrites and rewritten_history == "refuse":
             raise ValueError(
                 f"the chat template of {name!r} rewrites history: {'; '.join(rewrites)}. Use a "
@@ -130,9 +135,9 @@ class Renderer:
                 is not added a second time, nor is white space that the template puts before it.
         """
         frame = self._observation_frame
+        if self.no_observations:
+            raise ValueError(self.no_observations)
         before = self._after_end_mark if after is StopReason.EOS else frame.before
-        if self._observation_as_json:
-            text = json.dumps(text, ensure_ascii=False)[1:-1]
         ids = self._content(text, frame)
         if len(ids) > self._max_observation_tokens:
             head = self._max_observation_tokens // 2
@@ -188,8 +193,8 @@ class Renderer:
 
         Such text can come from a tool.
         """
-        text = frame.lead + SURROGATE.sub("\ufffd", text)
-        return self._encoder.content(text, frame.starts_text)
+        text = frame.content.written(SURROGATE.sub("\ufffd", text))
+        return self._encoder.content(frame.lead + text, frame.starts_text)
 
 
 def make_renderer(

@@ -33,6 +33,8 @@ class EncodedFrame:
     """Spaces at the end of the text before the content, which are encoded with the content."""
     starts_text: bool
     """Whether the content is encoded like the beginning of a text."""
+    content: Frame
+    """How the content is written."""
 
 
 class TextEncoder:
@@ -63,7 +65,7 @@ class TextEncoder:
             ids = self._marked_inside(frame.before) if frame.left else self._marked(frame.before)
         ends = [self._marked(text + frame.after) for text in texts]
         after = self._fitting(encoders, frame.after, ends)
-        return EncodedFrame(ids, after, lead, starts)
+        return EncodedFrame(ids, after, lead, starts, frame)
 
     def content(self, text: str, starts_text: bool) -> Ids:
         """Encode text from outside: `<|im_end|>` in it is ten characters, not the token.
