@@ -65,7 +65,7 @@ def test_pure_modules_import_without_any_optional_package():
 
 
 def test_the_block_does_block():
-    program = IMPORT_ALONE.format(blocked=["torch"], modules=["types"])
+    program = IMPORT_ALONE.format(blocked=["torch"], modules=["algorithm.loss"])
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert "import of torch halted" in done.stderr
 

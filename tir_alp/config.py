@@ -119,7 +119,7 @@ class MixedSource(SourceConfig):
 
 
 class DataConfig(SourceConfig):
-    """Which tasks a run trains on."""
+    """The tasks that a run trains on."""
 
     mix: tuple[MixedSource, ...] = ()
     """Several sources, mixed by weight; instead of the settings of one."""
@@ -150,7 +150,7 @@ class RolloutConfig(OverlongConfig):
     group_size: int = Field(default=8, ge=1)
     """Trajectories a task."""
     max_staleness: int = Field(default=0, ge=0)
-    """Steps by which the weights behind a trajectory may lag; 0 is exactly on-policy rollouts."""
+    """Steps by which the weights of a trajectory may lag; 0 is exactly on-policy rollouts."""
     hold: bool = False
     """For studies of staleness: train only when every group in flight has ended, so that weights
     lag by exactly `max_staleness` steps, fewer in the first. Sampling and training take turns."""
@@ -284,6 +284,7 @@ class TransformersConfig(EngineSettings):
     factory: ClassVar[str] = "tir_alp.engines.transformers:open_transformers"
 
     type: Literal["transformers"] = "transformers"
+    """Kind of the engine: `transformers`, `sglang`, `vllm` or `custom`."""
     max_cache_tokens: int = Field(default=131072, ge=1)
     """Bound of its cache of keys and values, in tokens; requests wait for room."""
     precision: Literal["float32", "bfloat16", "int8", "fp8"] = "float32"
@@ -386,6 +387,7 @@ class SGLangConfig(ServersConfig):
     factory: ClassVar[str] = "tir_alp.engines.sglang.engine:open_sglang"
 
     type: Literal["sglang"]
+    """Kind of the engine: `transformers`, `sglang`, `vllm` or `custom`."""
     urls: tuple[str, ...] = ()
     """Addresses of servers that run already; empty: the run starts its own. The key that they ask
     for is read from the environment variable TIR_ALP_SGLANG_KEY."""
@@ -440,6 +442,7 @@ class VLLMConfig(ServersConfig):
     factory: ClassVar[str] = "tir_alp.engines.vllm.engine:open_vllm"
 
     type: Literal["vllm"]
+    """Kind of the engine: `transformers`, `sglang`, `vllm` or `custom`."""
     python: Path
     """The Python that vLLM is installed for: vLLM needs other packages than the trainer."""
 
@@ -452,6 +455,7 @@ class CustomEngineConfig(EngineSettings):
     )
 
     type: Literal["custom"]
+    """Kind of the engine: `transformers`, `sglang`, `vllm` or `custom`."""
     factory: str = Field(pattern=r"^[\w.]+:\w+$")
     """What opens the engine, as `module:function`. The function takes this section and an
     `EngineContext`, and returns an asynchronous context manager of an `Engine`."""

@@ -14,7 +14,7 @@ from tir_alp.types import Trajectory
 async def evaluate(
     runner: EpisodeRunner, tasks: Sequence[Task], *, samples: int, greedy: bool
 ) -> dict[str, float]:
-    """Sample `samples` trajectories a task and, if `greedy`, take a greedy one as well.
+    """Sample `samples` trajectories per task and, if `greedy`, play a greedy one as well.
 
     The draws depend on the task's place and the runner's seed alone, so that two policies are
     compared on the same ones. An episode that infrastructure breaks is left out, and counted.

@@ -13,13 +13,13 @@ import gymnasium
 
 from tir_alp.engines.base import AskTrainer, Engine, LogprobSource, Probe
 from tir_alp.rollouts.renderer import Renderer
-from tir_alp.training.batch import Sample
-from tir_alp.training.checkpoint import Position
+from tir_alp.training.checkpoint_folder import Position
 from tir_alp.training.step_report import StepReport
+from tir_alp.types import Sample
 
 
 class RoleLost(RuntimeError):
-    """A part of the run died, or was ended because it did not answer."""
+    """A role died, or was ended because it did not answer."""
 
 
 class TrainerRole(LogprobSource, Protocol):
@@ -30,7 +30,7 @@ class TrainerRole(LogprobSource, Protocol):
         ...
 
     def weights(self) -> Any:
-        """The policy, as the engine of the same parts takes it: tensors, or a handle to them."""
+        """The policy as an engine of the same placement takes it: tensors, or a handle to them."""
         ...
 
     def save(
@@ -45,41 +45,41 @@ class TrainerRole(LogprobSource, Protocol):
         ...
 
     def load(self, path: Path) -> None:
-        """Take up a checkpoint."""
+        """Load a checkpoint."""
         ...
 
     def close(self) -> None:
-        """Free what is held."""
+        """Free what it holds."""
         ...
 
 
 class Placement(Protocol):
-    """Makes the parts of a run."""
+    """Makes the roles of a run."""
 
     def engine(
         self, path: str, version: int, renderer: Renderer, ask_trainer: AskTrainer
     ) -> AbstractAsyncContextManager[Engine]:
-        """An engine with the weights in the folder `path`, for as long as the block runs.
+        """Open an engine with the weights in the folder `path`, while the block runs.
 
         Args:
-            path: Of the first weights.
-            version: Their version.
-            renderer: Of the run: its rule ends completions.
-            ask_trainer: What the engine's logprobs can be held against.
+            path: Folder or Hugging Face id of the first weights.
+            version: Their policy version.
+            renderer: The run's renderer, whose stop rule ends completions.
+            ask_trainer: Gives the trainer's logprobs, against which the engine's are verified.
         """
         ...
 
     async def trainer(self, run: Path, initial: str, found: Path | None) -> TrainerRole:
-        """A trainer; the arguments are the run's folder and those of `LocalTrainer`."""
+        """Start a trainer; `run` is the run's folder, for the rest see `LocalTrainer`."""
         ...
 
     def make_env(self) -> gymnasium.Env[str, str]:
-        """An environment, for a thread to block in."""
+        """Make an environment; its calls block, so they belong in a thread."""
         ...
 
 
 def ask_trainer_in(trainer: TrainerRole, thread: ThreadPoolExecutor) -> AskTrainer:
-    """What engines are checked against, computed in the trainer's thread."""
+    """Return a function that computes the trainer's logprobs of a sequence, in its thread."""
 
     async def ask_trainer(token_ids: tuple[int, ...]) -> Probe:
         call = (trainer.completion_logprobs, token_ids[:1], token_ids[1:], 1.0, 1.0)

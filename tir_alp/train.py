@@ -28,10 +28,9 @@ from tir_alp.rollouts.queue import RolloutsFailed
 from tir_alp.rollouts.renderer import PromptTooLong
 from tir_alp.run.command_line import Command, overlay, read_config
 from tir_alp.run.interrupt import Interrupted
-from tir_alp.training import checkpoint
-from tir_alp.training.batch import Sample
-from tir_alp.training.checkpoint import Position
-from tir_alp.types import TrajectoryGroup
+from tir_alp.training import checkpoint_folder
+from tir_alp.training.checkpoint_folder import Position
+from tir_alp.types import Sample, TrajectoryGroup
 
 if TYPE_CHECKING:
     from tir_alp.run.open_run import Run
@@ -175,7 +174,7 @@ def roll_back(run: Run) -> Position:
 
     It reads and verifies the whole checkpoint, so it belongs in the trainer's thread.
     """
-    path, position, _ = checkpoint.newest(run.folder.checkpoints)
+    path, position, _ = checkpoint_folder.newest(run.folder.checkpoints)
     run.trainer.load(path)
     return position
 
@@ -191,7 +190,7 @@ async def measure(run: Run, step: int) -> None:
     run.console.print(
         f"step {step}: accuracy {metrics['eval/accuracy']:.1%} sampled"
         + (f", {greedy:.1%} greedy" if greedy is not None else "")
-        + f", {metrics['eval/tool_calls']:.2f} tool calls a trajectory"
+        + f", {metrics['eval/tool_calls']:.2f} tool calls per trajectory"
         + f" ({len(run.held_out)} held-out tasks)"
     )
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 from tir_alp.tools.outcome import Outcome
 
@@ -295,6 +297,14 @@ class TrajectoryGroup:
     def rewards(self) -> tuple[float, ...]:
         """The reward of each trajectory."""
         return tuple(trajectory.reward for trajectory in self.trajectories)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One trajectory with its advantage."""
+
+    trajectory: Trajectory
+    advantage: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,6 @@
 """ALP in one page, without the trainer: `python docs/examples/rl_loop.py [STEPS]`.
 
-The tiny model learns to call the Python tool, with the library's functions and no framework: one
-environment in a thread per episode, the embedded engine, the perturbed forward, the loss, AdamW.
+The tiny model learns to call the Python tool with the library's functions and no framework.
 """
 
 import asyncio
@@ -17,9 +16,9 @@ from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.models.tiny import ABLE
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.tools.outcome import Outcome
-from tir_alp.training.batch import Sample, collate
+from tir_alp.training.batch import collate
 from tir_alp.training.policy import PolicyLogprobs, load_policy, load_tokenizer
-from tir_alp.types import TokenSpan, Trajectory, Turn
+from tir_alp.types import Sample, TokenSpan, Trajectory, Turn
 
 NUM_TASKS, GROUP_SIZE = 16, 8
 ALGORITHM = ALGORITHMS["alp_sequence"]
@@ -30,16 +29,15 @@ async def play(engine: TransformersEngine, renderer: Renderer, task: int, uid: i
     """One episode: the model writes, the environment answers, until the environment ends it."""
     env = await asyncio.to_thread(gymnasium.make, "tir_alp.envs:PythonMath-v0", **ENV)
     text, _ = await asyncio.to_thread(env.reset, seed=task)
-    prompt = renderer.prompt(text)
-    stop = {"stop_token_ids": renderer.stop_token_ids, "stop_matcher": renderer.stop_matcher}
-    sampling = Sampling(max_tokens=64, sequence_uid=uid, **stop)
+    prompt, ends, rule = renderer.prompt(text), renderer.stop_token_ids, renderer.stop_matcher
+    sampling = Sampling(max_tokens=64, sequence_uid=uid, stop_token_ids=ends, stop_matcher=rule)
     tokens, turns, terminated, truncated = prompt.token_ids, [], False, False
     while not (terminated or truncated):
         written = renderer.cut(await engine.generate(tokens, sampling))
         action = renderer.action(written.token_ids)
         text, reward, terminated, truncated, info = await asyncio.to_thread(env.step, action)
-        ended = terminated or truncated
-        shown = TokenSpan(()) if ended else renderer.observation(text, written.stop_reason)
+        is_last = terminated or truncated
+        shown = TokenSpan(()) if is_last else renderer.observation(text, written.stop_reason)
         tokens += written.token_ids + shown.token_ids
         completion = TokenSpan(written.token_ids, written.logprobs)
         about = (written.policy_version, written.stop_reason, Outcome(info["outcome"]))
@@ -74,7 +72,7 @@ async def main(steps: int) -> None:
         optimizer.zero_grad()
         await engine.load_weights(policy.model.state_dict(), version=step + 1)
         reward = sum(each.reward for each in played) / len(played)
-        print(f"step {step + 1}: reward {reward:.3f}, KL {metrics['kl/rollout']:+.4f}")
+        print(f"step {step + 1}: reward {reward:.3f}, clipped {metrics['loss/clip_fraction']:.3f}")
     await engine.close()
 
 

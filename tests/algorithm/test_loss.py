@@ -9,7 +9,6 @@ import torch
 from tir_alp.algorithm.inputs import LossInputs
 from tir_alp.algorithm.levels import RATIO_LEVELS
 from tir_alp.algorithm.loss import log_ratios, loss_counts, policy_loss
-from tir_alp.algorithm.metrics import ratio_metrics
 from tir_alp.algorithm.presets import (
     ALGORITHMS,
     AlgorithmConfig,
@@ -17,6 +16,7 @@ from tir_alp.algorithm.presets import (
     KLConfig,
     RejectionConfig,
 )
+from tir_alp.algorithm.ratio_metrics import ratio_metrics
 from tir_alp.algorithm.ratio_summary import summarise
 
 NAN = math.nan

@@ -14,12 +14,11 @@ from tir_alp.algorithm.inputs import LossInputs
 from tir_alp.algorithm.metrics import (
     evaluation_metrics,
     is_correct,
-    mismatch_metrics,
-    ratio_quantiles,
     reward_part_metrics,
     rollout_metrics,
     staleness_metrics,
 )
+from tir_alp.algorithm.ratio_metrics import mismatch_metrics, ratio_quantiles
 from tir_alp.algorithm.ratio_summary import summarise
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn, VersionSpan

@@ -16,7 +16,6 @@ from tir_alp.algorithm.formula import formula
 from tir_alp.algorithm.inputs import LossInputs
 from tir_alp.algorithm.levels import RATIO_LEVELS
 from tir_alp.algorithm.loss import loss_terms, policy_loss
-from tir_alp.algorithm.metrics import ratio_metrics
 from tir_alp.algorithm.presets import (
     ALGORITHMS,
     AlgorithmConfig,
@@ -24,6 +23,7 @@ from tir_alp.algorithm.presets import (
     Level,
     make_presets,
 )
+from tir_alp.algorithm.ratio_metrics import ratio_metrics
 from tir_alp.algorithm.ratio_summary import summarise
 from tir_alp.algorithm.surrogates import SURROGATES, Surrogate
 from tir_alp.config import RolloutConfig

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tir_alp.algorithm.inputs import LossInputs
-from tir_alp.algorithm.metrics import PERCENTILES, mismatch_metrics, ratio_metrics
+from tir_alp.algorithm.ratio_metrics import PERCENTILES, mismatch_metrics, ratio_metrics
 from tir_alp.algorithm.ratio_summary import FIRST_TOKENS, MAX_TURNS, RatioSummary, summarise
 
 torch.set_num_threads(1)

@@ -40,11 +40,11 @@ from tir_alp.run.local_placement import LocalPlacement
 from tir_alp.run.open_run import open_run
 from tir_alp.train import with_advantages
 from tir_alp.training.attention import PACKED
-from tir_alp.training.batch import Sample, loss_positions, pack
+from tir_alp.training.batch import loss_positions, pack
 from tir_alp.training.policy import load_policy, token_logprobs
 from tir_alp.training.ranks import alone
 from tir_alp.training.trainer import Trainer
-from tir_alp.types import Batch
+from tir_alp.types import Batch, Sample
 
 CONFIG = TrainerConfig(lr=1e-4, updates_per_step=2)
 

@@ -16,7 +16,7 @@ from tir_alp.run.command_line import load_config, read_toml
 from tir_alp.run.interrupt import Interrupted
 from tir_alp.run.supervise import train_from
 from tir_alp.train import services
-from tir_alp.training import checkpoint
+from tir_alp.training import checkpoint_folder
 
 WORDS = (
     *("--name", "ahead", "--rollout.groups_per_step", "2", "--rollout.group_size", "2"),
@@ -57,14 +57,14 @@ def test_ctrl_c_and_resume_lose_and_repeat_no_task(tmp_path, monkeypatch):
             await training
 
     asyncio.run(interrupted())
-    saved, position, _ = checkpoint.newest(path / "checkpoints")
-    before = state_from_record(checkpoint.load_rollouts(saved)["queue"])
+    saved, position, _ = checkpoint_folder.newest(path / "checkpoints")
+    before = state_from_record(checkpoint_folder.load_rollouts(saved)["queue"])
     assert position.step >= 2 and len(before.pending) >= 4
 
     steps = position.step + 1
     asyncio.run(train_from(config(steps), path, services()))
     last = path / "checkpoints" / f"step_{steps}"
-    after = state_from_record(checkpoint.load_rollouts(last)["queue"])
+    after = state_from_record(checkpoint_folder.load_rollouts(last)["queue"])
     files = sorted((path / "trajectories").iterdir())
     of_steps = [{each["group_id"] for each in records(file)} for file in files]
     trained = [group_id for group_ids in of_steps for group_id in group_ids]

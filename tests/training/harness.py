@@ -17,8 +17,7 @@ from tir_alp.models.tiny.model import make_model, make_tokenizer
 from tir_alp.tools.outcome import Outcome
 from tir_alp.training import checkpoint
 from tir_alp.training.attention import PackedSequences
-from tir_alp.training.batch import Sample
-from tir_alp.training.checkpoint import Position
+from tir_alp.training.checkpoint_folder import Position
 from tir_alp.training.policy import (
     WRAPPER,
     hidden_states,
@@ -27,7 +26,7 @@ from tir_alp.training.policy import (
 from tir_alp.training.ranks import Ranks, alone
 from tir_alp.training.sharding import gathered
 from tir_alp.training.trainer import Trainer
-from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn
+from tir_alp.types import Sample, StopReason, TokenSpan, Trajectory, Turn
 
 torch.set_num_threads(1)
 

@@ -27,7 +27,7 @@ from tests.training.harness import (
 from tir_alp.algorithm.presets import ALGORITHMS, AlgorithmConfig, CorrectionConfig, KLConfig
 from tir_alp.models.tiny.model import make_tokenizer
 from tir_alp.training import checkpoint
-from tir_alp.training.checkpoint import Position
+from tir_alp.training.checkpoint_folder import Position
 from tir_alp.training.policy import compute_device
 from tir_alp.training.ranks import RankFailed, Ranks, join
 from tir_alp.training.trainer import Trainer

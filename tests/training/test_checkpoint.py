@@ -12,8 +12,8 @@ from tir_alp.models.tiny.model import make_model, make_tokenizer
 from tir_alp.records.trajectories import state_from_record, state_to_record
 from tir_alp.rollouts.queue import QueueState
 from tir_alp.tools.outcome import Outcome
-from tir_alp.training import checkpoint
-from tir_alp.training.checkpoint import CheckpointError, Position
+from tir_alp.training import checkpoint, checkpoint_folder
+from tir_alp.training.checkpoint_folder import CheckpointError, Position
 from tir_alp.training.ranks import alone
 from tir_alp.training.structure import declared_end_token_ids
 from tir_alp.training.trainer import Trainer
@@ -62,7 +62,7 @@ def test_a_checkpoint_is_a_hugging_face_folder_and_knows_where_the_run_stood(tmp
     loaded = AutoModelForCausalLM.from_pretrained(path).state_dict()
     weights = make_model(seed=0).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
-    assert checkpoint.verify(path) == Position(step=7, group=112)
+    assert checkpoint_folder.verify(path) == Position(step=7, group=112)
 
 
 def test_a_checkpoint_ends_where_the_run_ended_its_completions(tmp_path):
@@ -76,13 +76,16 @@ def test_a_checkpoint_ends_where_the_run_ended_its_completions(tmp_path):
 
 
 def test_pending_groups_come_back_as_they_were(tmp_path, trainer):
-    assert state_from_record(checkpoint.load_rollouts(save(tmp_path, trainer, step=1))) == ROLLOUTS
+    assert (
+        state_from_record(checkpoint_folder.load_rollouts(save(tmp_path, trainer, step=1)))
+        == ROLLOUTS
+    )
 
 
 def test_the_newest_is_by_number_and_old_ones_go(tmp_path, trainer):
     for step in (2, 9, 10):
         save(tmp_path, trainer, step, keep=2)
-    assert checkpoint.newest(tmp_path)[1].step == 10
+    assert checkpoint_folder.newest(tmp_path)[1].step == 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_9"]
 
 
@@ -91,7 +94,7 @@ def test_a_torn_checkpoint_is_refused_and_the_last_good_one_is_used(tmp_path, tr
     good = save(tmp_path, trainer, step=1)
     torn = save(tmp_path, trainer, step=2)
     (torn / name).write_bytes((torn / name).read_bytes()[:-1])
-    path, position, refused = checkpoint.newest(tmp_path)
+    path, position, refused = checkpoint_folder.newest(tmp_path)
     assert (path, position.step) == (good, 1)
     assert refused == [f"{torn} is torn: {name} is not what was saved"]
 
@@ -100,14 +103,14 @@ def test_a_missing_file_is_named(tmp_path, trainer):
     path = save(tmp_path, trainer, step=1)
     (path / "trainer" / ".metadata").unlink()
     with pytest.raises(CheckpointError, match=r"trainer/\.metadata is missing"):
-        checkpoint.verify(path)
+        checkpoint_folder.verify(path)
 
 
 def test_a_foreign_folder_is_refused(tmp_path, trainer):
     path = save(tmp_path, trainer, step=1)
     (path / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint to resume from") as refusal:
-        checkpoint.newest(tmp_path)
+        checkpoint_folder.newest(tmp_path)
     assert "no readable manifest" in str(refusal.value)
 
 
@@ -118,7 +121,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path, trainer):
     with pytest.raises(
         CheckpointError, match="has the format 'other 9', not 'tir_alp checkpoint 3'"
     ):
-        checkpoint.verify(path)
+        checkpoint_folder.verify(path)
 
 
 def test_what_does_not_fit_the_run_is_refused(tmp_path, trainer):
@@ -135,5 +138,5 @@ def test_what_a_crash_left_half_written_is_not_a_checkpoint(tmp_path, trainer):
     (tmp_path / ".step_5.part").mkdir()
     (tmp_path / ".step_5.part" / "model.safetensors").write_bytes(b"half")
     save(tmp_path, trainer, step=4)
-    assert checkpoint.newest(tmp_path)[1].step == 4
+    assert checkpoint_folder.newest(tmp_path)[1].step == 4
     assert save(tmp_path, trainer, step=5).is_dir()

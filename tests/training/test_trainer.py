@@ -31,12 +31,12 @@ from tir_alp.algorithm.perturbation import LayerwisePerturbation, NoiseKey
 from tir_alp.algorithm.presets import ALGORITHMS, KLConfig
 from tir_alp.training import trainer as trainer_module
 from tir_alp.training.attention import PackedSequences
-from tir_alp.training.batch import Sample, collate, loss_positions, pack
+from tir_alp.training.batch import collate, loss_positions, pack
 from tir_alp.training.policy import (
     hidden_states,
     load_policy,
 )
-from tir_alp.types import TokenSpan
+from tir_alp.types import Sample, TokenSpan
 
 # ------------------------------------------------------------------------------- identities
 

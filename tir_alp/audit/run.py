@@ -28,7 +28,7 @@ from tir_alp.rollouts.data import load_order
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.renderer import make_renderer
 from tir_alp.run.command_line import parse_config
-from tir_alp.training import checkpoint
+from tir_alp.training import checkpoint_folder
 from tir_alp.training.policy import load_tokenizer
 
 _METRICS = "metrics.jsonl"
@@ -130,16 +130,16 @@ def _last_step(
 
 def _last_saved(path: Path) -> int:
     try:
-        return checkpoint.newest(path / "checkpoints")[1].step
-    except checkpoint.CheckpointError:
+        return checkpoint_folder.newest(path / "checkpoints")[1].step
+    except checkpoint_folder.CheckpointError:
         return 0
 
 
 def _tokenizer_folder(path: Path, config: Config) -> str:
     """Return the newest checkpoint, each of which has the tokenizer, or else the model's path."""
     try:
-        return str(checkpoint.newest(path / "checkpoints")[0])
-    except checkpoint.CheckpointError:
+        return str(checkpoint_folder.newest(path / "checkpoints")[0])
+    except checkpoint_folder.CheckpointError:
         return str(SHIPPED.get(config.model.path, config.model.path))
 
 

@@ -17,10 +17,10 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from tir_alp.cluster.engine_pool import WeightsRef
 from tir_alp.cluster.watched_actor import WatchedActor, reason_of
 from tir_alp.roles import RoleLost
-from tir_alp.training.batch import Sample
-from tir_alp.training.checkpoint import Position
+from tir_alp.training.checkpoint_folder import Position
 from tir_alp.training.ranks import RankFailed
 from tir_alp.training.step_report import StepReport
+from tir_alp.types import Sample
 
 
 class RemoteTrainer:

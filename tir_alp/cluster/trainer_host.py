@@ -16,10 +16,10 @@ from tir_alp.cluster.packed_weights import Packed, pack
 from tir_alp.cluster.same_code import ReportsCode
 from tir_alp.config import Config
 from tir_alp.records.folder import RunFolder
-from tir_alp.training.batch import Sample
-from tir_alp.training.checkpoint import Position
+from tir_alp.training.checkpoint_folder import Position
 from tir_alp.training.local_trainer import LocalTrainer
 from tir_alp.training.step_report import StepReport
+from tir_alp.types import Sample
 
 _SIOCGIFADDR = 0x8915
 

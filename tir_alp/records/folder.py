@@ -10,8 +10,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tir_alp.algorithm.formula import formula
 from tir_alp.config import Config
 from tir_alp.records.trajectories import to_record
@@ -163,6 +161,8 @@ class RunFolder:
         """Save the micro-batches of an update that was skipped, for a post-mortem."""
         folder = self.path / "bad_updates"
         folder.mkdir(exist_ok=True)
+        import torch  # needed only here, and slow to import
+
         torch.save([asdict(batch) for batch in batches], folder / f"update_{update}.pt")
 
     def close(self) -> None:

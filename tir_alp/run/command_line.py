@@ -20,7 +20,13 @@ from pydantic import ValidationError
 from tir_alp import __version__
 from tir_alp.algorithm.section import merge
 from tir_alp.config import Config
-from tir_alp.run.settings import annotations_of, help_page, item_annotations, unknown_key
+from tir_alp.run.settings import (
+    annotations_of,
+    engine_keys,
+    help_page,
+    item_annotations,
+    unknown_key,
+)
 
 _SHORT = {"algorithm": "algorithm.name", "cluster": "cluster.address"}
 """Sections that may be given by one word: a preset's name, a cluster's address."""
@@ -116,7 +122,8 @@ def read_config(words: Words, default: Path) -> Config:
 def load_config(words: Sequence[str], below: Mapping[str, Any]) -> Config:
     """Build a run's config: defaults, then `below`, then the settings of a command line.
 
-    Where the command line names another environment than `below`, its `env.kwargs` are left out.
+    Where the command line names another environment than `below`, its `env.kwargs` are left out;
+    where it names another type of engine, the settings that this type does not have.
 
     Args:
         words: Settings as `--dotted.key VALUE`.
@@ -136,6 +143,10 @@ def overlay(values: Mapping[str, Any], below: Mapping[str, Any]) -> Config:
     named = values.get("env", {}).get("id")
     if named is not None and named != below.get("env", {}).get("id"):
         below["env"] = {}  # its settings are those of another environment
+    kind = values.get("engine", {}).get("type")
+    if kind is not None and isinstance(below.get("engine"), Mapping):
+        known = engine_keys(kind)  # the file's settings for another kind of engine are left out
+        below["engine"] = {key: value for key, value in below["engine"].items() if key in known}
     return parse_config(merge(below, values))
 
 

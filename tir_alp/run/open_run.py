@@ -37,7 +37,7 @@ from tir_alp.run.interrupt import Interrupt
 from tir_alp.run.launch import Launched, launch
 from tir_alp.run.prepare import Prepared, prepare
 from tir_alp.run.watchdog import Watchdog
-from tir_alp.training.checkpoint import Position
+from tir_alp.training.checkpoint_folder import Position
 
 _EVALUATION = 1 << 32  # evaluation draws from seeds of its own
 

@@ -22,8 +22,8 @@ from tir_alp.rollouts.data import Order, Task, left_out, load_held_out, load_ord
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.queue import QueueState
 from tir_alp.rollouts.renderer import Renderer, make_renderer
-from tir_alp.training import checkpoint
-from tir_alp.training.checkpoint import Position
+from tir_alp.training import checkpoint_folder
+from tir_alp.training.checkpoint_folder import Position
 from tir_alp.training.policy import load_tokenizer
 from tir_alp.training.structure import declared_end_token_ids
 
@@ -119,11 +119,11 @@ def read_progress(config: Config, resume: Path, log: Callable[[str], None]) -> P
     Raises:
         ValueError: There is none, or the run has made all of its steps.
     """
-    found, position, refused = checkpoint.newest(resume / "checkpoints")
+    found, position, refused = checkpoint_folder.newest(resume / "checkpoints")
     log("".join(f"refused: {reason}\n" for reason in refused) + f"from {found}")
     if position.step >= config.steps:
         raise ValueError(f"{resume} has made its {position.step} steps: give --steps more to go on")
-    kept = checkpoint.load_rollouts(found)
+    kept = checkpoint_folder.load_rollouts(found)
     return Progress(position, found, state_from_record(kept["queue"]), kept["attempts"])
 
 

@@ -96,8 +96,17 @@ def settings(section: type[BaseModel] = Config, prefix: str = "") -> list[Settin
     return [*found.values()]
 
 
+def engine_keys(kind: str) -> set[str]:
+    """The keys of the engine section of a type; all keys of all types if it is unknown."""
+    sections = _sections(Config.model_fields["engine"].annotation)
+    named = [each for each in sections if kind in get_args(each.model_fields["type"].annotation)]
+    return {key for each in named or sections for key in each.model_fields}
+
+
 def unknown_key(key: str, dashes: str = "") -> str:
     """Report an unknown key, with the keys that may have been meant."""
+    if key in {each.key for each in settings()}:  # of another kind of the same section
+        return f"{dashes}{key}: there is no such key in an engine of this type"
     meant = suggestions(key)
     hint = f"; did you mean {' or '.join(dashes + each for each in meant)}?" if meant else ""
     return f"{dashes}{key}: there is no such key{hint}"

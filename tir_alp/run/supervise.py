@@ -17,8 +17,8 @@ from tir_alp.run.interrupt import Interrupt
 from tir_alp.run.open_run import Examined, Run, StartChecks, open_run
 from tir_alp.run.placement import OpenCluster, open_placement
 from tir_alp.tools.sandbox import SandboxRefused
-from tir_alp.training import checkpoint
-from tir_alp.training.checkpoint import CheckpointError
+from tir_alp.training import checkpoint_folder
+from tir_alp.training.checkpoint_folder import CheckpointError
 
 _MOST_LOSSES = 3  # from one checkpoint; after them the cause does not go away by itself
 
@@ -177,6 +177,6 @@ def draw(run: Run, draw_report: Callable[[Path], Path]) -> None:
 def newest_step(path: Path) -> int | None:
     """The step of a run's newest whole checkpoint; None if it has none."""
     try:
-        return checkpoint.newest(path / "checkpoints")[1].step
+        return checkpoint_folder.newest(path / "checkpoints")[1].step
     except CheckpointError:
         return None

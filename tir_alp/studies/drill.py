@@ -42,7 +42,7 @@ from tir_alp.run.command_line import load_config, read_toml
 from tir_alp.run.interrupt import Interrupted
 from tir_alp.run.supervise import train_from, train_stubbornly
 from tir_alp.train import services
-from tir_alp.training import checkpoint
+from tir_alp.training import checkpoint_folder
 from tir_alp.types import Trajectory
 
 DEFAULTS = {
@@ -298,8 +298,8 @@ def untrained(run: Path) -> tuple[list[int], QueueState]:
         for line in file.read_text().splitlines()
     ]
     dropped = [each for each in records if each["kind"] == "group" and each["fate"] != "trained"]
-    path, _, _ = checkpoint.newest(run / "checkpoints")
-    queue = state_from_record(checkpoint.load_rollouts(path)["queue"])
+    path, _, _ = checkpoint_folder.newest(run / "checkpoints")
+    queue = state_from_record(checkpoint_folder.load_rollouts(path)["queue"])
     return [each["group_id"] for each in dropped], queue
 
 

@@ -7,20 +7,12 @@ so the hidden state at t - 1 of the same sequence predicts it. No other module s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from tir_alp.types import Batch, Trajectory
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One trajectory with its advantage."""
-
-    trajectory: Trajectory
-    advantage: float
+from tir_alp.types import Batch, Sample
 
 
 def pack(

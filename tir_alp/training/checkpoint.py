@@ -11,12 +11,9 @@ All ranks must see the same file system.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +23,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from tir_alp.training.checkpoint_folder import (
+    CheckpointError,
+    Position,
+    newest_first,
+    publish,
+)
 from tir_alp.training.trainer import Trainer
 
-_FORMAT = "tir_alp checkpoint 3"
 _STATE = "trainer"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used: it is incomplete, of another format or of another model."""
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """How far a run has come.
-
-    Example: after `Position(step=40, group=640)`, the next step is number 40 and its first group is
-    number 640.
-    """
-
-    step: int
-    """Number of steps that produced the weights, which is also their policy version."""
-    group: int
-    """The first group that is not finished; the next task follows from it."""
 
 
 def save(
@@ -90,8 +74,8 @@ def save(
         if ranks.is_first:
             tokenizer.save_pretrained(aside)
             (aside / "rollouts.json").write_text(json.dumps(rollouts))
-            _publish(aside, final, position)
-            for old in _newest_first(folder)[keep:]:
+            publish(aside, final, position)
+            for old in newest_first(folder)[keep:]:
                 shutil.rmtree(old)
         ranks.meet()
     return final
@@ -133,83 +117,3 @@ def _check_fits(path: Path, state: Mapping[str, Tensor]) -> None:
 
 def _reasons(error: CheckpointException) -> str:
     return "; ".join(f"rank {rank}: {each[0]!r}" for rank, each in error.failures.items())
-
-
-def _publish(aside: Path, final: Path, position: Position) -> None:
-    """Write the manifest, and rename the complete folder to its final name."""
-    files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
-    manifest = {
-        "format": _FORMAT,
-        "position": asdict(position),
-        "files": {str(path.relative_to(aside)): _digest(path) for path in files},
-    }
-    (aside / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    for path in aside.rglob("*"):
-        _sync(path)
-    _sync(aside)
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
-    _sync(final.parent)
-
-
-def newest(folder: Path) -> tuple[Path, Position, list[str]]:
-    """Find the newest complete checkpoint.
-
-    Returns:
-        Its folder, the position of the run, and for each newer folder why it was refused.
-
-    Raises:
-        CheckpointError: If there is no complete checkpoint.
-    """
-    refused: list[str] = []
-    for path in _newest_first(folder):
-        try:
-            return path, verify(path), refused
-        except CheckpointError as error:
-            refused.append(str(error))
-    reasons = "".join(f"\n  {reason}" for reason in refused)
-    raise CheckpointError(f"there is no checkpoint to resume from in {folder}{reasons}")
-
-
-def verify(path: Path) -> Position:
-    """Check a checkpoint against its manifest. Raises CheckpointError with the first mismatch."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        if manifest["format"] != _FORMAT:
-            raise CheckpointError(f"{path} has the format {manifest['format']!r}, not {_FORMAT!r}")
-        position = Position(**manifest["position"])
-        files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} has no readable manifest ({error!r})") from error
-    for name, digest in files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{path} is torn: {name} is missing")
-        if _digest(file) != digest:
-            raise CheckpointError(f"{path} is torn: {name} is not what was saved")
-    return position
-
-
-def load_rollouts(path: Path) -> dict[str, Any]:
-    """Read the state of the rollouts that `save` was given."""
-    return json.loads((path / "rollouts.json").read_text())
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,12 +13,12 @@ from torch import Tensor
 from tir_alp.algorithm.presets import AlgorithmConfig
 from tir_alp.config import Config
 from tir_alp.training import checkpoint
-from tir_alp.training.batch import Sample
-from tir_alp.training.checkpoint import Position
+from tir_alp.training.checkpoint_folder import Position
 from tir_alp.training.policy import compute_device, load_policy, load_tokenizer
 from tir_alp.training.ranks import Ranks, join
 from tir_alp.training.step_report import StepReport
 from tir_alp.training.trainer import OnBadUpdate, Trainer
+from tir_alp.types import Sample
 
 
 class LocalTrainer:

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from tir_alp.algorithm.inputs import LossInputs
 from tir_alp.algorithm.loss import loss_counts, loss_terms
-from tir_alp.algorithm.metrics import mismatch_metrics, ratio_metrics
 from tir_alp.algorithm.perturbation import Effect, LayerwisePerturbation, NoiseKey
 from tir_alp.algorithm.presets import AlgorithmConfig
+from tir_alp.algorithm.ratio_metrics import mismatch_metrics, ratio_metrics
 from tir_alp.algorithm.ratio_summary import RatioSummary, summarise
 from tir_alp.config import TrainerConfig
-from tir_alp.training.batch import Sample, pack, sequences_of
+from tir_alp.training.batch import pack, sequences_of
 from tir_alp.training.lora import Adapters
 from tir_alp.training.optimizer import MOST_NORMS, Optimizer, is_spike
 from tir_alp.training.packed_sequence import packed_sequences
@@ -41,7 +41,7 @@ from tir_alp.training.ranks import Ranks
 from tir_alp.training.sharding import gathered, shard
 from tir_alp.training.step_report import StepReport, UpdateRecord, join_ranks
 from tir_alp.training.weight_nudge import WeightNudge
-from tir_alp.types import Batch
+from tir_alp.types import Batch, Sample
 
 _NUM_PROBED = 128  # approximate number of tokens of a step whose clean logprobs are computed too
 

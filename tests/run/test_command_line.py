@@ -1,0 +1,146 @@
+"""The command line: what is read, what is suggested, what help shows; all without torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tir_alp import __version__
+from tir_alp.__main__ import COMMANDS
+from tir_alp.__main__ import main as dispatch
+from tir_alp.config import Config
+from tir_alp.run.command_line import load_config
+from tir_alp.run.settings import settings, suggestions
+from tir_alp.train import read_arguments
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+def refusal(*words: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        load_config(words, {})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("rollout.group_sise", ["rollout.group_size"]),
+        ("trainer.learning_rate", ["trainer.lr", "trainer.perturbation_lr"]),
+        ("lr", ["trainer.lr"]),
+        ("stepz", ["steps"]),
+        ("env.kwarg", ["env.kwargs"]),
+        ("qqqq", []),
+    ],
+)
+def test_an_unknown_key_suggests_what_may_have_been_meant(key, meant):
+    assert suggestions(key) == meant
+
+
+def test_an_unknown_key_is_refused_on_the_command_line_and_in_a_file():
+    assert refusal("--rollout.group_sise", "3") == (
+        "--rollout.group_sise: there is no such key; did you mean --rollout.group_size?"
+    )
+    with pytest.raises(ValueError, match=r"group_sise: .*; did you mean rollout\.group_size\?"):
+        load_config([], {"rollout": {"group_sise": 3}})
+
+
+def test_a_setting_of_the_environment_is_a_dotted_key():
+    config = load_config(["--env.kwargs.max_turns", "2", "--env.kwargs.sandbox.preload=[]"], {})
+    assert config.env.kwargs == {"max_turns": 2, "sandbox": {"preload": []}}
+
+
+def test_a_flag_needs_no_value_and_a_number_may_be_negative():
+    assert load_config(["--deterministic", "--seed", "3"], {}).deterministic
+    assert "greater than 0" in refusal("--trainer.lr", "-1")
+    assert refusal("--trainer.lr") == "--trainer.lr needs a value"
+
+
+def test_lists_are_given_with_commas_as_json_or_by_repetition():
+    for words in (["memory,disk"], ['["memory", "disk"]'], ["memory", "--doctor.ignore", "disk"]):
+        assert load_config(["--doctor.ignore", *words], {}).doctor.ignore == ("memory", "disk")
+    assert load_config(["--trainer.betas", "0.8,0.9"], {}).trainer.betas == (0.8, 0.9)
+
+
+def test_a_text_stays_a_text():
+    assert load_config(["--name", "5"], {}).name == "5"
+    assert load_config(["--name", "null"], {}).name is None
+    assert load_config(["--env.id", "true"], {}).env.id == "true"
+
+
+def test_a_stray_word_is_named():
+    assert refusal("fast") == "'fast' is not expected here: give settings as --dotted.key VALUE"
+
+
+def test_every_key_can_be_given_and_has_a_description():
+    every = settings()
+    assert len({each.key for each in every}) == len(every) > 100
+    assert [each.key for each in every if not each.description] == []
+
+
+def test_help_lists_the_options_and_every_key_in_one_second(capsys):
+    with pytest.raises(SystemExit) as ended:
+        read_arguments(["--help"])
+    page = capsys.readouterr().out
+    assert ended.value.code == 0
+    for option in ("--config FILE", "--resume RUN", *(f"--{each.key} " for each in settings())):
+        assert option in page
+    for internal in (
+        "[JSON",
+        "ifdef",
+        "undefined",
+        "pydantic",
+        "Literal",
+        "typing",
+        "tuple[",
+        "{str",
+    ):
+        assert internal not in page
+    assert max(map(len, page.splitlines())) <= 120
+
+
+def test_help_of_a_section_and_the_version(capsys):
+    with pytest.raises(SystemExit):
+        read_arguments(["--help", "rollout"])
+    page = capsys.readouterr().out
+    assert "--rollout.group_size" in page and "--trainer.lr" not in page
+    with pytest.raises(SystemExit):
+        read_arguments(["--version"])
+    assert capsys.readouterr().out.strip() == __version__
+
+
+@pytest.mark.parametrize("words", ["['--help']", "['--trainer.lr', 'fast']", "['--no.key', '1']"])
+@pytest.mark.parametrize("module", ["tir_alp.train", "tir_alp.doctor.__main__"])
+def test_help_and_mistakes_are_answered_without_torch(module, words):
+    program = f"""
+import importlib, sys
+try:
+    importlib.import_module({module!r}).main({words})
+except SystemExit:
+    pass
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_dispatcher_runs_a_command_and_suggests_one(capsys):
+    assert dispatch(["--version"]) == 0
+    assert dispatch(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in COMMANDS)
+    assert dispatch(["doctro"]) == 2
+    assert "did you mean 'doctor'?" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        dispatch(["train", "--steps", "many"])
+    assert ended.value.code == 2
+    assert "steps: Input should be a valid integer" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package():
+    assert f'version = "{__version__}"' in (PYPROJECT.read_text())
+
+
+def test_defaults_are_a_valid_config():
+    assert load_config([], {}) == Config()

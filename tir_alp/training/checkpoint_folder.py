@@ -1,0 +1,117 @@
+"""The folder of a checkpoint: which files are in it, and whether they are all whole.
+
+A checkpoint is written aside and renamed once it is complete. `manifest.json` is written last and
+lists every file with its digest; a folder that does not match its manifest is refused. Reading the
+tensors is left to `checkpoint`, so nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+_FORMAT = "tir_alp checkpoint 3"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used: it is incomplete, of another format or of another model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far a run has come.
+
+    Example: after `Position(step=40, group=640)`, the next step is number 40 and its first group is
+    number 640.
+    """
+
+    step: int
+    """Number of steps that produced the weights, which is also their policy version."""
+    group: int
+    """The first group that is not finished; the next task follows from it."""
+
+
+def publish(aside: Path, final: Path, position: Position) -> None:
+    """Write the manifest, and rename the complete folder to its final name."""
+    files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
+    manifest = {
+        "format": _FORMAT,
+        "position": asdict(position),
+        "files": {str(path.relative_to(aside)): _digest(path) for path in files},
+    }
+    (aside / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    for path in aside.rglob("*"):
+        _sync(path)
+    _sync(aside)
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    _sync(final.parent)
+
+
+def newest(folder: Path) -> tuple[Path, Position, list[str]]:
+    """Find the newest complete checkpoint.
+
+    Returns:
+        Its folder, the position of the run, and for each newer folder why it was refused.
+
+    Raises:
+        CheckpointError: If there is no complete checkpoint.
+    """
+    refused: list[str] = []
+    for path in newest_first(folder):
+        try:
+            return path, verify(path), refused
+        except CheckpointError as error:
+            refused.append(str(error))
+    reasons = "".join(f"\n  {reason}" for reason in refused)
+    raise CheckpointError(f"there is no checkpoint to resume from in {folder}{reasons}")
+
+
+def verify(path: Path) -> Position:
+    """Check a checkpoint against its manifest. Raises CheckpointError with the first mismatch."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["format"] != _FORMAT:
+            raise CheckpointError(f"{path} has the format {manifest['format']!r}, not {_FORMAT!r}")
+        position = Position(**manifest["position"])
+        files = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} has no readable manifest ({error!r})") from error
+    for name, digest in files.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{path} is torn: {name} is missing")
+        if _digest(file) != digest:
+            raise CheckpointError(f"{path} is torn: {name} is not what was saved")
+    return position
+
+
+def load_rollouts(path: Path) -> dict[str, Any]:
+    """Read the state of the rollouts that `save` was given."""
+    return json.loads((path / "rollouts.json").read_text())
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first, whole or not."""
+    found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
