@@ -74,7 +74,7 @@ def test_every_corruption_is_caught(honest, copied):
     assert_honest(copied)  # everything was restored: the drifts came from the corruptions
 
 
-def test_a_run_whose_prompts_have_the_time_is_audited_and_resumed_by_its_own_clock(
+def test_a_run_keeps_its_clock_and_its_end_tokens_when_it_is_audited_and_resumed(
     tmp_path,
 ):
     model = Path(shutil.copytree(SHIPPED["tiny-able"], tmp_path / "model"))
@@ -83,14 +83,19 @@ def test_a_run_whose_prompts_have_the_time_is_audited_and_resumed_by_its_own_clo
     body = template.read_text() if template.exists() else settings.pop("chat_template")
     template.write_text("{{ strftime_now('%H:%M:%S.%f') }}" + body)
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    generation = model / "generation_config.json"
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"eos_token_id": [1, 0]}))
     words = [*SMALL, "--model.path", str(model), "--steps", "1"]
     config = load_config(words, read_toml(TRAIN_CONFIG))
     path = train_with(tmp_path, config)
     assert audit_run(path).drifts == []
+    saved = json.loads(next(path.glob("checkpoints/*/generation_config.json")).read_text())
+    assert saved["eos_token_id"] == [0, 1]
     longer = config.model_copy(update={"steps": 2})
     first, again = (prepare(longer, path, print).renderer.prompt("ab") for _ in range(2))
     trajectories = path / "trajectories" / "step_000001.jsonl"
     recorded = json.loads(trajectories.read_text().splitlines()[0])["prompt"]["token_ids"]
+    assert prepare(longer, path, print).renderer.stop_token_ids == {0, 1}
     length = len("12:34:56.123456")
     assert list(first.token_ids[:length]) == list(again.token_ids[:length]) == recorded[:length]
 

@@ -28,6 +28,7 @@ from typing import Any
 from tir_alp.models.tiny.model import make_tokenizer
 from tir_alp.rollouts.end_marks import ordinary_tokens
 from tir_alp.rollouts.renderer import Renderer
+from tir_alp.tools.calls import CallFormat
 from tir_alp.types import StopReason
 
 CLOCK = datetime(2026, 1, 31, 23, 59)
@@ -47,6 +48,7 @@ TOOLS = (
 )
 WORDS = "Let me see."
 THOUGHTS = "<think>\nHm, 6*7.\n</think>\n\nSo it is."
+_FORMATS: tuple[CallFormat, ...] = ("fenced", "tool_call")
 OUTPUTS = ("42", ' a "b" <c>\n  \\n & d')
 _MARK = re.compile(
     r"<[|\uff5c][^<>{}'\" ]+[|\uff5c]>|</?(?:s|bos|eos|[a-z]+_of_turn)>|\[/?[A-Z_]+\]"
@@ -103,7 +105,7 @@ def tokenizer_for(template: str) -> Any:
     return tokenizer
 
 
-def examine(template: str, call_format: str, words: str) -> str:
+def examine(template: str, call_format: CallFormat, words: str) -> str:
     """Return why a template is refused; empty if it is accepted, and then it is reproduced.
 
     Raises:
@@ -174,7 +176,7 @@ def examine_all(folder: Path) -> Iterator[tuple[str, str, str]]:
     """Yield for each template and form of calls: its name, what became of it, and the details."""
     for file in sorted(folder.glob("*.jinja")):
         template = file.read_text()
-        for call_format in ("fenced", "tool_call"):
+        for call_format in _FORMATS:
             name = f"{file.stem} {call_format}"
             try:
                 refusal = examine(template, call_format, THOUGHTS)
