@@ -34,7 +34,12 @@ class TrainerRole(LogprobSource, Protocol):
         ...
 
     def save(
-        self, folder: Path, position: Position, rollouts: Mapping[str, Any], keep: int
+        self,
+        folder: Path,
+        position: Position,
+        rollouts: Mapping[str, Any],
+        keep: int,
+        end_token_ids: frozenset[int] = frozenset(),
     ) -> Path:
         """Write a checkpoint."""
         ...

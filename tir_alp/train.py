@@ -237,7 +237,8 @@ async def save(run: Run, step: int) -> None:
     rollouts = {"queue": state_to_record(state), "attempts": run.ledger.snapshot(state.finished)}
     position = Position(step=step, group=state.position)
     folder, keep = run.folder.checkpoints, run.config.checkpoint.keep
-    await with_trainer(run, run.trainer.save, folder, position, rollouts, keep)
+    ends = run.evaluation.renderer.stop_token_ids
+    await with_trainer(run, run.trainer.save, folder, position, rollouts, keep, ends)
 
 
 def due(step: int, every: int) -> bool:

@@ -15,8 +15,9 @@ from tests.runs import assert_honest, train_with
 from tir_alp.audit import audit_run
 from tir_alp.audit.__main__ import main
 from tir_alp.envs.spaces import TextSpace
-from tir_alp.models.tiny import TRAIN_CONFIG
+from tir_alp.models.tiny import SHIPPED, TRAIN_CONFIG
 from tir_alp.run.command_line import load_config, read_toml
+from tir_alp.run.prepare import prepare
 
 SMALL = (
     *("--name", "small", "--model.path", "tiny-able", "--steps", "2", "--seed", "5"),
@@ -71,6 +72,32 @@ def test_every_corruption_is_caught(honest, copied):
     assert missed == []
     assert len(made) >= 20
     assert_honest(copied)  # everything was restored: the drifts came from the corruptions
+
+
+def test_a_run_keeps_its_clock_and_its_end_tokens_when_it_is_audited_and_resumed(
+    tmp_path,
+):
+    model = Path(shutil.copytree(SHIPPED["tiny-able"], tmp_path / "model"))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    template = model / "chat_template.jinja"
+    body = template.read_text() if template.exists() else settings.pop("chat_template")
+    template.write_text("{{ strftime_now('%H:%M:%S.%f') }}" + body)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    generation = model / "generation_config.json"
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"eos_token_id": [1, 0]}))
+    words = [*SMALL, "--model.path", str(model), "--steps", "1"]
+    config = load_config(words, read_toml(TRAIN_CONFIG))
+    path = train_with(tmp_path, config)
+    assert audit_run(path).drifts == []
+    saved = json.loads(next(path.glob("checkpoints/*/generation_config.json")).read_text())
+    assert saved["eos_token_id"] == [0, 1]
+    longer = config.model_copy(update={"steps": 2})
+    first, again = (prepare(longer, path, print).renderer.prompt("ab") for _ in range(2))
+    trajectories = path / "trajectories" / "step_000001.jsonl"
+    recorded = json.loads(trajectories.read_text().splitlines()[0])["prompt"]["token_ids"]
+    assert prepare(longer, path, print).renderer.stop_token_ids == {0, 1}
+    length = len("12:34:56.123456")
+    assert list(first.token_ids[:length]) == list(again.token_ids[:length]) == recorded[:length]
 
 
 # ------------------------------------------------------------------------- what cannot be audited

@@ -1,6 +1,7 @@
 """Turn formats, with small templates that behave like those of known model families."""
 
 import json
+from datetime import datetime
 
 import pytest
 
@@ -187,13 +188,25 @@ def test_cut_keeps_what_stands_before_the_end_of_the_first_call():
     assert (cut.token_ids, cut.stop_reason) == (ids(call), StopReason.STOP)
 
 
+# ----------------------------------------------------------------------------------- the clock
+
+
+def test_a_template_that_writes_the_time_is_given_that_of_the_run():
+    tokenizer = tokenizer_with("{{ strftime_now('%d %b %Y %H:%M') }}" + HERMES_LIKE)
+    clock = datetime(2026, 1, 31, 23, 59)
+    assert text_of(Renderer(tokenizer, clock=clock).prompt("ab").token_ids) == (
+        "31 Jan 2026 23:59<|user|>ab<|end|><|assistant|>"
+    )
+    assert check_prefix_stability(ChatTemplate(tokenizer, clock=clock)) == ()
+
+
 # ------------------------------------------------------------------------- prefix stability
 
 
 @pytest.mark.parametrize("template", [HERMES_LIKE, LLAMA_LIKE], ids=["hermes", "llama"])
 def test_templates_that_only_append_are_stable(template):
-    assert check_prefix_stability(tokenizer_with(template), tools=TOOLS) == ()
-    assert check_prefix_stability(tokenizer_with(template), system="Be brief.") == ()
+    assert check_prefix_stability(ChatTemplate(tokenizer_with(template), tools=TOOLS)) == ()
+    assert check_prefix_stability(ChatTemplate(tokenizer_with(template), "Be brief.")) == ()
 
 
 @pytest.mark.parametrize(
@@ -212,7 +225,7 @@ def test_templates_that_only_append_are_stable(template):
     ],
 )
 def test_what_a_template_rewrites_is_reported(template, sentence):
-    assert sentence in "; ".join(check_prefix_stability(tokenizer_with(template)))
+    assert sentence in "; ".join(check_prefix_stability(ChatTemplate(tokenizer_with(template))))
 
 
 def test_a_template_that_rewrites_is_refused_unless_the_history_may_differ():

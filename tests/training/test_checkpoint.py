@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tir_alp.algorithm.presets import ALGORITHMS
 from tir_alp.config import TrainerConfig
@@ -15,6 +15,7 @@ from tir_alp.tools.outcome import Outcome
 from tir_alp.training import checkpoint, checkpoint_folder
 from tir_alp.training.checkpoint_folder import CheckpointError, Position
 from tir_alp.training.ranks import alone
+from tir_alp.training.structure import declared_end_token_ids
 from tir_alp.training.trainer import Trainer
 from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn, VersionSpan
 
@@ -62,6 +63,16 @@ def test_a_checkpoint_is_a_hugging_face_folder_and_knows_where_the_run_stood(tmp
     weights = make_model(seed=0).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
     assert checkpoint_folder.verify(path) == Position(step=7, group=112)
+
+
+def test_a_checkpoint_ends_where_the_run_ended_its_completions(tmp_path):
+    position = Position(step=1, group=16)
+    ends = frozenset({1, 4})
+    path = checkpoint.save(
+        tmp_path, make_trainer(), make_tokenizer(), position, ROWS, 1, end_token_ids=ends
+    )
+    assert GenerationConfig.from_pretrained(path).eos_token_id == [1, 4]
+    assert declared_end_token_ids(str(path)) == ends
 
 
 def test_pending_groups_come_back_as_they_were(tmp_path, trainer):

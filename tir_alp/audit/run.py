@@ -22,7 +22,7 @@ from tir_alp.audit.step import StepFiles
 from tir_alp.audit.trajectory import TrajectoryCheck
 from tir_alp.config import Config
 from tir_alp.models.tiny import SHIPPED
-from tir_alp.records.folder import STEP_FOLDERS, read_run_config, step_file
+from tir_alp.records.folder import STEP_FOLDERS, read_origin, read_run_config, step_file
 from tir_alp.records.ledger_rows import Record
 from tir_alp.rollouts.data import load_order
 from tir_alp.rollouts.environment import make_environment
@@ -156,7 +156,7 @@ class _RunAudit:
     ) -> None:
         self._path, self._config, self._env, self._findings = path, config, env, findings
         self._tasks = load_order(config.data, config.seed)
-        self._renderer = make_renderer(config, tokenizer, env)
+        self._renderer = make_renderer(config, tokenizer, env, read_origin(path))
         self._check = TrajectoryCheck(self._renderer, config.rollout, findings)
         self._next_group = 0
 

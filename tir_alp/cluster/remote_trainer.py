@@ -55,10 +55,15 @@ class RemoteTrainer:
         return WeightsRef(answers[0][0])
 
     def save(
-        self, folder: Path, position: Position, rollouts: Mapping[str, Any], keep: int
+        self,
+        folder: Path,
+        position: Position,
+        rollouts: Mapping[str, Any],
+        keep: int,
+        end_token_ids: frozenset[int] = frozenset(),
     ) -> Path:
         """As `LocalTrainer.save`, to a folder that ranks and run share."""
-        return self._call("save", folder.resolve(), position, rollouts, keep)
+        return self._call("save", folder.resolve(), position, rollouts, keep, end_token_ids)
 
     def load(self, path: Path) -> None:
         """As `LocalTrainer.load`."""

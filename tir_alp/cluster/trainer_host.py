@@ -76,10 +76,15 @@ class TrainerHost(ReportsCode):
         return ({} if self._rank else pack(weights)), True
 
     def save(
-        self, folder: Path, position: Position, rollouts: Mapping[str, Any], keep: int
+        self,
+        folder: Path,
+        position: Position,
+        rollouts: Mapping[str, Any],
+        keep: int,
+        end_token_ids: frozenset[int] = frozenset(),
     ) -> Path:
         """As `LocalTrainer.save`."""
-        return self._trainer.save(folder, position, rollouts, keep)
+        return self._trainer.save(folder, position, rollouts, keep, end_token_ids)
 
     def load(self, path: Path) -> None:
         """As `LocalTrainer.load`."""

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
 from tir_alp.doctor.check_result import CheckResult
 from tir_alp.rollouts.chat_template import ChatTemplate, check_prefix_stability, grow_conversation
+from tir_alp.rollouts.end_marks import ordinary_tokens
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.tools.calls import has_call
+from tir_alp.training.structure import end_token_ids
 
 _SENTENCE = "Let x² ≈ 3.14·10⁻³; print('ok')\n\tThe answer is \\boxed{42}.\n"
 
 
-def check_template(tokenizer: Any, system: str) -> CheckResult:
+def check_template(
+    tokenizer: Any,
+    system: str,
+    clock: datetime | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> CheckResult:
     """Check that a growing conversation is only appended to, as text and as tokens.
 
     A rollout only appends tokens. A template that changes or drops earlier text, such as the
@@ -22,8 +31,11 @@ def check_template(tokenizer: Any, system: str) -> CheckResult:
     Args:
         tokenizer: The tokenizer, with its chat template.
         system: System prompt of the run; may be empty.
+        clock: Local time that the run's prompts are rendered with; None: the real time.
+        tools: JSON schemas of functions, if calls are written in the template's own form.
     """
-    if rewritten := check_prefix_stability(tokenizer, system=system):
+    template = ChatTemplate(tokenizer, system, tuple(tools), clock)
+    if rewritten := check_prefix_stability(template):
         return CheckResult(
             "template",
             False,
@@ -31,7 +43,7 @@ def check_template(tokenizer: Any, system: str) -> CheckResult:
             "use a chat template that keeps every earlier message as it was written, including its "
             "thoughts (<think>...</think>)",
         )
-    prompts = grow_conversation(ChatTemplate(tokenizer, system)).prompts
+    prompts = grow_conversation(template).prompts
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in prompts]
     for turn, (before, after) in enumerate(pairwise(ids)):
         if after[: len(before)] != before:
@@ -44,7 +56,9 @@ def check_template(tokenizer: Any, system: str) -> CheckResult:
                 "the template's generation prompt must end with a special token or a line break",
             )
     return CheckResult(
-        "template", True, f"3 turns with thoughts, {len(ids[-1])} tokens, only appended to"
+        "template",
+        True,
+        f"{len(prompts)} turns with thoughts, {len(ids[-1])} tokens, only appended to",
     )
 
 
@@ -87,15 +101,15 @@ def check_tokenizer(tokenizer: Any, renderer: Renderer, model: Any, max_tokens: 
         model.get_input_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0]
     )
     largest = max(tokenizer.get_vocab().values())
-    ends = _ids(model.config.eos_token_id) | _ids(
-        getattr(model.generation_config, "eos_token_id", None)
-    )
+    ends = end_token_ids(model)
+    ordinary = ordinary_tokens(tokenizer, ends | renderer.stop_token_ids)
     back = tokenizer.decode(tokenizer.encode(_SENTENCE, add_special_tokens=False))
     positions = getattr(model.config, "max_position_embeddings", None) or max_tokens
     wrong = {
         f"token {largest} has no embedding: the model has {rows} rows": largest >= rows,
         f"the model's end tokens are {sorted(ends)}, those of the template "
         f"{sorted(renderer.stop_token_ids)}": bool(ends) and not ends & renderer.stop_token_ids,
+        f"end tokens are ordinary text: {ordinary}": bool(ordinary),
         f"{_SENTENCE!r} comes back as {back!r}": back.strip() != _SENTENCE.strip(),
         f"rollout.max_context_tokens = {max_tokens}, but the model has {positions} "
         "positions": positions < max_tokens,
@@ -108,7 +122,3 @@ def check_tokenizer(tokenizer: Any, renderer: Renderer, model: Any, max_tokens: 
         "use the tokenizer that belongs to the model, and lower rollout.max_context_tokens to the "
         "number of the model's positions",
     )
-
-
-def _ids(value: Any) -> set[int]:
-    return set() if value is None else set(value) if isinstance(value, list | tuple) else {value}

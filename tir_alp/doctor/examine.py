@@ -58,7 +58,7 @@ def examine_config(
         # Actors have their own memory and GPUs; the process that starts them may have none.
         *([] if config.cluster.is_used else [_check_memory(config, shape)]),
         check_disk(config, shape, Path("runs")),
-        _check_history(tokenizer, config),
+        _check_history(tokenizer, config, renderer, env),
         check_fence(tokenizer, renderer),
         check_sandbox(env, task),
     ]
@@ -69,12 +69,17 @@ def _check_memory(config: Config, shape: Shape) -> CheckResult:
     return check_memory(memory_needed(config, shape, device), free_memory(device))
 
 
-def _check_history(tokenizer: Any, config: Config) -> CheckResult:
+def _check_history(
+    tokenizer: Any, config: Config, renderer: Renderer, env: gymnasium.Env[str, str]
+) -> CheckResult:
     if config.model.rewritten_history == "append":
         return CheckResult(
             "template", True, "what it would rewrite stays as it was sampled, as configured"
         )
-    return check_template(tokenizer, config.model.system)
+    if renderer.no_observations:
+        return CheckResult("template", True, "an episode is one turn, which the template shows")
+    tools = env.get_wrapper_attr("tool_schemas") if env.has_wrapper_attr("tool_schemas") else ()
+    return check_template(tokenizer, config.model.system, renderer.clock, tools)
 
 
 async def examine_engine(

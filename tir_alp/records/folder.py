@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,19 @@ from tir_alp.types import Batch, Trajectory, TrajectoryGroup
 
 STEP_FOLDERS = ("trajectories", "replaced", "ledger")
 """Subfolders that hold one file per step."""
+
+_ORIGIN = "origin.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What the prompts and completions of a run depend on besides its config."""
+
+    created: datetime
+    """Local time at which the run was created. Chat templates that write the date write this one,
+    however much later the run is resumed or audited."""
+    end_token_ids: tuple[int, ...] = ()
+    """Tokens at which the initial model's own config ends a sequence."""
 
 
 class RunFolder:
@@ -47,8 +61,13 @@ class RunFolder:
             "another --name"
         )
 
-    def create(self, config: Config) -> None:
-        """Make the folder of a new run. Raises ValueError if it exists already."""
+    def create(self, config: Config, origin: Origin | None = None) -> None:
+        """Make the folder of a new run. Raises ValueError if it exists already.
+
+        Args:
+            config: Config of the run.
+            origin: What resuming and auditing the run depend on; None: created now.
+        """
         try:
             self.path.mkdir(parents=True)
         except FileExistsError:
@@ -60,6 +79,9 @@ class RunFolder:
             ) from None
         self._lock.acquire()
         (self.path / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+        origin = origin or Origin(datetime.now())
+        record = {"created": origin.created.isoformat(), "end_token_ids": origin.end_token_ids}
+        (self.path / _ORIGIN).write_text(json.dumps(record) + "\n")
         (self.path / "objective.txt").write_text(formula(config.algorithm) + "\n")
         self._open()
 
@@ -207,3 +229,19 @@ def read_run_config(path: Path) -> dict[str, Any]:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a run folder: cannot read {file} ({error})") from None
+
+
+def read_origin(path: Path) -> Origin:
+    """Read the origin of a run. Raises ValueError if the file is unreadable.
+
+    A folder of an older version has none: the run was created when its config was written.
+    """
+    file = path / _ORIGIN
+    if not file.exists():
+        return Origin(datetime.fromtimestamp((path / "config.json").stat().st_mtime))
+    try:
+        record = json.loads(file.read_text())
+        created = datetime.fromisoformat(record["created"])
+        return Origin(created, tuple(int(each) for each in record["end_token_ids"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot read {file}: {error!r}") from None

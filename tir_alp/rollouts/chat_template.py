@@ -7,9 +7,11 @@ is only appended to. That is correct for a template that itself only appends;
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +22,9 @@ from tir_alp.tools.calls import HERMES, CallMarks
 # Stand-ins. The quote and line end in the tool's output show whether it is written as JSON.
 _USER, _ASSISTANT, _TOOL = "\u2068user\u2069", "\u2068assistant\u2069", '\u2068tool"\n\u2069'
 _NAME, _KEY, _VALUE = "probe_tool", "probe_key", "probe_value"
-_ID = "call00000"  # Mistral's templates want nine letters or digits
+_ID = "000000000"  # the id of every call; Mistral's templates want nine letters or digits
+_PADDING = ("\t\n", "\n\t")  # around a content, to see whether a template strips it
+_FENCED_TOOL = "python"  # the tool that fenced code calls
 _NUM_CALLS = 8  # in the conversation that reveals rewriting: some templates drop only early turns
 
 Message = Mapping[str, Any]
@@ -34,6 +38,17 @@ class Frame:
     after: str
     as_json: bool = False
     """Whether the content is written as the inside of a JSON string."""
+    left: str = ""
+    """The conversation up to `before`."""
+    strips: tuple[bool, bool] = (False, False)
+    """Whether white space at the beginning and at the end of the content is dropped."""
+
+    def written(self, content: str) -> str:
+        """Return a content as the template writes it."""
+        at_start, at_end = self.strips
+        content = content.lstrip() if at_start else content
+        content = content.rstrip() if at_end else content
+        return json.dumps(content, ensure_ascii=False)[1:-1] if self.as_json else content
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +59,14 @@ class ChatTemplate:
         tokenizer: A Hugging Face tokenizer with a template that knows the role `tool`.
         system: System prompt; empty for none.
         tools: JSON schemas of functions, as for `apply_chat_template`; empty for none.
+        clock: Local time that a template is given which asks for the time; None: the real time. A
+            run freezes it: prompts must be the same when the run is resumed or audited.
     """
 
     tokenizer: Any
     system: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
+    clock: datetime | None = None
 
     def render(self, messages: Sequence[Message], *, generation: bool = False) -> str:
         """Render a conversation.
@@ -63,6 +81,7 @@ class ChatTemplate:
                 tools=list(self.tools) or None,
                 tokenize=False,
                 add_generation_prompt=generation,
+                **({} if self.clock is None else {"strftime_now": self.clock.strftime}),
             )
         except (TemplateError, TypeError) as error:
             name = self.tokenizer.name_or_path
@@ -77,17 +96,45 @@ class ChatTemplate:
 
         Args:
             marks: How native calls are written; None if calls are ordinary text.
+
+        Raises:
+            ValueError: The template refuses or changes a tool's output, or it writes the name of
+                the tool, which is not known: there are several.
         """
+        frames = [self._observation_frame(marks, name) for name in self.tool_names]
+        if any(replace(each, left=frames[0].left) != frames[0] for each in frames):
+            raise ValueError(
+                f"the chat template of {self.tokenizer.name_or_path!r} writes a tool's name before "
+                f"its output, and there are several tools: {', '.join(self.tool_names)}. Use "
+                "another template, or an environment with one tool"
+            )
+        return frames[0]
+
+    def _observation_frame(self, marks: CallMarks | None, name: str) -> Frame:
+        output = _tool(_TOOL, name)
         if not self.tools or marks is None:
-            messages = [_user(), {"role": "assistant", "content": _ASSISTANT}, _tool(_TOOL)]
+            messages = [_user(), {"role": "assistant", "content": _ASSISTANT}, output]
             return self._frame(messages, _TOOL, after=_ASSISTANT)
-        called = self.call()
-        text = self.render([_user(), called, _tool(_TOOL)], generation=True)
-        _, end, _ = _find_json(text, _NAME)
+        called = self.call(name=name)
+        text = self.render([_user(), called, output], generation=True)
+        _, end, _ = _find_json(text, name)
         closing = text.find(marks.closing, end) + len(marks.closing)
         if marks.in_list and not marks.closing:
             closing = text.find("]", end) + 1
-        return self._frame([_user(), called, _tool(_TOOL)], _TOOL, start=max(end, closing))
+        return self._frame([_user(), called, output], _TOOL, start=max(end, closing))
+
+    def end_of_turn(self) -> Frame:
+        """The text after the assistant's last turn, in `before`; there is no content after it."""
+        text = self.render([_user(), {"role": "assistant", "content": _ASSISTANT}])
+        left, words, after = text.rpartition(_ASSISTANT)
+        return Frame(after, "", left=left + words)
+
+    @property
+    def tool_names(self) -> tuple[str, ...]:
+        """The names of the tools; that of the tool for fenced code if there are no schemas."""
+        functions = (each.get("function", each) for each in self.tools)
+        names = tuple(str(each["name"]) for each in functions if "name" in each)
+        return names or (_FENCED_TOOL,)
 
     def call_marks(self) -> CallMarks:
         """Find out how the template writes a tool call.
@@ -98,7 +145,7 @@ class ChatTemplate:
         name = self.tokenizer.name_or_path
         if not self.tools:
             return HERMES
-        if self.render([_user()]) == ChatTemplate(self.tokenizer, self.system).render([_user()]):
+        if not self._shows_tools():
             raise ValueError(
                 f"the chat template of {name!r} does not show the model its tools; use one that "
                 "does, or let the environment do so: env.kwargs.tools_in_prompt = true"
@@ -109,12 +156,24 @@ class ChatTemplate:
         same = next((i for i, (a, b) in enumerate(zip(head, text, strict=False)) if a != b), None)
         written = text[len(head) if same is None else same :].removesuffix(end_of_turn)
         start, end, call = _find_json(written, _NAME)
+        if not written.strip():
+            raise ValueError(
+                f"the chat template of {name!r} writes no calls; use another template, or calls in "
+                'fences: env.kwargs.call_format = "fenced"'
+            )
         if not call:
             raise ValueError(
                 f"the chat template of {name!r} writes a call as {written[:200]!r}, which is not "
                 'JSON; use another template, or calls in fences: env.kwargs.call_format = "fenced"'
             )
         opening, closing = written[:start].strip(), written[end:].strip()
+        after_words = self._opening_after_words()
+        if after_words not in (None, opening):
+            raise ValueError(
+                f"the chat template of {name!r} writes {opening!r} before a call alone and "
+                f"{after_words!r} between words and a call; use another template, or calls in "
+                'fences: env.kwargs.call_format = "fenced"'
+            )
         in_list = opening.endswith("[") and closing.startswith("]")
         return CallMarks(
             opening=opening[:-1].strip() if in_list else opening,
@@ -124,18 +183,37 @@ class ChatTemplate:
             in_list=in_list,
         )
 
-    def call(self, words: str = "") -> Message:
+    def _shows_tools(self) -> bool:
+        without = ChatTemplate(self.tokenizer, self.system, (), self.clock)
+        try:
+            return self.render([_user()]) != without.render([_user()])
+        except ValueError:
+            self.render([_user()])  # a template that cannot do without tools shows them
+            return True
+
+    def _opening_after_words(self) -> str | None:
+        """What stands between words and a call; None if the template does not write both."""
+        try:
+            text = self.render([_user(), self.call(_ASSISTANT)])
+        except ValueError:
+            return None
+        start, _, _ = _find_json(text, _NAME)
+        words = text.find(_ASSISTANT)
+        return text[words + len(_ASSISTANT) : start].strip() if 0 <= words < start else None
+
+    def call(self, words: str = "", name: str = _NAME) -> Message:
         """Return a message with a tool call, its arguments in the form that the template wants.
 
         Args:
             words: Text of the message, before the call.
+            name: Name of the tool.
         """
         arguments: dict[str, str] = {_KEY: _VALUE}
         try:
-            self.render([_user(), _call(words, arguments)])
+            self.render([_user(), _call(words, arguments, name)])
         except ValueError:
-            return _call(words, json.dumps(arguments))
-        return _call(words, arguments)
+            return _call(words, json.dumps(arguments), name)
+        return _call(words, arguments, name)
 
     def _frame(
         self, messages: Sequence[Message], content: str, *, after: str = "", start: int = 0
@@ -157,7 +235,20 @@ class ChatTemplate:
         if after:
             start = text.index(after) + len(after)
         prefix, suffix = text[start:].split(written)
-        return Frame(prefix, suffix, as_json)
+        frame = Frame(prefix, suffix, as_json, left=text[:start])
+        padded = content.join(_PADDING)
+        text = self.render(
+            [
+                {**each, "content": padded} if each["content"] == content else each
+                for each in messages
+            ],
+            generation=True,
+        )
+        for at_start, at_end in itertools.product((False, True), repeat=2):
+            stripping = replace(frame, strips=(at_start, at_end))
+            if f"{prefix}{stripping.written(padded)}{suffix}" in text:
+                return stripping
+        return frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +263,10 @@ class GrowingConversation:
     """The conversation after each message."""
     prompts: tuple[str, ...]
     """The conversation before each turn of the assistant, with the generation prompt."""
+    contents: tuple[str, ...]
+    """The text of each turn of the assistant, without a call in the template's own form."""
+    has_calls: bool
+    """Whether all turns but the last end with a call in the template's own form."""
 
 
 def grow_conversation(template: ChatTemplate) -> GrowingConversation:
@@ -180,17 +275,19 @@ def grow_conversation(template: ChatTemplate) -> GrowingConversation:
     Raises:
         ValueError: The template refuses one of the messages.
     """
+    name = template.tool_names[0]
     thoughts = [f"\u2068thought {turn}\u2069" for turn in range(_NUM_CALLS + 1)]
     outputs = [f"\u2068output {turn}\u2069{100 * ' of some words'}" for turn in range(_NUM_CALLS)]
     contents = [f"<think>\n{each}\n</think>\n\n\u2068words\u2069" for each in thoughts]
     turns: list[Message] = [{"role": "assistant", "content": each} for each in contents]
     if template.tools and template.call_marks().opening:
-        turns[:-1] = [template.call(each) for each in contents[:-1]]
+        turns[:-1] = [template.call(each, name) for each in contents[:-1]]
     elif template.tools:  # in this form, a message with a call contains nothing else
-        turns[:-1], thoughts = [template.call()] * _NUM_CALLS, thoughts[-1:]
+        turns[:-1], thoughts = [template.call(name=name)] * _NUM_CALLS, thoughts[-1:]
+        contents[:-1] = [""] * _NUM_CALLS
     messages = [_user()]
     for turn, output in zip(turns, outputs, strict=False):
-        messages += [turn, _tool(output)]
+        messages += [turn, _tool(output, name)]
     messages.append(turns[-1])
     return GrowingConversation(
         thoughts=tuple(thoughts),
@@ -199,32 +296,32 @@ def grow_conversation(template: ChatTemplate) -> GrowingConversation:
         prompts=tuple(
             template.render(messages[:n], generation=True) for n in range(1, len(messages), 2)
         ),
+        contents=tuple(contents),
+        has_calls=bool(template.tools),
     )
 
 
-def check_prefix_stability(
-    tokenizer: Any, *, system: str = "", tools: Sequence[Mapping[str, Any]] = ()
-) -> tuple[str, ...]:
+def check_prefix_stability(template: ChatTemplate) -> tuple[str, ...]:
     """Find out whether a chat template only appends as a conversation grows. Pure.
 
     An episode is trained on as it was sampled, thinking included. A template that drops or changes
     some of it would show the deployed model something else. `Renderer` calls this when it is
     constructed, and the doctor calls it before a run.
 
-    Args:
-        tokenizer: A Hugging Face tokenizer with a chat template.
-        system: System prompt; empty for none.
-        tools: JSON schemas of functions, if calls are written in the template's own form.
-
     Returns:
         One sentence per kind of rewriting, about its first instance; empty if the template only
         appends.
     """
     try:
-        grown = grow_conversation(ChatTemplate(tokenizer, system, tuple(tools)))
+        grown = grow_conversation(template)
+        frame = template.observation_frame(template.call_marks() if template.tools else None)
     except ValueError as error:
         return (str(error),)
-    texts = grown.texts
+    deviation = next(_deviations(grown, frame), None)
+    if deviation is None:
+        return ()
+    # Some templates end a text without generation prompt with the end of all texts.
+    texts = tuple(text.removesuffix(template.tokenizer.eos_token) for text in grown.texts)
     kinds = (
         (
             f"it drops the thinking of a turn ({thought[1:-1]!r} is not in the conversation)"
@@ -250,7 +347,47 @@ def check_prefix_stability(
         ),
     )
     first = (next(sentences, None) for sentences in kinds)
-    return tuple(sentence for sentence in first if sentence is not None)
+    return tuple(sentence for sentence in first if sentence is not None) or (deviation,)
+
+
+def _deviations(grown: GrowingConversation, frame: Frame) -> Iterator[str]:
+    """Describe where a conversation differs from what the renderer makes of it by appending.
+
+    Only the assistant's own turns may differ, in white space: it samples them in the form that it
+    has been trained on.
+    """
+    for turn, (prompt, longer) in enumerate(pairwise(grown.prompts), start=1):
+        observation = frame.before + frame.written(grown.outputs[turn - 1]) + frame.after
+        if not longer.startswith(prompt):
+            yield f"it does not keep the prompt for turn {turn}: {_difference(prompt, longer)}"
+        if not longer.endswith(observation):
+            end = longer[-len(observation) :]
+            yield (
+                f"it does not write the output after turn {turn} as it writes the first one: "
+                f"{_difference(observation, end)}"
+            )
+        written = longer[len(prompt) : len(longer) - len(observation)]
+        if not _is_written(grown.contents[turn - 1], prompt, written, grown.has_calls):
+            ignores = " (it ignores add_generation_prompt)" if prompt == grown.texts[0] else ""
+            yield (
+                f"it writes turn {turn} as {written[:80]!r} instead of "
+                f"{grown.contents[turn - 1][:80]!r}{ignores}"
+            )
+
+
+def _is_written(content: str, prompt: str, written: str, has_call: bool) -> bool:
+    """Return whether a turn has the given content, white space apart.
+
+    Args:
+        content: The content, without a call in the template's own form.
+        prompt: The text before the turn, which may end with the beginning of the content.
+        written: The turn.
+        has_call: Whether a call may follow the content.
+    """
+    expected, before, found = ("".join(text.split()) for text in (content, prompt, written))
+    longest = next(n for n in range(len(expected), -1, -1) if before.endswith(expected[:n]))
+    rests = (expected, expected[longest:])
+    return any(found.startswith(rest) if has_call else found == rest for rest in rests)
 
 
 def _difference(expected: str, found: str) -> str:
@@ -280,11 +417,11 @@ def _user() -> Message:
     return {"role": "user", "content": _USER}
 
 
-def _tool(content: str) -> Message:
-    return {"role": "tool", "content": content, "name": _NAME, "tool_call_id": _ID}
+def _tool(content: str, name: str) -> Message:
+    return {"role": "tool", "content": content, "name": name, "tool_call_id": _ID}
 
 
-def _call(content: str, arguments: Mapping[str, str] | str) -> Message:
-    function = {"name": _NAME, "arguments": arguments}
+def _call(content: str, arguments: Mapping[str, str] | str, name: str) -> Message:
+    function = {"name": name, "arguments": arguments}
     calls = [{"type": "function", "id": _ID, "function": function}]
     return {"role": "assistant", "content": content, "tool_calls": calls}

@@ -8,9 +8,9 @@ special token.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any, Literal
 
 import gymnasium
@@ -18,8 +18,11 @@ from tokenizers.decoders import DecodeStream
 
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion
-from tir_alp.rollouts.chat_template import ChatTemplate, Frame, check_prefix_stability
+from tir_alp.records.folder import Origin
+from tir_alp.rollouts.chat_template import ChatTemplate, check_prefix_stability
+from tir_alp.rollouts.end_marks import end_mark, is_mark
 from tir_alp.rollouts.surrogates import SURROGATE
+from tir_alp.rollouts.text_encoder import EncodedFrame, TextEncoder
 from tir_alp.tools.calls import HERMES, CallFormat, canonical, has_call
 from tir_alp.types import StopReason, TokenSpan, cut_version_spans
 
@@ -40,6 +43,9 @@ class Renderer:
             writes calls in the template's form.
         rewritten_history: What to do with a template that rewrites earlier turns, e.g. drops their
             thinking: "refuse" it, or "append" anyway, so that the history stays as sampled.
+        end_token_ids: Tokens at which the model's own config ends a sequence. Those that are
+            ordinary text of this tokenizer do not end a completion.
+        clock: Local time that a template which asks for the time is given; None: the real time.
 
     Raises:
         ValueError: The tokenizer is slow, has no end-of-sequence token or no chat template, or the
@@ -55,6 +61,8 @@ class Renderer:
         call_format: CallFormat = "fenced",
         tools: Sequence[Mapping[str, Any]] = (),
         rewritten_history: Literal["refuse", "append"] = "refuse",
+        end_token_ids: Collection[int] = (),
+        clock: datetime | None = None,
     ) -> None:
         name = tokenizer.name_or_path
         if not getattr(tokenizer, "is_fast", False):
@@ -66,27 +74,43 @@ class Renderer:
         self._tokenizer = tokenizer
         self._max_observation_tokens = max_observation_tokens
         self.call_format: CallFormat = call_format
-        template = ChatTemplate(tokenizer, system, tuple(tools))
+        self.clock = clock
+        template = ChatTemplate(tokenizer, system, tuple(tools), clock)
         self.marks = template.call_marks() if call_format == "tool_call" else HERMES
-        self._prompt_frame = self._encode_frame(template.prompt_frame())
-        frame = template.observation_frame(self.marks if call_format == "tool_call" else None)
-        self._observation_frame = self._encode_frame(frame)
-        self._observation_as_json = frame.as_json
-        rewrites = check_prefix_stability(tokenizer, system=system, tools=tools)
+        self._encoder = TextEncoder(tokenizer)
+        self._prompt_frame = self._encoder.frame(template.prompt_frame())
+        self.no_observations = ""
+        """Why the template cannot show an observation; empty if it can."""
+        try:
+            frame = template.observation_frame(self.marks if call_format == "tool_call" else None)
+        except ValueError as error:
+            if call_format != "none":
+                raise
+            frame, self.no_observations = template.end_of_turn(), str(error)
+        self._observation_frame = self._encoder.frame(frame)
+        rewrites = () if self.no_observations else check_prefix_stability(template)
         if rewrites and rewritten_history == "refuse":
             raise ValueError(
                 f"the chat template of {name!r} rewrites history: {'; '.join(rewrites)}. Use a "
                 'template that only appends, or set model.rewritten_history = "append" to train '
                 "on the history as it was sampled"
             )
-        end_of_turn = self._observation_frame[0][:1]
-        self.stop_token_ids = frozenset({tokenizer.eos_token_id, *end_of_turn})
+        before = self._observation_frame.before
+        mark = end_mark(tokenizer, before)
+        self._after_end_mark = before if mark is None else before[mark + 1 :]
+        self.stop_token_ids = frozenset(
+            {
+                tokenizer.eos_token_id,
+                *(before[mark : mark + 1] if mark is not None else ()),
+                *(each for each in end_token_ids if is_mark(tokenizer, each)),
+            }
+        )
         """A completion ends with the first of these tokens that is sampled."""
 
     def prompt(self, text: str) -> TokenSpan:
         """Encode a task as the policy reads it, up to the start of its first completion."""
-        before, after = self._prompt_frame
-        return TokenSpan((*before, *self._encode_plain(text), *after))
+        frame = self._prompt_frame
+        return TokenSpan((*frame.before, *self._content(text, frame), *frame.after))
 
     def prompt_within(self, text: str, max_context_tokens: int, task_id: str) -> TokenSpan:
         """Encode a task, and check that the context has room for a completion after it.
@@ -107,19 +131,18 @@ class Renderer:
 
         Args:
             text: The observation, as the environment returned it.
-            after: How the completion before it ended: an end-of-turn token that the policy itself
-                sampled is not added a second time.
+            after: How the completion before it ended: an end mark that the policy itself sampled
+                is not added a second time, nor is white space that the template puts before it.
         """
-        prefix, suffix = self._observation_frame
-        if after is StopReason.EOS:
-            prefix = prefix[1:]
-        if self._observation_as_json:
-            text = json.dumps(text, ensure_ascii=False)[1:-1]
-        ids = self._encode_plain(text)
+        frame = self._observation_frame
+        if self.no_observations:
+            raise ValueError(self.no_observations)
+        before = self._after_end_mark if after is StopReason.EOS else frame.before
+        ids = self._content(text, frame)
         if len(ids) > self._max_observation_tokens:
             head = self._max_observation_tokens // 2
             ids = ids[:head] + ids[len(ids) - (self._max_observation_tokens - head) :]
-        return TokenSpan((*prefix, *ids, *suffix))
+        return TokenSpan((*before, *ids, *frame.after))
 
     def action(self, token_ids: Sequence[int]) -> str:
         """Decode a completion for the environment, without its end-of-turn token.
@@ -165,30 +188,32 @@ class Renderer:
                 )
         return completion
 
-    def _encode_plain(self, text: str) -> tuple[int, ...]:
-        """Encode text from outside: `<|im_end|>` in it is ten characters, not the token.
+    def _content(self, text: str, frame: EncodedFrame) -> tuple[int, ...]:
+        """Encode text from outside. A lone surrogate, which no tokenizer encodes, becomes U+FFFD.
 
-        A lone surrogate, which a tool can return and no tokenizer encodes, becomes U+FFFD.
+        Such text can come from a tool.
         """
-        text = SURROGATE.sub("\ufffd", text)
-        return tuple(
-            self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        )
-
-    def _encode_frame(self, frame: Frame) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Encode what the template puts before and after a content, with its special tokens."""
-        encode = self._tokenizer.encode
-        return (
-            tuple(encode(frame.before, add_special_tokens=False)),
-            tuple(encode(frame.after, add_special_tokens=False)),
-        )
+        text = frame.content.written(SURROGATE.sub("\ufffd", text))
+        return self._encoder.content(frame.lead + text, frame.starts_text)
 
 
-def make_renderer(config: Config, tokenizer: Any, env: gymnasium.Env[str, str]) -> Renderer:
+def make_renderer(
+    config: Config,
+    tokenizer: Any,
+    env: gymnasium.Env[str, str],
+    origin: Origin | None = None,
+) -> Renderer:
     """Make the renderer for a tokenizer and an environment.
 
     The environment defines how it reads calls (`call_format`; fenced code if it has none) and which
     tools the chat template has to show (`tool_schemas`; none if it has none).
+
+    Args:
+        config: Config of the run.
+        tokenizer: Tokenizer of the run.
+        env: An environment of the run.
+        origin: When and with which end tokens the run was created; None: now, with those of the
+            tokenizer alone.
 
     Raises:
         ValueError: Tokenizer and environment do not fit together.
@@ -203,5 +228,7 @@ def make_renderer(config: Config, tokenizer: Any, env: gymnasium.Env[str, str]) 
         system=config.model.system,
         max_observation_tokens=config.rollout.max_observation_tokens,
         rewritten_history=config.model.rewritten_history,
+        end_token_ids=() if origin is None else origin.end_token_ids,
+        clock=None if origin is None else origin.created,
         **call_settings,
     )

@@ -219,7 +219,7 @@ def _open_folder(prepared: Prepared, examined: Examined) -> None:
     if prepared.progress.checkpoint is not None:
         folder.reopen(step)
     else:
-        folder.create(prepared.config)
+        folder.create(prepared.config, prepared.origin)
     folder.note_left_out(prepared.left_out)
     folder.note_environment(step, examined.environment_report)
 

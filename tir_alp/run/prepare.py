@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from tir_alp.config import Config
 from tir_alp.models.tiny import SHIPPED
-from tir_alp.records.folder import RunFolder
+from tir_alp.records.folder import Origin, RunFolder, read_origin
 from tir_alp.records.trajectories import state_from_record
 from tir_alp.rollouts.data import Order, Task, left_out, load_held_out, load_order
 from tir_alp.rollouts.environment import make_environment
@@ -24,6 +25,7 @@ from tir_alp.rollouts.renderer import Renderer, make_renderer
 from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Position
 from tir_alp.training.policy import load_tokenizer
+from tir_alp.training.structure import declared_end_token_ids
 
 _NUM_NAMED = 20  # rows that were left out
 
@@ -50,6 +52,8 @@ class Prepared:
     progress: Progress
     initial_model: str
     """Folder or id of the model that the run began with."""
+    origin: Origin
+    """What the run takes from the time and the model that it was created with."""
     tokenizer: Any
     renderer: Renderer
     tasks: Order
@@ -84,9 +88,13 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
         progress = read_progress(config, resume, log)
     initial = str(SHIPPED.get(config.model.path, config.model.path))
     found = progress.checkpoint
+    if resume is None:
+        origin = Origin(datetime.now(), tuple(sorted(declared_end_token_ids(initial))))
+    else:
+        origin = read_origin(resume)
     tokenizer = load_tokenizer(initial if found is None else str(found))
     with closing(make_environment(config)) as env:
-        renderer = make_renderer(config, tokenizer, env)
+        renderer = make_renderer(config, tokenizer, env, origin)
     tasks = load_order(config.data, config.seed)
     held_out = load_held_out(config.data, config.eval.num_tasks)
     sentences = left_out(config.data)
@@ -98,6 +106,7 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
         progress=progress,
         initial_model=initial,
         tokenizer=tokenizer,
+        origin=origin,
         renderer=renderer,
         tasks=tasks,
         held_out=held_out,

@@ -41,6 +41,7 @@ def save(
     position: Position,
     rollouts: Mapping[str, Any],
     keep: int,
+    end_token_ids: frozenset[int] = frozenset(),
 ) -> Path:
     """Write `folder/step_N` and delete all but the `keep` newest checkpoints; call on every rank.
 
@@ -51,6 +52,8 @@ def save(
         position: How far the run has come; `position.step` is N.
         rollouts: State of the rollouts, for JSON; `load_rollouts` returns it.
         keep: Number of checkpoints to keep.
+        end_token_ids: Tokens that end a completion in the run, for the saved generation config; if
+            empty, those of the model stay in it.
 
     Returns:
         The folder of the checkpoint.
@@ -63,7 +66,7 @@ def save(
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         ranks.meet()
-        trainer.save_model(aside)
+        trainer.save_model(aside, end_token_ids)
         try:
             state_dict_saver.save(trainer.state_dict(), checkpoint_id=aside / _STATE)
         except CheckpointException as error:  # a BaseException, not an Exception

@@ -86,10 +86,17 @@ class LocalTrainer:
         self._trainer.perturb_weights(scale)
 
     def save(
-        self, folder: Path, position: Position, rollouts: Mapping[str, Any], keep: int
+        self,
+        folder: Path,
+        position: Position,
+        rollouts: Mapping[str, Any],
+        keep: int,
+        end_token_ids: frozenset[int] = frozenset(),
     ) -> Path:
         """Write a checkpoint; see `checkpoint.save`."""
-        return checkpoint.save(folder, self._trainer, self._tokenizer, position, rollouts, keep)
+        return checkpoint.save(
+            folder, self._trainer, self._tokenizer, position, rollouts, keep, end_token_ids
+        )
 
     def load(self, path: Path) -> None:
         """Load weights, optimizer and sigma from a checkpoint."""

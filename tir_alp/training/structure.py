@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,31 @@ def load_outline(path: str) -> Any:
 
 def end_token_ids(model: Any) -> frozenset[int]:
     """Return the tokens that end a sequence by the model's config and generation config."""
+    return _end_token_ids([model.config, getattr(model, "generation_config", None)])
+
+
+def _end_token_ids(configs: Iterable[Any]) -> frozenset[int]:
     found: set[int] = set()
-    for config in (model.config, getattr(model, "generation_config", None)):
+    for config in configs:
         ids = getattr(config, "eos_token_id", None)
         found |= set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
     return frozenset(found)
+
+
+def declared_end_token_ids(path: str) -> frozenset[int]:
+    """Return the tokens that end a sequence by the config files of a model.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    path = local_path(path)
+    try:
+        found = [AutoConfig.from_pretrained(path)]
+    except OSError as error:
+        raise ValueError(f"cannot load the config of the model {path!r}: {error}") from error
+    with suppress(OSError):  # not every model has a generation config
+        found.append(GenerationConfig.from_pretrained(path))
+    return _end_token_ids(found)
 
 
 def local_path(path: str) -> str:

@@ -164,14 +164,21 @@ class Trainer:
         """
         self._nudge.by(scale)
 
-    def save_model(self, folder: Path) -> None:
+    def save_model(self, folder: Path, end_token_ids: frozenset[int] = frozenset()) -> None:
         """Write a Hugging Face folder, and `adapters/` in peft's format if there are adapters.
 
         Meanwhile, rank 0 holds all weights in CPU memory.
+
+        Args:
+            folder: An empty folder.
+            end_token_ids: Tokens that end a completion, for the generation config; if empty, those
+                of the model stay in it.
         """
         whole = self._on_first_rank(self.weights())
         adapters = self._on_first_rank(gathered({} if self._adapters is None else self._trained()))
         if self.ranks.is_first:
+            if end_token_ids:
+                self.model.generation_config.eos_token_id = sorted(end_token_ids)
             self.model.save_pretrained(folder, state_dict=whole)
             if self._adapters is not None:
                 self._adapters.save(folder / "adapters", adapters)

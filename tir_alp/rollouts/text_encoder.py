@@ -1,0 +1,132 @@
+"""Encodes pieces of a conversation so that they get the tokens that they have in the whole of it.
+
+Some tokenizers, those of SentencePiece above all, put a space before a text, which is right for its
+beginning and wrong for a piece from its middle. Others join a space with the word after it, so that
+a piece must not end with a space. Which of this applies is found out by encoding a conversation
+with short stand-ins for the content as a whole, and comparing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from tir_alp.rollouts.chat_template import Frame
+
+_PROBES = ("x", "What", "7")
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedFrame:
+    """The tokens around a content, and how the content between them is encoded."""
+
+    before: Ids
+    after: Ids
+    lead: str
+    """Spaces at the end of the text before the content, which are encoded with the content."""
+    starts_text: bool
+    """Whether the content is encoded like the beginning of a text."""
+    content: Frame
+    """How the content is written."""
+
+
+class TextEncoder:
+    """Encodes frames, with their special tokens, and contents, without any.
+
+    Args:
+        tokenizer: A fast Hugging Face tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._inner = _without_leading_space(tokenizer.backend_tokenizer)
+
+    def frame(self, frame: Frame) -> EncodedFrame:
+        """Encode the text around a content as in a whole conversation."""
+        texts = [f"{frame.left}{frame.before}{probe}" for probe in _PROBES]
+        whole = [self._marked(text) for text in texts]
+        stripped = frame.before.rstrip(" ")
+        splits = [(frame.before, ""), (stripped, frame.before[len(stripped) :])]
+        encoders = (self._marked, self._marked_inside)
+        for (before, lead), encode, starts in itertools.product(splits, encoders, (True, False)):
+            ids = encode(before)
+            parts = [ids + self.content(lead + probe, starts) for probe in _PROBES]
+            if all(map(_ends_with if frame.left else tuple.__eq__, whole, parts)):
+                break
+        else:  # the tokenizer joins the content with the text before it
+            lead, starts = "", False
+            ids = self._marked_inside(frame.before) if frame.left else self._marked(frame.before)
+        ends = [self._marked(text + frame.after) for text in texts]
+        after = self._fitting(encoders, frame.after, ends)
+        return EncodedFrame(ids, after, lead, starts, frame)
+
+    def content(self, text: str, starts_text: bool) -> Ids:
+        """Encode text from outside: `<|im_end|>` in it is ten characters, not the token.
+
+        Args:
+            text: The content.
+            starts_text: Whether it is encoded like the beginning of a text.
+        """
+        if starts_text or self._inner is None:
+            encode = self._tokenizer.encode
+            return tuple(encode(text, add_special_tokens=False, split_special_tokens=True))
+        self._inner.encode_special_tokens = True
+        return tuple(self._inner.encode(text, add_special_tokens=False).ids)
+
+    def _fitting(
+        self, encoders: Sequence[Callable[[str], Ids]], text: str, ends: Sequence[Ids]
+    ) -> Ids:
+        """Return the encoding of a text with which all of some encoded texts end."""
+        encodings = [encode(text) for encode in encoders]
+        return next(
+            (ids for ids in encodings if all(_ends_with(end, ids) for end in ends)), encodings[-1]
+        )
+
+    def _marked(self, text: str) -> Ids:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _marked_inside(self, text: str) -> Ids:
+        if self._inner is None:
+            return self._marked(text)
+        self._inner.encode_special_tokens = False
+        return tuple(self._inner.encode(text, add_special_tokens=False).ids)
+
+
+def _ends_with(whole: Ids, end: Ids) -> bool:
+    return whole[len(whole) - len(end) :] == end if end else True
+
+
+def _without_leading_space(tokenizer: Tokenizer) -> Tokenizer | None:
+    """Copy a tokenizer, without what puts a space before a text; None if nothing does."""
+    state = json.loads(tokenizer.to_str())
+    steps = {name: _strip(state[name]) for name in ("normalizer", "pre_tokenizer")}
+    if all(state[name] == step for name, step in steps.items()):
+        return None
+    inner = Tokenizer.from_str(json.dumps(state | steps))
+    inner.no_truncation()
+    inner.no_padding()
+    return inner
+
+
+def _strip(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Copy the state of a normalizer or pre-tokenizer, without adding a space; None: no step."""
+    match step:
+        case {"type": "Prepend"}:
+            return None
+        case {"type": "Metaspace"}:
+            return step | {"prepend_scheme": "never"}
+        case {"type": "ByteLevel", "add_prefix_space": True}:
+            return step | {"add_prefix_space": False}
+        case {"type": "Sequence"}:
+            name = "normalizers" if "normalizers" in step else "pretokenizers"
+            stripped = [_strip(each) for each in step[name]]
+            return step | {name: [each for each in stripped if each is not None]}
+        case _:
+            return step
