@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -347,3 +348,14 @@ class Batch:
     def num_loss_tokens(self) -> int:
         """Number of tokens that enter the loss."""
         return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What the prompts and completions of a run depend on besides its config."""
+
+    created: datetime
+    """Local time at which the run was created. Chat templates that write the date write this one,
+    however much later the run is resumed or audited."""
+    end_token_ids: tuple[int, ...] = ()
+    """Tokens at which the initial model's own config ends a sequence."""

@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 MAX_CHARS = 2000
 """Longer answers are not read as mathematics."""
@@ -41,7 +42,7 @@ _CHARACTERS = str.maketrans(
 )
 _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 _DOUBLED = re.compile(r"\\\\(?=[A-Za-z])")  # a backslash that was escaped once too often
-_REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+_REWRITES: tuple[tuple[re.Pattern[str], Any], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"^\s*\*\*(?P<inside>[^*]+)\*\*\s*$", r"\g<inside>"),
@@ -60,7 +61,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<!\\)\\(?:[,:;> ]|quad(?![A-Za-z])|qquad(?![A-Za-z]))|~", " "),
         (r"\^(?:\\circ(?![A-Za-z])|\{\\circ\})|\\degree(?![A-Za-z])", ""),
         (r"\\(?:text|mbox|textrm)\{[^{}]*[:=]\s*\}\s*(?=[^\s])", ""),  # a label before the value
-    )  # pyright: ignore[reportArgumentType]
+    )
 )
 _WRAPPERS = frozenset(
     [

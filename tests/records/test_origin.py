@@ -5,7 +5,8 @@ from datetime import datetime
 import pytest
 
 from tir_alp.config import Config
-from tir_alp.records.folder import Origin, RunFolder, read_origin
+from tir_alp.records.folder import RunFolder, read_origin
+from tir_alp.types import Origin
 
 
 def test_the_origin_of_a_run_is_read_back(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,12 @@ from tir_alp.algorithm.formula import formula
 from tir_alp.config import Config
 from tir_alp.records.run_lock import RunLock
 from tir_alp.records.trajectories import to_record
-from tir_alp.types import Batch, Trajectory, TrajectoryGroup
+from tir_alp.types import Batch, Origin, Trajectory, TrajectoryGroup
 
 STEP_FOLDERS = ("trajectories", "replaced", "ledger")
 """Subfolders that hold one file per step."""
 
 _ORIGIN = "origin.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What the prompts and completions of a run depend on besides its config."""
-
-    created: datetime
-    """Local time at which the run was created. Chat templates that write the date write this one,
-    however much later the run is resumed or audited."""
-    end_token_ids: tuple[int, ...] = ()
-    """Tokens at which the initial model's own config ends a sequence."""
 
 
 class RunFolder:

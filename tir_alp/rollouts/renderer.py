@@ -18,13 +18,12 @@ from tokenizers.decoders import DecodeStream
 
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion
-from tir_alp.records.folder import Origin
 from tir_alp.rollouts.chat_template import ChatTemplate, check_prefix_stability
 from tir_alp.rollouts.end_marks import end_mark, is_mark
 from tir_alp.rollouts.surrogates import SURROGATE
 from tir_alp.rollouts.text_encoder import EncodedFrame, TextEncoder
 from tir_alp.tools.calls import HERMES, CallFormat, canonical, has_call
-from tir_alp.types import StopReason, TokenSpan, cut_version_spans
+from tir_alp.types import Origin, StopReason, TokenSpan, cut_version_spans
 
 
 class PromptTooLong(ValueError):

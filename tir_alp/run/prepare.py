@@ -16,7 +16,7 @@ from typing import Any
 
 from tir_alp.config import Config
 from tir_alp.models.tiny import SHIPPED
-from tir_alp.records.folder import Origin, RunFolder, read_origin
+from tir_alp.records.folder import RunFolder, read_origin
 from tir_alp.records.trajectories import state_from_record
 from tir_alp.rollouts.data import Order, Task, left_out, load_held_out, load_order
 from tir_alp.rollouts.environment import make_environment
@@ -26,6 +26,7 @@ from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Position
 from tir_alp.training.policy import load_tokenizer
 from tir_alp.training.structure import declared_end_token_ids
+from tir_alp.types import Origin
 
 _NUM_NAMED = 20  # rows that were left out
 
