@@ -54,13 +54,13 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\rangle(?![A-Za-z])", ")"),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\lg(?![A-Za-z])", r"\\log_{10}"),
-        (r"\\(?:le|ge|ne)q(?![A-Za-z])", lambda match: match[0][:-1]),
+        (r"\\(le|ge|ne)q(?![A-Za-z])", r"\\\1"),
         (r"(?<=\d)(?:\\[,:;! ]|~|\{,\}|,\\!)(?=\d\d\d(?!\d))", ","),
         (r"\\!", ""),
         (r"(?<!\\)\\(?:[,:;> ]|quad(?![A-Za-z])|qquad(?![A-Za-z]))|~", " "),
         (r"\^(?:\\circ(?![A-Za-z])|\{\\circ\})|\\degree(?![A-Za-z])", ""),
         (r"\\(?:text|mbox|textrm)\{[^{}]*[:=]\s*\}\s*(?=[^\s])", ""),  # a label before the value
-    )  # pyright: ignore[reportArgumentType]
+    )
 )
 _WRAPPERS = frozenset(
     [
