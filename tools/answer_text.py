@@ -15,6 +15,7 @@ from fractions import Fraction
 MAX_CHARS = 2000
 """Longer answers are not read as mathematics."""
 _MAX_DIGITS = 4000
+_MAX_UNIT_CHARS = 80
 _MAX_EXPONENT = 4000
 
 _CHARACTERS = str.maketrans(
@@ -121,7 +122,7 @@ def _without_units(text: str) -> str:
     if units and units.start() and read_number(flat(text[: units.start()])):
         text = text[: units.start()]
     text = flat(text)
-    words = _WORDS.search(text)
+    words = _WORDS.search(text, max(0, len(text) - _MAX_UNIT_CHARS))
     if words and not _NO_UNITS.search(words["words"]) and words["words"].lower() != "percent":
         number = text[: words.start()].strip()
         if read_number(number) is not None:
