@@ -283,7 +283,7 @@ def _is_unevaluated(value: Any) -> bool:
         factors = [each for each in value.args if each not in (1, -1)]
         plain = [each for each in factors if _is_plain(each)]
         below = [each for each in factors if _is_reciprocal(each)]
-        if any(not each.as_base_exp()[0].is_Integer for each in below):
+        if any(not each.args[0].is_Integer for each in below):
             return True
         if len(plain) > 1 or len(below) > 1 or (below and plain and not plain[0].is_Integer):
             return True

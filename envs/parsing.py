@@ -12,7 +12,12 @@ from dataclasses import dataclass
 
 from tir_alp.tools.calls import BadCall, CallFormat, ToolCall, find_call, prose
 
-_BRACE = re.compile(r"(?P<box>\\boxed\s*\{)|(?P<open>\{)|(?P<close>\})|\\.", re.DOTALL)
+_BRACE = re.compile(
+    r"(?P<box>\\{1,2}(?:boxed|fbox)\s*\{)|(?P<open>\{)|(?P<close>\})"
+    r"|\\{1,2}boxed(?:\s*(?P<bare>[+-]?\d+(?:[.,]\d+)*)|\s+(?P<letter>[A-Za-z])(?![A-Za-z]))"
+    r"|\\.",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +30,8 @@ class Answer:
 def extract_boxed(text: str) -> str | None:
     r"""Return the content of the last `\boxed{...}`, or None.
 
-    Braces are matched. A box that is never closed does not count; of nested boxes, the inner one
-    does.
+    `\fbox{...}`, `\boxed 5` and `\\boxed{...}` are boxes too. Braces are matched. A box that is
+    never closed does not count; of nested boxes, the inner one does.
 
     Example:
         >>> extract_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}}")
@@ -35,7 +40,9 @@ def extract_boxed(text: str) -> str | None:
     open_boxes: list[int | None] = []  # start of each open brace's content; None: not a box
     last: tuple[int, int] | None = None
     for brace in _BRACE.finditer(text):
-        if brace["box"]:
+        if brace["bare"] or brace["letter"]:  # TeX reads a box without braces too
+            last = (brace.start("bare" if brace["bare"] else "letter"), brace.end())
+        elif brace["box"]:
             open_boxes.append(brace.end())
         elif brace["open"]:
             open_boxes.append(None)

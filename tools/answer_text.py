@@ -16,6 +16,7 @@ from typing import Any
 MAX_CHARS = 2000
 """Longer answers are not read as mathematics."""
 _MAX_DIGITS = 4000
+_MAX_UNIT_CHARS = 80
 _MAX_EXPONENT = 4000
 
 _CHARACTERS = str.maketrans(
@@ -55,7 +56,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], Any], ...] = tuple(
         (r"\\rangle(?![A-Za-z])", ")"),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\lg(?![A-Za-z])", r"\\log_{10}"),
-        (r"\\(?:le|ge|ne)q(?![A-Za-z])", lambda match: match[0][:-1]),
+        (r"\\(le|ge|ne)q(?![A-Za-z])", r"\\\1"),
         (r"(?<=\d)(?:\\[,:;! ]|~|\{,\}|,\\!)(?=\d\d\d(?!\d))", ","),
         (r"\\!", ""),
         (r"(?<!\\)\\(?:[,:;> ]|quad(?![A-Za-z])|qquad(?![A-Za-z]))|~", " "),
@@ -122,7 +123,7 @@ def _without_units(text: str) -> str:
     if units and units.start() and read_number(flat(text[: units.start()])):
         text = text[: units.start()]
     text = flat(text)
-    words = _WORDS.search(text)
+    words = _WORDS.search(text, max(0, len(text) - _MAX_UNIT_CHARS))
     if words and not _NO_UNITS.search(words["words"]) and words["words"].lower() != "percent":
         number = text[: words.start()].strip()
         if read_number(number) is not None:

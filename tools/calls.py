@@ -17,11 +17,11 @@ its end is known as soon as the mark is written.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tir_alp.tools.fenced import code_blocks
+from tir_alp.tools.fenced import BlockScanner, code_blocks
 
 CallFormat = Literal["fenced", "tool_call", "none"]
 CALL_FORMATS: tuple[CallFormat, ...] = ("fenced", "tool_call", "none")
@@ -138,16 +138,32 @@ def write_call(call: ToolCall, call_format: CallFormat) -> str | None:
     return text if find_call(text, call_format) == call else None
 
 
-def has_call(text: str, call_format: CallFormat, marks: CallMarks = HERMES) -> bool:
-    """Whether a text contains a complete call, after which generation should stop.
+def call_watcher(call_format: CallFormat, marks: CallMarks = HERMES) -> Callable[[str], bool]:
+    """Return a function to feed a text to, piece by piece; True once it contains a complete call.
 
-    Always False if only the end of the turn ends a call: then the end-of-turn token stops it.
+    Generation should stop there. It never returns True if only the end of the turn ends a call:
+    then the end-of-turn token stops it.
     """
     if call_format == "fenced":
-        return any(block.is_python for block in code_blocks(text))
-    if call_format == "tool_call" and marks.opening and marks.closing:
-        return any(block.is_complete for block in call_blocks(text, marks))
-    return False
+        scanner = BlockScanner()
+        return lambda piece: any(block.is_python for block in scanner.feed(piece))
+    if call_format == "none" or not marks.opening or not marks.closing:
+        return lambda piece: False
+    text = ""
+
+    def watch(piece: str) -> bool:
+        nonlocal text
+        text += piece
+        return marks.closing[-1] in piece and any(
+            block.is_complete for block in call_blocks(text, marks)
+        )
+
+    return watch
+
+
+def has_call(text: str, call_format: CallFormat, marks: CallMarks = HERMES) -> bool:
+    """Whether a text contains a complete call, after which generation should stop."""
+    return call_watcher(call_format, marks)(text)
 
 
 def canonical(text: str, marks: CallMarks) -> str:

@@ -10,15 +10,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-PYTHON_TAGS = frozenset({"", "py", "python"})
+PYTHON_TAGS = frozenset({"", "py", "py3", "python", "python3", "ipython", "ipython3"})
 
-# At the start of a line any tag opens a block. Within a line, where base models like to write
-# "Let me see: ```python", the tag is required: a bare ``` might end inline code.
+_WRITTEN_TAGS = PYTHON_TAGS - {""}
 _OPENING = re.compile(
-    r"^```(?P<tag>[^`\n]*)\n|```(?P<python>[ \t]*py(?:thon)?[ \t]*\r?)\n",
-    re.MULTILINE | re.IGNORECASE,
+    r"(?P<indent>[ \t]*)(?P<fence>`{3,}(?=[^`]*\Z)|~{3,})(?P<info>.*)\Z", re.DOTALL
 )
-_CLOSING = re.compile(r"^```", re.MULTILINE)
+_LIST_ITEM = re.compile(r"[ \t]*(?:[-*+]|\d{1,9}[.)])[ \t]+")
+_TAG = re.compile(r"[\s{.]*(?P<tag>[^\s{},]*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +44,132 @@ class CodeBlock:
         return self.is_complete and self.tag in PYTHON_TAGS
 
 
-def code_blocks(text: str) -> Iterator[CodeBlock]:
-    r"""Yield the fenced blocks of a text in order.
+class BlockScanner:
+    r"""Finds fenced blocks in a text that is fed piece by piece, in linear time.
 
-    A closing fence is ``` at the very start of a line, whatever follows. So the end of a block is
-    known as soon as its third backtick is written, and ``` within a line of code is code.
+    At the start of a line, which may be indented, three or more backticks or tildes open a block,
+    with any tag. Within a line, where base models like to write "Let me see: ```python", the tag of
+    Python is required: a bare ``` might end inline code.
+
+    A block ends at as many backticks (or tildes) at the start of a line, indented no more than its
+    opening, whatever follows. So its end is known as soon as the last of them is written, and ```
+    within a line of code is code. One exception: a line of Python that ends with the fence closes
+    the block when the line has ended, unless the fence is in a string or a comment.
     """
-    position = 0
-    while opening := _OPENING.search(text, position):
-        tag = (opening["tag"] or opening["python"] or "").strip().lower()
-        closing = _CLOSING.search(text, opening.end())
-        code_end = closing.start() if closing else len(text)
-        position = closing.end() if closing else len(text)
-        yield CodeBlock(
-            tag=tag,
-            code=text[opening.end() : code_end],
-            start=opening.start(),
-            end=position,
-            is_complete=closing is not None,
+
+    def __init__(self) -> None:
+        self._position = 0  # in the text, of the next character
+        self._line: list[str] = []
+        self._line_start = 0
+        self._head = ""  # first characters of the line
+        self._closed_at = 0  # index in the line after a fence that closed a block
+        self._fence = ""  # of the open block; empty: none is open
+        self._indent = 0
+        self._tag = ""
+        self._start = 0
+        self._code: list[str] = []
+        self._num_quotes = [0, 0]  # triple quotes in the code so far
+
+    def feed(self, piece: str) -> list[CodeBlock]:
+        """Read more text; return the blocks that are complete with it."""
+        found: list[CodeBlock] = []
+        for line in _lines(piece):
+            self._feed_line(line, found)
+        return found
+
+    def open_block(self) -> CodeBlock | None:
+        """Return the block that is still open at the end of the text, or None."""
+        if not self._fence:
+            return None
+        code = "".join([*self._code, self._dedented("".join(self._line))])
+        return CodeBlock(self._tag, code, self._start, self._position, is_complete=False)
+
+    def _feed_line(self, part: str, found: list[CodeBlock]) -> None:
+        """Read a part of a line, up to its end at most."""
+        self._line.append(part)
+        self._position += len(part)
+        if self._fence:
+            room = self._indent + len(self._fence) - len(self._head)
+            if room > 0:
+                self._read_head(part[:room], found)
+        if part[-1] != "\n":
+            return
+        line = part if len(self._line) == 1 else "".join(self._line)
+        if not self._fence:
+            if "```" in line or "~~~" in line:
+                self._read_opening(line)
+        elif self._fence in line and self._ends_with_fence(line):
+            code = line.rstrip()[: -len(self._fence)].rstrip()
+            self._code.append(self._dedented(code) + "\n")
+            found.append(self._close(self._position))
+        else:
+            self._code.append(self._dedented(line) if self._indent else line)
+            self._num_quotes[0] += line.count('"""')
+            self._num_quotes[1] += line.count("'''")
+        self._line, self._line_start, self._head = [], self._position, ""
+        self._closed_at = 0
+
+    def _read_head(self, characters: str, found: list[CodeBlock]) -> None:
+        """Read the first characters of a line in a block, which may be the closing fence."""
+        self._head += characters
+        margin = len(self._head) - len(self._head.lstrip(" \t"))
+        if margin <= self._indent and self._head.startswith(self._fence, margin):
+            self._closed_at = margin + len(self._fence)
+            found.append(self._close(self._line_start + self._closed_at))
+
+    def _close(self, end: int) -> CodeBlock:
+        block = CodeBlock(self._tag, "".join(self._code), self._start, end, is_complete=True)
+        self._fence, self._indent, self._code = "", 0, []
+        return block
+
+    def _read_opening(self, line: str) -> None:
+        rest = line[:-1]
+        if not self._closed_at and (opening := _OPENING.match(rest)):
+            fence, info = opening["fence"], opening["info"]
+            start, indent = opening.start("fence"), len(opening["indent"])
+        else:
+            last = rest.rfind("```")
+            start = len(rest[: last + 3].rstrip("`"))
+            fence, info = rest[start : last + 3], rest[last + 3 :]
+            if last < 0 or start < self._closed_at or _tag(info) not in _WRITTEN_TAGS:
+                return
+            if len(_TAG.match(info)[0]) < len(info.rstrip(" \t\r}")):  # type: ignore[index]
+                return
+            item = _LIST_ITEM.fullmatch(rest, 0, start)
+            indent = start if item and not self._closed_at else 0
+        self._fence, self._indent, self._tag = fence, indent, _tag(info)
+        self._start, self._code, self._num_quotes = self._line_start + start, [], [0, 0]
+
+    def _ends_with_fence(self, line: str) -> bool:
+        code = line.rstrip()
+        if self._tag not in PYTHON_TAGS or not code.endswith(self._fence):
+            return False
+        code = code[: -len(self._fence)]
+        is_code = bool(code.strip()) and not code.endswith(self._fence[0]) and "#" not in code
+        return is_code and all(
+            (count + code.count(quote * 3)) % 2 == 0 and code.count(quote) % 2 == 0
+            for count, quote in zip(self._num_quotes, "\"'", strict=True)
         )
+
+    def _dedented(self, line: str) -> str:
+        margin = len(line) - len(line.lstrip(" \t"))
+        return line[min(margin, self._indent) :]
+
+
+def code_blocks(text: str) -> Iterator[CodeBlock]:
+    r"""Yield the fenced blocks of a text in order; `BlockScanner` defines what they are."""
+    scanner = BlockScanner()
+    yield from scanner.feed(text)
+    if (block := scanner.open_block()) is not None:
+        yield block
+
+
+def _tag(info: str) -> str:
+    match = _TAG.match(info)
+    return match["tag"].lower() if match else ""
+
+
+def _lines(text: str) -> list[str]:
+    """Split a text after each line feed, and nowhere else."""
+    lines = text.split("\n")
+    return [f"{line}\n" for line in lines[:-1]] + lines[-1:] * bool(lines[-1])

@@ -1,8 +1,11 @@
 """Pairs of an answer and a truth, by kind: right ones, wrong ones."""
 
+import time
+
 import pytest
 
 from tir_alp.envs.grading import Grade, grade
+from tir_alp.tools.answer_text import MAX_CHARS, read_number, tidy
 from tir_alp.tools.outcome import Outcome
 
 WRONG = [
@@ -313,3 +316,14 @@ def test_a_right_answer_is_right_however_it_is_written(answer, truth):
 def test_no_truth_makes_a_wrong_answer_vanish(truth):
     assert grade("-1000001", truth) == Grade(correct=False)
     assert grade(truth, truth).correct is True
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["1", "1,", "1 ", "\\text{a}", "{", "a ", "e", "\\frac{", "(A", "_", "^{", "\\left", "="],
+)
+def test_the_longest_texts_are_tidied_and_read_quickly(piece):
+    begin = time.process_time()
+    for text in (piece * MAX_CHARS)[:MAX_CHARS], f"5 {piece * MAX_CHARS}"[:MAX_CHARS]:
+        read_number(tidy(text))
+    assert time.process_time() - begin < 0.2

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tir_alp.envs.parsing import Answer, extract_boxed, parse_action
-from tir_alp.tools.calls import ToolCall, find_call, write_call
+from tir_alp.tools.calls import ToolCall, call_watcher, find_call, write_call
 from tir_alp.tools.fenced import code_blocks
 
 
@@ -84,6 +84,80 @@ def test_a_block_is_found_as_soon_as_its_closing_fence_is_written():
     assert calls == [False] * len(text) + [True]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1. First\n   ```python\n   a = 1\n   ```\n2. Then",
+        "- ```python\n  a = 1\n  ```\n",
+        "```python3\na = 1\n```",
+        "```ipython\na = 1\n```",
+        '```python title="a.py"\na = 1\n```',
+        "```{python}\na = 1\n```",
+        "``` {.python .numberLines}\na = 1\n```",
+        "~~~python\na = 1\n~~~",
+        "````python\na = 1\n````",
+        "see ```python3\na = 1\n```",
+        "```python\na = 1```\n",
+        "```python\na = 1 ``` \nthen",
+    ],
+)
+def test_what_models_write_around_code_is_a_call(text):
+    assert parse_action(text) == call("a = 1\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("````python\na\n```\nb\n````", "a\n```\nb\n"),
+        ("~~~py\na\n```\n~~~", "a\n```\n"),
+        ("  ```py\n  if a:\n      b\n  ```", "if a:\n    b\n"),
+        ('```py\nx = """\nsee ```\n"""\n```', 'x = """\nsee ```\n"""\n'),
+        ("```py\nx = 1  # ```\n```", "x = 1  # ```\n"),
+        ('```py\nx = "```\n```', 'x = "```\n'),
+    ],
+)
+def test_a_fence_within_code_is_code(text, code):
+    assert parse_action(text) == call(code)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I use ```python code here\nx\n```",
+        "```python\na = 1```",
+        "`````\na\n```",
+        "> x ```\ny\n```",
+    ],
+)
+def test_what_only_resembles_a_block_is_no_call(text):
+    assert not isinstance(parse_action(text), ToolCall)
+
+
+@pytest.mark.parametrize("piece", ["`", "\n`", "```\n", "```py\n", "~", "a\n", "x```\n"])
+def test_a_stop_rule_that_reads_piece_by_piece_is_linear(piece):
+    def seconds(count):
+        watch = call_watcher("fenced")
+        watch("```json\n")
+        begin = time.process_time()
+        for _ in range(count):
+            watch(piece)
+        return time.process_time() - begin
+
+    seconds(1000)
+    short, long = (min(seconds(count) for _ in range(3)) for count in (20_000, 80_000))
+    assert long < 10 * short  # four times as much; quadratic would be 16 times
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(["```", "```py\n", "  ", "~~~", "\n", "x", "`", "- ", "a```\n"])))
+def test_the_stop_rule_fires_at_the_end_of_the_block_that_is_parsed(pieces):
+    text = "".join(pieces)
+    block = next((block for block in code_blocks(text) if block.is_python), None)
+    watch = call_watcher("fenced")
+    fired = next((index + 1 for index, each in enumerate(text) if watch(each)), None)
+    assert fired == (None if block is None else block.end)
+
+
 # --------------------------------------------------------------------------------- answers
 
 
@@ -103,8 +177,13 @@ def test_a_block_is_found_as_soon_as_its_closing_fence_is_written():
         (r"\boxed{}", ""),
         (r"\boxed{7", None),
         (r"\boxed{\frac{1}{2}", None),
-        (r"\boxed 7", None),
-        (r"a row\\boxed{7}", None),
+        (r"\boxed 7", "7"),
+        (r"\boxed 3.5.", "3.5"),
+        (r"\boxed -1,234 so", "-1,234"),
+        (r"\boxed C", "C"),
+        (r"\boxed nothing", None),
+        (r"\\boxed{7}", "7"),
+        (r"\fbox{7}", "7"),
         ("42", None),
         ("", None),
     ],

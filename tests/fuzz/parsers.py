@@ -111,7 +111,7 @@ def read(text: str, seen: Counter[str]) -> None:
         else:
             answer = boxed_answer(text, call_format)
             assert (answer is None) == (action is None)
-            assert answer is None or ("\\boxed" in text and answer in text)
+            assert answer is None or (re.search(r"\\boxed|\\fbox", text) and answer in text)
     extract_boxed(text)
     read_call(text)
     for marks in _MARKS:

@@ -22,8 +22,10 @@ from tir_alp.rollouts.chat_template import ChatTemplate, check_prefix_stability
 from tir_alp.rollouts.end_marks import end_mark, is_mark
 from tir_alp.rollouts.surrogates import SURROGATE
 from tir_alp.rollouts.text_encoder import EncodedFrame, TextEncoder
-from tir_alp.tools.calls import HERMES, CallFormat, canonical, has_call
+from tir_alp.tools.calls import HERMES, CallFormat, call_watcher, canonical
 from tir_alp.types import Origin, StopReason, TokenSpan, cut_version_spans
+
+_MAX_PENDING = 16  # tokens that are no whole character yet
 
 
 class PromptTooLong(ValueError):
@@ -159,17 +161,21 @@ class Renderer:
         The end of a call may be spread over several tokens, and a token may extend past it; the
         token that completes the call is the last one to keep.
         """
-        last = {"fenced": "`", "tool_call": self.marks.closing[-1:], "none": ""}[self.call_format]
+        watch = call_watcher(self.call_format, self.marks)
         stream = DecodeStream(skip_special_tokens=False)
-        text = ""
+        num_pending = 0
 
         def feed(token_id: int) -> bool:
-            nonlocal text
+            nonlocal stream, num_pending
             piece = stream.step(self._tokenizer.backend_tokenizer, token_id)
             if piece is None:  # part of a character
-                return False
-            text += piece
-            return bool(last) and last in piece and has_call(text, self.call_format, self.marks)
+                num_pending += 1
+                if num_pending < _MAX_PENDING:
+                    return False
+                # No character is that long: a stream would decode all of it again and again.
+                stream, piece = DecodeStream(skip_special_tokens=False), "\ufffd"
+            num_pending = 0
+            return watch(piece)
 
         return feed
 
