@@ -80,7 +80,7 @@ def test_the_id_of_a_call_has_the_form_that_templates_demand():
             + "{% if m.role == 'tool' and loop.index == 3 %}<first>{% endif %}"
             + TURN
             + CLOSE,
-            "it does not write the output after turn 2 as it writes the first one",
+            r"output after turn 2 as it writes the first one: '\|tool\|>.* instead of 'first>",
         ),
         (
             START

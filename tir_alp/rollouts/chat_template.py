@@ -25,6 +25,7 @@ _NAME, _KEY, _VALUE = "probe_tool", "probe_key", "probe_value"
 _ID = "000000000"  # the id of every call; Mistral's templates want nine letters or digits
 _PADDING = ("\t\n", "\n\t")  # around a content, to see whether a template strips it
 _FENCED_TOOL = "python"  # the tool that fenced code calls
+_LAST_WORDS = "\u2068words\u2069"
 _NUM_CALLS = 8  # in the conversation that reveals rewriting: some templates drop only early turns
 
 Message = Mapping[str, Any]
@@ -278,7 +279,7 @@ def grow_conversation(template: ChatTemplate) -> GrowingConversation:
     name = template.tool_names[0]
     thoughts = [f"\u2068thought {turn}\u2069" for turn in range(_NUM_CALLS + 1)]
     outputs = [f"\u2068output {turn}\u2069{100 * ' of some words'}" for turn in range(_NUM_CALLS)]
-    contents = [f"<think>\n{each}\n</think>\n\n\u2068words\u2069" for each in thoughts]
+    contents = [f"<think>\n{each}\n</think>\n\n{_LAST_WORDS}" for each in thoughts]
     turns: list[Message] = [{"role": "assistant", "content": each} for each in contents]
     if template.tools and template.call_marks().opening:
         turns[:-1] = [template.call(each, name) for each in contents[:-1]]
@@ -361,10 +362,11 @@ def _deviations(grown: GrowingConversation, frame: Frame) -> Iterator[str]:
         if not longer.startswith(prompt):
             yield f"it does not keep the prompt for turn {turn}: {_difference(prompt, longer)}"
         if not longer.endswith(observation):
-            end = longer[-len(observation) :]
+            words = grown.contents[turn - 1][-len(_LAST_WORDS) :]
+            written = longer.rpartition(words)[2] if words else longer[-len(observation) :]
             yield (
                 f"it does not write the output after turn {turn} as it writes the first one: "
-                f"{_difference(observation, end)}"
+                f"{_difference(observation, written)}"
             )
         written = longer[len(prompt) : len(longer) - len(observation)]
         if not _is_written(grown.contents[turn - 1], prompt, written, grown.has_calls):
