@@ -303,7 +303,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"tir_alp.train: {error}", file=sys.stderr)
         return 3
     except (Interrupted, KeyboardInterrupt):
-        print("tir_alp.train: interrupted", file=sys.stderr)
+        print("tir_alp.train: interrupted; --resume goes on from the last checkpoint")
         return 130
     return 0
 
