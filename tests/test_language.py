@@ -17,11 +17,11 @@ UNITS = (
 COUNTED = (
     r"%|byte|bytes|calls|column|columns|completions|container|core|cores|digest|entry"
     r"|episodes|file|files|folder|function|GB|GPU|GPUs|groups|line|lines|MB|ms|nat|nats"
-    r"|numbers|one|page|process|processes|requests|row|rows|runs|scale|seconds|second"
+    r"|numbers|one|page|process|processes|requests|row|rows|scale|seconds|second"
     r"|sentence|steps|task|tasks|test|thread|threads|times|token|tokens|TOML|trajectories"
     r"|word"
 )
-PER = re.compile(rf"(?<![\w-])({COUNTED}) an? ({UNITS})\b")
+PER = re.compile(rf"(?<![\w-])({COUNTED}) an? ({UNITS})\b", re.IGNORECASE)
 BEHIND = re.compile(r"\bbehind\b")
 
 

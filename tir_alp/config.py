@@ -21,24 +21,25 @@ from tir_alp.algorithm.section import Section
 
 
 class ModelConfig(Section):
-    """The policy."""
+    """The model that is trained."""
 
     path: str = "tiny"
-    """A Hugging Face folder or id; `tiny` and `tiny-able` come with the package."""
+    """Folder or Hugging Face id of the model; `tiny` and `tiny-able` come with the package."""
     system: str = ""
-    """System prompt; empty for none."""
+    """System prompt; empty: none."""
     rewritten_history: Literal["refuse", "append"] = "refuse"
-    """What to do with a chat template that rewrites what was said, e.g. drops thinking: refuse it,
-    or append all the same, so that the history is what was sampled."""
+    """What to do with a chat template that rewrites earlier turns, e.g. drops thinking: refuse it,
+    or append to the history as it was sampled, which differs from what the template would write."""
 
 
 class EnvConfig(Section):
     """The environment, a `gymnasium.Env` whose observations and actions are texts."""
 
     id: str = "tir_alp.envs:PythonMath-v0"
-    """What `gymnasium.make` takes: `module:Name-vN`; the module registers it."""
+    """Id for `gymnasium.make`, such as `my_env:Mine-v0`; the module before the colon registers
+    it."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the environment."""
+    """Keyword arguments of the environment."""
 
 
 SOURCES = {
@@ -63,28 +64,29 @@ class SourceConfig(Section):
     """Name of a data set of reasoning-gym, e.g. "gcd"; id or folder of a data set of the hub;
     passed on to a source of your own."""
     subset: str | None = None
-    """Of a data set of the hub that has several."""
+    """Name of the subset, for a data set of the hub that has several."""
     split: str = "train"
-    """Of a data set of the hub: what to take of it."""
+    """Name of the split to use, for a data set of the hub."""
     path: Path | None = None
-    """A file with one JSON object a line, or a parquet file; see `tir_alp.rollouts.data_files`."""
+    """A file with one JSON object per line, or a parquet file; see docs/data.md."""
     question_column: str = "question"
-    """Of a file's or the hub's rows; dots lead into objects."""
+    """Column that holds the question, in files and data sets of the hub; dots lead into objects."""
     answer_column: str = "answer"
-    """The same for the answer."""
+    """Column that holds the answer, likewise."""
     answer_pattern: str | None = None
     """Regular expression whose one group is the answer within the column's text, or `gsm8k` for
     columns that end with `#### 72`; None: the whole text, or what follows `####` on a last line."""
     broken_rows: Literal["fatal", "skip"] = "fatal"
-    """What becomes of a row that cannot be read: it is named either way."""
+    """What to do with a row that cannot be read: refuse the data, or leave the row out. Either way
+    the row is named."""
     min_question_chars: int = Field(default=0, ge=0)
-    """Rows with a shorter question are left out."""
+    """Leave out rows with a shorter question, in characters."""
     max_question_chars: int | None = Field(default=None, ge=1)
-    """Rows with a longer question are left out; None: none are."""
+    """Leave out rows with a longer question, in characters; None: no limit."""
     num_tasks: int = Field(default=100_000, ge=1)
-    """Tasks in an epoch, where they are generated; a file has as many as it has."""
+    """Tasks per epoch, for sources that generate tasks; files ignore it."""
     seed: int = Field(default=0, ge=0)
-    """Which tasks are generated. Their order follows the seed of the run."""
+    """Seed of the generated tasks. The order of tasks follows the seed of the run."""
 
     @model_validator(mode="after")
     def _check_source(self) -> SourceConfig:
@@ -118,14 +120,14 @@ class MixedSource(SourceConfig):
     """One source of a mixture."""
 
     weight: float = Field(default=1.0, gt=0.0)
-    """Its share of the tasks, over the sum of all weights."""
+    """Share of the tasks that come from this source, relative to the sum of all weights."""
 
 
 class DataConfig(SourceConfig):
     """The tasks that a run trains on."""
 
     mix: tuple[MixedSource, ...] = ()
-    """Several sources, mixed by weight; instead of the settings of one."""
+    """Several sources, mixed by weight, instead of a single one."""
 
     @model_validator(mode="after")
     def _check_mix(self) -> DataConfig:
@@ -149,32 +151,34 @@ class RolloutConfig(OverlongConfig):
     """How trajectories are collected."""
 
     groups_per_step: int = Field(default=16, ge=1)
-    """Tasks of a training step."""
+    """Number of tasks, and so of groups, per training step."""
     group_size: int = Field(default=8, ge=1)
-    """Trajectories a task."""
+    """Trajectories per task."""
     max_staleness: int = Field(default=0, ge=0)
     """Steps by which the weights of a trajectory may lag; 0 is exactly on-policy rollouts."""
     hold: bool = False
     """For studies of staleness: train only when every group in flight has ended, so that weights
-    lag by exactly `max_staleness` steps, fewer in the first. Sampling and training take turns."""
+    lag by exactly `max_staleness` steps (fewer in the first steps). Sampling and training then take
+    turns."""
     on_update: OnUpdate = "wait"
-    """What new weights do to completions that are being sampled: they wait until those have ended,
-    let them go on, each token range with its own version and logprobs, or make them begin again."""
+    """What happens to running completions when new weights arrive: `wait` loads the weights after
+    they have ended; `keep` lets them go on, each range of tokens with its own version and logprobs;
+    `drop` starts them again."""
     max_turn_tokens: int = Field(default=2048, ge=1)
-    """Limit of one completion."""
+    """Limit of one completion, in tokens."""
     max_observation_tokens: int = Field(default=512, ge=1)
-    """A longer tool output loses tokens in its middle."""
+    """Limit of a tool output, in tokens; a longer one is cut in its middle."""
     temperature: float = Field(default=1.0, gt=0.0)
-    """Of the sampled distribution, which is also the one that is trained."""
+    """Sampling temperature. The same distribution is trained."""
     void_turns: Literal["keep", "mask_turn", "mask_trajectory"] = "mask_trajectory"
-    """What a turn with neither a code block nor an answer takes out of the loss (spec 3)."""
+    """What a turn with neither a complete call nor an answer takes out of the loss."""
     max_refills: int = Field(default=0, ge=0)
-    """Groups without signal, e.g. with equal rewards, that a step may replace by others; 0: they
-    are trained on, and teach nothing."""
+    """Number of groups without signal, e.g. with equal rewards, that a step may replace by new
+    groups; 0: they are trained on, and teach nothing."""
     generate_timeout_s: float = Field(default=600.0, gt=0.0)
-    """Deadline of one completion, queueing included."""
+    """Deadline of one completion in seconds, including the time in the queue."""
     env_timeout_s: float = Field(default=60.0, gt=0.0)
-    """Deadline of one call of the environment."""
+    """Deadline of one call of the environment, in seconds."""
 
 
 # --------------------------------------------------------------------------- the engine
@@ -519,53 +523,53 @@ EngineConfig = Annotated[
 
 
 class LoraConfig(Section):
-    """Adapters of low rank on every linear layer but the head; nothing else is trained.
+    """Adapters of low rank on every linear layer except the head; nothing else is trained.
 
-    They begin as no change at all: one factor random, the other 0.
+    At first they change nothing: one factor is random, the other is 0.
     """
 
     rank: int = Field(default=16, ge=1)
-    """Rank of what is added to a matrix."""
+    """Rank of the matrices that are added."""
     alpha: float = Field(default=32.0, gt=0.0)
-    """What is added is scaled by alpha / rank."""
+    """The added matrices are scaled by alpha / rank."""
 
 
 class TrainerConfig(Section):
-    """The optimizer, and where and in what memory it works."""
+    """The optimizer, and the device, precision and memory of the training step."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the policy is trained, and where the embedded engine samples: "cuda" is a GPU, "auto" a
-    GPU where there is one."""
+    """Where the policy is trained and where the embedded engine samples: `cuda` is a GPU, `auto` is
+    a GPU if there is one."""
     lr: float = Field(default=1e-6, gt=0.0)
-    """Learning rate of the weights, constant."""
+    """Learning rate of the weights; constant."""
     perturbation_lr: float = Field(default=5e-4, gt=0.0)
     """Learning rate of log sigma."""
     weight_decay: float = Field(default=0.01, ge=0.0)
-    """Of the weights; log sigma has none."""
+    """Weight decay of AdamW for the weights; log sigma has none."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """Of AdamW."""
+    """The two decay rates of AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0.0)
-    """The gradient of the weights is scaled down to it; log sigma's has the same bound alone."""
+    """Bound of the gradient norm of the weights, and, separately, of that of log sigma."""
     skip_grad_spike: float | None = Field(default=None, gt=1.0)
-    """Skip an update whose gradient norm is more than this many times the median of those before;
-    None: skip none but those that are not finite."""
+    """Skip an update whose gradient norm exceeds this multiple of the median of earlier norms;
+    None: skip only updates that are not finite."""
     updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer updates that the groups of a step are divided over."""
+    """Optimizer updates per step; the groups of the step are divided evenly over them."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
-    """Tokens of one forward; a longer trajectory has one of its own."""
+    """Tokens per forward pass; a longer trajectory has a forward pass of its own."""
     logprob_chunk_tokens: int = Field(default=2048, ge=1)
-    """Tokens whose logits stand in memory at a time."""
+    """Number of tokens whose logits are in memory at the same time."""
     gradient_checkpointing: bool = False
-    """Compute each layer a second time in the backward pass instead of keeping what it made."""
+    """Recompute each layer in the backward pass instead of keeping its activations."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the forward and backward pass. What is trained, its gradients' sums over ranks and over
-    micro-batches, sigma and the noise are float32 in any case."""
+    """Precision of the forward and backward pass. The trained weights, the sums of their gradients
+    over ranks and micro-batches, sigma and the noise are always float32."""
     offload: bool = False
-    """Keep weights, gradients and optimizer in the memory of the CPU between their uses."""
+    """Keep weights, gradients and optimizer state in CPU memory while they are not used."""
     lora: LoraConfig | None = None
-    """Train adapters instead of the weights; None: the weights."""
+    """Train adapters instead of the weights; None: train the weights."""
     rank_timeout_s: float = Field(default=600.0, gt=0.0)
-    """Deadline of what the ranks do together: so long they wait for one that is late."""
+    """Deadline of each collective operation in seconds: how long ranks wait for a late one."""
 
 
 DoctorCheck = Literal[
@@ -579,36 +583,36 @@ DoctorCheck = Literal[
     "stop",
     "sync",
 ]
-"""What is checked before a run starts; `docs/audit.md` says how."""
+"""Names of the checks before a run starts; docs/audit.md describes them."""
 
 
 class EvalConfig(Section):
     """Evaluation on held-out tasks, before and after training."""
 
     num_tasks: int = Field(default=256, ge=1)
-    """Held-out tasks."""
+    """Number of held-out tasks."""
     samples: int = Field(default=1, ge=1)
-    """Trajectories a task: k of avg@k and pass@k."""
+    """Sampled trajectories per task: the k of avg@k and pass@k."""
     every: int = Field(default=0, ge=0)
-    """Also after every so many steps; 0: not."""
+    """Also evaluate after every this many steps; 0: only before and after training."""
     greedy: bool = True
-    """Also take one greedy trajectory a task."""
+    """Also play one greedy trajectory per task."""
 
 
 class CheckpointConfig(Section):
-    """What is saved."""
+    """When checkpoints are written, and how many are kept."""
 
     every: int = Field(default=20, ge=0)
-    """Steps between checkpoints; 0: only the last."""
+    """Steps between checkpoints; 0: only after the last step."""
     keep: int = Field(default=2, ge=1)
-    """So many newest checkpoints stay."""
+    """Number of newest checkpoints that are kept."""
 
 
 class DoctorConfig(Section):
     """The checks at the start of a run."""
 
     ignore: tuple[DoctorCheck, ...] = ()
-    """Those that may fail; the run says so and starts all the same."""
+    """Checks that may fail: the run prints a warning and starts anyway."""
 
 
 class ActorsConfig(Section):
@@ -678,17 +682,18 @@ class Config(Section):
     """A whole run."""
 
     name: str | None = None
-    """Folder of the run below `runs/`; None: made of algorithm, seed and time."""
+    """Name of the run's folder below `runs/`; None: made of algorithm, seed and time."""
     seed: int = Field(default=0, ge=0)
-    """Root of sampling, noise and order of tasks."""
+    """Root seed of sampling, of the noise and of the order of tasks."""
     steps: int = Field(default=100, ge=0)
-    """Training steps: each takes groups, updates, and gives the engine new weights."""
+    """Number of training steps. Each takes groups, updates, and gives the engine new weights."""
     deterministic: bool = False
-    """Admit work in logical order, not as it arrives: equal runs are equal bit for bit on a CPU."""
+    """Process work in logical order, not as it arrives, so that equal runs are equal bit for bit on
+    a CPU."""
     algorithm: Annotated[AlgorithmConfig, BeforeValidator(resolve_algorithm)] = ALGORITHMS[
         "alp_sequence"
     ]
-    """A preset by name, with any of its values changed."""
+    """The name of a preset, or its values with some of them changed."""
     model: ModelConfig = ModelConfig()
     env: EnvConfig = EnvConfig()
     data: DataConfig = DataConfig()
@@ -710,7 +715,9 @@ class Config(Section):
                 f"in rollout.max_context_tokens ({rollout.max_context_tokens})"
             )
         if rollout.hold and not rollout.max_staleness:
-            raise ValueError("rollout.hold needs a rollout.max_staleness to hold rollouts back for")
+            raise ValueError(
+                "rollout.hold needs rollout.max_staleness > 0: without it nothing is held back"
+            )
         self.engine.check(
             deterministic=self.deterministic,
             on_update=rollout.on_update,
@@ -723,13 +730,13 @@ class Config(Section):
             )
         if self.deterministic and rollout.max_refills:
             raise ValueError(
-                "deterministic needs rollout.max_refills = 0: when a group turns out to be without "
-                "signal, and so what the one in its place shares a forward with, follows the clock"
+                "deterministic needs rollout.max_refills = 0: when a group turns out to have no "
+                "signal, and so what its replacement is batched with, follows the clock"
             )
         if rollout.hold and rollout.max_refills:
             raise ValueError(
-                "rollout.hold needs rollout.max_refills = 0: groups in the place of others are "
-                "sampled with younger weights"
+                "rollout.hold needs rollout.max_refills = 0: replacements of groups are sampled "
+                "with newer weights"
             )
         if rollout.overlong_buffer_tokens >= rollout.max_context_tokens:
             raise ValueError(

@@ -16,8 +16,8 @@ async def evaluate(
 ) -> dict[str, float]:
     """Sample `samples` trajectories per task and, if `greedy`, play a greedy one as well.
 
-    The draws depend on the task's place and the runner's seed alone, so that two policies are
-    compared on the same ones. An episode that infrastructure breaks is left out, and counted.
+    The draws depend only on the task's position and the runner's seed, so that two policies are
+    compared on the same draws. An episode that infrastructure broke is left out and counted.
     """
 
     async def play(index: int, temperature: float | None) -> Trajectory | None:
@@ -38,5 +38,5 @@ async def evaluate(
         for task in range(len(tasks))
     ]
     best = [each for each in played[num_sampled:] if each is not None]
-    dropped = sum(trajectory is None for trajectory in played)
-    return {**evaluation_metrics(sampled, best), "eval/failed": dropped}
+    failed = sum(trajectory is None for trajectory in played)
+    return {**evaluation_metrics(sampled, best), "eval/failed": failed}

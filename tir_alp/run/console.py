@@ -1,4 +1,4 @@
-"""What a run shows in a terminal: a progress bar, and a live table of the last steps."""
+"""What a run shows in a terminal: a progress bar and a live table of the last steps."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Ctrl-C, and SIGTERM: the run ends where nothing is half done, so that it can be saved.
+"""Ctrl-C and SIGTERM: the run ends where nothing is half done, so that it can be saved.
 
-The second one ends the process as it would without this module.
+The second signal ends the process as it would without this module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(Exception):
-    """Somebody asked the run to end."""
+    """The user asked the run to end."""
 
 
 class Interrupt:
@@ -32,7 +32,7 @@ class Interrupt:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals, in the main thread and its event loop."""
+        """Handle the signals; in the main thread, and in its event loop."""
         loop = asyncio.get_running_loop()
 
         def ask() -> None:
@@ -50,10 +50,10 @@ class Interrupt:
                 loop.remove_signal_handler(each)
 
     async def interruptible(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do something that may be given up at any moment.
+        """Await work that may be cancelled at any moment.
 
         Raises:
-            Interrupted: If somebody asks before it has ended; it is cancelled then.
+            Interrupted: The user asked for an end first; the work is cancelled.
         """
         working = asyncio.ensure_future(work)
         asked = asyncio.ensure_future(self._asked.wait())

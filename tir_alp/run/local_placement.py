@@ -1,7 +1,7 @@
-"""What a run is made of, wherever it lives: in this process, or in actors of a cluster.
+"""The roles of a run in this process.
 
 The loop in `train` sees an engine, a trainer and environments. `LocalPlacement` makes them here;
-`tir_alp.cluster` makes the same in other processes, on this machine or on many.
+`tir_alp.cluster` makes them in other processes, on this machine or on others.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tir_alp.training.local_trainer import LocalTrainer
 
 
 class LocalPlacement:
-    """All in this process.
+    """Places all roles in this process.
 
     Args:
-        config: Of the run.
-        log: Told what happens to servers.
+        config: Config of the run.
+        log: Called with a line about what happens to the engine's servers.
     """
 
     def __init__(self, config: Config, log: Callable[[str], None] = print) -> None:

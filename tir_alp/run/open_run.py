@@ -105,7 +105,7 @@ async def open_run(
     """Open a run, new or from the newest whole checkpoint of the folder `resume`.
 
     Args:
-        config: Of the run.
+        config: Config of the run.
         placement: Where its trainer, engine and environments live.
         checks: Made before the run begins.
         resume: Folder of a run to go on with.

@@ -20,7 +20,7 @@ async def open_placement(
     """Open the placement that the config asks for.
 
     Args:
-        config: Of the run.
+        config: Config of the run.
         open_cluster: Used where the config names a cluster.
         log: Called with a line for people about what happens to the engine's servers.
 

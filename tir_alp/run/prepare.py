@@ -73,7 +73,7 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
     """Read all inputs of a run; it blocks, and takes seconds.
 
     Args:
-        config: Of the run.
+        config: Config of the run.
         resume: Folder of a run to go on with; None: a new run.
         log: Called with a line for people.
 

@@ -1,7 +1,6 @@
-"""Says what is stuck: which trajectory, in which turn, on which host, and since when.
+"""Reports waits that take long: which trajectory, in which turn, on which host, since when.
 
-It ends nothing; that is for the deadlines. It is there so that whoever watches a run need not wait
-for them.
+It ends nothing; deadlines do that. It lets the person who watches a run know before they pass.
 """
 
 from __future__ import annotations
@@ -19,24 +18,24 @@ class _Wait:
     where: str
     since: float = field(default_factory=time.monotonic)
     host: str = "this process"
-    is_told: bool = False
+    is_reported: bool = False
 
 
 _CURRENT: ContextVar[_Wait | None] = ContextVar("tir_alp.run.watchdog", default=None)
 
 
 def note_host(name: str) -> None:
-    """Say who works on what the caller waits for. A thread needs the context of the caller."""
+    """Name the host that works for the caller; a thread needs the context of its caller."""
     if (wait := _CURRENT.get()) is not None:
         wait.host = name
 
 
 class Watchdog:
-    """Knows what episodes wait for.
+    """Keeps track of what episodes wait for.
 
     Args:
-        after_s: A wait that is longer is worth a word, once.
-        log: Told a sentence.
+        after_s: Waits that are longer, in seconds, are reported once.
+        log: Called with a sentence about each such wait.
     """
 
     def __init__(self, after_s: float = 60.0, log: Callable[[str], None] = print) -> None:
@@ -45,7 +44,7 @@ class Watchdog:
 
     @contextmanager
     def waiting(self, where: str) -> Iterator[None]:
-        """Hold while an episode waits; `where` names trajectory, turn and part."""
+        """Hold while an episode waits; `where` names trajectory, turn and what it waits for."""
         wait = _Wait(where)
         token = _CURRENT.set(wait)
         self._waits.add(wait)
@@ -56,15 +55,15 @@ class Watchdog:
             _CURRENT.reset(token)
 
     def look(self) -> None:
-        """Tell of waits that have become too long."""
+        """Report the waits that have become too long."""
         now = time.monotonic()
         for wait in sorted(self._waits, key=lambda wait: wait.since):
-            if not wait.is_told and now - wait.since > self._after_s:
-                wait.is_told = True
+            if not wait.is_reported and now - wait.since > self._after_s:
+                wait.is_reported = True
                 self._log(f"stuck for {now - wait.since:.0f} s: {wait.where}, on {wait.host}")
 
     async def watch(self) -> None:
-        """Look again and again; cancel it."""
+        """Call `look` periodically until it is cancelled."""
         while True:
             await asyncio.sleep(self._after_s / 4)
             self.look()
