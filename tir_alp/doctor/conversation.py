@@ -44,7 +44,7 @@ def check_template(
             "thoughts (<think>...</think>)",
         )
     prompts = grow_conversation(template).prompts
-    ids = [tokenizer.encode(text, add_special_tokens=False) for text in prompts]
+    ids = [tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in prompts]
     for turn, (before, after) in enumerate(pairwise(ids)):
         if after[: len(before)] != before:
             pairs = enumerate(zip(before, after, strict=False))
@@ -73,7 +73,7 @@ def check_fence(tokenizer: Any, renderer: Renderer) -> CheckResult:
     if not has_call(call, call_format, marks):
         return CheckResult("template", True, "a call ends with the turn, so there is no stop rule")
     text = f"{call}\nand more"
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     matches = renderer.stop_matcher()
     end = next((index + 1 for index, token in enumerate(ids) if matches(token)), 0)
     is_whole = [

@@ -90,7 +90,7 @@ class TextEncoder:
         )
 
     def _marked(self, text: str) -> Ids:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def _marked_inside(self, text: str) -> Ids:
         if self._inner is None:
