@@ -48,7 +48,7 @@ SOURCES = {
     "reasoning_gym": "tir_alp.envs.tasks:ReasoningGymTasks",
 }
 """Entry points of the task sources that come with the package; imported when one is opened."""
-FILE_SOURCES = ("jsonl", "parquet", "hub")
+FILE_SOURCES = ("jsonl", "csv", "parquet", "hub")
 _SOURCE_NAMES = (*SOURCES, *FILE_SOURCES, "env")
 _ENTRY_POINT = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 
@@ -57,7 +57,7 @@ class SourceConfig(Section):
     """Where tasks come from. One question in eight is held out, by its hash."""
 
     source: str = "arithmetic"
-    """`arithmetic` or `code` (generated), `reasoning_gym` (one of its data sets), `jsonl` or
+    """`arithmetic` or `code` (generated), `reasoning_gym` (one of its data sets), `jsonl`, `csv` or
     `parquet` (a file), `hub` (a data set of the Hugging Face hub), `env` (the environment draws the
     tasks), or a source of your own by its entry point, `my_module:MyTasks`."""
     dataset: str | None = None
@@ -68,7 +68,7 @@ class SourceConfig(Section):
     split: str = "train"
     """Name of the split to use, for a data set of the hub."""
     path: Path | None = None
-    """A file with one JSON object per line, or a parquet file; see docs/data.md."""
+    """A file with one JSON object per line, a CSV or a parquet file; see docs/data.md."""
     question_column: str = "question"
     """Column that holds the question, in files and data sets of the hub; dots lead into objects."""
     answer_column: str = "answer"
@@ -96,7 +96,8 @@ class SourceConfig(Section):
                 f"there is no source {self.source!r}: use one of "
                 f"{', '.join(map(repr, _SOURCE_NAMES))}, or 'my_module:MyTasks' for your own"
             )
-        needs = {"reasoning_gym": "dataset", "hub": "dataset", "jsonl": "path", "parquet": "path"}
+        needs = {"reasoning_gym": "dataset", "hub": "dataset"}
+        needs |= {"jsonl": "path", "csv": "path", "parquet": "path"}
         needed = needs.get(self.source)
         for name in ("dataset", "path"):
             is_given = getattr(self, name) is not None

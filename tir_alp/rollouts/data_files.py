@@ -15,7 +15,7 @@ import math
 import os
 import tempfile
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
@@ -24,11 +24,13 @@ import numpy as np
 
 from tir_alp.config import SourceConfig
 from tir_alp.rollouts.answer_pattern import compile_pattern, cut_answer, gsm8k_answer
+from tir_alp.rollouts.file_formats import open_csv, open_lines
 from tir_alp.rollouts.surrogates import SURROGATE
 from tir_alp.tools.answer_text import is_gradable
 from tir_alp.tools.code_tests import read_cases
 from tir_alp.tools.held_out import Split, is_held_out
 
+_MAX_NAMED = 20  # columns in a message
 _BATCH_ROWS = 1024  # rows of a row group that are converted to Python objects at a time
 
 
@@ -47,12 +49,18 @@ class RawRows(Protocol):
 
 
 class JsonLines:
-    """A file with one JSON object per line; blank lines are skipped. A key is a byte offset."""
+    """A file with one JSON object per line; blank lines are skipped. A key is a byte offset.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: Path of the file.
+        opened: Opens it, and returns a descriptor of JSON lines; see `file_formats`.
+    """
+
+    def __init__(self, path: Path, opened: Callable[[Path], int] = open_lines) -> None:
         self.name = str(path)
         self.file = path.name
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = -1
+        self._descriptor = opened(path)
 
     def __iter__(self) -> Iterator[tuple[int, int, bytes]]:
         key = 0
@@ -74,7 +82,8 @@ class JsonLines:
         return line.partition(b"\n")[0]
 
     def __del__(self) -> None:
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
 
 class ParquetRows:
@@ -134,7 +143,13 @@ class HubRows:
         import datasets
 
         self.name = self.file = f"{dataset}[{split}]"
-        self._rows = datasets.load_dataset(dataset, subset, split=split)
+        folder = Path(dataset)
+        if (folder / "dataset_dict.json").is_file():  # written by `save_to_disk`
+            self._rows: Any = datasets.load_from_disk(dataset)[split]
+        elif (folder / "state.json").is_file():
+            self._rows = datasets.load_from_disk(dataset)
+        else:
+            self._rows = datasets.load_dataset(dataset, subset, split=split)
 
     def __iter__(self) -> Iterator[tuple[int, int, Any]]:
         for key, row in enumerate(self._rows):
@@ -256,6 +271,7 @@ def read_row(raw: Any, rows: RawRows, number: int, config: SourceConfig) -> dict
         question, answer = _prompt_of(raw, location), _inside(raw, "reward_model.ground_truth")
         columns = "prompt", "reward_model.ground_truth"
     else:
+        _demand_columns(raw, columns, location)
         question, answer = (_inside(raw, column) for column in columns)
     if not _is_text(question):
         raise ValueError(
@@ -277,6 +293,16 @@ def read_row(raw: Any, rows: RawRows, number: int, config: SourceConfig) -> dict
     if task_id is None:
         task_id = f"{Path(rows.name).name}:{number}"
     return raw | {"task_id": str(task_id), "question": question, "answer": answer}
+
+
+def _demand_columns(raw: Mapping[str, Any], columns: Sequence[str], location: str) -> None:
+    """Raise ValueError if the row lacks a column; names the columns that it has."""
+    for key, column in zip(("question_column", "answer_column"), columns, strict=True):
+        if column.split(".")[0] not in raw:
+            there = ", ".join(map(repr, list(raw)[:_MAX_NAMED])) or "none"
+            raise ValueError(
+                f"{location}: there is no column {column!r}; the row has {there}: set data.{key}"
+            )
 
 
 def _as_written(answer: float, line: Any, column: str) -> str:
@@ -345,9 +371,9 @@ def _raw_rows(config: SourceConfig) -> RawRows:
         ) as error:  # the type depends on whether id, subset, split or network is wrong
             raise ValueError(f"cannot load the data set {config.dataset!r}: {error}") from error
     assert config.path is not None
-    if config.source == "jsonl":
+    if config.source in ("jsonl", "csv"):
         try:
-            return JsonLines(config.path)
+            return JsonLines(config.path, open_csv if config.source == "csv" else open_lines)
         except OSError as error:
             raise ValueError(f"cannot read the tasks in {config.path}: {error.strerror}") from None
     try:

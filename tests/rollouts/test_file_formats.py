@@ -1,0 +1,89 @@
+"""Files of tasks in the forms that people have: read, or refused with the form and the setting."""
+
+import gzip
+import json
+
+import pytest
+
+from tir_alp.config import DataConfig
+from tir_alp.rollouts.data_files import open_rows
+
+ROWS = [{"question": f"What is {n}+1?", "answer": str(n + 1)} for n in range(40)]
+LINES = "".join(f"{json.dumps(row)}\n" for row in ROWS).encode()
+
+
+def questions(**settings) -> set[str]:
+    splits = open_rows(DataConfig(**settings)).splits.values()
+    return {split[index]["question"] for split in splits for index in range(len(split))}
+
+
+def refusal(**settings) -> str:
+    with pytest.raises(ValueError) as caught:
+        open_rows(DataConfig(**settings))
+    return str(caught.value)
+
+
+def test_a_compressed_file_is_read(tmp_path):
+    (tmp_path / "tasks.jsonl.gz").write_bytes(gzip.compress(LINES))
+    assert questions(source="jsonl", path=tmp_path / "tasks.jsonl.gz") == {
+        row["question"] for row in ROWS
+    }
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_csv_file_is_read_and_its_values_stay_texts(tmp_path, pack):
+    text = '\ufeffproblem,result\n"What is 1,000+1?",1001\nWhat is 2+3?,5\n"two\nlines?",0.50\n'
+    (tmp_path / "tasks.csv").write_bytes(pack(text.encode()))
+    columns = {"question_column": "problem", "answer_column": "result"}
+    found = open_rows(DataConfig(source="csv", path=tmp_path / "tasks.csv", **columns)).splits
+    tasks = [split[index] for split in found.values() for index in range(len(split))]
+    assert {task["question"]: task["answer"] for task in tasks} == {
+        "What is 1,000+1?": "1001",
+        "What is 2+3?": "5",
+        "two\nlines?": "0.50",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "words"),
+    [
+        ("tasks.jsonl", b"PAR1....", 'is a parquet file: set data.source = "parquet"'),
+        ("tasks.csv", b"question,answer\n1+1?,2\n", 'is a CSV file: set data.source = "csv"'),
+        ("tasks.json", json.dumps(ROWS, indent=2).encode(), "one JSON array: write one object per"),
+        ("tasks.zip", b"PK\x03\x04rest", "zip archive"),
+        ("tasks.gz", gzip.compress(LINES)[:-9], "is compressed, and torn"),
+    ],
+)
+def test_another_format_is_named_with_the_way_to_read_it(tmp_path, name, contents, words):
+    (tmp_path / name).write_bytes(contents)
+    assert words in refusal(source="jsonl", path=tmp_path / name)
+
+
+def test_a_folder_is_named(tmp_path):
+    assert "is a folder" in refusal(source="jsonl", path=tmp_path)
+    assert "is a folder" in refusal(source="csv", path=tmp_path)
+
+
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path):
+    (tmp_path / "tasks.jsonl").write_text('{"problem": "1+1?", "solution": "2"}\n')
+    path = {"source": "jsonl", "path": tmp_path / "tasks.jsonl"}
+    assert (
+        "there is no column 'question'; the row has 'problem', 'solution': "
+        "set data.question_column" in refusal(**path)
+    )
+    assert "set data.answer_column" in refusal(**path, question_column="problem")
+
+
+def test_a_csv_row_with_too_few_values_is_named(tmp_path):
+    (tmp_path / "tasks.csv").write_text("question,answer\n1+1?\n")
+    assert "tasks.csv:2: the row does not have the 2 values" in refusal(
+        source="csv", path=tmp_path / "tasks.csv"
+    )
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+def test_a_folder_that_datasets_saved_is_read(tmp_path, is_split):
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.Dataset.from_list(ROWS)
+    (datasets.DatasetDict({"train": saved}) if is_split else saved).save_to_disk(tmp_path / "saved")
+    assert len(questions(source="hub", dataset=str(tmp_path / "saved"))) == len(ROWS)

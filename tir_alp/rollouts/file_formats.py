@@ -1,0 +1,108 @@
+"""Opens a file of tasks in the form in which rows can be read again by offset: JSON lines.
+
+Compressed files are decompressed, and CSV files converted, into an unnamed temporary file. A file
+of another format is refused with the format that it has and the setting that reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import io
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import IO
+
+_GZIP, _PARQUET, _ZIP = b"\x1f\x8b", b"PAR1", b"PK\x03\x04"
+
+
+def open_lines(path: Path) -> int:
+    """Return a descriptor of JSON lines: the file itself, or its decompressed contents.
+
+    Raises:
+        ValueError: The file has another format.
+        OSError: It cannot be read.
+    """
+    if path.is_dir():
+        raise ValueError(_folder(path))
+    descriptor = os.open(path, os.O_RDONLY)
+    start = os.pread(descriptor, 512, 0)
+    try:
+        if start.startswith(_GZIP):
+            with gzip.open(path) as packed:
+                return _spilled(packed, descriptor, path)
+        _refuse_others(path, start)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def open_csv(path: Path) -> int:
+    """Convert a CSV file with a header, compressed or not, to JSON lines; all values are texts.
+
+    Raises:
+        ValueError: It is not CSV, or a row has another number of values than the header.
+        OSError: It cannot be read.
+    """
+    if path.is_dir():
+        raise ValueError(_folder(path))
+    with contextlib.ExitStack() as stack:
+        file: IO[bytes] = stack.enter_context(path.open("rb"))
+        if file.peek(2).startswith(_GZIP):  # type: ignore[attr-defined]
+            file = stack.enter_context(gzip.open(file))  # type: ignore[arg-type]
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        spilled = stack.enter_context(tempfile.TemporaryFile())
+        reader = csv.DictReader(text, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise ValueError(
+                        f"{path}:{reader.line_num}: the row does not have the "
+                        f"{len(reader.fieldnames or ())} values that the header names"
+                    )
+                spilled.write(json.dumps(row).encode() + b"\n")
+        except (csv.Error, UnicodeDecodeError, EOFError, OSError) as error:
+            raise ValueError(f"{path}:{reader.line_num}: not CSV in UTF-8 ({error})") from None
+        spilled.flush()
+        return os.dup(spilled.fileno())
+
+
+def _spilled(packed: IO[bytes], descriptor: int, path: Path) -> int:
+    """Decompress into a temporary file that takes the descriptor's place."""
+    with tempfile.TemporaryFile() as spilled:
+        try:
+            shutil.copyfileobj(packed, spilled)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{path} is compressed, and torn: {error}") from None
+        spilled.flush()
+        start = os.pread(spilled.fileno(), 512, 0)
+        _refuse_others(path, start)
+        os.dup2(spilled.fileno(), descriptor)
+    return descriptor
+
+
+def _refuse_others(path: Path, start: bytes) -> None:
+    stripped = start.lstrip()
+    if start.startswith(_PARQUET):
+        raise ValueError(f'{path} is a parquet file: set data.source = "parquet"')
+    if start.startswith(_ZIP):
+        raise ValueError(f"{path} is a zip archive: unpack it")
+    if stripped.startswith(b"[") and b"{" in stripped[:64]:
+        raise ValueError(
+            f"{path} is one JSON array: write one object per line, "
+            f"e.g. with: jq -c '.[]' {path.name} > tasks.jsonl"
+        )
+    if stripped and path.suffix == ".csv" and not stripped.startswith(b"{"):
+        raise ValueError(f'{path} is a CSV file: set data.source = "csv"')
+
+
+def _folder(path: Path) -> str:
+    return (
+        f"{path} is a folder: name a file in it, or, for a folder that the datasets library saved, "
+        f'set data.source = "hub" and data.dataset = "{path}"'
+    )
