@@ -10,7 +10,9 @@ counts as unread: the test errs on the side of failing.
 from __future__ import annotations
 
 import ast
+import inspect
 import re
+import textwrap
 import types
 import typing
 from collections import defaultdict
@@ -20,7 +22,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from tir_alp.algorithm.section import Section
-from tir_alp.config import Config, TrainerConfig
+from tir_alp.config import Config, CustomEngineConfig, TrainerConfig
 
 PACKAGE = Path(__file__).parents[1] / "tir_alp"
 
@@ -53,7 +55,28 @@ def unread_keys(config: type[BaseModel], package: Path) -> list[str]:
         for name in _names_of(section):
             sections[name].append(section)
     reads = _reads([ast.parse(file.read_text()) for file in files], sections)
+    reads |= _reads_of_methods(classes) | {(CustomEngineConfig, "kwargs")}  # for a user's factory
     return sorted(key for (section, field), key in keys.items() if (section, field) not in reads)
+
+
+def _reads_of_methods(classes: Iterable[type[BaseModel]]) -> set[tuple[type[BaseModel], str]]:
+    """Fields that a section's own properties and methods read, apart from its validators."""
+    found = set()
+    for section in classes:
+        for base in section.__mro__:
+            if not issubclass(base, BaseModel) or base is BaseModel:
+                continue
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+            for method in ast.walk(tree):
+                if isinstance(method, ast.FunctionDef) and not method.name.startswith("_check"):
+                    found |= {
+                        (section, node.attr)
+                        for node in ast.walk(method)
+                        if isinstance(node, ast.Attribute)
+                        and isinstance(node.value, ast.Name)
+                        and node.value.id == "self"
+                    }
+    return found
 
 
 def _keys(
