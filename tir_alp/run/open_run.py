@@ -34,6 +34,7 @@ from tir_alp.rollouts.lockstep import Lockstep
 from tir_alp.rollouts.queue import RolloutQueue
 from tir_alp.run.advice import Advice
 from tir_alp.run.console import RunConsole
+from tir_alp.run.data_fingerprint import write_fingerprints
 from tir_alp.run.interrupt import Interrupt
 from tir_alp.run.launch import Launched, launch
 from tir_alp.run.prepare import Prepared, prepare
@@ -220,6 +221,7 @@ def _open_folder(prepared: Prepared, examined: Examined) -> None:
         folder.reopen(step)
     else:
         folder.create(prepared.config, prepared.origin)
+        write_fingerprints(folder.path, prepared.config.data)
     folder.note_left_out(prepared.left_out)
     folder.note_environment(step, examined.environment_report)
 
