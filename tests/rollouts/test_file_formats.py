@@ -34,8 +34,13 @@ def test_a_compressed_file_is_read(tmp_path):
 def test_a_csv_file_is_read_and_its_values_stay_texts(tmp_path, pack):
     text = '\ufeffproblem,result\n"What is 1,000+1?",1001\nWhat is 2+3?,5\n"two\nlines?",0.50\n'
     (tmp_path / "tasks.csv").write_bytes(pack(text.encode()))
-    columns = {"question_column": "problem", "answer_column": "result"}
-    found = open_rows(DataConfig(source="csv", path=tmp_path / "tasks.csv", **columns)).splits
+    config = DataConfig(
+        source="csv",
+        path=tmp_path / "tasks.csv",
+        question_column="problem",
+        answer_column="result",
+    )
+    found = open_rows(config).splits
     tasks = [split[index] for split in found.values() for index in range(len(split))]
     assert {task["question"]: task["answer"] for task in tasks} == {
         "What is 1,000+1?": "1001",

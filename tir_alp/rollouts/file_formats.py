@@ -72,7 +72,7 @@ def open_csv(path: Path) -> int:
         return os.dup(spilled.fileno())
 
 
-def _spilled(packed: IO[bytes], descriptor: int, path: Path) -> int:
+def _spilled(packed: gzip.GzipFile, descriptor: int, path: Path) -> int:
     """Decompress into a temporary file that takes the descriptor's place."""
     with tempfile.TemporaryFile() as spilled:
         try:

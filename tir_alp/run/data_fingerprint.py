@@ -1,7 +1,7 @@
 """Notices that a file of tasks changed between the start of a run and its resumption.
 
-The order of tasks follows from their number, so with another file a resumed run would train on other
-tasks than those that its position says, and the audit could replay none of the earlier ones.
+A task follows from its number alone, so with another file a resumed run would train on other tasks
+than its position says, and the audit could replay none of the earlier ones.
 """
 
 from __future__ import annotations
