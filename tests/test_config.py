@@ -33,6 +33,11 @@ def refusal(arguments: list[str], below: dict | None = None) -> str:
         ),
         ({"steps": "many"}, "steps: Input should be a valid integer"),
         ({"trainer": {"lr": -1.0}}, "trainer.lr: Input should be greater than 0"),
+        ({"trainer": {"lr": float("inf")}}, "trainer.lr: Input should be a finite number"),
+        ({"trainer": {"betas": [0.9, float("nan")]}}, "trainer.betas.1: Input should be a finite"),
+        ({"name": "../x"}, "name: '../x' is not the name of a folder below runs/"),
+        ({"name": "/tmp/x"}, "name: '/tmp/x' is not the name of a folder below runs/"),
+        ({"name": ""}, "name: '' is not the name of a folder below runs/"),
         ({"algorithm": "ppo"}, "algorithm: no algorithm 'ppo'; there are grpo, "),
         ({"algorithm": {"clip_low": 0.1}}, "algorithm.denominator: Field required"),
         ({"rollout": {"void_turns": "drop"}}, "rollout.void_turns: Input should be 'keep', "),
@@ -102,6 +107,12 @@ def test_a_mistake_on_the_command_line_is_named_too(arguments, message):
 )
 def test_values_that_do_not_go_together_are_refused(below, message):
     assert message in refusal([], below)
+
+
+def test_a_path_may_begin_at_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    data = load_config([], {"data": {"source": "jsonl", "path": "~/tasks.jsonl"}}).data
+    assert str(data.path) == "/home/somebody/tasks.jsonl"
 
 
 def test_a_config_cannot_be_changed():

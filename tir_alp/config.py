@@ -42,6 +42,11 @@ class EnvConfig(Section):
     """Keyword arguments of the environment."""
 
 
+def _expanded(path: Any) -> Any:
+    """A path whose `~` is the home folder, as in a shell."""
+    return Path(path).expanduser() if isinstance(path, str | Path) else path
+
+
 SOURCES = {
     "arithmetic": "tir_alp.envs.tasks:ArithmeticTasks",
     "code": "tir_alp.envs.code_tasks:CodeTasks",
@@ -67,7 +72,7 @@ class SourceConfig(Section):
     """Name of the subset, for a data set of the hub that has several."""
     split: str = "train"
     """Name of the split to use, for a data set of the hub."""
-    path: Path | None = None
+    path: Annotated[Path | None, BeforeValidator(_expanded)] = None
     """A file with one JSON object per line, a CSV or a parquet file; see docs/data.md."""
     question_column: str = "question"
     """Column that holds the question, in files and data sets of the hub; dots lead into objects."""
@@ -136,6 +141,12 @@ class DataConfig(SourceConfig):
         if self.mix and beside:
             raise ValueError(f"{beside[0]} belongs into each source of mix, not beside it")
         return self
+
+
+def _is_below(name: str) -> bool:
+    """Whether a name stays below the folder that it is relative to."""
+    path = Path(name)
+    return bool(name.strip()) and not path.is_absolute() and ".." not in path.parts
 
 
 def _changed(section: Section) -> set[str]:
@@ -706,6 +717,12 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     doctor: DoctorConfig = DoctorConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _check_name(self) -> Config:
+        if self.name is not None and not _is_below(self.name):
+            raise ValueError(f"name: {self.name!r} is not the name of a folder below runs/")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Config:
