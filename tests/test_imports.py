@@ -14,7 +14,7 @@ PURE = [
     *("envs.grading", "envs.parsing", "tools"),
 ]
 OPTIONAL = ["ray", "sglang", "peft", "wandb", "tensorboard", "trackio"]
-"""What `design.md` keeps at the edges."""
+"""Packages that only modules at the edges may import."""
 
 IMPORT_ALONE = """
 import importlib, sys
