@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
         print(f"tir-alp: there is no command {command!r}; {hint}", file=sys.stderr)
         return 2
+    if not {"", os.getcwd()} & set(sys.path):  # as `python -m` has it: `my_env:Mine-v0` is found
+        sys.path.insert(0, os.getcwd())
     sys.argv = [f"tir-alp {command}", *rest]
     runpy.run_module(f"tir_alp.{command}", run_name="__main__", alter_sys=True)
     return 0

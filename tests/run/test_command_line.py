@@ -1,5 +1,6 @@
 """The command line: what is read, what is suggested, what help shows; all without torch."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,22 @@ def test_the_dispatcher_runs_a_command_and_suggests_one(capsys):
         dispatch(["train", "--steps", "many"])
     assert ended.value.code == 2
     assert "steps: Input should be a valid integer" in capsys.readouterr().err
+
+
+def test_the_dispatcher_finds_modules_of_the_working_folder(tmp_path):
+    (tmp_path / "my_method.py").write_text("PRESET = 5\n")
+    program = (
+        "from tir_alp.__main__ import main; main(['train', '--algorithm', 'my_method:PRESET'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program],  # -P: as a console script, without the folder
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(PYPROJECT.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "my_method:PRESET" in done.stderr
+    assert "No module named" not in done.stderr and "AlgorithmConfig" in done.stderr
 
 
 def test_the_version_is_that_of_the_package():
