@@ -205,6 +205,7 @@ LOGPROB_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.05, "int8":
 """Mean |difference of logprobs| that an arithmetic explains, in nats per token."""
 
 _NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_CPU_CACHE_TOKENS = 65536
 _NOISE_TOLERANCE = 1.5  # nats per unit of noise on the logits
 
 
@@ -356,7 +357,8 @@ class ServersConfig(EngineSettings):
     max_running: int = Field(default=64, ge=1)
     """Completions that one server samples at a time; more of them wait in the trainer."""
     max_cache_tokens: int | None = Field(default=None, ge=1)
-    """Bound of a server's cache of keys and values, in tokens; None: all memory that is free."""
+    """Bound of a server's cache of keys and values, in tokens; None: the free memory of its GPUs,
+    or 65,536 tokens on a CPU, where a server would otherwise take the trainer's memory."""
     start_timeout_s: float = Field(default=600.0, gt=0.0)
     """Deadline of a server's start, the loading of the model included."""
     load_timeout_s: float = Field(default=300.0, gt=0.0)
@@ -371,6 +373,13 @@ class ServersConfig(EngineSettings):
     def num_processes(self) -> int:
         """Servers that one engine starts."""
         return 1
+
+    @property
+    def cache_tokens(self) -> int | None:
+        """Bound of a server's cache, in tokens; None: the free memory of its GPUs."""
+        if self.max_cache_tokens is None and self.device == "cpu":
+            return _CPU_CACHE_TOKENS
+        return self.max_cache_tokens
 
     @property
     def gpus(self) -> range:
@@ -395,7 +404,7 @@ class ServersConfig(EngineSettings):
         elif self.device == "cuda":  # each server has GPUs of its own; one shares the first
             num_here = min(num_here, 1)
         # Without a bound the cache takes a share of what is free, and so always fits.
-        cached = 0 if self.max_cache_tokens is None else min(self.max_cache_tokens, num_tokens)
+        cached = 0 if self.cache_tokens is None else self.cache_tokens
         number = num_here * _NUMBER_BYTES[self.dtype]
         return EngineMemory(number * num_parameters, number * cached * numbers_per_token)
 

@@ -4,6 +4,7 @@ import asyncio
 import textwrap
 
 import pytest
+import torch
 
 from tir_alp.config import Config
 from tir_alp.engines import open as engines_open
@@ -145,3 +146,26 @@ def test_a_package_that_an_engine_lacks_is_named(monkeypatch):
     monkeypatch.setattr(engines_open.importlib, "import_module", missing)
     with pytest.raises(ValueError, match=r'"sglang" needs aiohttp: install it as docs/engines'):
         opened(config(type="sglang", device="cpu"), nobody)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("kind", ["sglang", "vllm"])
+def test_gpus_that_are_not_there_are_named_before_anything_starts(kind):
+    of = config(type=kind, **({"python": "/usr/bin/python3"} if kind == "vllm" else {}))
+
+    async def work(engine):
+        raise AssertionError
+
+    with pytest.raises(ValueError, match=r"takes the GPUs 0 to 0, and torch sees 0 here: set engi"):
+        opened(of, work)
+
+
+def test_a_server_on_a_cpu_has_a_bounded_cache_also_where_none_is_given():
+    given = {"type": "sglang", "device": "cpu"}
+    assert config(**given).engine.cache_tokens == 65536  # type: ignore[union-attr]
+    bounded = config(**given, max_cache_tokens=512).engine
+    assert bounded.cache_tokens == 512  # type: ignore[union-attr]
+    assert config(type="sglang").engine.cache_tokens is None  # type: ignore[union-attr]
+    process = pytest.importorskip("tir_alp.engines.sglang.process")
+    arguments = process.server_arguments(config(**given).engine, "model", 0, 0, 0)
+    assert arguments[arguments.index("--max-total-tokens") + 1] == "65536"

@@ -6,7 +6,9 @@ import importlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from tir_alp.config import Config
+import torch
+
+from tir_alp.config import Config, EngineSettings
 from tir_alp.engines.base import AskTrainer, Engine, EngineContext, EngineFactory, Log
 
 
@@ -27,6 +29,7 @@ async def open_engine(
         ValueError: If it cannot start.
     """
     settings = config.engine
+    _check_gpus(settings)
     context = EngineContext(
         path=path,
         version=version,
@@ -39,6 +42,19 @@ async def open_engine(
     factory = _find_factory(settings.factory, settings.type, settings.install_hint)
     async with factory(settings, context) as engine:
         yield engine
+
+
+def _check_gpus(settings: EngineSettings) -> None:
+    """Refuse an engine on GPUs that this machine does not have, before anything starts."""
+    if not settings.gpus:
+        return
+    num_there = torch.cuda.device_count()
+    if settings.gpus[-1] >= num_there:
+        raise ValueError(
+            f'engine.type = "{settings.type}" takes the GPUs {settings.gpus[0]} to '
+            f"{settings.gpus[-1]}, and torch sees {num_there} here: set engine.device to "
+            '"cpu", or see that nvidia-smi lists them and that torch is built for CUDA'
+        )
 
 
 def _find_factory(path: str, type_: str, install_hint: str) -> EngineFactory:

@@ -74,8 +74,8 @@ def server_arguments(
         "--random-seed": (seed + index) % (1 << 30),
     }
     flags = ["--skip-tokenizer-init", "--incremental-streaming-output", "--skip-server-warmup"]
-    if config.max_cache_tokens is not None:
-        options["--max-total-tokens"] = config.max_cache_tokens
+    if config.cache_tokens is not None:
+        options["--max-total-tokens"] = config.cache_tokens
     if config.device == "cpu":
         options["--attention-backend"] = "torch_native"
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]  # others use the cores, too

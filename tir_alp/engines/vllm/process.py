@@ -108,9 +108,9 @@ def server_process(config: VLLMConfig, folder: Path, seed: int, log: Log) -> Ser
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    if config.max_cache_tokens is not None:
+    if config.cache_tokens is not None:
         options["--block-size"] = _CACHE_BLOCK
-        options["--num-gpu-blocks-override"] = -(-config.max_cache_tokens // _CACHE_BLOCK)
+        options["--num-gpu-blocks-override"] = -(-config.cache_tokens // _CACHE_BLOCK)
         # GiB that have to be free: without it, 92 % of the memory. The size of the cache follows
         # from the number of blocks above.
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
