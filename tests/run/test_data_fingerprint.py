@@ -11,11 +11,11 @@ def test_a_changed_file_is_refused_by_name(tmp_path):
     run.mkdir()
     tasks.write_text("{}\n")
     data = DataConfig(source="jsonl", path=tasks)
-    write_fingerprints(run, data)
-    check_fingerprints(run, data)
+    write_fingerprints(run, fingerprints(data))
+    check_fingerprints(run, fingerprints(data))
     tasks.write_text("[]\n")  # of the same length
     with pytest.raises(ValueError, match=r"tasks.jsonl is not the file that .* began with"):
-        check_fingerprints(run, data)
+        check_fingerprints(run, fingerprints(data))
 
 
 def test_each_file_of_a_mixture_counts_and_generated_tasks_have_none(tmp_path):
@@ -24,6 +24,6 @@ def test_each_file_of_a_mixture_counts_and_generated_tasks_have_none(tmp_path):
         file.write_text(f"{file.name}\n")
     mix = [{"source": "jsonl", "path": file} for file in files] + [{"source": "arithmetic"}]
     assert list(fingerprints(DataConfig(mix=mix))) == list(map(str, files))  # type: ignore[arg-type]
-    write_fingerprints(tmp_path, DataConfig())
+    write_fingerprints(tmp_path, fingerprints(DataConfig()))
     assert not (tmp_path / "data.json").exists()
-    check_fingerprints(tmp_path, DataConfig())
+    check_fingerprints(tmp_path, fingerprints(DataConfig()))

@@ -1,4 +1,4 @@
-"""Notices that a run learns nothing, and says in words why and what to change. Pure.
+"""Notices that a run learns nothing, and says in words why and what to change.
 
 Each sentence names the share of the step that it is about. The same advice is repeated only after
 `_EVERY` steps, so that a run that is short of signal for a while does not fill the terminal.

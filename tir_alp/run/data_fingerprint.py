@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from tir_alp.config import DataConfig
 
 _FILE = "data.json"
 
+Fingerprints = Mapping[str, Mapping[str, Any]]
+"""Size and SHA-256 of files, by path."""
 
-def fingerprints(data: DataConfig) -> dict[str, dict[str, Any]]:
-    """Return size and SHA-256 of each file that a run takes its tasks from, by path."""
+
+def fingerprints(data: DataConfig) -> Fingerprints:
+    """Read every file that a run takes its tasks from; about a second per GB."""
     paths = [source.path for source in data.mix or (data,) if source.path is not None]
     found = {}
     for path in paths:
@@ -27,13 +31,13 @@ def fingerprints(data: DataConfig) -> dict[str, dict[str, Any]]:
     return found
 
 
-def write_fingerprints(folder: Path, data: DataConfig) -> None:
+def write_fingerprints(folder: Path, files: Fingerprints) -> None:
     """Record the files of a new run in its folder; writes nothing if there are none."""
-    if found := fingerprints(data):
-        (folder / _FILE).write_text(json.dumps(found, indent=2) + "\n")
+    if files:
+        (folder / _FILE).write_text(json.dumps(files, indent=2) + "\n")
 
 
-def check_fingerprints(folder: Path, data: DataConfig) -> None:
+def check_fingerprints(folder: Path, files: Fingerprints) -> None:
     """Compare the files of a run that is resumed with those that it began with.
 
     Raises:
@@ -43,7 +47,7 @@ def check_fingerprints(folder: Path, data: DataConfig) -> None:
     if not file.is_file():
         return
     before = json.loads(file.read_text())
-    for path, now in fingerprints(data).items():
+    for path, now in files.items():
         then = before.get(path)
         if then is not None and then != now:
             raise ValueError(

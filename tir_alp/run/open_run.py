@@ -128,11 +128,10 @@ async def open_run(
     console.print("starting trainer and engine")
     async with AsyncExitStack() as stack:
         launched = await stack.enter_async_context(launch(prepared, placement))
-        warnings = list(examined.warnings)
         if is_new:
-            warnings += await checks.after_launch(prepared, launched, examined.prompts)
-        for each in warnings if is_new else ():
-            console.print(f"warning: {each}")
+            later = await checks.after_launch(prepared, launched, examined.prompts)
+            for each in (*examined.warnings, *later):
+                console.print(f"warning: {each}")
         yield collect(
             prepared, launched, examined, placement, console, interrupt or Interrupt(), stack
         )
@@ -221,7 +220,7 @@ def _open_folder(prepared: Prepared, examined: Examined) -> None:
         folder.reopen(step)
     else:
         folder.create(prepared.config, prepared.origin)
-        write_fingerprints(folder.path, prepared.config.data)
+        write_fingerprints(folder.path, prepared.files)
     folder.note_left_out(prepared.left_out)
     folder.note_environment(step, examined.environment_report)
 

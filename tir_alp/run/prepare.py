@@ -22,7 +22,7 @@ from tir_alp.rollouts.data import Order, Task, left_out, load_held_out, load_ord
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.queue import QueueState
 from tir_alp.rollouts.renderer import Renderer, make_renderer
-from tir_alp.run.data_fingerprint import check_fingerprints
+from tir_alp.run.data_fingerprint import Fingerprints, check_fingerprints, fingerprints
 from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Position
 from tir_alp.training.policy import load_tokenizer
@@ -62,6 +62,8 @@ class Prepared:
     held_out: Sequence[Task]
     left_out: Sequence[str]
     """Sentences about the rows of the data that were left out."""
+    files: Fingerprints
+    """The files that the tasks come from."""
 
     @property
     def model_path(self) -> str:
@@ -98,8 +100,9 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
     with closing(make_environment(config)) as env:
         renderer = make_renderer(config, tokenizer, env, origin)
     tasks = load_order(config.data, config.seed)
+    files = fingerprints(config.data)
     if resume is not None:
-        check_fingerprints(resume, config.data)
+        check_fingerprints(resume, files)
     held_out = load_held_out(config.data, config.eval.num_tasks)
     sentences = left_out(config.data)
     if sentences:
@@ -115,6 +118,7 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
         tasks=tasks,
         held_out=held_out,
         left_out=sentences,
+        files=files,
     )
 
 
