@@ -198,10 +198,10 @@ def test_servers_and_router_that_are_killed_or_frozen_are_replaced(monkeypatch, 
             await patiently(engine, 5)  # without the router
             await until(lambda: "SGLang's router is back" in said)
 
-            longs = [
-                asyncio.create_task(engine.generate(PROMPT, sampling(uid, 900))) for uid in (6, 7)
-            ]
-            await until(lambda: min(tokens[6], tokens[7]) > 2)
+            longs = []
+            for uid in (6, 7):  # one after the other: the router goes by the requests it has
+                longs.append(asyncio.create_task(engine.generate(PROMPT, sampling(uid, 900))))
+                await until(lambda uid=uid: tokens[uid] > 2)
             assert [len(server.requests) for server in servers] == [1, 1]
             num_full = 1
             os.kill(servers[0].process.pid, signal.SIGKILL)

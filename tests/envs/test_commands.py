@@ -75,6 +75,7 @@ def test_a_tool_of_ones_own_is_a_class(tmp_path, monkeypatch):
     finally:
         env.close()
         del gymnasium.registry["Shop-v0"]
+        del sys.modules["shop_env"]  # so that the next import registers it again
 
 
 @pytest.mark.parametrize(
