@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     model_validator,
@@ -16,7 +17,12 @@ from pydantic import (
 
 from tir_alp.algorithm.advantage import OverlongConfig
 from tir_alp.algorithm.guards import GuardsConfig
-from tir_alp.algorithm.presets import ALGORITHMS, AlgorithmConfig, resolve_algorithm
+from tir_alp.algorithm.presets import (
+    ALGORITHMS,
+    NEGATIVE_LOG_LIKELIHOOD,
+    AlgorithmConfig,
+    resolve_algorithm,
+)
 from tir_alp.algorithm.section import Section
 
 
@@ -59,7 +65,7 @@ _ENTRY_POINT = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 
 
 class SourceConfig(Section):
-    """Where tasks come from. One question in eight is held out, by its hash."""
+    """Where tasks come from."""
 
     source: str = "arithmetic"
     """`arithmetic` or `code` (generated), `reasoning_gym` (one of its data sets), `jsonl`, `csv` or
@@ -88,8 +94,6 @@ class SourceConfig(Section):
     """Leave out rows with a shorter question, in characters."""
     max_question_chars: int | None = Field(default=None, ge=1)
     """Leave out rows with a longer question, in characters; None: no limit."""
-    num_tasks: int = Field(default=100_000, ge=1)
-    """Tasks per epoch, for sources that generate tasks; files ignore it."""
     seed: int = Field(default=0, ge=0)
     """Seed of the generated tasks. The order of tasks follows the seed of the run."""
 
@@ -122,14 +126,22 @@ class SourceConfig(Section):
         return self
 
 
-class MixedSource(SourceConfig):
+class TrainingSource(SourceConfig):
+    """Where tasks to train on come from. One question in eight is held out, by its hash, unless
+    `eval.data` names data of its own."""
+
+    num_tasks: int = Field(default=100_000, ge=1)
+    """Tasks per epoch, for sources that generate tasks; files ignore it."""
+
+
+class MixedSource(TrainingSource):
     """One source of a mixture."""
 
     weight: float = Field(default=1.0, gt=0.0)
     """Share of the tasks that come from this source, relative to the sum of all weights."""
 
 
-class DataConfig(SourceConfig):
+class DataConfig(TrainingSource):
     """The tasks that a run trains on."""
 
     mix: tuple[MixedSource, ...] = ()
@@ -159,7 +171,22 @@ OnUpdate = Literal["wait", "keep", "drop"]
 """What new weights do to running completions; see `RolloutConfig.on_update`."""
 
 
-class RolloutConfig(OverlongConfig):
+class EpisodeConfig(Section):
+    """Limits of one episode, and how its turns are sampled."""
+
+    max_turn_tokens: int = Field(default=2048, ge=1)
+    """Limit of one completion, in tokens."""
+    max_observation_tokens: int = Field(default=512, ge=1)
+    """Limit of a tool output, in tokens; a longer one is cut in its middle."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    """Sampling temperature. The same distribution is trained."""
+    generate_timeout_s: float = Field(default=600.0, gt=0.0)
+    """Deadline of one completion in seconds, including the time in the queue."""
+    env_timeout_s: float = Field(default=60.0, gt=0.0)
+    """Deadline of one call of the environment, in seconds."""
+
+
+class RolloutConfig(EpisodeConfig, OverlongConfig):
     """How trajectories are collected."""
 
     groups_per_step: int = Field(default=16, ge=1)
@@ -176,21 +203,11 @@ class RolloutConfig(OverlongConfig):
     """What happens to running completions when new weights arrive: `wait` loads the weights after
     they have ended; `keep` lets them go on, each range of tokens with its own version and logprobs;
     `drop` starts them again."""
-    max_turn_tokens: int = Field(default=2048, ge=1)
-    """Limit of one completion, in tokens."""
-    max_observation_tokens: int = Field(default=512, ge=1)
-    """Limit of a tool output, in tokens; a longer one is cut in its middle."""
-    temperature: float = Field(default=1.0, gt=0.0)
-    """Sampling temperature. The same distribution is trained."""
     void_turns: Literal["keep", "mask_turn", "mask_trajectory"] = "mask_trajectory"
     """What a turn with neither a complete call nor an answer takes out of the loss."""
     max_refills: int = Field(default=0, ge=0)
     """Number of groups without signal, e.g. with equal rewards, that a step may replace by new
     groups; 0: they are trained on, and teach nothing."""
-    generate_timeout_s: float = Field(default=600.0, gt=0.0)
-    """Deadline of one completion in seconds, including the time in the queue."""
-    env_timeout_s: float = Field(default=60.0, gt=0.0)
-    """Deadline of one call of the environment, in seconds."""
 
 
 # --------------------------------------------------------------------------- the engine
@@ -607,17 +624,52 @@ DoctorCheck = Literal[
 """Names of the checks before a run starts; docs/audit.md describes them."""
 
 
+_SET_NAME = r"[\w.-]+"
+
+
+class EvalSource(SourceConfig):
+    """Tasks to evaluate on. All rows of a file are used, and none of them is trained on; a source
+    that generates tasks gives questions that no training source generates."""
+
+    name: str = Field(default="", pattern=rf"^({_SET_NAME})?$")
+    """Name of its metrics, `eval/<name>/accuracy` and others; empty: named after its source."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many tasks; None: all rows of a file, or `eval.num_tasks` of a source
+    that generates them."""
+
+    @property
+    def label(self) -> str:
+        """Its name, or else what it was read from."""
+        if self.name:
+            return self.name
+        named = self.path.name.split(".")[0] if self.path is not None else None
+        text = named or self.dataset or self.source
+        return re.sub(rf"[^{_SET_NAME[1:-2]}]+", "-", text.rpartition("/")[2]) or self.source
+
+
 class EvalConfig(Section):
     """Evaluation on held-out tasks, before and after training."""
 
+    data: tuple[EvalSource, ...] = ()
+    """Data to evaluate on; empty: one question in eight of the training data, which is then not
+    trained on."""
     num_tasks: int = Field(default=256, ge=1)
-    """Number of held-out tasks."""
+    """Number of held-out tasks, where they are cut from the training data or generated."""
     samples: int = Field(default=1, ge=1)
     """Sampled trajectories per task: the k of avg@k and pass@k."""
     every: int = Field(default=0, ge=0)
     """Also evaluate after every this many steps; 0: only before and after training."""
     greedy: bool = True
     """Also play one greedy trajectory per task."""
+
+    @model_validator(mode="after")
+    def _check_names(self) -> EvalConfig:
+        labels = [each.label for each in self.data]
+        if twice := sorted({each for each in labels if labels.count(each) > 1}):
+            raise ValueError(
+                f"two sources of eval.data are named {twice[0]!r}: give each a name of its own"
+            )
+        return self
 
 
 class CheckpointConfig(Section):
@@ -627,6 +679,9 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0: only after the last step."""
     keep: int = Field(default=2, ge=1)
     """Number of newest checkpoints that are kept."""
+    best: bool = True
+    """Also keep the checkpoint with the best `eval/accuracy`, if there are evaluations between the
+    first and the last step (`eval.every`)."""
 
 
 class DoctorConfig(Section):
@@ -699,10 +754,20 @@ class ClusterConfig(Section):
         return self
 
 
+def _check_name(name: str | None) -> str | None:
+    if name is not None and not _is_below(name):
+        raise ValueError(f"{name!r} is not the name of a folder below runs/")
+    return name
+
+
+RunName = Annotated[str | None, AfterValidator(_check_name)]
+"""The name of a folder below `runs/`."""
+
+
 class Config(Section):
     """A whole run."""
 
-    name: str | None = None
+    name: RunName = None
     """Name of the run's folder below `runs/`; None: made of algorithm, seed and time."""
     seed: int = Field(default=0, ge=0)
     """Root seed of sampling, of the noise and of the order of tasks."""
@@ -726,12 +791,6 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     doctor: DoctorConfig = DoctorConfig()
     cluster: ClusterConfig = ClusterConfig()
-
-    @model_validator(mode="after")
-    def _check_name(self) -> Config:
-        if self.name is not None and not _is_below(self.name):
-            raise ValueError(f"name: {self.name!r} is not the name of a folder below runs/")
-        return self
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -776,3 +835,91 @@ class Config(Section):
                 f"over trainer.updates_per_step ({trainer.updates_per_step})"
             )
         return self
+
+
+# --------------------------------------------------------------------------- supervised fine-tuning
+
+
+class TranscriptsConfig(Section):
+    """The conversations that supervised fine-tuning imitates; docs/sft.md has their forms."""
+
+    source: Literal["jsonl", "parquet", "hub", "run"] = "jsonl"
+    """A file, a data set of the Hugging Face hub, or the trajectories of a run or an evaluation."""
+    path: Annotated[Path | None, BeforeValidator(_expanded)] = None
+    """The file, or the folder of the run or evaluation."""
+    dataset: str | None = None
+    """Id or folder of a data set of the hub."""
+    subset: str | None = None
+    """Name of the subset, for a data set of the hub that has several."""
+    split: str = "train"
+    """Name of the split to use, for a data set of the hub."""
+    column: str | None = None
+    """Column that holds the messages; None: `messages` or `conversations`, whichever there is."""
+    broken_rows: Literal["fatal", "skip"] = "fatal"
+    """What to do with a row that cannot be read: refuse the data, or leave the row out. Either way
+    the row is named."""
+    min_reward: float = 1.0
+    """For a run or an evaluation: leave out trajectories with a lower reward."""
+    held_out: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of the conversations that is not trained on; the loss on it is reported. Which ones is
+    decided by a hash of the first message, so that equal tasks stay together."""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> TranscriptsConfig:
+        needed = "dataset" if self.source == "hub" else "path"
+        for name in ("path", "dataset"):
+            is_given = getattr(self, name) is not None
+            if is_given != (name == needed):
+                verb = "needs a" if name == needed else "does not take a"
+                raise ValueError(f"the source {self.source!r} {verb} {name}")
+        return self
+
+
+class SFTEpisodeConfig(EpisodeConfig):
+    """Limits of a conversation; the others hold for the evaluation after training."""
+
+    max_context_tokens: int = Field(default=16384, ge=2)
+    """Conversations with more tokens are left out, and named."""
+
+
+class SFTConfig(Section):
+    """A run of supervised fine-tuning."""
+
+    name: RunName = None
+    """Name of the run's folder below `runs/`; None: made of seed and time."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the order of conversations."""
+    epochs: float = Field(default=1.0, gt=0.0)
+    """Passes over the conversations."""
+    steps: int | None = Field(default=None, ge=0)
+    """Number of updates, in place of `epochs`."""
+    sequences_per_step: int = Field(default=16, ge=1)
+    """Conversations per update."""
+    model: ModelConfig = ModelConfig()
+    env: EnvConfig = EnvConfig()
+    data: TranscriptsConfig
+    rollout: SFTEpisodeConfig = SFTEpisodeConfig()
+    engine: EngineConfig = TransformersConfig()
+    trainer: TrainerConfig = TrainerConfig(lr=1e-5)
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    doctor: DoctorConfig = DoctorConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    def as_run(self) -> Config:
+        """The settings that it shares with a run: model, environment, trainer, processes."""
+        return Config(
+            name=self.name,
+            seed=self.seed,
+            steps=self.steps or 0,
+            algorithm=NEGATIVE_LOG_LIKELIHOOD,
+            model=self.model,
+            env=self.env,
+            rollout=RolloutConfig(**self.rollout.model_dump()),
+            engine=self.engine,
+            trainer=self.trainer,
+            eval=self.eval,
+            checkpoint=self.checkpoint,
+            doctor=self.doctor,
+            cluster=self.cluster,
+        )

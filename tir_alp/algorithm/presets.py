@@ -242,6 +242,12 @@ ALGORITHMS: MappingProxyType[str, AlgorithmConfig] = MappingProxyType(make_prese
 """The presets: name -> method."""
 
 
+NEGATIVE_LOG_LIKELIHOOD = AlgorithmConfig(
+    name="sft", denominator="rollout", ratio_level="token", surrogate="reinforce"
+)
+"""Supervised learning as a method: with the advantage 1, `reinforce` is -log pi per token."""
+
+
 def resolve_algorithm(value: Any) -> Any:
     """Replace a preset's name by the preset, with the other keys of `value` laid over it.
 

@@ -17,10 +17,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from tir_alp.tools.calls import HERMES, CallMarks
+from tir_alp.tools.calls import HERMES, CallMarks, ToolCall, call_blocks, read_call
 
 # Stand-ins. The quote and line end in the tool's output show whether it is written as JSON.
 _USER, _ASSISTANT, _TOOL = "\u2068user\u2069", "\u2068assistant\u2069", '\u2068tool"\n\u2069'
+_FOLLOW_UP = "\u2068follow up\u2069"
 _NAME, _KEY, _VALUE = "probe_tool", "probe_key", "probe_value"
 _ID = "000000000"  # the id of every call; Mistral's templates want nine letters or digits
 _PADDING = ("\t\n", "\n\t")  # around a content, to see whether a template strips it
@@ -123,6 +124,44 @@ class ChatTemplate:
         if marks.in_list and not marks.closing:
             closing = text.find("]", end) + 1
         return self._frame([_user(), called, output], _TOOL, start=max(end, closing))
+
+    def follow_up_frame(self) -> Frame:
+        """The text around a user's message between two completions.
+
+        Raises:
+            ValueError: The template refuses or changes it.
+        """
+        words = {"role": "assistant", "content": _ASSISTANT}
+        second = {"role": "user", "content": _FOLLOW_UP}
+        return self._frame([_user(), words, second], _FOLLOW_UP, after=_ASSISTANT)
+
+    def written_call(self, words: str, call: ToolCall, marks: CallMarks) -> str:
+        """Return a turn with a native call as the template writes it, up to the end of the call.
+
+        Args:
+            words: Text before the call.
+            call: The call.
+            marks: What `call_marks` found.
+        """
+        arguments: Any = dict(call.arguments)
+        named = {marks.name_key: call.name, marks.arguments_key: arguments}
+        content = json.dumps([named] if marks.in_list else named, ensure_ascii=False)
+        plain = f"{words}{marks.opening}{content}{marks.closing}"
+        prompt = self.render([_user()], generation=True)
+        for given in (arguments, json.dumps(arguments, ensure_ascii=False)):
+            try:
+                text = self.render([_user(), _call(words, given, call.name)])
+            except ValueError:
+                continue
+            body = text.removeprefix(prompt)
+            end = body.rfind(marks.closing) + len(marks.closing) if marks.closing else 0
+            if body == text or (marks.closing and end < len(marks.closing)):
+                continue
+            body = body[:end] if end else body[: body.rfind("]" if marks.in_list else "}") + 1]
+            found = next(call_blocks(body, marks), None)
+            if found is not None and read_call(found.content, marks) == call:
+                return body
+        return plain
 
     def end_of_turn(self) -> Frame:
         """The text after the assistant's last turn, in `before`; there is no content after it."""
@@ -423,7 +462,7 @@ def _tool(content: str, name: str) -> Message:
     return {"role": "tool", "content": content, "name": name, "tool_call_id": _ID}
 
 
-def _call(content: str, arguments: Mapping[str, str] | str, name: str) -> Message:
+def _call(content: str, arguments: Mapping[str, Any] | str, name: str) -> Message:
     function = {"name": name, "arguments": arguments}
     calls = [{"type": "function", "id": _ID, "function": function}]
     return {"role": "assistant", "content": content, "tool_calls": calls}

@@ -200,15 +200,36 @@ def left_out(config: DataConfig) -> list[str]:
     return sentences
 
 
-class TaskOrder:
-    """Endless tasks by position: every epoch contains all tasks, in an order of its own.
+class Shuffled:
+    """Endless indices by position: every epoch contains all of them, in an order of its own.
 
-    The task at a position is a function of (source, seed, position), so a run resumes from a single
+    The index at a position is a function of (size, seed, position), so a run resumes from a single
     number.
 
     Args:
-        source: The tasks.
+        size: Number of indices; positive.
         seed: Together with the number of the epoch, determines the order.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size, self._seed = size, seed
+        self._epoch = -1
+        self._order = np.empty(0, np.int64)
+
+    def __getitem__(self, position: int, /) -> int:
+        epoch, offset = divmod(position, self._size)
+        if epoch != self._epoch:
+            rng = np.random.default_rng((self._seed, epoch))
+            self._epoch, self._order = epoch, rng.permutation(self._size)
+        return int(self._order[offset])
+
+
+class TaskOrder:
+    """Endless tasks by position, in the order of `Shuffled`.
+
+    Args:
+        source: The tasks.
+        seed: Determines the order.
 
     Raises:
         ValueError: The source has no tasks.
@@ -217,16 +238,10 @@ class TaskOrder:
     def __init__(self, source: TaskSource, seed: int) -> None:
         if not len(source):
             raise ValueError("there are no tasks to train on")
-        self._source, self._seed = source, seed
-        self._epoch = -1
-        self._order = np.empty(0, np.int64)
+        self._source, self._order = source, Shuffled(len(source), seed)
 
     def __getitem__(self, position: int, /) -> Task:
-        epoch, offset = divmod(position, len(self._source))
-        if epoch != self._epoch:
-            rng = np.random.default_rng((self._seed, epoch))
-            self._epoch, self._order = epoch, rng.permutation(len(self._source))
-        return Task.from_row(self._source[int(self._order[offset])])
+        return Task.from_row(self._source[self._order[position]])
 
 
 class MixedOrder:

@@ -191,6 +191,15 @@ class Opened:
     num_filtered: int
     """Number of rows that were left out because of their length."""
 
+    @property
+    def whole(self) -> FileTasks:
+        """The tasks of both splits, in the order of the file."""
+        splits = [*self.splits.values()]
+        keys = np.concatenate([each.keys for each in splits])
+        order = np.argsort(keys)
+        numbers = np.concatenate([each.numbers for each in splits])
+        return FileTasks(splits[0].rows, splits[0].config, keys[order], numbers[order])
+
 
 def open_rows(config: SourceConfig) -> Opened:
     """Read a file once: check every row, and index the rows of each split.
@@ -214,7 +223,7 @@ def open_rows(config: SourceConfig) -> Opened:
 def _open_version(config: SourceConfig, version: tuple[int, int]) -> Opened:
     if config.answer_pattern is not None:
         compile_pattern(config.answer_pattern)
-    rows = _raw_rows(config)
+    rows = raw_rows(config.source, config.path, config.dataset, config.subset, config.split)
     found: dict[Split, tuple[array[int], array[int]]] = {
         split: (array("q"), array("q")) for split in ("train", "held_out")
     }
@@ -359,26 +368,40 @@ def _inside(row: Any, column: str) -> Any:
     return row
 
 
-def _raw_rows(config: SourceConfig) -> RawRows:
-    if config.source == "hub":
-        assert config.dataset is not None
+def raw_rows(
+    source: str, path: Path | None, dataset: str | None, subset: str | None, split: str
+) -> RawRows:
+    """Open a file or a data set of the hub.
+
+    Args:
+        source: `jsonl`, `csv`, `parquet` or `hub`.
+        path: The file.
+        dataset: Id or folder of a data set of the hub.
+        subset: Name of its subset.
+        split: Name of its split.
+
+    Raises:
+        ValueError: It cannot be read; the message says what to do.
+    """
+    if source == "hub":
+        assert dataset is not None
         try:
-            return HubRows(config.dataset, config.subset, config.split)
+            return HubRows(dataset, subset, split)
         except ImportError as error:
             raise ValueError(f"{error}; install it: pip install 'tir_alp[data]'") from error
         except (
             Exception
         ) as error:  # the type depends on whether id, subset, split or network is wrong
-            raise ValueError(f"cannot load the data set {config.dataset!r}: {error}") from error
-    assert config.path is not None
-    if config.source in ("jsonl", "csv"):
+            raise ValueError(f"cannot load the data set {dataset!r}: {error}") from error
+    assert path is not None
+    if source in ("jsonl", "csv"):
         try:
-            return JsonLines(config.path, open_csv if config.source == "csv" else open_lines)
+            return JsonLines(path, open_csv if source == "csv" else open_lines)
         except OSError as error:
-            raise ValueError(f"cannot read the tasks in {config.path}: {error.strerror}") from None
+            raise ValueError(f"cannot read {path}: {error.strerror}") from None
     try:
-        return ParquetRows(config.path)
+        return ParquetRows(path)
     except ImportError as error:
         raise ValueError(f"{error}; install it: pip install 'tir_alp[data]'") from error
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-        raise ValueError(f"cannot read the parquet file {config.path}: {error}") from error
+        raise ValueError(f"cannot read the parquet file {path}: {error}") from error

@@ -22,7 +22,14 @@ from tir_alp.rollouts.chat_template import ChatTemplate, check_prefix_stability
 from tir_alp.rollouts.end_marks import end_mark, is_mark
 from tir_alp.rollouts.surrogates import SURROGATE
 from tir_alp.rollouts.text_encoder import EncodedFrame, TextEncoder
-from tir_alp.tools.calls import HERMES, CallFormat, call_watcher, canonical
+from tir_alp.tools.calls import (
+    HERMES,
+    CallFormat,
+    ToolCall,
+    call_watcher,
+    canonical,
+    write_call,
+)
 from tir_alp.types import Origin, StopReason, TokenSpan, cut_version_spans
 
 _MAX_PENDING = 16  # tokens that are no whole character yet
@@ -77,6 +84,7 @@ class Renderer:
         self.call_format: CallFormat = call_format
         self.clock = clock
         template = ChatTemplate(tokenizer, system, tuple(tools), clock)
+        self._template = template
         self.marks = template.call_marks() if call_format == "tool_call" else HERMES
         self._encoder = TextEncoder(tokenizer)
         self._prompt_frame = self._encoder.frame(template.prompt_frame())
@@ -99,6 +107,8 @@ class Renderer:
         before = self._observation_frame.before
         mark = end_mark(tokenizer, before)
         self._after_end_mark = before if mark is None else before[mark + 1 :]
+        self.end_mark: int = tokenizer.eos_token_id if mark is None else before[mark]
+        """The token that ends a turn in this template."""
         self.stop_token_ids = frozenset(
             {
                 tokenizer.eos_token_id,
@@ -144,6 +154,75 @@ class Renderer:
             head = self._max_observation_tokens // 2
             ids = ids[:head] + ids[len(ids) - (self._max_observation_tokens - head) :]
         return TokenSpan((*before, *ids, *frame.after))
+
+    def follow_up(self, text: str) -> TokenSpan:
+        """Encode a user's message after a completion that ended with the end mark.
+
+        Raises:
+            ValueError: The template does not show a second message of a user.
+        """
+        frame = self._encoder.frame(self._template.follow_up_frame())
+        mark = end_mark(self._tokenizer, frame.before)
+        before = frame.before if mark is None else frame.before[mark + 1 :]
+        return TokenSpan((*before, *self._content(text, frame), *frame.after))
+
+    def demonstrated(
+        self, text: str, call: ToolCall | None, *, before_tool: bool
+    ) -> tuple[tuple[int, ...], StopReason]:
+        """Encode a turn of the assistant that somebody else wrote, as a rollout would sample it.
+
+        Args:
+            text: The words of the turn; a call in fences may be among them.
+            call: The call after the words, if it is given apart from them.
+            before_tool: Whether a tool's output follows.
+
+        Returns:
+            The tokens, up to the end of the call or with the end mark, and why they end there.
+
+        Raises:
+            ValueError: The call cannot be written in the format that the environment reads, there
+                is none though a tool's output follows, or there is text after it.
+        """
+        ids = self._written(text, call)
+        if not before_tool and call is None:
+            return (*ids, self.end_mark), StopReason.EOS
+        matches = self.stop_matcher()
+        end = next((index for index, token in enumerate(ids, start=1) if matches(token)), None)
+        if end is None:
+            if call is not None:  # in this form, only the end of the turn ends a call
+                return (*ids, self.end_mark), StopReason.EOS
+            raise ValueError(
+                f"a tool's output follows, but the turn has no complete call in the format "
+                f"{self.call_format!r}: {text[-80:]!r}"
+            )
+        if rest := self._tokenizer.decode(list(ids[end:])).strip():
+            raise ValueError(f"there is text after the call, which no rollout has: {rest[:80]!r}")
+        return ids[:end], StopReason.STOP
+
+    def _written(self, text: str, call: ToolCall | None) -> tuple[int, ...]:
+        """Encode words, and a call in the format of the environment and the template."""
+        text = SURROGATE.sub("\ufffd", text)
+        if call is None:
+            return self._encoder.written(text)
+        if self.call_format != "tool_call":
+            written = write_call(call, self.call_format)
+            if written is None:
+                raise ValueError(
+                    f"a call of {call.name!r} with the arguments {[*call.arguments]} cannot be "
+                    f"written in the format {self.call_format!r}: in fences there is only the tool "
+                    "'python' with 'code'; see env.kwargs.call_format"
+                )
+            line_end = "" if not text or text.endswith("\n") else "\n"
+            return self._encoder.written(text + line_end + written)
+        marks = self.marks
+        body = self._template.written_call(text, call, marks)
+        if not marks.opening:
+            return self._encoder.written(body)
+        words, opening, rest = body.partition(marks.opening)
+        content, closing, tail = rest.rpartition(marks.closing) if marks.closing else (rest, "", "")
+        encoder = self._encoder
+        ids = encoder.written(words) + encoder.mark(opening) + encoder.written(content)
+        return ids + (encoder.mark(closing) + encoder.written(tail) if closing else ())
 
     def action(self, token_ids: Sequence[int]) -> str:
         """Decode a completion for the environment, without its end-of-turn token.

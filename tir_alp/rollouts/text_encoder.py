@@ -80,6 +80,22 @@ class TextEncoder:
         self._inner.encode_special_tokens = True
         return tuple(self._inner.encode(text, add_special_tokens=False).ids)
 
+    def written(self, text: str) -> Ids:
+        """Encode text in the middle of a turn as the model writes it.
+
+        Tokens that were added for the model to write, such as `<think>`, are single tokens; special
+        tokens are not: they end turns, and text cannot.
+        """
+        if self._inner is None:
+            encode = self._tokenizer.encode
+            return tuple(encode(text, add_special_tokens=False, split_special_tokens=True))
+        self._inner.encode_special_tokens = True
+        return tuple(self._inner.encode(text, add_special_tokens=False).ids)
+
+    def mark(self, text: str) -> Ids:
+        """Encode a mark of the template, which may be a special token."""
+        return self._marked_inside(text)
+
     def _fitting(
         self, encoders: Sequence[Callable[[str], Ids]], text: str, ends: Sequence[Ids]
     ) -> Ids:
