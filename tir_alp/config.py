@@ -147,6 +147,11 @@ class DataConfig(TrainingSource):
     mix: tuple[MixedSource, ...] = ()
     """Several sources, mixed by weight, instead of a single one."""
 
+    @property
+    def sources(self) -> tuple[TrainingSource, ...]:
+        """Its sources: those of the mixture, or itself."""
+        return self.mix or (self,)
+
     @model_validator(mode="after")
     def _check_mix(self) -> DataConfig:
         beside = sorted(_changed(self) - {"mix"})

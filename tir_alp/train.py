@@ -20,17 +20,18 @@ from tir_alp.algorithm.metrics import rollout_metrics
 from tir_alp.algorithm.presets import ALGORITHMS
 from tir_alp.config import Config
 from tir_alp.engines.base import EngineFailed
-from tir_alp.evaluate import evaluate
 from tir_alp.models.tiny import TRAIN_CONFIG
 from tir_alp.records.folder import read_run_config
 from tir_alp.records.trajectories import state_to_record
 from tir_alp.roles import RoleLost
+from tir_alp.rollouts.evaluation import play_sets, summary
 from tir_alp.rollouts.queue import RolloutsFailed
 from tir_alp.rollouts.renderer import PromptTooLong
 from tir_alp.run.command_line import Command, overlay, read_config
+from tir_alp.run.describe import describe_evaluation
 from tir_alp.run.interrupt import Interrupted
 from tir_alp.training import checkpoint_folder
-from tir_alp.training.checkpoint_folder import Position
+from tir_alp.training.checkpoint_folder import Best, Position, is_best, write_best
 from tir_alp.types import Sample, TrajectoryGroup
 
 if TYPE_CHECKING:
@@ -212,23 +213,20 @@ def roll_back(run: Run) -> Position:
 
 
 async def measure(run: Run, step: int) -> None:
-    """Evaluate on held-out tasks, and log it."""
-    settings = run.config.eval
-    run.console.print(f"step {step}: evaluating {len(run.held_out)} held-out tasks")
-    metrics = await evaluate(
-        run.evaluation, run.held_out, samples=settings.samples, greedy=settings.greedy
-    )
+    """Evaluate on held-out tasks, log it, and save the weights if they are the best so far."""
+    settings, sets = run.config.eval, run.eval_sets
+    num_tasks = sum(len(each.tasks) for each in sets)
+    run.console.print(f"step {step}: evaluating {num_tasks} held-out tasks")
+    played = await play_sets(run.evaluation, sets, samples=settings.samples, greedy=settings.greedy)
+    metrics = summary(played)
     run.folder.log(step, metrics)
-    if "eval/accuracy" not in metrics:
-        run.console.print(f"step {step}: no accuracy: every episode of the evaluation failed")
-        return
-    greedy = metrics.get("eval/greedy_accuracy")
-    run.console.print(
-        f"step {step}: accuracy {metrics['eval/accuracy']:.1%} sampled"
-        + (f", {greedy:.1%} greedy" if greedy is not None else "")
-        + f", {metrics['eval/tool_calls']:.2f} tool calls per trajectory"
-        + f" ({len(run.held_out)} held-out tasks)"
-    )
+    for line in describe_evaluation(metrics, {each.name: len(each.tasks) for each in sets}):
+        run.console.print(f"step {step}: {line}")
+    score, folder = metrics.get("eval/accuracy"), run.folder.checkpoints
+    if score is not None and run.config.checkpoint.best and is_best(folder, score):
+        if step > 0 and not (folder / f"step_{step}").exists():
+            await save(run, step)
+        write_best(folder, Best(step, score))
 
 
 async def save(run: Run, step: int) -> None:

@@ -53,9 +53,8 @@ def examine_environment(
     """Measure the prompts of the next tasks and take an action; see `check_environment`."""
     first = prepared.progress.position.group
     tasks = [prepared.tasks[first + offset] for offset in range(num_tasks)]
-    return check_environment(
-        prepared.config, prepared.renderer, [*tasks, *prepared.held_out], make_env
-    )
+    tasks += [task for each in prepared.eval_sets for task in each.tasks]
+    return check_environment(prepared.config, prepared.renderer, tasks, make_env)
 
 
 def examine_inputs(

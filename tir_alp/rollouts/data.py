@@ -13,7 +13,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tir_alp.config import FILE_SOURCES, SOURCES, DataConfig, SourceConfig
+from tir_alp.config import (
+    FILE_SOURCES,
+    SOURCES,
+    DataConfig,
+    EvalConfig,
+    SourceConfig,
+    TrainingSource,
+)
 from tir_alp.rollouts.data_files import Opened, open_rows
 from tir_alp.tools.held_out import Split
 
@@ -61,6 +68,15 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
+class EvalSet:
+    """Tasks that are evaluated together."""
+
+    name: str
+    """Name of its metrics, `eval/<name>/...`; empty if there is only this set."""
+    tasks: Sequence[Task]
+
+
+@dataclass(frozen=True, slots=True)
 class EnvTasks:
     """Tasks that an environment draws itself, by seed; the two splits share no seed.
 
@@ -94,40 +110,54 @@ class Order(Protocol):
     def __getitem__(self, position: int, /) -> Task: ...
 
 
-def load_order(config: DataConfig, seed: int) -> Order:
+def load_order(config: DataConfig, seed: int, whole: bool = False) -> Order:
     """Return the training tasks in the order in which a run uses them.
+
+    Args:
+        config: The tasks of the run.
+        seed: Seed of the order.
+        whole: Whether all rows of files are trained on, because the run is evaluated on other data.
 
     Raises:
         ValueError: A source has no tasks or a broken one; the message says which, and what to do.
     """
+
+    def order(source: TrainingSource) -> TaskOrder:
+        return TaskOrder(load_source(source, whole=whole), seed)
+
     if not config.mix:
-        return TaskOrder(load_source(config), seed)
-    orders = [TaskOrder(load_source(source), seed) for source in config.mix]
+        return order(config)
+    orders = [order(source) for source in config.mix]
     return MixedOrder(orders, [source.weight for source in config.mix], seed)
 
 
 def load_source(
-    config: SourceConfig, split: Split = "train", size: int | None = None
+    config: SourceConfig, split: Split = "train", size: int | None = None, whole: bool = False
 ) -> TaskSource:
     """Return the tasks of one source, by index.
 
     Args:
         config: Names the source and holds its settings.
         split: Which of its two splits to return.
-        size: Number of tasks to generate, in place of `config.num_tasks`; files ignore it.
+        size: Number of tasks to generate, which files ignore; None: that of a training source.
+        whole: For files, return all rows in place of a split.
 
     Raises:
         ValueError: The source has no tasks or a broken one; the message says which, and what to do.
     """
     if config.source in FILE_SOURCES:
-        tasks = open_rows(config).splits[split]
+        opened = open_rows(config)
+        tasks = opened.whole if whole else opened.splits[split]
         if not len(tasks):
             raise ValueError(
                 f"{tasks.rows.name}: no tasks are left for the {split} split, which gets "
-                f"{'one' if split == 'held_out' else 'seven'} in eight; add some more"
+                f"{'one' if split == 'held_out' else 'seven'} in eight; add some more, or name "
+                "data to evaluate on in eval.data"
             )
         return tasks
-    size = config.num_tasks if size is None else size
+    if size is None:
+        assert isinstance(config, TrainingSource)
+        size = config.num_tasks
     if config.source == "env":
         return EnvTasks(config.seed, size, split)
     return _open_entry_point(config, split, size)
@@ -168,7 +198,7 @@ def load_held_out(config: DataConfig, num_tasks: int) -> list[Task]:
     Raises:
         ValueError: A source has fewer held-out tasks than its share.
     """
-    sources: Sequence[SourceConfig] = config.mix or (config,)
+    sources: Sequence[TrainingSource] = config.sources
     shares = _shares([getattr(each, "weight", 1.0) for each in sources], num_tasks)
     tasks = []
     for source, share in zip(sources, shares, strict=True):
@@ -178,17 +208,64 @@ def load_held_out(config: DataConfig, num_tasks: int) -> list[Task]:
         if len(held_out) < share:
             raise ValueError(
                 f"{source.path or source.dataset or source.source} has {len(held_out)} held-out "
-                f"tasks (one in eight), not {share}: evaluate on at most {len(held_out)}, or add "
-                "tasks"
+                f"tasks (one in eight), not {share}: evaluate on at most {len(held_out)}, add "
+                "tasks, or name data to evaluate on in eval.data"
             )
         tasks += [Task.from_row(held_out[index]) for index in range(share)]
     return tasks
 
 
-def left_out(config: DataConfig) -> list[str]:
+def load_eval_sets(data: DataConfig | None, config: EvalConfig) -> list[EvalSet]:
+    """Return what a run is evaluated on.
+
+    Args:
+        data: The tasks of the run, from which some are held out where the config names no others;
+            None: the run has no tasks.
+        config: Settings of the evaluation.
+
+    Raises:
+        ValueError: There are too few tasks, or a source is broken.
+    """
+    if not config.data:
+        return [] if data is None else [EvalSet("", load_held_out(data, config.num_tasks))]
+    sets = []
+    for source in config.data:
+        size = config.num_tasks if source.limit is None else source.limit
+        rows = load_source(source, "held_out", size, whole=True)
+        count = len(rows) if source.limit is None else min(source.limit, len(rows))
+        sets.append(EvalSet(source.label, [Task.from_row(rows[index]) for index in range(count)]))
+    return sets
+
+
+def overlap(data: DataConfig, sets: Sequence[EvalSet]) -> list[str]:
+    """Warn of questions that are evaluated and are also in a file that is trained on.
+
+    Returns:
+        One sentence per set that shares questions with a file.
+    """
+    files = [each for each in data.sources if each.source in FILE_SOURCES]
+    wanted = {task.question for each in sets if each.name for task in each.tasks}
+    if not files or not wanted:
+        return []
+    shared: set[str] = set()
+    for source in files:
+        rows = open_rows(source).whole
+        shared |= {rows[index]["question"] for index in range(len(rows))} & wanted
+    sentences = []
+    for each in sets:
+        common = [task for task in each.tasks if task.question in shared]
+        if common:
+            sentences.append(
+                f"{len(common)} of the {len(each.tasks)} questions of eval.data {each.name!r} are "
+                f"also trained on, the first is {common[0].task_id}: its accuracy says little"
+            )
+    return sentences
+
+
+def left_out(sources: Sequence[SourceConfig]) -> list[str]:
     """List the rows of files that were left out: one sentence per row, then one on lengths."""
     sentences = []
-    for source in config.mix or (config,):
+    for source in sources:
         if source.source in FILE_SOURCES:
             opened: Opened = open_rows(source)
             sentences += opened.broken

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-from tir_alp.config import DataConfig
 
 _FILE = "data.json"
 
@@ -20,9 +18,8 @@ Fingerprints = Mapping[str, Mapping[str, Any]]
 """Size and SHA-256 of files, by path."""
 
 
-def fingerprints(data: DataConfig) -> Fingerprints:
+def fingerprints(paths: Iterable[Path]) -> Fingerprints:
     """Read every file that a run takes its tasks from; about a second per GB."""
-    paths = [source.path for source in data.mix or (data,) if source.path is not None]
     found = {}
     for path in paths:
         with path.open("rb") as file:

@@ -72,6 +72,34 @@ def describe_environment(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def describe_evaluation(metrics: Mapping[str, float], num_tasks: Mapping[str, int]) -> list[str]:
+    """Describe the result of an evaluation: of all tasks, and of each named set.
+
+    Args:
+        metrics: As `rollouts.evaluation.summary` returns them.
+        num_tasks: Number of tasks of each set, by its name.
+    """
+    named = [name for name in num_tasks if name]
+    lines = [_accuracy(metrics, "eval/", sum(num_tasks.values()))]
+    if len(named) > 1:
+        lines += [
+            f"{name}: {_accuracy(metrics, f'eval/{name}/', num_tasks[name])}" for name in named
+        ]
+    return lines
+
+
+def _accuracy(metrics: Mapping[str, float], prefix: str, num_tasks: int) -> str:
+    if f"{prefix}accuracy" not in metrics:
+        return "no accuracy: every episode of the evaluation failed"
+    greedy = metrics.get(f"{prefix}greedy_accuracy")
+    return (
+        f"accuracy {metrics[f'{prefix}accuracy']:.1%} sampled"
+        + (f", {greedy:.1%} greedy" if greedy is not None else "")
+        + f", {metrics[f'{prefix}tool_calls']:.2f} tool calls per trajectory"
+        + f" ({num_tasks} held-out tasks)"
+    )
+
+
 def describe_end(path: object, steps: int) -> str:
     """Say where a finished run left its model and its metrics, and how to go on."""
     if steps == 0:

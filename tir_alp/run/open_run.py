@@ -28,7 +28,7 @@ from tir_alp.engines.base import Engine, Generate
 from tir_alp.records.folder import RunFolder
 from tir_alp.records.ledger import Ledger
 from tir_alp.roles import Placement, TrainerRole
-from tir_alp.rollouts.data import Task
+from tir_alp.rollouts.data import EvalSet
 from tir_alp.rollouts.episode import EpisodeRunner, RecordEnv
 from tir_alp.rollouts.lockstep import Lockstep
 from tir_alp.rollouts.queue import RolloutQueue
@@ -87,7 +87,7 @@ class Run:
     rollouts: RolloutQueue
     ledger: Ledger
     evaluation: EpisodeRunner
-    held_out: Sequence[Task]
+    eval_sets: Sequence[EvalSet]
     trainer_thread: ThreadPoolExecutor
     """See `Launched`."""
     advice: Advice
@@ -208,7 +208,7 @@ def collect(
         rollouts=rollouts,
         ledger=ledger,
         evaluation=runner(config.seed + _EVALUATION, generate),
-        held_out=prepared.held_out,
+        eval_sets=prepared.eval_sets,
         trainer_thread=launched.trainer_thread,
         advice=Advice(prepared.renderer.action, "tools" in examined.environment_report),
     )

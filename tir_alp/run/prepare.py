@@ -18,7 +18,14 @@ from tir_alp.config import Config
 from tir_alp.models.tiny import SHIPPED
 from tir_alp.records.folder import RunFolder, read_origin
 from tir_alp.records.trajectories import state_from_record
-from tir_alp.rollouts.data import Order, Task, left_out, load_held_out, load_order
+from tir_alp.rollouts.data import (
+    EvalSet,
+    Order,
+    left_out,
+    load_eval_sets,
+    load_order,
+    overlap,
+)
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.queue import QueueState
 from tir_alp.rollouts.renderer import Renderer, make_renderer
@@ -59,7 +66,7 @@ class Prepared:
     tokenizer: Any
     renderer: Renderer
     tasks: Order
-    held_out: Sequence[Task]
+    eval_sets: Sequence[EvalSet]
     left_out: Sequence[str]
     """Sentences about the rows of the data that were left out."""
     files: Fingerprints
@@ -99,12 +106,15 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
     tokenizer = load_tokenizer(initial if found is None else str(found))
     with closing(make_environment(config)) as env:
         renderer = make_renderer(config, tokenizer, env, origin)
-    tasks = load_order(config.data, config.seed)
-    files = fingerprints(config.data)
+    sources = (*config.data.sources, *config.eval.data)
+    tasks = load_order(config.data, config.seed, whole=bool(config.eval.data))
+    files = fingerprints(each.path for each in sources if each.path is not None)
     if resume is not None:
         check_fingerprints(resume, files)
-    held_out = load_held_out(config.data, config.eval.num_tasks)
-    sentences = left_out(config.data)
+    eval_sets = load_eval_sets(config.data, config.eval)
+    for sentence in overlap(config.data, eval_sets):
+        log(f"warning: {sentence}")
+    sentences = left_out(sources)
     if sentences:
         log(describe_left_out(sentences))
     return Prepared(
@@ -116,7 +126,7 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
         origin=origin,
         renderer=renderer,
         tasks=tasks,
-        held_out=held_out,
+        eval_sets=eval_sets,
         left_out=sentences,
         files=files,
     )

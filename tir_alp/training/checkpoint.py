@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from tir_alp.training.checkpoint_folder import (
     CheckpointError,
     Position,
-    newest_first,
+    prune,
     publish,
 )
 from tir_alp.training.trainer import Trainer
@@ -43,7 +43,7 @@ def save(
     keep: int,
     end_token_ids: frozenset[int] = frozenset(),
 ) -> Path:
-    """Write `folder/step_N` and delete all but the `keep` newest checkpoints; call on every rank.
+    """Write `folder/step_N`, and delete checkpoints as in `prune`; call on every rank.
 
     Args:
         folder: The folder `checkpoints` of the run.
@@ -51,7 +51,7 @@ def save(
         tokenizer: Saved beside the weights.
         position: How far the run has come; `position.step` is N.
         rollouts: State of the rollouts, for JSON; `load_rollouts` returns it.
-        keep: Number of checkpoints to keep.
+        keep: Number of newest checkpoints to keep.
         end_token_ids: Tokens that end a completion in the run, for the saved generation config; if
             empty, those of the model stay in it.
 
@@ -75,8 +75,7 @@ def save(
             tokenizer.save_pretrained(aside)
             (aside / "rollouts.json").write_text(json.dumps(rollouts))
             publish(aside, final, position)
-            for old in newest_first(folder)[keep:]:
-                shutil.rmtree(old)
+            prune(folder, keep)
         ranks.meet()
     return final
 

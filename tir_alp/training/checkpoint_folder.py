@@ -93,6 +93,49 @@ def verify(path: Path) -> Position:
     return position
 
 
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best evaluation of a run so far."""
+
+    step: int
+    """Number of steps that had been made; 0: the model that the run began with."""
+    score: float
+    """Higher is better."""
+
+
+_BEST = "best.json"
+
+
+def read_best(folder: Path) -> Best | None:
+    """Read which evaluation was the best; None if there was none yet."""
+    try:
+        return Best(**json.loads((folder / _BEST).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def is_best(folder: Path, score: float) -> bool:
+    """Whether a score is higher than that of every evaluation before."""
+    best = read_best(folder)
+    return best is None or score > best.score
+
+
+def write_best(folder: Path, best: Best) -> None:
+    """Record the best evaluation; the checkpoint of its step is kept from now on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".{_BEST}.part"
+    aside.write_text(json.dumps(asdict(best)) + "\n")
+    os.replace(aside, folder / _BEST)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all checkpoints but the `keep` newest and the best one."""
+    best = read_best(folder)
+    for old in newest_first(folder)[keep:]:
+        if best is None or old.name != f"step_{best.step}":
+            shutil.rmtree(old)
+
+
 def load_rollouts(path: Path) -> dict[str, Any]:
     """Read the state of the rollouts that `save` was given."""
     return json.loads((path / "rollouts.json").read_text())
