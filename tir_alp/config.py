@@ -128,7 +128,8 @@ class SourceConfig(Section):
 
 class TrainingSource(SourceConfig):
     """Where tasks to train on come from. One question in eight is held out, by its hash, unless
-    `eval.data` names data of its own."""
+    `eval.data` names data of its own.
+    """
 
     num_tasks: int = Field(default=100_000, ge=1)
     """Tasks per epoch, for sources that generate tasks; files ignore it."""
@@ -634,7 +635,8 @@ _SET_NAME = r"[\w.-]+"
 
 class EvalSource(SourceConfig):
     """Tasks to evaluate on. All rows of a file are used, and none of them is trained on; a source
-    that generates tasks gives questions that no training source generates."""
+    that generates tasks gives questions that no training source generates.
+    """
 
     name: str = Field(default="", pattern=rf"^({_SET_NAME})?$")
     """Name of its metrics, `eval/<name>/accuracy` and others; empty: named after its source."""

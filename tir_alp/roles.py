@@ -29,6 +29,10 @@ class TrainerRole(LogprobSource, Protocol):
         """Make the updates of one step."""
         ...
 
+    def mean_loss(self, samples: Sequence[Sample]) -> float:
+        """Mean negative logprob of the loss tokens of some samples, in nats per token."""
+        ...
+
     def weights(self) -> Any:
         """The policy as an engine of the same placement takes it: tensors, or a handle to them."""
         ...

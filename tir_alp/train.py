@@ -28,7 +28,7 @@ from tir_alp.rollouts.evaluation import play_sets, summary
 from tir_alp.rollouts.queue import RolloutsFailed
 from tir_alp.rollouts.renderer import PromptTooLong
 from tir_alp.run.command_line import Command, overlay, read_config
-from tir_alp.run.describe import describe_evaluation
+from tir_alp.run.describe import describe_end, describe_evaluation, describe_start
 from tir_alp.run.interrupt import Interrupted
 from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Best, Position, is_best, write_best
@@ -269,14 +269,26 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Config, Path | None]:
     return config, folder
 
 
-def services() -> Services:
+def services() -> Services[Run]:
     """What a run uses of the layers above it. Imported when a run starts, since it needs torch."""
     from tir_alp.cluster import open_cluster
     from tir_alp.doctor.start import Doctor
     from tir_alp.report import write_run_report
+    from tir_alp.run.open_run import open_run
     from tir_alp.run.supervise import Services
 
-    return Services(train, Doctor(), open_cluster, write_run_report)
+    return Services(
+        open=lambda config, placement, resume, interrupt, examined: open_run(
+            config, placement, Doctor(), resume=resume, interrupt=interrupt, examined=examined
+        ),
+        train=train,
+        describe_start=lambda run: describe_start(
+            run.config, run.examined.environment_report, run.folder.path
+        ),
+        describe_end=lambda run: describe_end(run.folder.path, run.config.steps),
+        open_cluster=open_cluster,
+        draw_report=write_run_report,
+    )
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -38,6 +38,10 @@ class RemoteTrainer:
         """As `LocalTrainer.step`."""
         return self._call("step", ray.put(groups), step)
 
+    def mean_loss(self, samples: Sequence[Sample]) -> float:
+        """As `LocalTrainer.mean_loss`."""
+        return self._call("mean_loss", ray.put(samples))
+
     def completion_logprobs(
         self, prompt: Sequence[int], completion: Sequence[int], temperature: float, top_p: float
     ) -> list[float]:

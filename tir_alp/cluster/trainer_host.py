@@ -56,6 +56,10 @@ class TrainerHost(ReportsCode):
         """As `LocalTrainer.step`."""
         return self._trainer.step(groups, step)
 
+    def mean_loss(self, samples: Sequence[Sample]) -> float:
+        """As `LocalTrainer.mean_loss`."""
+        return self._trainer.mean_loss(samples)
+
     def completion_logprobs(
         self, prompt: Sequence[int], completion: Sequence[int], temperature: float, top_p: float
     ) -> list[float]:

@@ -53,6 +53,20 @@ def examine_config(
         env: Environment that a program is tried in.
         task: A task of the run, to reset the environment to.
     """
+    return [
+        *examine_model(config, model_path, tokenizer, renderer, env),
+        check_sandbox(env, task),
+    ]
+
+
+def examine_model(
+    config: Config,
+    model_path: str,
+    tokenizer: Any,
+    renderer: Renderer,
+    env: gymnasium.Env[str, str],
+) -> list[CheckResult]:
+    """Make those of the checks that need neither weights nor a task; see `examine_config`."""
     shape = shape_of(model_path)
     return [
         # Actors have their own memory and GPUs; the process that starts them may have none.
@@ -60,7 +74,6 @@ def examine_config(
         check_disk(config, shape, Path("runs")),
         _check_history(tokenizer, config, renderer, env),
         check_fence(tokenizer, renderer),
-        check_sandbox(env, task),
     ]
 
 

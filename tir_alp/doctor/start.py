@@ -10,9 +10,10 @@ import gymnasium
 
 from tir_alp.doctor.check_result import CheckResult
 from tir_alp.doctor.environment import check_environment
-from tir_alp.doctor.examine import demand, examine_config, examine_engine
+from tir_alp.doctor.examine import demand, examine_config, examine_engine, examine_model
 from tir_alp.run.launch import Launched
 from tir_alp.run.open_run import Examined
+from tir_alp.run.open_sft import PreparedSFT
 from tir_alp.run.prepare import Prepared
 from tir_alp.training.structure import load_outline
 
@@ -34,6 +35,18 @@ class Doctor:
         findings, prompts = examine_inputs(prepared, make_env)
         warnings = demand(findings, prepared.config.doctor.ignore)
         return Examined(report, warnings, prompts)
+
+    def before_sft(self, prepared: PreparedSFT, env: gymnasium.Env[str, str]) -> Sequence[str]:
+        """Check machine and chat template, for supervised fine-tuning; returns warnings.
+
+        Raises:
+            Refused: A check failed that the config does not ignore.
+        """
+        config = prepared.config.as_run()
+        findings = examine_model(
+            config, prepared.model_path, prepared.tokenizer, prepared.renderer, env
+        )
+        return demand(findings, config.doctor.ignore)
 
     async def after_launch(
         self, prepared: Prepared, launched: Launched, prompts: Sequence[str]

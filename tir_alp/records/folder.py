@@ -10,8 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tir_alp.algorithm.formula import formula
-from tir_alp.config import Config
+from tir_alp.config import Config, SFTConfig
 from tir_alp.records.run_lock import RunLock
 from tir_alp.records.trajectories import to_record
 from tir_alp.types import Batch, Origin, Trajectory, TrajectoryGroup
@@ -50,12 +49,15 @@ class RunFolder:
             "another --name"
         )
 
-    def create(self, config: Config, origin: Origin | None = None) -> None:
+    def create(
+        self, config: Config | SFTConfig, origin: Origin | None = None, *, objective: str = ""
+    ) -> None:
         """Make the folder of a new run. Raises ValueError if it exists already.
 
         Args:
             config: Config of the run.
             origin: What resuming and auditing the run depend on; None: created now.
+            objective: What is minimised, as text.
         """
         try:
             self.path.mkdir(parents=True)
@@ -71,7 +73,7 @@ class RunFolder:
         origin = origin or Origin(datetime.now())
         record = {"created": origin.created.isoformat(), "end_token_ids": origin.end_token_ids}
         (self.path / _ORIGIN).write_text(json.dumps(record) + "\n")
-        (self.path / "objective.txt").write_text(formula(config.algorithm) + "\n")
+        (self.path / "objective.txt").write_text(objective + "\n")
         self._open()
 
     def reopen(self, step: int) -> None:

@@ -286,6 +286,9 @@ def make_renderer(
     tokenizer: Any,
     env: gymnasium.Env[str, str],
     origin: Origin | None = None,
+    *,
+    system: str = "",
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> Renderer:
     """Make the renderer for a tokenizer and an environment.
 
@@ -298,6 +301,8 @@ def make_renderer(
         env: An environment of the run.
         origin: When and with which end tokens the run was created; None: now, with those of the
             tokenizer alone.
+        system: System prompt in place of the config's; empty: the config's.
+        tools: JSON schemas of tools in place of the environment's; empty: the environment's.
 
     Raises:
         ValueError: Tokenizer and environment do not fit together.
@@ -307,9 +312,11 @@ def make_renderer(
         for name, attribute in (("call_format", "call_format"), ("tools", "tool_schemas"))
         if env.has_wrapper_attr(attribute)
     }
+    if tools and call_settings.get("call_format") == "tool_call":
+        call_settings["tools"] = tools
     return Renderer(
         tokenizer,
-        system=config.model.system,
+        system=system or config.model.system,
         max_observation_tokens=config.rollout.max_observation_tokens,
         rewritten_history=config.model.rewritten_history,
         end_token_ids=() if origin is None else origin.end_token_ids,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from tir_alp.tools.calls import ToolCall
@@ -51,7 +52,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """A conversation that begins with a user and ends with the assistant.
+    r"""A conversation that begins with a user and ends with the assistant.
 
     Example: a question, a call, its result and the answer:
 
@@ -59,7 +60,7 @@ class Transcript:
             Message("user", "What is 6*7?"),
             Message("assistant", "", ToolCall("python", {"code": "print(6*7)"})),
             Message("tool", "42"),
-            Message("assistant", "\\\\boxed{42}"),
+            Message("assistant", r"\boxed{42}"),
         ))
     """
 
@@ -106,9 +107,8 @@ def _listed(row: Any, column: str | None) -> Sequence[Any]:
         if isinstance(written, str):
             written = [{"role": "assistant", "content": written}]
         if isinstance(asked, list) and isinstance(written, list):
-            return [*({**each, "weight": 0} if _is_written(each) else each for each in asked)] + [
-                *written
-            ]
+            shown = [{**each, "weight": 0} if _is_written(each) else each for each in asked]
+            return [*shown, *written]
         raise ValueError("'prompt' and 'completion' must both be texts or lists of messages")
     names = _COLUMNS if column is None else (column,)
     name = next((each for each in names if each in row), None)
@@ -229,7 +229,7 @@ def _check_order(messages: Sequence[Message]) -> None:
         raise ValueError(f"a conversation begins with a user, not with {roles[:1]}")
     if roles[-1] != "assistant":
         raise ValueError(f"a conversation ends with the assistant, not with {roles[-1]!r}")
-    for number, (role, after) in enumerate(zip(roles, roles[1:], strict=False), start=1):
+    for number, (role, after) in enumerate(pairwise(roles), start=1):
         if (role == "assistant") == (after == "assistant") or after == "system":
             raise ValueError(f"message {number + 1} is of {after!r}, right after one of {role!r}")
     if not any(each.trainable for each in messages if each.role == "assistant"):

@@ -13,12 +13,12 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, TypeVar, get_origin
 
 from pydantic import ValidationError
 
 from tir_alp import __version__
-from tir_alp.algorithm.section import merge
+from tir_alp.algorithm.section import Section, merge
 from tir_alp.config import Config
 from tir_alp.run.settings import (
     annotations_of,
@@ -50,6 +50,8 @@ class Command:
     """How it is called, and what it does."""
     options: Mapping[str, str]
     """Options that are not settings, such as `config FILE`, with their descriptions."""
+    root: type[Section] = Config
+    """The config that it reads."""
 
     def read(self, words: Sequence[str]) -> Words:
         """Sort the words; `--help [SECTION]` and `--version` are answered here.
@@ -68,17 +70,20 @@ class Command:
                 described = {f"--{name}": text for name, text in self.options.items()}
                 described["--help [SECTION]"] = "this page, or only one section: --help rollout"
                 described["--version"] = "the version of tir_alp"
-                print(help_page(self.usage, described, section))
+                print(help_page(self.usage, described, section, self.root))
                 raise SystemExit(0)
-        return split_words(words, [name.split()[0] for name in self.options])
+        return split_words(words, [name.split()[0] for name in self.options], self.root)
 
 
-def split_words(words: Sequence[str], options: Sequence[str]) -> Words:
+def split_words(
+    words: Sequence[str], options: Sequence[str], root: type[Section] = Config
+) -> Words:
     """Sort the words of a command line.
 
     Args:
         words: As the shell passes them.
         options: Names that are not settings and take one value each.
+        root: The config that the settings belong to.
 
     Raises:
         ValueError: For a word that is neither; the message suggests the key that was meant.
@@ -92,9 +97,9 @@ def split_words(words: Sequence[str], options: Sequence[str]) -> Words:
             raise ValueError(f"{word!r} is not expected here: give settings as --dotted.key VALUE")
         key, has_value, text = word.removeprefix("--").partition("=")
         key = _SHORT.get(key, key)
-        annotations = [] if key in options else annotations_of(key)
+        annotations = [] if key in options else annotations_of(key, root)
         if key not in options and not annotations:
-            raise ValueError(unknown_key(key, dashes="--"))
+            raise ValueError(unknown_key(key, dashes="--", root=root))
         if not has_value:
             if rest and not rest[0].startswith("--"):
                 text = rest.pop(0)
@@ -140,6 +145,12 @@ def overlay(values: Mapping[str, Any], below: Mapping[str, Any]) -> Config:
     below = {"algorithm": Config.model_fields["algorithm"].default.name, **below}
     if isinstance(below["algorithm"], str):
         below["algorithm"] = {"name": below["algorithm"]}
+    return parse_config(lay_over(values, below))
+
+
+def lay_over(values: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay the settings of a command line over those of a file; see `load_config`."""
+    below = dict(below)
     named = values.get("env", {}).get("id")
     if named is not None and named != below.get("env", {}).get("id"):
         below["env"] = {}  # its settings are those of another environment
@@ -147,7 +158,7 @@ def overlay(values: Mapping[str, Any], below: Mapping[str, Any]) -> Config:
     if kind is not None and isinstance(below.get("engine"), Mapping):
         known = engine_keys(kind)  # the file's settings for another kind of engine are left out
         below["engine"] = {key: value for key, value in below["engine"].items() if key in known}
-    return parse_config(merge(below, values))
+    return merge(below, values)
 
 
 def _put(values: dict[str, Any], key: str, value: Any, is_list: bool) -> None:
@@ -200,18 +211,26 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
+    """Validate the config of a run; see `parse_as`."""
+    return parse_as(Config, values)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def parse_as(root: type[S], values: Mapping[str, Any]) -> S:
     """Validate a config that is given as nested mappings.
 
     Raises:
         ValueError: With one line for each mistake, which begins with its key.
     """
     try:
-        return Config(**values)
+        return root(**values)
     except ValidationError as error:
-        raise ValueError("\n".join(map(_mistake, error.errors()))) from error
+        raise ValueError("\n".join(_mistake(each, root) for each in error.errors())) from error
 
 
-def _mistake(mistake: Any) -> str:
+def _mistake(mistake: Any, root: type[Section]) -> str:
     """One line about a mistake: the key, what is wrong, and the value if it is not evident."""
     location = mistake["loc"]
     if location[:1] == ("engine",):  # the second entry names the kind of engine that was meant
@@ -219,7 +238,7 @@ def _mistake(mistake: Any) -> str:
     key = ".".join(map(str, location))
     message = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "extra_forbidden":
-        return unknown_key(key)
+        return unknown_key(key, root=root)
     if mistake["type"] == "value_error":  # the message names the value itself
         return f"{key}: {message}" if key else message
     return f"{key}: {message} (it is {mistake['input']!r:.100})"

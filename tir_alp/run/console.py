@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-_COLUMNS = {  # heading -> metric, format
+COLUMNS = {
     "reward": ("rollout/reward", ".3f"),
     "tools": ("rollout/tool_calls", ".2f"),
     "P2": ("ratio/p2", ".3f"),
@@ -28,15 +28,22 @@ _COLUMNS = {  # heading -> metric, format
     "tool s": ("time/tool", ".2f"),
     "train s": ("time/train", ".2f"),
 }
+"""What is shown of a step: heading -> metric, format."""
+
 _ROWS = 10
 _COLUMN_WIDTH = 8  # a narrow terminal shows only the first columns
 
 
 class RunConsole:
-    """Shows one run. Where there is no terminal, one plain line per step."""
+    """Shows one run. Where there is no terminal, one plain line per step.
 
-    def __init__(self) -> None:
+    Args:
+        columns: What is shown of a step; see `COLUMNS`.
+    """
+
+    def __init__(self, columns: Mapping[str, tuple[str, str]] = COLUMNS) -> None:
         self.console = Console()
+        self._columns = columns
         self._rows: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=_ROWS)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -67,7 +74,7 @@ class RunConsole:
         if self._live is not None:
             self._live.update(self._picture())
         else:
-            cells = [f"{name} {self._cell(metrics, name)}" for name in _COLUMNS]
+            cells = [f"{name} {self._cell(metrics, name)}" for name in self._columns]
             self.print(f"{self._progress_of(step)}  " + "  ".join(cells))
 
     def _progress_of(self, step: int) -> str:
@@ -82,13 +89,12 @@ class RunConsole:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _picture(self) -> Group:
-        shown = [*_COLUMNS][: max(1, self.console.width // _COLUMN_WIDTH - 1)]
+        shown = [*self._columns][: max(1, self.console.width // _COLUMN_WIDTH - 1)]
         table = Table("step", *shown, box=None, header_style="bold", padding=(0, 1))
         for step, metrics in self._rows:
             table.add_row(str(step), *(self._cell(metrics, name) for name in shown))
         return Group(table, self._progress)
 
-    @staticmethod
-    def _cell(metrics: Mapping[str, float], name: str) -> str:
-        metric, form = _COLUMNS[name]
+    def _cell(self, metrics: Mapping[str, float], name: str) -> str:
+        metric, form = self._columns[name]
         return format(metrics[metric], form) if metric in metrics else "-"

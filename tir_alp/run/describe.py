@@ -7,7 +7,7 @@ from typing import Any
 
 from tir_alp.algorithm.formula import formula
 from tir_alp.algorithm.presets import ALGORITHMS
-from tir_alp.config import Config
+from tir_alp.config import Config, SFTConfig
 
 _PROBED = ("namespaces", "landlock", "docker")
 """Sandboxes that attack themselves when they start, and do not start if an attack succeeds."""
@@ -108,6 +108,31 @@ def describe_end(path: object, steps: int) -> str:
         f"the model is in {path}/checkpoints/step_{steps}, metrics in {path}/metrics.jsonl\n"
         f"next: tensorboard --logdir {path}  |  go on: python -m tir_alp.train "
         f"--resume {path} --steps {steps * 2}"
+    )
+
+
+def describe_sft_start(
+    config: SFTConfig, num_conversations: int, num_tokens: int, path: object
+) -> str:
+    """Describe a run of supervised fine-tuning that begins."""
+    settings = flat(config.model_dump(mode="json"))
+    defaults = flat(SFTConfig(data=config.data).model_dump(mode="json"))
+    changed = {key: value for key, value in settings.items() if defaults.get(key) != value}
+    lines = [f"{num_conversations} conversations with {num_tokens} tokens"]
+    if changed:
+        lines.append("settings that differ from the defaults:")
+        lines += [f"  {key} = {_shown(value)}" for key, value in changed.items()]
+    return "\n".join([*lines, f"run {path}"])
+
+
+def describe_sft_end(path: object, steps: int) -> str:
+    """Say where a finished run of supervised fine-tuning left its model, and what comes next."""
+    if steps == 0:
+        return f"nothing was trained, as steps = 0 asks; metrics in {path}/metrics.jsonl"
+    model = f"{path}/checkpoints/step_{steps}"
+    return (
+        f"the model is in {model}, metrics in {path}/metrics.jsonl\n"
+        f"next: python -m tir_alp.train --model.path {model}"
     )
 
 

@@ -49,6 +49,11 @@ class Interrupt:
             for each in _SIGNALS:
                 loop.remove_signal_handler(each)
 
+    def check(self) -> None:
+        """Raise Interrupted if the user asked for an end; for work that is not cancelled midway."""
+        if self._asked.is_set():
+            raise Interrupted
+
     async def interruptible(self, work: Coroutine[Any, Any, T]) -> T:
         """Await work that may be cancelled at any moment.
 

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import gymnasium
 
 from tir_alp.algorithm.advantage import group_advantages, has_signal
+from tir_alp.algorithm.formula import formula
 from tir_alp.config import Config
 from tir_alp.engines.base import Engine, Generate
 from tir_alp.records.folder import RunFolder
@@ -219,7 +220,8 @@ def _open_folder(prepared: Prepared, examined: Examined) -> None:
     if prepared.progress.checkpoint is not None:
         folder.reopen(step)
     else:
-        folder.create(prepared.config, prepared.origin)
+        objective = formula(prepared.config.algorithm)
+        folder.create(prepared.config, prepared.origin, objective=objective)
         write_fingerprints(folder.path, prepared.files)
     folder.note_left_out(prepared.left_out)
     folder.note_environment(step, examined.environment_report)

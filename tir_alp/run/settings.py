@@ -63,9 +63,9 @@ def item_annotations(annotations: Sequence[Any]) -> list[Any]:
     return []
 
 
-def annotations_of(key: str) -> list[Any]:
-    """The types that a dotted key may have; empty if there is no such key."""
-    found: list[Any] = [Config]
+def annotations_of(key: str, root: type[BaseModel] = Config) -> list[Any]:
+    """The types that a dotted key of a config may have; empty if there is no such key."""
+    found: list[Any] = [root]
     for name in key.split("."):
         inner: list[Any] = []
         for each in found:
@@ -103,18 +103,18 @@ def engine_keys(kind: str) -> set[str]:
     return {key for each in named or sections for key in each.model_fields}
 
 
-def unknown_key(key: str, dashes: str = "") -> str:
+def unknown_key(key: str, dashes: str = "", root: type[BaseModel] = Config) -> str:
     """Report an unknown key, with the keys that may have been meant."""
-    if key in {each.key for each in settings()}:  # of another kind of the same section
+    if key in {each.key for each in settings(root)}:  # of another kind of the same section
         return f"{dashes}{key}: there is no such key in an engine of this type"
-    meant = suggestions(key)
+    meant = suggestions(key, root)
     hint = f"; did you mean {' or '.join(dashes + each for each in meant)}?" if meant else ""
     return f"{dashes}{key}: there is no such key{hint}"
 
 
-def suggestions(key: str) -> list[str]:
+def suggestions(key: str, root: type[BaseModel] = Config) -> list[str]:
     """Up to two keys that an unknown one may stand for, by its spelling or by its meaning."""
-    every = {each.key: each.description.lower() for each in settings()}
+    every = {each.key: each.description.lower() for each in settings(root)}
     prefix, _, last = key.rpartition(".")
     near = difflib.get_close_matches(key, every, 2, cutoff=0.8)
     if not near:
@@ -133,20 +133,26 @@ def suggestions(key: str) -> list[str]:
 # ------------------------------------------------------------------------------------------ help
 
 
-def help_page(usage: str, options: Mapping[str, str], section: str = "") -> str:
+def help_page(
+    usage: str,
+    options: Mapping[str, str],
+    section: str = "",
+    root: type[BaseModel] = Config,
+) -> str:
     """Describe a command and its settings.
 
     Args:
         usage: The lines that show how the command is called, and what it does.
         options: Options that are not settings, with their descriptions.
         section: Only the settings below this key; empty: all of them.
+        root: The config that the command reads.
 
     Raises:
         ValueError: If there is no such section.
     """
-    chosen = [each for each in settings() if not section or each.key.startswith(f"{section}.")]
+    chosen = [each for each in settings(root) if not section or each.key.startswith(f"{section}.")]
     if not chosen:
-        raise ValueError(unknown_key(section))
+        raise ValueError(unknown_key(section, root=root))
     lines = [] if section else [usage, "", *_entries(options.items())]
     if not section:
         lines += ["", "Settings, on the command line or in the file:"]
@@ -155,7 +161,7 @@ def help_page(usage: str, options: Mapping[str, str], section: str = "") -> str:
         name = each.key.rpartition(".")[0]
         if name != group:
             group = name
-            lines += ["", f"{name or 'run'}: {_about(name)}"]
+            lines += ["", f"{name or 'run'}: {_about(name, root)}"]
         what = f"{each.description} {_default(each)}".strip()
         lines += _entries([(f"--{each.key} {_type_name(each.annotation)}", what)])
     return "\n".join(lines)
@@ -173,9 +179,10 @@ def _entries(pairs: Any) -> Iterator[str]:
             head = ""
 
 
-def _about(name: str) -> str:
+def _about(name: str, root: type[BaseModel]) -> str:
     """First sentence about a section."""
-    about = [each for each in annotations_of(name) if each is not type(None)] if name else [Config]
+    about = [each for each in annotations_of(name, root) if each is not type(None)]
+    about = about if name else [root]
     docs = [(each.__doc__ or "").split("\n\n")[0] for each in about]
     return " ".join(docs[0].split())
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 from tir_alp.config import Config
 from tir_alp.engines.base import EngineFailed
+from tir_alp.records.folder import RunFolder
 from tir_alp.roles import Placement, RoleLost
 from tir_alp.rollouts.queue import RolloutsFailed
-from tir_alp.run.describe import describe_end, describe_start, describe_stop
+from tir_alp.run.console import RunConsole
+from tir_alp.run.describe import describe_stop
 from tir_alp.run.interrupt import Interrupt, Interrupted
-from tir_alp.run.open_run import Examined, Run, StartChecks, open_run
+from tir_alp.run.open_run import Examined
 from tir_alp.run.placement import OpenCluster, open_placement
 from tir_alp.tools.sandbox import SandboxRefused
 from tir_alp.training import checkpoint_folder
@@ -24,13 +27,43 @@ from tir_alp.training.checkpoint_folder import CheckpointError
 _MOST_LOSSES = 3  # from one checkpoint; after them the cause does not go away by itself
 
 
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What a run uses of the layers above it."""
+class OpenedRun(Protocol):
+    """What the supervisor uses of a run."""
 
-    train: Callable[[Run], Awaitable[None]]
+    @property
+    def folder(self) -> RunFolder:
+        """The run's folder."""
+        ...
+
+    @property
+    def console(self) -> RunConsole:
+        """Where it prints."""
+        ...
+
+    @property
+    def examined(self) -> Examined:
+        """The outcome of the checks at its start."""
+        ...
+
+
+R = TypeVar("R", bound=OpenedRun)
+
+
+@dataclass(frozen=True, slots=True)
+class Services(Generic[R]):
+    """What a run uses of the layers above it, and what kind of run it is."""
+
+    open: Callable[
+        [Config, Placement, Path | None, Interrupt, Examined | None],
+        AbstractAsyncContextManager[R],
+    ]
+    """Opens the run; see `open_run`."""
+    train: Callable[[R], Awaitable[None]]
     """The loop."""
-    checks: StartChecks
+    describe_start: Callable[[R], str]
+    """What is printed before the first step."""
+    describe_end: Callable[[R], str]
+    """What is printed after the last step."""
     open_cluster: OpenCluster
     draw_report: Callable[[Path], Path]
     """Draws the report of the run in a folder; returns the page."""
@@ -54,7 +87,7 @@ class RunLost(Exception):
         self.path, self.examined = path, examined
 
 
-async def train_from(config: Config, resume: Path | None, services: Services) -> None:
+async def train_from(config: Config, resume: Path | None, services: Services[R]) -> None:
     """Train a new run, or go on with the one in `resume`, where the config places it.
 
     Raises:
@@ -99,7 +132,7 @@ async def train_once(
     placement: Placement,
     config: Config,
     resume: Path | None,
-    services: Services,
+    services: Services[R],
     interrupt: Interrupt,
     examined: Examined | None,
 ) -> None:
@@ -112,14 +145,7 @@ async def train_once(
     async with AsyncExitStack() as stack:
         try:
             run = await stack.enter_async_context(
-                open_run(
-                    config,
-                    placement,
-                    services.checks,
-                    resume=resume,
-                    interrupt=interrupt,
-                    examined=examined,
-                )
+                services.open(config, placement, resume, interrupt, examined)
             )
         except (ValueError, SandboxRefused) as error:
             raise CannotStart(str(error)) from error
@@ -128,11 +154,11 @@ async def train_once(
                 raise CannotStart(str(error)) from error
             raise RunLost(resume, str(error)) from error
         path = run.folder.path
-        run.console.print(describe_start(config, run.examined.environment_report, path))
+        run.console.print(services.describe_start(run))
         is_lost = False
         try:
             await services.train(run)
-            run.console.print(describe_end(path, config.steps))
+            run.console.print(services.describe_end(run))
         except RoleLost as error:
             is_lost = True
             raise RunLost(path, str(error), run.examined) from error
@@ -144,7 +170,7 @@ async def train_once(
                 draw(run, services.draw_report)
 
 
-def draw(run: Run, draw_report: Callable[[Path], Path]) -> None:
+def draw(run: OpenedRun, draw_report: Callable[[Path], Path]) -> None:
     """Draw the report of a run. A failure is printed and takes nothing else down.
 
     The report can be drawn again at any time: everything it needs is in the run's folder.

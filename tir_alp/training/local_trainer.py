@@ -64,6 +64,10 @@ class LocalTrainer:
         """As `Trainer.step`."""
         return self._trainer.step(groups, step)
 
+    def mean_loss(self, samples: Sequence[Sample]) -> float:
+        """As `Trainer.mean_loss`."""
+        return self._trainer.mean_loss(samples)
+
     def weights(self) -> dict[str, Tensor]:
         """Return all tensors of `Trainer.weights`, as an engine loads them."""
         weights = dict(self._trainer.weights())

@@ -121,6 +121,23 @@ class Trainer:
         with self.ranks.together(f"step {step}"):
             return self._step(groups, step)
 
+    def mean_loss(self, samples: Sequence[Sample]) -> float:
+        """Return the mean negative logprob of the loss tokens of some samples, in nats per token.
+
+        Weights are not changed, and there is no noise. Every rank returns the same value; NaN if
+        there are no loss tokens.
+        """
+        with self.ranks.together("computing a loss"):
+            sums = torch.zeros(2, dtype=torch.float64)
+            max_tokens = self._config.micro_batch_tokens
+            for packed in pack(samples, max_tokens, self.ranks.rank, self.ranks.size):
+                batch = _to(packed, self.ranks.device)
+                logprobs = self._frozen_logprobs(self._policy, batch)
+                chosen = logprobs[batch.loss_mask].double()
+                sums += torch.stack([-chosen.sum(), torch.tensor(float(len(chosen)))]).cpu()
+            total, num_tokens = self.ranks.sum(sums).tolist()
+            return total / num_tokens if num_tokens else math.nan
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the policy's tensors one after the other, whole, by their names in the model.
 

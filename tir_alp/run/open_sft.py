@@ -1,0 +1,263 @@
+"""Opens a run of supervised fine-tuning, in the stages of `open_run`, and closes it again."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import gymnasium
+
+from tir_alp.config import Config, SFTConfig
+from tir_alp.models.tiny import SHIPPED
+from tir_alp.records.folder import RunFolder, read_origin
+from tir_alp.records.ledger import Ledger
+from tir_alp.roles import Placement, TrainerRole
+from tir_alp.rollouts.data import EvalSet, Shuffled, load_eval_sets
+from tir_alp.rollouts.demonstration import Demonstrator
+from tir_alp.rollouts.renderer import Renderer, make_renderer
+from tir_alp.run.console import RunConsole
+from tir_alp.run.data_fingerprint import (
+    Fingerprints,
+    check_fingerprints,
+    fingerprints,
+    write_fingerprints,
+)
+from tir_alp.run.demonstrations import Demonstrations, files_of, open_demonstrations
+from tir_alp.run.interrupt import Interrupt
+from tir_alp.run.open_run import Examined
+from tir_alp.run.prepare import describe_left_out
+from tir_alp.training import checkpoint_folder
+from tir_alp.training.checkpoint_folder import Position
+from tir_alp.training.policy import load_tokenizer
+from tir_alp.training.structure import declared_end_token_ids
+from tir_alp.types import Origin, Sample
+
+OBJECTIVE = "sft: minimise the mean of -log pi(y_t) over the assistant's tokens"
+
+COLUMNS = {
+    "loss": ("loss/value", ".4f"),
+    "norm": ("grad_norm/policy", ".3f"),
+    "entropy": ("entropy/mean", ".3f"),
+    "tokens": ("tokens/loss", ".0f"),
+    "tok/s": ("tokens/per_second", ".0f"),
+    "train s": ("time/train", ".2f"),
+}
+"""What the console shows of a step: heading -> metric, format."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSFT:
+    """A run of supervised fine-tuning whose inputs are all there."""
+
+    config: SFTConfig
+    """With the number of steps that its epochs make."""
+    folder: RunFolder
+    position: Position
+    checkpoint: Path | None
+    initial_model: str
+    origin: Origin
+    tokenizer: Any
+    renderer: Renderer
+    demonstrations: Demonstrations
+    eval_sets: Sequence[EvalSet]
+    files: Fingerprints
+
+    @property
+    def model_path(self) -> str:
+        """Folder or id of the weights that the run goes on with."""
+        return self.initial_model if self.checkpoint is None else str(self.checkpoint)
+
+
+class SFTChecks(Protocol):
+    """Examines a run of supervised fine-tuning before it begins."""
+
+    def before_sft(self, prepared: PreparedSFT, env: gymnasium.Env[str, str]) -> Sequence[str]:
+        """Check what needs no weights; returns warnings. Raises ValueError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SFTRun:
+    """A run of supervised fine-tuning, ready to go."""
+
+    config: SFTConfig
+    position: Position
+    examined: Examined
+    console: RunConsole
+    folder: RunFolder
+    trainer: TrainerRole
+    trainer_thread: ThreadPoolExecutor
+    """The one thread in which the trainer computes."""
+    interrupt: Interrupt
+    ledger: Ledger
+    renderer: Renderer
+    demonstrations: Demonstrations
+    order: Shuffled
+    eval_sets: Sequence[EvalSet]
+
+    def samples(self, step: int) -> list[Sample]:
+        """The conversations of a step; a function of the seed and the step."""
+        size = self.config.sequences_per_step
+        found = self.demonstrations
+        uids = range(step * size, (step + 1) * size)
+        return [found.sample(found.trained[self.order[uid]], uid) for uid in uids]
+
+    def held_out(self) -> list[Sample]:
+        """The conversations that are not trained on."""
+        found = self.demonstrations
+        return [found.sample(row, index) for index, row in enumerate(found.held_out)]
+
+
+@asynccontextmanager
+async def open_sft(
+    config: SFTConfig,
+    placement: Placement,
+    checks: SFTChecks,
+    *,
+    resume: Path | None = None,
+    interrupt: Interrupt | None = None,
+    examined: Examined | None = None,
+) -> AsyncIterator[SFTRun]:
+    """Open a run of supervised fine-tuning, new or from its newest whole checkpoint.
+
+    Args:
+        config: Config of the run.
+        placement: Where its trainer lives.
+        checks: Made before the run begins.
+        resume: Folder of a run to go on with.
+        interrupt: Shared with the run before it.
+        examined: From the same run when it was open before: it is not examined again.
+
+    Raises:
+        ValueError: For what a user can fix; nothing has been written then.
+    """
+    console = RunConsole(COLUMNS)
+    console.print(f"reading the model {config.model.path!r} and the conversations")
+    prepared = await asyncio.to_thread(prepare_sft, config, resume, console.print)
+    if examined is None:
+        console.print("checking this machine and the chat template")
+        with closing(placement.make_env()) as env:
+            warnings = await asyncio.to_thread(checks.before_sft, prepared, env)
+        examined = Examined({}, warnings)
+        for each in warnings:
+            console.print(f"warning: {each}")
+    async with AsyncExitStack() as stack:
+        console.print("starting the trainer")
+        trainer = await placement.trainer(
+            prepared.folder.path, prepared.initial_model, prepared.checkpoint
+        )
+        stack.callback(trainer.close)
+        thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="trainer"))
+        _open_folder(prepared)
+        stack.enter_context(closing(prepared.folder))
+        config = prepared.config
+        yield SFTRun(
+            config=config,
+            position=prepared.position,
+            examined=examined,
+            console=console,
+            folder=prepared.folder,
+            trainer=trainer,
+            trainer_thread=thread,
+            interrupt=interrupt or Interrupt(),
+            ledger=Ledger(1),
+            renderer=prepared.renderer,
+            demonstrations=prepared.demonstrations,
+            order=Shuffled(len(prepared.demonstrations.trained), config.seed),
+            eval_sets=prepared.eval_sets,
+        )
+
+
+def prepare_sft(config: SFTConfig, resume: Path | None, log: Callable[[str], None]) -> PreparedSFT:
+    """Read all inputs of a run; it blocks, and reads every conversation.
+
+    Args:
+        config: Config of the run.
+        resume: Folder of a run to go on with; None: a new run.
+        log: Called with a line for people.
+
+    Raises:
+        ValueError: For what a user can fix.
+    """
+    folder = RunFolder(resume or Path("runs") / run_name(config))
+    initial = str(SHIPPED.get(config.model.path, config.model.path))
+    position, found = Position(0, 0), None
+    if resume is None:
+        folder.check_is_new()
+        origin = Origin(datetime.now(), tuple(sorted(declared_end_token_ids(initial))))
+    else:
+        folder.check_is_free()
+        origin = read_origin(resume)
+        found, position, refused = checkpoint_folder.newest(resume / "checkpoints")
+        log("".join(f"refused: {reason}\n" for reason in refused) + f"from {found}")
+    tokenizer = load_tokenizer(initial if found is None else str(found))
+    renderer, demonstrator = encoders(config.as_run(), tokenizer, origin)
+    files = fingerprints(files_of(config.data))
+    if resume is not None:
+        check_fingerprints(resume, files)
+    demonstrations = open_demonstrations(
+        config.data, demonstrator, tokenizer, config.rollout.max_context_tokens, log
+    )
+    if demonstrations.left_out:
+        log(describe_left_out(demonstrations.left_out))
+    steps = config.steps
+    if steps is None:
+        per_epoch = len(demonstrations.trained) / config.sequences_per_step
+        steps = max(1, math.ceil(config.epochs * per_epoch))
+    if resume is not None and position.step >= steps:
+        raise ValueError(f"{resume} has made its {position.step} steps: give --steps more to go on")
+    return PreparedSFT(
+        config=config.model_copy(update={"steps": steps}),
+        folder=folder,
+        position=position,
+        checkpoint=found,
+        initial_model=initial,
+        origin=origin,
+        tokenizer=tokenizer,
+        renderer=renderer,
+        demonstrations=demonstrations,
+        eval_sets=load_eval_sets(None, config.eval),
+        files=files,
+    )
+
+
+def encoders(config: Config, tokenizer: Any, origin: Origin) -> tuple[Renderer, Demonstrator]:
+    """Make the renderer of rollouts, and what encodes conversations in the same way.
+
+    Raises:
+        ValueError: Tokenizer and environment do not fit together.
+    """
+    from tir_alp.rollouts.environment import make_environment
+
+    with closing(make_environment(config)) as env:
+        renderer = make_renderer(config, tokenizer, env, origin)
+
+        def renderer_for(system: str, tools: Sequence[Mapping[str, Any]]) -> Renderer:
+            if not system and not tools:
+                return renderer
+            return make_renderer(config, tokenizer, env, origin, system=system, tools=tools)
+
+        return renderer, Demonstrator(renderer_for)
+
+
+def _open_folder(prepared: PreparedSFT) -> None:
+    folder = prepared.folder
+    if prepared.checkpoint is not None:
+        folder.reopen(prepared.position.step)
+    else:
+        folder.create(prepared.config, prepared.origin, objective=OBJECTIVE)
+        write_fingerprints(folder.path, prepared.files)
+    folder.note_left_out(prepared.demonstrations.left_out)
+
+
+def run_name(config: SFTConfig) -> str:
+    """The run's folder below `runs/`."""
+    return config.name or f"sft-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -1,0 +1,233 @@
+"""Teaches a model by demonstration: `python -m tir_alp.sft --data.path FILE [--dotted.key VALUE]`.
+
+Supervised fine-tuning on conversations, before reinforcement learning: the same renderer, masks,
+packing, trainer, checkpoints and records as `tir_alp.train`. A conversation is the trajectory that
+a rollout would have made of it, and the loss is the mean of -log pi over the assistant's tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tir_alp.config import Config, SFTConfig
+from tir_alp.engines.base import EngineFailed
+from tir_alp.records.folder import read_run_config
+from tir_alp.roles import RoleLost
+from tir_alp.run.command_line import Command, lay_over, parse_as, read_toml
+from tir_alp.run.interrupt import Interrupted
+from tir_alp.training.checkpoint_folder import Best, Position, is_best, write_best
+from tir_alp.types import Sample, TrajectoryGroup
+
+if TYPE_CHECKING:
+    from tir_alp.run.open_sft import SFTRun
+    from tir_alp.run.supervise import Services
+
+CHANGEABLE = ("steps", "epochs", "eval", "checkpoint", "doctor", "cluster")
+"""Settings that may differ when a run is resumed."""
+
+_COMMAND = Command(
+    """\
+usage: python -m tir_alp.sft --data.path FILE [--config FILE] [--dotted.key VALUE ...]
+       python -m tir_alp.sft --from-run RUN [--min-reward 1] [--dotted.key VALUE ...]
+       python -m tir_alp.sft --resume RUN [--steps N]
+
+Teach a model by demonstration: conversations in a file, or the trajectories of a run or an
+evaluation that earned enough reward.""",
+    {
+        "config FILE": "TOML file with settings",
+        "from-run RUN": "learn from the trajectories in this folder of a run or an evaluation",
+        "min-reward NUMBER": "only from those with at least this reward (default: 1)",
+        "resume RUN": f"go on with the run in this folder; may change {', '.join(CHANGEABLE)}",
+        "cluster ADDRESS": "where processes live: none, local, auto or ray://HOST:PORT",
+    },
+    SFTConfig,
+)
+
+_KEPT = ("loss/value", "train/", "tokens/", "entropy/", "grad_norm/")
+"""Metrics of the trainer that mean something without rollouts."""
+
+
+async def train(run: SFTRun) -> None:
+    """Train from the run's position to its last step, measuring the held-out loss on the way.
+
+    Raises:
+        Interrupted: The run ended early, and was saved.
+    """
+    config, step = run.config, run.position.step
+    steps = config.steps or 0
+    with run.console.training(step, steps):
+        try:
+            if step == 0:
+                await measure(run, 0)
+            while step < steps:
+                run.interrupt.check()
+                await learn(run, step)
+                step += 1
+                if due(step, config.eval.every) and step < steps:
+                    await measure(run, step)
+                if due(step, config.checkpoint.every) or step == steps:
+                    await save(run, step)
+            if step > 0:
+                await measure(run, step)
+        except Interrupted:
+            with suppress(RoleLost):  # then the checkpoint before it has to do
+                await save(run, step)
+            raise
+
+
+async def learn(run: SFTRun, step: int) -> None:
+    """Make the update of a step, record it and log it."""
+    began = time.monotonic()
+    samples = await asyncio.to_thread(run.samples, step)
+    packed_at = time.monotonic()
+    report = await with_trainer(run, run.trainer.step, [[each] for each in samples], step)
+    ended = time.monotonic()
+    run.ledger.updated(report.updates)
+    groups = groups_of(samples)
+    run.folder.record(step + 1, groups, (), run.ledger.take(groups, (), ()))
+    metrics = {name: value for name, value in report.metrics.items() if name.startswith(_KEPT)}
+    metrics["time/train"], metrics["time/read"] = ended - packed_at, packed_at - began
+    num_tokens = sum(len(each.trajectory.token_ids) for each in samples)
+    metrics["tokens/per_second"] = num_tokens / (ended - began)
+    metrics["epoch"] = (step + 1) * len(samples) / len(run.demonstrations.trained)
+    run.folder.log(step + 1, metrics)
+    run.console.step(step + 1, metrics)
+
+
+async def measure(run: SFTRun, step: int) -> None:
+    """Compute the loss on held-out conversations, log it, and save the weights if it is lowest."""
+    held_out = await asyncio.to_thread(run.held_out)
+    if not held_out:
+        return
+    loss = await with_trainer(run, run.trainer.mean_loss, held_out)
+    run.folder.log(step, {"eval/loss": loss})
+    run.console.print(f"step {step}: loss {loss:.4f} on {len(held_out)} held-out conversations")
+    folder = run.folder.checkpoints
+    if run.config.checkpoint.best and is_best(folder, -loss):
+        if step > 0 and not (folder / f"step_{step}").exists():
+            await save(run, step)
+        write_best(folder, Best(step, -loss))
+
+
+async def save(run: SFTRun, step: int) -> None:
+    """Write a checkpoint of the run after `step` steps."""
+    position = Position(step=step, group=step * run.config.sequences_per_step)
+    folder, keep = run.folder.checkpoints, run.config.checkpoint.keep
+    ends = run.renderer.stop_token_ids
+    await with_trainer(run, run.trainer.save, folder, position, {}, keep, ends)
+
+
+async def with_trainer(run: SFTRun, call: Any, *arguments: Any) -> Any:
+    """Call the trainer in its thread."""
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(run.trainer_thread, call, *arguments)
+
+
+def groups_of(samples: Sequence[Sample]) -> list[TrajectoryGroup]:
+    """Return each conversation as a group of its own, as records have them."""
+    trajectories = [each.trajectory for each in samples]
+    return [TrajectoryGroup(each.task_id, each.group_id, (each,)) for each in trajectories]
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) happens after `step`."""
+    return every > 0 and step % every == 0
+
+
+def read_arguments(arguments: Sequence[str]) -> tuple[SFTConfig, Path | None]:
+    """Build the config of a new run, or of one to go on with by `--resume FOLDER`.
+
+    Raises:
+        ValueError: With one line for each mistake.
+    """
+    words = _COMMAND.read(arguments)
+    values, options = dict(words.values), words.options
+    if "resume" in options:
+        folder = Path(options["resume"])
+        saved = {key: value for key, value in read_run_config(folder).items() if key != "command"}
+        config = parse_as(SFTConfig, lay_over(values, saved))
+        for name, value in parse_as(SFTConfig, saved):
+            if name not in CHANGEABLE and getattr(config, name) != value:
+                raise ValueError(
+                    f"{name} cannot change in the middle of a run; with --resume only "
+                    f"{', '.join(CHANGEABLE)} can"
+                )
+        return config, folder
+    if "from-run" in options:
+        data = {"source": "run", "path": options["from-run"], **values.get("data", {})}
+        values["data"] = data
+    if "min-reward" in options:
+        values["data"] = {**values.get("data", {}), "min_reward": options["min-reward"]}
+    below = read_toml(Path(options["config"])) if "config" in options else {}
+    if "from-run" in options:
+        below.pop("data", None)
+    if "data" not in values and "data" not in below:
+        raise ValueError("there is nothing to learn from: give --data.path FILE or --from-run RUN")
+    return parse_as(SFTConfig, lay_over(values, below)), None
+
+
+def services(config: SFTConfig) -> Services[SFTRun]:
+    """What a run uses of the layers above it. Imported when a run starts, since it needs torch."""
+    from tir_alp.cluster import open_cluster
+    from tir_alp.doctor.start import Doctor
+    from tir_alp.report import write_run_report
+    from tir_alp.run.describe import describe_sft_end, describe_sft_start
+    from tir_alp.run.open_sft import open_sft
+    from tir_alp.run.supervise import Services
+
+    return Services(
+        open=lambda _, placement, resume, interrupt, examined: open_sft(
+            config, placement, Doctor(), resume=resume, interrupt=interrupt, examined=examined
+        ),
+        train=train,
+        describe_start=lambda run: describe_sft_start(
+            run.config,
+            len(run.demonstrations.trained),
+            run.demonstrations.num_tokens,
+            run.folder.path,
+        ),
+        describe_end=lambda run: describe_sft_end(run.folder.path, run.config.steps or 0),
+        open_cluster=open_cluster,
+        draw_report=write_run_report,
+    )
+
+
+def for_trainer(config: SFTConfig) -> Config:
+    """The config of the trainer: it learns the distribution at temperature 1."""
+    run = config.as_run()
+    rollout = run.rollout.model_copy(update={"temperature": 1.0})
+    return run.model_copy(update={"rollout": rollout})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code: 2 for what the user has to fix."""
+    try:
+        config, resume = read_arguments(arguments)
+    except ValueError as error:
+        print(f"tir_alp.sft: {error}", file=sys.stderr)
+        return 2
+    # Imported here because it needs torch, and a mistake in the command line is answered at once.
+    from transformers.utils.logging import disable_progress_bar
+
+    from tir_alp.run.supervise import CannotStart, RunLost, train_from
+
+    disable_progress_bar()
+    try:
+        asyncio.run(train_from(for_trainer(config), resume, services(config)))
+    except (CannotStart, EngineFailed, RunLost, OSError) as error:
+        print(f"tir_alp.sft: {error}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt):
+        print("tir_alp.sft: interrupted; --resume goes on from the last checkpoint")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
