@@ -1,14 +1,24 @@
-"""`python -m tir_alp.envs new NAME` writes an environment, `... check ID` examines one."""
+"""`python -m tir_alp.envs new NAME` writes an environment, `... check ID` examines one.
+
+`python -m tir_alp.envs demonstrate --out FILE` writes transcripts for `python -m tir_alp.sft`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
+import gymnasium
+
 from tir_alp.envs.check import check
+from tir_alp.envs.demonstrations import PROGRAMS, Style, demonstrations
 from tir_alp.envs.scaffold import write_package
+from tir_alp.tools.sandbox import SandboxRefused
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -23,8 +33,21 @@ def main(arguments: Sequence[str]) -> int:
         "id", help="id as gymnasium.make takes it, e.g. letter_count:LetterCount-v0"
     )
     examine.add_argument("--seeds", type=int, default=4, help="number of tasks to play")
+    show = commands.add_parser("demonstrate", help="write transcripts of solved tasks")
+    show.add_argument("--out", type=Path, required=True, help="JSON lines file to write")
+    show.add_argument("--kinds", default="arithmetic", help=f"from {', '.join(PROGRAMS)}")
+    show.add_argument("--number", type=int, default=256, help="number of transcripts")
+    show.add_argument("--seed", type=int, default=0, help="seed of tasks and wording")
+    show.add_argument("--mistakes", type=float, default=0.2, help="share with a repaired mistake")
+    show.add_argument("--guesses", type=float, default=0.0, help="share that guesses the answer")
+    show.add_argument("--instruction", help="text before each question (default: that of the env)")
     options = parser.parse_args(arguments)
     try:
+        if options.command == "demonstrate":
+            number = demonstrate(options)
+            print(f"wrote {number} transcripts to {options.out}. Next:")
+            print(f"  python -m tir_alp.sft --model.path MODEL --data.path {options.out}")
+            return 0
         if options.command == "new":
             folder, env_id = write_package(options.name, options.into)
             print(
@@ -36,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
             )
             return 0
         findings = check(options.id, range(options.seeds))
-    except ValueError as error:
+    except (ValueError, SandboxRefused, OSError) as error:
         print(f"tir_alp.envs: {error}", file=sys.stderr)
         return 2
     for finding in findings:
@@ -44,6 +67,19 @@ def main(arguments: Sequence[str]) -> int:
     num_errors = sum(not finding.is_note for finding in findings)
     print("all checks passed" if not num_errors else f"{num_errors} found")
     return 1 if num_errors else 0
+
+
+def demonstrate(options: argparse.Namespace) -> int:
+    """Write the file whole, or not at all; returns the number of its rows."""
+    style = Style(options.mistakes, options.guesses)
+    aside = options.out.with_name(f".{options.out.name}.part")
+    kinds = [each.strip() for each in options.kinds.split(",")]
+    env = gymnasium.make("tir_alp.envs:PythonMath-v0", instruction=options.instruction)
+    with closing(env), aside.open("w") as file:
+        for row in demonstrations(env, kinds, options.number, options.seed, style):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(aside, options.out)
+    return options.number
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ SOURCES = {
     "arithmetic": "tir_alp.envs.tasks:ArithmeticTasks",
     "code": "tir_alp.envs.code_tasks:CodeTasks",
     "reasoning_gym": "tir_alp.envs.tasks:ReasoningGymTasks",
+    "word_problems": "tir_alp.envs.word_problems:WordProblems",
 }
 """Entry points of the task sources that come with the package; imported when one is opened."""
 FILE_SOURCES = ("jsonl", "csv", "parquet", "hub")
@@ -68,9 +69,10 @@ class SourceConfig(Section):
     """Where tasks come from."""
 
     source: str = "arithmetic"
-    """`arithmetic` or `code` (generated), `reasoning_gym` (one of its data sets), `jsonl`, `csv` or
-    `parquet` (a file), `hub` (a data set of the Hugging Face hub), `env` (the environment draws the
-    tasks), or a source of your own by its entry point, `my_module:MyTasks`."""
+    """`arithmetic`, `word_problems` or `code` (generated), `reasoning_gym` (one of its data sets),
+    `jsonl`, `csv` or `parquet` (a file), `hub` (a data set of the Hugging Face hub), `env` (the
+    environment draws the tasks), or a source of your own by its entry point, `my_module:MyTasks`.
+    """
     dataset: str | None = None
     """Name of a data set of reasoning-gym, e.g. "gcd"; id or folder of a data set of the hub;
     passed on to a source of your own."""
