@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tir_alp.audit import Findings, audit_run
+from tir_alp.audit.sft import audit_sft
+from tir_alp.records.folder import read_command
 
 _MOST_SHOWN = 20
 
@@ -21,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     path: Path = parser.parse_args(arguments).run
     try:
-        findings = audit_run(path)
+        findings = audit_sft(path) if read_command(path) == "sft" else audit_run(path)
     except ValueError as error:
         print(f"tir_alp.audit: {error}", file=sys.stderr)
         return 2

@@ -21,13 +21,13 @@ from tir_alp.audit.replay import replay
 from tir_alp.audit.step import StepFiles
 from tir_alp.audit.trajectory import TrajectoryCheck
 from tir_alp.config import Config
-from tir_alp.models.tiny import SHIPPED
 from tir_alp.records.folder import STEP_FOLDERS, read_origin, read_run_config, step_file
 from tir_alp.records.ledger_rows import Record
 from tir_alp.rollouts.data import load_order
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.renderer import make_renderer
 from tir_alp.run.command_line import parse_config
+from tir_alp.run.demonstrations import model_of
 from tir_alp.training import checkpoint_folder
 from tir_alp.training.policy import load_tokenizer
 
@@ -63,7 +63,7 @@ def audit_run(path: Path, tokenizer: Any = None) -> Findings:
     starts = [report.get("step", 0) for _, report in reports]
     with closing(make_environment(config)) as env:
         if tokenizer is None:
-            tokenizer = load_tokenizer(_tokenizer_folder(path, config))
+            tokenizer = load_tokenizer(model_of(path))
         audit = _RunAudit(path, config, env, tokenizer, findings)
         for number in range(1, last + 1):
             audit.step(number, metrics.get(number, (Location(_METRICS), None)), starts)
@@ -135,14 +135,6 @@ def _last_saved(path: Path) -> int:
         return 0
 
 
-def _tokenizer_folder(path: Path, config: Config) -> str:
-    """Return the newest checkpoint, each of which has the tokenizer, or else the model's path."""
-    try:
-        return str(checkpoint_folder.newest(path / "checkpoints")[0])
-    except checkpoint_folder.CheckpointError:
-        return str(SHIPPED.get(config.model.path, config.model.path))
-
-
 class _RunAudit:
     """Audits the steps of one run in order."""
 
@@ -155,7 +147,7 @@ class _RunAudit:
         findings: Findings,
     ) -> None:
         self._path, self._config, self._env, self._findings = path, config, env, findings
-        self._tasks = load_order(config.data, config.seed)
+        self._tasks = load_order(config.data, config.seed, whole=bool(config.eval.data))
         self._renderer = make_renderer(config, tokenizer, env, read_origin(path))
         self._check = TrajectoryCheck(self._renderer, config.rollout, findings)
         self._next_group = 0

@@ -229,16 +229,24 @@ def check_loss(
         ]
         num_tokens += sum(each.num_loss_tokens for each in expected)
         by_uid = {each.uid: each for each in expected}
-        _check_packed(entry, by_uid, locations, findings)
+        check_packed(entry, by_uid, locations, findings)
     return num_tokens
 
 
-def _check_packed(
+def check_packed(
     entry: UpdateEntry,
     expected: Mapping[int, PackedSequence],
     locations: Mapping[int, Location],
     findings: Findings,
 ) -> None:
+    """Compare what an update packed with what its trajectories give.
+
+    Args:
+        entry: The update.
+        expected: What should have been packed, by uid.
+        locations: Where the trajectories are recorded, by uid.
+        findings: Where drifts are added.
+    """
     check = "sequences in the loss"
     update = entry.record
     uids = [each.uid for each in update.sequences]

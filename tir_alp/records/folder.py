@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tir_alp.config import Config, SFTConfig
 from tir_alp.records.run_lock import RunLock
@@ -19,6 +19,9 @@ STEP_FOLDERS = ("trajectories", "replaced", "ledger")
 """Subfolders that hold one file per step."""
 
 _ORIGIN = "origin.json"
+
+Command = Literal["train", "sft", "evaluate"]
+"""Commands that write run folders."""
 
 
 class RunFolder:
@@ -50,7 +53,12 @@ class RunFolder:
         )
 
     def create(
-        self, config: Config | SFTConfig, origin: Origin | None = None, *, objective: str = ""
+        self,
+        config: Config | SFTConfig,
+        origin: Origin | None = None,
+        *,
+        objective: str = "",
+        command: Command = "train",
     ) -> None:
         """Make the folder of a new run. Raises ValueError if it exists already.
 
@@ -58,6 +66,7 @@ class RunFolder:
             config: Config of the run.
             origin: What resuming and auditing the run depend on; None: created now.
             objective: What is minimised, as text.
+            command: The command that writes the run.
         """
         try:
             self.path.mkdir(parents=True)
@@ -71,7 +80,11 @@ class RunFolder:
         self._lock.acquire()
         (self.path / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
         origin = origin or Origin(datetime.now())
-        record = {"created": origin.created.isoformat(), "end_token_ids": origin.end_token_ids}
+        record = {
+            "command": command,
+            "created": origin.created.isoformat(),
+            "end_token_ids": origin.end_token_ids,
+        }
         (self.path / _ORIGIN).write_text(json.dumps(record) + "\n")
         (self.path / "objective.txt").write_text(objective + "\n")
         self._open()
@@ -220,6 +233,14 @@ def read_run_config(path: Path) -> dict[str, Any]:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a run folder: cannot read {file} ({error})") from None
+
+
+def read_command(path: Path) -> str:
+    """Return the command that wrote a run; "train" if the folder does not say."""
+    try:
+        return str(json.loads((path / _ORIGIN).read_text()).get("command", "train"))
+    except (OSError, ValueError, AttributeError):
+        return "train"
 
 
 def read_origin(path: Path) -> Origin:

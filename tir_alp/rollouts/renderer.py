@@ -234,6 +234,10 @@ class Renderer:
         text = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
         return canonical(text, self.marks)
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens, marks included."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
     def stop_matcher(self) -> Callable[[int], bool]:
         """Return a function to call with each token; it returns True when a call is complete.
 

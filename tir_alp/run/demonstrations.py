@@ -22,7 +22,7 @@ from tir_alp.records.folder import read_run_config
 from tir_alp.records.trajectories import from_record
 from tir_alp.rollouts.data_files import JsonLines, RawRows, raw_rows
 from tir_alp.rollouts.demonstration import Demonstrator
-from tir_alp.rollouts.transcripts import read_transcript
+from tir_alp.rollouts.transcripts import Transcript, read_transcript
 from tir_alp.tools.held_out import stable_hash
 from tir_alp.training import checkpoint_folder
 from tir_alp.types import Sample, TokenSpan, Trajectory
@@ -53,6 +53,10 @@ class DemonstrationSource(Protocol):
         """Read and encode a row. Raises ValueError, with file and number, if it is broken."""
         ...
 
+    def transcript(self, row: Row) -> Transcript | None:
+        """Read a row as text; None if there are only tokens."""
+        ...
+
 
 class TranscriptFile:
     """Conversations in a file or a data set of the hub, one per row.
@@ -73,10 +77,14 @@ class TranscriptFile:
 
     def trajectory(self, row: Row, uid: int) -> Trajectory:
         """Read and encode a conversation."""
+        return self._demonstrator.trajectory(self.transcript(row), uid)
+
+    def transcript(self, row: Row) -> Transcript:
+        """Read a conversation."""
         raw, location = self._rows.read(row.key), f"{Path(self._rows.name).name}:{row.number}"
         if isinstance(raw, bytes):
             raw = _json(raw, location)
-        return self._demonstrator.trajectory(read_transcript(raw, location, self._column), uid)
+        return read_transcript(raw, location, self._column)
 
 
 class RecordedTrajectories:
@@ -125,6 +133,9 @@ class RecordedTrajectories:
             for turn in found.turns
         )
         return replace(found, group_id=uid, sequence_uid=uid, turns=turns)
+
+    def transcript(self, row: Row) -> None:
+        """None: a run records tokens."""
 
     def _read(self, row: Row, raw: bytes) -> Trajectory:
         location = f"{self._files[row.file].name}:{row.number}"

@@ -253,7 +253,7 @@ def _open_folder(prepared: PreparedSFT) -> None:
     if prepared.checkpoint is not None:
         folder.reopen(prepared.position.step)
     else:
-        folder.create(prepared.config, prepared.origin, objective=OBJECTIVE)
+        folder.create(prepared.config, prepared.origin, objective=OBJECTIVE, command="sft")
         write_fingerprints(folder.path, prepared.files)
     folder.note_left_out(prepared.demonstrations.left_out)
 
