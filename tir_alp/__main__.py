@@ -13,6 +13,7 @@ from tir_alp import __version__
 COMMANDS = {
     "train": "train a model with tools, or go on with a run",
     "sft": "teach a model by demonstration: conversations, or a run's best trajectories",
+    "evaluate": "measure a model on tasks: accuracy with intervals, pass@k, maj@k",
     "doctor": "check that a run is sound on this machine, before it starts",
     "audit": "prove that every token of a saved run is accounted for",
     "report": "draw the page of a run, or of several over one another",

@@ -61,7 +61,7 @@ class Placement(Protocol):
     """Makes the roles of a run."""
 
     def engine(
-        self, path: str, version: int, renderer: Renderer, ask_trainer: AskTrainer
+        self, path: str, version: int, renderer: Renderer, ask_trainer: AskTrainer | None
     ) -> AbstractAsyncContextManager[Engine]:
         """Open an engine with the weights in the folder `path`, while the block runs.
 

@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from tir_alp.audit import Findings, audit_run
+from tir_alp.audit.evaluation import audit_evaluation
 from tir_alp.audit.sft import audit_sft
 from tir_alp.records.folder import read_command
 
 _MOST_SHOWN = 20
+_AUDITS = {"sft": audit_sft, "evaluate": audit_evaluation}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -23,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     path: Path = parser.parse_args(arguments).run
     try:
-        findings = audit_sft(path) if read_command(path) == "sft" else audit_run(path)
+        findings = _AUDITS.get(read_command(path), audit_run)(path)
     except ValueError as error:
         print(f"tir_alp.audit: {error}", file=sys.stderr)
         return 2

@@ -61,7 +61,7 @@ class EnginePool:
         path: str,
         version: int,
         renderer: Renderer,
-        ask_trainer: AskTrainer,
+        ask_trainer: AskTrainer | None,
         make_actors: Callable[[Callable[[Any], Any]], list[WatchedActor]],
     ) -> None:
         self._config, self._first = config, (path, version, ray.put(renderer))

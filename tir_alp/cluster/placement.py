@@ -101,7 +101,7 @@ class ClusterPlacement:
 
     @asynccontextmanager
     async def engine(
-        self, path: str, version: int, renderer: Renderer, ask_trainer: AskTrainer
+        self, path: str, version: int, renderer: Renderer, ask_trainer: AskTrainer | None
     ) -> AsyncIterator[Engine]:
         """As `Placement.engine`: all engines as one. Engines that run already take the weights."""
         pool = await self._pool(absolute(path), version, renderer, ask_trainer)
@@ -111,7 +111,7 @@ class ClusterPlacement:
             await pool.close()
 
     async def _pool(
-        self, path: str, version: int, renderer: Renderer, ask_trainer: AskTrainer
+        self, path: str, version: int, renderer: Renderer, ask_trainer: AskTrainer | None
     ) -> EnginePool:
         if self._engines is not None:
             self._engines.set_trainer(ask_trainer)

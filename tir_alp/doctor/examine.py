@@ -72,7 +72,7 @@ def examine_model(
         # Actors have their own memory and GPUs; the process that starts them may have none.
         *([] if config.cluster.is_used else [_check_memory(config, shape)]),
         check_disk(config, shape, Path("runs")),
-        _check_history(tokenizer, config, renderer, env),
+        check_history(tokenizer, config, renderer, env),
         check_fence(tokenizer, renderer),
     ]
 
@@ -82,9 +82,17 @@ def _check_memory(config: Config, shape: Shape) -> CheckResult:
     return check_memory(memory_needed(config, shape, device), free_memory(device))
 
 
-def _check_history(
+def check_history(
     tokenizer: Any, config: Config, renderer: Renderer, env: gymnasium.Env[str, str]
 ) -> CheckResult:
+    """Check that the chat template only appends as a conversation grows.
+
+    Args:
+        tokenizer: Tokenizer of the run.
+        config: Config of the run.
+        renderer: Renderer of the run.
+        env: Environment whose tools the template has to show.
+    """
     if config.model.rewritten_history == "append":
         return CheckResult(
             "template", True, "what it would rewrite stays as it was sampled, as configured"

@@ -9,9 +9,18 @@ from typing import Any
 import gymnasium
 
 from tir_alp.doctor.check_result import CheckResult
+from tir_alp.doctor.conversation import check_fence
 from tir_alp.doctor.environment import check_environment
-from tir_alp.doctor.examine import demand, examine_config, examine_engine, examine_model
+from tir_alp.doctor.examine import (
+    check_history,
+    demand,
+    examine_config,
+    examine_engine,
+    examine_model,
+)
+from tir_alp.doctor.sandbox import check_sandbox
 from tir_alp.run.launch import Launched
+from tir_alp.run.open_evaluation import PreparedEvaluation
 from tir_alp.run.open_run import Examined
 from tir_alp.run.open_sft import PreparedSFT
 from tir_alp.run.prepare import Prepared
@@ -47,6 +56,27 @@ class Doctor:
             config, prepared.model_path, prepared.tokenizer, prepared.renderer, env
         )
         return demand(findings, config.doctor.ignore)
+
+    def before_evaluation(
+        self,
+        prepared: PreparedEvaluation,
+        make_env: Callable[[], gymnasium.Env[str, str]],
+    ) -> dict[str, Any]:
+        """Check prompts, environment, template and sandbox; returns the environment's report.
+
+        Raises:
+            Refused: A check failed that the config does not ignore.
+        """
+        tasks = [task for each in prepared.sets for task in each.tasks]
+        report = check_environment(prepared.config, prepared.renderer, tasks, make_env)
+        with closing(make_env()) as env:
+            findings = [
+                check_history(prepared.tokenizer, prepared.config, prepared.renderer, env),
+                check_fence(prepared.tokenizer, prepared.renderer),
+                check_sandbox(env, tasks[0]),
+            ]
+        demand(findings, prepared.config.doctor.ignore)
+        return report
 
     async def after_launch(
         self, prepared: Prepared, launched: Launched, prompts: Sequence[str]

@@ -14,7 +14,7 @@ from tir_alp.engines.base import AskTrainer, Engine, EngineContext, EngineFactor
 
 @asynccontextmanager
 async def open_engine(
-    config: Config, path: str, version: int, ask_trainer: AskTrainer, log: Log
+    config: Config, path: str, version: int, ask_trainer: AskTrainer | None, log: Log
 ) -> AsyncIterator[Engine]:
     """Open the engine of a run, in this process or in servers that it starts.
 

@@ -111,6 +111,15 @@ class RunFolder:
             os.replace(temporary, file)
         self._open()
 
+    def go_on(self) -> None:
+        """Open the folder of an evaluation again; what was played stays.
+
+        Raises:
+            ValueError: Another process is writing it.
+        """
+        self._lock.acquire()
+        self._open()
+
     def _open(self) -> None:
         from torch.utils.tensorboard import SummaryWriter  # needed only to write a run
 
@@ -163,12 +172,12 @@ class RunFolder:
             replaced: Groups without signal, in whose stead the step trained on others.
             ledger: The ledger's records of the step.
         """
-        self._write_records("trajectories", step, map(to_record, _trajectories(groups)))
+        self.write_step("trajectories", step, map(to_record, _trajectories(groups)))
         if replaced:
-            self._write_records("replaced", step, map(to_record, _trajectories(replaced)))
-        self._write_records("ledger", step, ledger)
+            self.write_step("replaced", step, map(to_record, _trajectories(replaced)))
+        self.write_step("ledger", step, ledger)
 
-    def _write_records(self, name: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
+    def write_step(self, name: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Write one file of a step atomically: it is complete, or it does not exist."""
         folder = self.path / name
         folder.mkdir(exist_ok=True)

@@ -286,6 +286,8 @@ def read_row(raw: Any, rows: RawRows, number: int, config: SourceConfig) -> dict
         raise ValueError(
             f"{location}: {columns[0]!r} must be a text that is not empty, not {question!r:.100}"
         )
+    if isinstance(answer, list) and answer and all(map(_is_text, answer)):
+        answer = ", ".join(answer)
     if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         answer = _as_written(answer, line, columns[1])
     if not _is_text(answer):

@@ -49,7 +49,8 @@ class Command:
     usage: str
     """How it is called, and what it does."""
     options: Mapping[str, str]
-    """Options that are not settings, such as `config FILE`, with their descriptions."""
+    """Options that are not settings, such as `config FILE`, with their descriptions. One without a
+    word for its value takes none."""
     root: type[Section] = Config
     """The config that it reads."""
 
@@ -72,17 +73,24 @@ class Command:
                 described["--version"] = "the version of tir_alp"
                 print(help_page(self.usage, described, section, self.root))
                 raise SystemExit(0)
-        return split_words(words, [name.split()[0] for name in self.options], self.root)
+        flags = [name for name in self.options if " " not in name]
+        return split_words(
+            words, [name.split()[0] for name in self.options], self.root, flags=flags
+        )
 
 
 def split_words(
-    words: Sequence[str], options: Sequence[str], root: type[Section] = Config
+    words: Sequence[str],
+    options: Sequence[str],
+    root: type[Section] = Config,
+    flags: Sequence[str] = (),
 ) -> Words:
     """Sort the words of a command line.
 
     Args:
         words: As the shell passes them.
-        options: Names that are not settings and take one value each.
+        options: Names that are not settings.
+        flags: Those of them that take no value; the others take one each.
         root: The config that the settings belong to.
 
     Raises:
@@ -100,7 +108,9 @@ def split_words(
         annotations = [] if key in options else annotations_of(key, root)
         if key not in options and not annotations:
             raise ValueError(unknown_key(key, dashes="--", root=root))
-        if not has_value:
+        if key in flags and not has_value:
+            text = "true"
+        elif not has_value:
             if rest and not rest[0].startswith("--"):
                 text = rest.pop(0)
             elif bool in annotations:

@@ -34,7 +34,7 @@ class LocalPlacement:
         self._config, self._log = config, log
 
     def engine(
-        self, path: str, version: int, renderer: Renderer, ask_trainer: AskTrainer
+        self, path: str, version: int, renderer: Renderer, ask_trainer: AskTrainer | None
     ) -> AbstractAsyncContextManager[Engine]:
         """As `Placement.engine`."""
         return open_engine(self._config, path, version, ask_trainer, self._log)

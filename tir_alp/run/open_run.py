@@ -42,7 +42,8 @@ from tir_alp.run.prepare import Prepared, prepare
 from tir_alp.run.watchdog import Watchdog
 from tir_alp.training.checkpoint_folder import Position
 
-_EVALUATION = 1 << 32  # evaluation draws from seeds of its own
+EVALUATION_SEED = 1 << 32
+"""Is added to the run's seed for the draws of evaluations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +209,7 @@ def collect(
         interrupt=interrupt,
         rollouts=rollouts,
         ledger=ledger,
-        evaluation=runner(config.seed + _EVALUATION, generate),
+        evaluation=runner(config.seed + EVALUATION_SEED, generate),
         eval_sets=prepared.eval_sets,
         trainer_thread=launched.trainer_thread,
         advice=Advice(prepared.renderer.action, "tools" in examined.environment_report),

@@ -1,0 +1,382 @@
+"""Measures a model: `python -m tir_alp.evaluate --run RUN | --model PATH [--data NAME] [--k K]`.
+
+Each task is sampled k times, through the same episodes as in training. What is reported are means
+over tasks with 95 % intervals (bootstrap over tasks): avg@k, the share of right samples; pass@k,
+the probability that one of k samples is right; maj@k, whether the most frequent answer is right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tir_alp.algorithm.estimates import (
+    Estimate,
+    majority_is_correct,
+    over_tasks,
+    paired_difference,
+    pass_at_k,
+)
+from tir_alp.algorithm.metrics import is_correct, tool_calls
+from tir_alp.algorithm.section import merge
+from tir_alp.config import Config
+from tir_alp.engines.base import EngineFailed
+from tir_alp.models.tiny import SHIPPED, TRAIN_CONFIG
+from tir_alp.records.evaluation_folder import RESULT, read_result, write_result
+from tir_alp.records.folder import read_run_config
+from tir_alp.roles import RoleLost
+from tir_alp.rollouts.benchmarks import WITHOUT_TOOLS, environment_of, source_of
+from tir_alp.rollouts.evaluation import PlayedTask
+from tir_alp.run.command_line import Command, Words, overlay, read_toml
+from tir_alp.run.interrupt import Interrupt, Interrupted
+from tir_alp.training import checkpoint_folder
+from tir_alp.types import Trajectory
+
+if TYPE_CHECKING:
+    from tir_alp.run.open_evaluation import Model
+
+_COMMAND = Command(
+    """\
+usage: python -m tir_alp.evaluate --model PATH [--data NAME,...] [--k 4] [--dotted.key VALUE ...]
+       python -m tir_alp.evaluate --run RUN [--checkpoint best|last|N] [--against OTHER] ...
+
+Measure a model, or a checkpoint of a run, on tasks: accuracy with intervals, pass@k, maj@k, and
+what an episode costs. An evaluation that was interrupted goes on when the command is repeated.""",
+    {
+        "model PATH": "folder or Hugging Face id of the model",
+        "run RUN": "evaluate a checkpoint of this run, with its environment and its held-out tasks",
+        "checkpoint WHICH": "best, last or a number of steps (default: last)",
+        "data NAME,...": "benchmarks (gsm8k, math500, ...; gsm8k=FILE for a copy), sources, files",
+        "k NUMBER": "samples per task; the setting eval.samples",
+        "against OTHER": "compare with another evaluation, run or model, task by task",
+        "without-tools": "play the tasks in the environment that offers no tool",
+        "out FOLDER": "folder to write to (default: below the run, or below evaluations/)",
+        "config FILE": "TOML file with settings (default: the run's, or the embedded tiny model's)",
+    },
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code: 2 for what the user has to fix."""
+    try:
+        words = _COMMAND.read(arguments)
+        config, model, out = read_arguments(words)
+    except ValueError as error:
+        print(f"tir_alp.evaluate: {error}", file=sys.stderr)
+        return 2
+    # Imported here because it needs torch, and a mistake in the command line is answered at once.
+    from transformers.utils.logging import disable_progress_bar
+
+    from tir_alp.tools.sandbox import SandboxRefused
+
+    disable_progress_bar()
+    try:
+        result = asyncio.run(evaluate(config, model, out))
+        if other := words.options.get("against"):
+            result |= {"against": asyncio.run(compare(result, other, words))}
+        print(f"result: {write_result(out, result)}")
+        show(result)
+    except (ValueError, SandboxRefused, RoleLost, EngineFailed, OSError) as error:
+        print(f"tir_alp.evaluate: {error}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt):
+        print("tir_alp.evaluate: interrupted; the same command goes on")
+        return 130
+    return 0
+
+
+async def evaluate(config: Config, model: Model, out: Path) -> dict[str, Any]:
+    """Play the tasks that have not been played, and return the result of all.
+
+    Args:
+        config: Settings of the evaluation.
+        model: The weights.
+        out: Folder of the evaluation.
+
+    Raises:
+        ValueError: For what a user can fix.
+        Interrupted: The user asked for an end; what was played is kept.
+    """
+    from tir_alp.cluster import open_cluster
+    from tir_alp.doctor.start import Doctor
+    from tir_alp.run.open_evaluation import open_evaluation, prepare_evaluation
+    from tir_alp.run.placement import open_placement
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    log(f"reading the model {model.path!r} and the tasks")
+    prepared = await asyncio.to_thread(prepare_evaluation, config, model, out)
+    interrupt = Interrupt(log)
+    with interrupt.listening():
+        async with (
+            open_placement(config, open_cluster, log) as placement,
+            open_evaluation(prepared, placement, Doctor(), log) as evaluation,
+        ):
+            log(f"evaluation {out}: {len(prepared.done)} tasks have been played")
+            played = await interrupt.interruptible(evaluation.play(_progress(log)))
+    return {
+        "model": model.path,
+        "version": model.version,
+        "env": config.env.id,
+        "samples": config.eval.samples,
+        "temperature": config.rollout.temperature,
+        "seed": config.seed,
+        "sets": {name or "held_out": result_of(tasks) for name, tasks in played.items()},
+    }
+
+
+def result_of(tasks: Sequence[PlayedTask]) -> dict[str, Any]:
+    """Return the estimates of a set of tasks, and one row per task.
+
+    Tasks all of whose samples failed for reasons of infrastructure are left out, and counted.
+    """
+    measured = [each for each in tasks if each.sampled]
+    rows = [_row(each) for each in measured]
+    found: dict[str, Any] = {
+        "tasks": len(tasks),
+        "failed_tasks": len(tasks) - len(measured),
+        "failed_episodes": sum(each.num_failed for each in tasks),
+    }
+    if measured:
+        found |= {name: asdict(each) for name, each in _estimates(measured, rows).items()}
+    return {**found, "per_task": rows}
+
+
+def _estimates(
+    tasks: Sequence[PlayedTask], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Estimate]:
+    num_samples = min(len(each.sampled) for each in tasks)
+    verdicts = [[is_correct(each) for each in task.sampled] for task in tasks]
+    found = {"avg@k": over_tasks([sum(each) / len(each) for each in verdicts])}
+    for k in _powers(num_samples):
+        values = [pass_at_k(len(each), sum(each), k) for each in verdicts]
+        found[f"pass@{k}"] = over_tasks(values)
+    answers = [[_answer(each) for each in task.sampled] for task in tasks]
+    majority = [majority_is_correct(*pair) for pair in zip(answers, verdicts, strict=True)]
+    found["maj@k"] = over_tasks(majority)
+    greedy = [float(is_correct(each.greedy)) for each in tasks if each.greedy is not None]
+    if greedy:
+        found["greedy"] = over_tasks(greedy)
+    for name in ("tool_calls", "turns", "tokens", "truncated", "tool_errors"):
+        found[name] = over_tasks([float(row[name]) for row in rows])
+    return found
+
+
+def _row(task: PlayedTask) -> dict[str, Any]:
+    """What one task came to; counts are means over its samples."""
+    samples = task.sampled
+    return {
+        "task_id": task.task_id,
+        "correct": [is_correct(each) for each in samples],
+        "answers": [_answer(each) for each in samples],
+        "greedy": None if task.greedy is None else is_correct(task.greedy),
+        "tool_calls": _mean([tool_calls(each) for each in samples]),
+        "turns": _mean([len(each.turns) for each in samples]),
+        "tokens": _mean([sum(len(turn.completion) for turn in each.turns) for each in samples]),
+        "truncated": _mean([each.is_overlong for each in samples]),
+        "tool_errors": _mean(
+            [sum(turn.outcome != "ok" for turn in each.turns) for each in samples]
+        ),
+        "failed": task.num_failed,
+    }
+
+
+async def compare(result: Mapping[str, Any], other: str, words: Words) -> dict[str, Any]:
+    """Return the paired difference to another evaluation, per set: this one minus the other.
+
+    Args:
+        result: The result of this evaluation.
+        other: Folder of an evaluation or a run, or a model; the latter two are evaluated first.
+        words: The command line of this evaluation, whose settings hold for the other one too.
+
+    Raises:
+        ValueError: The two have no task in common.
+    """
+    if (Path(other) / RESULT).exists():
+        theirs = read_result(Path(other))
+    else:
+        key = "run" if (Path(other) / "config.json").exists() and _is_run(Path(other)) else "model"
+        kept = {
+            name: value
+            for name, value in words.options.items()
+            if name not in ("run", "model", "checkpoint", "against", "out")
+        }
+        config, model, out = read_arguments(Words({**kept, key: other}, words.values))
+        theirs = await evaluate(config, model, out)
+        write_result(out, theirs)
+    differences = {}
+    for name, mine in result["sets"].items():
+        yours = {row["task_id"]: row for row in theirs["sets"].get(name, {}).get("per_task", ())}
+        pairs = [
+            (_mean(row["correct"]), _mean(yours[row["task_id"]]["correct"]))
+            for row in mine["per_task"]
+            if row["task_id"] in yours
+        ]
+        if pairs:
+            differences[name] = asdict(paired_difference(*map(list, zip(*pairs, strict=True))))
+    if not differences:
+        raise ValueError(f"{other} has no task in common with this evaluation")
+    return {"other": other, "avg@k": differences}
+
+
+def read_arguments(words: Words) -> tuple[Config, Model, Path]:
+    """Build the config of an evaluation, and find the weights and the folder.
+
+    Raises:
+        ValueError: With one line for each mistake.
+    """
+    from tir_alp.run.open_evaluation import Model
+
+    options = words.options
+    if ("run" in options) == ("model" in options):
+        raise ValueError("give either --model PATH or --run RUN")
+    run = Path(options["run"]) if "run" in options else None
+    if run is None and "checkpoint" in options:
+        raise ValueError("--checkpoint names a checkpoint of a run: give --run RUN")
+    below = read_toml(TRAIN_CONFIG) if run is None else read_run_config(run)
+    if run is None:
+        below.pop("steps", None)
+    if "config" in options:
+        below = read_toml(Path(options["config"]))
+    changes: dict[str, Any] = {"name": None}
+    if "k" in options:
+        changes["eval"] = {"samples": options["k"]}
+    if "data" in options:
+        data = [each.strip() for each in options["data"].split(",") if each.strip()]
+        changes = merge(changes, {"eval": {"data": [source_of(each) for each in data]}})
+        env = environment_of(data)
+        if env is not None and env != below.get("env", {}).get("id", env):
+            changes["env"] = {"id": env}
+    values = merge(changes, words.values)
+    if "without-tools" in options:
+        values = without_tools(values, below)
+    if run is not None:
+        path, version = checkpoint_of(run, options.get("checkpoint", "last"))
+    else:
+        path, version = str(SHIPPED.get(options["model"], options["model"])), 0
+    values = merge(values, {"model": {"path": path}})
+    config = overlay(values, below)
+    label = "-".join(each.label for each in config.eval.data) or "held_out"
+    label += f"-k{config.eval.samples}" + ("-no-tools" if "without-tools" in options else "")
+    if "out" in options:
+        return config, Model(path, version), Path(options["out"])
+    folder = Path("evaluations") / Path(options.get("model", "")).name if run is None else run
+    name = f"{label}-step{version}" if run is not None else label
+    return config, Model(path, version), folder / ("" if run is None else "evaluations") / name
+
+
+def without_tools(values: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the environment by its counterpart without tools.
+
+    Raises:
+        ValueError: It has none.
+    """
+    default = Config.model_fields["env"].default.id
+    env = merge(below.get("env", {}), values.get("env", {})).get("id", default)
+    if env not in WITHOUT_TOOLS:
+        raise ValueError(
+            f"--without-tools: {env!r} has no counterpart without tools: name one with --env.id"
+        )
+    return {**values, "env": {"id": WITHOUT_TOOLS[env]}}
+
+
+def checkpoint_of(run: Path, which: str) -> tuple[str, int]:
+    """Return the weights of a checkpoint, and the number of steps that made them.
+
+    Args:
+        run: Folder of the run.
+        which: `best`, `last`, or a number of steps.
+
+    Raises:
+        ValueError: There is no such checkpoint.
+    """
+    folder = run / "checkpoints"
+    if which == "last":
+        path, position, _ = checkpoint_folder.newest(folder)
+        return str(path), position.step
+    if which == "best":
+        best = checkpoint_folder.read_best(folder)
+        if best is None:
+            raise ValueError(f"{run} was not evaluated while it trained: there is no best step")
+        step = best.step
+    elif which.isdigit():
+        step = int(which)
+    else:
+        raise ValueError(f"--checkpoint {which}: give best, last or a number of steps")
+    path = folder / f"step_{step}"
+    if path.is_dir():
+        checkpoint_folder.verify(path)
+        return str(path), step
+    if step == 0:  # the model that the run began with
+        name = read_run_config(run)["model"]["path"]
+        return str(SHIPPED.get(name, name)), 0
+    there = ", ".join(each.name for each in checkpoint_folder.newest_first(folder)) or "none"
+    raise ValueError(f"{run} has no checkpoint of step {step}; there are {there}")
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Print the result as a table with one column per set: means with their 95 % intervals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    sets = result["sets"]
+    names = dict.fromkeys(
+        name for found in sets.values() for name, each in found.items() if isinstance(each, dict)
+    )
+    table = Table("", *(f"{label} ({found['tasks']})" for label, found in sets.items()), box=None)
+    for name in names:
+        table.add_row(name, *(_shown(found.get(name), name) for found in sets.values()))
+    Console().print(table)
+    for label, found in sets.items():
+        if found["failed_episodes"]:
+            print(f"{label}: {found['failed_episodes']} episodes failed and are left out")
+    against = result.get("against")
+    for label, difference in (against["avg@k"] if against else {}).items():
+        print(
+            f"{label}: avg@k minus that of {against['other']}: {_shown(difference, 'avg@k')} over "
+            f"{difference['num_tasks']} tasks"
+        )
+
+
+def _shown(estimate: Mapping[str, float] | None, name: str) -> str:
+    """An estimate with its interval; shares in percent."""
+    if estimate is None:
+        return "-"
+    is_share = "@" in name or name in ("greedy", "truncated")
+    factor, unit = (100, " %") if is_share else (1, "")
+    mean, low, high = (factor * estimate[key] for key in ("mean", "low", "high"))
+    return f"{mean:.1f}{unit} [{low:.1f}, {high:.1f}]"
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "checkpoints").is_dir()
+
+
+def _progress(log: Any) -> Any:
+    def on_task(done: int, total: int) -> None:
+        if done == total or done % max(1, total // 10) == 0:
+            log(f"{done} of {total} tasks played")
+
+    return on_task
+
+
+def _powers(most: int) -> list[int]:
+    """2, 4, 8, ... up to `most`, and `most` itself; pass@1 is avg@k."""
+    return sorted({*(1 << n for n in range(1, most.bit_length())), *((most,) if most > 1 else ())})
+
+
+def _answer(trajectory: Trajectory) -> str | None:
+    return trajectory.turns[-1].info.get("answer") if trajectory.turns else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
