@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tir_alp.algorithm.estimates import (
     Estimate,
@@ -25,19 +25,14 @@ from tir_alp.algorithm.metrics import is_correct, tool_calls
 from tir_alp.algorithm.section import merge
 from tir_alp.config import Config
 from tir_alp.engines.base import EngineFailed
-from tir_alp.models.tiny import SHIPPED, TRAIN_CONFIG
 from tir_alp.records.evaluation_folder import RESULT, read_result, write_result
-from tir_alp.records.folder import read_run_config
 from tir_alp.roles import RoleLost
 from tir_alp.rollouts.benchmarks import WITHOUT_TOOLS, environment_of, source_of
 from tir_alp.rollouts.evaluation import PlayedTask
-from tir_alp.run.command_line import Command, Words, overlay, read_toml
+from tir_alp.run.command_line import Command, Words, overlay
 from tir_alp.run.interrupt import Interrupt, Interrupted
-from tir_alp.training import checkpoint_folder
+from tir_alp.run.model_choice import MODEL_OPTIONS, Model, choose_model
 from tir_alp.types import Trajectory
-
-if TYPE_CHECKING:
-    from tir_alp.run.open_evaluation import Model
 
 _COMMAND = Command(
     """\
@@ -47,15 +42,12 @@ usage: python -m tir_alp.evaluate --model PATH [--data NAME,...] [--k 4] [--dott
 Measure a model, or a checkpoint of a run, on tasks: accuracy with intervals, pass@k, maj@k, and
 what an episode costs. An evaluation that was interrupted goes on when the command is repeated.""",
     {
-        "model PATH": "folder or Hugging Face id of the model",
-        "run RUN": "evaluate a checkpoint of this run, with its environment and its held-out tasks",
-        "checkpoint WHICH": "best, last or a number of steps (default: last)",
+        **MODEL_OPTIONS,
         "data NAME,...": "benchmarks (gsm8k, math500, ...; gsm8k=FILE for a copy), sources, files",
         "k NUMBER": "samples per task; the setting eval.samples",
         "against OTHER": "compare with another evaluation, run or model, task by task",
         "without-tools": "play the tasks in the environment that offers no tool",
         "out FOLDER": "folder to write to (default: below the run, or below evaluations/)",
-        "config FILE": "TOML file with settings (default: the run's, or the embedded tiny model's)",
     },
 )
 
@@ -230,19 +222,8 @@ def read_arguments(words: Words) -> tuple[Config, Model, Path]:
     Raises:
         ValueError: With one line for each mistake.
     """
-    from tir_alp.run.open_evaluation import Model
-
     options = words.options
-    if ("run" in options) == ("model" in options):
-        raise ValueError("give either --model PATH or --run RUN")
-    run = Path(options["run"]) if "run" in options else None
-    if run is None and "checkpoint" in options:
-        raise ValueError("--checkpoint names a checkpoint of a run: give --run RUN")
-    below = read_toml(TRAIN_CONFIG) if run is None else read_run_config(run)
-    if run is None:
-        below.pop("steps", None)
-    if "config" in options:
-        below = read_toml(Path(options["config"]))
+    below, model = choose_model(options)
     changes: dict[str, Any] = {"name": None}
     if "k" in options:
         changes["eval"] = {"samples": options["k"]}
@@ -255,19 +236,17 @@ def read_arguments(words: Words) -> tuple[Config, Model, Path]:
     values = merge(changes, words.values)
     if "without-tools" in options:
         values = without_tools(values, below)
-    if run is not None:
-        path, version = checkpoint_of(run, options.get("checkpoint", "last"))
-    else:
-        path, version = str(SHIPPED.get(options["model"], options["model"])), 0
-    values = merge(values, {"model": {"path": path}})
+    values = merge(values, {"model": {"path": model.path}})
     config = overlay(values, below)
     label = "-".join(each.label for each in config.eval.data) or "held_out"
     label += f"-k{config.eval.samples}" + ("-no-tools" if "without-tools" in options else "")
     if "out" in options:
-        return config, Model(path, version), Path(options["out"])
-    folder = Path("evaluations") / Path(options.get("model", "")).name if run is None else run
-    name = f"{label}-step{version}" if run is not None else label
-    return config, Model(path, version), folder / ("" if run is None else "evaluations") / name
+        return config, model, Path(options["out"])
+    if "run" in options:
+        out = Path(options["run"]) / "evaluations" / f"{label}-step{model.version}"
+    else:
+        out = Path("evaluations") / Path(options["model"]).name / label
+    return config, model, out
 
 
 def without_tools(values: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,40 +262,6 @@ def without_tools(values: Mapping[str, Any], below: Mapping[str, Any]) -> dict[s
             f"--without-tools: {env!r} has no counterpart without tools: name one with --env.id"
         )
     return {**values, "env": {"id": WITHOUT_TOOLS[env]}}
-
-
-def checkpoint_of(run: Path, which: str) -> tuple[str, int]:
-    """Return the weights of a checkpoint, and the number of steps that made them.
-
-    Args:
-        run: Folder of the run.
-        which: `best`, `last`, or a number of steps.
-
-    Raises:
-        ValueError: There is no such checkpoint.
-    """
-    folder = run / "checkpoints"
-    if which == "last":
-        path, position, _ = checkpoint_folder.newest(folder)
-        return str(path), position.step
-    if which == "best":
-        best = checkpoint_folder.read_best(folder)
-        if best is None:
-            raise ValueError(f"{run} was not evaluated while it trained: there is no best step")
-        step = best.step
-    elif which.isdigit():
-        step = int(which)
-    else:
-        raise ValueError(f"--checkpoint {which}: give best, last or a number of steps")
-    path = folder / f"step_{step}"
-    if path.is_dir():
-        checkpoint_folder.verify(path)
-        return str(path), step
-    if step == 0:  # the model that the run began with
-        name = read_run_config(run)["model"]["path"]
-        return str(SHIPPED.get(name, name)), 0
-    there = ", ".join(each.name for each in checkpoint_folder.newest_first(folder)) or "none"
-    raise ValueError(f"{run} has no checkpoint of step {step}; there are {there}")
 
 
 def show(result: Mapping[str, Any]) -> None:

@@ -25,21 +25,12 @@ from tir_alp.rollouts.episode import EpisodeRunner
 from tir_alp.rollouts.evaluation import UIDS_PER_TASK, PlayedTask, group_id_of, play_sets
 from tir_alp.rollouts.lockstep import Lockstep
 from tir_alp.rollouts.renderer import Renderer, make_renderer
+from tir_alp.run.model_choice import Model
 from tir_alp.run.open_run import EVALUATION_SEED
 from tir_alp.run.watchdog import Watchdog
 from tir_alp.training.policy import load_tokenizer
 from tir_alp.training.structure import declared_end_token_ids
 from tir_alp.types import Origin, TrajectoryGroup
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """Weights to evaluate."""
-
-    path: str
-    """Folder or Hugging Face id."""
-    version: int = 0
-    """Number of training steps that produced them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,108 @@
+"""Which weights a command works with: a model, or a checkpoint of a run with the run's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from tir_alp.config import SFTConfig
+from tir_alp.models.tiny import SHIPPED, TRAIN_CONFIG
+from tir_alp.records.folder import read_command, read_run_config
+from tir_alp.run.command_line import parse_as, read_toml
+from tir_alp.training import checkpoint_folder
+
+MODEL_OPTIONS = MappingProxyType(
+    {
+        "model PATH": "folder or Hugging Face id of the model",
+        "run RUN": "a checkpoint of this run, with the run's settings",
+        "checkpoint WHICH": "best, last or a number of steps (default: last)",
+        "config FILE": "TOML file with settings (default: the run's, or the embedded tiny model's)",
+    }
+)
+"""Options of a command, with their descriptions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Weights."""
+
+    path: str
+    """Folder or Hugging Face id."""
+    version: int = 0
+    """Number of training steps that produced them."""
+
+
+def choose_model(options: Mapping[str, str]) -> tuple[dict[str, Any], Model]:
+    """Find the weights that `MODEL_OPTIONS` name, and the settings that come with them.
+
+    Args:
+        options: Options of the command line.
+
+    Returns:
+        Settings as nested mappings, over which the command line is laid; and the weights.
+
+    Raises:
+        ValueError: There are no such weights, or not one of `model` and `run` is given.
+    """
+    if ("run" in options) == ("model" in options):
+        raise ValueError("give either --model PATH or --run RUN")
+    if "run" not in options:
+        if "checkpoint" in options:
+            raise ValueError("--checkpoint names a checkpoint of a run: give --run RUN")
+        model = Model(str(SHIPPED.get(options["model"], options["model"])))
+        below = read_toml(Path(options["config"]) if "config" in options else TRAIN_CONFIG)
+        return {key: value for key, value in below.items() if key != "steps"}, model
+    run = Path(options["run"])
+    below = settings_of(run)
+    if "config" in options:
+        below = read_toml(Path(options["config"]))
+    return below, checkpoint_of(run, options.get("checkpoint", "last"))
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """Return the settings of a run, as those of a run of reinforcement learning.
+
+    Raises:
+        ValueError: The folder is not that of a run.
+    """
+    saved = read_run_config(run)
+    if read_command(run) != "sft":
+        return saved
+    return parse_as(SFTConfig, saved).as_run().model_dump(mode="json")
+
+
+def checkpoint_of(run: Path, which: str) -> Model:
+    """Return the weights of a checkpoint, and the number of steps that made them.
+
+    Args:
+        run: Folder of the run.
+        which: `best`, `last`, or a number of steps.
+
+    Raises:
+        ValueError: There is no such checkpoint.
+    """
+    folder = run / "checkpoints"
+    if which == "last":
+        path, position, _ = checkpoint_folder.newest(folder)
+        return Model(str(path), position.step)
+    if which == "best":
+        best = checkpoint_folder.read_best(folder)
+        if best is None:
+            raise ValueError(f"{run} was not evaluated while it trained: there is no best step")
+        step = best.step
+    elif which.isdigit():
+        step = int(which)
+    else:
+        raise ValueError(f"--checkpoint {which}: give best, last or a number of steps")
+    path = folder / f"step_{step}"
+    if path.is_dir():
+        checkpoint_folder.verify(path)
+        return Model(str(path), step)
+    if step == 0:  # the model that the run began with
+        name = read_run_config(run)["model"]["path"]
+        return Model(str(SHIPPED.get(name, name)))
+    there = ", ".join(each.name for each in checkpoint_folder.newest_first(folder)) or "none"
+    raise ValueError(f"{run} has no checkpoint of step {step}; there are {there}")
