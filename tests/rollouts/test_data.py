@@ -115,7 +115,7 @@ def test_too_few_held_out_tasks_are_an_error_that_says_how_many_there_are(tmp_pa
         ({"source": "reasoning_gym"}, "'reasoning_gym' needs a dataset"),
         ({"path": "tasks.jsonl"}, "'arithmetic' does not take a path"),
         ({"source": "jsonl", "path": "a", "dataset": "gcd"}, "'jsonl' does not take a dataset"),
-        ({"source": "xml"}, "'arithmetic', 'code', 'reasoning_gym', 'jsonl'"),
+        ({"source": "xml"}, "'arithmetic', 'code', 'reasoning_gym', 'word_problems', 'jsonl'"),
         ({"source": "my-tasks:Tasks"}, "or 'my_module:MyTasks' for your own"),
         ({"source": "my_tasks:Tasks", "path": "a"}, "'my_tasks:Tasks' does not take a path"),
         ({"source": "env", "broken_rows": "skip"}, "'env' does not take a broken_rows"),
@@ -269,7 +269,7 @@ def test_each_of_many_broken_rows_is_reported_and_the_rest_is_read(tmp_path):
     lines[::100] = [json.dumps({"question": f"q{n}", "answer": n}) for n in range(100)]
     path = write(tmp_path / "tasks.jsonl", *lines)
     config = DataConfig(source="jsonl", path=path, broken_rows="skip")
-    broken = left_out(config)
+    broken = left_out([config])
     assert [each.split(": ")[0] for each in broken] == [
         f"{path}:{number + 1}" for number in range(10_000) if number % 100
     ]
@@ -309,7 +309,7 @@ def test_questions_are_filtered_by_their_length(tmp_path):
     settings: dict[str, Any] = {"min_question_chars": 5, "max_question_chars": 9}
     assert [row["answer"] for row in read_jsonl(path, **settings)] == ["5", "6", "7", "8", "9"]
     config = DataConfig(source="jsonl", path=path, **settings)
-    assert left_out(config) == [f"{path}: 35 rows left out by the length of their question"]
+    assert left_out([config]) == [f"{path}: 35 rows left out by the length of their question"]
 
 
 def test_columns_can_have_other_names_and_lie_in_objects(tmp_path):
@@ -373,7 +373,7 @@ def test_a_system_message_stands_before_the_question_and_other_roles_are_broken(
     config = DataConfig(source="parquet", path=path, broken_rows="skip")
     (row,) = [task for tasks in open_rows(config).splits.values() for task in tasks]
     assert row["question"] == "system\n\nuser"
-    (sentence,) = left_out(config)
+    (sentence,) = left_out([config])
     assert sentence.startswith(f"{path}:1: 'prompt' must be a user message")
 
 
