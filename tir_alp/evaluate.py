@@ -210,7 +210,8 @@ async def compare(result: Mapping[str, Any], other: str, words: Words) -> dict[s
             if row["task_id"] in yours
         ]
         if pairs:
-            differences[name] = asdict(paired_difference(*map(list, zip(*pairs, strict=True))))
+            mine_only, others = zip(*pairs, strict=True)
+            differences[name] = asdict(paired_difference(mine_only, others))
     if not differences:
         raise ValueError(f"{other} has no task in common with this evaluation")
     return {"other": other, "avg@k": differences}
@@ -280,8 +281,8 @@ def show(result: Mapping[str, Any]) -> None:
     for label, found in sets.items():
         if found["failed_episodes"]:
             print(f"{label}: {found['failed_episodes']} episodes failed and are left out")
-    against = result.get("against")
-    for label, difference in (against["avg@k"] if against else {}).items():
+    against = result.get("against", {"other": "", "avg@k": {}})
+    for label, difference in against["avg@k"].items():
         print(
             f"{label}: avg@k minus that of {against['other']}: {_shown(difference, 'avg@k')} over "
             f"{difference['num_tasks']} tasks"

@@ -113,7 +113,7 @@ def fuzz(num_rows: int, folder: Path) -> Counter[str]:
     path = folder / "rows.jsonl"
     path.write_bytes(b"\n".join(lines) + b'\n{"question": "1+1?", "answer": 2}\n')
     config = DataConfig(source="jsonl", path=path, broken_rows="skip")
-    sentences = left_out(config)
+    sentences = left_out([config])
     locations = [sentence.split(": ")[0] for sentence in sentences]
     reported = set(locations)
     expected = [f"{path}:{number}" for number in range(1, len(lines) + 1)]

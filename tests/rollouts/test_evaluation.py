@@ -20,6 +20,7 @@ from tir_alp.rollouts.renderer import Renderer
 from tir_alp.types import StopReason
 
 TASKS = [Task(f"t{index}", f"q{index}", "a") for index in range(3)]
+SETS = (EvalSet("", TASKS),)
 END, A = 1, 70
 
 
@@ -43,7 +44,7 @@ def uid(task: int, sample: int) -> int:
 GREEDY = UIDS_PER_TASK - 1
 
 
-def run(lost: frozenset[int] = frozenset(), sets=(EvalSet("", TASKS),), **how):
+def run(lost: frozenset[int] = frozenset(), sets=SETS, **how):
     asked: list[Sampling] = []
     failures: list[EpisodeFailed] = []
 

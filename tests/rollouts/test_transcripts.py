@@ -1,4 +1,4 @@
-"""Conversations are read from the forms of public data sets, and each fault names row and message."""
+"""Conversations are read from the forms of public data sets; a fault names row and message."""
 
 import json
 

@@ -63,7 +63,7 @@ def majority_is_correct(answers: Sequence[str | None], correct: Sequence[bool]) 
         correct: Whether each is right.
     """
     votes = Counter(
-        "" if right else f"wrong: {answer.strip()}"
+        "" if right else f"wrong: {(answer or '').strip()}"
         for answer, right in zip(answers, correct, strict=True)
         if right or answer is not None
     )

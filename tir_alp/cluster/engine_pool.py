@@ -72,7 +72,7 @@ class EnginePool:
         self._running: Counter[WatchedActor] = Counter()
         self.actors = make_actors(self._start)
 
-    def set_trainer(self, ask_trainer: AskTrainer) -> None:
+    def set_trainer(self, ask_trainer: AskTrainer | None) -> None:
         """Verify new weights by another trainer from now on."""
         self._probes.ask_trainer = ask_trainer
 

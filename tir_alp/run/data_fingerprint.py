@@ -19,11 +19,18 @@ Fingerprints = Mapping[str, Mapping[str, Any]]
 
 
 def fingerprints(paths: Iterable[Path]) -> Fingerprints:
-    """Read every file that a run takes its tasks from; about a second per GB."""
+    """Read every file that a run takes its tasks from; about a second per GB.
+
+    Raises:
+        ValueError: A file cannot be read.
+    """
     found = {}
     for path in paths:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from None
         found[str(path)] = {"bytes": path.stat().st_size, "sha256": digest}
     return found
 
