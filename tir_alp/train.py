@@ -291,13 +291,17 @@ def main(arguments: Sequence[str]) -> int:
     # Imported here because it needs torch, and a mistake in the command line is answered at once.
     from transformers.utils.logging import disable_progress_bar
 
+    from tir_alp.run.describe import describe_os_error
     from tir_alp.run.supervise import CannotStart, RunLost, train_from
 
     disable_progress_bar()  # the library's own, for every file that it reads or writes
     try:
         asyncio.run(train_from(config, resume, services()))
-    except (CannotStart, PromptTooLong, RolloutsFailed, EngineFailed, RunLost, OSError) as error:
+    except (CannotStart, PromptTooLong, RolloutsFailed, EngineFailed, RunLost) as error:
         print(f"tir_alp.train: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"tir_alp.train: {describe_os_error(error)}", file=sys.stderr)
         return 2
     except Tripped as error:
         print(f"tir_alp.train: {error}", file=sys.stderr)

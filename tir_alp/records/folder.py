@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -74,6 +77,11 @@ class RunFolder:
         (self.path / "objective.txt").write_text(formula(config.algorithm) + "\n")
         self._open()
 
+    def discard(self) -> None:
+        """Delete the folder of a new run that cannot begin; its name is free again."""
+        self._lock.release()
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def reopen(self, step: int) -> None:
         """Open the folder of a run that continues after `step`, and delete what was written later.
 
@@ -94,20 +102,19 @@ class RunFolder:
             kept = [each for each in read_records(file)[0] if step > 0 and each["step"] <= step]
             temporary.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
             os.replace(temporary, file)
-        self._open()
+        self._open(step)
 
-    def _open(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # needed only to write a run
+    def _open(self, step: int = 0) -> None:
+        from tir_alp.records.event_file import EventFile  # needed only to write a run
 
         self._metrics = (self.path / "metrics.jsonl").open("a")
-        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+        self._tensorboard = EventFile(self.path / "tensorboard", step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one record of metrics."""
         self._metrics.write(json.dumps({"step": step, **dict(sorted(metrics.items()))}) + "\n")
         self._metrics.flush()
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.log(step, metrics)
 
     def note_left_out(self, sentences: Sequence[str]) -> None:
         """Write which data rows were left out, one sentence per line; no file if none were."""
@@ -168,12 +175,15 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         import torch  # needed only here, and slow to import
 
-        torch.save([asdict(batch) for batch in batches], folder / f"update_{update}.pt")
+        written = io.BytesIO()  # torch hides why it cannot write a file
+        torch.save([asdict(batch) for batch in batches], written)
+        (folder / f"update_{update}.pt").write_bytes(written.getvalue())
 
     def close(self) -> None:
         """Flush and close the files, and free the run's lock."""
-        self._metrics.close()
-        self._tensorboard.close()
+        for file in (self._metrics, self._tensorboard):
+            with contextlib.suppress(OSError):  # of a full disk, which `log` has raised already
+                file.close()
         self._lock.release()
 
 
