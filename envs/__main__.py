@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,4 +49,9 @@ def main(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, "")  # modules in the working folder
-    sys.exit(main(sys.argv[1:]))
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # all is imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

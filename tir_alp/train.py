@@ -28,6 +28,7 @@ from tir_alp.roles import RoleLost
 from tir_alp.rollouts.queue import RolloutsFailed
 from tir_alp.rollouts.renderer import PromptTooLong
 from tir_alp.run.command_line import Command, overlay, read_config
+from tir_alp.run.early_interrupt import raise_on_interrupt, run_command
 from tir_alp.run.interrupt import Interrupted
 from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Position
@@ -294,6 +295,7 @@ def main(arguments: Sequence[str]) -> int:
     from tir_alp.run.describe import describe_os_error
     from tir_alp.run.supervise import CannotStart, RunLost, train_from
 
+    raise_on_interrupt()
     disable_progress_bar()  # the library's own, for every file that it reads or writes
     try:
         asyncio.run(train_from(config, resume, services()))
@@ -307,10 +309,10 @@ def main(arguments: Sequence[str]) -> int:
         print(f"tir_alp.train: {error}", file=sys.stderr)
         return 3
     except (Interrupted, KeyboardInterrupt):
-        print("tir_alp.train: interrupted; --resume goes on from the last checkpoint")
+        print("tir_alp.train: interrupted", file=sys.stderr)  # `describe_stop` says what is saved
         return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, imports=True))

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tir_alp.audit import Findings, audit_run
+from tir_alp.run.early_interrupt import run_command
 
 _MOST_SHOWN = 20
 
@@ -48,4 +49,4 @@ def _show(findings: Findings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from tir_alp.models.tiny import TRAIN_CONFIG
 from tir_alp.run.command_line import Command, read_config
+from tir_alp.run.early_interrupt import raise_on_interrupt, run_command
 
 _COMMAND = Command(
     """\
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     from tir_alp.doctor.table import examine, table_of
     from tir_alp.tools.sandbox import SandboxRefused
 
+    raise_on_interrupt()
     disable_progress_bar()
     try:
         findings = asyncio.run(examine(config))
@@ -44,4 +46,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, imports=True))
