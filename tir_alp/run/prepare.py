@@ -25,8 +25,9 @@ from tir_alp.rollouts.renderer import Renderer, make_renderer
 from tir_alp.run.data_fingerprint import Fingerprints, check_fingerprints, fingerprints
 from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Position
+from tir_alp.training.model_folder import check_model_folder
 from tir_alp.training.policy import load_tokenizer
-from tir_alp.training.structure import declared_end_token_ids
+from tir_alp.training.structure import declared_end_token_ids, local_path
 from tir_alp.types import Origin
 
 _NUM_NAMED = 20  # rows that were left out
@@ -93,6 +94,7 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
     initial = str(SHIPPED.get(config.model.path, config.model.path))
     found = progress.checkpoint
     if resume is None:
+        check_model_folder(local_path(initial))
         origin = Origin(datetime.now(), tuple(sorted(declared_end_token_ids(initial))))
     else:
         origin = read_origin(resume)
