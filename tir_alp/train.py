@@ -28,8 +28,8 @@ from tir_alp.roles import RoleLost
 from tir_alp.rollouts.queue import RolloutsFailed
 from tir_alp.rollouts.renderer import PromptTooLong
 from tir_alp.run.command_line import Command, overlay, read_config
-from tir_alp.run.early_interrupt import raise_on_interrupt, run_command
 from tir_alp.run.interrupt import Interrupted
+from tir_alp.run.process import raise_on_interrupt, run_command
 from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Position
 from tir_alp.types import Sample, TrajectoryGroup

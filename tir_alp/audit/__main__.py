@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tir_alp.audit import Findings, audit_run
-from tir_alp.run.early_interrupt import run_command
+from tir_alp.run.process import run_command
 
 _MOST_SHOWN = 20
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tir_alp.models.tiny import TRAIN_CONFIG
 from tir_alp.run.command_line import Command, read_config
-from tir_alp.run.early_interrupt import raise_on_interrupt, run_command
+from tir_alp.run.process import raise_on_interrupt, run_command
 
 _COMMAND = Command(
     """\

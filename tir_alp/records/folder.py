@@ -39,9 +39,20 @@ class RunFolder:
         self._events = path / "events.jsonl"
 
     def check_is_new(self) -> None:
-        """Refuse the name of a run that is there already. Raises ValueError."""
+        """Refuse the name of a run that is there already, or a place that cannot be written.
+
+        Raises:
+            ValueError: Of both.
+        """
         if self.path.exists():
             raise self._exists()
+        above = next(each for each in self.path.absolute().parents if each.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            reason = "is not a folder" if not above.is_dir() else "cannot be written"
+            raise ValueError(
+                f"cannot make the run's folder {self.path}: {above} {reason}. Runs are written to "
+                "`runs` in the folder in which the command is started: start it in another one"
+            )
 
     def check_is_free(self) -> None:
         """Refuse a run that another process is writing. Raises ValueError."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tir_alp.report import write_comparison, write_run_report
 from tir_alp.report.write import TABLE
-from tir_alp.run.early_interrupt import run_command
+from tir_alp.run.process import run_command
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -27,7 +27,7 @@ from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.models.tiny import SHIPPED
 from tir_alp.rollouts.data import load_held_out
 from tir_alp.rollouts.renderer import Renderer
-from tir_alp.run.early_interrupt import run_command
+from tir_alp.run.process import run_command
 from tir_alp.training.attention import PackedSequences
 from tir_alp.training.policy import (
     compute_device,

@@ -1,13 +1,16 @@
-"""Ctrl-C in the first seconds of a command: one line and 130, whatever is being imported."""
+"""How the process of a command ends: Ctrl-C while it imports, and a library that is missing."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from tir_alp.run.process import EXTRAS
 
 ROOT = Path(__file__).parents[2]
 SLOW = """\
@@ -60,3 +63,44 @@ def test_a_part_of_a_run_and_a_program_of_somebody_else_keep_their_own_handling(
     for words in (["-m", "show"], ["-c", f"import tir_alp; {show}"]):
         shown = subprocess.run([sys.executable, *words], env=environment, capture_output=True)
         assert shown.stdout == b"True\n", shown
+
+
+WITHOUT = """\
+import runpy, sys
+sys.modules[{module!r}] = None
+sys.argv = ["-m"]
+sys.orig_argv = ["python", "-m", {command!r}]
+import tir_alp
+sys.argv = [{command!r}, *{words!r}]
+runpy.run_module({command!r}, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "command", "words"),
+    [
+        ("simpy", "tir_alp.studies.simulate", ["--help"]),
+        ("peft", "tir_alp.train", ["--trainer.lora.rank", "4", "--steps", "1"]),
+        ("ray", "tir_alp.train", ["--cluster", "local", "--steps", "1"]),
+        ("ray", "tir_alp.studies.drill", []),
+        ("datasets", "tir_alp.train", ["--data.source", "hub", "--data.dataset", "x"]),
+        ("aiohttp", "tir_alp.sandbox", ["serve"]),
+    ],
+)
+def test_a_missing_library_is_one_line_with_the_command_that_installs_it(
+    tmp_path, module, command, words
+):
+    program = WITHOUT.format(module=module, command=command, words=words)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TIR_ALP_DRILL_HAS_OWN_MEMORY": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True
+    )
+    errors = ended.stderr.decode()
+    assert ended.returncode in (2, 69) and len(errors.splitlines()) == 1, errors
+    assert module in errors and f"pip install 'tir_alp[{EXTRAS[module]}]'" in errors
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_extra_exists():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {*EXTRAS.values()} <= {*extras["optional-dependencies"]}
