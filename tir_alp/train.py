@@ -198,7 +198,7 @@ async def check_health(run: Run, metrics: Mapping[str, float], step: int) -> Non
         raise Tripped(f"stopped in step {step + 1}: {reason}")
     good = await with_trainer(run, roll_back, run)
     reason = f"{reason}; back to the weights of step {good.step}"
-    folder.log_event(step + 1, "roll_back", reason)
+    folder.log_event(step + 1, "roll_back", reason, weights_of_step=good.step)
     run.console.print(f"step {step + 1}: {reason}")
 
 

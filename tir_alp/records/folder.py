@@ -132,10 +132,18 @@ class RunFolder:
         if sentences:
             (self.path / "left_out.txt").write_text("".join(f"{each}\n" for each in sentences))
 
-    def log_event(self, step: int, kind: str, reason: str) -> None:
-        """Write an event of the run as a whole, such as a roll-back."""
+    def log_event(self, step: int, kind: str, reason: str, **details: int) -> None:
+        """Write an event of the run as a whole.
+
+        Args:
+            step: Number of steps made when it happened.
+            kind: "roll_back" or "stop".
+            reason: What happened, in words.
+            details: More fields of the record.
+        """
         with self._events.open("a") as file:
-            file.write(json.dumps({"step": step, "kind": kind, "reason": reason}) + "\n")
+            event = {"step": step, "kind": kind, "reason": reason, **details}
+            file.write(json.dumps(event) + "\n")
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Return the events of one kind that have been written."""
