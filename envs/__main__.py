@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -84,4 +85,9 @@ def demonstrate(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, "")  # modules in the working folder
-    sys.exit(main(sys.argv[1:]))
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # all is imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from tir_alp import __version__
+from tir_alp.run.process import begin_command
 
 COMMANDS = {
     "train": "train a model with tools, or go on with a run",
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if not {"", os.getcwd()} & set(sys.path):  # as `python -m` has it: `my_env:Mine-v0` is found
         sys.path.insert(0, os.getcwd())
+    begin_command()
     sys.argv = [f"tir-alp {command}", *rest]
     runpy.run_module(f"tir_alp.{command}", run_name="__main__", alter_sys=True)
     return 0

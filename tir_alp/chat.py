@@ -22,6 +22,7 @@ from tir_alp.engines.base import Completion, Engine, EngineFailed, Sampling
 from tir_alp.roles import RoleLost
 from tir_alp.run.command_line import Command, overlay
 from tir_alp.run.model_choice import MODEL_OPTIONS, Model, choose_model
+from tir_alp.run.process import raise_on_interrupt, run_command
 
 if TYPE_CHECKING:
     import gymnasium
@@ -281,6 +282,7 @@ def main(arguments: Sequence[str]) -> int:
 
     from tir_alp.tools.sandbox import SandboxRefused
 
+    raise_on_interrupt()
     disable_progress_bar()
     try:
         asyncio.run(talk(config, model, typed_lines()))
@@ -293,4 +295,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, imports=True))

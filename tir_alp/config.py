@@ -236,7 +236,7 @@ _NOISE_TOLERANCE = 1.5  # nats per unit of noise on the logits
 
 @dataclass(frozen=True, slots=True)
 class EngineMemory:
-    """What engines take of the memory that the trainer computes in, in bytes."""
+    """What an engine takes in one place, in bytes."""
 
     weights: int = 0
     cache: int = 0
@@ -284,18 +284,23 @@ class EngineSettings(Section):
         """
         return LOGPROB_TOLERANCE["float32"]
 
-    def memory_beside_trainer(
+    @property
+    def num_processes(self) -> int:
+        """Servers that one engine starts."""
+        return 0
+
+    def memory_by_place(
         self, device: str, *, num_parameters: int, num_tokens: int, numbers_per_token: int
-    ) -> EngineMemory:
-        """Estimate what it takes of the memory that the trainer computes in.
+    ) -> dict[str, EngineMemory]:
+        """Estimate what one engine takes: of this machine ("cpu") and of its GPUs ("gpu N").
 
         Args:
-            device: "cpu" or "cuda": the memory of this machine, or of the first GPU.
+            device: Where the trainer computes: "cpu", or "cuda", which is the first GPU.
             num_parameters: Size of the model.
             num_tokens: Most tokens that running completions can need in its cache.
             numbers_per_token: Numbers that the cache keeps per token, over all layers.
         """
-        return EngineMemory()
+        return {}
 
     def check(self, *, deterministic: bool, on_update: OnUpdate, max_staleness: int) -> None:
         """See that a run with these settings can use it. Raises ValueError.
@@ -359,13 +364,14 @@ class TransformersConfig(EngineSettings):
         """Of its precision, and of the noise on its logits."""
         return LOGPROB_TOLERANCE[self.precision] + _NOISE_TOLERANCE * self.logit_noise
 
-    def memory_beside_trainer(
+    def memory_by_place(
         self, device: str, *, num_parameters: int, num_tokens: int, numbers_per_token: int
-    ) -> EngineMemory:
-        """All of its memory: it computes where the trainer does."""
+    ) -> dict[str, EngineMemory]:
+        """It computes where the trainer does."""
         number = _NUMBER_BYTES["float32"]
         cached = min(self.max_cache_tokens, num_tokens)
-        return EngineMemory(number * num_parameters, number * cached * numbers_per_token)
+        taken = EngineMemory(number * num_parameters, number * cached * numbers_per_token)
+        return {"cpu" if device == "cpu" else "gpu 0": taken}
 
 
 class ServersConfig(EngineSettings):
@@ -417,21 +423,22 @@ class ServersConfig(EngineSettings):
         """Of its dtype."""
         return LOGPROB_TOLERANCE[self.dtype]
 
-    def memory_beside_trainer(
+    def memory_by_place(
         self, device: str, *, num_parameters: int, num_tokens: int, numbers_per_token: int
-    ) -> EngineMemory:
-        """That of the servers on the trainer's device, unless they take turns with the trainer."""
-        if self.device != device or self.returns_memory:
-            return EngineMemory()
-        num_here = self.num_processes
-        if self.device == "cuda" and self.first_gpu:
-            num_here = 0
-        elif self.device == "cuda":  # each server has GPUs of its own; one shares the first
-            num_here = min(num_here, 1)
-        # Without a bound the cache takes a share of what is free, and so always fits.
+    ) -> dict[str, EngineMemory]:
+        """That of its servers; nothing where they take turns with the trainer.
+
+        Without a bound, a cache takes a share of what is free, and so always fits.
+        """
         cached = 0 if self.cache_tokens is None else self.cache_tokens
-        number = num_here * _NUMBER_BYTES[self.dtype]
-        return EngineMemory(number * num_parameters, number * cached * numbers_per_token)
+        number = _NUMBER_BYTES[self.dtype]
+        weights, cache = number * num_parameters, number * cached * numbers_per_token
+        if self.returns_memory:
+            return {}
+        if self.device == "cpu":
+            return {"cpu": EngineMemory(self.num_processes * weights, self.num_processes * cache)}
+        share = EngineMemory(weights // self.tensor_parallel, cache // self.tensor_parallel)
+        return {f"gpu {each}": share for each in self.gpus}
 
 
 class SGLangConfig(ServersConfig):

@@ -32,6 +32,7 @@ from tir_alp.rollouts.evaluation import PlayedTask
 from tir_alp.run.command_line import Command, Words, overlay
 from tir_alp.run.interrupt import Interrupt, Interrupted
 from tir_alp.run.model_choice import MODEL_OPTIONS, Model, choose_model
+from tir_alp.run.process import raise_on_interrupt, run_command
 from tir_alp.types import Trajectory
 
 _COMMAND = Command(
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str]) -> int:
 
     from tir_alp.tools.sandbox import SandboxRefused
 
+    raise_on_interrupt()
     disable_progress_bar()
     try:
         result = asyncio.run(evaluate(config, model, out))
@@ -325,4 +327,4 @@ def _mean(values: Sequence[float]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, imports=True))

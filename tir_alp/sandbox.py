@@ -1,6 +1,7 @@
 """`python -m tir_alp.sandbox probe | run FILE | serve`."""
 
+from tir_alp.run.process import run_command
 from tir_alp.tools.sandbox.cli import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

@@ -21,6 +21,7 @@ from tir_alp.records.folder import read_run_config
 from tir_alp.roles import RoleLost
 from tir_alp.run.command_line import Command, lay_over, parse_as, read_toml
 from tir_alp.run.interrupt import Interrupted
+from tir_alp.run.process import raise_on_interrupt, run_command
 from tir_alp.training.checkpoint_folder import Best, Position, is_best, write_best
 from tir_alp.types import Sample, TrajectoryGroup
 
@@ -215,19 +216,24 @@ def main(arguments: Sequence[str]) -> int:
     # Imported here because it needs torch, and a mistake in the command line is answered at once.
     from transformers.utils.logging import disable_progress_bar
 
+    from tir_alp.run.describe import describe_os_error
     from tir_alp.run.supervise import CannotStart, RunLost, train_from
 
+    raise_on_interrupt()
     disable_progress_bar()
     try:
         asyncio.run(train_from(for_trainer(config), resume, services(config)))
-    except (CannotStart, EngineFailed, RunLost, OSError) as error:
+    except (CannotStart, EngineFailed, RunLost) as error:
         print(f"tir_alp.sft: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"tir_alp.sft: {describe_os_error(error)}", file=sys.stderr)
+        return 2
     except (Interrupted, KeyboardInterrupt):
-        print("tir_alp.sft: interrupted; --resume goes on from the last checkpoint")
+        print("tir_alp.sft: interrupted", file=sys.stderr)  # `describe_stop` says what is saved
         return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, imports=True))

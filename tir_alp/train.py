@@ -30,6 +30,7 @@ from tir_alp.rollouts.renderer import PromptTooLong
 from tir_alp.run.command_line import Command, overlay, read_config
 from tir_alp.run.describe import describe_end, describe_evaluation, describe_start
 from tir_alp.run.interrupt import Interrupted
+from tir_alp.run.process import raise_on_interrupt, run_command
 from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Best, Position, is_best, write_best
 from tir_alp.types import Sample, TrajectoryGroup
@@ -198,7 +199,7 @@ async def check_health(run: Run, metrics: Mapping[str, float], step: int) -> Non
         raise Tripped(f"stopped in step {step + 1}: {reason}")
     good = await with_trainer(run, roll_back, run)
     reason = f"{reason}; back to the weights of step {good.step}"
-    folder.log_event(step + 1, "roll_back", reason)
+    folder.log_event(step + 1, "roll_back", reason, weights_of_step=good.step)
     run.console.print(f"step {step + 1}: {reason}")
 
 
@@ -301,22 +302,27 @@ def main(arguments: Sequence[str]) -> int:
     # Imported here because it needs torch, and a mistake in the command line is answered at once.
     from transformers.utils.logging import disable_progress_bar
 
+    from tir_alp.run.describe import describe_os_error
     from tir_alp.run.supervise import CannotStart, RunLost, train_from
 
+    raise_on_interrupt()
     disable_progress_bar()  # the library's own, for every file that it reads or writes
     try:
         asyncio.run(train_from(config, resume, services()))
-    except (CannotStart, PromptTooLong, RolloutsFailed, EngineFailed, RunLost, OSError) as error:
+    except (CannotStart, PromptTooLong, RolloutsFailed, EngineFailed, RunLost) as error:
         print(f"tir_alp.train: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"tir_alp.train: {describe_os_error(error)}", file=sys.stderr)
         return 2
     except Tripped as error:
         print(f"tir_alp.train: {error}", file=sys.stderr)
         return 3
     except (Interrupted, KeyboardInterrupt):
-        print("tir_alp.train: interrupted; --resume goes on from the last checkpoint")
+        print("tir_alp.train: interrupted", file=sys.stderr)  # `describe_stop` says what is saved
         return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, imports=True))

@@ -152,7 +152,9 @@ class Turn:
     observation: TokenSpan
     """The environment's answer; empty after the last turn."""
     policy_version: int
-    """Number of training steps that produced the weights that sampled the first token."""
+    """Version of the weights that sampled the first token: the number of training steps that the
+    run had made when the engine got them. After a roll-back these are weights of an earlier step
+    under a new number; the run's events say which."""
     stop_reason: StopReason
     outcome: Outcome
     """How the turn's tool call or grading ended; `OK` where there was none."""

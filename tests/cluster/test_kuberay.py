@@ -79,6 +79,6 @@ def test_a_stopped_run_has_a_checkpoint_in_the_volume(call, tmp_path):
     stopped = call(f"ray job stop {SERVER} it")
     assert "Job 'it' was stopped" in stopped.stdout + stopped.stderr
     logs = call(f"ray job logs {SERVER} it").stdout
-    assert "--resume goes on from the last checkpoint" in logs
+    assert "is saved; go on from it" in logs
     assert [path.name for path in run.glob("checkpoints/step_*") if path.name != "step_0"]
     assert_honest(run)

@@ -81,7 +81,7 @@ def test_a_run_survives_a_lost_node_and_saves_before_its_time_is_up(cluster, fol
     assert job.ended() == ("FAILED", INTERRUPTED)
     printed = job.output.read_text()
     assert all(f"on {address}: trainer-" in printed for address in HOSTS.values())
-    assert "--resume goes on from the last checkpoint" in printed
+    assert "is saved; go on from it" in printed
     assert_honest(run)
     cluster.call("scontrol", "update", f"NodeName={SECOND}", "State=IDLE")
 

@@ -103,8 +103,20 @@ def test_an_unknown_environment(refusal, name):
 
 def test_an_unknown_environment_setting(refusal):
     message = refusal("--env.kwargs", '{"max_turn": 3}')
-    assert "does not take env.kwargs" in message
-    assert "max_turn" in message
+    assert "env.kwargs.max_turn: there is no such setting. Did you mean max_turns?" in message
+    assert "It takes call_format, instruction, max_turns, " in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_setting_of_the_environment_of_the_wrong_type(refusal):
+    message = refusal("--env.kwargs.max_turns", "two")
+    assert "env.kwargs.max_turns: it must be of type int (it is 'two')" in message
+
+
+def test_settings_of_the_environment_that_are_no_table(refusal):
+    assert "give its keys one by one, as --env.kwargs.KEY VALUE" in refusal(
+        "--env.kwargs", "max_turns=3"
+    )
 
 
 def test_resuming_a_missing_run(refusal):

@@ -252,6 +252,14 @@ def test_a_run_out_of_bounds_rolls_back_and_stops_when_that_does_not_help(tmp_pa
     assert_honest(path)
     assert "max_ratio_spread = 1" in events[0]["reason"]
     assert "back to the weights of step 0" in events[0]["reason"]
+    assert events[0]["weights_of_step"] == 0
+    versions = [
+        {turn["policy_version"] for turn in json.loads(line)["turns"]}
+        for step in (1, 2)
+        for line in (path / f"trajectories/step_{step:06d}.jsonl").read_text().splitlines()
+    ]
+    # The same weights, under the number of the step after which the engine got them.
+    assert {*map(tuple, versions)} == {(0,), (1,)}
     assert f"stopped in step 2: {events[1]['reason']}" in printed
     assert digest(path / "checkpoints/step_1") == digest(path / "checkpoints/step_0")
     assert [record["step"] for record in metrics(path)] == [0, 1, 2]

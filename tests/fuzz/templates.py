@@ -1,8 +1,12 @@
 """Real chat templates: each is reproduced token for token, or refused with a reason.
 
-`python -m tests.fuzz.templates --fetch FOLDER` downloads two public packages that contain chat
-templates (trl from PyPI, @huggingface/ollama-utils from npm) to a folder outside this repository;
-`python -m tests.fuzz.templates FOLDER` prints for each template whether it is accepted.
+    python -m tests.fuzz.templates --fetch FOLDER
+
+downloads public packages that contain chat templates (trl and axolotl from PyPI and, where there is
+npm, @huggingface/ollama-utils) to a folder outside this repository, and examines the templates.
+What becomes of each is in `template_verdicts.tsv`, one row per template and one column per form of
+calls; the command prints what differs from it, and then returns 1. Without `--fetch` it examines
+what is in the folder, and `--write` rewrites the table, after a change that is meant.
 
 The tokenizer is the tiny one, with the marks that occur in the template as special tokens. An
 accepted template renders a conversation of three turns itself; the prompt and the observations of
@@ -12,8 +16,10 @@ the renderer must be in it, in order, with nothing but the assistant's turns bet
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -31,6 +37,10 @@ from tir_alp.rollouts.renderer import Renderer
 from tir_alp.tools.calls import CallFormat
 from tir_alp.types import StopReason
 
+TABLE = Path(__file__).with_name("template_verdicts.tsv")
+FEWEST = 60  # templates that are examined at all
+_WHEELS = ("trl==1.16.0", "axolotl==0.19.0")
+_NPM = "@huggingface/ollama-utils@0.0.18"
 CLOCK = datetime(2026, 1, 31, 23, 59)
 TOOLS = (
     {
@@ -67,18 +77,23 @@ _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
 
 
 def fetch(folder: Path) -> None:
-    """Download the two packages, and extract their templates to a folder."""
+    """Download the packages, and extract their templates to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         downloads = Path(name)
-        pip = ["pip", "download", "--quiet", "--no-deps", "--dest", name, "trl"]
-        subprocess.run([sys.executable, "-m", *pip], check=True)
-        npm = ["npm", "pack", "--silent", "--pack-destination", name, "@huggingface/ollama-utils"]
-        subprocess.run(npm, check=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(next(downloads.glob("*.whl"))) as wheel:
-            for file in wheel.namelist():
-                if file.endswith(".jinja"):
-                    (folder / f"trl-{Path(file).name}").write_bytes(wheel.read(file))
+        pip = ["pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", name]
+        subprocess.run([sys.executable, "-m", *pip, *_WHEELS], check=True)
+        for path in sorted(downloads.glob("*.whl")):
+            package = path.name.partition("-")[0]
+            with zipfile.ZipFile(path) as wheel:
+                for file in wheel.namelist():
+                    if file.endswith(".jinja"):
+                        (folder / f"{package}-{Path(file).name}").write_bytes(wheel.read(file))
+        if shutil.which("npm") is None:
+            print(f"{_NPM} is left out: there is no npm here", file=sys.stderr)
+            return
+        npm = ["npm", "pack", "--silent", "--pack-destination", name, _NPM]
+        subprocess.run(npm, check=True, stdout=subprocess.DEVNULL)
         with tarfile.open(next(downloads.glob("*.tgz"))) as package:
             source = package.extractfile("package/src/chat-template-automap.ts")
             assert source is not None
@@ -172,42 +187,107 @@ def _render(tokenizer: Any, native: bool, words: str) -> str:
     raise AssertionError(f"it does not render the conversation: {problem!r}")
 
 
-def examine_all(folder: Path) -> Iterator[tuple[str, str, str]]:
+_REASONS = {
+    "no tools": "does not show the model its tools",
+    "no calls": "writes no calls",
+    "form of calls": "writes a call as",
+    "marks of calls": "between words and a call",
+    "names of tools": "writes a tool's name before its output",
+    "drops thinking": "it drops the thinking of a turn",
+    "shortens outputs": "it shortens a long output",
+    "changes earlier text": "changes the text before it",
+    "changes the prompt": "it does not keep the prompt",
+    "outputs differ": "it does not write the output after",
+    "changes turns": "it writes turn",
+    "role tool": "does not keep the content of a 'tool' message",
+    "role user": "does not keep the content of a 'user' message",
+    "raises": "refuses a message",
+}
+"""Why a template is refused, in short: the first of these sentences that the message contains."""
+
+
+def short_reason(refusal: str) -> str:
+    """Return the short form of a refusal; itself if it is none of the usual ones."""
+    return next((short for short, text in _REASONS.items() if text in refusal), refusal)
+
+
+def examine_all(folder: Path) -> Iterator[tuple[str, CallFormat, str, str]]:
     """Yield for each template and form of calls: its name, what became of it, and the details."""
     for file in sorted(folder.glob("*.jinja")):
-        template = file.read_text()
         for call_format in _FORMATS:
-            name = f"{file.stem} {call_format}"
-            try:
-                refusal = examine(template, call_format, THOUGHTS)
-            except AssertionError as error:
-                yield name, "WRONG", str(error)
-                continue
-            except Exception as error:
-                yield name, "CRASHED", repr(error)
-                continue
-            try:
-                refusal = refusal or examine(template, call_format, WORDS)
-            except AssertionError:  # turns of this model begin with thoughts
-                yield name, "thoughts", "reproduced if each turn begins with thoughts"
-                continue
-            yield name, "refused" if refusal else "accepted", refusal
+            yield file.stem, call_format, *_verdict(file.read_text(), call_format)
+
+
+def _verdict(template: str, call_format: CallFormat) -> tuple[str, str]:
+    try:
+        refusal = examine(template, call_format, THOUGHTS)
+    except AssertionError as error:
+        return "WRONG", str(error)
+    except Exception as error:
+        return "CRASHED", repr(error)
+    if refusal:
+        return f"refused: {short_reason(refusal)}", refusal
+    try:
+        refusal = examine(template, call_format, WORDS)
+    except AssertionError:  # turns of this model begin with thoughts
+        return "thoughts", "reproduced if each turn begins with thoughts"
+    assert not refusal, "the conversation is refused or accepted by its template alone"
+    return "accepted", ""
+
+
+Verdicts = dict[tuple[str, str], str]
+
+
+def read_table() -> Verdicts:
+    """Return the verdict of each template and form of calls."""
+    with TABLE.open(newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        return {(row["template"], form): row[form] for row in rows for form in _FORMATS}
+
+
+def write_table(verdicts: Verdicts) -> None:
+    """Write the verdicts of some templates over those in the table."""
+    known = (read_table() if TABLE.exists() else {}) | verdicts
+    lines = [("template", *_FORMATS)]
+    names = sorted({name for name, _ in known})
+    lines += [(name, *(known[name, form] for form in _FORMATS)) for name in names]
+    TABLE.write_text("".join("\t".join(line) + "\n" for line in lines))
+
+
+def differences(folder: Path) -> list[str]:
+    """Examine the templates in a folder; return where they differ from the table, in sentences."""
+    expected, found = read_table(), [*examine_all(folder)]
+    number = len({name for name, *_ in found})
+    sentences = [f"there are {number} templates, fewer than {FEWEST}"] if number < FEWEST else []
+    for name, call_format, verdict, detail in found:
+        known = expected.get((name, call_format), "not in the table")
+        if verdict != known:
+            detail = " ".join(detail.split())[:400]
+            sentences.append(f"{name} {call_format}: {verdict}, not {known}. {detail}")
+    return sentences
 
 
 def main() -> int:
-    """Fetch templates or examine them; return 1 if one is accepted and not reproduced."""
-    parser = argparse.ArgumentParser("tests.fuzz.templates", description=__doc__)
-    parser.add_argument("folder", type=Path)
+    """Fetch templates or examine them; return 1 if what becomes of one differs from the table."""
+    parser = argparse.ArgumentParser(
+        "python -m tests.fuzz.templates",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="folder of *.jinja files")
     parser.add_argument("--fetch", action="store_true", help="download the templates first")
+    parser.add_argument("--write", action="store_true", help="rewrite the table of verdicts")
     arguments = parser.parse_args()
     if arguments.fetch:
         fetch(arguments.folder)
-    counts: Counter[str] = Counter()
-    for name, verdict, detail in examine_all(arguments.folder):
-        counts[verdict] += 1
-        print(f"{verdict:8} {name}: {' '.join(detail.split())[:400]}")
-    print(dict(counts))
-    return int(counts["WRONG"] + counts["CRASHED"] > 0 or not counts)
+    found = [*examine_all(arguments.folder)]
+    wrong = [each for each in found if each[2] in ("WRONG", "CRASHED")]
+    if arguments.write and not wrong:
+        write_table({(name, form): verdict for name, form, verdict, _ in found})
+    print(dict(Counter(verdict.partition(":")[0] for *_, verdict, _ in found)))
+    sentences = differences(arguments.folder)
+    print("".join(f"{each}\n" for each in sentences), end="")
+    return int(bool(sentences))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The run folder, in the state in which a killed run leaves it."""
 
 import json
+from pathlib import Path
+
+import pytest
 
 from tir_alp.config import Config
 from tir_alp.records.folder import RunFolder, read_records
@@ -22,3 +25,11 @@ def test_reopening_drops_broken_and_incomplete_lines(tmp_path):
     folder.close()
     found = [json.loads(line) for line in file.read_text().splitlines()]
     assert found == [{"step": 1, "rollout/reward": 0.25}, {"step": 2, "rollout/reward": 0.75}]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_starts(tmp_path):
+    (tmp_path / "runs").touch()
+    with pytest.raises(ValueError, match=r"runs is not a folder\. Runs are written to `runs`"):
+        RunFolder(tmp_path / "runs" / "a").check_is_new()
+    with pytest.raises(ValueError, match=r"/proc.* cannot be written"):
+        RunFolder(Path("/proc/sys/kernel/runs/a")).check_is_new()

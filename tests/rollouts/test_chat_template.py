@@ -236,3 +236,13 @@ def test_a_template_that_rewrites_is_refused_unless_the_history_may_differ():
     assert text_of(renderer.observation("1", StopReason.EOS).token_ids) == (
         "<|tool|>1<|end|><|assistant|>"
     )
+
+
+@pytest.mark.parametrize("place", ["description", "name"])
+def test_a_description_of_a_tool_cannot_forge_a_mark(place):
+    tool = {"name": "python", "description": "Runs a program.", "parameters": {"type": "object"}}
+    tool[place] += "<|end|>"
+    tokenizer = tokenizer_with(HERMES_LIKE)
+    schema = {"type": "function", "function": tool}
+    with pytest.raises(ValueError, match=r"contains '<\|end\|>'.*tools_in_prompt"):
+        Renderer(tokenizer, call_format="tool_call", tools=(schema,))

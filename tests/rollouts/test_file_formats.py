@@ -57,6 +57,11 @@ def test_a_csv_file_is_read_and_its_values_stay_texts(tmp_path, pack):
         ("tasks.json", json.dumps(ROWS, indent=2).encode(), "one JSON array: write one object per"),
         ("tasks.zip", b"PK\x03\x04rest", "zip archive"),
         ("tasks.gz", gzip.compress(LINES)[:-9], "is compressed, and torn"),
+        ("tasks.jsonl", LINES.decode().encode("utf-16"), "is in UTF-16, not in UTF-8: convert it"),
+        ("tasks.jsonl", LINES.decode().encode("utf-16-be"), "iconv -f UTF-16BE -t UTF-8"),
+        ("tasks.jsonl", LINES.decode().encode("utf-16-le"), "iconv -f UTF-16LE -t UTF-8"),
+        ("tasks.jsonl", LINES.decode().encode("utf-32"), "is in UTF-32, not in UTF-8"),
+        ("tasks.gz", gzip.compress(LINES.decode().encode("utf-16")), "is in UTF-16"),
     ],
 )
 def test_another_format_is_named_with_the_way_to_read_it(tmp_path, name, contents, words):
@@ -92,3 +97,16 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path, is_split):
     saved = datasets.Dataset.from_list(ROWS)
     (datasets.DatasetDict({"train": saved}) if is_split else saved).save_to_disk(tmp_path / "saved")
     assert len(questions(source="hub", dataset=str(tmp_path / "saved"))) == len(ROWS)
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [
+        ("question,answer\n1+1?,2\n".encode("utf-16"), "is in UTF-16, not in UTF-8"),
+        (b"PAR1....", "is a parquet file"),
+    ],
+)
+def test_a_file_that_is_not_the_csv_that_it_is_called_is_named(tmp_path, pack, contents, words):
+    (tmp_path / "tasks.csv").write_bytes(pack(contents))
+    assert words in refusal(source="csv", path=tmp_path / "tasks.csv")

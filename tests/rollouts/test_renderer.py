@@ -20,6 +20,7 @@ from tir_alp.models.tiny.model import make_model, make_tokenizer
 from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.episode import EpisodeRunner
 from tir_alp.rollouts.renderer import PromptTooLong, Renderer
+from tir_alp.rollouts.text_encoder import TextEncoder
 from tir_alp.types import StopReason, Trajectory
 
 END, USER, ASSISTANT, TOOL, SYSTEM = 1, 2, 3, 4, 5
@@ -389,10 +390,17 @@ class Watched:
     tokenize = encode_plus = batch_encode_plus = __call__
 
 
-def test_nothing_that_the_model_wrote_is_ever_encoded():
+def test_nothing_that_the_model_wrote_is_ever_encoded(monkeypatch):
     tokenizer = Watched(make_tokenizer())
     renderer = Renderer(tokenizer)
     tokenizer.encoded.clear()
+    encode = TextEncoder.content
+
+    def content(self, text, starts_text):
+        tokenizer.encoded.append(text)
+        return encode(self, text, starts_text)
+
+    monkeypatch.setattr(TextEncoder, "content", content)
     sampled: list[Completion] = []
     env = Echo()
 

@@ -1,6 +1,7 @@
 """The command line: what is read, what is suggested, what help shows; all without torch."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from tir_alp.__main__ import COMMANDS
 from tir_alp.__main__ import main as dispatch
 from tir_alp.config import Config
 from tir_alp.run.command_line import load_config
-from tir_alp.run.settings import settings, suggestions
+from tir_alp.run.settings import help_page, settings, suggestions
 from tir_alp.train import read_arguments
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -161,3 +162,21 @@ def test_the_version_is_that_of_the_package():
 
 def test_defaults_are_a_valid_config():
     assert load_config([], {}) == Config()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("rolout", "did you mean --help rollout?"),
+        ("trainr.lr", "did you mean --help trainer.lr?"),
+        ("nonsense", "there are algorithm, model, env, data, rollout"),
+    ],
+)
+def test_help_of_an_unknown_section_suggests_one(name, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        help_page("", {}, name)
+
+
+def test_help_of_a_key_shows_the_key():
+    page = help_page("", {}, "rollout.group_size")
+    assert "--rollout.group_size INT" in page and "--rollout.hold" not in page

@@ -41,6 +41,6 @@ def test_the_end_tells_the_truth_about_what_was_trained():
 
 def test_an_early_end_names_the_run_and_the_command():
     assert describe_stop("runs/a", 7) == (
-        "go on from step 7: python -m tir_alp.train --resume runs/a"
+        "step 7 is saved; go on from it: python -m tir_alp.train --resume runs/a"
     )
     assert "no checkpoint" in describe_stop("runs/a", None)

@@ -14,6 +14,7 @@ from tir_alp.audit import Findings, audit_run
 from tir_alp.audit.evaluation import audit_evaluation
 from tir_alp.audit.sft import audit_sft
 from tir_alp.records.folder import read_command
+from tir_alp.run.process import run_command
 
 _MOST_SHOWN = 20
 _AUDITS = {"sft": audit_sft, "evaluate": audit_evaluation}
@@ -52,4 +53,4 @@ def _show(findings: Findings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main))

@@ -14,6 +14,7 @@ from tir_alp.rollouts.renderer import Renderer
 from tir_alp.tools.outcome import Outcome
 
 _HARMLESS = ("```python\nprint(1)\n```",)  # for an environment without `harmless_actions()`
+_ANSWER = "I do not know."  # shows whether an episode goes on after it
 
 
 def check_environment(
@@ -47,10 +48,24 @@ def check_environment(
             renderer.prompt_within(text, config.rollout.max_context_tokens, task.task_id)
         says = env.has_wrapper_attr("harmless_actions")
         actions = env.get_wrapper_attr("harmless_actions")() if says else ()
-        for action in actions or _HARMLESS:
+        actions = actions or _HARMLESS
+        if renderer.no_observations:
+            actions = (*actions, _ANSWER)
+        for action in actions:
             env.reset(seed=tasks[0].seed, options=tasks[0].to_options())
-            info = env.step(action)[-1]
+            *_, terminated, truncated, info = env.step(action)
+            if renderer.no_observations and not (terminated or truncated):
+                raise ValueError(_needs_observations(config, renderer))
             if Outcome(info.get("outcome", Outcome.OK)).is_infrastructure:
                 raise ValueError(f"{config.env.id!r} cannot work here: {info.get('error')}")
         has_report = env.has_wrapper_attr("run_report")
         return env.get_wrapper_attr("run_report")() if has_report else {}
+
+
+def _needs_observations(config: Config, renderer: Renderer) -> str:
+    return (
+        f"an episode of {config.env.id!r} goes on after its first turn, and the chat template "
+        f"cannot show what the environment returns then: {renderer.no_observations}. Set "
+        "model.path to a model whose template has the role 'tool', or env.id to an environment of "
+        "one turn"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,20 +14,15 @@ from tir_alp.config import Config
 from tir_alp.doctor.check_result import CheckResult
 from tir_alp.doctor.conversation import check_fence, check_template, check_tokenizer
 from tir_alp.doctor.engine import EngineCheck, tolerance_of
-from tir_alp.doctor.machine import (
-    Shape,
-    check_disk,
-    check_memory,
-    free_memory,
-    memory_needed,
-    shape_of,
-)
+from tir_alp.doctor.machine import check_disk, free_memory, shape_of
+from tir_alp.doctor.memory import Shape, check_memory, needs
 from tir_alp.doctor.sandbox import check_sandbox
 from tir_alp.engines.base import Engine, LogprobSource
 from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.training.policy import compute_device
 
+_HERE = ("none", "local")  # addresses of clusters whose processes are all on this machine
 _NUM_RANDOM_IDS = 24
 _NUM_SAMPLED = 16  # tokens that are sampled after a prompt
 
@@ -69,8 +65,8 @@ def examine_model(
     """Make those of the checks that need neither weights nor a task; see `examine_config`."""
     shape = shape_of(model_path)
     return [
-        # Actors have their own memory and GPUs; the process that starts them may have none.
-        *([] if config.cluster.is_used else [_check_memory(config, shape)]),
+        # Actors on other machines have their own memory and GPUs.
+        *([_check_memory(config, shape)] if config.cluster.address in _HERE else []),
         check_disk(config, shape, Path("runs")),
         check_history(tokenizer, config, renderer, env),
         check_fence(tokenizer, renderer),
@@ -78,8 +74,10 @@ def examine_model(
 
 
 def _check_memory(config: Config, shape: Shape) -> CheckResult:
-    device = compute_device(config.trainer.device).type
-    return check_memory(memory_needed(config, shape, device), free_memory(device))
+    device = config.trainer.device
+    if device == "auto" or not config.cluster.is_used:
+        device = compute_device(device).type
+    return check_memory(needs(config, shape, device, os.cpu_count() or 1), free_memory())
 
 
 def check_history(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -38,9 +41,20 @@ class RunFolder:
         self._events = path / "events.jsonl"
 
     def check_is_new(self) -> None:
-        """Refuse the name of a run that is there already. Raises ValueError."""
+        """Refuse the name of a run that is there already, or a place that cannot be written.
+
+        Raises:
+            ValueError: Of both.
+        """
         if self.path.exists():
             raise self._exists()
+        above = next(each for each in self.path.absolute().parents if each.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            reason = "is not a folder" if not above.is_dir() else "cannot be written"
+            raise ValueError(
+                f"cannot make the run's folder {self.path}: {above} {reason}. Runs are written to "
+                "`runs` in the folder in which the command is started: start it in another one"
+            )
 
     def check_is_free(self) -> None:
         """Refuse a run that another process is writing. Raises ValueError."""
@@ -89,6 +103,11 @@ class RunFolder:
         (self.path / "objective.txt").write_text(objective + "\n")
         self._open()
 
+    def discard(self) -> None:
+        """Delete the folder of a new run that cannot begin; its name is free again."""
+        self._lock.release()
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def reopen(self, step: int) -> None:
         """Open the folder of a run that continues after `step`, and delete what was written later.
 
@@ -109,7 +128,7 @@ class RunFolder:
             kept = [each for each in read_records(file)[0] if step > 0 and each["step"] <= step]
             temporary.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
             os.replace(temporary, file)
-        self._open()
+        self._open(step)
 
     def go_on(self) -> None:
         """Open the folder of an evaluation again; what was played stays.
@@ -120,28 +139,35 @@ class RunFolder:
         self._lock.acquire()
         self._open()
 
-    def _open(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # needed only to write a run
+    def _open(self, step: int = 0) -> None:
+        from tir_alp.records.event_file import EventFile  # needed only to write a run
 
         self._metrics = (self.path / "metrics.jsonl").open("a")
-        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+        self._tensorboard = EventFile(self.path / "tensorboard", step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one record of metrics."""
         self._metrics.write(json.dumps({"step": step, **dict(sorted(metrics.items()))}) + "\n")
         self._metrics.flush()
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.log(step, metrics)
 
     def note_left_out(self, sentences: Sequence[str]) -> None:
         """Write which data rows were left out, one sentence per line; no file if none were."""
         if sentences:
             (self.path / "left_out.txt").write_text("".join(f"{each}\n" for each in sentences))
 
-    def log_event(self, step: int, kind: str, reason: str) -> None:
-        """Write an event of the run as a whole, such as a roll-back."""
+    def log_event(self, step: int, kind: str, reason: str, **details: int) -> None:
+        """Write an event of the run as a whole.
+
+        Args:
+            step: Number of steps made when it happened.
+            kind: "roll_back" or "stop".
+            reason: What happened, in words.
+            details: More fields of the record.
+        """
         with self._events.open("a") as file:
-            file.write(json.dumps({"step": step, "kind": kind, "reason": reason}) + "\n")
+            event = {"step": step, "kind": kind, "reason": reason, **details}
+            file.write(json.dumps(event) + "\n")
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Return the events of one kind that have been written."""
@@ -192,12 +218,15 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         import torch  # needed only here, and slow to import
 
-        torch.save([asdict(batch) for batch in batches], folder / f"update_{update}.pt")
+        written = io.BytesIO()  # torch hides why it cannot write a file
+        torch.save([asdict(batch) for batch in batches], written)
+        (folder / f"update_{update}.pt").write_bytes(written.getvalue())
 
     def close(self) -> None:
         """Flush and close the files, and free the run's lock."""
-        self._metrics.close()
-        self._tensorboard.close()
+        for file in (self._metrics, self._tensorboard):
+            with contextlib.suppress(OSError):  # of a full disk, which `log` has raised already
+                file.close()
         self._lock.release()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tir_alp.report import write_comparison, write_run_report
 from tir_alp.report.write import TABLE
+from tir_alp.run.process import run_command
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,4 +39,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main))

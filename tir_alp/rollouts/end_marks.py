@@ -2,8 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+_TAG = re.compile(r"</?([^<>/\s]+)/?>")
+# Some tokenizers have tokens for these, so that a web page takes fewer tokens.
+_HTML = re.compile(
+    "a|abbr|b|blockquote|body|br|caption|code|col|dd|del|div|dl|dt|em|figure|footer|form|h[1-6r]|"
+    "head|header|html|i|img|input|ins|kbd|label|li|main|mark|nav|ol|option|p|pre|q|samp|script|"
+    "section|select|small|span|strong|style|sub|summary|sup|table|tbody|td|textarea|tfoot|th|thead|"
+    "title|tr|tt|u|ul|var|video"
+)
+
+
+def structure_marks(tokenizer: Any) -> Mapping[int, str]:
+    """Return the marks that text from outside must not become, with their text.
+
+    These are the tokenizer's special tokens and, of the other tokens that were added to its
+    vocabulary, those that the chat template names and those that look like a tag: Qwen's `<think>`
+    and `<tool_call>`, say. Words, elements of HTML and runs of spaces may be added as text, which a
+    model has read in text and goes on reading there.
+    """
+    template = str(tokenizer.chat_template or "")
+    added = {each: token.content for each, token in tokenizer.added_tokens_decoder.items()}
+    special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    named = {
+        each: text
+        for each, text in added.items()
+        if text.strip() and (tokenizer.added_tokens_decoder[each].special or text in template)
+    }
+    tags = {each: text for each, text in added.items() if _is_tag(text)}
+    found = special | named | tags
+    found.pop(tokenizer.unk_token_id, None)  # any text may have characters that are unknown
+    return found
+
+
+def _is_tag(text: str) -> bool:
+    tag = _TAG.fullmatch(text.strip())
+    return tag is not None and not _HTML.fullmatch(tag.group(1).lower())
 
 
 def is_mark(tokenizer: Any, token_id: int) -> bool:

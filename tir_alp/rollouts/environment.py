@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gymnasium
+from gymnasium.envs.registration import load_env_creator
 
 from tir_alp.config import Config
+from tir_alp.rollouts.env_settings import settings_mistake
+
+_WHERE = " was raised from the environment creator for "  # gymnasium adds it, and all settings
 
 
 def make_environment(config: Config) -> gymnasium.Env[str, str]:
@@ -18,4 +22,12 @@ def make_environment(config: Config) -> gymnasium.Env[str, str]:
     except (gymnasium.error.Error, ImportError) as error:
         raise ValueError(f"cannot make the environment {config.env.id!r}: {error}") from error
     except TypeError as error:
-        raise ValueError(f"{config.env.id!r} does not take env.kwargs: {error}") from error
+        reason = _mistake(config) or f"env.kwargs: {str(error).partition(_WHERE)[0]}"
+        raise ValueError(f"{config.env.id!r} does not take its settings: {reason}") from error
+
+
+def _mistake(config: Config) -> str:
+    entry_point = gymnasium.spec(config.env.id.rpartition(":")[2]).entry_point
+    if isinstance(entry_point, str):
+        entry_point = load_env_creator(entry_point)
+    return "" if entry_point is None else settings_mistake(entry_point, config.env.kwargs)

@@ -6,6 +6,7 @@ of another format is refused with the format that it has and the setting that re
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import gzip
@@ -55,6 +56,10 @@ def open_csv(path: Path) -> int:
         file: IO[bytes] = stack.enter_context(path.open("rb"))
         if file.peek(2).startswith(_GZIP):  # type: ignore[attr-defined]
             file = stack.enter_context(gzip.open(file))  # type: ignore[arg-type]
+        try:
+            _refuse_others(path, file.peek(512)[:512], is_csv=True)  # type: ignore[attr-defined]
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{path} is compressed, and torn: {error}") from None
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         spilled = stack.enter_context(tempfile.TemporaryFile())
         reader = csv.DictReader(text, strict=True)
@@ -86,7 +91,12 @@ def _spilled(packed: gzip.GzipFile, descriptor: int, path: Path) -> int:
     return descriptor
 
 
-def _refuse_others(path: Path, start: bytes) -> None:
+def _refuse_others(path: Path, start: bytes, is_csv: bool = False) -> None:
+    if coding := _wide_coding(start):
+        raise ValueError(
+            f"{path} is in {coding}, not in UTF-8: convert it, "
+            f"e.g. with: iconv -f {coding} -t UTF-8 {path.name} > utf8-{path.name}"
+        )
     stripped = start.lstrip()
     if start.startswith(_PARQUET):
         raise ValueError(f'{path} is a parquet file: set data.source = "parquet"')
@@ -97,8 +107,25 @@ def _refuse_others(path: Path, start: bytes) -> None:
             f"{path} is one JSON array: write one object per line, "
             f"e.g. with: jq -c '.[]' {path.name} > tasks.jsonl"
         )
-    if stripped and path.suffix == ".csv" and not stripped.startswith(b"{"):
+    if stripped and path.suffix == ".csv" and not is_csv and not stripped.startswith(b"{"):
         raise ValueError(f'{path} is a CSV file: set data.source = "csv"')
+
+
+def _wide_coding(start: bytes) -> str:
+    """Return the encoding of a text with two or four bytes per character; empty if it is none.
+
+    Such a text begins with a byte order mark or, since tasks begin with ASCII, has zeros at the
+    same place of each character.
+    """
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    if len(start) >= 4 and not start[0] and start[1] and not start[2] and start[3]:
+        return "UTF-16BE"
+    if len(start) >= 4 and start[0] and not start[1] and start[2] and not start[3]:
+        return "UTF-16LE"
+    return ""
 
 
 def _folder(path: Path) -> str:

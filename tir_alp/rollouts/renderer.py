@@ -3,11 +3,12 @@
 Text that the model wrote is only ever decoded. Text that it reads (task, tool output) is encoded
 piece by piece and appended: a trajectory consists of the tokens that were sampled and the tokens
 that were shown, never of a second tokenisation of their text. Text from outside cannot become a
-special token.
+mark of the conversation's structure, whether that is a special token or not.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -19,7 +20,7 @@ from tokenizers.decoders import DecodeStream
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion
 from tir_alp.rollouts.chat_template import ChatTemplate, check_prefix_stability
-from tir_alp.rollouts.end_marks import end_mark, is_mark
+from tir_alp.rollouts.end_marks import end_mark, is_mark, structure_marks
 from tir_alp.rollouts.surrogates import SURROGATE
 from tir_alp.rollouts.text_encoder import EncodedFrame, TextEncoder
 from tir_alp.tools.calls import (
@@ -56,8 +57,9 @@ class Renderer:
         clock: Local time that a template which asks for the time is given; None: the real time.
 
     Raises:
-        ValueError: The tokenizer is slow, has no end-of-sequence token or no chat template, or the
-            template refuses, drops, changes or rewrites messages.
+        ValueError: The tokenizer is slow, has no end-of-sequence token or no chat template, the
+            template refuses, drops, changes or rewrites messages, or a tool's schema contains a
+            mark of the conversation.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Renderer:
         template = ChatTemplate(tokenizer, system, tuple(tools), clock)
         self._template = template
         self.marks = template.call_marks() if call_format == "tool_call" else HERMES
+        _check_schemas(tokenizer, tools)
         self._encoder = TextEncoder(tokenizer)
         self._prompt_frame = self._encoder.frame(template.prompt_frame())
         self.no_observations = ""
@@ -283,6 +286,23 @@ class Renderer:
         """
         text = frame.content.written(SURROGATE.sub("\ufffd", text))
         return self._encoder.content(frame.lead + text, frame.starts_text)
+
+
+def _check_schemas(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse schemas, which may come from a tool server, that contain marks of a conversation.
+
+    A chat template writes them into its own text, where they would become those marks.
+    """
+    marks = structure_marks(tokenizer).values()
+    for tool in tools:
+        text = json.dumps(tool, ensure_ascii=False)
+        if found := next((each for each in marks if each in text), None):
+            name = tool.get("function", tool).get("name")
+            raise ValueError(
+                f"the description of the tool {name!r} contains {found!r}, which is a mark of this "
+                "model's conversations: change the description, or let the environment show the "
+                "tools, as plain text: env.kwargs.tools_in_prompt = true"
+            )
 
 
 def make_renderer(

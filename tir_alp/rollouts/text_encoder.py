@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from tir_alp.rollouts.chat_template import Frame
+from tir_alp.rollouts.end_marks import structure_marks
 
 _PROBES = ("x", "What", "7")
 
@@ -38,7 +39,7 @@ class EncodedFrame:
 
 
 class TextEncoder:
-    """Encodes frames, with their special tokens, and contents, without any.
+    """Encodes frames, with their marks, and contents, without any.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer.
@@ -46,7 +47,13 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._inner = _without_leading_space(tokenizer.backend_tokenizer)
+        self._marks = frozenset(structure_marks(tokenizer))
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        inside = _without_leading_space(state)
+        self._inner = None if inside == state else _make(inside)
+        plain = _make(_with_special(state, self._marks))
+        self._plain_start = plain
+        self._plain_inner = plain if inside == state else _make(_with_special(inside, self._marks))
 
     def frame(self, frame: Frame) -> EncodedFrame:
         """Encode the text around a content as in a whole conversation."""
@@ -74,11 +81,24 @@ class TextEncoder:
             text: The content.
             starts_text: Whether it is encoded like the beginning of a text.
         """
-        if starts_text or self._inner is None:
-            encode = self._tokenizer.encode
-            return tuple(encode(text, add_special_tokens=False, split_special_tokens=True))
-        self._inner.encode_special_tokens = True
-        return tuple(self._inner.encode(text, add_special_tokens=False).ids)
+        ids: list[int] = []
+        pieces = [text]
+        encoder = self._plain_start if starts_text else self._plain_inner
+        while pieces:
+            encoder.encode_special_tokens = True  # marks are not looked for; pickling forgets it
+            piece = pieces.pop()
+            encoding = encoder.encode(piece, add_special_tokens=False)
+            marked = [
+                span
+                for token_id, span in zip(encoding.ids, encoding.offsets, strict=True)
+                if token_id in self._marks
+            ]
+            if marked:  # some vocabularies also contain marks as words: they are cut in two
+                pieces += reversed(_cut_inside(piece, marked))
+            else:
+                ids += encoding.ids
+                encoder = self._plain_inner
+        return tuple(ids)
 
     def written(self, text: str) -> Ids:
         """Encode text in the middle of a turn as the model writes it.
@@ -119,16 +139,41 @@ def _ends_with(whole: Ids, end: Ids) -> bool:
     return whole[len(whole) - len(end) :] == end if end else True
 
 
-def _without_leading_space(tokenizer: Tokenizer) -> Tokenizer | None:
-    """Copy a tokenizer, without what puts a space before a text; None if nothing does."""
-    state = json.loads(tokenizer.to_str())
-    steps = {name: _strip(state[name]) for name in ("normalizer", "pre_tokenizer")}
-    if all(state[name] == step for name, step in steps.items()):
-        return None
-    inner = Tokenizer.from_str(json.dumps(state | steps))
-    inner.no_truncation()
-    inner.no_padding()
-    return inner
+def _cut_inside(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
+    """Cut a text in the middle of each span; a span of a single character becomes U+FFFD."""
+    pieces, end = [], 0
+    for start, stop in spans:
+        if stop - start < 2:
+            pieces += [text[end:start], "\ufffd"]
+            end = stop
+        else:
+            middle = (start + stop) // 2
+            pieces.append(text[end:middle])
+            end = middle
+    return [each for each in (*pieces, text[end:]) if each and each != text]
+
+
+def _make(state: Mapping[str, Any]) -> Tokenizer:
+    made = Tokenizer.from_str(json.dumps(state))
+    made.no_truncation()
+    made.no_padding()
+    return made
+
+
+def _with_special(state: Mapping[str, Any], marks: Collection[int]) -> Mapping[str, Any]:
+    """Copy the state of a tokenizer, with marks as special tokens, which it can leave unread."""
+    tokens = state["added_tokens"]
+    return {
+        **state,
+        "added_tokens": [
+            each | {"special": each["special"] or each["id"] in marks} for each in tokens
+        ],
+    }
+
+
+def _without_leading_space(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Copy the state of a tokenizer, without what puts a space before a text."""
+    return {**state, **{name: _strip(state[name]) for name in ("normalizer", "pre_tokenizer")}}
 
 
 def _strip(step: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -251,4 +251,6 @@ def _mistake(mistake: Any, root: type[Section]) -> str:
         return unknown_key(key, root=root)
     if mistake["type"] == "value_error":  # the message names the value itself
         return f"{key}: {message}" if key else message
+    if mistake["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        message = f"it is a section: give its keys one by one, as --{key}.KEY VALUE"
     return f"{key}: {message} (it is {mistake['input']!r:.100})"

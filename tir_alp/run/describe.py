@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,10 @@ from tir_alp.config import Config, SFTConfig
 
 _PROBED = ("namespaces", "landlock", "docker")
 """Sandboxes that attack themselves when they start, and do not start if an attack succeeds."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def changed_settings(settings: Mapping[str, Any], algorithm: str) -> dict[str, tuple[Any, Any]]:
@@ -140,7 +145,25 @@ def describe_stop(path: object, step: int | None) -> str:
     """Say from which checkpoint a run that ended early can go on, if from any."""
     if step is None:
         return f"there is no checkpoint in {path} to go on from"
-    return f"go on from step {step}: python -m tir_alp.train --resume {path}"
+    return f"step {step} is saved; go on from it: python -m tir_alp.train --resume {path}"
+
+
+def describe_os_error(error: OSError) -> str:
+    """Say what the system refused, and what to do where that can be told."""
+    place = f" ({error.filename})" if error.filename else ""
+    if error.errno in _FULL:
+        return (
+            f"the disk is full{place}: {error.strerror}. Free some space before you go on (`df -h` "
+            "shows how much there is); with a lower checkpoint.keep, a run needs less"
+        )
+    if error.errno == errno.EFBIG:
+        return f"a file may not grow any further{place}: raise the limit (`ulimit -f`), and go on"
+    if error.errno in _READ_ONLY:
+        return (
+            f"cannot write{place}: {error.strerror}. Runs are written to `runs` in the folder in "
+            "which the command is started"
+        )
+    return str(error)
 
 
 def _shown(value: Any) -> str:

@@ -218,14 +218,22 @@ def collect(
 
 def _open_folder(prepared: Prepared, examined: Examined) -> None:
     folder, step = prepared.folder, prepared.progress.position.step
-    if prepared.progress.checkpoint is not None:
-        folder.reopen(step)
-    else:
-        objective = formula(prepared.config.algorithm)
-        folder.create(prepared.config, prepared.origin, objective=objective)
-        write_fingerprints(folder.path, prepared.files)
-    folder.note_left_out(prepared.left_out)
-    folder.note_environment(step, examined.environment_report)
+    is_new = prepared.progress.checkpoint is None
+    if is_new:
+        folder.check_is_new()
+    try:
+        if is_new:
+            objective = formula(prepared.config.algorithm)
+            folder.create(prepared.config, prepared.origin, objective=objective)
+            write_fingerprints(folder.path, prepared.files)
+        else:
+            folder.reopen(step)
+        folder.note_left_out(prepared.left_out)
+        folder.note_environment(step, examined.environment_report)
+    except OSError:
+        if is_new:
+            folder.discard()
+        raise
 
 
 class LeftOut:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,15 @@ from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.queue import QueueState
 from tir_alp.rollouts.renderer import Renderer, make_renderer
 from tir_alp.run.data_fingerprint import Fingerprints, check_fingerprints, fingerprints
+from tir_alp.run.process import missing_extra
 from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Position
+from tir_alp.training.model_folder import check_model_folder
 from tir_alp.training.policy import load_tokenizer
-from tir_alp.training.structure import declared_end_token_ids
+from tir_alp.training.structure import declared_end_token_ids, local_path
 from tir_alp.types import Origin
 
+_SERVERS = ("sglang", "vllm")  # engines that are reached over HTTP
 _NUM_NAMED = 20  # rows that were left out
 
 
@@ -90,6 +94,7 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
     Raises:
         ValueError: For what a user can fix.
     """
+    _check_extras(config)
     folder = RunFolder(resume or Path("runs") / run_name(config))
     if resume is None:
         folder.check_is_new()
@@ -100,6 +105,7 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
     initial = str(SHIPPED.get(config.model.path, config.model.path))
     found = progress.checkpoint
     if resume is None:
+        check_model_folder(local_path(initial))
         origin = Origin(datetime.now(), tuple(sorted(declared_end_token_ids(initial))))
     else:
         origin = read_origin(resume)
@@ -130,6 +136,18 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
         left_out=sentences,
         files=files,
     )
+
+
+def _check_extras(config: Config) -> None:
+    """Refuse a config that needs an optional library which is missing."""
+    needed = {
+        "peft": config.trainer.lora is not None and "trainer.lora",
+        "aiohttp": config.engine.type in ("sglang", "vllm")
+        and f"engine.type = {config.engine.type}",
+    }
+    for module, key in needed.items():
+        if key and find_spec(module) is None:
+            raise ValueError(f"{key} needs {module}, and {missing_extra(module)}")
 
 
 def read_progress(config: Config, resume: Path, log: Callable[[str], None]) -> Progress:

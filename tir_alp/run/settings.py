@@ -144,15 +144,19 @@ def help_page(
     Args:
         usage: The lines that show how the command is called, and what it does.
         options: Options that are not settings, with their descriptions.
-        section: Only the settings below this key; empty: all of them.
+        section: Only this key, or the settings below it; empty: all of them.
         root: The config that the command reads.
 
     Raises:
         ValueError: If there is no such section.
     """
-    chosen = [each for each in settings(root) if not section or each.key.startswith(f"{section}.")]
+    chosen = [
+        each
+        for each in settings(root)
+        if not section or each.key == section or each.key.startswith(f"{section}.")
+    ]
     if not chosen:
-        raise ValueError(unknown_key(section, root=root))
+        raise ValueError(_unknown_section(section, root))
     lines = [] if section else [usage, "", *_entries(options.items())]
     if not section:
         lines += ["", "Settings, on the command line or in the file:"]
@@ -165,6 +169,18 @@ def help_page(
         what = f"{each.description} {_default(each)}".strip()
         lines += _entries([(f"--{each.key} {_type_name(each.annotation)}", what)])
     return "\n".join(lines)
+
+
+def _unknown_section(name: str, root: type[BaseModel]) -> str:
+    """Report an unknown section, with the one that may have been meant, or with all."""
+    keys = [each.key.split(".") for each in settings(root)]
+    names = dict.fromkeys(
+        ".".join(parts[:depth]) for parts in keys for depth in range(1, len(parts) + 1)
+    )
+    near = difflib.get_close_matches(name, names, 1)
+    sections = ", ".join(dict.fromkeys(each[0] for each in keys if len(each) > 1))
+    hint = f"did you mean --help {near[0]}?" if near else f"there are {sections}"
+    return f"--help {name}: there is no such section or key; {hint}"
 
 
 def _entries(pairs: Any) -> Iterator[str]:

@@ -180,8 +180,8 @@ def draw(run: OpenedRun, draw_report: Callable[[Path], Path]) -> None:
         run.console.print(f"report: {draw_report(path)}")
     except Exception as error:  # a picture is not worth a run's end
         run.console.print(
-            f"the report could not be drawn ({type(error).__name__}: {error}); the run itself is "
-            f"whole. Draw it, and see where it fails: python -m tir_alp.report {path}"
+            f"the report could not be drawn ({type(error).__name__}: {error}); nothing else needs "
+            f"it. Draw it later: python -m tir_alp.report {path}"
         )
 
 

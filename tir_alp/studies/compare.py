@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tir_alp.algorithm.presets import ALGORITHMS
+from tir_alp.run.process import run_command
 
 COMPARE_CONFIG = Path(__file__).with_name("compare.toml")
 """The config of every run, which is also `configs/tiny_mismatch.toml`."""
@@ -91,4 +92,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main))

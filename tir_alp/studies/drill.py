@@ -40,6 +40,7 @@ from tir_alp.records.trajectories import from_record, state_from_record
 from tir_alp.rollouts.queue import QueueState
 from tir_alp.run.command_line import load_config, read_toml
 from tir_alp.run.interrupt import Interrupted
+from tir_alp.run.process import run_command
 from tir_alp.run.supervise import train_from, train_stubbornly
 from tir_alp.train import services
 from tir_alp.training import checkpoint_folder
@@ -398,4 +399,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main))

@@ -27,6 +27,7 @@ from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.models.tiny import SHIPPED
 from tir_alp.rollouts.data import load_held_out
 from tir_alp.rollouts.renderer import Renderer
+from tir_alp.run.process import run_command
 from tir_alp.training.attention import PackedSequences
 from tir_alp.training.policy import (
     compute_device,
@@ -206,4 +207,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main))

@@ -12,8 +12,11 @@ All ranks must see the same file system.
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from tir_alp.training.checkpoint_folder import (
 from tir_alp.training.trainer import Trainer
 
 _STATE = "trainer"
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def save(
@@ -61,16 +65,13 @@ def save(
     final = folder / f"step_{position.step}"
     aside = folder / f".step_{position.step}.part"
     ranks = trainer.ranks
-    with ranks.together(f"saving {final}"):
+    with ranks.together(f"saving {final}"), _cleaned(aside, ranks.is_first):
         if ranks.is_first:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         ranks.meet()
         trainer.save_model(aside, end_token_ids)
-        try:
-            state_dict_saver.save(trainer.state_dict(), checkpoint_id=aside / _STATE)
-        except CheckpointException as error:  # a BaseException, not an Exception
-            raise OSError(f"cannot write {aside}: {_reasons(error)}") from error
+        state_dict_saver.save(trainer.state_dict(), checkpoint_id=aside / _STATE)
         if ranks.is_first:
             tokenizer.save_pretrained(aside)
             (aside / "rollouts.json").write_text(json.dumps(rollouts))
@@ -78,6 +79,54 @@ def save(
             prune(folder, keep)
         ranks.meet()
     return final
+
+
+@contextmanager
+def _cleaned(aside: Path, is_first: bool) -> Iterator[None]:
+    """Delete the unfinished folder of a checkpoint that cannot be written; it fills the disk.
+
+    Raises:
+        OSError: The disk was full, or could not be written; whatever the library called it.
+    """
+    folder = aside.parent
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        found = _system_error(error) or _refusal_of(folder)
+        if is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+        if found is not None:
+            raise OSError(found, os.strerror(found), str(folder)) from error
+        if isinstance(error, CheckpointException):
+            raise OSError(f"cannot write {aside}: {_reasons(error)}") from error
+        raise
+
+
+def _system_error(error: BaseException) -> int | None:
+    """Return the number of the system's error that caused another one; None if none did.
+
+    Libraries written in Rust (safetensors, tokenizers) name it in the text of an exception of their
+    own.
+    """
+    if isinstance(error, OSError):
+        return error.errno
+    if isinstance(error, CheckpointException):
+        found = (_system_error(each[0]) for each in error.failures.values())
+        return next((each for each in found if each is not None), None)
+    named = _RUST_ERROR.search(str(error))
+    return int(named.group(1)) if named else None
+
+
+def _refusal_of(folder: Path) -> int | None:
+    """Write a megabyte; return the number of the error if the system refuses. torch hides it."""
+    probe = folder / ".probe"
+    try:
+        probe.write_bytes(bytes(1 << 20))
+    except OSError as error:
+        return error.errno
+    finally:
+        probe.unlink(missing_ok=True)
+    return None
 
 
 def load(path: Path, trainer: Trainer) -> None:

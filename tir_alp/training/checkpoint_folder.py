@@ -31,7 +31,7 @@ class Position:
     """
 
     step: int
-    """Number of steps that produced the weights, which is also their policy version."""
+    """Number of steps that the run has made, which is also the policy version of the weights."""
     group: int
     """The first group that is not finished; the next task follows from it."""
 

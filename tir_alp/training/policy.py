@@ -6,9 +6,11 @@ one chunk of tokens at a time, and again in the backward pass.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointWrapper,
@@ -20,6 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tir_alp.algorithm.sites import find_decoder_layers
 from tir_alp.training.attention import PACKED, Layout, PackedSequences
 from tir_alp.training.batch import loss_positions, to_rows
+from tir_alp.training.model_folder import (
+    check_tokenizer_files,
+    first_line,
+    unknown_architecture,
+)
 from tir_alp.training.structure import local_path
 from tir_alp.types import Batch
 
@@ -61,8 +68,13 @@ def load_policy(path: str, device: torch.device | str = "cpu") -> Any:
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation=PACKED
         )
-    except OSError as error:
-        raise ValueError(f"cannot load the model {path!r}: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"cannot load the weights of the model {path!r}: {first_line(error)} Copy or download "
+            "the files again"
+        ) from error
+    except ValueError as error:
+        raise ValueError(unknown_architecture(path, error)) from error
     for name in _CHANGED_LOGITS:
         if getattr(model.config, name, None) not in (None, 1.0):
             raise ValueError(f"the model {path!r} sets {name}, which is not supported")
@@ -76,10 +88,12 @@ def load_tokenizer(path: str) -> Any:
         ValueError: If it cannot be loaded.
     """
     path = local_path(path)
+    if Path(path).is_dir():
+        check_tokenizer_files(Path(path))
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the tokenizer of {path!r}: {error}") from error
+        raise ValueError(f"cannot load the tokenizer of {path!r}: {first_line(error)}") from error
 
 
 def recompute_layers(model: Any) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from tir_alp.training.model_folder import load_config, unknown_architecture
 
 
 def load_outline(path: str) -> Any:
@@ -18,12 +20,12 @@ def load_outline(path: str) -> Any:
         ValueError: If there is no such model.
     """
     path = local_path(path)
+    config = load_config(path)
     try:
-        config = AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(f"cannot load the config of the model {path!r}: {error}") from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:  # it is no causal LM
+        raise ValueError(unknown_architecture(path, error)) from error
     with suppress(OSError):  # not every model has a generation config
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
@@ -49,10 +51,7 @@ def declared_end_token_ids(path: str) -> frozenset[int]:
         ValueError: If there is no such model.
     """
     path = local_path(path)
-    try:
-        found = [AutoConfig.from_pretrained(path)]
-    except OSError as error:
-        raise ValueError(f"cannot load the config of the model {path!r}: {error}") from error
+    found = [load_config(path)]
     with suppress(OSError):  # not every model has a generation config
         found.append(GenerationConfig.from_pretrained(path))
     return _end_token_ids(found)

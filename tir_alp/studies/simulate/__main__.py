@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tir_alp.records.folder import read_run_config
+from tir_alp.run.process import run_command
 from tir_alp.studies.simulate.costs import read_costs
 from tir_alp.studies.simulate.pipeline import Costs, PipelineLayout, simulate
 
@@ -93,4 +94,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main))

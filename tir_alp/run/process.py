@@ -1,0 +1,104 @@
+"""How the process of a command ends where the command itself cannot say it: in one line.
+
+Ctrl-C while it is still importing: exit code 130. A KeyboardInterrupt in the middle of an import is
+a traceback of somebody else's code at best; at worst it is taken for a failed import, or lost.
+Nothing needs to be cleaned up that early, so the process ends at once.
+
+An optional library that is missing: exit code 2, and the command that installs it.
+
+Nothing here takes time to import.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+EXIT_CODE = 130
+_LINE = "tir_alp: interrupted\n"
+_COMMAND = re.compile(r"tir_alp(\.\w+|\.studies\.\w+)?")
+
+
+EXTRAS = {
+    "aiohttp": "service",
+    "datasets": "data",
+    "docker": "docker",
+    "httpx2": "mcp",
+    "mcp": "mcp",
+    "peft": "lora",
+    "prometheus_client": "service",
+    "pyarrow": "data",
+    "ray": "ray",
+    "simpy": "simulate",
+}
+"""Optional libraries -> the extra of this package that installs them."""
+
+
+def begin_command_of(words: Sequence[str]) -> None:
+    """Call `begin_command` in a process that is one of our commands, and not a part of a run.
+
+    Args:
+        words: What the process was started with, from the interpreter on.
+    """
+    after = [*words][words.index("-m") + 1 :] if "-m" in words else []
+    if after and _COMMAND.fullmatch(after[0]):
+        begin_command()
+
+
+def begin_command() -> None:
+    """Name missing optional libraries, and end at Ctrl-C until `raise_on_interrupt`.
+
+    It is called before the imports. A process that ignores the signal, as one in the background of
+    a shell does, goes on ignoring it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _exit)
+    sys.excepthook = _name_missing_extra
+
+
+def raise_on_interrupt() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again; called after the imports."""
+    if signal.getsignal(signal.SIGINT) is _exit:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def run_command(main: Callable[[Sequence[str]], int], *, imports: bool = False) -> int:
+    """Call the main function of a command with the command line; returns its exit code.
+
+    Args:
+        main: The function.
+        imports: Whether it has imports of its own, after which it calls `raise_on_interrupt`.
+    """
+    if not imports:
+        raise_on_interrupt()
+    try:
+        return main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.stderr.write(_LINE)
+        return EXIT_CODE
+
+
+def missing_extra(module: str) -> str:
+    """Say which optional library is missing, and how it is installed; empty if it is none."""
+    name = module.partition(".")[0]
+    extra = EXTRAS.get(name)
+    return f"{name} is not installed: pip install 'tir_alp[{extra}]'" if extra else ""
+
+
+def _name_missing_extra(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    name = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+    if not (sentence := missing_extra(name)):
+        sys.__excepthook__(kind, error, trace)
+        return
+    sys.stdout.flush()
+    os.write(2, f"tir_alp: {sentence}\n".encode())
+    os._exit(2)
+
+
+def _exit(number: int, frame: Any) -> None:
+    os.write(2, _LINE.encode())
+    os._exit(EXIT_CODE)
