@@ -24,7 +24,8 @@ class ModelConfig(Section):
     """The model that is trained."""
 
     path: str = "tiny"
-    """Folder or Hugging Face id of the model; `tiny` and `tiny-able` come with the package."""
+    """Folder or Hugging Face id of the model, or a GGUF file, which is converted once; `tiny` and
+    `tiny-able` come with the package."""
     system: str = ""
     """System prompt; empty: none."""
     rewritten_history: Literal["refuse", "append"] = "refuse"

@@ -21,7 +21,7 @@ from tir_alp.audit.replay import replay
 from tir_alp.audit.step import StepFiles
 from tir_alp.audit.trajectory import TrajectoryCheck
 from tir_alp.config import Config
-from tir_alp.models.tiny import SHIPPED
+from tir_alp.models.resolve import resolve
 from tir_alp.records.folder import STEP_FOLDERS, read_origin, read_run_config, step_file
 from tir_alp.records.ledger_rows import Record
 from tir_alp.rollouts.data import load_order
@@ -140,7 +140,7 @@ def _tokenizer_folder(path: Path, config: Config) -> str:
     try:
         return str(checkpoint_folder.newest(path / "checkpoints")[0])
     except checkpoint_folder.CheckpointError:
-        return str(SHIPPED.get(config.model.path, config.model.path))
+        return resolve(config.model.path)
 
 
 class _RunAudit:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tir_alp.config import Config
-from tir_alp.models.tiny import SHIPPED
+from tir_alp.models.resolve import resolve
 from tir_alp.records.folder import RunFolder, read_origin
 from tir_alp.records.trajectories import state_from_record
 from tir_alp.rollouts.data import Order, Task, left_out, load_held_out, load_order
@@ -90,7 +90,7 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
     else:
         folder.check_is_free()
         progress = read_progress(config, resume, log)
-    initial = str(SHIPPED.get(config.model.path, config.model.path))
+    initial = resolve(config.model.path, log)
     found = progress.checkpoint
     if resume is None:
         origin = Origin(datetime.now(), tuple(sorted(declared_end_token_ids(initial))))
