@@ -563,9 +563,17 @@ class TrainerConfig(Section):
     """Where the policy is trained and where the embedded engine samples: `cuda` is a GPU, `auto` is
     a GPU if there is one."""
     lr: float = Field(default=1e-6, gt=0.0)
-    """Learning rate of the weights; constant."""
+    """Learning rate of the weights: the largest one, if `schedule` changes it."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How `lr` falls over `steps` after the warm-up: not at all, along a line, or along half a
+    cosine. It is a function of the step and of `steps`: where a resumed run is given another
+    `steps`, the rate goes on as if the run had had that many from its start, and so jumps."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Number of steps at the start over which the rate rises linearly up to `lr`."""
+    min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of `lr` at which a `linear` or `cosine` schedule ends."""
     perturbation_lr: float = Field(default=5e-4, gt=0.0)
-    """Learning rate of log sigma."""
+    """Learning rate of log sigma; constant, whatever `schedule` is."""
     weight_decay: float = Field(default=0.01, ge=0.0)
     """Weight decay of AdamW for the weights; log sigma has none."""
     betas: tuple[float, float] = (0.9, 0.99)
