@@ -708,6 +708,9 @@ class ClusterConfig(Section):
         return self
 
 
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+
+
 class Config(Section):
     """A whole run."""
 
@@ -720,6 +723,9 @@ class Config(Section):
     deterministic: bool = False
     """Process work in logical order, not as it arrives, so that equal runs are equal bit for bit on
     a CPU."""
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where metrics go besides `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`, `mlflow`; empty:
+    nowhere. Each has a package of its own and environment variables for its settings."""
     algorithm: Annotated[AlgorithmConfig, BeforeValidator(resolve_algorithm)] = ALGORITHMS[
         "alp_sequence"
     ]

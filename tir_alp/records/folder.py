@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -13,6 +14,7 @@ from typing import Any
 from tir_alp.algorithm.formula import formula
 from tir_alp.config import Config
 from tir_alp.records.run_lock import RunLock
+from tir_alp.records.trackers import Say, TrackedRun, Trackers
 from tir_alp.records.trajectories import to_record
 from tir_alp.types import Batch, Origin, Trajectory, TrajectoryGroup
 
@@ -20,6 +22,10 @@ STEP_FOLDERS = ("trajectories", "replaced", "ledger")
 """Subfolders that hold one file per step."""
 
 _ORIGIN = "origin.json"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class RunFolder:
@@ -50,12 +56,13 @@ class RunFolder:
             "another --name"
         )
 
-    def create(self, config: Config, origin: Origin | None = None) -> None:
+    def create(self, config: Config, origin: Origin | None = None, say: Say = _say) -> None:
         """Make the folder of a new run. Raises ValueError if it exists already.
 
         Args:
             config: Config of the run.
             origin: What resuming and auditing the run depend on; None: created now.
+            say: Called with a line for people by a tracker, from any thread.
         """
         try:
             self.path.mkdir(parents=True)
@@ -72,13 +79,15 @@ class RunFolder:
         record = {"created": origin.created.isoformat(), "end_token_ids": origin.end_token_ids}
         (self.path / _ORIGIN).write_text(json.dumps(record) + "\n")
         (self.path / "objective.txt").write_text(formula(config.algorithm) + "\n")
-        self._open()
+        self._open(None, config.trackers, say)
 
-    def reopen(self, step: int) -> None:
+    def reopen(self, step: int, trackers: Sequence[str] | None = None, say: Say = _say) -> None:
         """Open the folder of a run that continues after `step`, and delete what was written later.
 
         Args:
             step: Number of training steps that the run's newest checkpoint contains.
+            trackers: Where metrics go; None: as the run's config says.
+            say: As of `create`.
 
         Raises:
             ValueError: Another process is writing the run.
@@ -94,20 +103,20 @@ class RunFolder:
             kept = [each for each in read_records(file)[0] if step > 0 and each["step"] <= step]
             temporary.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
             os.replace(temporary, file)
-        self._open()
+        if trackers is None:
+            trackers = read_run_config(self.path).get("trackers", ["tensorboard"])
+        self._open(step, trackers, say)
 
-    def _open(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # needed only to write a run
-
+    def _open(self, step: int | None, trackers: Sequence[str], say: Say) -> None:
         self._metrics = (self.path / "metrics.jsonl").open("a")
-        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+        run = TrackedRun(self.path, read_run_config(self.path), step)
+        self._trackers = Trackers(trackers, run, say)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one record of metrics."""
         self._metrics.write(json.dumps({"step": step, **dict(sorted(metrics.items()))}) + "\n")
         self._metrics.flush()
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._trackers.log(step, metrics)
 
     def note_left_out(self, sentences: Sequence[str]) -> None:
         """Write which data rows were left out, one sentence per line; no file if none were."""
@@ -173,7 +182,7 @@ class RunFolder:
     def close(self) -> None:
         """Flush and close the files, and free the run's lock."""
         self._metrics.close()
-        self._tensorboard.close()
+        self._trackers.close()
         self._lock.release()
 
 

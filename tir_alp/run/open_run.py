@@ -150,7 +150,7 @@ def collect(
     config, rollout = prepared.config, prepared.config.rollout
     ledger = Ledger(rollout.group_size)
     ledger.restore(prepared.progress.attempts)
-    _open_folder(prepared, examined)
+    _open_folder(prepared, examined, console.print)
     stack.enter_context(closing(prepared.folder))
 
     watchdog = Watchdog(log=console.print)
@@ -214,12 +214,12 @@ def collect(
     )
 
 
-def _open_folder(prepared: Prepared, examined: Examined) -> None:
+def _open_folder(prepared: Prepared, examined: Examined, say: Callable[[str], None]) -> None:
     folder, step = prepared.folder, prepared.progress.position.step
     if prepared.progress.checkpoint is not None:
-        folder.reopen(step)
+        folder.reopen(step, prepared.config.trackers, say)
     else:
-        folder.create(prepared.config, prepared.origin)
+        folder.create(prepared.config, prepared.origin, say)
         write_fingerprints(folder.path, prepared.files)
     folder.note_left_out(prepared.left_out)
     folder.note_environment(step, examined.environment_report)

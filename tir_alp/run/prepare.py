@@ -17,6 +17,7 @@ from typing import Any
 from tir_alp.config import Config
 from tir_alp.models.resolve import resolve
 from tir_alp.records.folder import RunFolder, read_origin
+from tir_alp.records.trackers import check_trackers
 from tir_alp.records.trajectories import state_from_record
 from tir_alp.rollouts.data import Order, Task, left_out, load_held_out, load_order
 from tir_alp.rollouts.environment import make_environment
@@ -83,6 +84,7 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
     Raises:
         ValueError: For what a user can fix.
     """
+    check_trackers(config.trackers)
     folder = RunFolder(resume or Path("runs") / run_name(config))
     if resume is None:
         folder.check_is_new()

@@ -132,7 +132,7 @@ async def train_once(
         is_lost = False
         try:
             await services.train(run)
-            run.console.print(describe_end(path, config.steps))
+            run.console.print(describe_end(path, config.steps, "tensorboard" in config.trackers))
         except RoleLost as error:
             is_lost = True
             raise RunLost(path, str(error), run.examined) from error
