@@ -250,7 +250,7 @@ def test_the_command_logs_to_wandb_and_resumes_there(tmp_path):
             timeout=200,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "the tracker" not in done.stdout
+        assert "the tracker" not in done.stdout, done.stdout
     files = sorted((tmp_path / "runs/run/wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2 and len({file.name for file in files}) == 1
     assert all(b"rollout/reward" in file.read_bytes() for file in files)
