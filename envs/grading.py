@@ -12,7 +12,8 @@ import atexit
 import functools
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from tir_alp.envs.grader_pool import GaveUp, GraderError, GraderPool
@@ -64,6 +65,8 @@ class Grade:
     """Why there is no verdict, or why an answer with the right value is wrong; for people."""
     score: float | None = None
     """Reward of the answer; None: 1 if it is correct, else 0."""
+    terms: Mapping[str, float] = field(default_factory=dict)
+    """The parts of the score by name; empty if it has none."""
 
     @property
     def reward(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
 from tir_alp.envs.grading import Grade, grade
@@ -67,6 +67,7 @@ class SingleTurnMathEnv(ToolEnv):
         tasks: Tasks that `reset` draws from if it is not given one; default: endless arithmetic.
         instruction: Text before the question; "" for none, None for the default.
         shaping: Reward shaping, as in `ToolEnv`.
+        rewards: Reward functions, as in `ToolEnv`.
     """
 
     instruction: ClassVar[str] = (
@@ -79,6 +80,7 @@ class SingleTurnMathEnv(ToolEnv):
         tasks: TaskSource | None = None,
         instruction: str | None = None,
         shaping: Mapping[str, float] | None = None,
+        rewards: Sequence[str | Mapping[str, Any]] = (),
     ):
         super().__init__(
             tools=[],
@@ -87,6 +89,7 @@ class SingleTurnMathEnv(ToolEnv):
             max_turns=1,
             call_format="none",
             shaping=shaping,
+            rewards=rewards,
         )
 
     def grade(self, task: Mapping[str, Any], answer: str) -> Grade:

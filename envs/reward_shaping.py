@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -40,12 +41,12 @@ class EpisodeFacts:
 
 
 def reward_terms(
-    answer_reward: float, shaping: RewardShaping, facts: EpisodeFacts
+    of_answer: Mapping[str, float], shaping: RewardShaping, facts: EpisodeFacts
 ) -> dict[str, float]:
     """Return the reward of an episode by term; the reward is their sum.
 
     Example:
-        >>> reward_terms(1.0, RewardShaping(tool_use=0.5), EpisodeFacts(True, 2, 80))
+        >>> reward_terms({"answer": 1.0}, RewardShaping(tool_use=0.5), EpisodeFacts(True, 2, 80))
         {'answer': 1.0, 'tool_use': 0.5}
     """
     terms = {
@@ -54,4 +55,4 @@ def reward_terms(
         "length": shaping.length * min(1.0, facts.num_chars / shaping.length_chars),
     }
     weighed = {name: term for name, term in terms.items() if getattr(shaping, name)}
-    return {"answer": answer_reward, **weighed}
+    return {**of_answer, **weighed}

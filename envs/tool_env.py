@@ -28,6 +28,7 @@ from gymnasium.error import ResetNeeded
 
 from tir_alp.envs.grading import Grade
 from tir_alp.envs.parsing import Answer, boxed_answer, parse_action
+from tir_alp.envs.reward_functions import grade_by, read_rewards
 from tir_alp.envs.reward_shaping import EpisodeFacts, RewardShaping, reward_terms
 from tir_alp.envs.spaces import TextSpace
 from tir_alp.envs.tasks import TaskSource
@@ -102,6 +103,7 @@ class EnvSettings(TypedDict, total=False):
     tools_in_prompt: bool
     observation: str
     shaping: Mapping[str, float] | None
+    rewards: Sequence[str | Mapping[str, Any]]
 
 
 class ToolEnv(gymnasium.Env[str, str], ABC):
@@ -121,6 +123,8 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
             chat template has to; it finds the tools in `tool_schemas`.
         observation: Wording of observations; `{output}` stands for the output of the tool.
         shaping: Values of `RewardShaping`, by name; None for none.
+        rewards: Functions that grade in place of `grade`, as `read_rewards` reads them. Every turn
+            without a call is then an answer.
     """
 
     instruction: ClassVar[str] = ""
@@ -139,6 +143,7 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         tools_in_prompt: bool = False,
         observation: str = "{output}",
         shaping: Mapping[str, float] | None = None,
+        rewards: Sequence[str | Mapping[str, Any]] = (),
     ):
         if max_turns < 1:
             raise ValueError(f"max_turns is {max_turns}: an episode needs at least one turn")
@@ -155,6 +160,7 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
             self._shaping = RewardShaping(**(shaping or {}))  # pyright: ignore[reportArgumentType]
         except TypeError as error:
             raise ValueError(f"env.kwargs.shaping: {error}") from None
+        self._rewards = read_rewards(rewards)
         self.observation_space = TextSpace()
         self.action_space = TextSpace()
         self.call_format: CallFormat = call_format
@@ -239,15 +245,18 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
             raise ResetNeeded("no episode is under way: call reset() before step()")
         self._num_turns += 1
         self._num_chars += len(action)
-        observation, answer_reward, terminated, truncated = "", 0.0, False, False
-        turn = parse_action(action, self.call_format, self.answer_in)
+        observation, terminated, truncated = "", False, False
+        earned: Mapping[str, float] = dict.fromkeys(
+            [each.name for each in self._rewards] or ["answer"], 0.0
+        )
+        turn = parse_action(action, self.call_format, self._answer_of)
         match turn:
             case None:
                 terminated = True
                 info = StepInfo(void=True)
             case Answer(answer):
-                grade = self.grade(self._task, answer)
-                answer_reward = grade.reward
+                grade = self._grade(self._task, answer, action)
+                earned = grade.terms or {"answer": grade.reward}
                 truncated = grade.outcome.is_infrastructure
                 terminated = not truncated
                 info = StepInfo(
@@ -269,9 +278,9 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         rewards: dict[str, float] = {}
         if terminated or truncated:
             if not Outcome(info.outcome).is_infrastructure:
-                has_answer = isinstance(turn, Answer)
+                has_answer = isinstance(turn, Answer) and self.answer_in(action) is not None
                 facts = EpisodeFacts(has_answer, self._good_calls, self._num_chars)
-                rewards = reward_terms(answer_reward, self._shaping, facts)
+                rewards = reward_terms(earned, self._shaping, facts)
             self._end_episode()
         info = {**info.to_dict(), "rewards": rewards}
         return observation, sum(rewards.values()), terminated, truncated, info
@@ -305,6 +314,16 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
     def close(self) -> None:
         """Free the sessions of the tools. Closing twice is allowed."""
         self._end_episode()
+
+    def _answer_of(self, action: str) -> str | None:
+        """As `answer_in`; for reward functions, a text without an answer is one itself."""
+        answer = self.answer_in(action)
+        return action if answer is None and self._rewards else answer
+
+    def _grade(self, task: Mapping[str, Any], answer: str, action: str) -> Grade:
+        if not self._rewards:
+            return self.grade(task, answer)
+        return grade_by(self._rewards, task, action, self.answer_in(action))
 
     def _draw(self, split: str | None) -> Mapping[str, Any]:
         """Draw a task, from a split if one is given."""

@@ -120,6 +120,24 @@ def test_an_environment_and_its_tool_from_one_file_train(tmp_path, monkeypatch):
     assert audit_run(tmp_path / "runs" / "outside").drifts == []
 
 
+def test_reward_functions_from_one_file_train(tmp_path, monkeypatch):
+    source = (ROOT / "docs/examples/my_reward.py").read_text()
+    assert source in (ROOT / "docs/environments.md").read_text()
+    write(tmp_path, "my_reward", source, monkeypatch)
+    rows = [{"question": f"{n}+{n}", "answer": str(2 * n)} for n in range(10, 60)]
+    (tmp_path / "tasks.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    rewards = ["my_reward:close", {"function": "my_reward:brief", "weight": 0.1}]
+    metrics = train(
+        tmp_path,
+        *("--data.source", "jsonl", "--data.path", str(tmp_path / "tasks.jsonl")),
+        *("--env.kwargs.rewards", json.dumps(rewards)),
+    )
+    assert metrics["reward/my_reward:brief"] > 0
+    total = metrics["reward/my_reward:brief"] + metrics["reward/my_reward:close"]
+    assert metrics["rollout/reward"] == pytest.approx(total)
+    assert_honest(tmp_path / "runs" / "outside")
+
+
 def test_an_engine_from_one_file_trains(tmp_path, monkeypatch):
     write(tmp_path, "my_engine", ENGINE, monkeypatch)
     metrics = train(

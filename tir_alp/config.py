@@ -30,7 +30,8 @@ class ModelConfig(Section):
     """The model that is trained."""
 
     path: str = "tiny"
-    """Folder or Hugging Face id of the model; `tiny` and `tiny-able` come with the package."""
+    """Folder or Hugging Face id of the model, or a GGUF file, which is converted once; `tiny` and
+    `tiny-able` come with the package."""
     system: str = ""
     """System prompt; empty: none."""
     rewritten_history: Literal["refuse", "append"] = "refuse"
@@ -594,9 +595,17 @@ class TrainerConfig(Section):
     """Where the policy is trained and where the embedded engine samples: `cuda` is a GPU, `auto` is
     a GPU if there is one."""
     lr: float = Field(default=1e-6, gt=0.0)
-    """Learning rate of the weights; constant."""
+    """Learning rate of the weights: the largest one, if `schedule` changes it."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How `lr` falls over `steps` after the warm-up: not at all, along a line, or along half a
+    cosine. It is a function of the step and of `steps`: where a resumed run is given another
+    `steps`, the rate goes on as if the run had had that many from its start, and so jumps."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Number of steps at the start over which the rate rises linearly up to `lr`."""
+    min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of `lr` at which a `linear` or `cosine` schedule ends."""
     perturbation_lr: float = Field(default=5e-4, gt=0.0)
-    """Learning rate of log sigma."""
+    """Learning rate of log sigma; constant, whatever `schedule` is."""
     weight_decay: float = Field(default=0.01, ge=0.0)
     """Weight decay of AdamW for the weights; log sigma has none."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -779,6 +788,8 @@ def _check_name(name: str | None) -> str | None:
 RunName = Annotated[str | None, AfterValidator(_check_name)]
 """The name of a folder below `runs/`."""
 
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+
 
 class Config(Section):
     """A whole run."""
@@ -792,6 +803,9 @@ class Config(Section):
     deterministic: bool = False
     """Process work in logical order, not as it arrives, so that equal runs are equal bit for bit on
     a CPU."""
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where metrics go besides `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`, `mlflow`; empty:
+    nowhere. Each has a package of its own and environment variables for its settings."""
     algorithm: Annotated[AlgorithmConfig, BeforeValidator(resolve_algorithm)] = ALGORITHMS[
         "alp_sequence"
     ]
@@ -911,6 +925,9 @@ class SFTConfig(Section):
     """Number of updates, in place of `epochs`."""
     sequences_per_step: int = Field(default=16, ge=1)
     """Conversations per update."""
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where metrics go besides `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`, `mlflow`; empty:
+    nowhere. Each has a package of its own and environment variables for its settings."""
     model: ModelConfig = ModelConfig()
     env: EnvConfig = EnvConfig()
     data: TranscriptsConfig

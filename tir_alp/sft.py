@@ -26,7 +26,7 @@ from tir_alp.training.checkpoint_folder import Best, Position, is_best, write_be
 from tir_alp.types import Sample, TrajectoryGroup
 
 if TYPE_CHECKING:
-    from tir_alp.run.open_sft import SFTRun
+    from tir_alp.run.open_sft import PreparedSFT, SFTRun
     from tir_alp.run.supervise import Services
 
 CHANGEABLE = ("steps", "epochs", "eval", "checkpoint", "doctor", "cluster")
@@ -173,18 +173,27 @@ def read_arguments(arguments: Sequence[str]) -> tuple[SFTConfig, Path | None]:
     return parse_as(SFTConfig, lay_over(values, below)), None
 
 
-def services(config: SFTConfig) -> Services[SFTRun]:
-    """What a run uses of the layers above it. Imported when a run starts, since it needs torch."""
+def services(config: SFTConfig, prepared: PreparedSFT) -> Services[SFTRun]:
+    """What a run uses of the layers above it. Imported when a run starts, since it needs torch.
+
+    Args:
+        config: Config of the run.
+        prepared: Its inputs, for the first time that it is opened.
+    """
     from tir_alp.cluster import open_cluster
     from tir_alp.doctor.start import Doctor
     from tir_alp.report import write_run_report
     from tir_alp.run.describe import describe_sft_end, describe_sft_start
-    from tir_alp.run.open_sft import open_sft
+    from tir_alp.run.open_sft import open_sft, prepare_sft
     from tir_alp.run.supervise import Services
 
     return Services(
         open=lambda _, placement, resume, interrupt, examined: open_sft(
-            config, placement, Doctor(), resume=resume, interrupt=interrupt, examined=examined
+            lambda log: prepared if examined is None else prepare_sft(config, resume, log),
+            placement,
+            Doctor(),
+            interrupt=interrupt,
+            examined=examined,
         ),
         train=train,
         describe_start=lambda run: describe_sft_start(
@@ -217,13 +226,17 @@ def main(arguments: Sequence[str]) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from tir_alp.run.describe import describe_os_error
+    from tir_alp.run.open_sft import prepare_sft
     from tir_alp.run.supervise import CannotStart, RunLost, train_from
 
     raise_on_interrupt()
     disable_progress_bar()
+    print(f"reading the model {config.model.path!r} and the conversations", flush=True)
     try:
-        asyncio.run(train_from(for_trainer(config), resume, services(config)))
-    except (CannotStart, EngineFailed, RunLost) as error:
+        prepared = prepare_sft(config, resume, lambda line: print(line, flush=True))
+        services_of = services(config, prepared)
+        asyncio.run(train_from(for_trainer(prepared.config), resume, services_of))
+    except (CannotStart, EngineFailed, RunLost, ValueError) as error:
         print(f"tir_alp.sft: {error}", file=sys.stderr)
         return 2
     except OSError as error:

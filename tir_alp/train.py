@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from tir_alp.run.open_run import Run
     from tir_alp.run.supervise import Services
 
-CHANGEABLE = ("steps", "eval", "checkpoint", "guards", "doctor", "cluster")
+CHANGEABLE = ("steps", "trackers", "eval", "checkpoint", "guards", "doctor", "cluster")
 """Sections that may differ when a run is resumed."""
 
 _COMMAND = Command(
@@ -286,7 +286,9 @@ def services() -> Services[Run]:
         describe_start=lambda run: describe_start(
             run.config, run.examined.environment_report, run.folder.path
         ),
-        describe_end=lambda run: describe_end(run.folder.path, run.config.steps),
+        describe_end=lambda run: describe_end(
+            run.folder.path, run.config.steps, "tensorboard" in run.config.trackers
+        ),
         open_cluster=open_cluster,
         draw_report=write_run_report,
     )

@@ -17,7 +17,7 @@ from tir_alp.doctor.start import Doctor
 from tir_alp.models.tiny import BASE
 from tir_alp.models.tiny.transcripts import transcript
 from tir_alp.run.local_placement import LocalPlacement
-from tir_alp.run.open_sft import open_sft
+from tir_alp.run.open_sft import open_sft, prepare_sft
 from tir_alp.sft import for_trainer, train
 from tir_alp.training.policy import load_policy
 
@@ -74,8 +74,9 @@ def config(data: Path, name: str, **changes) -> SFTConfig:
 
 
 async def learn(config: SFTConfig, resume: Path | None = None) -> Path:
-    placement = LocalPlacement(for_trainer(config))
-    async with open_sft(config, placement, Doctor(), resume=resume) as run:
+    prepared = prepare_sft(config, resume, print)
+    placement = LocalPlacement(for_trainer(prepared.config))
+    async with open_sft(lambda log: prepared, placement, Doctor()) as run:
         await train(run)
         return run.folder.path.resolve()
 

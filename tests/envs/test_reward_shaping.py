@@ -16,14 +16,14 @@ def quiz(outcome=Outcome.OK, **settings):
 
 
 def test_the_terms_add_up():
-    parts = reward_terms(1.0, RewardShaping(**SHAPING), EpisodeFacts(True, 3, 10))
+    parts = reward_terms({"answer": 1.0}, RewardShaping(**SHAPING), EpisodeFacts(True, 3, 10))
     assert parts == {"answer": 1.0, "format": 0.1, "tool_use": 0.2, "length": -0.1}
 
 
 def test_length_counts_in_full_at_its_limit_and_no_more():
     shaping = RewardShaping(length=-0.4, length_chars=40)
-    assert reward_terms(0.0, shaping, EpisodeFacts(False, 0, 40))["length"] == -0.4
-    assert reward_terms(0.0, shaping, EpisodeFacts(False, 0, 4000))["length"] == -0.4
+    assert reward_terms({}, shaping, EpisodeFacts(False, 0, 40))["length"] == -0.4
+    assert reward_terms({}, shaping, EpisodeFacts(False, 0, 4000))["length"] == -0.4
 
 
 def test_only_the_last_step_of_an_episode_earns():

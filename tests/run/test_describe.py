@@ -34,9 +34,11 @@ def test_no_probes_are_claimed_where_none_were_made():
 
 
 def test_the_end_tells_the_truth_about_what_was_trained():
-    assert "checkpoints/step_5" in describe_end("runs/a", 5)
-    assert "--resume runs/a --steps 10" in describe_end("runs/a", 5)
-    assert "nothing was trained" in describe_end("runs/a", 0)
+    assert "checkpoints/step_5" in describe_end("runs/a", 5, True)
+    assert "--resume runs/a --steps 10" in describe_end("runs/a", 5, False)
+    assert "nothing was trained" in describe_end("runs/a", 0, True)
+    shown = [has for has in (True, False) if "tensorboard" in describe_end("runs/a", 5, has)]
+    assert shown == [True]
 
 
 def test_an_early_end_names_the_run_and_the_command():

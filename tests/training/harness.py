@@ -48,6 +48,7 @@ def trainer(
     ranks: Ranks | None = None,
     temperature: float = 1.0,
     bad: Any = None,
+    num_steps: int | None = None,
     **settings: Any,
 ) -> Trainer:
     policy = model() if of is None else of
@@ -59,6 +60,7 @@ def trainer(
         reference=copy.deepcopy(policy) if algorithm.kl else None,
         temperature=temperature,
         on_bad_update=bad or (lambda update, _: pytest.fail(f"update {update} is not finite")),
+        num_steps=num_steps,
     )
 
 

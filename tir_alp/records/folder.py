@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 from tir_alp.config import Config, SFTConfig
 from tir_alp.records.run_lock import RunLock
+from tir_alp.records.trackers import Say, TrackedRun, Trackers
 from tir_alp.records.trajectories import to_record
 from tir_alp.types import Batch, Origin, Trajectory, TrajectoryGroup
 
@@ -25,6 +27,10 @@ _ORIGIN = "origin.json"
 
 Command = Literal["train", "sft", "evaluate"]
 """Commands that write run folders."""
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class RunFolder:
@@ -70,6 +76,7 @@ class RunFolder:
         self,
         config: Config | SFTConfig,
         origin: Origin | None = None,
+        say: Say = _say,
         *,
         objective: str = "",
         command: Command = "train",
@@ -79,6 +86,7 @@ class RunFolder:
         Args:
             config: Config of the run.
             origin: What resuming and auditing the run depend on; None: created now.
+            say: Called with a line for people by a tracker, from any thread.
             objective: What is minimised, as text.
             command: The command that writes the run.
         """
@@ -101,18 +109,20 @@ class RunFolder:
         }
         (self.path / _ORIGIN).write_text(json.dumps(record) + "\n")
         (self.path / "objective.txt").write_text(objective + "\n")
-        self._open()
+        self._open(None, config.trackers, say)
 
     def discard(self) -> None:
         """Delete the folder of a new run that cannot begin; its name is free again."""
         self._lock.release()
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def reopen(self, step: int) -> None:
+    def reopen(self, step: int, trackers: Sequence[str] | None = None, say: Say = _say) -> None:
         """Open the folder of a run that continues after `step`, and delete what was written later.
 
         Args:
             step: Number of training steps that the run's newest checkpoint contains.
+            trackers: Where metrics go; None: as the run's config says.
+            say: As of `create`.
 
         Raises:
             ValueError: Another process is writing the run.
@@ -128,7 +138,9 @@ class RunFolder:
             kept = [each for each in read_records(file)[0] if step > 0 and each["step"] <= step]
             temporary.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
             os.replace(temporary, file)
-        self._open(step)
+        if trackers is None:
+            trackers = read_run_config(self.path).get("trackers", ["tensorboard"])
+        self._open(step, trackers, say)
 
     def go_on(self) -> None:
         """Open the folder of an evaluation again; what was played stays.
@@ -137,19 +149,18 @@ class RunFolder:
             ValueError: Another process is writing it.
         """
         self._lock.acquire()
-        self._open()
+        self._open(None, (), _say)
 
-    def _open(self, step: int = 0) -> None:
-        from tir_alp.records.event_file import EventFile  # needed only to write a run
-
+    def _open(self, step: int | None, trackers: Sequence[str], say: Say) -> None:
         self._metrics = (self.path / "metrics.jsonl").open("a")
-        self._tensorboard = EventFile(self.path / "tensorboard", step)
+        run = TrackedRun(self.path, read_run_config(self.path), step)
+        self._trackers = Trackers(trackers, run, say)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one record of metrics."""
         self._metrics.write(json.dumps({"step": step, **dict(sorted(metrics.items()))}) + "\n")
         self._metrics.flush()
-        self._tensorboard.log(step, metrics)
+        self._trackers.log(step, metrics)
 
     def note_left_out(self, sentences: Sequence[str]) -> None:
         """Write which data rows were left out, one sentence per line; no file if none were."""
@@ -224,9 +235,9 @@ class RunFolder:
 
     def close(self) -> None:
         """Flush and close the files, and free the run's lock."""
-        for file in (self._metrics, self._tensorboard):
-            with contextlib.suppress(OSError):  # of a full disk, which `log` has raised already
-                file.close()
+        self._trackers.close()
+        with contextlib.suppress(OSError):  # of a full disk, which `log` has raised already
+            self._metrics.close()
         self._lock.release()
 
 

@@ -191,6 +191,7 @@ PICTURES = (
         (
             Panel("Weights", "norm", (Line("grad_norm/policy", "policy"),), scale="log"),
             Panel("Log sigma", "norm", (Line("grad_norm/log_sigma", "log sigma"),), scale="log"),
+            Panel("Learning rate", "learning rate", (Line("train/lr", "weights"),)),
             Panel("Skipped updates", "updates", (Line("train/skipped_updates", "skipped"),)),
         ),
     ),
@@ -400,6 +401,7 @@ _MEANINGS = {  # metric -> meaning, unit; names go before patterns, and patterns
     "alp/logprob_shift": ("mean |change of a token's logprob| by the noise", "nats per token"),
     "grad_norm/policy": ("gradient norm of the weights before clipping", "norm"),
     "grad_norm/log_sigma": ("gradient norm of log sigma before clipping", "norm"),
+    "train/lr": ("learning rate of the weights", "learning rate"),
     "train/skipped_updates": ("updates skipped: no tokens, not finite, or a spike", "updates"),
     "staleness/mean": ("mean age of the weights that sampled a token", "steps"),
     "staleness/max": ("largest age of the weights that sampled a token", "steps"),

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tir_alp.config import TranscriptsConfig
-from tir_alp.models.tiny import SHIPPED
+from tir_alp.models.resolve import resolve
 from tir_alp.records.folder import read_run_config
 from tir_alp.records.trajectories import from_record
 from tir_alp.rollouts.data_files import JsonLines, RawRows, raw_rows
@@ -265,7 +265,7 @@ def model_of(path: Path) -> str:
     except checkpoint_folder.CheckpointError:
         model = read_run_config(path).get("model", {})
         name = model.get("path", "") if isinstance(model, dict) else ""
-        return str(SHIPPED.get(name, name))
+        return resolve(name)
 
 
 def _is_held_out(trajectory: Trajectory, share: float) -> bool:

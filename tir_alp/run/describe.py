@@ -105,14 +105,14 @@ def _accuracy(metrics: Mapping[str, float], prefix: str, num_tasks: int) -> str:
     )
 
 
-def describe_end(path: object, steps: int) -> str:
+def describe_end(path: object, steps: int, has_tensorboard: bool) -> str:
     """Say where a finished run left its model and its metrics, and how to go on."""
     if steps == 0:
         return f"nothing was trained, as steps = 0 asks; metrics in {path}/metrics.jsonl"
+    look = f"tensorboard --logdir {path}  |  go on: " if has_tensorboard else ""
     return (
         f"the model is in {path}/checkpoints/step_{steps}, metrics in {path}/metrics.jsonl\n"
-        f"next: tensorboard --logdir {path}  |  go on: python -m tir_alp.train "
-        f"--resume {path} --steps {steps * 2}"
+        f"next: {look}python -m tir_alp.train --resume {path} --steps {steps * 2}"
     )
 
 

@@ -9,7 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 from tir_alp.config import SFTConfig
-from tir_alp.models.tiny import SHIPPED, TRAIN_CONFIG
+from tir_alp.models.resolve import resolve
+from tir_alp.models.tiny import TRAIN_CONFIG
 from tir_alp.records.folder import read_command, read_run_config
 from tir_alp.run.command_line import parse_as, read_toml
 from tir_alp.training import checkpoint_folder
@@ -52,7 +53,7 @@ def choose_model(options: Mapping[str, str]) -> tuple[dict[str, Any], Model]:
     if "run" not in options:
         if "checkpoint" in options:
             raise ValueError("--checkpoint names a checkpoint of a run: give --run RUN")
-        model = Model(str(SHIPPED.get(options["model"], options["model"])))
+        model = Model(resolve(options["model"]))
         below = read_toml(Path(options["config"]) if "config" in options else TRAIN_CONFIG)
         return {key: value for key, value in below.items() if key != "steps"}, model
     run = Path(options["run"])
@@ -103,6 +104,6 @@ def checkpoint_of(run: Path, which: str) -> Model:
         return Model(str(path), step)
     if step == 0:  # the model that the run began with
         name = read_run_config(run)["model"]["path"]
-        return Model(str(SHIPPED.get(name, name)))
+        return Model(resolve(name))
     there = ", ".join(each.name for each in checkpoint_folder.newest_first(folder)) or "none"
     raise ValueError(f"{run} has no checkpoint of step {step}; there are {there}")

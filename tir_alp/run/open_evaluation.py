@@ -118,6 +118,7 @@ def prepare_evaluation(config: Config, model: Model, out: Path) -> PreparedEvalu
     Raises:
         ValueError: For what a user can fix.
     """
+    config = config.model_copy(update={"trackers": ()})  # there is nothing to follow over time
     folder = RunFolder(out)
     sets = load_eval_sets(config.data, config.eval)
     done: dict[int, PlayedTask] = {}

@@ -152,7 +152,7 @@ def collect(
     config, rollout = prepared.config, prepared.config.rollout
     ledger = Ledger(rollout.group_size)
     ledger.restore(prepared.progress.attempts)
-    _open_folder(prepared, examined)
+    _open_folder(prepared, examined, console.print)
     stack.enter_context(closing(prepared.folder))
 
     watchdog = Watchdog(log=console.print)
@@ -216,7 +216,7 @@ def collect(
     )
 
 
-def _open_folder(prepared: Prepared, examined: Examined) -> None:
+def _open_folder(prepared: Prepared, examined: Examined, say: Callable[[str], None]) -> None:
     folder, step = prepared.folder, prepared.progress.position.step
     is_new = prepared.progress.checkpoint is None
     if is_new:
@@ -224,10 +224,10 @@ def _open_folder(prepared: Prepared, examined: Examined) -> None:
     try:
         if is_new:
             objective = formula(prepared.config.algorithm)
-            folder.create(prepared.config, prepared.origin, objective=objective)
+            folder.create(prepared.config, prepared.origin, say, objective=objective)
             write_fingerprints(folder.path, prepared.files)
         else:
-            folder.reopen(step)
+            folder.reopen(step, prepared.config.trackers, say)
         folder.note_left_out(prepared.left_out)
         folder.note_environment(step, examined.environment_report)
     except OSError:

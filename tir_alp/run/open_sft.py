@@ -16,9 +16,10 @@ from typing import Any, Protocol
 import gymnasium
 
 from tir_alp.config import Config, SFTConfig
-from tir_alp.models.tiny import SHIPPED
+from tir_alp.models.resolve import resolve
 from tir_alp.records.folder import RunFolder, read_origin
 from tir_alp.records.ledger import Ledger
+from tir_alp.records.trackers import check_trackers
 from tir_alp.roles import Placement, TrainerRole
 from tir_alp.rollouts.data import EvalSet, Shuffled, load_eval_sets
 from tir_alp.rollouts.demonstration import Demonstrator
@@ -118,21 +119,19 @@ class SFTRun:
 
 @asynccontextmanager
 async def open_sft(
-    config: SFTConfig,
+    prepare: Callable[[Callable[[str], None]], PreparedSFT],
     placement: Placement,
     checks: SFTChecks,
     *,
-    resume: Path | None = None,
     interrupt: Interrupt | None = None,
     examined: Examined | None = None,
 ) -> AsyncIterator[SFTRun]:
     """Open a run of supervised fine-tuning, new or from its newest whole checkpoint.
 
     Args:
-        config: Config of the run.
+        prepare: Reads the inputs, as `prepare_sft`, given a function that prints; it may block.
         placement: Where its trainer lives.
         checks: Made before the run begins.
-        resume: Folder of a run to go on with.
         interrupt: Shared with the run before it.
         examined: From the same run when it was open before: it is not examined again.
 
@@ -140,8 +139,7 @@ async def open_sft(
         ValueError: For what a user can fix; nothing has been written then.
     """
     console = RunConsole(COLUMNS)
-    console.print(f"reading the model {config.model.path!r} and the conversations")
-    prepared = await asyncio.to_thread(prepare_sft, config, resume, console.print)
+    prepared = await asyncio.to_thread(prepare, console.print)
     if examined is None:
         console.print("checking this machine and the chat template")
         with closing(placement.make_env()) as env:
@@ -156,7 +154,7 @@ async def open_sft(
         )
         stack.callback(trainer.close)
         thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="trainer"))
-        _open_folder(prepared)
+        _open_folder(prepared, console.print)
         stack.enter_context(closing(prepared.folder))
         config = prepared.config
         yield SFTRun(
@@ -187,8 +185,9 @@ def prepare_sft(config: SFTConfig, resume: Path | None, log: Callable[[str], Non
     Raises:
         ValueError: For what a user can fix.
     """
+    check_trackers(config.trackers)
     folder = RunFolder(resume or Path("runs") / run_name(config))
-    initial = str(SHIPPED.get(config.model.path, config.model.path))
+    initial = resolve(config.model.path, log)
     position, found = Position(0, 0), None
     if resume is None:
         folder.check_is_new()
@@ -248,14 +247,22 @@ def encoders(config: Config, tokenizer: Any, origin: Origin) -> tuple[Renderer, 
         return renderer, Demonstrator(renderer_for)
 
 
-def _open_folder(prepared: PreparedSFT) -> None:
-    folder = prepared.folder
-    if prepared.checkpoint is not None:
-        folder.reopen(prepared.position.step)
-    else:
-        folder.create(prepared.config, prepared.origin, objective=OBJECTIVE, command="sft")
-        write_fingerprints(folder.path, prepared.files)
-    folder.note_left_out(prepared.demonstrations.left_out)
+def _open_folder(prepared: PreparedSFT, say: Callable[[str], None]) -> None:
+    config, folder = prepared.config, prepared.folder
+    is_new = prepared.checkpoint is None
+    if is_new:
+        folder.check_is_new()
+    try:
+        if is_new:
+            folder.create(config, prepared.origin, say, objective=OBJECTIVE, command="sft")
+            write_fingerprints(folder.path, prepared.files)
+        else:
+            folder.reopen(prepared.position.step, config.trackers, say)
+        folder.note_left_out(prepared.demonstrations.left_out)
+    except OSError:
+        if is_new:
+            folder.discard()
+        raise
 
 
 def run_name(config: SFTConfig) -> str:

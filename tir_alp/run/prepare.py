@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tir_alp.config import Config
-from tir_alp.models.tiny import SHIPPED
+from tir_alp.models.resolve import resolve
 from tir_alp.records.folder import RunFolder, read_origin
+from tir_alp.records.trackers import check_trackers
 from tir_alp.records.trajectories import state_from_record
 from tir_alp.rollouts.data import (
     EvalSet,
@@ -95,6 +96,7 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
         ValueError: For what a user can fix.
     """
     _check_extras(config)
+    check_trackers(config.trackers)
     folder = RunFolder(resume or Path("runs") / run_name(config))
     if resume is None:
         folder.check_is_new()
@@ -102,7 +104,7 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
     else:
         folder.check_is_free()
         progress = read_progress(config, resume, log)
-    initial = str(SHIPPED.get(config.model.path, config.model.path))
+    initial = resolve(config.model.path, log)
     found = progress.checkpoint
     if resume is None:
         check_model_folder(local_path(initial))

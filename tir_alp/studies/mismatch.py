@@ -24,7 +24,7 @@ import torch
 from tir_alp.config import DataConfig, SGLangConfig
 from tir_alp.engines.base import Completion, Engine, EngineContext, Sampling
 from tir_alp.engines.transformers import TransformersEngine
-from tir_alp.models.tiny import SHIPPED
+from tir_alp.models.resolve import resolve
 from tir_alp.rollouts.data import load_held_out
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.run.process import run_command
@@ -160,7 +160,7 @@ def draw(measurements: Sequence[Measurement], out: Path) -> None:
 
 async def run(options: argparse.Namespace) -> list[Measurement]:
     """Measure every dtype at every temperature, and print one row for each."""
-    path = str(SHIPPED.get(options.model, options.model))
+    path = resolve(options.model)
     model = load_policy(path, compute_device("auto")).eval()
     renderer = Renderer(load_tokenizer(path))
     tasks = load_held_out(DataConfig(), 64)

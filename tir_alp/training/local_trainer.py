@@ -50,6 +50,7 @@ class LocalTrainer:
                 reference=load_policy(initial) if config.algorithm.needs_reference else None,
                 temperature=config.rollout.temperature,
                 on_bad_update=on_bad_update,
+                num_steps=config.steps,
             )
             if found is not None:
                 checkpoint.load(found, self._trainer)

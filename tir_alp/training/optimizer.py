@@ -6,15 +6,18 @@ for it fails at its start, and so that a checkpoint of step 0 is like any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from tir_alp.config import TrainerConfig
+from tir_alp.training.schedule import lr_factor
 
 MOST_NORMS = 64
 """Number of updates whose gradient norms the next one is compared with."""
@@ -28,7 +31,8 @@ class Optimizer:
     Args:
         weights: The trained parameters of the model, by name.
         log_sigma: The parameter of the noise, the same on every rank; None: there is no noise.
-        config: Learning rates, weight decay and the bound of gradient norms.
+        config: Learning rates and their schedule, weight decay and the bound of gradient norms.
+        num_steps: Number of steps of the run; None only if the schedule is constant.
     """
 
     def __init__(
@@ -36,18 +40,23 @@ class Optimizer:
         weights: Mapping[str, nn.Parameter],
         log_sigma: nn.Parameter | None,
         config: TrainerConfig,
+        num_steps: int | None = None,
     ) -> None:
         self._bound = config.max_grad_norm
         self._bounded = {"grad_norm/policy": [*weights.values()]}
         groups: list[dict[str, Any]] = [
             {"params": [*weights.values()], "lr": config.lr, "weight_decay": config.weight_decay}
         ]
+        self._factors: list[Callable[[int], float]] = [partial(lr_factor, config, num_steps)]
         self._named = {**weights}
         if log_sigma is not None:
             rate = config.perturbation_lr
             groups.append({"params": [log_sigma], "lr": rate, "weight_decay": 0.0})
+            self._factors.append(lambda step: 1.0)
             self._named["log_sigma"] = log_sigma
             self._bounded["grad_norm/log_sigma"] = [log_sigma]
+        for group in groups:
+            group["initial_lr"] = group["lr"]  # what LambdaLR multiplies
         self._adamw = torch.optim.AdamW(groups, betas=config.betas, fused=True)
         for parameter in self._named.values():
             self._adamw.state[parameter] = {
@@ -64,6 +73,11 @@ class Optimizer:
     def zero_grad(self) -> None:
         """Drop all gradients."""
         self._adamw.zero_grad(set_to_none=True)
+
+    def begin_step(self, step: int) -> float:
+        """Set the learning rates of a step, numbered from 0; return that of the weights."""
+        # A new scheduler each time: it is then a function of the step, and has no state to save.
+        return float(LambdaLR(self._adamw, self._factors, last_epoch=step - 1).get_last_lr()[0])
 
     def step(self) -> None:
         """Make the update."""

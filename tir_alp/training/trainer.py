@@ -71,6 +71,8 @@ class Trainer:
         temperature: Temperature at which rollouts are sampled; the same distribution is trained.
         on_bad_update: Called if the loss or a gradient is not finite, or the gradient norm is a
             spike. The update is skipped. Every rank calls its own, with its share of micro-batches.
+        num_steps: Number of steps of the run, over which the learning rate falls; None only if its
+            schedule is constant.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Trainer:
         reference: Any | None = None,
         temperature: float,
         on_bad_update: OnBadUpdate,
+        num_steps: int | None = None,
     ) -> None:
         self.model, self.ranks = model, ranks
         self._config, self._algorithm = config, algorithm
@@ -102,7 +105,7 @@ class Trainer:
             self._perturbation = LayerwisePerturbation(model, noise)
         self._is_head_noisy = noise is not None and noise.site == "logits"
         log_sigma = None if self._perturbation is None else self._perturbation.log_sigma
-        self._optimizer = Optimizer(self._trained(), log_sigma, config)
+        self._optimizer = Optimizer(self._trained(), log_sigma, config, num_steps)
         self._norms = {name: deque[float](maxlen=MOST_NORMS) for name in self._optimizer.norms}
         self._nudge = WeightNudge(self.model)
 
@@ -227,7 +230,7 @@ class Trainer:
             self._micro_batches(groups[start : start + per_update])
             for start in range(0, len(groups), per_update)
         ]
-        first = step * num_updates
+        lr, first = self._optimizer.begin_step(step), step * num_updates
         outcomes = [
             self._update(batches, first + index, probe=step if index == 0 else None)
             for index, batches in enumerate(micro_batches)
@@ -242,6 +245,7 @@ class Trainer:
         if self._algorithm.needs_proximal and every:
             mismatch = [summarise(_inputs(batch, batch.proximal_logprobs)) for batch in every]
             metrics |= mismatch_metrics(self._over_ranks(mismatch))
+        metrics["train/lr"] = lr
         metrics["train/skipped_updates"] = len(outcomes) - len(made)
         num_tokens = torch.tensor(sum(batch.num_loss_tokens for batch in every))
         metrics["tokens/loss"] = int(self.ranks.sum(num_tokens))
