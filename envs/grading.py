@@ -44,6 +44,7 @@ _pool = GraderPool(num_workers=min(8, os.cpu_count() or 1))
 
 def _replace_pool() -> None:
     global _pool
+    _pool.abandon()
     _pool = GraderPool(num_workers=_pool.num_workers)
 
 

@@ -29,6 +29,28 @@ _PYTHON_MARKS = re.compile(
 )
 _IMPLICIT = re.compile(r"(?<![A-Za-z_.0-9])(\d+(?:\.\d+)?) ?(?=[A-Za-z(])(?![eE][+-]?\d)")
 
+_WARM_UP = (
+    ("x^2+2x+1", "(x+1)^2"),
+    ("2x", "x+1"),
+    (r"\sin(2x)", r"2\sin x\cos x"),
+    (r"\frac{x^2-1}{x+1}", "x-1"),
+    (r"\frac{1}{\sqrt{n}}", r"\sqrt{\frac{1}{n}}"),
+    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"),
+    ("2*pi/3", r"\frac{2\pi}{3}"),
+    ("3+4i", "3+4*I"),
+    (r"\{1,2\}", r"\{2,1\}"),
+    ("(0,1]", "0<x<1"),
+    ("(1,2)", "(1,3)"),
+    ("x>1", r"(1,\infty)"),
+    ("y=2x", "y=2*x"),
+    ("x=1,y=2", "x=1, y=2"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "Matrix([[1,2],[3,4]])"),
+    (r"\ln 2+e^3", r"\log_2 3"),
+    (r"\int_0^2 \cos(t^{t})^{\tan t} e^{t^3} dt", r"\sum_{k=1}^n \frac{1}{k^2}"),
+    (r"\frac{5}{2+\frac{3}{1+\frac{1}{y}}}", r"\sqrt{3+\sqrt{5+\sqrt{7}}}"),
+    (r"\left(\cos(x^3+\sin(x^2))\right)^{2}-\sin(\cos(x))", "((x+1)(x+2)(x+3))^2"),
+)
+
 Decimal = tuple[int, int, int]  # numerator, denominator, digits after the point
 
 
@@ -58,6 +80,12 @@ def judge(
         for found in _readings(answer)
         for expected in truths
     )
+
+
+def warm_up() -> None:
+    """Compare once what is usual, so that modules are imported and sympy has filled its caches."""
+    for answer, truth in _WARM_UP:
+        judge(answer, truth)
 
 
 @functools.lru_cache(maxsize=256)
