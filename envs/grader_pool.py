@@ -21,6 +21,9 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+import tir_alp
+
+_ROOT = Path(tir_alp.__file__).parent.parent
 _PROCESS = Path(__file__).with_name("grader_process.py")
 _MATH_JUDGE = Path(__file__).with_name("math_judge.py")
 _MOST_BYTES = 1 << 16  # size of a verdict
@@ -232,9 +235,10 @@ class _Template:
     def _start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
+            arguments = [str(theirs.fileno()), str(self._judge_file), str(_ROOT)]
             process = subprocess.Popen(
                 # -P keeps the file's folder, with `parsing` and `tasks`, off the path
-                [sys.executable, "-P", str(_PROCESS), str(theirs.fileno()), str(self._judge_file)],
+                [sys.executable, "-P", str(_PROCESS), *arguments],
                 pass_fds=[theirs.fileno()],
                 env=os.environ | _ONE_THREAD,
                 stdin=subprocess.DEVNULL,

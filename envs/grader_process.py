@@ -1,7 +1,8 @@
 """The process that `grader_pool` forks its workers from; it is started by path.
 
-It imports nothing of this package but the judge, answers no request itself, and has one thread, so
-that a fork of it is as good as a fresh process and takes milliseconds instead of a second. A
+It imports nothing of this package but the judge and what that needs, answers no request itself, and
+has one thread, so that a fork of it is as good as a fresh process and takes milliseconds instead of
+a second. A
 worker serves one request after the other, and may be killed at any moment. Workers are killed here,
 by their parent, so that no process identifier is ever signalled after it could have been reused.
 
@@ -116,6 +117,7 @@ def _serve(requests: Connection, judge: Callable[..., Any]) -> NoReturn:
 
 if __name__ == "__main__":
     _control = socket.socket(fileno=int(sys.argv[1]))
+    sys.path.append(sys.argv[3])  # the package may be found by the working folder alone
     _judge = _load(sys.argv[2])
     _control.send(b"ready")
     _fork_on_request(_control, _judge)

@@ -20,6 +20,7 @@ from tir_alp.tools.answer_text import (
     MAX_CHARS,
     Number,
     is_gradable,
+    is_label,
     is_only_text,
     is_same_ratio,
     ratio_of,
@@ -133,7 +134,7 @@ def _read_truth(truth: str) -> _Truth | None:
 def _compare(answer: str, truth: _Truth) -> Grade:
     if same_text(answer, truth.text):
         return Grade(correct=True)
-    if truth.is_text:
+    if truth.is_text or is_label(answer):
         return Grade(correct=False)
     if truth.ratio is not None:
         return Grade(correct=is_same_ratio(answer, truth.ratio))
