@@ -97,7 +97,8 @@ _UNIT = (
 )
 _UNITS = re.compile(rf"(?:\s?(?:\\cdot\s?|/\s?)?{_UNIT})+$")
 _WORDS = re.compile(
-    r"(?P<words>(?: [A-Za-z]{3,}| ?(?:[kcmd]?m|[km]?g|mi|ft|in|yd|oz|lbs?|m?l|m[sL]|hr|Hz|Pa|sq|kWh?|pm|am))"
+    r"(?P<words>(?: [A-Za-z]{3,}"
+    r"| ?(?:[kcmd]?m|[km]?g|mi|ft|in|yd|oz|lbs?|m?l|m[sL]|hr|Hz|Pa|sq|kWh?|pm|am))"
     r"(?:[ /-][A-Za-z]+)*)(?:\^\{?\d\}?)?\.?$"
 )
 _CONSTANT = re.compile(
@@ -145,7 +146,7 @@ def _without_units(text: str) -> str:
 
 
 def _takes_units(number: str, units: str) -> bool:
-    """Whether a text is a number, or a constant such as 5\\pi, so that a unit may follow it."""
+    r"""Whether a text is a number, or a constant such as 5\pi, so that a unit may follow it."""
     if read_number(number) is not None:
         return True
     return _CONSTANT.fullmatch(number) is not None and not _NO_UNITS.search(units)
@@ -313,7 +314,9 @@ def _is_decimal(value: Fraction) -> bool:
 
 _CLOCK = re.compile(r"0?(\d|1\d|2[0-3]):([0-5]\d)(:[0-5]\d)? ?(?:([ap])\.?m\.?)?", re.IGNORECASE)
 _RATIO = re.compile(r"\d{1,20}(?:\.\d{1,20})?(?: ?: ?\d{1,20}(?:\.\d{1,20})?)+")
-_CHOICE = re.compile(r"\(?(?P<letter>[A-Z])(?:\)|\.(?!\d)|:(?!\S))+ ?(?P<rest>.*)|\(?(?P<alone>[A-Z])\)?")
+_CHOICE = re.compile(
+    r"\(?(?P<letter>[A-Z])(?:\)|\.(?!\d)|:(?!\S))+ ?(?P<rest>.*)|\(?(?P<alone>[A-Z])\)?"
+)
 _EMPTY = str.maketrans("", "", "{}\\$")
 _TRUTHS = {"true": "true", "false": "false", "yes": "yes", "no": "no", "none": "none"}
 _WORD = re.compile(r"[A-Za-z]{4,}")

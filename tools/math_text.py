@@ -44,7 +44,8 @@ def with_imaginary(value: Any) -> Any:
     if not named or value.has(sympy.Sum, sympy.Product, sympy.Limit, sympy.Integral):
         return value
     is_index = any(str(each) in _INDICES for each in value.free_symbols)
-    return value.xreplace(dict.fromkeys(named, sympy.Symbol("i", real=True) if is_index else sympy.I))
+    unit = sympy.Symbol("i", real=True) if is_index else sympy.I
+    return value.xreplace(dict.fromkeys(named, unit))
 
 
 def _as_latex(text: str) -> list[Any]:

@@ -135,9 +135,9 @@ def region_of(value: Any) -> Region | None:
         return _intersection(value.args)
     if isinstance(value, sympy.Or):
         return _union(value.args)
-    if isinstance(value, sympy.FiniteSet):
-        if value.args and all(isinstance(each, Relational | sympy.And) for each in value.args):
-            return _union(value.args)
+    if isinstance(value, sympy.FiniteSet) and value.args:
+        is_inequalities = all(isinstance(each, Relational | sympy.And) for each in value.args)
+        return _union(value.args) if is_inequalities else None
     return None
 
 

@@ -246,7 +246,10 @@ def _draw_power(rng: random.Random) -> tuple[int, int, int]:
 def _write_power(value: tuple[int, int, int]) -> Texts:
     base, power, plus = value
     tail = f"{plus:+d}" if plus else ""
-    answers = [f"{base}**{power}{tail}", f"{base}^{power}{tail}" if power < 10 else f"{base}**{power}"]
+    answers = [
+        f"{base}**{power}{tail}",
+        f"{base}^{power}{tail}" if power < 10 else f"{base}**{power}",
+    ]
     answers = [answers[0], rf"{{{base}}}^{{{power}}}{tail}", f"{base}^({power}){tail}"]
     if plus:
         answers.append(f"{plus}+{base}^{{{power}}}")
@@ -361,7 +364,11 @@ def _as_sympy(name: str, value: Any) -> str:
 def _write_tuple(members: tuple[tuple[str, Any], ...]) -> Texts:
     latex, spaced, python = _member_texts(members)
     truths = [f"({', '.join(latex)})", rf"\left({','.join(latex)}\right)"]
-    answers = [f"({','.join(spaced)})", f"({', '.join(python)})", rf"\big( {', '.join(latex)} \big)"]
+    answers = [
+        f"({','.join(spaced)})",
+        f"({', '.join(python)})",
+        rf"\big( {', '.join(latex)} \big)",
+    ]
     return truths, [*answers, rf"\langle {','.join(latex)}\rangle"]
 
 
@@ -413,7 +420,10 @@ def _write_matrix(value: tuple[int, tuple[tuple[str, Any], ...]]) -> Texts:
     body = r" \\ ".join(" & ".join(row) for row in rows(latex))
     listed = ", ".join(f"[{', '.join(row)}]" for row in rows(python))
     truths = [rf"\begin{{{kind}}} {body} \end{{{kind}}}" for kind in ("pmatrix", "bmatrix")]
-    answers = [f"Matrix([{listed}])", rf"\left[\begin{{array}}{{{'c' * columns}}}{body}\end{{array}}\right]"]
+    answers = [
+        f"Matrix([{listed}])",
+        rf"\left[\begin{{array}}{{{'c' * columns}}}{body}\end{{array}}\right]",
+    ]
     if columns > 1:
         answers.append(f"[{listed}]")
     return truths, answers
@@ -460,7 +470,9 @@ def _write_interval(value: tuple[Any, Any, bool, bool]) -> Texts:
     )
     truths = [f"{left}{','.join(latex)}{right}", rf"\left{left}{', '.join(latex)}\right{right}"]
     chain = f"{latex[0]}{below}x{above}{latex[1]}"
-    python_chain = f"{python[0]} {below.strip()} x {above.strip()} {python[1]}".replace(r"\le", "<=")
+    python_chain = f"{python[0]} {below.strip()} x {above.strip()} {python[1]}".replace(
+        r"\le", "<="
+    )
     turned = f"{latex[1]}{above}x{below}{latex[0]}".replace("<", ">").replace(r"\le", r"\ge")
     answers = [f"{left}{', '.join(spaced)}{right}", f"{left}{', '.join(python)}{right}"]
     answers += [f"Interval{name}({', '.join(python)})", rf"x\in{left}{','.join(latex)}{right}"]
