@@ -61,7 +61,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], Any], ...] = tuple(
         (r"\{([^{}\\]{1,40})\\choose(?![A-Za-z])([^{}\\]{1,40})\}", r"\\binom{\1}{\2}"),
         (r"\\(le|ge|ne)q(?![A-Za-z])", r"\\\1"),
         (r"(?<=\d)(?:\\[,:;! ]|~|\{,\}|,\\! ?)(?=\d\d\d(?!\d))", ","),
-        (r"\\!", ""),
+        (r"\\!|(?<!\\)\\$", ""),
         (r"\\\\\s*(?=\\end(?![A-Za-z]))", ""),  # after the last row
         (r"(?<!\\)\\(?:[,:;> ]|quad(?![A-Za-z])|qquad(?![A-Za-z]))|~", " "),
         (r"\^(?:\\circ(?![A-Za-z])|\{\\circ\})|\\degree(?![A-Za-z])", ""),
@@ -156,9 +156,13 @@ def flat(text: str) -> str:
     """Remove wrappers that only change the looks, and braces that are no command's argument."""
     pieces: list[str] = []
     keeps: list[tuple[bool, bool]] = []  # per open brace: is it kept, may another argument follow
-    is_argument = may_follow = False
+    is_argument = may_follow = is_option = False
     for token in _TOKEN.finditer(text):
         piece, command = token[0], token["command"]
+        if is_option or (piece == "[" and is_argument and may_follow):  # as in \sqrt[3]{x}
+            is_option = piece != "]"
+            pieces.append(piece)
+            continue
         if command in _WRAPPERS:
             is_argument = may_follow = False
             continue

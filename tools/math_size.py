@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import sympy
@@ -62,7 +63,11 @@ def digits_of(value: Any) -> float:
             _bound_power(exponent, below)
         elif exponent.is_Integer and abs(int(exponent)) > 1000:
             raise TooLarge
-        return 0.0 if not base.is_number else max(below[0], 0.5) * 10.0 ** min(below[1], 5)
+        if not base.is_number:
+            return 0.0
+        fraction = _fraction_of(exponent)
+        factor = 10.0 ** min(below[1], 5) if fraction is None else max(float(abs(fraction)), 1.0)
+        return max(below[0], 0.5) * factor
     if isinstance(value, sympy.exp):
         _bound_power(value.args[0], [0.5, below[0]])
         return 10.0 ** min(below[0], 5)
@@ -78,14 +83,32 @@ def digits_of(value: Any) -> float:
 
 
 def _bound_power(exponent: Any, below: list[float]) -> None:
-    if exponent.is_Rational:
-        _bound(max(below[0], 0.31) * max(abs(exponent.p) / exponent.q, 1.0))
-        if exponent.q > 1000:
+    fraction = _fraction_of(exponent)
+    if fraction is not None:
+        _bound(max(below[0], 0.31) * max(float(abs(fraction)), 1.0))
+        if fraction.denominator > 1000:
             raise TooLarge
     elif exponent.is_number:
         if below[1] > 5:
             raise TooLarge
         _bound(max(below[0], 0.31) * 10.0 ** min(below[1], 5) / 100)
+
+
+def _fraction_of(value: Any) -> Fraction | None:
+    """Return the value of a small sum, product or quotient of whole numbers, such as 1/3."""
+    if value.is_Rational:
+        return Fraction(int(value.p), int(value.q)) if abs(value) < 10**9 else None
+    terms = [_fraction_of(each) for each in value.args]
+    numbers = [term for term in terms if term is not None]
+    if len(numbers) < len(terms) or len(terms) > 4:
+        return None
+    if value.is_Mul:
+        return math.prod(numbers, start=Fraction(1))
+    if value.is_Add:
+        return sum(numbers, start=Fraction(0))
+    if value.is_Pow and numbers[1] == -1 and numbers[0]:
+        return 1 / numbers[0]
+    return None
 
 
 def _bound(digits: float) -> None:

@@ -31,9 +31,8 @@ def readings(text: str) -> Iterator[Any]:
     """Yield what a tidied text may mean, unevaluated: first as LaTeX, then as Python."""
     yield from _as_latex(text)
     if "\\" not in text and _PYTHON_MARKS.search(text):
-        found = _as_python(text)
-        if found is not None:
-            yield found
+        found = _as_python(text), _as_interval(text)
+        yield from (each for each in found if each is not None)
 
 
 def with_imaginary(value: Any) -> Any:
@@ -141,6 +140,17 @@ def _as_python(text: str) -> Any:
         return None  # of the parser: nested too deeply
     except Exception:
         return None
+
+
+def _as_interval(text: str) -> Any:
+    """Read `[0, pi/2)`, whose ends are as Python has them; None if it is something else."""
+    ends = _as_python(f"({text[1:-1]})") if text[0] in "[(" and text[-1] in "])" else None
+    if not isinstance(ends, sympy.Tuple) or len(ends) != 2:
+        return None
+    low, high = ends
+    if not all(each.is_extended_real and each.is_number for each in ends) or not low < high:
+        return None
+    return sympy.Interval(low, high, text[0] == "(", text[-1] == ")")
 
 
 def _negative(value: Any) -> Any:

@@ -19,7 +19,8 @@ from typing import Any
 
 import sympy
 
-from tests.fuzz.notations import KINDS, Compound, Kind
+from tests.fuzz.compounds import KINDS
+from tests.fuzz.notations import Compound, Kind
 from tir_alp.envs.grading import Grade, grade
 
 DIGITS = 50

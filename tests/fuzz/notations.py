@@ -95,7 +95,7 @@ def _change_fraction(rng: random.Random, value: tuple[int, int]) -> tuple[int, i
     return rng.choice(((p + 1, q), (p, q + 1), (-p, q), (q if p > 0 else -q, abs(p)), (p - 1, q)))
 
 
-def _exact(value: tuple[int, int]) -> str:
+def exact(value: tuple[int, int]) -> str:
     """Write digits and places as a decimal: (1234, 2) is 12.34."""
     digits, places = value
     text = str(abs(digits)).rjust(places + 1, "0")
@@ -104,7 +104,7 @@ def _exact(value: tuple[int, int]) -> str:
 
 def _write_decimal(value: tuple[int, int]) -> Texts:
     digits, places = value
-    text = _exact(value)
+    text = exact(value)
     fraction = Fraction(digits, 10**places)
     answers = [f"{text}0", f"${text}$", f"x = {text}", f"{float(fraction):.3e}".replace("e", "E")]
     answers = [each for each in answers if "E" not in each or abs(digits) < 10_000]
@@ -118,7 +118,7 @@ def _write_decimal(value: tuple[int, int]) -> Texts:
 
 def _write_scientific(value: tuple[int, int, int]) -> Texts:
     digits, places, power = value
-    mantissa = _exact((digits, places))
+    mantissa = exact((digits, places))
     truths = [rf"{mantissa}\times10^{{{power}}}", rf"{mantissa} \times 10^{{{power}}}"]
     truths += [rf"{mantissa}\cdot 10^{{{power}}}"]
     answers = [f"{mantissa}e{power}", f"{mantissa}E{power:+03d}", f"{mantissa}*10**{power}"]
@@ -128,7 +128,7 @@ def _write_scientific(value: tuple[int, int, int]) -> Texts:
     if whole.denominator == 1:
         answers += [str(whole), f"{whole.numerator:,}"]
     elif power > -12:
-        answers.append(_exact((digits, places - power)))
+        answers.append(exact((digits, places - power)))
     return truths, answers
 
 
@@ -151,7 +151,7 @@ def _change_scientific(rng: random.Random, value: tuple[int, int, int]) -> tuple
 
 
 def _write_percent(n: int) -> Texts:
-    text = _exact((n, 1)) if n % 10 else str(n // 10)
+    text = exact((n, 1)) if n % 10 else str(n // 10)
     return [rf"{text}\%", f"{text}%"], [f"{text} percent", rf"{text}\ \%", rf"${text}\%$", text]
 
 
@@ -164,7 +164,8 @@ def _coefficient(p: int, q: int, latex: str, python: str) -> tuple[list[str], li
     times = "" if a == 1 else str(a)
     star = "" if a == 1 else f"{a}*"
     if q == 1:
-        return [f"{sign}{times}{latex}"], [f"{sign}{star}{python}", f"{sign}{times}{python}"]
+        implicit = [f"{sign}{times}{python}"] if python[0].isalpha() else []
+        return [f"{sign}{times}{latex}"], [f"{sign}{star}{python}", *implicit]
     return (
         [
             rf"{sign}\frac{{{times}{latex}}}{{{q}}}",
@@ -220,6 +221,28 @@ def _change_surd(rng: random.Random, value: tuple[int, int, int, int]) -> tuple[
 def _surd_value(value: tuple[int, int, int, int]) -> Any:
     n, p, q, r = value
     return n + sympy.Rational(p, q) * sympy.sqrt(r)
+
+
+def _draw_root(rng: random.Random) -> tuple[int, int, int, int]:
+    p, q = _sign(rng) * rng.randint(1, 9), rng.choice((1, 2, 3, 7))
+    return p, q, rng.randint(3, 5), rng.choice((2, 3, 6, 7))
+
+
+def _change_root(rng: random.Random, value: tuple[int, int, int, int]) -> tuple[int, ...]:
+    p, q, degree, r = value
+    return rng.choice(((p + 1 or 2, q, degree, r), (p, q, degree + 1, r), (-p, q, degree, r)))
+
+
+def _write_root(value: tuple[int, int, int, int]) -> Texts:
+    p, q, degree, r = value
+    latex, python = rf"\sqrt[{degree}]{{{r}}}", f"{r}**(1/{degree})"
+    truths, answers = _coefficient(p, q, latex, python)
+    answers = [each for each in answers if "/" not in each or "**" in each or "sqrt" in each]
+    sign = "-" * (p < 0)
+    if q == 1:
+        answers += [rf"{sign}\sqrt[{degree}]{{{abs(p) ** degree * r}}}"]
+        answers += [rf"{p}\cdot {r}^{{1/{degree}}}", rf"{p}\cdot {r}^{{\frac{{1}}{{{degree}}}}}"]
+    return truths, answers
 
 
 def _write_pi(value: tuple[int, int, int]) -> Texts:
@@ -313,180 +336,10 @@ def _change_polynomial(rng: random.Random, value: tuple[int, ...]) -> tuple[int,
     return tuple(each + step * (k == place) for k, each in enumerate(value))
 
 
-# ------------------------------------------------------------------------------ several numbers
-
-
-_MEMBERS = ("integer", "fraction", "surd", "pi", "decimal")
-
-
-def _draw_member(rng: random.Random) -> tuple[str, Any]:
-    name = rng.choice(_MEMBERS)
-    return name, KINDS[name].draw(rng)
-
-
-def _draw_members(rng: random.Random) -> tuple[tuple[str, Any], ...]:
-    return tuple(_draw_member(rng) for _ in range(rng.randint(2, 4)))
-
-
-def _change_members(rng: random.Random, members: tuple[tuple[str, Any], ...]) -> Any:
-    place = rng.randrange(len(members))
-    how = rng.choice(("change", "change", "swap", "drop", "add"))
-    listed = list(members)
-    if how == "change":
-        name, value = listed[place]
-        listed[place] = name, KINDS[name].change(rng, value)
-    elif how == "swap":
-        listed[place], listed[place - 1] = listed[place - 1], listed[place]
-    elif how == "drop" and len(listed) > 2:
-        del listed[place]
-    else:
-        listed.append(_draw_member(rng))
-    return tuple(listed)
-
-
-def _values(members: tuple[tuple[str, Any], ...]) -> tuple[Any, ...]:
-    return tuple(KINDS[name].value(value) for name, value in members)
-
-
-def _member_texts(members: tuple[tuple[str, Any], ...]) -> list[list[str]]:
-    """Write members: as LaTeX, as other LaTeX, as sympy prints them."""
-    latex = [KINDS[name].write(value)[0][0] for name, value in members]
-    spaced = [KINDS[name].write(value)[0][-1] for name, value in members]
-    spaced = [x if "," in y or r"\," in y else y for x, y in zip(latex, spaced, strict=True)]
-    python = [_as_sympy(name, value) for name, value in members]
-    return [latex, spaced, python]
-
-
-def _as_sympy(name: str, value: Any) -> str:
-    return _exact(value) if name == "decimal" else str(KINDS[name].value(value))
-
-
-def _write_tuple(members: tuple[tuple[str, Any], ...]) -> Texts:
-    latex, spaced, python = _member_texts(members)
-    truths = [f"({', '.join(latex)})", rf"\left({','.join(latex)}\right)"]
-    answers = [
-        f"({','.join(spaced)})",
-        f"({', '.join(python)})",
-        rf"\big( {', '.join(latex)} \big)",
-    ]
-    return truths, [*answers, rf"\langle {','.join(latex)}\rangle"]
-
-
-def _write_set(members: tuple[tuple[str, Any], ...]) -> Texts:
-    latex, spaced, python = _member_texts(members)
-    truths = [rf"\{{{','.join(latex)}\}}", rf"\left\{{{', '.join(latex)}\right\}}", ",".join(latex)]
-    answers = [rf"\{{{','.join(reversed(spaced))}\}}", f"{{{', '.join(python)}}}"]
-    answers += [f"[{', '.join(python)}]", f"FiniteSet({', '.join(python)})", ", ".join(spaced)]
-    return truths, [*answers, r" \text{ and } ".join(latex), r"\text{ or }".join(reversed(latex))]
-
-
-def _draw_set(rng: random.Random) -> tuple[tuple[str, Any], ...]:
-    while True:
-        members = _draw_members(rng)
-        if len(set(_values(members))) == len(members):
-            return members
-
-
-def _change_set(rng: random.Random, members: Any) -> Any:
-    while True:
-        changed = _change_members(rng, members)
-        if len(set(_values(changed))) == len(changed):
-            return changed
-
-
-def _draw_matrix(rng: random.Random) -> tuple[int, tuple[tuple[str, Any], ...]]:
-    rows, columns = rng.choice(((2, 2), (2, 1), (3, 1), (1, 3), (2, 3), (3, 3)))
-    names = ("integer", "integer", "fraction")
-    drawn = [(name := rng.choice(names), KINDS[name].draw(rng)) for _ in range(rows * columns)]
-    return columns, tuple(drawn)
-
-
-def _change_matrix(rng: random.Random, value: tuple[int, Any]) -> tuple[int, Any]:
-    columns, members = value
-    listed = list(members)
-    place = rng.randrange(len(listed))
-    name, member = listed[place]
-    listed[place] = name, KINDS[name].change(rng, member)
-    return columns, tuple(listed)
-
-
-def _write_matrix(value: tuple[int, tuple[tuple[str, Any], ...]]) -> Texts:
-    columns, members = value
-    latex, _, python = _member_texts(members)
-
-    def rows(texts: list[str]) -> list[list[str]]:
-        return [texts[k : k + columns] for k in range(0, len(texts), columns)]
-
-    body = r" \\ ".join(" & ".join(row) for row in rows(latex))
-    listed = ", ".join(f"[{', '.join(row)}]" for row in rows(python))
-    truths = [rf"\begin{{{kind}}} {body} \end{{{kind}}}" for kind in ("pmatrix", "bmatrix")]
-    answers = [
-        f"Matrix([{listed}])",
-        rf"\left[\begin{{array}}{{{'c' * columns}}}{body}\end{{array}}\right]",
-    ]
-    if columns > 1:
-        answers.append(f"[{listed}]")
-    return truths, answers
-
-
-def _draw_interval(rng: random.Random) -> tuple[Any, Any, bool, bool]:
-    while True:
-        low, high = _draw_member(rng), _draw_member(rng)
-        x, y = _values((low, high))
-        if sympy.N(y - x, 30) > 0:
-            return low, high, rng.random() < 0.5, rng.random() < 0.5
-
-
-def _change_interval(rng: random.Random, value: tuple[Any, Any, bool, bool]) -> Any:
-    low, high, is_left_open, is_right_open = value
-    while True:
-        which = rng.randrange(4)
-        if which == 0:
-            return low, high, not is_left_open, is_right_open
-        if which == 1:
-            return low, high, is_left_open, not is_right_open
-        name, end = low if which == 2 else high
-        other = name, KINDS[name].change(rng, end)
-        ends = (other, high) if which == 2 else (low, other)
-        x, y = _values(ends)
-        if sympy.N(y - x, 30) > 0:
-            return *ends, is_left_open, is_right_open
-
-
-def _interval_value(value: tuple[Any, Any, bool, bool]) -> Compound:
-    low, high, is_left_open, is_right_open = value
-    flags = sympy.Integer(is_left_open), sympy.Integer(is_right_open)
-    return Compound("interval", (*_values((low, high)), *flags))
-
-
-def _write_interval(value: tuple[Any, Any, bool, bool]) -> Texts:
-    low, high, is_left_open, is_right_open = value
-    latex, spaced, python = _member_texts((low, high))
-    left, right = "([", ")]"
-    left, right = left[not is_left_open], right[not is_right_open]
-    below, above = ("<" if is_open else r"\le " for is_open in (is_left_open, is_right_open))
-    name = {(False, False): "", (True, True): ".open", (True, False): ".Lopen"}.get(
-        (is_left_open, is_right_open), ".Ropen"
-    )
-    truths = [f"{left}{','.join(latex)}{right}", rf"\left{left}{', '.join(latex)}\right{right}"]
-    chain = f"{latex[0]}{below}x{above}{latex[1]}"
-    python_chain = f"{python[0]} {below.strip()} x {above.strip()} {python[1]}".replace(
-        r"\le", "<="
-    )
-    turned = f"{latex[1]}{above}x{below}{latex[0]}".replace("<", ">").replace(r"\le", r"\ge")
-    answers = [f"{left}{', '.join(spaced)}{right}", f"{left}{', '.join(python)}{right}"]
-    answers += [f"Interval{name}({', '.join(python)})", rf"x\in{left}{','.join(latex)}{right}"]
-    return [*truths, chain], [*answers, python_chain, turned, chain.replace(r"\le", r"\leq")]
-
-
 # ------------------------------------------------------------------------------------- kinds
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
-KINDS: dict[str, Kind] = {
+NUMBERS: dict[str, Kind] = {
     "integer": Kind(
         lambda rng: _sign(rng) * rng.choice((rng.randint(0, 99), rng.randint(100, 10**7))),
         _step,
@@ -515,6 +368,12 @@ KINDS: dict[str, Kind] = {
         _write_percent,
     ),
     "surd": Kind(_draw_surd, _change_surd, _surd_value, _write_surd),
+    "root": Kind(
+        _draw_root,
+        _change_root,
+        lambda v: sympy.Rational(v[0], v[1]) * sympy.root(v[3], v[2]),
+        _write_root,
+    ),
     "pi": Kind(
         lambda rng: (*_draw_fraction(rng), rng.choice((1, 1, 1, 2))),
         lambda rng, v: (*_change_fraction(rng, v[:2]), v[2]),
@@ -537,15 +396,4 @@ KINDS: dict[str, Kind] = {
         _write_complex,
     ),
     "polynomial": Kind(_draw_polynomial, _change_polynomial, _polynomial, _write_polynomial),
-    "tuple": Kind(
-        _draw_members, _change_members, lambda v: Compound("tuple", _values(v)), _write_tuple
-    ),
-    "set": Kind(_draw_set, _change_set, lambda v: Compound("set", _values(v)), _write_set),
-    "matrix": Kind(
-        _draw_matrix,
-        _change_matrix,
-        lambda v: Compound("matrix", (sympy.Integer(v[0]), *_values(v[1]))),
-        _write_matrix,
-    ),
-    "interval": Kind(_draw_interval, _change_interval, _interval_value, _write_interval),
 }
