@@ -51,6 +51,8 @@ _REWRITES: tuple[tuple[re.Pattern[str], Any], ...] = tuple(
         (r"\\\$", ""),
         (r"\\(?:displaystyle|textstyle|limits|nolimits)(?![A-Za-z])", ""),
         (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
+        (r"\\land(?![A-Za-z])", " and "),
+        (r"\\lor(?![A-Za-z])", " or "),
         (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
         (r"\\langle(?![A-Za-z])", "("),
         (r"\\rangle(?![A-Za-z])", ")"),

@@ -8,6 +8,7 @@ exception can be swallowed by sympy's `except Exception` blocks and delayed by l
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,14 @@ _PYTHON_MARKS = re.compile(
     re.DOTALL,
 )
 _IMPLICIT = re.compile(r"(?<![A-Za-z_.0-9])(\d+(?:\.\d+)?) ?(?=[A-Za-z(])(?![eE][+-]?\d)")
+_AND = re.compile(r"\band\b")
+_CONFIG = LatexExtractionConfig(
+    boxed_match_priority=0,
+    # Units are removed before, and only after numbers: math-verify takes 2ab for 2 ab.
+    normalization_config=dataclasses.replace(
+        LatexExtractionConfig().normalization_config, units=False
+    ),
+)
 _INDICES = frozenset("jkmn")
 
 
@@ -49,13 +58,25 @@ def with_imaginary(value: Any) -> Any:
 
 def _as_latex(text: str) -> list[Any]:
     # Inside a box the whole text counts as the expression: nothing is searched for in it.
-    return parse(
+    found = parse(
         f"\\boxed{{{text}}}",
-        extraction_config=(LatexExtractionConfig(boxed_match_priority=0),),
+        extraction_config=(_CONFIG,),
         fallback_mode="no_fallback",
         extraction_mode="first_match",
         parsing_timeout=None,  # pyright: ignore[reportArgumentType]
     )
+    if _AND.search(text):
+        return [_intersection(each) for each in found]
+    return found
+
+
+def _intersection(value: Any) -> Any:
+    """Read "x>1 and x<3", which math-verify has as a set, as both at once."""
+    if isinstance(value, sympy.FiniteSet) and all(
+        isinstance(each, Relational) and not isinstance(each, sympy.Eq) for each in value.args
+    ):
+        return sympy.And(*value.args, evaluate=False)
+    return value
 
 
 _CONSTANTS = {

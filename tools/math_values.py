@@ -345,8 +345,9 @@ def _is_whole_power(value: Any) -> bool:
     if not isinstance(value, sympy.Pow) or not value.exp.is_Integer or value.exp == -1:
         return False
     base = value.base
-    is_number = base.is_Float or (is_constant(base) and base.is_rational is True)
-    return base != 10 and (is_number or base == sympy.I or str(base) == "i")
+    if str(base) == "i":
+        return True
+    return is_constant(base) and base not in (10, sympy.E, sympy.pi)
 
 
 def _is_reciprocal(value: Any) -> bool:
