@@ -1,16 +1,16 @@
-"""`PythonCode-v0`: write a function, which hidden tests grade."""
+"""`PythonCode-v0`: write a function or a program, which hidden tests grade."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
-from tir_alp.envs.code_grading import grade_function
+from tir_alp.envs.code_grading import grade_function, grade_program
 from tir_alp.envs.code_tasks import CodeTasks
 from tir_alp.envs.grading import Grade
 from tir_alp.envs.tasks import TaskSource
 from tir_alp.envs.tool_env import EnvSettings, ToolEnv
-from tir_alp.tools.code_tests import read_cases
+from tir_alp.tools.code_forms import FunctionTests, read_tests
 from tir_alp.tools.fenced import code_blocks
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.python_tool import PythonTool
@@ -18,10 +18,10 @@ from tir_alp.tools.sandbox import SandboxConfig, SandboxError, SandboxRefused, s
 
 
 class PythonCodeEnv(ToolEnv):
-    r"""A function to write, and a Python tool to try it in; the reward is 1 if all tests pass.
+    r"""A function or a program to write, and a Python tool; the reward is 1 if all tests pass.
 
-    A task needs `entry_point`, the name of the function, and `tests`; see `tools.code_tests`. The
-    values that the tests expect never enter the sandbox.
+    A task needs `tests`: calls of a function, whose name is `entry_point`, or pairs of an input and
+    an output of a program; see `tools.code_forms`. What the tests expect never enters the sandbox.
 
     Args:
         sandbox: Settings of the sandbox, whose limits apply to each test; None for the defaults.
@@ -32,8 +32,9 @@ class PythonCodeEnv(ToolEnv):
     instruction: ClassVar[str] = """\
 You may try out Python code in a block that begins with a line ```python and ends with a line ```. \
 The block is run as soon as it is complete, and you are shown what it prints; then go on. When you \
-are sure of the function, write all of it in a block that begins with a line ```solution."""
-    task_keys: ClassVar[tuple[str, ...]] = ("question", "entry_point", "tests")
+are sure of the function or program, write all of it in a block that begins with a line \
+```solution."""
+    task_keys: ClassVar[tuple[str, ...]] = ("question", "tests")
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ are sure of the function, write all of it in a block that begins with a line ```
 
     def prompt(self, task: Mapping[str, Any]) -> str:
         """Return the instruction and the question. Raises ValueError for malformed tests."""
-        read_cases(task["tests"], task["entry_point"])
+        read_tests(task)
         return super().prompt(task)
 
     def answer_in(self, action: str) -> str | None:
@@ -61,20 +62,24 @@ are sure of the function, write all of it in a block that begins with a line ```
         return solutions[-1] if solutions else None
 
     def grade(self, task: Mapping[str, Any], answer: str) -> Grade:
-        """Run the hidden tests in a fresh session."""
+        """Run the hidden tests in fresh sessions."""
         try:
             sandbox = shared_sandbox(self._sandbox)
         except SandboxRefused:
             raise
         except SandboxError as error:
             return Grade(correct=None, outcome=Outcome.GRADER_ERROR, error=str(error))
-        cases = read_cases(task["tests"], task["entry_point"])
-        return grade_function(answer, task["entry_point"], cases, sandbox, self._sandbox.limits)
+        tests = read_tests(task)
+        grade = grade_function if isinstance(tests, FunctionTests) else grade_program
+        return grade(answer, tests, sandbox, self._sandbox.limits)
 
     def gold_action(self, task: Mapping[str, Any]) -> str:
         """Return a turn with the reference solution, which is the task's answer if it has one."""
         return f"```solution\n{task['answer']}\n```"
 
     def wrong_action(self, task: Mapping[str, Any]) -> str:
-        """Return a turn with a function that returns a wrong value."""
-        return f"```solution\ndef {task['entry_point']}(*args, **kwargs):\n    return 'no'\n```"
+        """Return a turn with a function or program that returns or prints something wrong."""
+        tests = read_tests(task)
+        if isinstance(tests, FunctionTests):
+            return f"```solution\ndef {tests.entry_point}(*args, **kwargs):\n    return 'no'\n```"
+        return "```solution\nprint('no, that is not it')\n```"

@@ -1,20 +1,27 @@
-"""Grades a function with hidden tests, on the host, by the values that the function returns.
+"""Grades a function by the values that it returns, and a program by what it prints, on the host.
 
-The sandbox receives the function, and the arguments of one test at a time. The expected values
-never enter it, and none of the code that decides runs there: the best that a program can do, even
-after taking over its interpreter, is to return the right value.
+The sandbox receives the program, and the arguments or the input of one test at a time. What is
+expected never enters it, and none of the code that decides runs there: the best that a program can
+do, even after taking over its interpreter, is to return or print what is right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from tir_alp.envs.grading import Grade
-from tir_alp.tools.code_tests import Case
+from tir_alp.tools.code_forms import FunctionTests, ProgramTests
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.sandbox import BlockingSandbox, Limits, SandboxError, SandboxRefused
+from tir_alp.tools.sandbox.result import RunResult
+from tir_alp.tools.sandbox.script import Script
 
+_MAX_CHARS = 1_000_000  # that a sandbox returns
 _SPARE_CHARS = 1000  # a value's text may be this much longer than that of the expected value
+# Runs in the sandbox, before the program: it is a module, so that `if __name__ == "__main__":` is
+# not its business. Modules are looked up by name, by dataclasses for one.
+_AS_MODULE = """
+__import__("sys").modules["solution"] = __import__("sys").modules["__main__"]
+__name__ = "solution"
+"""
 # Runs in the sandbox, after the program: values of the standard library become plain ones. What it
 # writes is a program's claim about its own value, as before; the host alone compares.
 _PLAIN = """
@@ -43,21 +50,24 @@ def _as_plain(value, depth=0):
 
 
 def grade_function(
-    source: str,
-    entry_point: str,
-    cases: Sequence[Case],
-    sandbox: BlockingSandbox,
-    limits: Limits,
+    source: str, tests: FunctionTests, sandbox: BlockingSandbox, limits: Limits
 ) -> Grade:
     """Run a function on the arguments of all tests, and compare the values that it returns.
 
     Args:
-        source: Program that defines the function.
-        entry_point: Name of the function.
-        cases: Hidden tests; the first failure ends the grading.
+        source: Program that defines the function, or a class `Solution` with it as a method.
+        tests: Hidden tests; the first failure ends the grading.
         sandbox: Sandbox in which the function runs, in a session of its own.
         limits: Limits for running the definition, and for each test.
     """
+    name = tests.entry_point
+    function = (
+        f"({name} if {name!r} in globals() or 'Solution' not in globals() else Solution().{name})"
+    )
+    calls = [
+        f"{_PLAIN}\n_as_plain({function}(*{case.args!r}, **{dict(case.kwargs)!r}))"
+        for case in tests.cases
+    ]
     try:
         session = sandbox.session()
     except SandboxRefused:
@@ -65,22 +75,59 @@ def grade_function(
     except SandboxError as error:
         return Grade(correct=None, outcome=Outcome.GRADER_ERROR, error=str(error))
     try:
-        calls = [
-            f"{_PLAIN}\n_as_plain({entry_point}(*{case.args!r}, **{dict(case.kwargs)!r}))"
-            for case in cases
-        ]
-        for number, call in enumerate([f"{source}\nNone", *calls], start=-1):
-            case = cases[number] if number >= 0 else None
+        for number, call in enumerate([_AS_MODULE, f"{source}\nNone", *calls], start=-2):
+            case = tests.cases[number] if number >= 0 else None
             room = len(repr(case.expected)) + _SPARE_CHARS if case else _SPARE_CHARS
             result = session.run(call, limits.model_copy(update={"output_chars": room}))
-            if result.outcome.is_infrastructure:
-                return Grade(correct=None, outcome=Outcome.GRADER_ERROR, error=result.stderr)
-            if result.outcome is not Outcome.OK:
-                what = "the definition" if case is None else f"test {number}"
-                lines = result.stderr.strip().splitlines() or [result.outcome.value]
-                return Grade(correct=False, error=f"{what} failed: {lines[-1]}")
+            failed = _failure(result, "the definition" if case is None else f"test {number}")
+            if failed is not None:
+                return failed
             if case is not None and not case.is_passed(result.value):
                 return Grade(correct=False, error=f"test {number} returned something else")
     finally:
         session.close()
     return Grade(correct=True)
+
+
+def grade_program(
+    source: str, tests: ProgramTests, sandbox: BlockingSandbox, limits: Limits
+) -> Grade:
+    """Run a program on the input of each test, and compare what it prints.
+
+    Args:
+        source: The program.
+        tests: Hidden tests; the first failure ends the grading.
+        sandbox: Sandbox in which the program runs, in a new session for each test.
+        limits: Limits of each test.
+    """
+    for number, case in enumerate(tests.cases):
+        room = min(2 * len(case.expected) + _SPARE_CHARS, _MAX_CHARS)  # a space may end each line
+        script = Script(
+            code=source.encode(errors="surrogatepass"), stdin=case.stdin.encode(errors="replace")
+        )
+        try:
+            session = sandbox.session()
+        except SandboxRefused:
+            raise
+        except SandboxError as error:
+            return Grade(correct=None, outcome=Outcome.GRADER_ERROR, error=str(error))
+        try:
+            ended = session.run_script(script, limits.model_copy(update={"output_chars": room}))
+        finally:
+            session.close()
+        failed = _failure(ended.result, f"test {number}")
+        if failed is not None:
+            return failed
+        if not case.is_passed(ended.result.stdout):
+            return Grade(correct=False, error=f"test {number} printed something else")
+    return Grade(correct=True)
+
+
+def _failure(result: RunResult, what: str) -> Grade | None:
+    """Return the grade of a call that did not end well; None if it did."""
+    if result.outcome.is_infrastructure:
+        return Grade(correct=None, outcome=Outcome.GRADER_ERROR, error=result.stderr)
+    if result.outcome is not Outcome.OK:
+        lines = result.stderr.strip().splitlines() or [result.outcome.value]
+        return Grade(correct=False, error=f"{what} failed: {lines[-1]}")
+    return None

@@ -1,27 +1,38 @@
 """A few processes that grade; each is killed and replaced when it exceeds its deadline.
 
-A request that takes long does not hold up the others: after `patience_s` it goes on in overtime,
-and another process takes over its slot.
+They are forked from one process that has imported everything, so that a replacement takes
+milliseconds. A request that takes long does not hold up the others: after `patience_s` it goes on
+in overtime, at a lower priority, and another process takes over its slot; so a hang costs others
+next to nothing until it is killed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import queue
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+import tir_alp
+
+_ROOT = Path(tir_alp.__file__).parent.parent
 _PROCESS = Path(__file__).with_name("grader_process.py")
 _MATH_JUDGE = Path(__file__).with_name("math_judge.py")
 _MOST_BYTES = 1 << 16  # size of a verdict
 _WALL_FACTOR = 10  # wall time over processor time that a request gets on a busy machine
+_OVERTIME_FACTOR = 8  # slow requests that go on at a low priority, per worker
+_LONG_FACTOR = 10  # of the patience, after which the priority is lowered once more
+_ONE_THREAD = {
+    f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")
+}  # a process with threads cannot be forked safely
 
 
 class GraderError(Exception):
@@ -36,14 +47,14 @@ class GraderPool:
     """Grades for any number of threads with at most `num_workers` processes, and some in overtime.
 
     Processes start when they are first needed. A slot in the queue is the right to use one
-    process: it holds an idle worker, or None if the worker has yet to be started or was killed.
+    process: it holds an idle worker, or None if the worker has yet to be forked or was killed.
 
     Args:
-        num_workers: Maximum number of processes, and the maximum number of those in overtime.
+        num_workers: Maximum number of processes; eight times as many may be in overtime.
         judge_file: File with the function that decides; see `grader_process`.
         deadline_s: Seconds of processor time for one verdict.
         patience_s: Seconds of processor time after which a request goes on in overtime.
-        start_deadline_s: Seconds for the start of a worker.
+        start_deadline_s: Seconds for the start of the process that workers are forked from.
         queue_deadline_s: Seconds to wait for a free worker.
     """
 
@@ -61,13 +72,10 @@ class GraderPool:
         self.judge_file = judge_file
         self.deadline_s = deadline_s
         self.patience_s = patience_s
-        self.start_deadline_s = start_deadline_s
         self.queue_deadline_s = queue_deadline_s
-        self._overtime = threading.Semaphore(num_workers)
-        self._spares: queue.LifoQueue[_Worker] = queue.LifoQueue()
-        self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
-        for _ in range(num_workers):
-            self._slots.put(None)
+        self._template = _Template(judge_file, start_deadline_s)
+        self._overtime = threading.Semaphore(_OVERTIME_FACTOR * num_workers)
+        self._slots = _Slots(num_workers)
 
     def verify(self, *request: Any) -> Any:
         """Return the judge's verdict; the default judge asks math-verify whether two are equal.
@@ -88,12 +96,15 @@ class GraderPool:
         has_slot = True
         try:
             if worker is None:
-                worker = self._new_worker()
+                worker = _Worker(self._template)
             worker.send((request, self.deadline_s * _WALL_FACTOR))
             if not worker.has_verdict(min(self.patience_s, self.deadline_s)):
                 has_slot = not self._overtime.acquire(blocking=False)
                 if not has_slot:
-                    self._fill_slot()
+                    self._slots.put(None)
+                    worker.slow_down()
+                    if not worker.has_verdict(_LONG_FACTOR * self.patience_s):
+                        worker.slow_down()
             verdict = worker.receive(self.deadline_s)
         except BaseException:
             if worker is not None:
@@ -105,7 +116,8 @@ class GraderPool:
                 self._slots.put(worker)
             else:
                 self._overtime.release()
-                self._add_spare(worker)
+                if worker is not None:  # its priority cannot be raised again
+                    worker.kill()
         if isinstance(verdict, str):
             raise GaveUp(verdict)
         return verdict
@@ -117,61 +129,171 @@ class GraderPool:
             try:
                 slots.append(self._slots.get(timeout=self.deadline_s))
             except queue.Empty:
-                break  # still starting: it ends by itself when its pipe closes
+                break  # its worker ends with the process that it was forked from
+        self._template.close()
         for worker in slots:
             if worker is not None:
                 worker.kill()
             self._slots.put(None)
-        while not self._spares.empty():
-            self._spares.get().kill()
 
-    def _new_worker(self) -> _Worker:
+    def abandon(self) -> None:
+        """Let go of a parent's processes; for a forked child, which must not use them."""
+        self._template.abandon()
+
+
+class _Slots:
+    """The slots that are free. They are handed out in the order of the requests.
+
+    `queue.Queue` makes no such promise: there, a thread that returns a slot and asks again gets
+    ahead of all that wait, for seconds.
+    """
+
+    def __init__(self, num_slots: int):
+        self._lock = threading.Lock()
+        self._free: list[_Worker | None] = [None] * num_slots
+        self._waiting: deque[queue.SimpleQueue[_Worker | None]] = deque()
+
+    def get(self, timeout: float) -> _Worker | None:
+        """Take a slot, the one used last if several are free; raises `queue.Empty`."""
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+            place: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
+            self._waiting.append(place)
         try:
-            return self._spares.get_nowait()
-        except queue.Empty:
-            return _Worker(self.judge_file, self.start_deadline_s)
+            return place.get(timeout=timeout)
+        except BaseException:
+            with self._lock:
+                if place in self._waiting:
+                    self._waiting.remove(place)
+                    raise
+            self.put(place.get())  # it came in the last moment
+            raise
 
-    def _add_spare(self, worker: _Worker | None) -> None:
-        """Keep a worker that is ready for the next request in overtime."""
-        if self._spares.qsize() >= self.num_workers:
-            if worker is not None:
-                worker.kill()
-            return
-        with contextlib.suppress(GraderError):  # the next request that needs a worker reports it
-            self._spares.put(worker or _Worker(self.judge_file, self.start_deadline_s))
+    def put(self, worker: _Worker | None) -> None:
+        """Give a slot back, to the thread that has waited longest."""
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().put(worker)
+            else:
+                self._free.append(worker)
 
-    def _fill_slot(self) -> None:
-        """Give the slot of a request in overtime, which waits anyway, to a worker that is ready."""
-        worker = None
-        try:
-            with contextlib.suppress(GraderError):  # the next request tries again, and reports it
-                worker = self._new_worker()
-        finally:
-            self._slots.put(worker)
+    def idle(self) -> list[_Worker]:
+        """Return the workers that wait for a request."""
+        with self._lock:
+            return [worker for worker in self._free if worker is not None]
 
 
-class _Worker:
-    """One process, which handles one request at a time."""
+class _Template:
+    """The process that workers are forked from; it starts when it is first needed.
+
+    Workers end with it, so nothing is left if it or this program is killed.
+    """
 
     def __init__(self, judge_file: Path, start_deadline_s: float):
-        self._pipe, theirs = Pipe()
+        self._judge_file = judge_file
+        self._deadline_s = start_deadline_s
+        self._lock = threading.Lock()
+        self._running: tuple[subprocess.Popen[bytes], socket.socket] | None = None
+
+    def fork(self, pipe: int) -> tuple[int, int]:
+        """Fork a worker that serves the other end of a pipe.
+
+        Returns:
+            The process id of this process, and that of the worker.
+        """
+        with self._lock:
+            if self._running is None:
+                self._running = self._start()
+            process, control = self._running
+            return process.pid, int(self._ask(control, b"fork", [pipe]))
+
+    def tell(self, what: str, template_pid: int, pid: int) -> int | None:
+        """`slow` down or `end` a worker.
+
+        Returns:
+            The exit status of a worker that was to end; None if its template has ended before it.
+        """
+        with self._lock:
+            if self._running is None or self._running[0].pid != template_pid:
+                return None
+            try:
+                return int(self._ask(self._running[1], f"{what} {pid}".encode(), []))
+            except GraderError:
+                return None
+
+    def close(self) -> None:
+        """End the process, and with it all workers."""
+        with self._lock:
+            self._stop()
+
+    def abandon(self) -> None:
+        """Close a forked child's copy of the connection."""
+        if self._running is not None:
+            self._running[1].close()
+
+    def _start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self._process = subprocess.Popen(
+            arguments = [str(theirs.fileno()), str(self._judge_file), str(_ROOT)]
+            process = subprocess.Popen(
                 # -P keeps the file's folder, with `parsing` and `tasks`, off the path
-                [sys.executable, "-P", str(_PROCESS), str(theirs.fileno()), str(judge_file)],
+                [sys.executable, "-P", str(_PROCESS), *arguments],
                 pass_fds=[theirs.fileno()],
+                env=os.environ | _ONE_THREAD,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is meant for the trainer, not for the grader
             )
+        ours.settimeout(self._deadline_s)
+        self._running = process, ours
+        self._ask(ours, b"", [])
+        return process, ours
+
+    def _ask(self, control: socket.socket, message: bytes, pipes: list[int]) -> bytes:
+        """Send a message, if there is one, and return the answer."""
+        answer = b""
+        try:
+            if message:
+                socket.send_fds(control, [message], pipes)
+            answer = control.recv(64)
+        except TimeoutError:
+            raise GraderError(f"the grader did not start within {self._deadline_s:g} s") from None
+        except OSError:
+            pass  # it has ended
+        finally:
+            status = None if answer else self._stop()  # also if a signal ended the wait
+        if not answer:
+            raise GraderError(f"the grader did not start: it ended with status {status}")
+        return answer
+
+    def _stop(self) -> int | None:
+        if self._running is None:
+            return None
+        process, control = self._running
+        self._running = None
+        control.close()
+        try:
+            return process.wait(1.0)  # it kills its workers
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+
+class _Worker:
+    """One process, which handles one request at a time."""
+
+    def __init__(self, template: _Template):
+        self._template = template
+        self._pipe, theirs = Pipe()
+        self._status: int | None = None  # its exit status, if it has ended
         self._used_s = 0.0  # processor time before the current request
         try:
-            if not self._pipe.poll(start_deadline_s):
-                raise GraderError(f"the grader did not start within {start_deadline_s:g} s")
-            self._read("did not start")
+            with theirs:
+                self._template_pid, self.pid = template.fork(theirs.fileno())
         except BaseException:
-            self.kill()
+            self._pipe.close()
             raise
 
     def send(self, request: tuple[Any, ...]) -> None:
@@ -194,6 +316,10 @@ class _Worker:
                 return True  # it has ended: the pipe reports so
         return False
 
+    def slow_down(self) -> None:
+        """Lower the priority of the process for the rest of its life."""
+        self._template.tell("slow", self._template_pid, self.pid)
+
     def receive(self, deadline_s: float) -> Any:
         """Return the verdict, or raise `GaveUp` after a deadline in processor time."""
         end = time.monotonic() + deadline_s * _WALL_FACTOR
@@ -206,25 +332,21 @@ class _Worker:
                 raise GaveUp(f"the grader gave no verdict within {deadline_s:g} s and was killed")
             self._pipe.poll(max(rest_s, 0.01))
         try:
-            return self._read("gave no verdict")
-        except GraderError as error:
-            raise GaveUp(str(error)) from None
-
-    def kill(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
-        self._pipe.close()
-
-    def _processor_s(self) -> float:
-        """Return the processor time that the process has used, in seconds."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def _read(self, failure: str) -> Any:
-        try:
             # JSON, never a pickle: the sender has processed a model's answer.
             return json.loads(self._pipe.recv_bytes(_MOST_BYTES))
         except (EOFError, OSError):
-            status = self._process.wait()
-            raise GraderError(f"the grader {failure}: it ended with status {status}") from None
+            self.kill()
+        if self._status is None:
+            raise GraderError("the grader gave no verdict: the process it was forked from ended")
+        raise GaveUp(f"the grader gave no verdict: it ended with status {self._status}")
+
+    def kill(self) -> None:
+        """End the process; once it has ended, do nothing."""
+        if not self._pipe.closed:
+            self._status = self._template.tell("end", self._template_pid, self.pid)
+            self._pipe.close()
+
+    def _processor_s(self) -> float:
+        """Return the processor time that the process has used, in seconds."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -21,6 +21,7 @@ from tir_alp.tools.answer_text import (
     MAX_CHARS,
     Number,
     is_gradable,
+    is_label,
     is_only_text,
     is_same_ratio,
     ratio_of,
@@ -45,6 +46,7 @@ _pool = GraderPool(num_workers=min(8, os.cpu_count() or 1))
 
 def _replace_pool() -> None:
     global _pool
+    _pool.abandon()
     _pool = GraderPool(num_workers=_pool.num_workers)
 
 
@@ -135,7 +137,7 @@ def _read_truth(truth: str) -> _Truth | None:
 def _compare(answer: str, truth: _Truth) -> Grade:
     if same_text(answer, truth.text):
         return Grade(correct=True)
-    if truth.is_text:
+    if truth.is_text or is_label(answer):
         return Grade(correct=False)
     if truth.ratio is not None:
         return Grade(correct=is_same_ratio(answer, truth.ratio))

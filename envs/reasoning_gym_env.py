@@ -2,7 +2,8 @@
 
 Nine of the scorers evaluate the answer as Python (`EVALUATING`). An answer that could do more than
 compute is never passed to one of these: it scores 0. The other scorers only compare. All of them
-run in processes that can be killed.
+run in processes that can be killed. An answer that a scorer cannot evaluate is wrong if the scorer
+has a verdict on the task's own answer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
-from tir_alp.envs.grader_pool import GraderError, GraderPool
+from tir_alp.envs.grader_pool import GaveUp, GraderError, GraderPool
 from tir_alp.envs.grading import Grade
 from tir_alp.envs.tasks import ReasoningGymTasks, TaskSource
 from tir_alp.envs.tool_env import EnvSettings, ToolEnv
@@ -57,6 +58,7 @@ _pool = GraderPool(
 
 def _replace_pool() -> None:
     global _pool
+    _pool.abandon()
     _pool = GraderPool(num_workers=_pool.num_workers, judge_file=_pool.judge_file)
 
 
@@ -113,6 +115,8 @@ nothing else between them."""
         entry = {key: task[key] for key in ("question", "answer", "metadata")}
         try:
             score = _pool.verify(name, answer, entry)
+        except GaveUp as error:
+            return _without_verdict(name, entry, error)
         except GraderError as error:
             return Grade(correct=None, outcome=Outcome.GRADER_ERROR, error=str(error))
         return Grade(correct=score >= 1.0, score=score)
@@ -124,6 +128,17 @@ nothing else between them."""
     def wrong_action(self, task: Mapping[str, Any]) -> str:
         """Return a turn without an answer: some scorers give a score for any answer at all."""
         return "I do not know."
+
+
+def _without_verdict(name: str, entry: Mapping[str, Any], failure: GaveUp) -> Grade:
+    """Return the grade of an answer on which the scorer gave up: wrong, if the task is fine."""
+    gold = "" if entry["answer"] is None else str(entry["answer"])
+    try:
+        _pool.verify(name, gold, entry)
+    except GraderError as error:
+        fault = f"the task cannot be graded even with its own answer: {error}"
+        return Grade(correct=None, outcome=Outcome.GRADER_ERROR, error=fault)
+    return Grade(correct=False, error=f"the answer cannot be evaluated: {failure}")
 
 
 def is_program(answer: str) -> bool:

@@ -51,14 +51,20 @@ _REWRITES: tuple[tuple[re.Pattern[str], Any], ...] = tuple(
         (r"\\\$", ""),
         (r"\\(?:displaystyle|textstyle|limits|nolimits)(?![A-Za-z])", ""),
         (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
+        (r"\\land(?![A-Za-z])", " and "),
+        (r"\\lor(?![A-Za-z])", " or "),
         (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
         (r"\\langle(?![A-Za-z])", "("),
         (r"\\rangle(?![A-Za-z])", ")"),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\lg(?![A-Za-z])", r"\\log_{10}"),
+        (r"\\[dt]?binom ?(\d) ?(\d)", r"\\binom{\1}{\2}"),
+        (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+        (r"\{([^{}\\]{1,40})\\choose(?![A-Za-z])([^{}\\]{1,40})\}", r"\\binom{\1}{\2}"),
         (r"\\(le|ge|ne)q(?![A-Za-z])", r"\\\1"),
-        (r"(?<=\d)(?:\\[,:;! ]|~|\{,\}|,\\!)(?=\d\d\d(?!\d))", ","),
-        (r"\\!", ""),
+        (r"(?<=\d)(?:\\[,:;! ]|~|\{,\}|,\\! ?)(?=\d\d\d(?!\d))", ","),
+        (r"\\!|(?<!\\)\\$", ""),
+        (r"\\\\\s*(?=\\end(?![A-Za-z]))", ""),  # after the last row
         (r"(?<!\\)\\(?:[,:;> ]|quad(?![A-Za-z])|qquad(?![A-Za-z]))|~", " "),
         (r"\^(?:\\circ(?![A-Za-z])|\{\\circ\})|\\degree(?![A-Za-z])", ""),
         (r"\\(?:text|mbox|textrm)\{[^{}]*[:=]\s*\}\s*(?=[^\s])", ""),  # a label before the value
@@ -87,9 +93,19 @@ _WRAPPERS = frozenset(
     ]
 )
 _TOKEN = re.compile(r"\\(?P<command>[A-Za-z]+)\*?\s*|\\.|[{}]|.", re.DOTALL)
-_UNIT = r"\\(?:text|mathrm|textrm|mbox|rm)\s?\{[^{}\d]*\}(?:\^\{?-?\d\}?)?"
+_UNIT = (
+    r"\\(?:text|mathrm|textrm|mbox|rm)\s?\{(?!\s?(?:[ie]|[a-z]* ?[ie]) ?\})[^{}\d]*\}"
+    r"(?:\^\{?-?\d\}?)?"
+)
 _UNITS = re.compile(rf"(?:\s?(?:\\cdot\s?|/\s?)?{_UNIT})+$")
-_WORDS = re.compile(r" ?(?P<words>[A-Za-z][A-Za-z]+(?:[ /-][A-Za-z]+)*)(?:\^\{?\d\}?)?\.?$")
+_WORDS = re.compile(
+    r"(?P<words>(?: [A-Za-z]{3,}"
+    r"| ?(?:[kcmd]?m|[km]?g|mi|ft|in|yd|oz|lbs?|m?l|m[sL]|hr|Hz|Pa|sq|kWh?|pm|am))"
+    r"(?:[ /-][A-Za-z]+)*)(?:\^\{?\d\}?)?\.?$"
+)
+_CONSTANT = re.compile(
+    r"(?=.*(?:\d|\\pi))(?:\\(?:[dt]?frac|sqrt|pi|cdot|times|ln|log)(?![A-Za-z])|[0-9 .,{}()^+*/-])+"
+)
 _NO_UNITS = re.compile(
     r"\b(?:or|and|to|plus|minus|times|over|by|mod|base|hundred|thousand|million|billion|trillion|"
     r"dozen|pi|sqrt|infty|choose|not|is|half|halves|thirds?|fourths?|quarters?)\b",
@@ -120,24 +136,35 @@ def _vulgar(match: re.Match[str]) -> str:
 
 def _without_units(text: str) -> str:
     units = _UNITS.search(text)
-    if units and units.start() and read_number(flat(text[: units.start()])):
+    if units and units.start() and _takes_units(flat(text[: units.start()]), units[0]):
         text = text[: units.start()]
     text = flat(text)
     words = _WORDS.search(text, max(0, len(text) - _MAX_UNIT_CHARS))
-    if words and not _NO_UNITS.search(words["words"]) and words["words"].lower() != "percent":
+    if words and not _NO_UNITS.search(words["words"]) and words["words"].strip() != "percent":
         number = text[: words.start()].strip()
-        if read_number(number) is not None:
+        if _takes_units(number, words["words"]):
             return number
     return text
+
+
+def _takes_units(number: str, units: str) -> bool:
+    r"""Whether a text is a number, or a constant such as 5\pi, so that a unit may follow it."""
+    if read_number(number) is not None:
+        return True
+    return _CONSTANT.fullmatch(number) is not None and not _NO_UNITS.search(units)
 
 
 def flat(text: str) -> str:
     """Remove wrappers that only change the looks, and braces that are no command's argument."""
     pieces: list[str] = []
     keeps: list[tuple[bool, bool]] = []  # per open brace: is it kept, may another argument follow
-    is_argument = may_follow = False
+    is_argument = may_follow = is_option = False
     for token in _TOKEN.finditer(text):
         piece, command = token[0], token["command"]
+        if is_option or (piece == "[" and is_argument and may_follow):  # as in \sqrt[3]{x}
+            is_option = piece != "]"
+            pieces.append(piece)
+            continue
         if command in _WRAPPERS:
             is_argument = may_follow = False
             continue
@@ -208,8 +235,12 @@ def read_number(text: str) -> Number | None:
         return None
     percent = _PERCENT.search(text)
     body = (text[: percent.start()] if percent else text).strip()
+    if body.startswith("(") and body.endswith(")"):
+        body = body[1:-1].strip()
     sign = -1 if body.startswith("-") else 1
     body = body.removeprefix("-" if sign < 0 else "+").lstrip()
+    if body.startswith("(") and body.endswith(")") and body[1:2].isdigit():
+        body = body[1:-1].strip()
     if based := _BASED.fullmatch(body):
         return Number(sign * Fraction(int(based["digits"])), None, False, int(based["base"]))
     found: tuple[Fraction, int | None] | None = None
@@ -289,10 +320,16 @@ def _is_decimal(value: Fraction) -> bool:
 
 _CLOCK = re.compile(r"0?(\d|1\d|2[0-3]):([0-5]\d)(:[0-5]\d)? ?(?:([ap])\.?m\.?)?", re.IGNORECASE)
 _RATIO = re.compile(r"\d{1,20}(?:\.\d{1,20})?(?: ?: ?\d{1,20}(?:\.\d{1,20})?)+")
-_CHOICE = re.compile(r"\(?(?P<letter>[A-Z])(?:\)|[.:](?!\d))+ ?(?P<rest>.*)|\(?(?P<alone>[A-Z])\)?")
+_CHOICE = re.compile(
+    r"\(?(?P<letter>[A-Z])(?:\)|\.(?!\d)|:(?!\S))+ ?(?P<rest>.*)|\(?(?P<alone>[A-Z])\)?"
+)
 _EMPTY = str.maketrans("", "", "{}\\$")
 _TRUTHS = {"true": "true", "false": "false", "yes": "yes", "no": "no", "none": "none"}
 _WORD = re.compile(r"[A-Za-z]{4,}")
+_LABEL = re.compile(
+    r"(?:\\(?:angle|triangle|overline|overrightarrow|vec|widehat|odot|square) ?)?"
+    r"\{?(?:[A-Z](?:_?\{?\d\}?|'){0,2}){2,20}\}?"
+)
 _NAMES = re.compile(
     r"(?:arc|a)?(?:sin|cos|tan|sec|csc|cot)h?|log|ln|exp|sqrt|pi|infty|inf|alpha|beta|gamma|delta|"
     r"epsilon|theta|lambda|sigma|omega|phi|psi",
@@ -325,7 +362,7 @@ def same_text(answer: str, truth: str) -> bool:
 
 def is_only_text(truth: str) -> bool:
     """Whether a tidied truth is text, so that reading it as mathematics would be a mistake."""
-    if text_key(truth) in _TRUTHS or _CLOCK.fullmatch(truth):
+    if text_key(truth) in _TRUTHS or _CLOCK.fullmatch(truth) or is_label(truth):
         return True
     choice = _CHOICE.fullmatch(truth)
     if choice and choice["rest"]:
@@ -337,6 +374,11 @@ def is_only_text(truth: str) -> bool:
         and _WORD.search(truth) is not None
         and not _NAMES.match(truth)
     )
+
+
+def is_label(text: str) -> bool:
+    """Whether a tidied text names a segment, an angle or choices by upper-case letters: `ABC`."""
+    return _LABEL.fullmatch(text) is not None
 
 
 def ratio_of(text: str) -> tuple[Fraction, ...] | None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +24,7 @@ def pool():
 
 
 def worker_pids(pool):
-    return [worker._process.pid for worker in pool._slots.queue if worker is not None]
+    return [worker.pid for worker in pool._slots.idle()]
 
 
 def is_alive(pid):
@@ -32,6 +33,13 @@ def is_alive(pid):
     except ProcessLookupError:
         return False
     return True
+
+
+def wait_for_the_end_of(*pids):
+    end = time.monotonic() + 10.0
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < end, f"still alive: {[*filter(is_alive, pids)]}"
+        time.sleep(0.01)
 
 
 # ------------------------------------------------------------------------ without a process
@@ -253,6 +261,64 @@ def test_a_slow_request_does_not_hold_up_the_others(tmp_path):
     pool.close()
 
 
+def test_a_killed_worker_is_replaced_in_milliseconds(pool):
+    assert pool.verify("0.5", "1/2")
+    begin = time.process_time(), time.perf_counter()
+    for _ in range(5):
+        (pid,) = worker_pids(pool)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(GraderError):
+            pool.verify("0.5", "1/2")
+        assert pool.verify("0.5", "1/2")
+        assert worker_pids(pool) != [pid]
+    assert time.perf_counter() - begin[1] < 2.0  # five starts of a process with sympy: five seconds
+
+
+def test_the_process_that_workers_are_forked_from_is_replaced_too(pool):
+    assert pool.verify("0.5", "1/2")
+    template, (pid,) = pool._template._running[0].pid, worker_pids(pool)
+    os.kill(template, signal.SIGKILL)
+    wait_for_the_end_of(pid)
+    with pytest.raises(GraderError) as failure:
+        pool.verify("0.5", "1/2")
+    assert not isinstance(failure.value, GaveUp)  # no fault of the answer
+    assert pool.verify("0.5", "1/2")
+
+
+def test_an_answer_at_work_when_the_template_ends_is_not_at_fault(pool):
+    assert pool.verify("0.5", "1/2")
+    killer = threading.Timer(0.2, os.kill, (pool._template._running[0].pid, signal.SIGKILL))
+    killer.start()
+    with pytest.raises(GraderError) as failure:
+        pool.verify(*HANGS)
+    assert not isinstance(failure.value, GaveUp)
+    killer.join()
+    assert pool.verify("0.5", "1/2")
+
+
+def test_requests_are_served_in_the_order_in_which_they_came(tmp_path):
+    judge = tmp_path / "judge.py"
+    judge.write_text("import time\ndef judge(*_):\n    time.sleep(0.002)\n    return True\n")
+    pool = GraderPool(num_workers=1, judge_file=judge)
+    pool.verify()
+    waits = []
+
+    def ask():
+        for _ in range(25):
+            begin = time.perf_counter()
+            pool.verify()
+            waits.append(time.perf_counter() - begin)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    pool.close()
+    waits.sort()
+    assert waits[-1] < 8 * waits[len(waits) // 2]
+
+
 def test_many_threads_get_their_own_verdicts(pool):
     verdicts = {}
 
@@ -292,8 +358,34 @@ def test_the_graders_of_a_program_end_with_it():
     program = """if True:
         from tir_alp.envs import grading
         assert grading.grade("0.5", "1/2").correct
-        print(*(w._process.pid for w in grading._pool._slots.queue if w is not None))
+        print(*(w.pid for w in grading._pool._slots.idle()))
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stderr == ""
     assert not any(is_alive(int(pid)) for pid in done.stdout.split())
+
+
+def test_nothing_is_left_of_a_program_that_is_killed_while_it_grades():
+    program = """if True:
+        import threading
+        from tir_alp.envs import grading
+        assert grading.grade("0.5", r"\\frac{\\sqrt{4}}{4}").correct
+        idle = [worker.pid for worker in grading._pool._slots.idle()]
+        hang = ("{" * 30 + "1" + "}" * 30, "1/3")
+        threading.Thread(target=grading._pool.verify, args=hang).start()
+        threading.Event().wait(0.3)
+        print(grading._pool._template._running[0].pid, *idle, flush=True)
+        threading.Event().wait()
+    """
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as killed:
+        assert killed.stdout is not None
+        template, *idle = map(int, killed.stdout.readline().split())
+        workers = children_of(template)
+        assert set(idle) <= workers and workers
+        killed.kill()
+    wait_for_the_end_of(template, *workers)
+
+
+def children_of(pid):
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return set(map(int, listed.split()))

@@ -121,15 +121,30 @@ def test_a_partial_score_is_a_reward_but_not_a_right_answer():
     assert (reward, info["correct"]) == (0.05, False)
 
 
-def test_a_scorer_that_hangs_is_an_error_of_the_grader(monkeypatch):
+@pytest.fixture
+def impatient(monkeypatch):
     pool = GraderPool(num_workers=1, judge_file=reasoning_gym_env._pool.judge_file, deadline_s=2.0)
     monkeypatch.setattr(reasoning_gym_env, "_pool", pool)
+    yield
+    pool.close()
+
+
+@pytest.mark.parametrize("answer", ["9**9**9**9", "(" * 300 + "1" + ")" * 300])
+def test_an_answer_that_a_scorer_cannot_evaluate_in_time_is_wrong(impatient, answer):
     env = gymnasium.make(ID, dataset="countdown")
     env.reset(seed=0)
-    _, _, terminated, truncated, info = env.step("<answer>9**9**9**9</answer>")
+    _, reward, terminated, truncated, info = env.step(f"<answer>{answer}</answer>")
+    assert (terminated, truncated, info["correct"], info["outcome"]) == (True, False, False, "ok")
+    assert reward <= 0.05
+
+
+def test_a_task_that_a_scorer_cannot_grade_is_an_error_of_the_grader(impatient):
+    task = {"question": "?", "answer": "1", "dataset": "no_such_set", "metadata": {}}
+    env = gymnasium.make(ID, tasks=[task])
+    env.reset(options={"task": task})
+    _, _, terminated, truncated, info = env.step("<answer>1</answer>")
     assert (terminated, truncated, info["correct"]) == (False, True, None)
     assert info["outcome"] == Outcome.GRADER_ERROR
-    pool.close()
 
 
 @pytest.mark.parametrize(

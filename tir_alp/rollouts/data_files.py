@@ -27,7 +27,7 @@ from tir_alp.rollouts.answer_pattern import compile_pattern, cut_answer, gsm8k_a
 from tir_alp.rollouts.file_formats import open_csv, open_lines
 from tir_alp.rollouts.surrogates import SURROGATE
 from tir_alp.tools.answer_text import is_gradable
-from tir_alp.tools.code_tests import read_cases
+from tir_alp.tools.code_forms import has_tests, read_tests
 from tir_alp.tools.held_out import Split, is_held_out
 
 _MAX_NAMED = 20  # columns in a message
@@ -295,9 +295,9 @@ def read_row(raw: Any, rows: RawRows, number: int, config: SourceConfig) -> dict
             f"{location}: {columns[1]!r} must be a text or a number, not {answer!r:.100}"
         )
     answer = _cut(answer, config, f"{location}: {columns[1]!r}")
-    if "tests" in raw and "entry_point" in raw:
+    if has_tests(raw):
         try:
-            read_cases(raw["tests"], raw["entry_point"])
+            read_tests(raw)
         except ValueError as error:
             raise ValueError(f"{location}: {error}") from None
     task_id = raw.get("task_id")

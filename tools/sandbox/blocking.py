@@ -22,6 +22,7 @@ from tir_alp.tools.sandbox.base import Sandbox, Session
 from tir_alp.tools.sandbox.config import Limits, SandboxConfig
 from tir_alp.tools.sandbox.create import create_sandbox
 from tir_alp.tools.sandbox.result import RunResult, SandboxError, SandboxReport, failed_result
+from tir_alp.tools.sandbox.script import EXIT_STATUS, Script, ScriptResult
 
 _T = TypeVar("_T")
 _START_TIMEOUT_S = 180.0
@@ -109,6 +110,17 @@ class BlockingSession:
             return self._sandbox.wait_for(self._session.run(code, limits), timeout_s)
         except SandboxError as error:
             return failed_result(error, time.perf_counter() - started)
+
+    def run_script(self, script: Script, limits: Limits | None = None) -> ScriptResult:
+        """As `Session.run_script`; a sandbox that does not answer is an `INFRA_ERROR`."""
+        config = self._sandbox.config
+        timeout_s = (limits or config.limits).wall_s + config.max_wait_s + _MARGIN_S
+        started = time.perf_counter()
+        try:
+            return self._sandbox.wait_for(self._session.run_script(script, limits), timeout_s)
+        except SandboxError as error:
+            result = failed_result(error, time.perf_counter() - started)
+            return ScriptResult(result, EXIT_STATUS[result.outcome])
 
     def fork(self) -> BlockingSession:
         """As `Session.fork`."""
