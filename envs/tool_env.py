@@ -306,6 +306,15 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         """Free the sessions of the tools. Closing twice is allowed."""
         self._end_episode()
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self._sessions:
+            raise TypeError(
+                f"{type(self).__name__} cannot be pickled while it has an open session of "
+                f"{' and '.join(map(repr, self._sessions))}: pickle it before the first tool call "
+                "of an episode, or after reset() or close()"
+            )
+        return self.__dict__
+
     def _draw(self, split: str | None) -> Mapping[str, Any]:
         """Draw a task, from a split if one is given."""
         for _ in range(_MAX_DRAWS):
