@@ -315,6 +315,15 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         """Free the sessions of the tools. Closing twice is allowed."""
         self._end_episode()
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self._sessions:
+            raise TypeError(
+                f"{type(self).__name__} cannot be pickled while it has an open session of "
+                f"{' and '.join(map(repr, self._sessions))}: pickle it before the first tool call "
+                "of an episode, or after reset() or close()"
+            )
+        return self.__dict__
+
     def _answer_of(self, action: str) -> str | None:
         """As `answer_in`; for reward functions, a text without an answer is one itself."""
         answer = self.answer_in(action)

@@ -1,19 +1,31 @@
-"""Checks the arguments of a call against a tool's JSON schema."""
+"""Checks the arguments of a call against a tool's JSON schema, in bounded time.
+
+Both may come from outside: the schema from an MCP server, the arguments from a model. With some
+keywords a check may take any time, such as a `pattern` that backtracks. Such a check is made in a
+process of its own, which is killed at its deadline; the others are made right here.
+"""
 
 from __future__ import annotations
 
-import functools
 import json
+import os
+import queue
+import subprocess
+import sys
 from collections.abc import Mapping
+from multiprocessing import Pipe
+from pathlib import Path
 from typing import Any
 
-from jsonschema.exceptions import SchemaError, best_match
-from jsonschema.protocols import Validator
-from jsonschema.validators import Draft202012Validator, validator_for
-from referencing import Registry
-from referencing.exceptions import Unresolvable
+from tir_alp.tools.argument_rules import arguments_fault, schema_fault, takes_known_time
 
-_MOST_CHARS = 300
+_PROCESS = Path(__file__).with_name("argument_rules.py")
+_MOST_SCHEMA_CHARS = 1_000_000
+_MOST_WORK = 1_000_000
+"""Characters of the schema times those of the arguments, up to which a check is quick."""
+_NUM_PROCESSES = 4
+_START_DEADLINE_S = 60.0
+_QUEUE_DEADLINE_S = 60.0
 
 
 class ArgumentCheck:
@@ -23,19 +35,23 @@ class ArgumentCheck:
         name: Name of the tool, for error messages.
         schema: JSON schema of an object, in the draft that it names or else 2020-12. Nothing is
             fetched for a `$ref`.
+        deadline_s: Seconds for one check, and for the check of the schema.
 
     Raises:
-        ValueError: It is not a JSON schema.
+        ValueError: It is not a JSON schema, or has more than a million characters.
     """
 
-    def __init__(self, name: str, schema: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, schema: Mapping[str, Any], deadline_s: float = 10.0) -> None:
+        self._deadline_s = deadline_s
         try:
-            self._validator = _validator(json.dumps(dict(schema)))
-        except (SchemaError, TypeError) as error:
-            reason = error.message if isinstance(error, SchemaError) else error
-            raise ValueError(
-                f"the parameters of the tool {name!r} are not a JSON schema: {reason}"
-            ) from error
+            self._schema = json.dumps(dict(schema))
+        except (TypeError, ValueError, RecursionError) as error:
+            fault = str(error) or type(error).__name__
+        else:
+            self._is_quick = takes_known_time(schema)
+            fault = self._schema_fault()
+        if fault:
+            raise ValueError(f"the parameters of the tool {name!r} are not a JSON schema: {fault}")
 
     def error(self, arguments: Mapping[str, Any]) -> str:
         """Describe what is wrong, for the model to read; empty if nothing is.
@@ -43,21 +59,118 @@ class ArgumentCheck:
         Example: `"'code' is a required property"`.
         """
         try:
-            error = best_match(self._validator.iter_errors(arguments))
-        except (RecursionError, Unresolvable) as failure:
+            sent = json.dumps(arguments)
+        except (TypeError, ValueError, RecursionError) as failure:
             return f"the arguments cannot be checked: {type(failure).__name__}"
-        if error is None:
-            return ""
-        message = error.message
-        if len(message) > _MOST_CHARS:
-            message = f"{message[:_MOST_CHARS]}..."
-        return f"{error.json_path[2:]}: {message}" if len(error.path) else message
+        if self._is_quick and len(self._schema) * len(sent) <= _MOST_WORK:
+            return arguments_fault(self._schema, arguments)
+        try:
+            return _processes().ask(self._schema, sent, self._deadline_s)
+        except _NoAnswer as failure:
+            return f"the arguments cannot be checked: {failure}"
+
+    def _schema_fault(self) -> str:
+        size = len(self._schema)
+        if size > _MOST_SCHEMA_CHARS:
+            return f"it has {size} characters, and at most {_MOST_SCHEMA_CHARS} are allowed"
+        if self._is_quick and size**2 <= _MOST_WORK:
+            return schema_fault(self._schema)
+        try:
+            return _processes().ask(self._schema, "null", self._deadline_s)
+        except _NoAnswer as failure:
+            return f"it cannot be checked: {failure}"
 
 
-@functools.lru_cache(maxsize=256)  # every episode has its own tools, with the same schemas
-def _validator(schema: str) -> Validator:
-    """The validator of a JSON schema. Checking a schema takes ten times as long as an episode."""
-    parsed = json.loads(schema)
-    kind = validator_for(parsed, default=Draft202012Validator)
-    kind.check_schema(parsed)
-    return kind(parsed, registry=Registry())
+class _NoAnswer(Exception):
+    """A check did not end; the message is for the model."""
+
+
+class _Processes:
+    """The processes that check, for any number of threads; each starts when it is first needed."""
+
+    def __init__(self) -> None:
+        # A slot is the right to use one process: an idle one, or None if it has yet to be started.
+        self._slots: queue.LifoQueue[_Process | None] = queue.LifoQueue()
+        for _ in range(_NUM_PROCESSES):
+            self._slots.put(None)
+
+    def ask(self, schema: str, arguments: str, deadline_s: float) -> str:
+        """What is wrong with arguments, or with the schema if they are "null".
+
+        Raises:
+            _NoAnswer: The check took too long or too much memory.
+        """
+        try:
+            process = self._slots.get(timeout=_QUEUE_DEADLINE_S)
+        except queue.Empty:
+            raise _NoAnswer("too many checks are under way") from None
+        try:
+            if process is None or not process.is_alive:
+                process = _Process()
+            return process.ask(schema, arguments, deadline_s)
+        except BaseException:
+            if process is not None:
+                process.kill()
+                process = None
+            raise
+        finally:
+            self._slots.put(process)
+
+
+class _Process:
+    """One process, which makes one check at a time. It ends when its pipe is closed."""
+
+    def __init__(self) -> None:
+        self._pipe, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                # -P keeps the folder of the file off the path.
+                [sys.executable, "-P", str(_PROCESS), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is meant for the trainer
+            )
+        try:
+            self._answer(_START_DEADLINE_S)
+        except BaseException:
+            self.kill()
+            raise
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, schema: str, arguments: str, deadline_s: float) -> str:
+        request = f"[{json.dumps(schema)}, {arguments}, {json.dumps(deadline_s)}]"
+        try:
+            self._pipe.send_bytes(request.encode())
+        except OSError:
+            raise _NoAnswer("the process for it had died") from None
+        return self._answer(deadline_s)
+
+    def _answer(self, deadline_s: float) -> str:
+        if not self._pipe.poll(deadline_s):
+            raise _NoAnswer(f"that takes more than {deadline_s:g} s")
+        try:
+            return json.loads(self._pipe.recv_bytes())
+        except (EOFError, OSError):
+            status = self._process.wait()
+            raise _NoAnswer(f"the process for it ended with status {status}") from None
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._pipe.close()
+
+
+_by_process: dict[int, _Processes] = {}
+
+
+def _processes() -> _Processes:
+    """Those of this process: a forked child must not use the pipes of its parent."""
+    pid = os.getpid()
+    if pid not in _by_process:
+        _by_process.setdefault(pid, _Processes())
+    return _by_process[pid]

@@ -16,7 +16,9 @@ its end is known as soon as the mark is written.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,6 +47,13 @@ class CallMarks:
 
 
 HERMES = CallMarks()
+
+_CLOSING = {"[": "]", "{": "}"}
+_STRING_OR_BRACKET = re.compile(
+    r'"[^"\\]*(?:\\.[^"\\]*)*(?P<end>"?)|[\[\]{}]', re.DOTALL
+)  # a string that is never closed matches too, so that it is read once
+_SHOWN_CHARS = 20
+"""Number of characters of a faulty call that the description of its fault shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +102,15 @@ def call_blocks(text: str, marks: CallMarks = HERMES) -> Iterator[CallBlock]:
 
 
 def read_call(content: str, marks: CallMarks = HERMES) -> ToolCall | BadCall:
-    """Read the JSON of a call. Never raises, whatever the content is."""
+    """Read the JSON of a call. Never raises, whatever the content is.
+
+    Line ends and other control characters may stand in strings, and the braces at the end of the
+    call and its arguments may be missing: both can be meant in one way only.
+    """
     try:
-        call = json.loads(content, parse_constant=_no_constant)
+        call = _load_completed(content, "[{{" if marks.in_list else "{{")
     except (ValueError, RecursionError) as error:
-        return BadCall(f"the call is not JSON: {str(error) or type(error).__name__}")
+        return BadCall(f"the call is not JSON: {_fault(error)}")
     if marks.in_list:
         if not isinstance(call, list) or not call:
             return BadCall("a call is written as a JSON list with one object in it")
@@ -139,24 +152,33 @@ def write_call(call: ToolCall, call_format: CallFormat) -> str | None:
 
 
 def call_watcher(call_format: CallFormat, marks: CallMarks = HERMES) -> Callable[[str], bool]:
-    """Return a function to feed a text to, piece by piece; True once it contains a complete call.
+    """Return a function to feed a text to, piece by piece; True for a piece that completes a call.
 
-    Generation should stop there. It never returns True if only the end of the turn ends a call:
-    then the end-of-turn token stops it.
+    Generation should stop there. A block whose closing fence stands at the end of a line of code is
+    complete only when the line has ended; if the turn ends instead, `find_call` finds the call. The
+    function never returns True if only the end of the turn ends a call: then the end-of-turn token
+    stops it.
     """
     if call_format == "fenced":
         scanner = BlockScanner()
         return lambda piece: any(block.is_python for block in scanner.feed(piece))
     if call_format == "none" or not marks.opening or not marks.closing:
         return lambda piece: False
-    text = ""
+    awaited, rest = marks.opening, ""
+    is_inside = False  # a call, whose closing mark is awaited
 
     def watch(piece: str) -> bool:
-        nonlocal text
-        text += piece
-        return marks.closing[-1] in piece and any(
-            block.is_complete for block in call_blocks(text, marks)
-        )
+        nonlocal awaited, rest, is_inside
+        text, position = rest + piece, 0
+        is_complete = False
+        while (found := text.find(awaited, position)) >= 0:
+            position = found + len(awaited)
+            is_complete = is_complete or is_inside
+            is_inside = not is_inside
+            awaited = marks.closing if is_inside else marks.opening
+        # The awaited mark may have begun: keep one character less than its length.
+        rest = text[max(position, len(text) - len(awaited) + 1) :]
+        return is_complete
 
     return watch
 
@@ -210,6 +232,53 @@ def _between(text: str, taken: Iterator[tuple[int, int]]) -> list[str]:
         pieces.append(text[position:start])
         position = end
     return [*pieces, text[position:]]
+
+
+def _load(content: str) -> Any:
+    """Read JSON in which a string may contain line ends, but none of NaN and Infinity."""
+    return json.loads(content, strict=False, parse_constant=_no_constant)
+
+
+def _load_completed(content: str, frame: str) -> Any:
+    """Read the JSON of a call, with the brackets that its end may lack."""
+    try:
+        return _load(content)
+    except ValueError:
+        if missing := _missing_end(content, frame):
+            with contextlib.suppress(ValueError):
+                return _load(content + missing)
+        raise
+
+
+def _missing_end(content: str, frame: str) -> str:
+    """Return the brackets that would close a call, or "" if it lacks something else as well.
+
+    Args:
+        content: The JSON of the call.
+        frame: The brackets that open the call and its arguments.
+    """
+    still_open: list[str] = []
+    for part in _STRING_OR_BRACKET.finditer(content):
+        match part[0][0]:
+            case "[" | "{":
+                still_open.append(part[0])
+            case '"':
+                if not part["end"]:
+                    return ""
+            case bracket:
+                if not still_open or _CLOSING[still_open.pop()] != bracket:
+                    return ""
+    if not frame.startswith("".join(still_open)):
+        return ""
+    return "".join(_CLOSING[each] for each in reversed(still_open))
+
+
+def _fault(error: ValueError | RecursionError) -> str:
+    """Describe why a call is not JSON: what is expected, and before which text."""
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error) or type(error).__name__
+    following = error.doc[error.pos : error.pos + _SHOWN_CHARS]
+    return f"{error}, before {following!r}" if following else f"{error}, at its end"
 
 
 def _no_constant(name: str) -> None:

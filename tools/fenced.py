@@ -54,7 +54,8 @@ class BlockScanner:
     A block ends at as many backticks (or tildes) at the start of a line, indented no more than its
     opening, whatever follows. So its end is known as soon as the last of them is written, and ```
     within a line of code is code. One exception: a line of Python that ends with the fence closes
-    the block when the line has ended, unless the fence is in a string or a comment.
+    the block when the line or the whole text has ended, unless the fence is in a string or a
+    comment.
     """
 
     def __init__(self) -> None:
@@ -77,12 +78,15 @@ class BlockScanner:
             self._feed_line(line, found)
         return found
 
-    def open_block(self) -> CodeBlock | None:
-        """Return the block that is still open at the end of the text, or None."""
+    def last_block(self) -> CodeBlock | None:
+        """Return the block that the end of the text closes or leaves open, or None."""
         if not self._fence:
             return None
-        code = "".join([*self._code, self._dedented("".join(self._line))])
-        return CodeBlock(self._tag, code, self._start, self._position, is_complete=False)
+        line = "".join(self._line)
+        if is_complete := self._fence in line and self._ends_with_fence(line):
+            line = self._before_fence(line)
+        code = "".join([*self._code, self._dedented(line)])
+        return CodeBlock(self._tag, code, self._start, self._position, is_complete)
 
     def _feed_line(self, part: str, found: list[CodeBlock]) -> None:
         """Read a part of a line, up to its end at most."""
@@ -99,8 +103,7 @@ class BlockScanner:
             if "```" in line or "~~~" in line:
                 self._read_opening(line)
         elif self._fence in line and self._ends_with_fence(line):
-            code = line.rstrip()[: -len(self._fence)].rstrip()
-            self._code.append(self._dedented(code) + "\n")
+            self._code.append(self._dedented(self._before_fence(line)))
             found.append(self._close(self._position))
         else:
             self._code.append(self._dedented(line) if self._indent else line)
@@ -151,6 +154,9 @@ class BlockScanner:
             for count, quote in zip(self._num_quotes, "\"'", strict=True)
         )
 
+    def _before_fence(self, line: str) -> str:
+        return line.rstrip()[: -len(self._fence)].rstrip() + "\n"
+
     def _dedented(self, line: str) -> str:
         margin = len(line) - len(line.lstrip(" \t"))
         return line[min(margin, self._indent) :]
@@ -160,7 +166,7 @@ def code_blocks(text: str) -> Iterator[CodeBlock]:
     r"""Yield the fenced blocks of a text in order; `BlockScanner` defines what they are."""
     scanner = BlockScanner()
     yield from scanner.feed(text)
-    if (block := scanner.open_block()) is not None:
+    if (block := scanner.last_block()) is not None:
         yield block
 
 

@@ -46,7 +46,7 @@ def mcp_tools(
     """
     server = McpServer.model_validate(server)
     listing = _connections().list_tools(server)
-    shared = _connections().shared(server) if server.shared else _SharedConnection(server)
+    shared = _shared_connection(server)
     names = [tool.name for tool in listing]
     if missing := [name for name in only or () if name not in names]:
         raise ValueError(f"{server} has no tool {missing[0]!r}; it has: {', '.join(names)}")
@@ -140,6 +140,10 @@ class _SharedConnection:
         self._lock = threading.Lock()
         self._connection: McpConnection | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a tool opens connections of its own, where it is."""
+        return _shared_connection, (self._server,)
+
     def acquire(self) -> McpConnection:
         with self._lock:
             if self._connection is None or not self._connection.is_open:
@@ -155,6 +159,11 @@ class _SharedConnection:
             if self._connection is connection:
                 self._connection = None
         connection.close()
+
+
+def _shared_connection(server: McpServer) -> _SharedConnection:
+    """That of the process, or one for the tools of one environment."""
+    return _connections().shared(server) if server.shared else _SharedConnection(server)
 
 
 class _Listing:

@@ -67,13 +67,35 @@ class HostedEnv(gymnasium.Env[str, str]):
         self._start_timeout_s = start_timeout_s
         self._step_timeout_s = step_timeout_s
         self._is_under_way = False
-        self._host = _shared_host(find_python(library, python), library, start_timeout_s)
+        self._name = name
+        self._settings = dict(settings or {})
+        self._python = python
+        self._open()
+
+    def _open(self) -> None:
+        python = find_python(self._library, self._python)
+        self._host = _shared_host(python, self._library, self._start_timeout_s)
         try:
             self._number: int | None = self._host.ask(
-                "open", start_timeout_s, name=name, settings=dict(settings or {})
+                "open", self._start_timeout_s, name=self._name, settings=self._settings
             )
         except LibraryError as error:
-            raise ValueError(f"{library} cannot make {name!r}: {error}") from error
+            raise ValueError(f"{self._library} cannot make {self._name!r}: {error}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._is_under_way:
+            raise TypeError(
+                f"{self._name!r} cannot be pickled in an episode, whose state is in a process of "
+                f"{self._library}: pickle it before reset() or after the episode's end"
+            )
+        return {name: each for name, each in self.__dict__.items() if name != "_host"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        is_closed = self._number is None
+        self._open()
+        if is_closed:
+            self.close()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -17,7 +17,8 @@ import sys
 from typing import Any
 
 import uvicorn
-from host_process import HostProcess
+from fastapi import HTTPException
+from host_process import HostProcess, LibraryError
 from openenv.core.env_server.http_server import create_fastapi_app
 from openenv.core.env_server.interfaces import Environment
 from openenv.core.env_server.types import Action, Observation, State
@@ -26,6 +27,10 @@ from pydantic import Field
 _START_TIMEOUT_S = 120.0
 _TIMEOUT_S = 300.0
 _INFRASTRUCTURE = ("infra_error", "grader_error", "cancelled")
+_NO_EPISODE = (
+    "no episode is under way: reset before the first step and after the last one. OpenEnv keeps an "
+    "episode only in a session of the WebSocket /ws; each POST has an environment of its own"
+)
 
 
 class TextAction(Action):
@@ -52,6 +57,7 @@ class TextEnvironment(Environment):
         self._host = host
         self._number = host.ask("open", _TIMEOUT_S, name=name, settings=settings)
         self._state = State(step_count=0)
+        self._is_under_way = False
 
     def reset(
         self,
@@ -60,17 +66,27 @@ class TextEnvironment(Environment):
         task: dict[str, Any] | None = None,
         **_: Any,
     ) -> TextObservation:
-        """Begin an episode."""
-        text = self._host.ask("reset", _TIMEOUT_S, env=self._number, seed=seed, task=task)
+        """Begin an episode. A task that the environment refuses is a 400."""
+        self._is_under_way = False
+        try:
+            text = self._host.ask("reset", _TIMEOUT_S, env=self._number, seed=seed, task=task)
+        except LibraryError as error:
+            if task is None:
+                raise
+            raise HTTPException(400, f"the environment refuses the task: {error}") from error
         self._state = State(episode_id=episode_id, step_count=0)
+        self._is_under_way = True
         return TextObservation(text=text)
 
     def step(self, action: TextAction, timeout_s: float | None = None, **_: Any) -> TextObservation:
-        """Play one turn."""
+        """Play one turn. Without an episode, that is a 409."""
+        if not self._is_under_way:
+            raise HTTPException(409, _NO_EPISODE)
         answer = self._host.ask(
             "step", timeout_s or _TIMEOUT_S, env=self._number, action=action.text
         )
         self._state.step_count += 1
+        self._is_under_way = not (answer["terminated"] or answer["truncated"])
         if answer["info"].get("outcome") in _INFRASTRUCTURE:
             raise RuntimeError(f"{answer['info']['outcome']}: {answer['info'].get('error')}")
         return TextObservation(

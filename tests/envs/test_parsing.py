@@ -5,7 +5,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tir_alp.envs.parsing import Answer, extract_boxed, parse_action
-from tir_alp.tools.calls import ToolCall, call_watcher, find_call, write_call
+from tir_alp.tools.calls import (
+    HERMES,
+    BadCall,
+    CallMarks,
+    ToolCall,
+    call_blocks,
+    call_watcher,
+    find_call,
+    read_call,
+    write_call,
+)
 from tir_alp.tools.fenced import code_blocks
 
 
@@ -99,6 +109,10 @@ def test_a_block_is_found_as_soon_as_its_closing_fence_is_written():
         "see ```python3\na = 1\n```",
         "```python\na = 1```\n",
         "```python\na = 1 ``` \nthen",
+        "```python\na = 1```",
+        "```python\na = 1 ```  ",
+        "  ```py\n  a = 1```",
+        "~~~py\na = 1~~~",
     ],
 )
 def test_what_models_write_around_code_is_a_call(text):
@@ -124,7 +138,12 @@ def test_a_fence_within_code_is_code(text, code):
     "text",
     [
         "I use ```python code here\nx\n```",
-        "```python\na = 1```",
+        "```python\na = 1``",
+        "```python\na = 1  # ```",
+        "```python\na = '```",
+        '```python\na = """\nsee ```',
+        "```python\n a```b",
+        "```json\n1```",
         "`````\na\n```",
         "> x ```\ny\n```",
     ],
@@ -133,11 +152,31 @@ def test_what_only_resembles_a_block_is_no_call(text):
     assert not isinstance(parse_action(text), ToolCall)
 
 
-@pytest.mark.parametrize("piece", ["`", "\n`", "```\n", "```py\n", "~", "a\n", "x```\n"])
-def test_a_stop_rule_that_reads_piece_by_piece_is_linear(piece):
+@pytest.mark.parametrize(
+    ("call_format", "begun", "piece"),
+    [
+        *(
+            ("fenced", "```json\n", piece)
+            for piece in ("`", "\n`", "```\n", "```py\n", "~", "a\n", "x```\n")
+        ),
+        *(
+            ("tool_call", begun, piece)
+            for begun in ("", "<tool_call>")
+            for piece in (
+                ">",
+                "<",
+                "<tool_call>",
+                "</tool_call",
+                "a > b",
+                "<tool_call></tool_call>",
+            )
+        ),
+    ],
+)
+def test_a_stop_rule_that_reads_piece_by_piece_is_linear(call_format, begun, piece):
     def seconds(count):
-        watch = call_watcher("fenced")
-        watch("```json\n")
+        watch = call_watcher(call_format)
+        watch(begun)
         begin = time.process_time()
         for _ in range(count):
             watch(piece)
@@ -148,14 +187,85 @@ def test_a_stop_rule_that_reads_piece_by_piece_is_linear(piece):
     assert long < 10 * short  # four times as much; quadratic would be 16 times
 
 
+TAGS = ["<tool_call>", "</tool_call>", "<tool", "_call>", "</", "<", ">", "{}", "x"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(TAGS)), st.sampled_from([HERMES, CallMarks("<tool", "_call>")]))
+def test_the_stop_rule_fires_with_the_piece_that_ends_the_marked_call(pieces, marks):
+    watch = call_watcher("tool_call", marks)
+    fired = next((count for count, each in enumerate(pieces, 1) if watch(each)), None)
+    ends = [
+        count
+        for count in range(len(pieces) + 1)
+        if any(block.is_complete for block in call_blocks("".join(pieces[:count]), marks))
+    ]
+    assert fired == (ends[0] if ends else None)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(["```", "```py\n", "  ", "~~~", "\n", "x", "`", "- ", "a```\n"])))
 def test_the_stop_rule_fires_at_the_end_of_the_block_that_is_parsed(pieces):
-    text = "".join(pieces)
+    text = "".join(pieces) + "\n"
     block = next((block for block in code_blocks(text) if block.is_python), None)
     watch = call_watcher("fenced")
     fired = next((index + 1 for index, each in enumerate(text) if watch(each)), None)
     assert fired == (None if block is None else block.end)
+
+
+# ------------------------------------------------------------------------------ calls in JSON
+
+
+PRINT = ToolCall("python", {"code": "print(1)\nprint(2)"})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        r'{"name": "python", "arguments": {"code": "print(1)\nprint(2)"}}',
+        '{"name": "python", "arguments": {"code": "print(1)\nprint(2)"}}',
+        '{"name": "python", "arguments": {"code": "print(1)\nprint(2)"}',
+        '{"name": "python", "arguments": {"code": "print(1)\nprint(2)"}\n',
+        '{"name": "python", "arguments": {"code": "print(1)\nprint(2)"',
+        '\n{"arguments": {"code": "print(1)\nprint(2)"}, "name": "python"',
+    ],
+)
+def test_line_ends_in_strings_and_missing_last_braces_are_understood(content):
+    assert read_call(content) == PRINT
+    assert find_call(f"<tool_call>{content}</tool_call>", "tool_call") == PRINT
+
+
+def test_braces_in_strings_are_not_counted():
+    content = r'{"name": "f", "arguments": {"text": "}{ \" ] {"}'
+    assert read_call(content) == ToolCall("f", {"text": '}{ " ] {'})
+
+
+def test_a_list_of_calls_may_lack_its_end():
+    marks = CallMarks("[TOOL_CALLS]", "", in_list=True)
+    made = ToolCall("f", {"x": [1, {}]})
+    whole = '[{"name": "f", "arguments": {"x": [1, {}]}}]'
+    for num_missing in range(4):
+        assert read_call(whole[: len(whole) - num_missing], marks) == made
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ('{"name": "f", "arguments": {"x": [1, 2', "Expecting ',' delimiter: line 1 column 39"),
+        ('{"name": "f", "arguments": {"x": "1', "Unterminated string starting at: line 1 col"),
+        ('{"name": "f", "arguments": {"x": 1}]', "char 35), before ']'"),
+        ('{"name": "f", "arguments": {"x": }', "Expecting value: line 1 column 34 (char 33)"),
+        ('{"name": "f", "arguments": {"x": 1}}}', "Extra data: line 1 column 37"),
+        ("{'name': 'f'}", "double quotes: line 1 column 2 (char 1), before \"'name': 'f'}\""),
+        ('{"name": "f" "arguments": {}}', "delimiter: line 1 column 14"),
+        ('{"name": "f", "arguments": {"x": {"y": 1', "char 40), at its end"),
+        ('{"arguments": {"name": "f"}', "a call is a JSON object"),
+        ("", "Expecting value: line 1 column 1 (char 0), at its end"),
+    ],
+)
+def test_what_is_wrong_with_a_call_is_described(content, fault):
+    found = read_call(content)
+    assert isinstance(found, BadCall) and fault in found.error
 
 
 # --------------------------------------------------------------------------------- answers
@@ -243,7 +353,14 @@ def test_a_call_is_known_at_its_closing_fence_and_not_before(text):
         assert not isinstance(parse_action(text), ToolCall)
     else:
         assert parse_action(text[: block.end]) == parse_action(text) == call(block.code)
-        assert not isinstance(parse_action(text[: block.end - 1]), ToolCall)
+        before = text[: block.end].rstrip()[:-1]
+        assert not isinstance(parse_action(before), ToolCall)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([*PIECES, "a```", "'", "#"])).map("".join))
+def test_the_end_of_a_turn_closes_a_block_as_the_end_of_its_last_line_does(text):
+    assert find_call(text) == find_call(text + "\n")
 
 
 @pytest.mark.parametrize(

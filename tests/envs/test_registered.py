@@ -1,5 +1,7 @@
 """Properties of every registered environment."""
 
+import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -150,3 +152,29 @@ def test_vector_and_single_agree_step_by_step(id, mode, more):
         vector.close()
         for env in singles:
             env.close()
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_an_environment_can_be_pickled_and_its_copy_plays_the_same_episode(id):
+    env = gymnasium.make(id, **settings(id))
+    twin = pickle.loads(pickle.dumps(env))
+    _, info = env.reset(seed=5)
+    assert twin.reset(seed=5)[1] == info
+    gold = env.unwrapped.gold_action(info["task"])  # type: ignore[attr-defined]
+    under_way = pickle.loads(pickle.dumps(twin))  # an episode without an open session goes along
+    for each in (env, twin, under_way):
+        assert each.step(gold)[1:3] == (1.0, True)
+        each.close()
+
+
+def test_an_environment_with_an_open_session_says_why_it_cannot_be_pickled():
+    env = gymnasium.make("PythonMath-v0", **BARE)
+    env.reset(seed=0)
+    env.step("```python\nx = 1\n```")
+    with pytest.raises(TypeError, match="while it has an open session of 'python': pickle it"):
+        pickle.dumps(env)
+    with pytest.raises(TypeError, match="open session"):
+        copy.deepcopy(env)
+    env.reset()
+    assert pickle.loads(pickle.dumps(env)).reset(seed=1) == env.reset(seed=1)
+    env.close()

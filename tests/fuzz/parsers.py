@@ -105,7 +105,9 @@ def read(text: str, seen: Counter[str]) -> None:
         action = parse_action(text, call_format)
         seen[type(action).__name__] += 1
         call = find_call(text, call_format)
-        assert has_call(text, call_format) == (call is not None)
+        # The end of a turn ends its last line; generation goes on until one of them is there.
+        assert has_call(text + "\n", call_format) == (call is not None)
+        assert call is not None or not has_call(text, call_format)
         if call is not None:
             assert action == call
         else:

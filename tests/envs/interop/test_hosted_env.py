@@ -1,6 +1,7 @@
 """The pipe, and failures at its other end, with Gymnasium as the library."""
 
 import os
+import pickle
 import signal
 import stat
 import subprocess
@@ -67,6 +68,18 @@ def test_a_group_plays_the_same_game_and_another_task_another_one(python):
     assert first == second != other
     env = naughty(python)
     assert env.reset(seed=3) == env.reset(seed=3) != env.reset(seed=4)
+
+
+def test_a_pickled_environment_opens_one_of_its_own(python):
+    env = naughty(python, instruction="Be good.")
+    twin = pickle.loads(pickle.dumps(env))
+    assert twin.reset(seed=3) == env.reset(seed=3)
+    with pytest.raises(TypeError, match="cannot be pickled in an episode, whose state is in a pro"):
+        pickle.dumps(env)
+    assert env.step("end 1")[2] and twin.step("say hello")[0] == "hello"
+    assert pickle.loads(pickle.dumps(env)).reset(seed=3) == env.reset(seed=3)
+    env.close()
+    assert pickle.loads(pickle.dumps(env))._number is None
 
 
 @pytest.mark.filterwarnings("error")

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator
@@ -273,6 +274,38 @@ def test_an_openenv_server_is_trained_on_and_every_token_is_accounted_for(tmp_pa
         # The episode never ends by itself, and every turn reads the whole context.
         trajectories = trained(tmp_path, "OpenEnv-v0", kwargs, max_context_tokens=256)
         assert all(len(trajectory["turns"]) > 1 for trajectory in trajectories)
+
+
+def posted(address: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    request = urllib.request.Request(
+        f"{address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+@needs("openenv")
+def test_what_a_client_of_our_openenv_server_may_not_do_is_answered_with_the_reason():
+    port = free_port()
+    command = [sys.executable, "-m", "tir_alp.envs.interop", "serve"]
+    command += ["tir_alp.envs:SingleTurnMath-v0", "--port", str(port)]
+    with served(command, port, env=os.environ | {"PYTHONPATH": os.getcwd()}) as address:
+        status, answer = posted(address, "/step", {"action": {"text": "hello"}})
+        assert status == 409 and answer["detail"].startswith("no episode is under way: reset")
+        status, answer = posted(address, "/reset", {"task": {"question": "only"}})
+        assert status == 400 and "a task of SingleTurnMathEnv needs 'answer'" in answer["detail"]
+        status, answer = posted(address, "/step", {"action": {"words": "hello"}})
+        assert status == 422
+        status, answer = posted(address, "/reset", {"seed": 3})
+        assert status == 200 and answer["observation"]["text"]
+        through = {"name": address, "settings": {"action_field": "text"}, **PATIENT}
+        env = make("OpenEnv-v0", **through)
+        env.reset(seed=3)
+        assert env.step("no answer")[2]
+        env.close()
 
 
 @needs("openenv")

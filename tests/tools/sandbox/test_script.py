@@ -92,6 +92,24 @@ class A:
 a, b = A("a"), A("b")
 print("main ends")
 """,
+    "__del__ of what a signal handler, a module or builtins keep": """
+import builtins, json, signal, sys
+class D:
+    def __init__(self, name): self.name = name
+    def __del__(self): print("deleted", self.name)
+d = D("d")
+def keep(*arguments): pass
+signal.signal(signal.SIGALRM, keep)
+json.keep, builtins.keep, sys.modules["keep"] = keep, keep, keep
+""",
+    "__del__ of what excepthook keeps is too late to print": """
+import sys
+class D:
+    def __del__(self): print("deleted")
+d = D()
+sys.excepthook = lambda *error: d
+""",
+    "a message without sys.stderr": "import sys\nsys.stderr = None\nsys.exit('message')",
     "__del__ in a cycle": """
 class A:
     def __del__(self): print("deleted")

@@ -27,6 +27,8 @@ _INTERRUPTED = 128 + signal.SIGINT
 _NOT_FLUSHED = 120
 """Python's exit status if the program's last output could not be written."""
 _HIDDEN_STDIN = ".stdin"
+_LOCALE = ("utf-8", "surrogateescape", "\n")
+"""Encoding, errors and line end of the standard streams: Python translates no line ends there."""
 
 
 def run_script(code: bytes, stdin: bytes, stdin_file: str | None) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def run_script(code: bytes, stdin: bytes, stdin_file: str | None) -> dict[str, A
     Returns:
         A reply as that of `CellRunner.execute`, and `status`: the exit status.
     """
-    modules, main = set(sys.modules), sys.modules["__main__"]
+    before, main = _Modules(), sys.modules["__main__"]
     try:
         path = _write_program(code)
         _provide_stdin(stdin, stdin_file)
@@ -50,6 +52,7 @@ def run_script(code: bytes, stdin: bytes, stdin_file: str | None) -> dict[str, A
         return _reply(1, limit_of(error))
     folder = os.path.dirname(path)
     sys.argv[:] = [path]
+    sys.orig_argv[:] = [sys.executable, "-u", path]
     sys.path[:] = [folder, *(each for each in sys.path if each)]
     # The frames below those of the program must not count.
     sys.setrecursionlimit(sys.getrecursionlimit() + _depth())
@@ -57,7 +60,8 @@ def run_script(code: bytes, stdin: bytes, stdin_file: str | None) -> dict[str, A
     if not _end():
         status = _NOT_FLUSHED
     sys.modules["__main__"] = main
-    _forget(modules, folder)
+    before.restore(folder)
+    gc.collect()
     return _reply(status, limit)
 
 
@@ -90,12 +94,13 @@ def _open_streams() -> None:
     """Make stdin and stdout as in the locale C.UTF-8. Those of the fork server cannot be changed:
     they believe that they could seek.
     """
-    files = io.FileIO(0, closefd=False), io.FileIO(1, "w", closefd=False)
-    for file, name in zip(files, ("<stdin>", "<stdout>"), strict=True):
+    reader = open(0, "rb", closefd=False)  # noqa: SIM115
+    writer = io.FileIO(1, "w", closefd=False)
+    for file, name in ((reader.raw, "<stdin>"), (writer, "<stdout>")):
         file.name = name  # pyright: ignore[reportAttributeAccessIssue]
     streams = {
-        "stdin": io.TextIOWrapper(io.BufferedReader(files[0]), "utf-8", "surrogateescape"),
-        "stdout": io.TextIOWrapper(files[1], "utf-8", "surrogateescape", write_through=True),
+        "stdin": io.TextIOWrapper(reader, *_LOCALE),
+        "stdout": io.TextIOWrapper(writer, *_LOCALE, write_through=True),
     }
     for name, stream in streams.items():
         stream.mode = "r" if name == "stdin" else "w"  # pyright: ignore[reportAttributeAccessIssue]
@@ -137,8 +142,17 @@ def _exit_status(error: SystemExit) -> int:
     if isinstance(status, int):
         return status & 0xFF if -(1 << 63) <= status < 1 << 63 else 0xFF
     with contextlib.suppress(Exception):  # a hostile __str__, or a closed stderr
-        print(status, file=sys.stderr)
+        _tell(f"{status}\n")
     return 1
+
+
+def _tell(text: str) -> None:
+    """Write to stderr as Python itself does: to the descriptor if `sys.stderr` is None."""
+    stderr = getattr(sys, "stderr", None)
+    if stderr is None:
+        os.write(2, text.encode("utf-8", "backslashreplace"))
+    else:
+        stderr.write(text)
 
 
 def _report(error: BaseException) -> int:
@@ -151,10 +165,10 @@ def _report(error: BaseException) -> int:
         return _exit_status(exit_)
     except BaseException as failure:
         with contextlib.suppress(Exception):
-            print("Error in sys.excepthook:", file=sys.stderr)
+            _tell("Error in sys.excepthook:\n")
         sys.__excepthook__(type(failure), failure, failure.__traceback__)
         with contextlib.suppress(Exception):
-            print("\nOriginal exception was:", file=sys.stderr)
+            _tell("\nOriginal exception was:\n")
         sys.__excepthook__(type(error), error, trace)
     return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
 
@@ -169,7 +183,6 @@ def _end() -> bool:
     signal.setitimer(signal.ITIMER_REAL, 0)
     is_flushed = all([_flush(stream) for stream in (sys.stdout, sys.stderr)])
     sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
-    sys.excepthook = sys.__excepthook__
     return is_flushed
 
 
@@ -184,10 +197,48 @@ def _flush(stream: Any) -> bool:
     return True
 
 
-def _forget(modules: set[str], folder: str) -> None:
-    """Delete the program's objects, whose `__del__` may print or write."""
-    for name in set(sys.modules) - modules:
-        file = getattr(sys.modules[name], "__file__", None)
-        if isinstance(file, str) and file.startswith(folder + "/"):
-            del sys.modules[name]
-    gc.collect()
+class _Modules:
+    """The modules before a program runs.
+
+    Python clears all modules at its end, and this deletes what the program has put into them. Here
+    they are needed further, so only what the program has added is taken out.
+    """
+
+    def __init__(self) -> None:
+        # Not copies: to count the references to all values would touch much memory after a fork.
+        self._num_names = {name: len(vars(module)) for name, module in _modules()}
+        self._builtins = vars(builtins).copy()
+
+    def restore(self, folder: str) -> None:
+        """Delete the program's objects, whose `__del__` may print or write.
+
+        Args:
+            folder: The folder of the program, whose own modules are deleted as a whole.
+        """
+        for number in signal.valid_signals():
+            if callable(handler := signal.getsignal(number)) and not _is_pythons(handler):
+                signal.signal(number, signal.SIG_DFL)
+        for name, module in list(sys.modules.items()):
+            if name not in self._num_names and _is_own(module, folder):
+                del sys.modules[name]
+        for name, module in _modules():
+            for added in list(vars(module))[self._num_names.get(name, len(vars(module))) :]:
+                vars(module).pop(added, None)
+        vars(builtins).update(self._builtins)
+
+
+def _modules() -> list[tuple[str, ModuleType]]:
+    """All but `sys`, which Python clears when nothing can be printed any more."""
+    modules = list(sys.modules.items())
+    return [(name, each) for name, each in modules if name != "sys" and type(each) is ModuleType]
+
+
+def _is_own(module: object, folder: str) -> bool:
+    """Whether a program has written a module, or put it into `sys.modules` without an import."""
+    file = getattr(module, "__file__", None)
+    in_folder = isinstance(file, str) and file.startswith(folder + "/")
+    return in_folder or getattr(module, "__spec__", None) is None
+
+
+def _is_pythons(handler: object) -> bool:
+    return type(handler) in (int, signal.Handlers, type(signal.default_int_handler))
