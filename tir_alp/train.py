@@ -289,6 +289,7 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"tir_alp.train: {error}", file=sys.stderr)
         return 2
+    print("importing torch and transformers", flush=True)
     # Imported here because it needs torch, and a mistake in the command line is answered at once.
     from transformers.utils.logging import disable_progress_bar
 

@@ -28,6 +28,12 @@ _COLUMNS = {  # heading -> metric, format
     "tool s": ("time/tool", ".2f"),
     "train s": ("time/train", ".2f"),
 }
+LEGEND = (
+    "columns: reward, mean per trajectory; tools, calls per trajectory; P2 P50 P98, percentiles of "
+    "the ratio of trained to sampling policy; KL between them; clip, clipped share of the tokens; "
+    "sigma, ALP's noise; tok/s; seconds of rollouts, sampling, tools and training "
+    "(docs/metrics.md)"
+)
 _ROWS = 10
 _COLUMN_WIDTH = 8  # a narrow terminal shows only the first columns
 
@@ -53,6 +59,8 @@ class RunConsole:
         task = self._progress.add_task("training", total=num_steps, completed=first_step)
         self._task, self._num_steps = task, num_steps
         self._first_step, self._began = first_step, time.monotonic()
+        if first_step < num_steps:
+            self.print(LEGEND)
         if not self.console.is_terminal:
             yield
             return

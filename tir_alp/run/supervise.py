@@ -133,6 +133,8 @@ async def train_once(
         try:
             await services.train(run)
             run.console.print(describe_end(path, config.steps))
+            if note := run.advice.at_end():
+                run.console.print(note)
         except RoleLost as error:
             is_lost = True
             raise RunLost(path, str(error), run.examined) from error
