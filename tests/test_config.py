@@ -34,6 +34,7 @@ def refusal(arguments: list[str], below: dict | None = None) -> str:
         ({"steps": "many"}, "steps: Input should be a valid integer"),
         ({"trainer": {"lr": -1.0}}, "trainer.lr: Input should be greater than 0"),
         ({"trainer": {"lr": float("inf")}}, "trainer.lr: Input should be a finite number"),
+        ({"trainer": {"betas": [2, 3]}}, "trainer.betas.0: Input should be less than 1"),
         ({"trainer": {"betas": [0.9, float("nan")]}}, "trainer.betas.1: Input should be a finite"),
         ({"name": "../x"}, "name: '../x' is not the name of a folder below runs/"),
         ({"name": "/tmp/x"}, "name: '/tmp/x' is not the name of a folder below runs/"),

@@ -588,6 +588,9 @@ class LoraConfig(Section):
     """The added matrices are scaled by alpha / rank."""
 
 
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class TrainerConfig(Section):
     """The optimizer, and the device, precision and memory of the training step."""
 
@@ -608,7 +611,7 @@ class TrainerConfig(Section):
     """Learning rate of log sigma; constant, whatever `schedule` is."""
     weight_decay: float = Field(default=0.01, ge=0.0)
     """Weight decay of AdamW for the weights; log sigma has none."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     """The two decay rates of AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     """Bound of the gradient norm of the weights, and, separately, of that of log sigma."""

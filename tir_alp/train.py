@@ -286,12 +286,16 @@ def services() -> Services[Run]:
         describe_start=lambda run: describe_start(
             run.config, run.examined.environment_report, run.folder.path
         ),
-        describe_end=lambda run: describe_end(
-            run.folder.path, run.config.steps, "tensorboard" in run.config.trackers
-        ),
+        describe_end=_end_of,
         open_cluster=open_cluster,
         draw_report=write_run_report,
     )
+
+
+def _end_of(run: Run) -> str:
+    path, has_tensorboard = run.folder.path, "tensorboard" in run.config.trackers
+    lines = (describe_end(path, run.config.steps, has_tensorboard), run.advice.at_end())
+    return "\n".join(filter(None, lines))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -301,6 +305,7 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"tir_alp.train: {error}", file=sys.stderr)
         return 2
+    print("importing torch and transformers", flush=True)
     # Imported here because it needs torch, and a mistake in the command line is answered at once.
     from transformers.utils.logging import disable_progress_bar
 

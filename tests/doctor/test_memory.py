@@ -31,7 +31,7 @@ def test_a_run_in_one_process():
     assert found[MACHINE, "the engine's weights"] == 4 * TINY.num_parameters
     assert found[MACHINE, "cache"] == 4 * 128 * 256 * TINY.cache_width * TINY.num_layers
     assert found[MACHINE, "graders"] == 2 * (70 << 20)
-    assert found[MACHINE, "the sandbox"] == 128 * (16 << 20)
+    assert found[MACHINE, "the sandbox"] == 128 * (6 << 20)
 
 
 def test_the_budget_of_the_sandbox_counts_where_it_is_given():

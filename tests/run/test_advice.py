@@ -49,6 +49,21 @@ def test_a_tool_that_is_never_called_is_named_after_five_steps():
     assert said[5] == []  # not in every step
 
 
+def test_a_run_whose_steps_mostly_taught_nothing_says_so_at_its_end():
+    watched = advice()
+    for step, rewards in enumerate([(0.0, 1.0), (0.0, 0.0), (1.0, 1.0)]):
+        watched.of_step(step, [group(*rewards)], HEALTHY)
+    assert watched.at_end().startswith("warning: 2 of 3 steps taught nothing")
+    watched.of_step(3, [group(0.0, 1.0)], HEALTHY)
+    assert watched.at_end() == "" and advice().at_end() == ""
+
+
+def test_an_example_is_shown_as_it_is_written():
+    watched = Advice(decode=lambda ids: "\\boxed{7}\nso")
+    (sentence,) = watched.of_step(0, [group(0.0, 0.0)], HEALTHY)
+    assert 'one turn, for example: "\\boxed{7}\\nso".' in sentence
+
+
 def test_the_same_advice_comes_back_after_a_while():
     watched = advice()
     said = [bool(watched.of_step(step, [group(0.0, 0.0)], HEALTHY)) for step in range(41)]

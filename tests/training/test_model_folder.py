@@ -28,6 +28,10 @@ def test_a_whole_folder_and_an_id_pass(folder):
     check_model_folder("org/model")
 
 
+def test_no_path_is_not_the_working_folder():
+    assert "model.path is empty" in line(check_model_folder, "")
+
+
 def test_a_folder_with_a_config_alone(folder):
     for each in folder.iterdir():
         if each.name != "config.json":

@@ -19,7 +19,7 @@ _KEPT_PER_LAYER = (16, 4)  # hidden and inner vectors kept per token and layer f
 _LOGIT_COPIES = 3  # logits, their log-softmax, and its gradient
 _PROCESS = 800 << 20  # of Python with torch and transformers; that of the run is here already
 _GRADER = 70 << 20  # a process that grades, with sympy
-_SESSION = 16 << 20  # an idle interpreter of the sandbox
+_SESSION = 6 << 20  # an idle interpreter of the sandbox, which shares most of its pages
 _MOST_GRADERS = 8
 
 

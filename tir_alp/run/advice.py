@@ -15,6 +15,7 @@ _EVERY = 20  # steps
 _MANY_VOID = 0.5  # share of turns
 _NO_CALLS = 5  # steps in a row without a tool call
 _EXAMPLE_CHARS = 200
+_IDLE = ("no tokens", "no signal")
 
 
 @dataclass(slots=True)
@@ -25,6 +26,10 @@ class Advice:
     """Turns the tokens of a completion into text, for an example."""
     has_tools: bool = True
     """Whether the environment has tools."""
+    num_steps: int = 0
+    """Steps seen."""
+    num_idle: int = 0
+    """Those of them that taught nothing."""
     _last: dict[str, int] = field(default_factory=dict)
     _without_calls: int = 0
 
@@ -40,12 +45,24 @@ class Advice:
         """
         calls = metrics.get("rollout/tool_calls", 1.0)
         self._without_calls = self._without_calls + 1 if calls == 0 else 0
+        notices = [*self._notice(groups, metrics)]
+        self.num_steps += 1
+        self.num_idle += any(kind in _IDLE for kind, _ in notices)
         found = []
-        for kind, sentence in self._notice(groups, metrics):
+        for kind, sentence in notices:
             if step - self._last.get(kind, -_EVERY) >= _EVERY:
                 self._last[kind] = step
                 found.append(sentence)
         return found
+
+    def at_end(self) -> str:
+        """Return what is worth saying about all steps; empty if they mostly taught something."""
+        if self.num_idle <= self.num_steps / 2:
+            return ""
+        return (
+            f"warning: {self.num_idle} of {self.num_steps} steps taught nothing, so the model is "
+            "much as it was before; the lines above say why"
+        )
 
     def _notice(
         self, groups: Sequence[TrajectoryGroup], metrics: Mapping[str, float]
@@ -61,8 +78,9 @@ class Advice:
             yield "void", sentence
         if metrics.get("tokens/loss") == 0:
             sentence = (
-                "no token entered the loss, so nothing was learnt in this step: all trajectories "
-                "were masked (rollout.void_turns, rollout.overlong)"
+                "no token entered the loss, so nothing was learnt in this step: every trajectory "
+                "has a turn that takes it out (rollout.void_turns: with neither a call nor an "
+                "answer; rollout.overlong: cut at a limit)"
             )
             yield "no tokens", sentence
         elif groups and no_signal == len(groups):
@@ -86,5 +104,7 @@ class Advice:
         for group in groups:
             for trajectory in group.trajectories:
                 text = self.decode(trajectory.turns[0].completion.token_ids)
-                return f"; one turn, for example: {text[:_EXAMPLE_CHARS]!r}"
+                shown = text[:_EXAMPLE_CHARS].replace("\n", "\\n")
+                cut = " ..." if len(text) > _EXAMPLE_CHARS else ""
+                return f'; one turn, for example: "{shown}"{cut}'
         return ""

@@ -29,7 +29,12 @@ COLUMNS = {
     "train s": ("time/train", ".2f"),
 }
 """What is shown of a step: heading -> metric, format."""
-
+LEGEND = (
+    "columns: reward, mean per trajectory; tools, calls per trajectory; P2 P50 P98, percentiles of "
+    "the ratio of trained to sampling policy; KL between them; clip, clipped share of the tokens; "
+    "sigma, ALP's noise; tok/s; seconds of rollouts, sampling, tools and training "
+    "(docs/metrics.md)"
+)
 _ROWS = 10
 _COLUMN_WIDTH = 8  # a narrow terminal shows only the first columns
 
@@ -39,11 +44,14 @@ class RunConsole:
 
     Args:
         columns: What is shown of a step; see `COLUMNS`.
+        legend: What the columns mean.
     """
 
-    def __init__(self, columns: Mapping[str, tuple[str, str]] = COLUMNS) -> None:
+    def __init__(
+        self, columns: Mapping[str, tuple[str, str]] = COLUMNS, legend: str = LEGEND
+    ) -> None:
         self.console = Console()
-        self._columns = columns
+        self._columns, self._legend = columns, legend
         self._rows: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=_ROWS)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -60,6 +68,8 @@ class RunConsole:
         task = self._progress.add_task("training", total=num_steps, completed=first_step)
         self._task, self._num_steps = task, num_steps
         self._first_step, self._began = first_step, time.monotonic()
+        if first_step < num_steps:
+            self.print(self._legend)
         if not self.console.is_terminal:
             yield
             return

@@ -52,6 +52,11 @@ COLUMNS = {
     "train s": ("time/train", ".2f"),
 }
 """What the console shows of a step: heading -> metric, format."""
+LEGEND = (
+    "columns: loss, nats per token of the assistant; norm, of the gradient before clipping; "
+    "entropy, nats per token; tokens, of the assistant in the step; tok/s, of all tokens; seconds "
+    "of training"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +143,7 @@ async def open_sft(
     Raises:
         ValueError: For what a user can fix; nothing has been written then.
     """
-    console = RunConsole(COLUMNS)
+    console = RunConsole(COLUMNS, LEGEND)
     prepared = await asyncio.to_thread(prepare, console.print)
     if examined is None:
         console.print("checking this machine and the chat template")

@@ -20,6 +20,8 @@ def check_model_folder(path: str) -> None:
     Raises:
         ValueError: A part is missing.
     """
+    if not path.strip():
+        raise ValueError("model.path is empty: give a folder or a Hugging Face id")
     folder = Path(path)
     if not folder.is_dir():
         return
