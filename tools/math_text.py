@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -70,12 +71,15 @@ def _as_latex(text: str) -> list[Any]:
     return found
 
 
+_both: Any = functools.partial(sympy.And, evaluate=False)
+
+
 def _intersection(value: Any) -> Any:
     """Read "x>1 and x<3", which math-verify has as a set, as both at once."""
     if isinstance(value, sympy.FiniteSet) and all(
         isinstance(each, Relational) and not isinstance(each, sympy.Eq) for each in value.args
     ):
-        return sympy.And(*value.args, evaluate=False)
+        return _both(*value.args)
     return value
 
 
@@ -168,7 +172,7 @@ def _as_interval(text: str) -> Any:
     ends = _as_python(f"({text[1:-1]})") if text[0] in "[(" and text[-1] in "])" else None
     if not isinstance(ends, sympy.Tuple) or len(ends) != 2:
         return None
-    low, high = ends
+    low, high = tuple[Any, Any](ends.args)
     if not all(each.is_extended_real and each.is_number for each in ends) or not low < high:
         return None
     return sympy.Interval(low, high, text[0] == "(", text[-1] == ")")
@@ -208,7 +212,7 @@ def _walk(node: ast.expr, depth: int) -> Any:
                 _RELATIONS[type(operator)](x, y, evaluate=False)
                 for operator, x, y in zip(operators, terms, terms[1:], strict=False)
             ]
-            return relations[0] if len(relations) == 1 else sympy.And(*relations, evaluate=False)
+            return relations[0] if len(relations) == 1 else _both(*relations)
         case ast.Tuple(elts=items):
             return sympy.Tuple(*map(below, items))
         case ast.List(elts=items) | ast.Set(elts=items):
@@ -222,7 +226,8 @@ def _walk(node: ast.expr, depth: int) -> Any:
             args=[_, _] as arguments,
             keywords=[],
         ):
-            return sympy.Interval(*map(below, arguments), *_OPEN_ENDS[name])
+            low, high = map(below, arguments)
+            return sympy.Interval(low, high, *_OPEN_ENDS[name])
         case _:
             raise ValueError("not an expression of numbers and symbols")
 
