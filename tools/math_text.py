@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -71,7 +70,8 @@ def _as_latex(text: str) -> list[Any]:
     return found
 
 
-_both: Any = functools.partial(sympy.And, evaluate=False)
+def _both(*relations: Any) -> Any:
+    return sympy.And(*relations, evaluate=False)  # pyright: ignore[reportCallIssue]
 
 
 def _intersection(value: Any) -> Any:
@@ -173,6 +173,10 @@ def _as_interval(text: str) -> Any:
     if not isinstance(ends, sympy.Tuple) or len(ends) != 2:
         return None
     low, high = tuple[Any, Any](ends.args)
+    try:
+        check_size(ends)
+    except TooLarge:
+        return None
     if not all(each.is_extended_real and each.is_number for each in ends) or not low < high:
         return None
     return sympy.Interval(low, high, text[0] == "(", text[-1] == ")")
@@ -218,7 +222,9 @@ def _walk(node: ast.expr, depth: int) -> Any:
         case ast.List(elts=items) | ast.Set(elts=items):
             if items and isinstance(items[0], ast.List):
                 return sympy.Matrix([[below(each) for each in row.elts] for row in items])  # type: ignore[attr-defined]
-            return sympy.FiniteSet(*map(below, items))
+            members = [below(each) for each in items]
+            check_size(sympy.Tuple(*members))
+            return sympy.FiniteSet(*members)
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
             return _call(name, arguments, below)
         case ast.Call(
@@ -227,6 +233,7 @@ def _walk(node: ast.expr, depth: int) -> Any:
             keywords=[],
         ):
             low, high = map(below, arguments)
+            check_size(sympy.Tuple(low, high))
             return sympy.Interval(low, high, *_OPEN_ENDS[name])
         case _:
             raise ValueError("not an expression of numbers and symbols")
@@ -240,10 +247,10 @@ def _call(name: str, arguments: list[ast.expr], below: Any) -> Any:
             return sympy.Matrix([[below(each) for each in row] for row in rows])
         return below(argument)
     values = [below(each) for each in arguments]
+    for value in values:
+        check_size(value)  # a function evaluates itself, and a set compares its members
     if name in _SETS:
         return _SETS[name](*values)
-    for value in values:
-        check_size(value)  # a function evaluates itself
     if name in ("factorial", "binomial") and any(
         abs(digits_of(each)) > MAX_ARGUMENT_DIGITS for each in values
     ):

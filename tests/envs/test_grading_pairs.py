@@ -444,7 +444,30 @@ def test_no_truth_makes_a_wrong_answer_vanish(truth):
 
 @pytest.mark.parametrize(
     "piece",
-    ["1", "1,", "1 ", "\\text{a}", "{", "a ", "e", "\\frac{", "(A", "_", "^{", "\\left", "="],
+    [
+        "1",
+        "1,",
+        "1 ",
+        "\\text{a}",
+        "{",
+        "a ",
+        "e",
+        "\\frac{",
+        "(A",
+        "_",
+        "^{",
+        "\\left",
+        "=",
+        "[",
+        "\\sqrt[",
+        "{1\\choose ",
+        "\\text{aaaa",
+        "\\pi",
+        "\\binom",
+        "A'",
+        "\\land ",
+        " m",
+    ],
 )
 def test_the_longest_texts_are_tidied_and_read_quickly(piece):
     begin = time.process_time()
