@@ -70,8 +70,9 @@ are sure of the function or program, write all of it in a block that begins with
         except SandboxError as error:
             return Grade(correct=None, outcome=Outcome.GRADER_ERROR, error=str(error))
         tests = read_tests(task)
-        grade = grade_function if isinstance(tests, FunctionTests) else grade_program
-        return grade(answer, tests, sandbox, self._sandbox.limits)
+        if isinstance(tests, FunctionTests):
+            return grade_function(answer, tests, sandbox, self._sandbox.limits)
+        return grade_program(answer, tests, sandbox, self._sandbox.limits)
 
     def gold_action(self, task: Mapping[str, Any]) -> str:
         """Return a turn with the reference solution, which is the task's answer if it has one."""

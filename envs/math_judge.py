@@ -149,9 +149,9 @@ def _compare(
         return same_members(expected.args, found.args, in_order=in_order)
     if isinstance(expected, sympy.MatrixBase) and isinstance(value, sympy.MatrixBase):
         return _compare_entries(expected, value)
-    regions = region_of(expected), region_of(found)
-    if regions[0] is not None and regions[1] is not None:
-        return same_region(*regions)
+    region, other = region_of(expected), region_of(found)
+    if region is not None and other is not None:
+        return same_region(region, other)
     if isinstance(expected, sympy.Expr) and isinstance(value, sympy.Expr):
         if _is_word(expected) and _is_word(value):
             return None

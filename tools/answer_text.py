@@ -99,8 +99,10 @@ _UNIT = (
 )
 _UNITS = re.compile(rf"(?:\s?(?:\\cdot\s?|/\s?)?{_UNIT})+$")
 _WORDS = re.compile(
-    r"(?P<words>(?: [A-Za-z]{3,}"
-    r"| ?(?:[kcmd]?m|[km]?g|mi|ft|in|yd|oz|lbs?|m?l|m[sL]|hr|Hz|Pa|sq|kWh?|pm|am))"
+    r"(?P<words>(?: [A-Za-z]{3,}| [mgls]| ?(?:[kcmd]m|[km]g|gm|ml|m[stL]|mi|ft|in|yd|oz|lbs?|gal"
+    r"|hrs?|yrs?|min|sec|deg|mph|km?ph|kmh|rpm|Hz|Pa|kWh?|sq|cu|cc|pm|am"
+    r"|feet|inch(?:es)?|yards?|miles?|meters?|metres?|hours?|minutes?|seconds?|days?|degrees?"
+    r"|dollars?|cents?|points?|units?|grams?|lit(?:er|re)s?|pounds?|acres?))"
     r"(?:[ /-][A-Za-z]+)*)(?:\^\{?\d\}?)?\.?$"
 )
 _CONSTANT = re.compile(

@@ -70,12 +70,16 @@ def _as_latex(text: str) -> list[Any]:
     return found
 
 
+def _both(*relations: Any) -> Any:
+    return sympy.And(*relations, evaluate=False)  # pyright: ignore[reportCallIssue]
+
+
 def _intersection(value: Any) -> Any:
     """Read "x>1 and x<3", which math-verify has as a set, as both at once."""
     if isinstance(value, sympy.FiniteSet) and all(
         isinstance(each, Relational) and not isinstance(each, sympy.Eq) for each in value.args
     ):
-        return sympy.And(*value.args, evaluate=False)
+        return _both(*value.args)
     return value
 
 
@@ -168,7 +172,11 @@ def _as_interval(text: str) -> Any:
     ends = _as_python(f"({text[1:-1]})") if text[0] in "[(" and text[-1] in "])" else None
     if not isinstance(ends, sympy.Tuple) or len(ends) != 2:
         return None
-    low, high = ends
+    low, high = tuple[Any, Any](ends.args)
+    try:
+        check_size(ends)
+    except TooLarge:
+        return None
     if not all(each.is_extended_real and each.is_number for each in ends) or not low < high:
         return None
     return sympy.Interval(low, high, text[0] == "(", text[-1] == ")")
@@ -208,13 +216,15 @@ def _walk(node: ast.expr, depth: int) -> Any:
                 _RELATIONS[type(operator)](x, y, evaluate=False)
                 for operator, x, y in zip(operators, terms, terms[1:], strict=False)
             ]
-            return relations[0] if len(relations) == 1 else sympy.And(*relations, evaluate=False)
+            return relations[0] if len(relations) == 1 else _both(*relations)
         case ast.Tuple(elts=items):
             return sympy.Tuple(*map(below, items))
         case ast.List(elts=items) | ast.Set(elts=items):
             if items and isinstance(items[0], ast.List):
                 return sympy.Matrix([[below(each) for each in row.elts] for row in items])  # type: ignore[attr-defined]
-            return sympy.FiniteSet(*map(below, items))
+            members = [below(each) for each in items]
+            check_size(sympy.Tuple(*members))
+            return sympy.FiniteSet(*members)
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
             return _call(name, arguments, below)
         case ast.Call(
@@ -222,7 +232,9 @@ def _walk(node: ast.expr, depth: int) -> Any:
             args=[_, _] as arguments,
             keywords=[],
         ):
-            return sympy.Interval(*map(below, arguments), *_OPEN_ENDS[name])
+            low, high = map(below, arguments)
+            check_size(sympy.Tuple(low, high))
+            return sympy.Interval(low, high, *_OPEN_ENDS[name])
         case _:
             raise ValueError("not an expression of numbers and symbols")
 
@@ -235,10 +247,10 @@ def _call(name: str, arguments: list[ast.expr], below: Any) -> Any:
             return sympy.Matrix([[below(each) for each in row] for row in rows])
         return below(argument)
     values = [below(each) for each in arguments]
+    for value in values:
+        check_size(value)  # a function evaluates itself, and a set compares its members
     if name in _SETS:
         return _SETS[name](*values)
-    for value in values:
-        check_size(value)  # a function evaluates itself
     if name in ("factorial", "binomial") and any(
         abs(digits_of(each)) > MAX_ARGUMENT_DIGITS for each in values
     ):

@@ -141,7 +141,7 @@ def region_of(value: Any) -> Region | None:
     return None
 
 
-def _half_line(relation: Relational) -> Region | None:
+def _half_line(relation: Any) -> Region | None:
     if relation.rhs.is_Symbol and is_constant(relation.lhs):
         relation = relation.reversed
     symbol, end = relation.args

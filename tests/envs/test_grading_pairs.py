@@ -155,6 +155,11 @@ WRONG = [
     ("\\left(\\frac{3}{2}\\right)^{2}", "\\frac94"),
     ("P_1P_2", "P_2P_1"),
     ("\\sqrt a+\\sqrt b", "\\sqrt{a+b}"),
+    ("5t", "5"),
+    ("5s", "5"),
+    ("5", "5t"),
+    ("3", "3d"),
+    ("2x+3", "2x+3t"),
     ("ABC", "acb"),
     ("acb", "ABC"),
     ("ACB", "ABC"),
@@ -183,6 +188,13 @@ WRONG = [
     ("5\\mathrm{e}", "5"),
 ]
 RIGHT = [
+    ("60mph", "60"),
+    ("18 gm", "18"),
+    ("18 sq ft", "18"),
+    ("3 hours", "3"),
+    ("3hr", "3"),
+    ("12 cubic inches", "12"),
+    ("5 m/s", "5"),
     ("2ab", "2ba"),
     ("x>1 \\text{ and } x<3", "(1,3)"),
     ("1<x \\land x<3", "1<x<3"),
@@ -432,7 +444,30 @@ def test_no_truth_makes_a_wrong_answer_vanish(truth):
 
 @pytest.mark.parametrize(
     "piece",
-    ["1", "1,", "1 ", "\\text{a}", "{", "a ", "e", "\\frac{", "(A", "_", "^{", "\\left", "="],
+    [
+        "1",
+        "1,",
+        "1 ",
+        "\\text{a}",
+        "{",
+        "a ",
+        "e",
+        "\\frac{",
+        "(A",
+        "_",
+        "^{",
+        "\\left",
+        "=",
+        "[",
+        "\\sqrt[",
+        "{1\\choose ",
+        "\\text{aaaa",
+        "\\pi",
+        "\\binom",
+        "A'",
+        "\\land ",
+        " m",
+    ],
 )
 def test_the_longest_texts_are_tidied_and_read_quickly(piece):
     begin = time.process_time()

@@ -135,7 +135,7 @@ def test_an_answer_that_a_scorer_cannot_evaluate_in_time_is_wrong(impatient, ans
     env.reset(seed=0)
     _, reward, terminated, truncated, info = env.step(f"<answer>{answer}</answer>")
     assert (terminated, truncated, info["correct"], info["outcome"]) == (True, False, False, "ok")
-    assert reward <= 0.05
+    assert float(reward) <= 0.05
 
 
 def test_a_task_that_a_scorer_cannot_grade_is_an_error_of_the_grader(impatient):
