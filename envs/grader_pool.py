@@ -21,9 +21,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-import tir_alp
-
-_ROOT = Path(tir_alp.__file__).parent.parent
+_ROOT = Path(__file__).absolute().parents[2]
 _PROCESS = Path(__file__).with_name("grader_process.py")
 _MATH_JUDGE = Path(__file__).with_name("math_judge.py")
 _MOST_BYTES = 1 << 16  # size of a verdict

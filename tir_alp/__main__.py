@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from tir_alp import __version__
-from tir_alp.run.process import begin_command
+from tir_alp.process import begin_command
 
 COMMANDS = {
     "train": "train a model with tools, or go on with a run",

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from tir_alp.algorithm.section import merge
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion, Engine, EngineFailed, Sampling
+from tir_alp.process import raise_on_interrupt, run_command
 from tir_alp.roles import RoleLost
 from tir_alp.run.command_line import Command, overlay
 from tir_alp.run.model_choice import MODEL_OPTIONS, Model, choose_model
-from tir_alp.run.process import raise_on_interrupt, run_command
 
 if TYPE_CHECKING:
     import gymnasium

@@ -25,6 +25,7 @@ from tir_alp.algorithm.metrics import is_correct, tool_calls
 from tir_alp.algorithm.section import merge
 from tir_alp.config import Config
 from tir_alp.engines.base import EngineFailed
+from tir_alp.process import raise_on_interrupt, run_command
 from tir_alp.records.evaluation_folder import RESULT, read_result, write_result
 from tir_alp.roles import RoleLost
 from tir_alp.rollouts.benchmarks import WITHOUT_TOOLS, environment_of, source_of
@@ -32,7 +33,6 @@ from tir_alp.rollouts.evaluation import PlayedTask
 from tir_alp.run.command_line import Command, Words, overlay
 from tir_alp.run.interrupt import Interrupt, Interrupted
 from tir_alp.run.model_choice import MODEL_OPTIONS, Model, choose_model
-from tir_alp.run.process import raise_on_interrupt, run_command
 from tir_alp.types import Trajectory
 
 _COMMAND = Command(

@@ -1,6 +1,6 @@
 """`python -m tir_alp.sandbox probe | run FILE | serve`."""
 
-from tir_alp.run.process import run_command
+from tir_alp.process import run_command
 from tir_alp.tools.sandbox.cli import main
 
 if __name__ == "__main__":

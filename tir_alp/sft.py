@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from tir_alp.config import Config, SFTConfig
 from tir_alp.engines.base import EngineFailed
+from tir_alp.process import raise_on_interrupt, run_command
 from tir_alp.records.folder import read_run_config
 from tir_alp.roles import RoleLost
 from tir_alp.run.command_line import Command, lay_over, parse_as, read_toml
 from tir_alp.run.interrupt import Interrupted
-from tir_alp.run.process import raise_on_interrupt, run_command
 from tir_alp.training.checkpoint_folder import Best, Position, is_best, write_best
 from tir_alp.types import Sample, TrajectoryGroup
 

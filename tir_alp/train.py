@@ -21,6 +21,7 @@ from tir_alp.algorithm.presets import ALGORITHMS
 from tir_alp.config import Config
 from tir_alp.engines.base import EngineFailed
 from tir_alp.models.tiny import TRAIN_CONFIG
+from tir_alp.process import raise_on_interrupt, run_command
 from tir_alp.records.folder import read_run_config
 from tir_alp.records.trajectories import state_to_record
 from tir_alp.roles import RoleLost
@@ -30,7 +31,6 @@ from tir_alp.rollouts.renderer import PromptTooLong
 from tir_alp.run.command_line import Command, overlay, read_config
 from tir_alp.run.describe import describe_end, describe_evaluation, describe_start
 from tir_alp.run.interrupt import Interrupted
-from tir_alp.run.process import raise_on_interrupt, run_command
 from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Best, Position, is_best, write_best
 from tir_alp.types import Sample, TrajectoryGroup

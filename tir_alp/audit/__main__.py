@@ -13,8 +13,8 @@ from rich.table import Table
 from tir_alp.audit import Findings, audit_run
 from tir_alp.audit.evaluation import audit_evaluation
 from tir_alp.audit.sft import audit_sft
+from tir_alp.process import run_command
 from tir_alp.records.folder import read_command
-from tir_alp.run.process import run_command
 
 _MOST_SHOWN = 20
 _AUDITS = {"sft": audit_sft, "evaluate": audit_evaluation}

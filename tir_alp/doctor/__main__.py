@@ -10,8 +10,8 @@ from pathlib import Path
 from tir_alp.config import Config
 from tir_alp.doctor.memory import markdown
 from tir_alp.models.tiny import TRAIN_CONFIG
+from tir_alp.process import raise_on_interrupt, run_command
 from tir_alp.run.command_line import Command, Words, overlay, read_config, read_toml
-from tir_alp.run.process import raise_on_interrupt, run_command
 
 _REAL = {
     "rollout": {"max_context_tokens": 8192},

@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tir_alp.process import run_command
 from tir_alp.report import write_comparison, write_run_report
 from tir_alp.report.write import TABLE
-from tir_alp.run.process import run_command
 
 
 def main(arguments: Sequence[str]) -> int:

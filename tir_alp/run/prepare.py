@@ -17,6 +17,7 @@ from typing import Any
 
 from tir_alp.config import Config
 from tir_alp.models.resolve import resolve
+from tir_alp.process import missing_extra
 from tir_alp.records.folder import RunFolder, read_origin
 from tir_alp.records.trackers import check_trackers
 from tir_alp.records.trajectories import state_from_record
@@ -32,7 +33,6 @@ from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.queue import QueueState
 from tir_alp.rollouts.renderer import Renderer, make_renderer
 from tir_alp.run.data_fingerprint import Fingerprints, check_fingerprints, fingerprints
-from tir_alp.run.process import missing_extra
 from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Position
 from tir_alp.training.model_folder import check_model_folder

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tir_alp.algorithm.presets import ALGORITHMS
-from tir_alp.run.process import run_command
+from tir_alp.process import run_command
 
 COMPARE_CONFIG = Path(__file__).with_name("compare.toml")
 """The config of every run, which is also `configs/tiny_mismatch.toml`."""

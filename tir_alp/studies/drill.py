@@ -36,11 +36,11 @@ from tir_alp.cluster.reservation import KINDS
 from tir_alp.cluster.watched_actor import WatchedActor
 from tir_alp.config import Config
 from tir_alp.models.tiny import TRAIN_CONFIG
+from tir_alp.process import run_command
 from tir_alp.records.trajectories import from_record, state_from_record
 from tir_alp.rollouts.queue import QueueState
 from tir_alp.run.command_line import load_config, read_toml
 from tir_alp.run.interrupt import Interrupted
-from tir_alp.run.process import run_command
 from tir_alp.run.supervise import train_from, train_stubbornly
 from tir_alp.train import services
 from tir_alp.training import checkpoint_folder

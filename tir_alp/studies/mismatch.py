@@ -25,9 +25,9 @@ from tir_alp.config import DataConfig, SGLangConfig
 from tir_alp.engines.base import Completion, Engine, EngineContext, Sampling
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.models.resolve import resolve
+from tir_alp.process import run_command
 from tir_alp.rollouts.data import load_held_out
 from tir_alp.rollouts.renderer import Renderer
-from tir_alp.run.process import run_command
 from tir_alp.training.attention import PackedSequences
 from tir_alp.training.policy import (
     compute_device,

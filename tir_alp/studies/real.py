@@ -1,4 +1,4 @@
-"""The whole way with a real language model on a CPU: `python -m tir_alp.studies.real` (`make real`).
+"""The whole way with a real model on a CPU: `python -m tir_alp.studies.real` (`make real`).
 
 Fetches SmolLM2-135M-Instruct, writes demonstrations whose programs really run, teaches their form
 by supervised fine-tuning, trains with ALP, evaluates the model after each stage on the same

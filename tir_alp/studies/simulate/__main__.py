@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tir_alp.process import run_command
 from tir_alp.records.folder import read_run_config
-from tir_alp.run.process import run_command
 from tir_alp.studies.simulate.costs import read_costs
 from tir_alp.studies.simulate.pipeline import Costs, PipelineLayout, simulate
 

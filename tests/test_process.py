@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tir_alp.run.process import EXTRAS
+from tir_alp.process import EXTRAS
 
 ROOT = Path(__file__).parents[2]
 SLOW = """\
