@@ -137,10 +137,11 @@ def _check_wandb() -> None:
     if os.environ.get("WANDB_MODE", "online") not in ("online", "run"):
         return
     import wandb
+    from wandb.errors import Error
 
     try:
         wandb.login()
-    except wandb.errors.Error as error:
+    except Error as error:
         raise ValueError(
             f"trackers: W&B is not logged in ({error}): run `wandb login`, or set "
             "WANDB_MODE=offline, which needs neither a login nor a network"
@@ -151,7 +152,7 @@ class Trackio:
     """A run of trackio, on this machine unless its environment variables name a server."""
 
     def __init__(self, run: TrackedRun, say: Say) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         # trackio knows a run by its name, which another folder below `runs/` may have had before.
         known = run.id_of("trackio") or f"{run.path.name}-{secrets.token_hex(3)}"
