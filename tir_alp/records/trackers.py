@@ -190,7 +190,7 @@ class MLflow:
         else:
             self._client.update_run(known, status="RUNNING")
         self._id = known
-        say(f"mlflow: run {known} at {os.environ['MLFLOW_TRACKING_URI']}")
+        say(f"mlflow: run {known}")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """As of `Tracker`."""
