@@ -20,7 +20,7 @@ COMMANDS = {
     "audit": "prove that every token of a saved run is accounted for",
     "report": "draw the page of a run, or of several over one another",
     "sandbox": "run programs in the sandbox, probe it, serve it over HTTP",
-    "models": "make a model's folder from a wheel or a GGUF file",
+    "models": "make a model's folder from a wheel or GGUF file, or upload one",
     "envs": "begin an environment of your own, and examine one",
 }
 

@@ -76,7 +76,10 @@ def write_gguf(
     writer.add_pad_token_id(2)
     writer.add_chat_template(TEMPLATE)
     for key, value in (fields or {}).items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_uint32(key, value)
     for name, weight in _weights(len(tokens)).items():
         if name != without:
             _add(writer, name, weight)

@@ -78,7 +78,9 @@ def merged(piece: str) -> list[str]:
     """The tokens of a piece by the definition of byte-pair encoding."""
     characters = byte_characters()
     parts = [characters[byte] for byte in piece.encode()]
-    ranks = {tuple(each.split(" ")): rank for rank, each in enumerate(MERGES)}
+    ranks: dict[tuple[str, ...], int] = {
+        tuple(each.split(" ")): rank for rank, each in enumerate(MERGES)
+    }
     while pairs := [(ranks[pair], pair) for pair in itertools.pairwise(parts) if pair in ranks]:
         _, (left, right) = min(pairs)
         joined, rest = [], parts

@@ -58,8 +58,9 @@ def train(ranks: Ranks, case: str, folder: Path | None = None) -> Result:
 
     With a folder, a checkpoint is saved there between the steps.
     """
-    algorithm, settings = CASES[case]
-    one = trainer(algorithm, ranks=ranks, **{"max_grad_norm": 0.5} | settings)
+    algorithm, own = CASES[case]
+    settings: dict[str, Any] = {"max_grad_norm": 0.5} | own
+    one = trainer(algorithm, ranks=ranks, **settings)
     reports = [one.step(make_groups(), 0).metrics]
     found = gradients(one)
     if folder is not None:
@@ -70,8 +71,9 @@ def train(ranks: Ranks, case: str, folder: Path | None = None) -> Result:
 
 def go_on(ranks: Ranks, case: str, folder: Path) -> Result:
     """Make the second of these steps, from the checkpoint."""
-    algorithm, settings = CASES[case]
-    one = trainer(algorithm, ranks=ranks, **{"max_grad_norm": 0.5} | settings)
+    algorithm, own = CASES[case]
+    settings: dict[str, Any] = {"max_grad_norm": 0.5} | own
+    one = trainer(algorithm, ranks=ranks, **settings)
     checkpoint.load(folder / "step_1", one)
     return [one.step(make_groups(), 1).metrics], gradients(one), weights_of(one)
 

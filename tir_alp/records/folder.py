@@ -138,9 +138,8 @@ class RunFolder:
             kept = [each for each in read_records(file)[0] if step > 0 and each["step"] <= step]
             temporary.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
             os.replace(temporary, file)
-        if trackers is None:
-            trackers = read_run_config(self.path).get("trackers", ["tensorboard"])
-        self._open(step, trackers, say)
+        own: Sequence[str] = read_run_config(self.path).get("trackers", ["tensorboard"])
+        self._open(step, own if trackers is None else trackers, say)
 
     def go_on(self) -> None:
         """Open the folder of an evaluation again; what was played stays.

@@ -134,10 +134,11 @@ def _check_wandb() -> None:
     if os.environ.get("WANDB_MODE", "online") not in ("online", "run"):
         return
     import wandb
+    from wandb.errors import Error
 
     try:
         wandb.login()
-    except wandb.errors.Error as error:
+    except Error as error:
         raise ValueError(
             f"trackers: W&B is not logged in ({error}): run `wandb login`, or set "
             "WANDB_MODE=offline, which needs neither a login nor a network"
@@ -148,7 +149,7 @@ class Trackio:
     """A run of trackio, on this machine unless its environment variables name a server."""
 
     def __init__(self, run: TrackedRun, say: Say) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         # trackio knows a run by its name, which another folder below `runs/` may have had before.
         known = run.id_of("trackio") or f"{run.path.name}-{secrets.token_hex(3)}"
@@ -186,7 +187,7 @@ class MLflow:
         else:
             self._client.update_run(known, status="RUNNING")
         self._id = known
-        say(f"mlflow: run {known} at {os.environ['MLFLOW_TRACKING_URI']}")
+        say(f"mlflow: run {known}")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """As of `Tracker`."""
