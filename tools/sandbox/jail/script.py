@@ -60,8 +60,9 @@ def run_script(code: bytes, stdin: bytes, stdin_file: str | None) -> dict[str, A
     if not _end():
         status = _NOT_FLUSHED
     sys.modules["__main__"] = main
-    before.restore(folder)
-    gc.collect()
+    with contextlib.suppress(Exception):  # the program may have broken the modules it takes
+        before.restore(folder)
+        gc.collect()
     return _reply(status, limit)
 
 
@@ -215,6 +216,7 @@ class _Modules:
         Args:
             folder: The folder of the program, whose own modules are deleted as a whole.
         """
+        builtins.__dict__.update(self._builtins)  # first: what follows needs them
         for number in signal.valid_signals():
             if callable(handler := signal.getsignal(number)) and not _is_pythons(handler):
                 signal.signal(number, signal.SIG_DFL)
@@ -224,7 +226,6 @@ class _Modules:
         for name, module in _modules():
             for added in list(vars(module))[self._num_names.get(name, len(vars(module))) :]:
                 vars(module).pop(added, None)
-        vars(builtins).update(self._builtins)
 
 
 def _modules() -> list[tuple[str, ModuleType]]:
