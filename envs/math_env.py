@@ -67,6 +67,7 @@ class SingleTurnMathEnv(ToolEnv):
         tasks: Tasks that `reset` draws from if it is not given one; default: endless arithmetic.
         instruction: Text before the question; "" for none, None for the default.
         shaping: Reward shaping, as in `ToolEnv`.
+        render_mode: "ansi" or None, as in `ToolEnv`.
     """
 
     instruction: ClassVar[str] = (
@@ -79,6 +80,7 @@ class SingleTurnMathEnv(ToolEnv):
         tasks: TaskSource | None = None,
         instruction: str | None = None,
         shaping: Mapping[str, float] | None = None,
+        render_mode: str | None = None,
     ):
         super().__init__(
             tools=[],
@@ -87,6 +89,7 @@ class SingleTurnMathEnv(ToolEnv):
             max_turns=1,
             call_format="none",
             shaping=shaping,
+            render_mode=render_mode,
         )
 
     def grade(self, task: Mapping[str, Any], answer: str) -> Grade:

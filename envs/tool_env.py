@@ -31,6 +31,7 @@ from tir_alp.envs.parsing import Answer, boxed_answer, parse_action
 from tir_alp.envs.reward_shaping import EpisodeFacts, RewardShaping, reward_terms
 from tir_alp.envs.spaces import TextSpace
 from tir_alp.envs.tasks import TaskSource
+from tir_alp.envs.transcript import METADATA, Transcript
 from tir_alp.tools.arguments import ArgumentCheck
 from tir_alp.tools.base import (
     ReportingTool,
@@ -102,6 +103,7 @@ class EnvSettings(TypedDict, total=False):
     tools_in_prompt: bool
     observation: str
     shaping: Mapping[str, float] | None
+    render_mode: str | None
 
 
 class ToolEnv(gymnasium.Env[str, str], ABC):
@@ -121,8 +123,10 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
             chat template has to; it finds the tools in `tool_schemas`.
         observation: Wording of observations; `{output}` stands for the output of the tool.
         shaping: Values of `RewardShaping`, by name; None for none.
+        render_mode: "ansi" if `render` is to return the text of the episode; None if not.
     """
 
+    metadata: ClassVar[dict[str, Any]] = METADATA
     instruction: ClassVar[str] = ""
     """Text before the question; the setting of the same name overrides it."""
     task_keys: ClassVar[tuple[str, ...]] = ("question", "answer")
@@ -139,6 +143,7 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         tools_in_prompt: bool = False,
         observation: str = "{output}",
         shaping: Mapping[str, float] | None = None,
+        render_mode: str | None = None,
     ):
         if max_turns < 1:
             raise ValueError(f"max_turns is {max_turns}: an episode needs at least one turn")
@@ -155,6 +160,8 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
             self._shaping = RewardShaping(**(shaping or {}))  # pyright: ignore[reportArgumentType]
         except TypeError as error:
             raise ValueError(f"env.kwargs.shaping: {error}") from None
+        self.render_mode = render_mode
+        self._transcript = Transcript(render_mode)
         self.observation_space = TextSpace()
         self.action_space = TextSpace()
         self.call_format: CallFormat = call_format
@@ -231,10 +238,16 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         self._task = dict(task)
         self._num_turns = self._num_chars = self._good_calls = 0
         self._recorded = options.get("tool_results")
+        self._transcript.begin(prompt)
         return prompt, {"task": copy.deepcopy(self._task)}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Play one turn of the model; the module's docstring describes what a turn may do."""
+        """Play one turn of the model; the module's docstring describes what a turn may do.
+
+        Raises:
+            ResetNeeded: The episode has ended, or none has begun. Gymnasium leaves a step after the
+                end undefined; here it would be a turn that nobody may train on.
+        """
         if self._task is None:
             raise ResetNeeded("no episode is under way: call reset() before step()")
         self._num_turns += 1
@@ -274,7 +287,12 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
                 rewards = reward_terms(answer_reward, self._shaping, facts)
             self._end_episode()
         info = {**info.to_dict(), "rewards": rewards}
+        self._transcript.add(action, observation)
         return observation, sum(rewards.values()), terminated, truncated, info
+
+    def render(self) -> str | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the episode so far as text, if `render_mode` is "ansi"."""
+        return self._transcript.render()
 
     def harmless_actions(self) -> tuple[str, ...]:
         """Return turns for a trainer to play before a run, so that what tools need starts or fails.
