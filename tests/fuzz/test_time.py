@@ -161,7 +161,7 @@ def replied(text: str) -> None:
     script = ScriptResult(result, 1)
     compat.fusion_reply(script, Fetched())
     compat.faas_reply(script)
-    compat.notebook_reply([result], Fetched())
+    compat.notebook_reply([result], [[]], Fetched())
     _as_text(result)
     cut_middle(text, 1000)
 
