@@ -331,7 +331,7 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
                 f"{' and '.join(map(repr, self._sessions))}: pickle it before the first tool call "
                 "of an episode, or after reset() or close()"
             )
-        return self.__dict__
+        return dict(self.__dict__)
 
     def _draw(self, split: str | None) -> Mapping[str, Any]:
         """Draw a task, from a split if one is given."""

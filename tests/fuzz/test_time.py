@@ -21,6 +21,7 @@ from tir_alp.envs.reasoning_gym_env import _tagged, is_program
 from tir_alp.tools.calculator import evaluate
 from tir_alp.tools.calls import (
     CALL_FORMATS,
+    CallFormat,
     CallMarks,
     call_watcher,
     canonical,
@@ -214,7 +215,12 @@ def read_as_calls(text: str) -> None:
 
 
 def watched(text: str) -> None:
-    for call_format, begun in (("tool_call", ""), ("tool_call", "<tool_call>"), ("fenced", "")):
+    begins: tuple[tuple[CallFormat, str], ...] = (
+        ("tool_call", ""),
+        ("tool_call", "<tool_call>"),
+        ("fenced", ""),
+    )
+    for call_format, begun in begins:
         watch = call_watcher(call_format)
         watch(begun)
         for start in range(0, len(text), 64):

@@ -8,6 +8,7 @@ import json
 import time
 import urllib.error
 import urllib.request
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ def address(request, serving):
         yield at
 
 
-def post(address, path, body):
+def post(address, path, body) -> tuple[int, Any]:
     data = json.dumps(body).encode()
     request = urllib.request.Request(f"{address}{path}", data, {"Content-Type": "application/json"})
     try:
