@@ -120,10 +120,10 @@ def _execute(code: bytes, path: str) -> tuple[int, str]:
     """Returns the exit status, and the limit that an uncaught exception stands for."""
     module = ModuleType("__main__")
     module.__dict__.update(
+        __annotations__={},
         __builtins__=builtins,
         __file__=path,
         __cached__=None,
-        __annotations__={},
         __loader__=SourceFileLoader("__main__", path),
     )
     sys.modules["__main__"] = module
@@ -182,7 +182,8 @@ def _end() -> bool:
         except BaseException as error:
             sys.__excepthook__(type(error), error, error.__traceback__)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    is_flushed = all([_flush(stream) for stream in (sys.stdout, sys.stderr)])
+    streams = getattr(sys, "stdout", None), getattr(sys, "stderr", None)
+    is_flushed = all([_flush(stream) for stream in streams])
     sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
     return is_flushed
 
