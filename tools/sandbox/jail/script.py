@@ -57,12 +57,16 @@ def run_script(code: bytes, stdin: bytes, stdin_file: str | None) -> dict[str, A
     # The frames below those of the program must not count.
     sys.setrecursionlimit(sys.getrecursionlimit() + _depth())
     status, limit = _execute(code, path)
+    tracers = sys.gettrace(), sys.getprofile()  # Python keeps what they refer to until the very end
+    sys.settrace(None)
+    sys.setprofile(None)
     if not _end():
         status = _NOT_FLUSHED
     sys.modules["__main__"] = main
     with contextlib.suppress(Exception):  # the program may have broken the modules it takes
         before.restore(folder)
         gc.collect()
+    del tracers
     return _reply(status, limit)
 
 
