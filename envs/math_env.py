@@ -68,6 +68,7 @@ class SingleTurnMathEnv(ToolEnv):
         instruction: Text before the question; "" for none, None for the default.
         shaping: Reward shaping, as in `ToolEnv`.
         rewards: Reward functions, as in `ToolEnv`.
+        render_mode: "ansi" or None, as in `ToolEnv`.
     """
 
     instruction: ClassVar[str] = (
@@ -81,6 +82,7 @@ class SingleTurnMathEnv(ToolEnv):
         instruction: str | None = None,
         shaping: Mapping[str, float] | None = None,
         rewards: Sequence[str | Mapping[str, Any]] = (),
+        render_mode: str | None = None,
     ):
         super().__init__(
             tools=[],
@@ -90,6 +92,7 @@ class SingleTurnMathEnv(ToolEnv):
             call_format="none",
             shaping=shaping,
             rewards=rewards,
+            render_mode=render_mode,
         )
 
     def grade(self, task: Mapping[str, Any], answer: str) -> Grade:

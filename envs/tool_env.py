@@ -32,6 +32,7 @@ from tir_alp.envs.reward_functions import grade_by, read_rewards
 from tir_alp.envs.reward_shaping import EpisodeFacts, RewardShaping, reward_terms
 from tir_alp.envs.spaces import TextSpace
 from tir_alp.envs.tasks import TaskSource
+from tir_alp.envs.transcript import METADATA, Transcript
 from tir_alp.tools.arguments import ArgumentCheck
 from tir_alp.tools.base import (
     ReportingTool,
@@ -104,6 +105,7 @@ class EnvSettings(TypedDict, total=False):
     observation: str
     shaping: Mapping[str, float] | None
     rewards: Sequence[str | Mapping[str, Any]]
+    render_mode: str | None
 
 
 class ToolEnv(gymnasium.Env[str, str], ABC):
@@ -125,8 +127,10 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         shaping: Values of `RewardShaping`, by name; None for none.
         rewards: Functions that grade in place of `grade`, as `read_rewards` reads them. Every turn
             without a call is then an answer.
+        render_mode: "ansi" if `render` is to return the text of the episode; None if not.
     """
 
+    metadata: ClassVar[dict[str, Any]] = METADATA
     instruction: ClassVar[str] = ""
     """Text before the question; the setting of the same name overrides it."""
     task_keys: ClassVar[tuple[str, ...]] = ("question", "answer")
@@ -144,6 +148,7 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         observation: str = "{output}",
         shaping: Mapping[str, float] | None = None,
         rewards: Sequence[str | Mapping[str, Any]] = (),
+        render_mode: str | None = None,
     ):
         if max_turns < 1:
             raise ValueError(f"max_turns is {max_turns}: an episode needs at least one turn")
@@ -161,6 +166,8 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         except TypeError as error:
             raise ValueError(f"env.kwargs.shaping: {error}") from None
         self._rewards = read_rewards(rewards)
+        self.render_mode = render_mode
+        self._transcript = Transcript(render_mode)
         self.observation_space = TextSpace()
         self.action_space = TextSpace()
         self.call_format: CallFormat = call_format
@@ -237,10 +244,16 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         self._task = dict(task)
         self._num_turns = self._num_chars = self._good_calls = 0
         self._recorded = options.get("tool_results")
+        self._transcript.begin(prompt)
         return prompt, {"task": copy.deepcopy(self._task)}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Play one turn of the model; the module's docstring describes what a turn may do."""
+        """Play one turn of the model; the module's docstring describes what a turn may do.
+
+        Raises:
+            ResetNeeded: The episode has ended, or none has begun. Gymnasium leaves a step after the
+                end undefined; here it would be a turn that nobody may train on.
+        """
         if self._task is None:
             raise ResetNeeded("no episode is under way: call reset() before step()")
         self._num_turns += 1
@@ -283,7 +296,12 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
                 rewards = reward_terms(earned, self._shaping, facts)
             self._end_episode()
         info = {**info.to_dict(), "rewards": rewards}
+        self._transcript.add(action, observation)
         return observation, sum(rewards.values()), terminated, truncated, info
+
+    def render(self) -> str | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the episode so far as text, if `render_mode` is "ansi"."""
+        return self._transcript.render()
 
     def harmless_actions(self) -> tuple[str, ...]:
         """Return turns for a trainer to play before a run, so that what tools need starts or fails.
@@ -322,7 +340,7 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
                 f"{' and '.join(map(repr, self._sessions))}: pickle it before the first tool call "
                 "of an episode, or after reset() or close()"
             )
-        return self.__dict__
+        return dict(self.__dict__)
 
     def _answer_of(self, action: str) -> str | None:
         """As `answer_in`; for reward functions, a text without an answer is one itself."""

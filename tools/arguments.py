@@ -35,13 +35,20 @@ class ArgumentCheck:
         name: Name of the tool, for error messages.
         schema: JSON schema of an object, in the draft that it names or else 2020-12. Nothing is
             fetched for a `$ref`.
-        deadline_s: Seconds for one check, and for the check of the schema.
+        deadline_s: Seconds for one check.
+        schema_deadline_s: Seconds for the check of the schema itself.
 
     Raises:
         ValueError: It is not a JSON schema, or has more than a million characters.
     """
 
-    def __init__(self, name: str, schema: Mapping[str, Any], deadline_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        schema: Mapping[str, Any],
+        deadline_s: float = 10.0,
+        schema_deadline_s: float = 60.0,
+    ) -> None:
         self._deadline_s = deadline_s
         try:
             self._schema = json.dumps(dict(schema))
@@ -49,7 +56,7 @@ class ArgumentCheck:
             fault = str(error) or type(error).__name__
         else:
             self._is_quick = takes_known_time(schema)
-            fault = self._schema_fault()
+            fault = self._schema_fault(schema_deadline_s)
         if fault:
             raise ValueError(f"the parameters of the tool {name!r} are not a JSON schema: {fault}")
 
@@ -69,14 +76,14 @@ class ArgumentCheck:
         except _NoAnswer as failure:
             return f"the arguments cannot be checked: {failure}"
 
-    def _schema_fault(self) -> str:
+    def _schema_fault(self, deadline_s: float) -> str:
         size = len(self._schema)
         if size > _MOST_SCHEMA_CHARS:
             return f"it has {size} characters, and at most {_MOST_SCHEMA_CHARS} are allowed"
         if self._is_quick and size**2 <= _MOST_WORK:
             return schema_fault(self._schema)
         try:
-            return _processes().ask(self._schema, "null", self._deadline_s)
+            return _processes().ask(self._schema, "null", deadline_s)
         except _NoAnswer as failure:
             return f"it cannot be checked: {failure}"
 

@@ -26,6 +26,7 @@ from mcp.types import CONNECTION_CLOSED, REQUEST_TIMEOUT, CallToolResult, TextCo
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tir_alp.tools.background_loop import BackgroundLoop
+from tir_alp.tools.mcp_lines import tolerant
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.python_tool import NO_OUTPUT
 
@@ -307,16 +308,14 @@ class McpConnection:
             else:
                 watch = asyncio.create_task(self._take_hold_of_group())
                 stack.callback(watch.cancel)
-                transport = stdio_client(
-                    StdioServerParameters(
-                        command="/bin/sh",
-                        args=["-c", _PRINT_PID, "sh", *server.command],
-                        env=server.env,
-                        cwd=server.cwd,
-                        encoding_error_handler="replace",
-                    ),
-                    errlog=self._stderr,
+                parameters = StdioServerParameters(
+                    command="/bin/sh",
+                    args=["-c", _PRINT_PID, "sh", *server.command],
+                    env=server.env,
+                    cwd=server.cwd,
+                    encoding_error_handler="replace",
                 )
+                transport = tolerant(stdio_client(parameters, errlog=self._stderr))
             client = await stack.enter_async_context(Client(transport))
             deadline.reschedule(None)
             started.set_result(client)

@@ -17,7 +17,7 @@ import math
 import os
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 from gymnasium.error import ResetNeeded
@@ -26,6 +26,7 @@ from tir_alp.envs.interop.host_process import HostError, HostProcess, LibraryErr
 from tir_alp.envs.interop.libraries import LIBRARIES, find_python
 from tir_alp.envs.spaces import TextSpace
 from tir_alp.envs.tool_env import StepInfo
+from tir_alp.envs.transcript import METADATA, Transcript
 from tir_alp.tools.outcome import Outcome
 
 
@@ -43,11 +44,14 @@ class HostedEnv(gymnasium.Env[str, str]):
         python: Interpreter that has the library; None: see `find_python`.
         start_timeout_s: Seconds to import the library, and seconds for each reset.
         step_timeout_s: Seconds for each step.
+        render_mode: "ansi" if `render` is to return the text of the episode; None if not.
 
     Raises:
         ValueError: The library is not installed, or has no environment of that name.
         HostError: The library's process does not start.
     """
+
+    metadata: ClassVar[dict[str, Any]] = METADATA
 
     def __init__(
         self,
@@ -59,7 +63,10 @@ class HostedEnv(gymnasium.Env[str, str]):
         python: str | None = None,
         start_timeout_s: float = 120.0,
         step_timeout_s: float = 60.0,
+        render_mode: str | None = None,
     ):
+        self.render_mode = render_mode
+        self._transcript = Transcript(render_mode)
         self.observation_space = TextSpace()
         self.action_space = TextSpace()
         self._library = library
@@ -122,6 +129,7 @@ class HostedEnv(gymnasium.Env[str, str]):
         )
         self._is_under_way = True
         prompt = f"{self._instruction}\n\n{text}" if self._instruction else text
+        self._transcript.begin(prompt)
         return prompt, {"task": copy.deepcopy(task), "library_seed": library_seed}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -146,12 +154,17 @@ class HostedEnv(gymnasium.Env[str, str]):
             tool_calls=answer.get("tool_calls", 0),
         )
         info = {**info.to_dict(), "library_info": answer["info"]}
+        self._transcript.add(action, answer["observation"])
         return answer["observation"], answer["reward"], terminated, truncated, info
 
     def _broken(self, error: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         self._is_under_way = False
         info = StepInfo(outcome=Outcome.INFRA_ERROR.value, error=error)
         return "", 0.0, False, True, {**info.to_dict(), "library_info": {}}
+
+    def render(self) -> str | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the episode so far as text, if `render_mode` is "ansi"."""
+        return self._transcript.render()
 
     def run_report(self) -> dict[str, Any]:
         """Report the version of the library."""

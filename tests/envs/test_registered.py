@@ -48,6 +48,9 @@ def test_gymnasiums_checker_finds_nothing(id):
         env = gymnasium.make(id, **settings(id))
         check_env(env.unwrapped, skip_render_check=True)
         env.close()
+        env = gymnasium.make(id, render_mode="ansi", **settings(id))
+        check_env(env.unwrapped)
+        env.close()
 
 
 @pytest.mark.parametrize("id", IDS)
@@ -178,3 +181,26 @@ def test_an_environment_with_an_open_session_says_why_it_cannot_be_pickled():
     env.reset()
     assert pickle.loads(pickle.dumps(env)).reset(seed=1) == env.reset(seed=1)
     env.close()
+
+
+def test_the_mode_ansi_renders_the_episode_as_text_and_no_other_mode_exists():
+    env = gymnasium.make("PythonMath-v0", render_mode="ansi", instruction="", **BARE)
+    env.reset(options={"task": {"question": "6*7?", "answer": "42"}})
+    assert env.render() == "[prompt]\n6*7?\n"
+    env.step("```python\nprint(6*7)\n```")
+    env.step("\\boxed{42}")
+    assert env.render() == (
+        "[prompt]\n6*7?\n\n[model]\n```python\nprint(6*7)\n```\n\n"
+        "[observation]\n42\n\n[model]\n\\boxed{42}\n"
+    )
+    env.reset()
+    assert "boxed{42}" not in str(env.render())
+    env.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match=r"render_mode is 'rgb_array'; environments of texts"):
+            gymnasium.make("SingleTurnMath-v0", render_mode="rgb_array")
+    env = gymnasium.make("SingleTurnMath-v0")
+    env.reset()
+    with pytest.warns(UserWarning, match="render.. shows nothing without a render mode"):
+        assert env.unwrapped.render() is None

@@ -123,8 +123,9 @@ def _concurrent(rng: random.Random, number: int) -> str:
             "with ThreadPoolExecutor(3) as pool: print(list(pool.map(len, ['a', 'bb'])))",
             "t = threading.Thread(target=lambda: 1 / 0); t.start(); t.join(); print('joined')",
             "t = threading.Thread(target=lambda: sys.exit(3)); t.start(); t.join()",
-            "threading.Timer(0.05, print, ['timer']).start()",
-            "threading.Thread(target=lambda: (time.sleep(0.1), print('late'))).start()",
+            "threading.Timer(0.05, sys.stdout.write, ['timer\\n']).start()",
+            "def late(): time.sleep(0.1); sys.stdout.write('late\\n')\n"
+            "threading.Thread(target=late).start()",
             "threading.excepthook = lambda a: print('hook', a.exc_type.__name__)\n"
             "t = threading.Thread(target=lambda: [][1]); t.start(); t.join()",
             "import queue\nq = queue.Queue()\nt = threading.Thread(target=lambda: q.put(1))\n"

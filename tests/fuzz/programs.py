@@ -30,6 +30,8 @@ from tir_alp.tools.sandbox.script import Script
 _MAX_PIECES = 5
 _WALL_S = 20.0
 _FOLDER = re.compile(r"/[^\s\"']*/(?=main\.py)")
+_DELETED = re.compile(r"^(?:deleted|closed|kept|cycle|finalized) \d+\n", re.MULTILINE)
+"""What a piece prints when an object is deleted: objects in cycles have no order among them."""
 _ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}")
 
 
@@ -144,6 +146,7 @@ async def differences(programs: Sequence[Program], backend: str = "namespaces") 
 
 def _ended(stdout: str, stderr: str, status: int) -> Ended:
     """Leave out what the sandbox adds, the folder of the program and addresses of objects."""
+    stdout = _DELETED.sub("", stdout) + "".join(sorted(_DELETED.findall(stdout)))
     texts = [_ADDRESS.sub("0x", _FOLDER.sub("", text)) for text in (stdout, stderr)]
     lines = [line for line in texts[1].splitlines() if not line.startswith("[the interpreter was ")]
     return Ended(texts[0], lines[-1] if lines else "", status)

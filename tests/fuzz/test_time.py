@@ -12,10 +12,25 @@ from dataclasses import dataclass
 import pytest
 
 pytest.importorskip("aiohttp")
+pytest.importorskip("mcp")
+from mcp.types import jsonrpc_message_adapter
 from pydantic import ValidationError
 
+from tir_alp.envs.parsing import extract_boxed, parse_action
+from tir_alp.envs.reasoning_gym_env import _tagged, is_program
 from tir_alp.tools.calculator import evaluate
-from tir_alp.tools.calls import CALL_FORMATS, CallMarks, canonical, find_call, has_call, prose
+from tir_alp.tools.calls import (
+    CALL_FORMATS,
+    CallFormat,
+    CallMarks,
+    call_watcher,
+    canonical,
+    find_call,
+    has_call,
+    prose,
+    read_call,
+)
+from tir_alp.tools.mcp_lines import FaultyLines
 from tir_alp.tools.outcome import Outcome
 from tir_alp.tools.python_tool import _as_text
 from tir_alp.tools.sandbox.interpreters.container_stream import ContainerStream, last_line
@@ -62,6 +77,11 @@ SEEDS = {
     "decimals": "1.",
     "minus": "-",
     "braces": "{}",
+    "boxes": "\\boxed{",
+    "bare boxes": "\\boxed ",
+    "answers": "<answer>",
+    "line ends of strings": '"\\n',
+    "ids": '"id": ',
     "slashes": "a/",
     "dots": "../",
     "surrogates": "\ud800",
@@ -142,7 +162,7 @@ def replied(text: str) -> None:
     script = ScriptResult(result, 1)
     compat.fusion_reply(script, Fetched())
     compat.faas_reply(script)
-    compat.notebook_reply([result], Fetched())
+    compat.notebook_reply([result], [[]], Fetched())
     _as_text(result)
     cut_middle(text, 1000)
 
@@ -187,6 +207,44 @@ def called(text: str) -> None:
         canonical(marks.opening + text, marks)
 
 
+def read_as_calls(text: str) -> None:
+    in_list = CallMarks("[TOOL_CALLS]", "", in_list=True)
+    for content in (text, f'{{"name": "{text}', f'{{"name": "f", "arguments": {{"x": {text}'):
+        read_call(content)
+        read_call(content, in_list)
+
+
+def watched(text: str) -> None:
+    begins: tuple[tuple[CallFormat, str], ...] = (
+        ("tool_call", ""),
+        ("tool_call", "<tool_call>"),
+        ("fenced", ""),
+    )
+    for call_format, begun in begins:
+        watch = call_watcher(call_format)
+        watch(begun)
+        for start in range(0, len(text), 64):
+            watch(text[start : start + 64])
+
+
+def answered(text: str) -> None:
+    parse_action(text)
+    extract_boxed(text)
+    _tagged(text)
+    is_program(text)
+
+
+def sent_by_a_server(text: str) -> None:
+    lines = FaultyLines()
+    flat = text.replace("\n", " ")
+    pieces = [flat[start : start + 1000] for start in range(0, len(flat), 1000)]
+    for line in ('{"jsonrpc": "2.0", "id": 1, "result": {', *pieces, '{"jsonrpc": "' + flat):
+        try:
+            jsonrpc_message_adapter.validate_json(line)
+        except ValidationError as error:
+            list(lines.read(error))
+
+
 def calculated(text: str) -> None:
     with contextlib.suppress(ValueError, ZeroDivisionError):
         evaluate(text)
@@ -229,7 +287,10 @@ def best_time(read: Callable[[str], object], text: str) -> float:
 
 @pytest.mark.parametrize(
     "read",
-    [calculated, called, collected, framed, received, replied, requested, streamed],
+    [
+        *(answered, calculated, called, collected, framed, read_as_calls, received, replied),
+        *(requested, sent_by_a_server, streamed, watched),
+    ],
     ids=lambda read: read.__name__,
 )
 def test_time_is_linear_in_the_length_of_a_text(read: Callable[[str], object]):

@@ -27,6 +27,7 @@ from tir_alp.tools.mcp import McpSession, McpTool, mcp_tools
 from tir_alp.tools.mcp_connection import McpError, McpServer, ProcessGroup
 
 NAUGHTY = (sys.executable, str(Path(__file__).with_name("mcp_server.py")))
+BROKEN = (sys.executable, str(Path(__file__).with_name("mcp_broken_server.py")))
 TIME = (sys.executable, "-m", "mcp_server_time", "--local-timezone", "UTC")
 PATIENT = 120.0
 
@@ -168,6 +169,23 @@ def test_the_text_is_bounded_and_what_is_no_text_is_named(episode):
     assert outcome is Outcome.OK and len(text) == 100
     assert text.startswith("<x") and text.endswith("x>")
     assert tools("picture")[1] == "look:\n[image image/png]"
+
+
+@pytest.mark.parametrize("before", ["", "log: {\n", "{'a': 1}\n{}\n\n", '{"level": "info"}\n'])
+@pytest.mark.parametrize("kind", ["", "half", "lines", "one per line", "raw line ends"])
+def test_an_answer_in_another_form_is_read_at_once(episode, before, kind):
+    say = episode(naughty(command=BROKEN))
+    expected = "one\n\ufffd" if kind == "half" else "one\n<half>"
+    assert say("say", before=before, kind=kind)[:2] == (Outcome.OK, expected)
+    assert say("say", before="", kind="")[0] is Outcome.OK  # the server lives on
+
+
+def test_an_answer_that_is_no_json_is_an_error_at_once(episode):
+    say = episode(naughty(command=BROKEN))
+    outcome, text, _ = say("say", before="", kind="garbage")
+    assert outcome is Outcome.TOOL_ERROR
+    assert text.startswith("[the server's answer is not JSON: Expecting ")
+    assert say("say", before="", kind="")[0] is Outcome.OK
 
 
 # ------------------------------------------------------------------------- what episodes share

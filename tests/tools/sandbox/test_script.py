@@ -109,6 +109,10 @@ class D:
 d = D()
 sys.excepthook = lambda *error: d
 """,
+    "a tracer that fails at the end": "import sys\nsys.settrace(lambda *a: 5)\nprint(1)",
+    "the names of a module": "print(vars().keys())",
+    "no sys.stdout": "import sys\ndel sys.stdout\nprint(1)",
+    "no sys.stderr": "import sys\nprint(1)\ndel sys.stderr",
     "a message without sys.stderr": "import sys\nsys.stderr = None\nsys.exit('message')",
     "__del__ in a cycle": """
 class A:

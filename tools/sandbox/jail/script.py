@@ -57,11 +57,16 @@ def run_script(code: bytes, stdin: bytes, stdin_file: str | None) -> dict[str, A
     # The frames below those of the program must not count.
     sys.setrecursionlimit(sys.getrecursionlimit() + _depth())
     status, limit = _execute(code, path)
+    tracers = sys.gettrace(), sys.getprofile()  # Python keeps what they refer to until the very end
+    sys.settrace(None)
+    sys.setprofile(None)
     if not _end():
         status = _NOT_FLUSHED
     sys.modules["__main__"] = main
-    before.restore(folder)
-    gc.collect()
+    with contextlib.suppress(Exception):  # the program may have broken the modules it takes
+        before.restore(folder)
+        gc.collect()
+    del tracers
     return _reply(status, limit)
 
 
@@ -119,10 +124,10 @@ def _execute(code: bytes, path: str) -> tuple[int, str]:
     """Returns the exit status, and the limit that an uncaught exception stands for."""
     module = ModuleType("__main__")
     module.__dict__.update(
+        __annotations__={},
         __builtins__=builtins,
         __file__=path,
         __cached__=None,
-        __annotations__={},
         __loader__=SourceFileLoader("__main__", path),
     )
     sys.modules["__main__"] = module
@@ -181,7 +186,8 @@ def _end() -> bool:
         except BaseException as error:
             sys.__excepthook__(type(error), error, error.__traceback__)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    is_flushed = all([_flush(stream) for stream in (sys.stdout, sys.stderr)])
+    streams = getattr(sys, "stdout", None), getattr(sys, "stderr", None)
+    is_flushed = all([_flush(stream) for stream in streams])
     sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
     return is_flushed
 
@@ -215,6 +221,7 @@ class _Modules:
         Args:
             folder: The folder of the program, whose own modules are deleted as a whole.
         """
+        builtins.__dict__.update(self._builtins)  # first: what follows needs them
         for number in signal.valid_signals():
             if callable(handler := signal.getsignal(number)) and not _is_pythons(handler):
                 signal.signal(number, signal.SIG_DFL)
@@ -224,7 +231,6 @@ class _Modules:
         for name, module in _modules():
             for added in list(vars(module))[self._num_names.get(name, len(vars(module))) :]:
                 vars(module).pop(added, None)
-        vars(builtins).update(self._builtins)
 
 
 def _modules() -> list[tuple[str, ModuleType]]:

@@ -123,8 +123,16 @@ def fusion_failure(message: str) -> dict[str, Any]:
     }
 
 
-def notebook_reply(results: list[RunResult], fetched: Fetched) -> dict[str, Any]:
-    """SandboxFusion's reply about a notebook, whose cells ran until one was stopped."""
+def notebook_reply(
+    results: list[RunResult], displays: list[list[dict[str, Any]]], fetched: Fetched
+) -> dict[str, Any]:
+    """SandboxFusion's reply about a notebook, whose cells ran until one was stopped.
+
+    Args:
+        results: How each cell ended.
+        displays: What each cell has shown: MIME type -> text or base64.
+        fetched: The files, those of figures included.
+    """
     last = results[-1] if results else None
     if last is not None and last.outcome.is_infrastructure:
         return notebook_failure(last.stderr)
@@ -134,7 +142,7 @@ def notebook_reply(results: list[RunResult], fetched: Fetched) -> dict[str, Any]
         "status": "Failed" if stopped else "Success",
         "message": fetched.problem,
         "driver": driver,
-        "cells": [_cell(result) for result in results],
+        "cells": [_cell(*each) for each in zip(results, displays, strict=True)],
         "executor_pod_name": None,
         "files": _encoded(fetched.files),
     }
@@ -182,7 +190,8 @@ def _encoded(files: Mapping[str, bytes]) -> dict[str, str]:
     return {path: base64.b64encode(content).decode() for path, content in files.items()}
 
 
-def _cell(result: RunResult) -> dict[str, Any]:
+def _cell(result: RunResult, display: list[dict[str, Any]]) -> dict[str, Any]:
+    last = [] if result.value is None else [{"text/plain": result.value}]
     error = []
     if result.outcome is not Outcome.OK:
         lines = result.stderr.splitlines()
@@ -191,6 +200,6 @@ def _cell(result: RunResult) -> dict[str, Any]:
     return {
         "stdout": result.stdout,
         "stderr": result.stderr,
-        "display": [] if result.value is None else [{"text/plain": result.value}],
+        "display": [*display, *last],
         "error": error,
     }

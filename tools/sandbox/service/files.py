@@ -20,7 +20,8 @@ from tir_alp.tools.sandbox.config import Limits
 from tir_alp.tools.sandbox.result import SandboxError
 
 _CHUNK_BYTES = 720_000  # in base64 this is shorter than the longest value of a cell
-_LIMITS = Limits(wall_s=10.0, output_chars=1_000_000)
+HELPER_LIMITS = Limits(wall_s=10.0, output_chars=1_000_000)
+"""Limits of a cell that only moves data."""
 
 # Each cell runs in a namespace of its own, so that it leaves nothing in the program's.
 _PUT = """
@@ -66,7 +67,7 @@ async def put_files(session: Session, files: Mapping[str, bytes]) -> str:
         SandboxError: A file cannot be written: there is no space, or no right to.
     """
     encoded = [(path, base64.b64encode(content).decode()) for path, content in files.items()]
-    result = await session.run(_cell(_PUT, files=encoded), _LIMITS)
+    result = await session.run(helper_cell(_PUT, files=encoded), HELPER_LIMITS)
     if result.outcome is not Outcome.OK or result.value is None:
         lines = result.stderr.splitlines() or ["no reason was given"]
         raise SandboxError(f"the files cannot be written: {lines[-1]}")
@@ -105,8 +106,8 @@ async def _read(session: Session, path: str, bytes_left: int) -> bytes | str | N
     """The content, or the reason why it cannot be read, or None if there is no such file."""
     content = b""
     while True:
-        cell = _cell(_FETCH, path=path, start=len(content), length=_CHUNK_BYTES)
-        result = await session.run(cell, _LIMITS)
+        cell = helper_cell(_FETCH, path=path, start=len(content), length=_CHUNK_BYTES)
+        result = await session.run(cell, HELPER_LIMITS)
         if result.outcome.is_infrastructure:
             raise SandboxError(result.stderr)
         if result.note:  # checked first: the old folder may still exist, without access
@@ -126,6 +127,6 @@ async def _read(session: Session, path: str, bytes_left: int) -> bytes | str | N
             return content
 
 
-def _cell(source: str, **names: object) -> str:
+def helper_cell(source: str, **names: object) -> str:
     """Source of an expression whose value is what `source` assigns to `answer`."""
     return f"(lambda names: exec({source!r}, names) or names['answer'])({names!r})"

@@ -38,6 +38,7 @@ from tir_alp.tools.sandbox.script import Script, ScriptResult
 from tir_alp.tools.sandbox.service import compat
 from tir_alp.tools.sandbox.service.files import Fetched, fetch_files, put_files
 from tir_alp.tools.sandbox.service.metrics import ServiceMetrics
+from tir_alp.tools.sandbox.service.notebook import Shown, prepare, saved_images, shown_by_cell
 
 _log = logging.getLogger(__name__)
 _SHUTDOWN_S = 10.0
@@ -193,22 +194,38 @@ class Service:
     async def _fusion_notebook(self, request: web.Request) -> web.Response:
         asked = await _body(request, compat.FusionNotebook)
         self._check_wall(asked.total_timeout)
-        results: list[RunResult] = []
         async with await self._admitted(self._sandbox.open_session()) as session:
             try:
-                folder = await _put(session, asked)
-                deadline = time.monotonic() + asked.total_timeout
-                for code in asked.cells:
-                    left_s = max(0.001, deadline - time.monotonic())
-                    wall_s = min(left_s, asked.cell_timeout or left_s)
-                    results.append(await session.run(code, Limits(wall_s=wall_s)))
-                    self._metrics.count_call(results[-1])
-                    if results[-1].outcome not in (Outcome.OK, Outcome.TOOL_ERROR):
-                        break
-                fetched = await self._fetch(session, folder, asked, results)
+                return web.json_response(await self._notebook(session, asked))
             except SandboxError as error:
                 return web.json_response(compat.notebook_failure(str(error)))
-        return web.json_response(compat.notebook_reply(results, fetched))
+
+    async def _notebook(self, session: Session, asked: compat.FusionNotebook) -> dict[str, Any]:
+        """Run the cells until one is stopped; return the reply."""
+        folder = await put_files(session, asked.contents)
+        await prepare(session)
+        results: list[RunResult] = []
+        displays: list[list[dict[str, Any]]] = []
+        shown = Shown(self._config.max_body_bytes)
+        deadline = time.monotonic() + asked.total_timeout
+        for number, code in enumerate(asked.cells, 1):
+            left_s = max(0.001, deadline - time.monotonic())
+            wall_s = min(left_s, asked.cell_timeout or left_s)
+            results.append(await session.run(code, Limits(wall_s=wall_s)))
+            self._metrics.count_call(results[-1])
+            was_stopped = results[-1].outcome not in (Outcome.OK, Outcome.TOOL_ERROR)
+            displays.append([] if was_stopped else await shown_by_cell(session, number, shown))
+            if was_stopped:
+                break
+        fetched = await self._fetch(session, folder, asked, results)
+        if results and not results[-1].outcome.is_infrastructure:
+            saved = await saved_images(session, asked.contents)
+            room = self._config.max_body_bytes - sum(map(len, fetched.files.values()))
+            images = await fetch_files(session, folder, saved, room)
+            problems = (fetched.problem, images.problem, shown.problem)
+            files = {**shown.images, **images.files, **fetched.files}
+            fetched = Fetched(files, "; ".join(each for each in problems if each))
+        return compat.notebook_reply(results, displays, fetched)
 
     async def _fetch(
         self, session: Session, folder: str, asked: compat.Files, results: Sequence[RunResult]
