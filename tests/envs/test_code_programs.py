@@ -214,7 +214,7 @@ def test_a_row_that_cannot_be_read_is_named_when_the_data_is_opened(tmp_path, ta
     row = {"question": "?", "answer": "none"} | task
     path.write_text(json.dumps(TASK) + "\n")
     path.open("a").write(json.dumps(row) + "\n")
-    (sentence,) = left_out(DataConfig(source="jsonl", path=path, broken_rows="skip"))
+    (sentence,) = left_out([DataConfig(source="jsonl", path=path, broken_rows="skip")])
     assert sentence.startswith(f"{path}:2: ") and message in sentence
 
 

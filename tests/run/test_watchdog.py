@@ -44,3 +44,19 @@ def test_it_tells_once_where_and_on_which_host_an_episode_is_stuck():
         "stuck for _ s: task t, sequence 7, turn 2: the engine, on engine-1",
         "stuck for _ s: task u, sequence 8, turn 0: env.step, on environment-0",
     ]
+
+
+def test_many_that_wait_for_the_same_are_one_line():
+    said: list[str] = []
+    watchdog = Watchdog(after_s=-1.0, log=said.append)
+    with (
+        watchdog.waiting("task a, turn 0: the engine"),
+        watchdog.waiting("task b, turn 0: the engine"),
+        watchdog.waiting("task c, turn 0: env.step"),
+    ):
+        watchdog.look()
+        watchdog.look()
+    assert [line.partition(": ")[2] for line in said] == [
+        "task a, turn 0: the engine, on this process; and 1 others",
+        "task c, turn 0: env.step, on this process",
+    ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -55,12 +56,16 @@ class Watchdog:
             _CURRENT.reset(token)
 
     def look(self) -> None:
-        """Report the waits that have become too long."""
+        """Report the waits that have become too long: one line for all that wait for the same."""
         now = time.monotonic()
+        late: defaultdict[tuple[str, str], list[_Wait]] = defaultdict(list)
         for wait in sorted(self._waits, key=lambda wait: wait.since):
             if not wait.is_reported and now - wait.since > self._after_s:
                 wait.is_reported = True
-                self._log(f"stuck for {now - wait.since:.0f} s: {wait.where}, on {wait.host}")
+                late[wait.where.rpartition(": ")[2], wait.host].append(wait)
+        for (_, host), (first, *others) in late.items():
+            line = f"stuck for {now - first.since:.0f} s: {first.where}, on {host}"
+            self._log(line + (f"; and {len(others)} others" if others else ""))
 
     async def watch(self) -> None:
         """Call `look` periodically until it is cancelled."""
