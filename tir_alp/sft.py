@@ -205,7 +205,30 @@ def services(config: SFTConfig, prepared: PreparedSFT) -> Services[SFTRun]:
         describe_end=lambda run: describe_sft_end(run.folder.path, run.config.steps or 0),
         open_cluster=open_cluster,
         draw_report=write_run_report,
+        command="sft",
     )
+
+
+def play_held_out(config: SFTConfig, run: Path) -> None:
+    """Play the tasks of `eval.data` with the last checkpoint, as `tir_alp.evaluate` does.
+
+    Raises:
+        ValueError: For what a user can fix.
+    """
+    from tir_alp.evaluate import evaluate, show
+    from tir_alp.records.evaluation_folder import write_result
+    from tir_alp.run.model_choice import checkpoint_of
+
+    model = checkpoint_of(run, str(config.steps))
+    settings = config.as_run()
+    settings = settings.model_copy(
+        update={"model": settings.model.model_copy(update={"path": model.path})}
+    )
+    label = "-".join(each.label for each in config.eval.data)
+    out = run / "evaluations" / f"{label}-k{config.eval.samples}-step{model.version}"
+    result = asyncio.run(evaluate(settings, model, out))
+    print(f"result: {write_result(out, result)}")
+    show(result)
 
 
 def for_trainer(config: SFTConfig) -> Config:
@@ -236,6 +259,8 @@ def main(arguments: Sequence[str]) -> int:
         prepared = prepare_sft(config, resume, lambda line: print(line, flush=True))
         services_of = services(config, prepared)
         asyncio.run(train_from(for_trainer(prepared.config), resume, services_of))
+        if prepared.config.eval.data and prepared.config.steps:
+            play_held_out(prepared.config, prepared.folder.path)
     except (CannotStart, EngineFailed, RunLost, ValueError) as error:
         print(f"tir_alp.sft: {error}", file=sys.stderr)
         return 2

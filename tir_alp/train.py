@@ -289,6 +289,7 @@ def services() -> Services[Run]:
         describe_end=_end_of,
         open_cluster=open_cluster,
         draw_report=write_run_report,
+        command="train",
     )
 
 

@@ -197,7 +197,9 @@ def test_the_whole_way_by_command(tmp_path):
         tmp_path,
         *("sft", "--data.path", str(data), "--name", "taught", "--steps", "20", "--model.path"),
         *("tiny", "--trainer.lr", "1e-3", "--eval.every", "10", *TINY),
+        *("--eval.data", '[{"source": "arithmetic", "limit": 8}]'),
     )
+    assert "avg@k" in out and "arithmetic (8)" in out
     assert "held-out conversations" in out and "next: python -m tir_alp.train" in out
     assert "every token is accounted for" in command(tmp_path, "audit", "runs/taught")
     command(

@@ -144,7 +144,14 @@ PICTURES = (
         "The value of the loss is not a measure of success.",
         (
             Panel("Entropy", "nats per token", (Line("entropy/mean", "mean"),)),
-            Panel("Loss", "loss", (Line("loss/value", "mean over updates"),)),
+            Panel(
+                "Loss",
+                "loss",
+                (
+                    Line("loss/value", "mean over updates"),
+                    Line("eval/loss", "held-out conversations"),
+                ),
+            ),
         ),
     ),
     Picture(
@@ -366,6 +373,15 @@ _MEANINGS = {  # metric -> meaning, unit; names go before patterns, and patterns
     "eval/greedy_accuracy": ("held-out accuracy of greedy trajectories", "share"),
     "eval/pass_at_k": ("held-out tasks solved at least once", "share"),
     "eval/tool_calls": ("mean number of tool calls per held-out trajectory", "calls"),
+    "eval/loss": ("loss on held-out conversations", "nats per token"),
+    "eval/*/accuracy": ("accuracy of sampled trajectories, of one set of tasks", "share"),
+    "eval/*/greedy_accuracy": ("accuracy of greedy trajectories, of one set of tasks", "share"),
+    "eval/*/pass_at_k": ("tasks solved at least once, of one set", "share"),
+    "eval/*/tool_calls": ("mean number of tool calls per trajectory, of one set", "calls"),
+    "eval/*/tasks": ("tasks of one set", "tasks"),
+    "eval/*/failed": ("trajectories of one set lost to infrastructure failures", "trajectories"),
+    "epoch": ("passes over the conversations", "epochs"),
+    "time/read": ("reading and encoding the conversations of a step", "s"),
     "eval/tasks": ("held-out tasks", "tasks"),
     "eval/failed": ("held-out trajectories lost to infrastructure failures", "trajectories"),
     "ratio/p[0-9]*": ("percentile of the sequence ratios, policy over rollout policy", "ratio"),

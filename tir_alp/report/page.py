@@ -17,7 +17,8 @@ from tir_alp.report.compare import COLUMNS, row, summary_of
 from tir_alp.report.figures import DrawnPicture
 from tir_alp.report.methods import Method, colour_of
 from tir_alp.report.read import RecordedRun
-from tir_alp.run.describe import changed_settings
+from tir_alp.run.describe import changed_settings, changed_sft_settings
+from tir_alp.training.checkpoint_folder import read_best
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -61,17 +62,12 @@ def page_of_run(
         drawn: The pictures in order.
         pictures: PNG data of each picture by name.
     """
-    summary = summary_of(run)
     facts = [
         ("algorithm", run.algorithm),
         ("seed", str(run.seed)),
         ("steps", _steps(run)),
-        (
-            "held-out accuracy",
-            f"{_share(summary.before)} before, {_share(summary.after)} after training",
-        ),
-        ("widest P98 / P2 of the sequence ratios", _number(summary.widest)),
-        ("largest |KL| to the rollout policy", f"{_number(summary.max_kl)} nats per token"),
+        *(_facts_of_sft(run) if run.command == "sft" else _facts_of_training(run)),
+        *_best(run),
         ("folder", str(run.path)),
     ]
     sections = [
@@ -86,6 +82,37 @@ def page_of_run(
         _metrics(run),
     ]
     return _PAGE.format(title=escape(run.name), body="\n".join(filter(None, sections)))
+
+
+def _facts_of_training(run: RecordedRun) -> list[tuple[str, str]]:
+    summary = summary_of(run)
+    return [
+        (
+            "held-out accuracy",
+            f"{_share(summary.before)} before, {_share(summary.after)} after training",
+        ),
+        ("widest P98 / P2 of the sequence ratios", _number(summary.widest)),
+        ("largest |KL| to the rollout policy", f"{_number(summary.max_kl)} nats per token"),
+    ]
+
+
+def _facts_of_sft(run: RecordedRun) -> list[tuple[str, str]]:
+    facts = []
+    for title, name in (("loss", "loss/value"), ("loss on held-out conversations", "eval/loss")):
+        values = run.series[name].finite if name in run.series else []
+        if values:
+            text = f"{_number(values[0])} at first, {_number(values[-1])} at last, nats per token"
+            facts.append((title, text))
+    return facts
+
+
+def _best(run: RecordedRun) -> list[tuple[str, str]]:
+    best = read_best(run.path / "checkpoints")
+    if best is None:
+        return []
+    is_sft = run.command == "sft"
+    score = f"held-out loss {_number(-best.score)}" if is_sft else f"{_share(best.score)} held out"
+    return [("best checkpoint", f"step {best.step}, {score}; the last is step {run.last_step}")]
 
 
 def page_of_methods(
@@ -193,11 +220,17 @@ def _objective(run: RecordedRun) -> str:
     return f"<h2>Objective</h2>\n<pre>{escape(run.objective)}</pre>"
 
 
+def _changed(run: RecordedRun) -> dict[str, tuple[Any, Any]]:
+    if run.command == "sft":
+        return changed_sft_settings(run.settings)
+    return changed_settings(run.settings, run.algorithm)
+
+
 def _settings(run: RecordedRun) -> str:
     """Show the settings that differ from the defaults, and the whole config folded."""
     changed = [
         [f"<code>{escape(key)}</code>", escape(_json(value)), escape(_json(default))]
-        for key, (value, default) in changed_settings(run.settings, run.algorithm).items()
+        for key, (value, default) in _changed(run).items()
         if key != "name"
     ]
     table = _table(("key", "value", "default"), changed) if changed else "<p>None.</p>"

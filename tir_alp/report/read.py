@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tir_alp.records.folder import read_records, read_run_config
+from tir_alp.records.folder import read_command, read_records, read_run_config
 from tir_alp.run.describe import flat
 
 
@@ -37,6 +37,8 @@ class RecordedRun:
     """The files of a run, except its trajectories and checkpoints."""
 
     path: Path
+    command: str
+    """The command that wrote it: `train` or `sft`."""
     config: Mapping[str, Any]
     """The nested config as it was saved."""
     objective: str
@@ -58,6 +60,8 @@ class RecordedRun:
     @property
     def algorithm(self) -> str:
         """Name of the algorithm as configured."""
+        if self.command != "train":
+            return self.command
         section = self.config.get("algorithm")
         return str(section.get("name", "custom")) if isinstance(section, Mapping) else "custom"
 
@@ -86,6 +90,7 @@ def read_run(path: Path) -> RecordedRun:
     metrics, num_unreadable = read_records(path / "metrics.jsonl")
     return RecordedRun(
         path=path.resolve(),
+        command=read_command(path),
         config=config,
         objective=objective.read_text().strip() if objective.is_file() else "",
         series=series_of(metrics),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tir_alp.algorithm.formula import formula
 from tir_alp.algorithm.presets import ALGORITHMS
-from tir_alp.config import Config, SFTConfig
+from tir_alp.config import Config, SFTConfig, TranscriptsConfig
 
 _PROBED = ("namespaces", "landlock", "docker")
 """Sandboxes that attack themselves when they start, and do not start if an attack succeeds."""
@@ -120,14 +121,21 @@ def describe_sft_start(
     config: SFTConfig, num_conversations: int, num_tokens: int, path: object
 ) -> str:
     """Describe a run of supervised fine-tuning that begins."""
-    settings = flat(config.model_dump(mode="json"))
-    defaults = flat(SFTConfig(data=config.data).model_dump(mode="json"))
-    changed = {key: value for key, value in settings.items() if defaults.get(key) != value}
+    changed = changed_sft_settings(flat(config.model_dump(mode="json")))
     lines = [f"{num_conversations} conversations with {num_tokens} tokens"]
     if changed:
         lines.append("settings that differ from the defaults:")
-        lines += [f"  {key} = {_shown(value)}" for key, value in changed.items()]
+        lines += [f"  {key} = {_shown(value)}" for key, (value, _) in changed.items()]
     return "\n".join([*lines, f"run {path}"])
+
+
+def changed_sft_settings(settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """As `changed_settings`, for a run of supervised fine-tuning."""
+    anything = TranscriptsConfig(path=Path("transcripts.jsonl"))
+    known = flat(SFTConfig(data=anything).model_dump(mode="json"))
+    return {
+        key: (value, known.get(key)) for key, value in settings.items() if known.get(key) != value
+    }
 
 
 def describe_sft_end(path: object, steps: int) -> str:
@@ -141,11 +149,11 @@ def describe_sft_end(path: object, steps: int) -> str:
     )
 
 
-def describe_stop(path: object, step: int | None) -> str:
+def describe_stop(path: object, step: int | None, command: str = "train") -> str:
     """Say from which checkpoint a run that ended early can go on, if from any."""
     if step is None:
         return f"there is no checkpoint in {path} to go on from"
-    return f"step {step} is saved; go on from it: python -m tir_alp.train --resume {path}"
+    return f"step {step} is saved; go on from it: python -m tir_alp.{command} --resume {path}"
 
 
 def describe_os_error(error: OSError) -> str:

@@ -67,6 +67,8 @@ class Services(Generic[R]):
     open_cluster: OpenCluster
     draw_report: Callable[[Path], Path]
     """Draws the report of the run in a folder; returns the page."""
+    command: str
+    """Name of the command, by which the run can be resumed."""
 
 
 class CannotStart(Exception):
@@ -163,7 +165,7 @@ async def train_once(
             is_lost = True
             raise RunLost(path, str(error), run.examined) from error
         except (Interrupted, RolloutsFailed, EngineFailed, OSError):
-            run.console.print(describe_stop(path, newest_step(path)))
+            run.console.print(describe_stop(path, newest_step(path), services.command))
             raise
         finally:
             if not is_lost:
