@@ -206,6 +206,7 @@ def test_the_whole_way_by_command(tmp_path):
         tmp_path,
         *("train", "--model.path", "runs/taught/checkpoints/step_20", "--name", "trained"),
         *("--steps", "2", "--eval.every", "1", "--eval.num_tasks", "16"),
+        *("--config", str(ROOT / "configs/tiny.toml")),
     )
     best = json.loads((tmp_path / "runs/trained/checkpoints/best.json").read_text())
     assert (tmp_path / f"runs/trained/checkpoints/step_{best['step']}").is_dir() or not best["step"]

@@ -99,6 +99,7 @@ def test_a_gguf_file_is_trained_as_a_model_path(tmp_path):
     command = [
         *(sys.executable, "-m", "tir_alp.train", "--model.path", "small.gguf", "--steps", "1"),
         *("--rollout.groups_per_step", "2", "--rollout.group_size", "2", "--eval.num_tasks", "2"),
+        *("--config", str(ROOT / "configs/tiny.toml")),
     ]
     outputs = []
     for name in ("first", "second"):

@@ -180,3 +180,20 @@ def test_help_of_an_unknown_section_suggests_one(name, words):
 def test_help_of_a_key_shows_the_key():
     page = help_page("", {}, "rollout.group_size")
     assert "--rollout.group_size INT" in page and "--rollout.hold" not in page
+
+
+def test_the_settings_of_the_tiny_model_hold_for_no_other(tmp_path):
+    from tir_alp.models.tiny import TRAIN_CONFIG
+    from tir_alp.run.command_line import Command, read_config
+    from tir_alp.run.model_choice import choose_model
+
+    def read(*words):
+        return read_config(Command("", {"config FILE": ""}).read(words), TRAIN_CONFIG)
+
+    assert read().rollout.max_turn_tokens == 64
+    assert read("--model.path", "tiny-able").rollout.max_turn_tokens == 64
+    assert read("--model.path", "some/model").rollout.max_turn_tokens == 2048
+    given = read("--model.path", "some/model", "--config", str(TRAIN_CONFIG))
+    assert given.rollout.max_turn_tokens == 64
+    assert choose_model({"model": "tiny"})[0]["rollout"]["max_turn_tokens"] == 64
+    assert choose_model({"model": "some/model"})[0] == {}

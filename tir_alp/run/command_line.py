@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from tir_alp import __version__
 from tir_alp.algorithm.section import Section, merge
 from tir_alp.config import Config
+from tir_alp.models.tiny import SHIPPED
 from tir_alp.run.settings import (
     annotations_of,
     engine_keys,
@@ -127,11 +128,18 @@ def split_words(
 def read_config(words: Words, default: Path) -> Config:
     """Build a new run's config from a command line and the file that it names, else `default`.
 
+    The default is that of the embedded tiny model, whose limits and bare prompts suit no other: for
+    a model that the command line names, the defaults of `Config` hold instead.
+
     Raises:
         ValueError: With one line for each mistake.
     """
     file = words.options.get("config")
-    return overlay(words.values, read_toml(default if file is None else Path(file)))
+    if file is not None:
+        return overlay(words.values, read_toml(Path(file)))
+    model = words.values.get("model", {}).get("path")
+    is_embedded = model is None or model in SHIPPED
+    return overlay(words.values, read_toml(default) if is_embedded else {})
 
 
 def load_config(words: Sequence[str], below: Mapping[str, Any]) -> Config:

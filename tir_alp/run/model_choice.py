@@ -10,7 +10,7 @@ from typing import Any
 
 from tir_alp.config import SFTConfig
 from tir_alp.models.resolve import resolve
-from tir_alp.models.tiny import TRAIN_CONFIG
+from tir_alp.models.tiny import SHIPPED, TRAIN_CONFIG
 from tir_alp.records.folder import read_command, read_run_config
 from tir_alp.run.command_line import parse_as, read_toml
 from tir_alp.training import checkpoint_folder
@@ -20,7 +20,7 @@ MODEL_OPTIONS = MappingProxyType(
         "model PATH": "folder or Hugging Face id of the model",
         "run RUN": "a checkpoint of this run, with the run's settings",
         "checkpoint WHICH": "best, last or a number of steps (default: last)",
-        "config FILE": "TOML file with settings (default: the run's, or the embedded tiny model's)",
+        "config FILE": "TOML file with settings (default: those of the run, or of an embedded model)",
     }
 )
 """Options of a command, with their descriptions."""
@@ -53,9 +53,13 @@ def choose_model(options: Mapping[str, str]) -> tuple[dict[str, Any], Model]:
     if "run" not in options:
         if "checkpoint" in options:
             raise ValueError("--checkpoint names a checkpoint of a run: give --run RUN")
-        model = Model(resolve(options["model"]))
-        below = read_toml(Path(options["config"]) if "config" in options else TRAIN_CONFIG)
-        return {key: value for key, value in below.items() if key != "steps"}, model
+        below: dict[str, Any] = {}
+        if "config" in options:
+            below = read_toml(Path(options["config"]))
+        elif options["model"] in SHIPPED:
+            below = read_toml(TRAIN_CONFIG)
+        below.pop("steps", None)
+        return below, Model(resolve(options["model"]))
     run = Path(options["run"])
     below = settings_of(run)
     if "config" in options:
