@@ -20,7 +20,7 @@ MODEL_OPTIONS = MappingProxyType(
         "model PATH": "folder or Hugging Face id of the model",
         "run RUN": "a checkpoint of this run, with the run's settings",
         "checkpoint WHICH": "best, last or a number of steps (default: last)",
-        "config FILE": "TOML file with settings (default: those of the run, or of an embedded model)",
+        "config FILE": "TOML file with settings (default: those of the run or the embedded model)",
     }
 )
 """Options of a command, with their descriptions."""
