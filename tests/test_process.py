@@ -12,7 +12,7 @@ import pytest
 
 from tir_alp.process import EXTRAS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SLOW = """\
 import pathlib, time
 pathlib.Path("importing").touch()
@@ -34,13 +34,22 @@ COMMANDS = {
 }
 
 
+def listen():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def interrupted(folder, words, module):
     """Start a command, and send Ctrl-C while it imports a module that takes a minute."""
     (folder / f"{module}.py").write_text(SLOW)
     command = [sys.executable, "-m", *words]
     environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
     with subprocess.Popen(
-        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=folder,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listen,  # pytest itself may run where Ctrl-C is ignored
     ) as process:
         deadline = time.monotonic() + 50
         while not (folder / "importing").exists():
@@ -61,7 +70,9 @@ def test_a_part_of_a_run_and_a_program_of_somebody_else_keep_their_own_handling(
     (tmp_path / "show.py").write_text(f"import tir_alp; {show}")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     for words in (["-m", "show"], ["-c", f"import tir_alp; {show}"]):
-        shown = subprocess.run([sys.executable, *words], env=environment, capture_output=True)
+        shown = subprocess.run(
+            [sys.executable, *words], env=environment, capture_output=True, preexec_fn=listen
+        )
         assert shown.stdout == b"True\n", shown
 
 
