@@ -94,7 +94,7 @@ def stages(folder: Path, seed: int, num_tasks: int, quick: bool) -> list[Stage]:
             (
                 *("train", "--config", str(RL_CONFIG), "--name", f"{name}/rl"),
                 *("--model.path", str(taught), "--steps", str(rl_steps), "--seed", str(seed)),
-                *(("--rollout.groups_per_step", "2") if quick else ()),
+                *(("--rollout.groups_per_step", "2", "--eval.num_tasks", "4") if quick else ()),
             ),
         ),
         evaluation("rl", rl / "checkpoints" / f"step_{rl_steps}"),
