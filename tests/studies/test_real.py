@@ -29,6 +29,7 @@ def test_each_stage_begins_with_what_the_one_before_it_made():
 
 @pytest.mark.slow
 @pytest.mark.sandbox
+@pytest.mark.timeout(600)
 def test_three_steps_of_each_kind(tmp_path, monkeypatch, capfd):
     pytest.importorskip("gguf")
     name = f"{WHEELS['smollm2'].package}=={WHEELS['smollm2'].version}"

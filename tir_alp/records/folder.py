@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from tir_alp.algorithm.formula import formula
 from tir_alp.config import Config, SFTConfig
 from tir_alp.records.run_lock import RunLock
 from tir_alp.records.trackers import Say, TrackedRun, Trackers
@@ -78,7 +79,7 @@ class RunFolder:
         origin: Origin | None = None,
         say: Say = _say,
         *,
-        objective: str = "",
+        objective: str | None = None,
         command: Command = "train",
     ) -> None:
         """Make the folder of a new run. Raises ValueError if it exists already.
@@ -87,7 +88,8 @@ class RunFolder:
             config: Config of the run.
             origin: What resuming and auditing the run depend on; None: created now.
             say: Called with a line for people by a tracker, from any thread.
-            objective: What is minimised, as text.
+            objective: What is minimised, as text, or "" for nothing; None: the formula of the
+                config's algorithm.
             command: The command that writes the run.
         """
         try:
@@ -108,7 +110,11 @@ class RunFolder:
             "end_token_ids": origin.end_token_ids,
         }
         (self.path / _ORIGIN).write_text(json.dumps(record) + "\n")
-        (self.path / "objective.txt").write_text(objective + "\n")
+        if objective is None:
+            assert isinstance(config, Config)
+            objective = formula(config.algorithm)
+        if objective:
+            (self.path / "objective.txt").write_text(objective + "\n")
         self._open(None, config.trackers, say)
 
     def discard(self) -> None:

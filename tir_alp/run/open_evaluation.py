@@ -157,7 +157,7 @@ async def open_evaluation(
         if folder.path.exists():
             folder.go_on()
         else:
-            folder.create(config, prepared.origin, command="evaluate")
+            folder.create(config, prepared.origin, objective="", command="evaluate")
         stack.enter_context(closing(folder))
         folder.note_environment(0, report)
         watchdog = Watchdog(log=log)

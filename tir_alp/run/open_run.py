@@ -23,7 +23,6 @@ from typing import Any, Protocol
 import gymnasium
 
 from tir_alp.algorithm.advantage import group_advantages, has_signal
-from tir_alp.algorithm.formula import formula
 from tir_alp.config import Config
 from tir_alp.engines.base import Engine, Generate
 from tir_alp.records.folder import RunFolder
@@ -223,8 +222,7 @@ def _open_folder(prepared: Prepared, examined: Examined, say: Callable[[str], No
         folder.check_is_new()
     try:
         if is_new:
-            objective = formula(prepared.config.algorithm)
-            folder.create(prepared.config, prepared.origin, say, objective=objective)
+            folder.create(prepared.config, prepared.origin, say)
             write_fingerprints(folder.path, prepared.files)
         else:
             folder.reopen(step, prepared.config.trackers, say)
