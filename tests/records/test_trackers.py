@@ -104,17 +104,23 @@ def test_wandb_offline_needs_no_network_and_goes_on_in_the_same_run(tmp_path, mo
     files = sorted((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
     known = (tmp_path / "run/trackers/wandb.id").read_text().strip()
     assert [file.name for file in files] == [f"run-{known}.wandb"] * 2
-    rows = []
-    for file in files:
-        for data in log_records(file.read_bytes()):
+
+    def rows() -> list[list[float]]:
+        found = []
+        for data in (each for file in files for each in log_records(file.read_bytes())):
             record = records.Record()
             record.ParseFromString(data)
             items = {(each.key or each.nested_key[0]): each for each in record.history.item}
             if "rollout/reward" in items:
-                rows.append(
-                    [json.loads(items[key].value_json) for key in ("step", "rollout/reward")]
-                )
-    assert rows == [[1, 0.125], [2, 0.25], [3, 0.375], [3, 0.75], [4, 1.0]]
+                keys = ("step", "rollout/reward")
+                found.append([json.loads(items[key].value_json) for key in keys])
+        return found
+
+    # W&B writes in a process of its own, a moment after it says that it has finished.
+    deadline = time.monotonic() + 20
+    while len(rows()) < 5 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert rows() == [[1, 0.125], [2, 0.25], [3, 0.375], [3, 0.75], [4, 1.0]]
 
 
 def test_wandb_without_a_login_is_refused_before_a_run(tmp_path):
@@ -242,11 +248,13 @@ def test_the_command_logs_to_wandb_and_resumes_there(tmp_path):
         ("--name", "run", "--steps", "1", "--trackers", "wandb,tensorboard", *tiny),
         ("--resume", "runs/run", "--steps", "2"),
     )
+    # wandb leaves the address of this process's own service to every process that it starts.
+    without_wandb = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     for words in starts:
         done = subprocess.run(
             [sys.executable, "-m", "tir_alp.train", *words],
             cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"},
+            env=without_wandb | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"},
             capture_output=True,
             text=True,
             timeout=200,
