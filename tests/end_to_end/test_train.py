@@ -152,7 +152,8 @@ def test_a_run_reports_its_sandbox(finished):
     assert sandbox in ("namespaces", "landlock")
     assert (environment["step"], environment["warnings"]) == (0, [])
     assert f"sandbox of python: {sandbox}, its probes held" in printed
-    assert "warning:" not in printed
+    warnings = [line for line in printed.splitlines() if "warning:" in line]
+    assert all("taught nothing" in line for line in warnings)  # so short a run may
 
 
 def test_a_run_without_protection_warns(tmp_path):
