@@ -38,7 +38,7 @@ RUN ldconfig; python3 -c "import ctypes; ctypes.CDLL('libseccomp.so.2')" || \
     (apt-get update && apt-get install -y --no-install-recommends libseccomp2 && rm -rf /var/lib/apt/lists/*)
 COPY --from=packages /packages /app/site-packages
 COPY --from=service-packages /service /app/site-packages
-COPY tir_alp/__init__.py tir_alp/sandbox.py /app/tir_alp/
+COPY tir_alp/__init__.py tir_alp/process.py tir_alp/sandbox.py /app/tir_alp/
 COPY tools /app/tir_alp/tools
 ENV PYTHONPATH=/app:/app/site-packages PYTHONDONTWRITEBYTECODE=1
 USER 65534:65534

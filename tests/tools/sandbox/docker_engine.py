@@ -191,7 +191,7 @@ def build_sandbox_image(engine: ContainerEngine, target: str = "sandbox") -> str
             caches = shutil.ignore_patterns("__pycache__", "wheels")
             shutil.copytree(_REPOSITORY / name, context / name, ignore=caches)
         (context / "tir_alp").mkdir()
-        for name in ("__init__.py", "sandbox.py"):
+        for name in ("__init__.py", "process.py", "sandbox.py"):
             shutil.copy(_REPOSITORY / "tir_alp" / name, context / "tir_alp")
     _download_wheels(engine, context / "docker" / "wheels", _WHEELS[target])
     with contextlib.closing(engine.client()) as client:
