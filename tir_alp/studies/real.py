@@ -21,6 +21,10 @@ from typing import Any
 CONFIGS = Path(__file__).parent
 SFT_CONFIG, RL_CONFIG = CONFIGS / "smollm2_sft.toml", CONFIGS / "smollm2_rl.toml"
 QUESTIONS = "/greedy\nWhat is 37*48+112?\nWhat is 91*17-640?\n/quit\n"
+QUICK_ROLLOUTS = (
+    *("--rollout.groups_per_step", "2", "--rollout.group_size", "4"),
+    *("--eval.num_tasks", "4"),
+)
 _RESULT = "real.json"
 
 
@@ -94,7 +98,7 @@ def stages(folder: Path, seed: int, num_tasks: int, quick: bool) -> list[Stage]:
             (
                 *("train", "--config", str(RL_CONFIG), "--name", f"{name}/rl"),
                 *("--model.path", str(taught), "--steps", str(rl_steps), "--seed", str(seed)),
-                *(("--rollout.groups_per_step", "2", "--eval.num_tasks", "4") if quick else ()),
+                *(QUICK_ROLLOUTS if quick else ()),
             ),
         ),
         evaluation("rl", rl / "checkpoints" / f"step_{rl_steps}"),
