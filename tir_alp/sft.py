@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tir_alp.run.open_sft import PreparedSFT, SFTRun
     from tir_alp.run.supervise import Services
 
-CHANGEABLE = ("steps", "epochs", "eval", "checkpoint", "doctor", "cluster")
+CHANGEABLE = ("steps", "epochs", "trackers", "eval", "checkpoint", "doctor", "cluster")
 """Settings that may differ when a run is resumed."""
 
 _COMMAND = Command(
@@ -151,8 +151,11 @@ def read_arguments(arguments: Sequence[str]) -> tuple[SFTConfig, Path | None]:
     values, options = dict(words.values), words.options
     if "resume" in options:
         folder = Path(options["resume"])
-        saved = {key: value for key, value in read_run_config(folder).items() if key != "command"}
-        config = parse_as(SFTConfig, lay_over(values, saved))
+        saved = read_run_config(folder)
+        below = dict(saved)
+        if "epochs" in values:  # a saved config has the number of steps that its epochs made
+            below["steps"] = None
+        config = parse_as(SFTConfig, lay_over(values, below))
         for name, value in parse_as(SFTConfig, saved):
             if name not in CHANGEABLE and getattr(config, name) != value:
                 raise ValueError(

@@ -18,7 +18,7 @@ from tir_alp.models.tiny import BASE
 from tir_alp.models.tiny.transcripts import transcript
 from tir_alp.run.local_placement import LocalPlacement
 from tir_alp.run.open_sft import open_sft, prepare_sft
-from tir_alp.sft import for_trainer, train
+from tir_alp.sft import for_trainer, read_arguments, train
 from tir_alp.training.policy import load_policy
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +151,17 @@ def test_packing_changes_the_loss_only_by_rounding(trained):
     packed = asyncio.run(learn(config(data, "packed", trainer=wide)))
     for one, other in zip(metrics_of(run), metrics_of(packed), strict=True):
         assert one["loss/value"] == pytest.approx(other["loss/value"], abs=2e-5)
+
+
+def test_more_epochs_make_more_steps_when_a_run_is_resumed(tmp_path):
+    saved = config(tmp_path / "t.jsonl", "saved", steps=3)
+    (tmp_path / "config.json").write_text(saved.model_dump_json())
+    resume = ("--resume", str(tmp_path))
+    assert read_arguments(resume)[0].steps == 3
+    assert read_arguments([*resume, "--epochs", "2"])[0].steps is None
+    assert read_arguments([*resume, "--trackers", "[]"])[0].trackers == ()
+    with pytest.raises(ValueError, match="seed cannot change in the middle of a run"):
+        read_arguments([*resume, "--seed", "1"])
 
 
 def edited(run: Path, folder: Path, change) -> Path:

@@ -25,6 +25,7 @@ from tir_alp.rollouts.demonstration import Demonstrator
 from tir_alp.rollouts.transcripts import Transcript, read_transcript
 from tir_alp.tools.held_out import stable_hash
 from tir_alp.training import checkpoint_folder
+from tir_alp.training.policy import load_tokenizer
 from tir_alp.types import Sample, TokenSpan, Trajectory
 
 _PROGRESS_ROWS = 5000
@@ -244,8 +245,6 @@ def check_tokenizer(path: Path, tokenizer: Any) -> None:
     Raises:
         ValueError: They do not, or the run's tokenizer is not there.
     """
-    from tir_alp.training.policy import load_tokenizer  # needs torch, as the caller may not
-
     theirs = load_tokenizer(model_of(path))
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise ValueError(

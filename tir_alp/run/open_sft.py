@@ -21,8 +21,9 @@ from tir_alp.records.folder import RunFolder, read_origin
 from tir_alp.records.ledger import Ledger
 from tir_alp.records.trackers import check_trackers
 from tir_alp.roles import Placement, TrainerRole
-from tir_alp.rollouts.data import EvalSet, Shuffled, load_eval_sets
+from tir_alp.rollouts.data import Shuffled, load_eval_sets
 from tir_alp.rollouts.demonstration import Demonstrator
+from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.renderer import Renderer, make_renderer
 from tir_alp.run.console import RunConsole
 from tir_alp.run.data_fingerprint import (
@@ -73,7 +74,6 @@ class PreparedSFT:
     tokenizer: Any
     renderer: Renderer
     demonstrations: Demonstrations
-    eval_sets: Sequence[EvalSet]
     files: Fingerprints
 
     @property
@@ -107,7 +107,6 @@ class SFTRun:
     renderer: Renderer
     demonstrations: Demonstrations
     order: Shuffled
-    eval_sets: Sequence[EvalSet]
 
     def samples(self, step: int) -> list[Sample]:
         """The conversations of a step; a function of the seed and the step."""
@@ -175,7 +174,6 @@ async def open_sft(
             renderer=prepared.renderer,
             demonstrations=prepared.demonstrations,
             order=Shuffled(len(prepared.demonstrations.trained), config.seed),
-            eval_sets=prepared.eval_sets,
         )
 
 
@@ -212,6 +210,7 @@ def prepare_sft(config: SFTConfig, resume: Path | None, log: Callable[[str], Non
     )
     if demonstrations.left_out:
         log(describe_left_out(demonstrations.left_out))
+    load_eval_sets(None, config.eval)  # a fault is found now, and not after the training
     steps = config.steps
     if steps is None:
         per_epoch = len(demonstrations.trained) / config.sequences_per_step
@@ -228,7 +227,6 @@ def prepare_sft(config: SFTConfig, resume: Path | None, log: Callable[[str], Non
         tokenizer=tokenizer,
         renderer=renderer,
         demonstrations=demonstrations,
-        eval_sets=load_eval_sets(None, config.eval),
         files=files,
     )
 
@@ -239,8 +237,6 @@ def encoders(config: Config, tokenizer: Any, origin: Origin) -> tuple[Renderer, 
     Raises:
         ValueError: Tokenizer and environment do not fit together.
     """
-    from tir_alp.rollouts.environment import make_environment
-
     with closing(make_environment(config)) as env:
         renderer = make_renderer(config, tokenizer, env, origin)
 
