@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tir_alp.config import Config, SFTConfig
 from tir_alp.engines.base import EngineFailed
@@ -22,7 +22,8 @@ from tir_alp.records.folder import read_run_config
 from tir_alp.roles import RoleLost
 from tir_alp.run.command_line import Command, lay_over, parse_as, read_toml
 from tir_alp.run.interrupt import Interrupted
-from tir_alp.training.checkpoint_folder import Best, Position, is_best, write_best
+from tir_alp.run.loop import due, keep_if_best, with_trainer
+from tir_alp.training.checkpoint_folder import Position
 from tir_alp.types import Sample, TrajectoryGroup
 
 if TYPE_CHECKING:
@@ -109,11 +110,8 @@ async def measure(run: SFTRun, step: int) -> None:
     loss = await with_trainer(run, run.trainer.mean_loss, held_out)
     run.folder.log(step, {"eval/loss": loss})
     run.console.print(f"step {step}: loss {loss:.4f} on {len(held_out)} held-out conversations")
-    folder = run.folder.checkpoints
-    if run.config.checkpoint.best and is_best(folder, -loss):
-        if step > 0 and not (folder / f"step_{step}").exists():
-            await save(run, step)
-        write_best(folder, Best(step, -loss))
+    if run.config.checkpoint.best:
+        await keep_if_best(run.folder.checkpoints, step, -loss, lambda: save(run, step))
 
 
 async def save(run: SFTRun, step: int) -> None:
@@ -124,21 +122,10 @@ async def save(run: SFTRun, step: int) -> None:
     await with_trainer(run, run.trainer.save, folder, position, {}, keep, ends)
 
 
-async def with_trainer(run: SFTRun, call: Any, *arguments: Any) -> Any:
-    """Call the trainer in its thread."""
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(run.trainer_thread, call, *arguments)
-
-
 def groups_of(samples: Sequence[Sample]) -> list[TrajectoryGroup]:
     """Return each conversation as a group of its own, as records have them."""
     trajectories = [each.trajectory for each in samples]
     return [TrajectoryGroup(each.task_id, each.group_id, (each,)) for each in trajectories]
-
-
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every `every` steps (0: never) happens after `step`."""
-    return every > 0 and step % every == 0
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[SFTConfig, Path | None]:

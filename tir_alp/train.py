@@ -10,9 +10,9 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from tir_alp.algorithm.advantage import group_advantages
 from tir_alp.algorithm.guards import Tripped, faint_noise, out_of_bounds
@@ -31,8 +31,9 @@ from tir_alp.rollouts.renderer import PromptTooLong
 from tir_alp.run.command_line import Command, overlay, read_config
 from tir_alp.run.describe import describe_end, describe_evaluation, describe_start
 from tir_alp.run.interrupt import Interrupted
+from tir_alp.run.loop import due, keep_if_best, with_trainer
 from tir_alp.training import checkpoint_folder
-from tir_alp.training.checkpoint_folder import Best, Position, is_best, write_best
+from tir_alp.training.checkpoint_folder import Position
 from tir_alp.types import Sample, TrajectoryGroup
 
 if TYPE_CHECKING:
@@ -56,9 +57,6 @@ machine's CPU, which takes minutes and downloads nothing.""",
         "cluster ADDRESS": "where processes live: none, local, auto or ray://HOST:PORT",
     },
 )
-
-T = TypeVar("T")
-
 
 ENDS = (Interrupted, RolloutsFailed, EngineFailed)
 """The ends of a run before its last step after which it can go on."""
@@ -161,12 +159,6 @@ async def update(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> dict
     return report.metrics
 
 
-async def with_trainer(run: Run, call: Callable[..., T], *arguments: Any) -> T:
-    """Call the trainer in its thread; the answer may take long, or never come."""
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(run.trainer_thread, call, *arguments)
-
-
 def with_advantages(groups: Sequence[TrajectoryGroup], config: Config) -> list[list[Sample]]:
     """Give each trajectory of each group its advantage."""
     samples = []
@@ -223,11 +215,9 @@ async def measure(run: Run, step: int) -> None:
     run.folder.log(step, metrics)
     for line in describe_evaluation(metrics, {each.name: len(each.tasks) for each in sets}):
         run.console.print(f"step {step}: {line}")
-    score, folder = metrics.get("eval/accuracy"), run.folder.checkpoints
-    if score is not None and run.config.checkpoint.best and is_best(folder, score):
-        if step > 0 and not (folder / f"step_{step}").exists():
-            await save(run, step)
-        write_best(folder, Best(step, score))
+    score = metrics.get("eval/accuracy")
+    if score is not None and run.config.checkpoint.best:
+        await keep_if_best(run.folder.checkpoints, step, score, lambda: save(run, step))
 
 
 async def save(run: Run, step: int) -> None:
@@ -238,11 +228,6 @@ async def save(run: Run, step: int) -> None:
     folder, keep = run.folder.checkpoints, run.config.checkpoint.keep
     ends = run.evaluation.renderer.stop_token_ids
     await with_trainer(run, run.trainer.save, folder, position, rollouts, keep, ends)
-
-
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every `every` steps (0: never) happens after `step`."""
-    return every > 0 and step % every == 0
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Config, Path | None]:
