@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,11 +21,10 @@ from tir_alp.rollouts.data import EvalSet, load_eval_sets
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.episode import EpisodeRunner
 from tir_alp.rollouts.evaluation import UIDS_PER_TASK, PlayedTask, group_id_of, play_sets
-from tir_alp.rollouts.lockstep import Lockstep
 from tir_alp.rollouts.renderer import Renderer, make_renderer
+from tir_alp.run.episodes import open_episodes
 from tir_alp.run.model_choice import Model
 from tir_alp.run.open_run import EVALUATION_SEED
-from tir_alp.run.watchdog import Watchdog
 from tir_alp.training.policy import load_tokenizer
 from tir_alp.training.structure import declared_end_token_ids
 from tir_alp.types import Origin, TrajectoryGroup
@@ -160,26 +157,12 @@ async def open_evaluation(
             folder.create(config, prepared.origin, objective="", command="evaluate")
         stack.enter_context(closing(folder))
         folder.note_environment(0, report)
-        watchdog = Watchdog(log=log)
-        watching = asyncio.create_task(watchdog.watch(), name="watchdog")
-        stack.callback(watching.cancel)
         num_episodes = config.rollout.groups_per_step * config.rollout.group_size
-        threads = ThreadPoolExecutor(num_episodes, thread_name_prefix="env")
-        stack.callback(threads.shutdown, wait=False, cancel_futures=True)
+        make_runner = open_episodes(
+            stack, config, num_episodes, placement.make_env, prepared.renderer, log
+        )
         ledger = Ledger(UIDS_PER_TASK)
-        lockstep = Lockstep() if config.deterministic else None
-        generate = ledger.recording(engine.generate)
-        runner = EpisodeRunner(
-            make_env=placement.make_env,
-            generate=generate if lockstep is None else lockstep.in_step(generate),
-            renderer=prepared.renderer,
-            limits=config.rollout,
-            threads=threads,
-            slots=asyncio.Semaphore(num_episodes),
-            seed=config.seed + EVALUATION_SEED,
-            on_failure=lambda failure: log(f"episode failed: {failure}"),
-            waiting=watchdog.waiting,
-            admission=contextlib.nullcontext if lockstep is None else lockstep.episode,
-            record_env=ledger.record_env,
+        runner = make_runner(
+            config.seed + EVALUATION_SEED, ledger.recording(engine.generate), ledger.record_env
         )
         yield Evaluation(prepared, runner, ledger)

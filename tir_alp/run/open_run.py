@@ -12,7 +12,6 @@ Nothing is written before `collect`, so a run that cannot start leaves nothing b
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing
@@ -24,21 +23,20 @@ import gymnasium
 
 from tir_alp.algorithm.advantage import group_advantages, has_signal
 from tir_alp.config import Config
-from tir_alp.engines.base import Engine, Generate
+from tir_alp.engines.base import Engine
 from tir_alp.records.folder import RunFolder
 from tir_alp.records.ledger import Ledger
 from tir_alp.roles import Placement, TrainerRole
 from tir_alp.rollouts.data import EvalSet
-from tir_alp.rollouts.episode import EpisodeRunner, RecordEnv
-from tir_alp.rollouts.lockstep import Lockstep
+from tir_alp.rollouts.episode import EpisodeRunner
 from tir_alp.rollouts.queue import RolloutQueue
 from tir_alp.run.advice import Advice
 from tir_alp.run.console import RunConsole
 from tir_alp.run.data_fingerprint import write_fingerprints
+from tir_alp.run.episodes import open_episodes
 from tir_alp.run.interrupt import Interrupt
 from tir_alp.run.launch import Launched, launch
 from tir_alp.run.prepare import Prepared, prepare
-from tir_alp.run.watchdog import Watchdog
 from tir_alp.training.checkpoint_folder import Position
 
 EVALUATION_SEED = 1 << 32
@@ -154,34 +152,16 @@ def collect(
     _open_folder(prepared, examined, console.print)
     stack.enter_context(closing(prepared.folder))
 
-    watchdog = Watchdog(log=console.print)
-    watching = asyncio.create_task(watchdog.watch(), name="watchdog")
-    stack.callback(watching.cancel)
     num_episodes = (rollout.max_staleness + 1) * rollout.groups_per_step * rollout.group_size
-    env_threads = ThreadPoolExecutor(num_episodes, thread_name_prefix="env")
-    stack.callback(env_threads.shutdown, wait=False, cancel_futures=True)
-    slots = asyncio.Semaphore(num_episodes)
-    lockstep = Lockstep() if config.deterministic else None
-    left_out = LeftOut(prepared, console)
-
-    def runner(
-        seed: int, generate: Generate, record_env: RecordEnv = lambda env, uid: env
-    ) -> EpisodeRunner:
-        return EpisodeRunner(
-            make_env=placement.make_env,
-            generate=generate if lockstep is None else lockstep.in_step(generate),
-            renderer=prepared.renderer,
-            limits=rollout,
-            threads=env_threads,
-            slots=slots,
-            seed=seed,
-            on_failure=lambda failure: console.print(f"episode failed: {failure}"),
-            on_left_out=left_out.add,
-            waiting=watchdog.waiting,
-            admission=contextlib.nullcontext if lockstep is None else lockstep.episode,
-            record_env=record_env,
-        )
-
+    runner = open_episodes(
+        stack,
+        config,
+        num_episodes,
+        placement.make_env,
+        prepared.renderer,
+        console.print,
+        LeftOut(prepared, console).add,
+    )
     generate = launched.engine.generate
     recorded = runner(config.seed, ledger.recording(generate), ledger.record_env)
     rollouts = RolloutQueue(
