@@ -6,10 +6,9 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from tir_alp.envs.tasks import check_index
-from tir_alp.tools.held_out import Split, is_held_out
+from tir_alp.envs.tasks import check_index, first_of_split
+from tir_alp.tools.held_out import Split
 
-_MAX_DRAWS = 256
 _NUM_TESTS = 6
 _KINDS: tuple[tuple[str, str], ...] = (
     ("the sum of those numbers in the list that {condition}", "sum(x for x in xs if {test})"),
@@ -49,11 +48,10 @@ class CodeTasks:
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
         check_index(index, self.size)
-        for draw in range(_MAX_DRAWS):
-            task = _task(random.Random(f"code/{self.seed}/{index}/{draw}"))
-            if self.split in (None, "held_out" if is_held_out(task["question"]) else "train"):
-                return {"task_id": f"code/{self.split or 'all'}/{self.seed}/{index}", **task}
-        raise AssertionError(f"{_MAX_DRAWS} draws without a {self.split} question")
+        task = first_of_split(
+            lambda number: _task(random.Random(f"code/{self.seed}/{index}/{number}")), self.split
+        )
+        return {"task_id": f"code/{self.split or 'all'}/{self.seed}/{index}", **task}
 
 
 def _task(rng: random.Random) -> dict[str, Any]:

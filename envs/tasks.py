@@ -10,13 +10,25 @@ One rule divides every source into two splits: `tir_alp.tools.held_out.is_held_o
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from tir_alp.tools.held_out import Split, is_held_out, stable_hash
 
 _MAX_DRAWS = 256  # (1 - 1/8)^256 < 1e-14: only a source with very few questions can fail
+
+
+Row = TypeVar("Row", bound=Mapping[str, Any])
+
+
+def first_of_split(draw: Callable[[int], Row], split: Split | None) -> Row:
+    """Return the first of the draws 0, 1, 2, ... whose question is in a split; None: any split."""
+    for number in range(_MAX_DRAWS):
+        row = draw(number)
+        if split in (None, "held_out" if is_held_out(row["question"]) else "train"):
+            return row
+    raise AssertionError(f"{_MAX_DRAWS} draws without a {split} question")
 
 
 class TaskSource(Protocol):
@@ -32,23 +44,17 @@ def arithmetic_task(seed: int, index: int, split: Split = "train") -> dict[str, 
 
     There are 14 million questions. They are short because the smallest models read characters.
     """
-    for draw in range(_MAX_DRAWS):
-        bits = stable_hash(f"arithmetic/{seed}/{index}/{draw}")
+
+    def draw(number: int) -> dict[str, str]:
+        bits = stable_hash(f"arithmetic/{seed}/{index}/{number}")
         bits, a = divmod(bits, 89)
         bits, b = divmod(bits, 89)
         bits, c = divmod(bits, 900)
         a, b, c = a + 11, b + 11, c + 100
         sign, answer = ("+", a * b + c) if bits % 2 else ("-", a * b - c)
-        question = f"What is {a}*{b}{sign}{c}?"
-        if is_held_out(question) == (split == "held_out"):
-            break
-    else:
-        raise AssertionError(f"{_MAX_DRAWS} draws without a {split} question")
-    return {
-        "task_id": f"arithmetic/{split}/{seed}/{index}",
-        "question": question,
-        "answer": str(answer),
-    }
+        return {"question": f"What is {a}*{b}{sign}{c}?", "answer": str(answer)}
+
+    return {"task_id": f"arithmetic/{split}/{seed}/{index}", **first_of_split(draw, split)}
 
 
 @dataclass(frozen=True, slots=True)

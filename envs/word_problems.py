@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from tir_alp.envs.tasks import check_index
-from tir_alp.tools.held_out import Split, is_held_out, stable_hash
+from tir_alp.envs.tasks import check_index, first_of_split
+from tir_alp.tools.held_out import Split, stable_hash
 
-_MAX_DRAWS = 256
 _NAMES = ("Ada", "Ben", "Chloe", "Dmitri", "Elif", "Farid", "Grace", "Hana", "Ivan", "Jun")
 _THINGS = ("apples", "books", "candles", "eggs", "lamps", "marbles", "pens", "tickets")
 
@@ -63,23 +62,20 @@ class WordProblems:
 
     def __getitem__(self, index: int, /) -> dict[str, str]:
         check_index(index, self.size)
-        for draw in range(_MAX_DRAWS):
-            question, expression = _story(f"word_problems/{self.seed}/{index}/{draw}")
-            if is_held_out(question) == (self.split == "held_out"):
-                break
-        else:
-            raise AssertionError(f"{_MAX_DRAWS} draws without a {self.split} question")
-        return {
-            "task_id": f"word_problems/{self.split}/{self.seed}/{index}",
-            "question": question,
-            "answer": str(eval(expression, {"__builtins__": {}})),  # numbers and operators of ours
-            "expression": expression,
-        }
+        task = first_of_split(
+            lambda number: _story(f"word_problems/{self.seed}/{index}/{number}"), self.split
+        )
+        return {"task_id": f"word_problems/{self.split}/{self.seed}/{index}", **task}
 
 
-def _story(key: str) -> tuple[str, str]:
+def _story(key: str) -> dict[str, str]:
     rng = random.Random(stable_hash(key))
     text, expression = rng.choice(_STORIES)
     numbers = {"a": rng.randint(12, 98), "b": rng.randint(12, 98), "c": 2 * rng.randint(5, 70)}
     names = {"name": rng.choice(_NAMES), "things": rng.choice(_THINGS)}
-    return text.format(**numbers, **names), expression.format(**numbers)
+    expression = expression.format(**numbers)
+    return {
+        "question": text.format(**numbers, **names),
+        "answer": str(eval(expression, {"__builtins__": {}})),  # generated numbers and operators
+        "expression": expression,
+    }
