@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Literal
 
 import gymnasium
@@ -158,13 +159,17 @@ class Renderer:
             ids = ids[:head] + ids[len(ids) - (self._max_observation_tokens - head) :]
         return TokenSpan((*before, *ids, *frame.after))
 
+    @cached_property
+    def _follow_up_frame(self) -> EncodedFrame:
+        return self._encoder.frame(self._template.follow_up_frame())
+
     def follow_up(self, text: str) -> TokenSpan:
         """Encode a user's message after a completion that ended with the end mark.
 
         Raises:
             ValueError: The template does not show a second message of a user.
         """
-        frame = self._encoder.frame(self._template.follow_up_frame())
+        frame = self._follow_up_frame
         mark = end_mark(self._tokenizer, frame.before)
         before = frame.before if mark is None else frame.before[mark + 1 :]
         return TokenSpan((*before, *self._content(text, frame), *frame.after))
