@@ -162,23 +162,14 @@ async def open_conversation(config: Config, model: Model) -> AsyncIterator[Conve
     from tir_alp.rollouts.renderer import make_renderer
     from tir_alp.run.placement import open_placement
     from tir_alp.training.policy import load_tokenizer
+    from tir_alp.training.structure import new_origin
 
     async with open_placement(config, open_cluster) as placement:
         tokenizer = load_tokenizer(model.path)
         with closing(placement.make_env()) as env:
-            renderer = make_renderer(config, tokenizer, env, origin_of(model))
+            renderer = make_renderer(config, tokenizer, env, new_origin(model.path))
             async with placement.engine(model.path, model.version, renderer, None) as engine:
                 yield Conversation(env, renderer, engine, config)
-
-
-def origin_of(model: Model) -> Any:
-    """The end tokens that the model itself declares, and today's date."""
-    from datetime import datetime
-
-    from tir_alp.training.structure import declared_end_token_ids
-    from tir_alp.types import Origin
-
-    return Origin(datetime.now(), tuple(sorted(declared_end_token_ids(model.path))))
 
 
 async def talk(config: Config, model: Model, lines: Iterator[str]) -> None:

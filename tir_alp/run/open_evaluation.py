@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +25,7 @@ from tir_alp.run.episodes import open_episodes
 from tir_alp.run.model_choice import Model
 from tir_alp.run.open_run import EVALUATION_SEED
 from tir_alp.training.policy import load_tokenizer
-from tir_alp.training.structure import declared_end_token_ids
+from tir_alp.training.structure import new_origin
 from tir_alp.types import Origin, TrajectoryGroup
 
 
@@ -125,8 +124,7 @@ def prepare_evaluation(config: Config, model: Model, out: Path) -> PreparedEvalu
         origin = read_origin(out)
         done = read_tasks(out, group_ids(sets), config.eval.samples, config.eval.greedy)
     else:
-        ends = tuple(sorted(declared_end_token_ids(model.path)))
-        origin = Origin(datetime.now(), ends)
+        origin = new_origin(model.path)
     tokenizer = load_tokenizer(model.path)
     with closing(make_environment(config)) as env:
         renderer = make_renderer(config, tokenizer, env, origin)

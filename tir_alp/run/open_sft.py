@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +38,7 @@ from tir_alp.run.prepare import describe_left_out
 from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Position
 from tir_alp.training.policy import load_tokenizer
-from tir_alp.training.structure import declared_end_token_ids
+from tir_alp.training.structure import new_origin
 from tir_alp.types import Origin, Sample
 
 OBJECTIVE = "sft: minimise the mean of -log pi(y_t) over the assistant's tokens"
@@ -194,7 +193,7 @@ def prepare_sft(config: SFTConfig, resume: Path | None, log: Callable[[str], Non
     position, found = Position(0, 0), None
     if resume is None:
         folder.check_is_new()
-        origin = Origin(datetime.now(), tuple(sorted(declared_end_token_ids(initial))))
+        origin = new_origin(initial)
     else:
         folder.check_is_free()
         origin = read_origin(resume)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Position
 from tir_alp.training.model_folder import check_model_folder
 from tir_alp.training.policy import load_tokenizer
-from tir_alp.training.structure import declared_end_token_ids, local_path
+from tir_alp.training.structure import local_path, new_origin
 from tir_alp.types import Origin
 
 _SERVERS = ("sglang", "vllm")  # engines that are reached over HTTP
@@ -108,7 +107,7 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
     found = progress.checkpoint
     if resume is None:
         check_model_folder(local_path(initial))
-        origin = Origin(datetime.now(), tuple(sorted(declared_end_token_ids(initial))))
+        origin = new_origin(initial)
     else:
         origin = read_origin(resume)
     tokenizer = load_tokenizer(initial if found is None else str(found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tir_alp.training.model_folder import load_config, unknown_architecture
+from tir_alp.types import Origin
 
 
 def load_outline(path: str) -> Any:
@@ -55,6 +57,15 @@ def declared_end_token_ids(path: str) -> frozenset[int]:
     with suppress(OSError):  # not every model has a generation config
         found.append(GenerationConfig.from_pretrained(path))
     return _end_token_ids(found)
+
+
+def new_origin(path: str) -> Origin:
+    """Return the origin of what begins now with a model.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    return Origin(datetime.now(), tuple(sorted(declared_end_token_ids(path))))
 
 
 def local_path(path: str) -> str:
