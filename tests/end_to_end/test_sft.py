@@ -164,6 +164,22 @@ def test_more_epochs_make_more_steps_when_a_run_is_resumed(tmp_path):
         read_arguments([*resume, "--seed", "1"])
 
 
+def test_text_that_no_tokenizer_encodes_is_no_drift(tmp_path, monkeypatch):
+    import asyncio
+
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        [("user", "half \ud83d"), ("assistant", "a \udc00")],
+        [("user", "q"), ("assistant", "a")],
+    ]
+    data = tmp_path / "t.jsonl"
+    written = [{"messages": [{"role": r, "content": c} for r, c in row]} for row in rows]
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in written))
+    settings = {"path": str(data), "held_out": 0.0}
+    run = asyncio.run(learn(config(data, "odd", steps=1, data=settings)))
+    assert audit_sft(run).drifts == []
+
+
 def edited(run: Path, folder: Path, change) -> Path:
     """A copy of a run in which the first trajectory of step 2 is changed."""
     shutil.copytree(run, folder)

@@ -7,6 +7,7 @@ tokens, so that a fault in the encoding shows as well.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tir_alp.config import SFTConfig
 from tir_alp.records.folder import read_origin, read_run_config, step_file
 from tir_alp.rollouts.data import Shuffled
 from tir_alp.rollouts.renderer import Renderer
+from tir_alp.rollouts.surrogates import SURROGATE
 from tir_alp.rollouts.transcripts import Message, Transcript
 from tir_alp.run.command_line import parse_as
 from tir_alp.run.demonstrations import Demonstrations, model_of, open_demonstrations
@@ -188,8 +190,9 @@ class _SFTAudit:
 
     def _shows(self, span: TokenSpan, text: str, check: str, location: Location) -> None:
         decoded = self._renderer.decode(span.token_ids)
-        shown = text.strip()
-        found = shown in decoded or _is_cut(shown, decoded)
+        shown = SURROGATE.sub("\ufffd", text).strip()
+        as_json = json.dumps(shown, ensure_ascii=False)[1:-1]  # as some templates show outputs
+        found = any(each in decoded or _is_cut(each, decoded) for each in (shown, as_json))
         self._findings.expect(
             found and not any(span.loss_mask),
             check,
@@ -200,14 +203,15 @@ class _SFTAudit:
 
 def is_written(words: str, message: Message, renderer: Renderer) -> bool:
     """Whether the decoded words of a turn are those of the assistant's message."""
+    text = SURROGATE.sub("\ufffd", message.text)
     if message.call is None:
-        return words.strip() == message.text.strip()
+        return words.strip() == text.strip()
     if renderer.call_format == "tool_call":
         found = find_call(words, "tool_call")
         is_same = isinstance(found, ToolCall) and found == message.call
-        return is_same and words.strip().startswith(message.text.strip())
+        return is_same and words.strip().startswith(text.strip())
     call = write_call(message.call, renderer.call_format) or ""
-    return words.strip() == f"{message.text.rstrip()}\n{call}".strip()
+    return words.strip() == f"{text.rstrip()}\n{call}".strip()
 
 
 def _is_cut(text: str, decoded: str) -> bool:
