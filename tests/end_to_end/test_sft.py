@@ -168,15 +168,11 @@ def test_text_that_no_tokenizer_encodes_is_no_drift(tmp_path, monkeypatch):
     import asyncio
 
     monkeypatch.chdir(tmp_path)
-    rows = [
-        [("user", "half \ud83d"), ("assistant", "a \udc00")],
-        [("user", "q"), ("assistant", "a")],
-    ]
     data = tmp_path / "t.jsonl"
-    written = [{"messages": [{"role": r, "content": c} for r, c in row]} for row in rows]
-    data.write_text("".join(f"{json.dumps(row)}\n" for row in written))
-    settings = {"path": str(data), "held_out": 0.0}
-    run = asyncio.run(learn(config(data, "odd", steps=1, data=settings)))
+    pairs = [("half \ud83d", "a \udc00"), ("q", "a")] * 8
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    run = asyncio.run(learn(config(data, "odd", steps=1)))
     assert audit_sft(run).drifts == []
 
 
