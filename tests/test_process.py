@@ -115,3 +115,9 @@ def test_a_missing_library_is_one_line_with_the_command_that_installs_it(
 def test_every_extra_exists():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {*EXTRAS.values()} <= {*extras["optional-dependencies"]}
+
+
+def test_a_reader_that_has_gone_ends_a_command_without_a_traceback():
+    shell = f"{sys.executable} -m tir_alp.train --help | head -1; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (141, "") and ended.stdout.startswith("usage")

@@ -6,6 +6,8 @@ Nothing needs to be cleaned up that early, so the process ends at once.
 
 An optional library that is missing: exit code 2, and the command that installs it.
 
+A reader of the output that has gone, as `head` does: exit code 141, and no traceback.
+
 Nothing here takes time to import.
 """
 
@@ -19,6 +21,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 EXIT_CODE = 130
+NOBODY_READS = 128 + signal.SIGPIPE
+"""Exit code as a shell shows it for a command that writes to a closed pipe."""
 _LINE = "tir_alp: interrupted\n"
 _COMMAND = re.compile(r"tir_alp(\.\w+|\.studies\.\w+)?")
 
@@ -76,7 +80,13 @@ def run_command(main: Callable[[Sequence[str]], int], *, imports: bool = False) 
     if not imports:
         raise_on_interrupt()
     try:
-        return main(sys.argv[1:])
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # What is still to be written at exit would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
     except KeyboardInterrupt:
         sys.stderr.write(_LINE)
         return EXIT_CODE

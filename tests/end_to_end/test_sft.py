@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -257,6 +258,46 @@ def test_the_whole_way_by_command(tmp_path):
     assert "greedy" in said and "added to saved.jsonl" in said and "/reset" in said
     saved = json.loads((tmp_path / "saved.jsonl").read_text())["messages"]
     assert [each["role"] for each in saved].count("user") == 2
+
+
+def test_an_evaluation_that_is_killed_loses_no_task_and_repeats_none(tmp_path):
+    words = (
+        "evaluate",
+        "--model",
+        "tiny",
+        "--eval.num_tasks",
+        "300",
+        "--eval.greedy",
+        "false",
+        *TINY,
+    )
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    command(tmp_path, *words, "--out", str(whole))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tir_alp.evaluate", *words[1:], "--out", str(half)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 100
+    while len([*half.glob("trajectories/*.jsonl")]) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    played = {file: file.stat().st_mtime_ns for file in half.glob("trajectories/*.jsonl")}
+    assert not (half / "evaluation.json").exists() and len(played) < 300
+    command(tmp_path, *words, "--out", str(half))
+    assert all(file.stat().st_mtime_ns == written for file, written in played.items())
+    found, expected = (json.loads((f / "evaluation.json").read_text()) for f in (half, whole))
+    assert found["sets"] == expected["sets"]
+    for file in whole.glob("trajectories/*.jsonl"):
+        assert uids(half / "trajectories" / file.name) == uids(file)
+    assert "every token is accounted for" in command(tmp_path, "audit", str(half))
+
+
+def uids(file: Path) -> list[int]:
+    return [json.loads(line)["sequence_uid"] for line in file.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from tir_alp.models.from_wheel import WHEELS
+from tir_alp.studies.mixture import RL_CONFIG as MIXTURE_CONFIG
 from tir_alp.studies.real import RL_CONFIG, SFT_CONFIG, main, stages
+from tir_alp.studies.stages import Stage, perform
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("config", [SFT_CONFIG, RL_CONFIG])
+@pytest.mark.parametrize("config", [SFT_CONFIG, RL_CONFIG, MIXTURE_CONFIG])
 def test_the_configs_in_the_package_are_those_of_the_checkout(config):
     assert config.read_text() == (ROOT / "configs" / config.name).read_text()
 
@@ -41,3 +43,15 @@ def test_three_steps_of_each_kind(tmp_path, monkeypatch, capfd):
     assert main(["--quick", "--tasks", "4"]) == 0
     printed = capfd.readouterr().out
     assert "after ALP" in printed and printed.count("every token is accounted for") == 3
+
+
+def test_a_try_that_was_ended_is_kept_and_made_again(tmp_path):
+    run = tmp_path / "rl"
+    for number in (1, 2):
+        run.mkdir()
+        (run / "config.json").write_text(str(number))
+        stage = Stage("a stage", run / "done", ("tiny_stage",), run_folder=run)
+        with pytest.raises(SystemExit, match="a stage failed with exit code 1"):  # no such module
+            perform(stage, lambda line: None)
+    kept = [tmp_path / f"rl-unfinished-{number}" / "config.json" for number in (1, 2)]
+    assert [file.read_text() for file in kept] == ["1", "2"] and not run.exists()

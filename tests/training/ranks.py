@@ -24,7 +24,13 @@ from tests.training.harness import (
     weights_of,
     with_advantage,
 )
-from tir_alp.algorithm.presets import ALGORITHMS, AlgorithmConfig, CorrectionConfig, KLConfig
+from tir_alp.algorithm.presets import (
+    ALGORITHMS,
+    NEGATIVE_LOG_LIKELIHOOD,
+    AlgorithmConfig,
+    CorrectionConfig,
+    KLConfig,
+)
 from tir_alp.models.tiny.model import make_tokenizer
 from tir_alp.training import checkpoint
 from tir_alp.training.checkpoint_folder import Position
@@ -46,6 +52,7 @@ CASES: dict[str, tuple[AlgorithmConfig, dict[str, Any]]] = {
     "offloaded and computed twice": (noisy(), {"offload": True, "gradient_checkpointing": True}),
     # Adam enlarges rounding by the learning rate where a gradient is near 0.
     "adapters": (noisy(), {"lora": {"rank": 4, "alpha": 8.0}, "lr": 1e-3}),
+    "supervised fine-tuning": (NEGATIVE_LOG_LIKELIHOOD, {"micro_batch_tokens": 50}),
     "bfloat16": (noisy(init_std=0.01), {"dtype": "bfloat16", "gradient_checkpointing": True}),
 }
 """Kinds of training that must not depend on the number of ranks."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tir_alp.process import run_command
+from tir_alp.studies.stages import Stage, audit, logger, perform
 
 CONFIGS = Path(__file__).parent
 SFT_CONFIG, RL_CONFIG = CONFIGS / "smollm2_sft.toml", CONFIGS / "smollm2_rl.toml"
@@ -26,18 +26,6 @@ QUICK_ROLLOUTS = (
     *("--eval.num_tasks", "4"),
 )
 _RESULT = "real.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One command."""
-
-    title: str
-    done: Path
-    """Exists when the stage is done."""
-    words: Sequence[str]
-    """The command and its arguments."""
-    stdin: str = ""
 
 
 def stages(folder: Path, seed: int, num_tasks: int, quick: bool) -> list[Stage]:
@@ -90,6 +78,7 @@ def stages(folder: Path, seed: int, num_tasks: int, quick: bool) -> list[Stage]:
                 *("--model.path", str(model), "--data.path", str(data)),
                 *("--steps", str(sft_steps), "--seed", str(seed)),
             ),
+            run_folder=sft,
         ),
         evaluation("sft", taught),
         Stage(
@@ -100,6 +89,7 @@ def stages(folder: Path, seed: int, num_tasks: int, quick: bool) -> list[Stage]:
                 *("--model.path", str(taught), "--steps", str(rl_steps), "--seed", str(seed)),
                 *(QUICK_ROLLOUTS if quick else ()),
             ),
+            run_folder=rl,
         ),
         evaluation("rl", rl / "checkpoints" / f"step_{rl_steps}"),
         Stage(
@@ -113,23 +103,7 @@ def stages(folder: Path, seed: int, num_tasks: int, quick: bool) -> list[Stage]:
 
 def steps_of(config: Path, quick: bool) -> int:
     """Return the number of steps that a config asks for; 3 if it has to be quick."""
-    import tomllib
-
     return 3 if quick else int(tomllib.loads(config.read_text())["steps"])
-
-
-def run(stage: Stage, log: Callable[[str], None]) -> float:
-    """Run a stage unless it is done; return its seconds. Raises SystemExit if it fails."""
-    if stage.done.exists():
-        log(f"{stage.title}: done before")
-        return 0.0
-    log(f"{stage.title}: python -m tir_alp.{' '.join(stage.words)}")
-    began = time.monotonic()
-    command = [sys.executable, "-m", f"tir_alp.{stage.words[0]}", *stage.words[1:]]
-    done = subprocess.run(command, input=stage.stdin or None, text=True, env=os.environ)
-    if done.returncode:
-        raise SystemExit(f"{stage.title} failed with exit code {done.returncode}")
-    return time.monotonic() - began
 
 
 def summary(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
@@ -152,19 +126,14 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     folder = Path("runs") / (options.name or f"real-seed{options.seed}")
     folder.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-
-    def log(line: str) -> None:
-        print(f"\n[{time.monotonic() - began:5.0f} s] {line}", flush=True)
-
+    log = logger()
     seconds = {
-        stage.title: round(run(stage, log), 1)
+        stage.title: round(took, 1)
         for stage in stages(folder, options.seed, options.tasks, options.quick)
+        if (took := perform(stage, log))
     }
-    audited = [folder / name for name in ("sft", "rl", "evaluation-rl")]
-    for path in audited:
-        log(f"auditing {path}")
-        subprocess.run([sys.executable, "-m", "tir_alp.audit", str(path)], check=True)
+    for name in ("sft", "rl", "evaluation-rl"):
+        audit(folder / name, log)
     found = summary(folder, seconds)
     (folder / _RESULT).write_text(json.dumps(found, indent=2) + "\n")
     log(f"held-out accuracy on {options.tasks} tasks, sampled, with 95 % intervals:")
@@ -176,4 +145,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main))
