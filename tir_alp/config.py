@@ -621,7 +621,10 @@ class TrainerConfig(Section):
     updates_per_step: int = Field(default=1, ge=1)
     """Optimizer updates per step; the groups of the step are divided evenly over them."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
-    """Tokens per forward pass; a longer trajectory has a forward pass of its own."""
+    """Tokens that a forward pass computes; a longer trajectory has a forward pass of its own."""
+    share_prompts: bool = True
+    """Compute the prompt that the trajectories of a group have in common once per micro-batch,
+    instead of once per trajectory. The result is the same."""
     logprob_chunk_tokens: int = Field(default=2048, ge=1)
     """Number of tokens whose logits are in memory at the same time."""
     gradient_checkpointing: bool = False

@@ -332,7 +332,14 @@ class Batch:
     lengths: tuple[int, ...]
     """[B] number of tokens of each sequence; they add up to N."""
     sequence_uids: tuple[int, ...]
-    """[B] identities of the sequences, by which their noise is keyed."""
+    """[B] identities of the sequences, by which the noise after their prompts is keyed."""
+    prompt_uids: tuple[int, ...]
+    """[B] identities of their prompts, by which the noise there is keyed: those of the groups."""
+    prompt_lengths: tuple[int, ...]
+    """[B] number of tokens of each prompt, with which the sequence begins."""
+    prompt_rows: tuple[int, ...]
+    """[B] the sequence with which each shares its prompt in the forward: the first one of the batch
+    with the same prompt, or itself if prompts are not shared."""
     loss_mask: Tensor
     """[B, T] bool; False in the padding."""
     rollout_logprobs: Tensor

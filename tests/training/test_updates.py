@@ -20,11 +20,11 @@ from tests.training.harness import (
 )
 from tir_alp.algorithm.inputs import LossInputs
 from tir_alp.algorithm.loss import policy_loss
-from tir_alp.algorithm.perturbation import LayerwisePerturbation, NoiseKey
+from tir_alp.algorithm.perturbation import LayerwisePerturbation
 from tir_alp.algorithm.sites import find_decoder_layers
 from tir_alp.training import checkpoint
 from tir_alp.training.attention import PackedSequences
-from tir_alp.training.batch import collate, loss_positions, pack, to_rows
+from tir_alp.training.batch import collate, loss_positions, noise_keys, pack, to_rows
 from tir_alp.training.policy import (
     PolicyLogprobs,
     hidden_states,
@@ -45,7 +45,7 @@ def test_the_losses_of_several_draws_are_averaged():
     samples = flat(groups)
     batch = collate(samples)
     num_tokens = int(batch.loss_mask.sum())
-    keys = [NoiseKey(0, uid) for uid in batch.sequence_uids]
+    keys = noise_keys(batch, 0)
     for draw in range(2):
         with perturbation.active(keys, batch.lengths, draw=draw):
             layout = PackedSequences(batch.lengths)

@@ -8,10 +8,11 @@ Outside of it the model is bit for bit unchanged, and `log_sigma` is never part 
 dict.
 
 The noise is not drawn from a generator but *looked up* (`noise.py`): it is a pure function of
-(seed, update, sequence uid, draw, layer, position, channel). Everything else follows from this
-invariant: a token gets the same noise however its sequence is padded, packed, split over
-micro-batches or recomputed, on every device and in every dtype, and a resumed run needs no saved
-state.
+(seed, update, sequence uid, draw, layer, position, channel); in a prompt that several sequences
+share, the uid is that of the prompt. Everything else follows from this invariant: a token gets the
+same noise however its sequence is padded, packed, split over micro-batches or recomputed, on every
+device and in every dtype, whether a shared prompt is computed once or for each of its sequences,
+and a resumed run needs no saved state.
 
 The optimizer group of `log_sigma`, and the sum of its gradient over data-parallel ranks, belong to
 the trainer.
@@ -50,6 +51,11 @@ class NoiseKey(NamedTuple):
     """Number of optimizer updates before this one."""
     sequence_uid: int
     """Identity of the sequence within the run."""
+    prompt_uid: int | None = None
+    """Identity of its prompt within the run. Sequences with the same one have the same noise in
+    their prompts, so that these can be computed once; None: the prompt is like other tokens."""
+    num_prompt_tokens: int = 0
+    """Number of tokens of the prompt, with which the sequence begins; 0 if `prompt_uid` is None."""
 
 
 @dataclass(slots=True)
@@ -144,11 +150,13 @@ class LayerwisePerturbation:
         *,
         draw: int = 0,
         measure: bool = False,
+        in_forward: Tensor | None = None,
     ) -> Iterator[Effect]:
         """Perturb every forward of the model inside the `with` block.
 
         Hidden states are either padded, [B, T, H] with T at least the longest length, or packed,
-        [1, sum(lengths), H]; the shape tells which.
+        [1, sum(lengths), H], or packed without the tokens that are computed for another sequence,
+        [1, M, H]; the shape tells which.
 
         With gradient checkpointing (the non-reentrant kind, Hugging Face's default) the layers run
         again in backward, so backward belongs inside too; outside, torch raises `CheckpointError`.
@@ -160,6 +168,8 @@ class LayerwisePerturbation:
             draw: Index of one of the `config.draws` independent draws of an update. With
                 `config.antithetic` every odd draw is the negative of the one before it.
             measure: Whether to fill the yielded `Effect`.
+            in_forward: [M] int64, positions of the tokens that the forward computes, among the
+                packed tokens of all sequences; None: it computes all of them.
 
         Yields:
             The effect of the last forward; empty unless `measure`.
@@ -177,7 +187,7 @@ class LayerwisePerturbation:
         sign = -1 if self.config.antithetic and draw % 2 else 1
         stream = draw // 2 if self.config.antithetic else draw
         streams = _Streams(
-            self.config.seed, keys, stream, [*self._sites], lengths, padding_side, sign
+            self.config.seed, keys, stream, [*self._sites], lengths, padding_side, sign, in_forward
         )
         handles = []
         self._is_active = True
@@ -334,13 +344,13 @@ def _wide(values: Tensor) -> Tensor:
 class _TokenMap(NamedTuple):
     """Maps each row of the states to its token, and to the stream of its noise.
 
-    `sequence`, `position` and `is_token` are [B, T] if padded and [1, N] if packed.
+    `stream`, `position` and `is_token` are [B, T] if padded and [1, N] if packed.
     """
 
     stream_keys: Tensor
-    """[L, B] int64, one key per perturbed layer and sequence."""
-    sequence: Tensor
-    """Index of the token's sequence."""
+    """[L, S] int64, one key per perturbed layer and stream."""
+    stream: Tensor
+    """Index of the token's stream: that of its sequence, or that of its prompt."""
     position: Tensor
     """Position of the token in its sequence."""
     is_token: Tensor | None
@@ -350,7 +360,11 @@ class _TokenMap(NamedTuple):
 
     def token_keys(self, row: int) -> Tensor:
         """Return the keys [N] int64 of the noise in one layer, one per row of the states."""
-        return nth_keys(self.stream_keys[row][self.sequence], self.position).flatten()
+        return nth_keys(self.stream_keys[row][self.stream], self.position).flatten()
+
+    def only(self, rows: Tensor) -> _TokenMap:
+        """Return the map of some of the packed tokens."""
+        return self._replace(stream=self.stream[:, rows], position=self.position[:, rows])
 
 
 @dataclass(slots=True)
@@ -359,23 +373,30 @@ class _Streams:
 
     seed: int
     keys: Sequence[NoiseKey]
-    stream: int
+    draw: int
     names: Sequence[str]
     lengths: Sequence[int]
     padding_side: PaddingSide
     sign: int
+    in_forward: Tensor | None
     _maps: dict[tuple[torch.Size, torch.device], _TokenMap] = field(default_factory=dict)
 
     def locate(self, shape: torch.Size, device: torch.device) -> _TokenMap:
         """Map rows to tokens; the result is cached, since all layers see the same shape."""
         if (shape, device) not in self._maps:
-            self._maps[shape, device] = self._map_tokens(shape, device)
+            rows = self.in_forward
+            if rows is not None and shape == (1, len(rows)):
+                self._maps[shape, device] = self._packed(device).only(rows.to(device))
+            else:
+                self._maps[shape, device] = self._map_tokens(shape, device)
         return self._maps[shape, device]
 
     def locate_rows(self, rows: Tensor) -> _TokenMap:
         """Map chosen rows of packed states to tokens."""
-        whole = self.locate(torch.Size((1, sum(self.lengths))), rows.device)
-        return whole._replace(sequence=whole.sequence[:, rows], position=whole.position[:, rows])
+        return self._packed(rows.device).only(rows)
+
+    def _packed(self, device: torch.device) -> _TokenMap:
+        return self.locate(torch.Size((1, sum(self.lengths))), device)
 
     def _map_tokens(self, shape: torch.Size, device: torch.device) -> _TokenMap:
         rows, columns = shape
@@ -386,28 +407,47 @@ class _Streams:
                 f"hidden states of {rows} rows of {columns} tokens are neither padded nor packed "
                 f"sequences of lengths {list(self.lengths)}"
             )
-        stream_keys = self._stream_keys().to(device)
         lengths = torch.tensor(self.lengths, device=device)
         index = torch.arange(num_sequences, device=device)
         column = torch.arange(columns, device=device)
+        is_token = None
         if is_padded:
             starts = columns - lengths if self.padding_side == "left" else torch.zeros_like(lengths)
             position = column - starts[:, None]
-            is_token = (position >= 0) & (position < lengths[:, None])
-            if num_tokens == rows * columns:
-                is_token = None
+            if num_tokens < rows * columns:
+                is_token = (position >= 0) & (position < lengths[:, None])
             sequence = index[:, None].expand(shape)
-            return _TokenMap(stream_keys, sequence, position, is_token, self.sign)
-        sequence = index.repeat_interleave(lengths, output_size=num_tokens)
-        starts = lengths.cumsum(0) - lengths
-        position = column - starts[sequence]
-        return _TokenMap(stream_keys, sequence[None], position[None], None, self.sign)
+        else:
+            sequence = index.repeat_interleave(lengths, output_size=num_tokens)[None]
+            starts = lengths.cumsum(0) - lengths
+            position = column - starts[sequence]
+        of_prompt, num_prompt = self._prompt_streams(device)
+        stream = torch.where(position < num_prompt[sequence], of_prompt[sequence], sequence)
+        return _TokenMap(self._stream_keys().to(device), stream, position, is_token, self.sign)
+
+    def _prompt_streams(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the index [B] of each sequence's stream for its prompt, and the lengths [B]."""
+        places = {uid: len(self.keys) + place for place, uid in enumerate(self._prompts())}
+        of_prompt = [
+            index if key.prompt_uid is None else places[key.update, key.prompt_uid]
+            for index, key in enumerate(self.keys)
+        ]
+        num_prompt = [0 if key.prompt_uid is None else key.num_prompt_tokens for key in self.keys]
+        return torch.tensor(of_prompt, device=device), torch.tensor(num_prompt, device=device)
+
+    def _prompts(self) -> list[tuple[int, int]]:
+        """Return the different prompts, as update and identity, in the order of their streams."""
+        found = ((key.update, key.prompt_uid) for key in self.keys if key.prompt_uid is not None)
+        return [*dict.fromkeys(found)]
 
     def _stream_keys(self) -> Tensor:
-        """Return [L, B] keys. Layers count from 1; 0 stands for the logits."""
-        suffix = f"/{self.stream}" if self.stream else ""
-        sequences = name_hashes(
-            f"{self.seed}/{key.update}/{key.sequence_uid}{suffix}" for key in self.keys
-        )
+        """Return [L, S] keys: of the sequences, and then of the prompts.
+
+        Layers count from 1; 0 stands for the logits.
+        """
+        suffix = f"/{self.draw}" if self.draw else ""
+        names = [f"{key.update}/{key.sequence_uid}" for key in self.keys]
+        names += [f"{update}/prompt/{uid}" for update, uid in self._prompts()]
+        streams = name_hashes(f"{self.seed}/{name}{suffix}" for name in names)
         numbers = torch.tensor([0 if name == _LOGITS else int(name) + 1 for name in self.names])
-        return nth_keys(sequences, numbers[:, None])
+        return nth_keys(streams, numbers[:, None])

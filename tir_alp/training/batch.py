@@ -6,37 +6,84 @@ so the hidden state at t - 1 of the same sequence predicts it. No other module s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from tir_alp.algorithm.perturbation import NoiseKey
 from tir_alp.types import Batch, Sample
 
 
 def pack(
-    samples: Sequence[Sample], max_tokens: int, rank: int = 0, num_ranks: int = 1
+    samples: Sequence[Sample],
+    max_tokens: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+    *,
+    share_prompts: bool = False,
 ) -> list[Batch]:
     """Return the micro-batches of one rank, on the CPU; every rank gets equally many.
 
-    Samples are divided as in `divide`. A rank for which no sample is left gets one of another rank
-    without loss tokens, because all ranks must take part in every forward and backward pass.
+    Bundles of samples are divided as in `divide`. A rank for which no sample is left gets one of
+    another rank without loss tokens, because all ranks must take part in every forward and backward
+    pass.
 
     Args:
         samples: All samples of the update, the same on every rank.
-        max_tokens: Limit of a micro-batch, in tokens.
+        max_tokens: Limit of a micro-batch, in tokens that its forward computes.
         rank: Index of the rank.
         num_ranks: Number of ranks.
+        share_prompts: Whether a prompt that samples of a group have in common is computed once per
+            micro-batch. Such samples are bundled.
     """
     useful = [sample for sample in samples if any(sample.trajectory.loss_mask)]
-    rounds = divide([len(each.trajectory.token_ids) for each in useful], max_tokens, num_ranks)
+    bundles = [[sample] for sample in useful]
+    if share_prompts:
+        bundles = [*_bundles(useful, max_tokens, num_ranks)]
+    rounds = divide([_num_computed(bundle) for bundle in bundles], max_tokens, num_ranks)
     batches = []
     for shares in rounds:
-        batch = collate([useful[index] for index in shares[rank] or shares[0][-1:]])
-        is_idle = not shares[rank]
-        batches.append(replace(batch, loss_mask=batch.loss_mask & False) if is_idle else batch)
+        chosen = [sample for index in shares[rank] for sample in bundles[index]]
+        batch = collate(chosen or bundles[shares[0][-1]][:1], share_prompts=share_prompts)
+        batches.append(batch if chosen else replace(batch, loss_mask=batch.loss_mask & False))
     return batches
+
+
+def _bundles(samples: Sequence[Sample], max_tokens: int, num_ranks: int) -> Iterator[list[Sample]]:
+    """Yield samples with the same prompt, longest first, as many as a micro-batch can hold.
+
+    With several ranks a bundle has at most a rank's share of all tokens, so that none is idle
+    because another one has a whole group.
+    """
+    same: dict[tuple[int, tuple[int, ...]], list[Sample]] = defaultdict(list)
+    for sample in sorted(samples, key=lambda each: -len(each.trajectory.token_ids)):
+        same[_prompt_of(sample)].append(sample)
+    share = sum(_num_computed(each) for each in same.values()) / num_ranks
+    for (_, prompt), members in same.items():
+        bundle: list[Sample] = []
+        num_tokens = len(prompt)
+        for sample in members:
+            more = len(sample.trajectory.token_ids) - len(prompt)
+            if bundle and num_tokens + more > min(max_tokens, share):
+                yield bundle
+                bundle, num_tokens = [], len(prompt)
+            bundle.append(sample)
+            num_tokens += more
+        yield bundle
+
+
+def _prompt_of(sample: Sample) -> tuple[int, tuple[int, ...]]:
+    """What samples must have in common to share their prompts: the group, and the tokens."""
+    return sample.trajectory.group_id, tuple(sample.trajectory.prompt.token_ids)
+
+
+def _num_computed(bundle: Sequence[Sample]) -> int:
+    """Number of tokens of samples with the same prompt, which is counted once."""
+    num_prompt = len(bundle[0].trajectory.prompt)
+    return num_prompt + sum(len(each.trajectory.token_ids) - num_prompt for each in bundle)
 
 
 def divide(lengths: Sequence[int], max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
@@ -68,8 +115,16 @@ def divide(lengths: Sequence[int], max_tokens: int, num_ranks: int) -> list[list
     return rounds
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Pack samples into one batch, in order."""
+def collate(samples: Sequence[Sample], *, share_prompts: bool = False) -> Batch:
+    """Pack samples into one batch, in order.
+
+    Args:
+        samples: At least one sample.
+        share_prompts: Whether a prompt that samples of a group have in common is computed once.
+    """
+    first: dict[object, int] = {}
+    for row, sample in enumerate(samples):
+        first.setdefault(_prompt_of(sample) if share_prompts else row, row)
     trajectories = [sample.trajectory for sample in samples]
     lengths = tuple(len(trajectory.token_ids) for trajectory in trajectories)
     longest = max(lengths)
@@ -78,6 +133,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         lengths=lengths,
         sequence_uids=tuple(trajectory.sequence_uid for trajectory in trajectories),
+        prompt_uids=tuple(trajectory.group_id for trajectory in trajectories),
+        prompt_lengths=tuple(len(trajectory.prompt) for trajectory in trajectories),
+        prompt_rows=tuple(
+            first[_prompt_of(sample) if share_prompts else row]
+            for row, sample in enumerate(samples)
+        ),
         loss_mask=_rows([each.loss_mask for each in trajectories], longest, False, torch.bool),
         rollout_logprobs=_rows(
             [each.rollout_logprobs for each in trajectories], longest, 0.0, torch.float32
@@ -95,12 +156,18 @@ def sequences_of(batch: Batch, rows: Sequence[int]) -> Batch:
     def chosen(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[list(rows)]
 
+    first: dict[int, int] = {}  # of the sequences that share a prompt, the first that is kept
+    for new_row, row in enumerate(rows):
+        first.setdefault(batch.prompt_rows[row], new_row)
     return replace(
         batch,
         token_ids=torch.cat([token_ids[row] for row in rows]),
         position_ids=torch.cat([positions[row] for row in rows]),
         lengths=tuple(batch.lengths[row] for row in rows),
         sequence_uids=tuple(batch.sequence_uids[row] for row in rows),
+        prompt_uids=tuple(batch.prompt_uids[row] for row in rows),
+        prompt_lengths=tuple(batch.prompt_lengths[row] for row in rows),
+        prompt_rows=tuple(first[batch.prompt_rows[row]] for row in rows),
         loss_mask=batch.loss_mask[list(rows)],
         rollout_logprobs=batch.rollout_logprobs[list(rows)],
         turn_ids=batch.turn_ids[list(rows)],
@@ -108,6 +175,12 @@ def sequences_of(batch: Batch, rows: Sequence[int]) -> Batch:
         proximal_logprobs=chosen(batch.proximal_logprobs),
         reference_logprobs=chosen(batch.reference_logprobs),
     )
+
+
+def noise_keys(batch: Batch, update: int) -> list[NoiseKey]:
+    """Return the key of each sequence's noise in an update, given by its number."""
+    columns = (batch.sequence_uids, batch.prompt_uids, batch.prompt_lengths)
+    return [NoiseKey(update, *each) for each in zip(*columns, strict=True)]
 
 
 def loss_positions(batch: Batch) -> Tensor:

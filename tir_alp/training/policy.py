@@ -27,6 +27,7 @@ from tir_alp.training.model_folder import (
     first_line,
     unknown_architecture,
 )
+from tir_alp.training.shared_prompts import SharedPrompts
 from tir_alp.training.structure import local_path
 from tir_alp.types import Batch
 
@@ -234,18 +235,31 @@ class PolicyLogprobs(nn.Module):
             temperature: Temperature of the sampled distribution.
             is_head_noisy: Whether noise is added to the logits.
         """
-        layout = PackedSequences(batch.lengths, batch.token_ids.device)
-        hidden = hidden_states(self.model, batch.token_ids, batch.position_ids, layout)
         positions = loss_positions(batch)
         logprobs, entropy = token_logprobs(
             self.model,
-            hidden.index_select(0, positions - 1),
+            self._hidden_states(batch, positions - 1),
             batch.token_ids[positions],
             temperature=temperature,
             chunk_tokens=self._chunk_tokens,
             rows=positions - 1 if is_head_noisy else None,
         )
         return to_rows(batch, logprobs), to_rows(batch, entropy)
+
+    def _hidden_states(self, batch: Batch, positions: Tensor) -> Tensor:
+        """Return the last hidden states [M, H] of some of the packed tokens, by position [M]."""
+        device = batch.token_ids.device
+        shared = SharedPrompts.of(batch)
+        if shared is None:
+            layout = PackedSequences(batch.lengths, device)
+            hidden = hidden_states(self.model, batch.token_ids, batch.position_ids, layout)
+            return hidden.index_select(0, positions)
+        token_ids, position_ids = (
+            batch.token_ids[shared.computed],
+            batch.position_ids[shared.computed],
+        )
+        hidden = hidden_states(self.model, token_ids, position_ids, shared)
+        return hidden.index_select(0, shared.place[positions])
 
     def completion_logprobs(
         self, token_ids: Tensor, num_prompt: int, temperature: float, top_p: float

@@ -27,18 +27,19 @@ from torch import Tensor, nn
 
 from tir_alp.algorithm.inputs import LossInputs
 from tir_alp.algorithm.loss import loss_counts, loss_terms
-from tir_alp.algorithm.perturbation import Effect, LayerwisePerturbation, NoiseKey
+from tir_alp.algorithm.perturbation import Effect, LayerwisePerturbation
 from tir_alp.algorithm.presets import AlgorithmConfig
 from tir_alp.algorithm.ratio_metrics import mismatch_metrics, ratio_metrics
 from tir_alp.algorithm.ratio_summary import RatioSummary, summarise
 from tir_alp.config import TrainerConfig
-from tir_alp.training.batch import pack, sequences_of
+from tir_alp.training.batch import noise_keys, pack, sequences_of
 from tir_alp.training.lora import Adapters
 from tir_alp.training.optimizer import MOST_NORMS, Optimizer, is_spike
 from tir_alp.training.packed_sequence import packed_sequences
 from tir_alp.training.policy import WRAPPER, PolicyLogprobs, recompute_layers
 from tir_alp.training.ranks import Ranks
 from tir_alp.training.sharding import gathered, shard
+from tir_alp.training.shared_prompts import computed_tokens, num_computed
 from tir_alp.training.step_report import StepReport, UpdateRecord, join_ranks
 from tir_alp.training.weight_nudge import WeightNudge
 from tir_alp.types import Batch, Sample
@@ -246,6 +247,7 @@ class Trainer:
             mismatch = [summarise(_inputs(batch, batch.proximal_logprobs)) for batch in every]
             metrics |= mismatch_metrics(self._over_ranks(mismatch))
         metrics["train/lr"] = lr
+        metrics["train/shared_tokens"] = self._share_of_shared_tokens(every)
         metrics["train/skipped_updates"] = len(outcomes) - len(made)
         num_tokens = torch.tensor(sum(batch.num_loss_tokens for batch in every))
         metrics["tokens/loss"] = int(self.ranks.sum(num_tokens))
@@ -259,11 +261,26 @@ class Trainer:
         ]
         return StepReport(metrics, join_ranks(self.ranks.gather(records)))
 
+    def _share_of_shared_tokens(self, batches: Sequence[Batch]) -> float:
+        """Share of the tokens that no forward computes, because another sequence has them too."""
+        own = torch.zeros(2, dtype=torch.float64)
+        for batch in batches:
+            num_tokens = len(batch.token_ids)
+            own += torch.tensor([num_tokens - num_computed(batch), num_tokens])
+        num_shared, num_tokens = self.ranks.sum(own).tolist()
+        return num_shared / num_tokens if num_tokens else 0.0
+
     def _micro_batches(self, groups: Sequence[Sequence[Sample]]) -> list[Batch]:
         """Return this rank's share of an update."""
         samples = [sample for group in groups for sample in group]
         max_tokens = self._config.micro_batch_tokens
-        packed = pack(samples, max_tokens, self.ranks.rank, self.ranks.size)
+        packed = pack(
+            samples,
+            max_tokens,
+            self.ranks.rank,
+            self.ranks.size,
+            share_prompts=self._config.share_prompts,
+        )
         return [self._prepare(batch) for batch in packed]
 
     def _prepare(self, batch: Batch) -> Batch:
@@ -342,8 +359,13 @@ class Trainer:
     ) -> AbstractContextManager[Effect]:
         if self._perturbation is None:
             return contextlib.nullcontext(Effect())
-        keys = [NoiseKey(update, uid) for uid in batch.sequence_uids]
-        return self._perturbation.active(keys, batch.lengths, draw=draw, measure=measure)
+        return self._perturbation.active(
+            noise_keys(batch, update),
+            batch.lengths,
+            draw=draw,
+            measure=measure,
+            in_forward=computed_tokens(batch),
+        )
 
     def _sum_gradient_of_sigma(self) -> None:
         """Sum the gradient of log sigma over ranks; FSDP2 sums that of the weights."""

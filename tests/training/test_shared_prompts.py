@@ -1,0 +1,186 @@
+"""A prompt that is computed once, compared with one that is computed for each sequence."""
+
+import random
+from copy import deepcopy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.training.harness import (
+    Groups,
+    assert_close,
+    gradients,
+    model,
+    noisy,
+    on_policy,
+    trainer,
+)
+from tests.training.test_attention import DECODERS, make_config
+from tir_alp.algorithm.presets import ALGORITHMS
+from tir_alp.tools.outcome import Outcome
+from tir_alp.training.attention import PACKED
+from tir_alp.training.batch import collate, pack, sequences_of
+from tir_alp.training.policy import PolicyLogprobs
+from tir_alp.training.shared_prompts import computed_tokens
+from tir_alp.types import Sample, StopReason, TokenSpan, Trajectory, Turn
+
+
+def groups_of(sizes=(3, 1, 4), num_prompt=(12, 20), num_words: int = 262) -> Groups:
+    """Return groups of a prompt in common, and of completions of one or two turns."""
+    rng, uid = random.Random(1), 0
+
+    def words(low: int, high: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(6, num_words) for _ in range(rng.randint(low, high)))
+
+    groups = []
+    for group, size in enumerate(sizes):
+        prompt, samples = words(*num_prompt), []
+        for _ in range(size):
+            turns = []
+            for _ in range(rng.randint(1, 2)):
+                ids = words(2, 6)
+                said = TokenSpan(ids, tuple(rng.gauss(-5, 1) for _ in ids))
+                turns.append(
+                    Turn(said, TokenSpan(words(1, 4)), 0, StopReason.STOP, Outcome.OK, 0.0)
+                )
+            each = Trajectory("t", group, TokenSpan(prompt), tuple(turns), True, False, uid)
+            samples.append(Sample(each, rng.uniform(-1, 1)))
+            uid += 1
+        groups.append(samples)
+    return groups
+
+
+def near_policy(groups: Groups) -> Groups:
+    """Give all tokens rollout logprobs near those of the model, as in training."""
+    of, rng = model(), random.Random(2)
+
+    def near(sample: Sample) -> Sample:
+        each = sample.trajectory
+        logprobs = [0.0, *on_policy(of, each.token_ids).tolist()]
+        place, turns = len(each.prompt), []
+        for turn in each.turns:
+            own = logprobs[place : place + len(turn.completion)]
+            span = TokenSpan(
+                turn.completion.token_ids, tuple(value + rng.gauss(0, 0.05) for value in own)
+            )
+            turns.append(Turn(span, turn.observation, 0, StopReason.STOP, Outcome.OK, turn.reward))
+            place += len(turn.completion) + len(turn.observation)
+        made = Trajectory(
+            "t", each.group_id, each.prompt, tuple(turns), True, False, each.sequence_uid
+        )
+        return Sample(made, sample.advantage)
+
+    return [[near(sample) for sample in group] for group in groups]
+
+
+def flat(groups: Groups) -> list[Sample]:
+    return [sample for group in groups for sample in group]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_logprobs_are_those_of_whole_sequences(name: str):
+    torch.manual_seed(0)
+    of = AutoModelForCausalLM.from_config(deepcopy(make_config(name)), attn_implementation=PACKED)
+    with torch.no_grad():  # the attention of fresh weights is nearly uniform
+        for parameter in of.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    samples = flat(groups_of(num_words=64))
+    random.Random(0).shuffle(samples)
+    policy = PolicyLogprobs(of.double(), 2048)
+    results = []
+    for share in (False, True):
+        batch = collate(samples, share_prompts=share)
+        logprobs, entropy = policy(batch, temperature=0.7)
+        of.zero_grad()
+        logprobs.sum().backward()
+        grads = {key: each.grad.clone() for key, each in of.named_parameters()}
+        results.append((logprobs.detach(), entropy, grads))
+    (expected, _, wanted), (found, entropy, grads) = results
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(entropy, results[0][1], rtol=0, atol=1e-6)
+    assert_close(grads, wanted)
+
+
+METHODS = {
+    **{name: ALGORITHMS[name] for name in ALGORITHMS},
+    "absolute noise on the logits": noisy(site="logits"),
+    "relative noise": noisy(scale="relative", init_std=0.05),
+    "two antithetic draws": noisy(draws=2, antithetic=True),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_updates_are_those_without_sharing(name: str):
+    groups, algorithm = near_policy(groups_of()), METHODS[name]
+    alone, shared = (trainer(algorithm, share_prompts=share) for share in (False, True))
+    expected, found = alone.step(groups, 0).metrics, shared.step(groups, 0).metrics
+    assert found["train/shared_tokens"] > 0.3 and expected["train/shared_tokens"] == 0
+    for metric in ("loss/value", "ratio/p98", "kl/rollout", "tokens/loss", "grad_norm/policy"):
+        assert found[metric] == pytest.approx(expected[metric], rel=1e-4, abs=1e-7), metric
+    assert_close(gradients(shared), gradients(alone))
+
+
+@pytest.mark.parametrize("settings", [{"gradient_checkpointing": True}, {"micro_batch_tokens": 40}])
+def test_noise_is_the_same_recomputed_and_in_other_micro_batches(settings):
+    groups = near_policy(groups_of())
+    whole, other = trainer(noisy(), share_prompts=False), trainer(noisy(), **settings)
+    expected, found = whole.step(groups, 0).metrics, other.step(groups, 0).metrics
+    assert found["loss/value"] == pytest.approx(expected["loss/value"], rel=1e-4)
+    assert_close(gradients(other), gradients(whole))
+
+
+def test_only_equal_prompts_of_one_group_are_computed_once():
+    one, two, three = flat(groups_of(sizes=(2, 1)))
+    batch = collate([one, three, two], share_prompts=True)
+    assert batch.prompt_rows == (0, 1, 0)
+    number = len(one.trajectory.prompt)
+    skipped = sorted({*range(sum(batch.lengths))} - {*computed_tokens(batch).tolist()})
+    start = batch.lengths[0] + batch.lengths[1]
+    assert skipped == [*range(start, start + number)]
+    assert computed_tokens(collate([one, three], share_prompts=True)) is None
+    assert computed_tokens(collate([one, two])) is None
+    assert sequences_of(batch, (1, 2)).prompt_rows == (0, 1)
+    assert sequences_of(batch, (0, 2)).prompt_rows == (0, 0)
+
+
+def test_micro_batches_are_bounded_by_the_tokens_that_are_computed():
+    samples = flat(groups_of(sizes=(6, 5, 2, 1), num_prompt=(30, 40)))
+    for ranks in (1, 2, 3):
+        uids = []
+        for rank in range(ranks):
+            for batch in pack(samples, 70, rank, ranks, share_prompts=True):
+                computed = computed_tokens(batch)
+                count = sum(batch.lengths) if computed is None else len(computed)
+                assert count <= 70
+                uids += [uid for uid in batch.sequence_uids if batch.num_loss_tokens]
+        assert sorted(uids) == [*range(14)]
+    together = pack(samples, 10_000, share_prompts=True)
+    assert [len(batch.lengths) for batch in together] == [14]
+
+
+def test_no_rank_is_idle_while_another_has_a_whole_group():
+    samples = flat(groups_of(sizes=(8,)))
+    counts = [
+        sum(len(b.lengths) for b in pack(samples, 10_000, rank, 2, share_prompts=True))
+        for rank in (0, 1)
+    ]
+    assert min(counts) >= 3
+
+
+def test_a_prompt_in_common_has_the_noise_of_its_group_even_where_it_is_not_shared():
+    (first, second), _ = groups_of(sizes=(2, 1))
+    perturbed = []
+    for sample in (first, second):
+        one = trainer(noisy(), share_prompts=False)
+        states = []
+
+        def keep(_, inputs, __, states=states):
+            states.append(inputs[0][0])
+
+        one.model.base_model.layers[-1].register_forward_hook(keep)
+        one.step([[sample]], 0)
+        perturbed.append(states[0])  # of the forward that is trained on
+    number = len(first.trajectory.prompt)
+    assert torch.equal(perturbed[0][:number], perturbed[1][:number])
+    assert not torch.equal(perturbed[0][number:][:2], perturbed[1][number:][:2])
