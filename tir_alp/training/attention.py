@@ -76,6 +76,34 @@ def _attention(
 AttentionInterface.register(PACKED, _attention)
 
 
+def attend_in_rows(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """Attend within the rows of a padded batch.
+
+    Args:
+        query: [B, Q, heads, D].
+        key: [B, K, key heads, D].
+        value: As `key`.
+        mask: Bool, broadcasts to [B, heads, Q, K]: what a query sees; None: causal.
+        scale: Factor of the scores; None: that of the dimension.
+
+    Returns:
+        [B, Q, heads, D].
+    """
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return output.transpose(1, 2)
+
+
 class PackedSequences:
     """Layout of whole sequences one after the other, as the trainer uses it.
 
@@ -121,14 +149,5 @@ class PackedSequences:
             distance = torch.arange(longest, device=query.device)
             distance = distance[:, None] - distance
             mask = (distance >= 0) & (distance < window)
-        query, key, value = (self.to_rows(x).transpose(1, 2) for x in (query, key, value))
-        output = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=key.shape[1] != query.shape[1],
-        )
-        return self.to_packed(output.transpose(1, 2))
+        rows = (self.to_rows(states) for states in (query, key, value))
+        return self.to_packed(attend_in_rows(*rows, mask=mask, scale=scale))

@@ -207,7 +207,8 @@ def _chunk_logprobs(
     keywords: dict[str, Tensor],
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    logprobs = torch.log_softmax(head(hidden, **keywords).float() / temperature, dim=-1)
+    logits = head(hidden, **keywords).float()
+    logprobs = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
     with torch.no_grad():
         entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropy

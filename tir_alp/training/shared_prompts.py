@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from tir_alp.training.attention import attend_in_rows
 from tir_alp.types import Batch
 
 
@@ -113,19 +113,11 @@ class SharedPrompts:
         """As `Layout.attend`."""
 
         def rows(states: Tensor, index: Tensor) -> Tensor:
-            return states.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+            return states.index_select(0, index.flatten()).unflatten(0, index.shape)
 
         def attention(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
-            output = F.scaled_dot_product_attention(
-                rows(query, queries),
-                rows(key, keys),
-                rows(value, keys),
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scale,
-                enable_gqa=key.shape[1] != query.shape[1],
-            )
-            return output.transpose(1, 2).flatten(0, 1)
+            states = (rows(query, queries), rows(key, keys), rows(value, keys))
+            return attend_in_rows(*states, mask=mask, scale=scale).flatten(0, 1)
 
         mask, of_prompts = self._mask, None
         if window is not None:
