@@ -162,12 +162,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Make what is missing of the study; returns the exit code."""
-    parser = argparse.ArgumentParser("tir_alp.studies.mixture", description=__doc__)
+    parser, usual = argparse.ArgumentParser("tir_alp.studies.mixture", description=__doc__), Size()
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--sft-steps", type=int, default=Size.sft_steps)
+    parser.add_argument("--sft-steps", type=int, default=usual.sft_steps)
     parser.add_argument("--rl-steps", type=int, help="default: those of the config")
-    parser.add_argument("--transcripts", type=int, default=Size.transcripts)
-    parser.add_argument("--tasks", type=int, default=Size.num_tasks, help="tasks per evaluation")
+    parser.add_argument("--transcripts", type=int, default=usual.transcripts)
+    parser.add_argument("--tasks", type=int, default=usual.num_tasks, help="tasks per evaluation")
     parser.add_argument("--name", default="mixture", help="folder below runs/")
     options = parser.parse_args(arguments)
     size = Size(options.sft_steps, options.transcripts, options.rl_steps, options.tasks)
