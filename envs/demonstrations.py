@@ -32,8 +32,8 @@ _REPAIRS = (
     "I made an error in the code. Again:",
 )
 
-Program = Callable[[Mapping[str, Any]], str]
-"""Writes a program that prints the answer of a task."""
+Program = Callable[[Mapping[str, Any]], str | None]
+"""Writes a program that prints the answer of a task; None: nothing can find that answer."""
 
 
 def _arithmetic(task: Mapping[str, Any]) -> str:
@@ -79,9 +79,11 @@ def _count_bits(task: Mapping[str, Any]) -> str:
     return f"print(bin({task['metadata']['number']}).count('1'))"
 
 
-def _simple_equations(task: Mapping[str, Any]) -> str:
+def _simple_equations(task: Mapping[str, Any]) -> str | None:
     left, right = task["metadata"]["equation"].split(" = ")
     name = task["metadata"]["variable"]
+    if name not in left:  # the set has equations such as 0 = 0
+        return None
     return f"for {name} in range(-10000, 10001):\n    if {left} == {right}:\n        print({name})"
 
 
@@ -161,13 +163,22 @@ def demonstrations(
         RuntimeError: An episode did not end as it should have: the sandbox failed, or a program or
             an answer is wrong.
     """
-    sources = [tasks_of(kind, seed, -(-number // len(kinds))) for kind in kinds]
+    # Twice as many tasks as are needed, because some cannot be solved.
+    solved = [_solved(kind, tasks_of(kind, seed, 2 * -(-number // len(kinds)))) for kind in kinds]
     for index in range(number):
-        kind, source = kinds[index % len(kinds)], sources[index % len(kinds)]
         rng = random.Random(f"{seed}/{index}")
-        task = source[index // len(kinds)]
-        messages = _play(env, dict(task), PROGRAMS[kind](task), rng, style)
+        task, program = next(solved[index % len(kinds)])
+        messages = _play(env, dict(task), program, rng, style)
         yield {"task_id": task["task_id"], "messages": messages}
+
+
+def _solved(kind: str, source: TaskSource) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield tasks with the program that solves each."""
+    for index in range(len(source)):
+        task = source[index]
+        program = PROGRAMS[kind](task)
+        if program is not None:
+            yield task, program
 
 
 def _play(
@@ -202,7 +213,10 @@ def _play(
     action = f"The answer is \\boxed{{{output.strip()}}}."
     _, _, terminated, _, info = env.step(action)
     if not terminated or not info["correct"]:
-        raise RuntimeError(f"{task['task_id']} was not solved by its program: {output!r}, {info}")
+        raise RuntimeError(
+            f"{task['task_id']} was not solved by its program, which printed {output[:200]!r}, and "
+            f"the answer is {task['answer']!r}"
+        )
     return [*messages, {"role": "assistant", "content": action}]
 
 

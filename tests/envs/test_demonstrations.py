@@ -64,3 +64,12 @@ def test_word_problems_are_split_and_their_answers_are_what_python_computes():
             assert str(eval(task["expression"])) == task["answer"]
     with pytest.raises(ValueError, match="no demonstration of 'x'"):
         tasks_of("x", 0, 1)
+
+
+@pytest.mark.sandbox
+def test_a_task_that_nothing_can_solve_is_not_demonstrated(env):
+    pytest.importorskip("reasoning_gym")
+    task = tasks_of("simple_equations", 0, 14)[13]
+    assert "0 = 0" in task["question"] and PROGRAMS["simple_equations"](task) is None
+    rows = list(demonstrations(env, ["simple_equations"], 14, 0, Style(mistakes=0.0)))
+    assert len(rows) == 14 and task["task_id"] not in [row["task_id"] for row in rows]
