@@ -32,7 +32,7 @@ METHODS = ("alp_sequence", "bypass_sequence")
 class Size:
     """How much of everything there is."""
 
-    sft_steps: int = 12
+    sft_steps: int = 8
     transcripts: int = 256
     rl_steps: int | None = None
     """None: as many as the config asks for."""
