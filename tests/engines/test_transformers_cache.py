@@ -49,11 +49,42 @@ def test_one_long_prompt_does_not_make_a_wide_row_of_every_short_one():
     watched.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    requests = [((7,) * length, Sampling(max_tokens=2)) for length in (800, *[5] * 39)]
+    short = [(7, 8, 9, 10, word) for word in range(20, 59)]
+    requests = [(prompt, Sampling(max_tokens=2)) for prompt in ((7,) * 800, *short)]
     sampled(*requests, of=watched)
     rows = 8192 // 800
     assert max(sizes) == 800 + (rows - 1) * 5
     assert sum(sizes) == 800 + 39 * 5 + 40
+
+
+def test_a_prompt_in_common_is_read_once():
+    watched, sizes = model(), []
+    watched.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    other = (9, 8, 7)
+    asked = [
+        (prompt, Sampling(max_tokens=9, sequence_uid=uid))
+        for uid, prompt in enumerate((PROMPT, PROMPT, other, PROMPT, other))
+    ]
+
+    async def run() -> list[Completion]:
+        async with opened(watched) as engine:
+            watch = Watch()
+            late = Sampling(max_tokens=9, sequence_uid=0, stop_matcher=watch)
+            first = asyncio.create_task(engine.generate(PROMPT, late))
+            await watch.began.wait()  # a row that is running already is copied as well
+            return await asyncio.gather(first, *(engine.generate(*each) for each in asked[1:]))
+
+    completions = asyncio.run(run())
+    assert sizes[0] == len(PROMPT)
+    joined = next(index for index, size in enumerate(sizes[1:], 1) if size > 1)
+    # Only the other prompt is new; two requests copy the running row, and one the new one.
+    assert sizes[joined : joined + 2] == [len(other), 3]
+    for request, completion in zip(asked, completions, strict=True):
+        alone = one(request[1], request[0])
+        assert completion.token_ids == alone.token_ids
+        assert completion.logprobs == pytest.approx(alone.logprobs, abs=1e-9)
 
 
 def test_a_turn_reads_only_new_tokens_unless_weights_or_prefix_have_changed():

@@ -60,13 +60,17 @@ class CachedForward:
         return len(compared)
 
     @torch.inference_mode()
-    def step(self, running: Sequence[EmbeddedRequest], num_joining: int, version: int) -> int:
+    def step(self, running: list[EmbeddedRequest], num_joining: int, version: int) -> int:
         """Sample one token for every running request.
 
+        A request that joins reads its tokens, except for those that its sequence has parked. Where
+        another row begins with the same tokens, as in a group, it copies their keys and values and
+        reads the last token alone.
+
         Args:
-            running: The requests, in the order of the cache's rows.
-            num_joining: How many of them, at the end, have no row yet: their first forward reads
-                all of their tokens.
+            running: The requests, in the order of the cache's rows. Those that join are ordered
+                anew.
+            num_joining: How many of them, at the end, have no row yet.
             version: Policy version of the model's weights.
 
         Returns:
@@ -76,18 +80,32 @@ class CachedForward:
         if first:
             old = running[:first]
             self._forward(range(first), old, [each.token_ids[-1:] for each in old], version)
-        if num_joining:
-            joining, rows = running[first:], range(first, len(running))
-            for row, request in zip(rows, joining, strict=True):
-                self._cache.add_row()
-                if request.parked is not None:
-                    self._cache.fill_row(row, request.parked.states)
-                    request.parked = None
-            so_far = [[*each.prompt, *each.token_ids] for each in joining]
-            lengths = self._cache.lengths[first:]
-            unread = [ids[length:] for ids, length in zip(so_far, lengths, strict=True)]
-            self._forward(rows, joining, unread, version)
+        if not num_joining:
+            return len(running)
+        sources = _beginnings(running, first)
+        second = len(running) - len(sources)  # the first of those that copy
+        for row in range(first, second):
+            self._cache.add_row()
+            parked, running[row].parked = running[row].parked, None
+            if parked is not None:
+                self._cache.fill_row(row, parked.states)
+        self._read(range(first, second), running, version)
+        for row, source in zip(range(second, len(running)), sources, strict=True):
+            self._cache.add_row()
+            self._cache.copy_beginning(source, row, running[row].num_tokens - 1)
+        self._read(range(second, len(running)), running, version)
         return len(running)
+
+    def _read(self, rows: range, running: Sequence[EmbeddedRequest], version: int) -> None:
+        """Read what is not in the cache of some rows, and sample a token for each."""
+        if not rows:
+            return
+        requests = [running[row] for row in rows]
+        unread = [
+            [*each.prompt, *each.token_ids][self._cache.lengths[row] :]
+            for row, each in zip(rows, requests, strict=True)
+        ]
+        self._forward(rows, requests, unread, version)
 
     def _forward(
         self,
@@ -123,3 +141,23 @@ class CachedForward:
         )
         positions = torch.tensor([each.num_tokens for each in requests])
         return self._logit_noise * normal(nth_keys(streams, positions), vocab_size)
+
+
+def _beginnings(running: list[EmbeddedRequest], first: int) -> list[int]:
+    """Order the requests from `first` on so that those that can copy come last.
+
+    Returns:
+        For each of these, in order, the row that begins with its tokens.
+    """
+    known = {each.prompt: row for row, each in enumerate(running[:first])}
+    readers: list[EmbeddedRequest] = []
+    copiers: list[tuple[EmbeddedRequest, int]] = []
+    for request in running[first:]:
+        tokens = (*request.prompt, *request.token_ids)
+        if request.parked is None and tokens in known and len(tokens) > 1:
+            copiers.append((request, known[tokens]))
+        else:
+            known.setdefault(tokens, first + len(readers))
+            readers.append(request)
+    running[first:] = [*readers, *(request for request, _ in copiers)]
+    return [source for _, source in copiers]

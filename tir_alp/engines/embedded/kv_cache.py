@@ -57,6 +57,15 @@ class KVCache:
                 room[row, :, : key.shape[1]] = old
 
     @torch.inference_mode()
+    def copy_beginning(self, source: int, row: int, length: int) -> None:
+        """Fill an empty row with the first tokens of another row."""
+        self.lengths[row] = length
+        for layer, have in [*self._layers.items()]:
+            key, value = (states[source].transpose(0, 1) for states in have)
+            for room in self.layer(layer, length, key, value):
+                room[row, :, :length] = room[source, :, :length]
+
+    @torch.inference_mode()
     def remove_row(self, row: int) -> None:
         """Remove a row; the last row takes its index."""
         last = len(self.lengths) - 1

@@ -32,7 +32,10 @@ def sample(
         after temperature and truncation; 0 for greedy rows, which have only one outcome.
     """
     greedy = temperature == 0
-    logprobs = torch.log_softmax(logits / torch.where(greedy, 1.0, temperature)[:, None], dim=-1)
+    divisor = torch.where(greedy, 1.0, temperature)
+    if bool((divisor != 1).any()):
+        logits = logits / divisor[:, None]
+    logprobs = torch.log_softmax(logits, dim=-1)
     if bool((top_p < 1).any()):
         logprobs = _truncate(logprobs, top_p)
     if bool(greedy.any()):
@@ -40,7 +43,7 @@ def sample(
         best.scatter_(1, logits.argmax(-1, keepdim=True), True)
         point = torch.where(best, 0.0, -torch.inf)
         logprobs = torch.where(greedy[:, None], point, logprobs)
-    cumulative = logprobs.double().exp().cumsum(-1)
+    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
     threshold = (uniform * cumulative[:, -1]).unsqueeze(1)
     # right=True: the first token whose cumulative probability exceeds the draw; its own is > 0.
     token_ids = torch.searchsorted(cumulative, threshold, right=True).clamp_max_(
