@@ -311,6 +311,30 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompts:
+    """The prompts of the sequences of a batch."""
+
+    uids: tuple[int, ...]
+    """[B] identities, by which the noise in a prompt is keyed: those of the groups."""
+    lengths: tuple[int, ...]
+    """[B] number of tokens of each prompt."""
+    rows: tuple[int, ...]
+    """[B] the sequence with which each shares its prompt in the forward: the first one of the batch
+    with the same prompt, or itself if prompts are not shared."""
+
+    def of(self, rows: Sequence[int]) -> Prompts:
+        """Return the prompts of some of the sequences, given by ascending indices."""
+        first: dict[int, int] = {}  # of the sequences that share a prompt, the first that is kept
+        for new_row, row in enumerate(rows):
+            first.setdefault(self.rows[row], new_row)
+        return Prompts(
+            uids=tuple(self.uids[row] for row in rows),
+            lengths=tuple(self.lengths[row] for row in rows),
+            rows=tuple(first[self.rows[row]] for row in rows),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """The sequences of one optimizer step, or of one micro-batch of it.
 
@@ -332,14 +356,7 @@ class Batch:
     lengths: tuple[int, ...]
     """[B] number of tokens of each sequence; they add up to N."""
     sequence_uids: tuple[int, ...]
-    """[B] identities of the sequences, by which the noise after their prompts is keyed."""
-    prompt_uids: tuple[int, ...]
-    """[B] identities of their prompts, by which the noise there is keyed: those of the groups."""
-    prompt_lengths: tuple[int, ...]
-    """[B] number of tokens of each prompt, with which the sequence begins."""
-    prompt_rows: tuple[int, ...]
-    """[B] the sequence with which each shares its prompt in the forward: the first one of the batch
-    with the same prompt, or itself if prompts are not shared."""
+    """[B] identities of the sequences, by which their noise is keyed."""
     loss_mask: Tensor
     """[B, T] bool; False in the padding."""
     rollout_logprobs: Tensor
@@ -348,6 +365,8 @@ class Batch:
     """[B, T] int64; -1 for tokens that are not in a completion."""
     advantages: Tensor
     """[B] float32."""
+    prompts: Prompts | None = None
+    """The prompts with which the sequences begin; None: they are like other tokens."""
     proximal_logprobs: Tensor | None = None
     """[B, T] float32, under the trainer's policy at the start of the step; None: not needed."""
     reference_logprobs: Tensor | None = None

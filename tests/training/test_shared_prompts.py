@@ -22,8 +22,8 @@ from tir_alp.tools.outcome import Outcome
 from tir_alp.training.attention import PACKED
 from tir_alp.training.batch import collate, pack, sequences_of
 from tir_alp.training.policy import PolicyLogprobs
-from tir_alp.training.shared_prompts import computed_tokens
-from tir_alp.types import Sample, StopReason, TokenSpan, Trajectory, Turn
+from tir_alp.training.shared_prompts import computed_tokens, num_computed
+from tir_alp.types import Batch, Sample, StopReason, TokenSpan, Trajectory, Turn
 
 
 def groups_of(sizes=(3, 1, 4), num_prompt=(12, 20), num_words: int = 262) -> Groups:
@@ -130,18 +130,25 @@ def test_noise_is_the_same_recomputed_and_in_other_micro_batches(settings):
     assert_close(gradients(other), gradients(whole))
 
 
+def rows_of(batch: Batch) -> tuple[int, ...]:
+    assert batch.prompts is not None
+    return batch.prompts.rows
+
+
 def test_only_equal_prompts_of_one_group_are_computed_once():
     one, two, three = flat(groups_of(sizes=(2, 1)))
     batch = collate([one, three, two], share_prompts=True)
-    assert batch.prompt_rows == (0, 1, 0)
+    assert rows_of(batch) == (0, 1, 0)
     number = len(one.trajectory.prompt)
-    skipped = sorted({*range(sum(batch.lengths))} - {*computed_tokens(batch).tolist()})
+    computed = computed_tokens(batch)
+    assert computed is not None and num_computed(batch) == len(computed)
+    skipped = sorted({*range(sum(batch.lengths))} - {*computed.tolist()})
     start = batch.lengths[0] + batch.lengths[1]
     assert skipped == [*range(start, start + number)]
     assert computed_tokens(collate([one, three], share_prompts=True)) is None
     assert computed_tokens(collate([one, two])) is None
-    assert sequences_of(batch, (1, 2)).prompt_rows == (0, 1)
-    assert sequences_of(batch, (0, 2)).prompt_rows == (0, 0)
+    assert rows_of(sequences_of(batch, (1, 2))) == (0, 1)
+    assert rows_of(sequences_of(batch, (0, 2))) == (0, 0)
 
 
 def test_micro_batches_are_bounded_by_the_tokens_that_are_computed():
@@ -150,9 +157,7 @@ def test_micro_batches_are_bounded_by_the_tokens_that_are_computed():
         uids = []
         for rank in range(ranks):
             for batch in pack(samples, 70, rank, ranks, share_prompts=True):
-                computed = computed_tokens(batch)
-                count = sum(batch.lengths) if computed is None else len(computed)
-                assert count <= 70
+                assert num_computed(batch) <= 70
                 uids += [uid for uid in batch.sequence_uids if batch.num_loss_tokens]
         assert sorted(uids) == [*range(14)]
     together = pack(samples, 10_000, share_prompts=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tir_alp.algorithm.perturbation import NoiseKey
-from tir_alp.types import Batch, Sample
+from tir_alp.types import Batch, Prompts, Sample
 
 
 def pack(
@@ -133,18 +133,20 @@ def collate(samples: Sequence[Sample], *, share_prompts: bool = False) -> Batch:
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         lengths=lengths,
         sequence_uids=tuple(trajectory.sequence_uid for trajectory in trajectories),
-        prompt_uids=tuple(trajectory.group_id for trajectory in trajectories),
-        prompt_lengths=tuple(len(trajectory.prompt) for trajectory in trajectories),
-        prompt_rows=tuple(
-            first[_prompt_of(sample) if share_prompts else row]
-            for row, sample in enumerate(samples)
-        ),
         loss_mask=_rows([each.loss_mask for each in trajectories], longest, False, torch.bool),
         rollout_logprobs=_rows(
             [each.rollout_logprobs for each in trajectories], longest, 0.0, torch.float32
         ),
         turn_ids=_rows([each.turn_ids for each in trajectories], longest, -1, torch.int64),
         advantages=torch.tensor([sample.advantage for sample in samples], dtype=torch.float32),
+        prompts=Prompts(
+            uids=tuple(trajectory.group_id for trajectory in trajectories),
+            lengths=tuple(len(trajectory.prompt) for trajectory in trajectories),
+            rows=tuple(
+                first[_prompt_of(sample) if share_prompts else row]
+                for row, sample in enumerate(samples)
+            ),
+        ),
     )
 
 
@@ -156,18 +158,13 @@ def sequences_of(batch: Batch, rows: Sequence[int]) -> Batch:
     def chosen(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[list(rows)]
 
-    first: dict[int, int] = {}  # of the sequences that share a prompt, the first that is kept
-    for new_row, row in enumerate(rows):
-        first.setdefault(batch.prompt_rows[row], new_row)
     return replace(
         batch,
         token_ids=torch.cat([token_ids[row] for row in rows]),
         position_ids=torch.cat([positions[row] for row in rows]),
         lengths=tuple(batch.lengths[row] for row in rows),
         sequence_uids=tuple(batch.sequence_uids[row] for row in rows),
-        prompt_uids=tuple(batch.prompt_uids[row] for row in rows),
-        prompt_lengths=tuple(batch.prompt_lengths[row] for row in rows),
-        prompt_rows=tuple(first[batch.prompt_rows[row]] for row in rows),
+        prompts=None if batch.prompts is None else batch.prompts.of(rows),
         loss_mask=batch.loss_mask[list(rows)],
         rollout_logprobs=batch.rollout_logprobs[list(rows)],
         turn_ids=batch.turn_ids[list(rows)],
@@ -179,7 +176,8 @@ def sequences_of(batch: Batch, rows: Sequence[int]) -> Batch:
 
 def noise_keys(batch: Batch, update: int) -> list[NoiseKey]:
     """Return the key of each sequence's noise in an update, given by its number."""
-    columns = (batch.sequence_uids, batch.prompt_uids, batch.prompt_lengths)
+    prompts = batch.prompts
+    columns = [batch.sequence_uids, *(() if prompts is None else (prompts.uids, prompts.lengths))]
     return [NoiseKey(update, *each) for each in zip(*columns, strict=True)]
 
 

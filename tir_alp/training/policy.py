@@ -27,7 +27,7 @@ from tir_alp.training.model_folder import (
     first_line,
     unknown_architecture,
 )
-from tir_alp.training.shared_prompts import SharedPrompts
+from tir_alp.training.shared_prompts import SharedPrompts, shared_prompts
 from tir_alp.training.structure import local_path
 from tir_alp.types import Batch
 
@@ -249,12 +249,12 @@ class PolicyLogprobs(nn.Module):
 
     def _hidden_states(self, batch: Batch, positions: Tensor) -> Tensor:
         """Return the last hidden states [M, H] of some of the packed tokens, by position [M]."""
-        device = batch.token_ids.device
-        shared = SharedPrompts.of(batch)
-        if shared is None:
-            layout = PackedSequences(batch.lengths, device)
+        prompts = shared_prompts(batch)
+        if prompts is None:
+            layout = PackedSequences(batch.lengths, batch.token_ids.device)
             hidden = hidden_states(self.model, batch.token_ids, batch.position_ids, layout)
             return hidden.index_select(0, positions)
+        shared = SharedPrompts(batch, prompts)
         token_ids, position_ids = (
             batch.token_ids[shared.computed],
             batch.position_ids[shared.computed],

@@ -4,46 +4,57 @@ The tokens of a forward are those of the batch without the prompts that are comp
 sequence. Everywhere but in attention a token needs nothing else. In attention, prompts attend
 within themselves, and the other tokens attend to the prompt of their sequence and to the tokens
 before them, as they would without sharing. Gradients of keys and values add up over the sequences.
+
+What is computed where follows from the lengths alone. It is worked out on the CPU, so that a GPU is
+never waited for.
 """
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from tir_alp.training.attention import attend_in_rows
-from tir_alp.types import Batch
+from tir_alp.types import Batch, Prompts
+
+Piece = tuple[int, int]
+"""Consecutive packed tokens, by position and number."""
+
+
+def shared_prompts(batch: Batch) -> Prompts | None:
+    """Return the prompts of a batch if at least two sequences share one."""
+    prompts = batch.prompts
+    is_shared = prompts is not None and prompts.rows != tuple(range(len(batch.lengths)))
+    return prompts if is_shared else None
+
+
+def num_computed(batch: Batch) -> int:
+    """Number of tokens that a forward computes."""
+    return sum(batch.lengths) - sum(_num_left_out(batch))
 
 
 def computed_tokens(batch: Batch) -> Tensor | None:
     """Return the positions [M] of the tokens that a forward computes, among the packed tokens.
 
-    None: no prompt is shared, so it computes all of them.
+    None: no prompt is shared, so it computes all of them. On the device of the batch.
     """
-    rows = range(len(batch.lengths))
-    if batch.prompt_rows == tuple(rows):
+    if shared_prompts(batch) is None:
         return None
-    position, device = batch.position_ids, batch.token_ids.device
-    num_left_out = [
-        0 if batch.prompt_rows[row] == row else batch.prompt_lengths[row] for row in rows
-    ]
-    return (position >= _per_token(num_left_out, batch, device)).nonzero().squeeze(1)
-
-
-def num_computed(batch: Batch) -> int:
-    """Number of tokens that a forward computes."""
-    left_out = sum(
-        length for row, length in enumerate(batch.prompt_lengths) if batch.prompt_rows[row] != row
-    )
-    return sum(batch.lengths) - left_out
+    return _computed(batch).to(batch.token_ids.device, non_blocking=True)
 
 
 class SharedPrompts:
     """Layout of a batch in which sequences share their prompts.
 
-    Axis letters: B sequences, P prompts, N tokens of the batch, M tokens that are computed.
+    Axis letters: B sequences, P prompts, N tokens of the batch, M tokens that are computed; Q and K
+    queries and keys of the longest row.
+
+    Args:
+        batch: The batch, whose forward runs on the device of its tokens.
+        prompts: Its prompts, of which at least two are one.
     """
 
     computed: Tensor
@@ -51,54 +62,44 @@ class SharedPrompts:
     place: Tensor
     """[N] index of each packed token among those that are computed."""
 
-    def __init__(self, batch: Batch, computed: Tensor) -> None:
-        device = computed.device
-        starts = [0]
-        for length in batch.lengths:
-            starts.append(starts[-1] + length)
-        rows = range(len(batch.lengths))
+    def __init__(self, batch: Batch, prompts: Prompts) -> None:
+        lengths, rows = batch.lengths, range(len(batch.lengths))
+        starts = [0, *accumulate(lengths)]
+        computed = _computed(batch)
+        index = torch.empty(starts[-1], dtype=torch.int64)
+        index[computed] = torch.arange(len(computed))
         # A token of a prompt that is left out stands where that of the first sequence does.
-        shift = [starts[batch.prompt_rows[row]] - starts[row] for row in rows]
-        in_prompt = batch.position_ids < _per_token(batch.prompt_lengths, batch, device)
-        packed = torch.arange(starts[-1], device=device)
-        source = packed + torch.where(in_prompt, _per_token(shift, batch, device), 0)
-        index = torch.empty_like(packed)
-        index[computed] = torch.arange(len(computed), device=device)
-        self.computed, self.place = computed, index[source]
+        source = torch.arange(starts[-1])
+        for row, first in enumerate(prompts.rows):
+            end = starts[row] + prompts.lengths[row]
+            source[starts[row] : end] += starts[first] - starts[row]
+        place = index[source]
 
-        firsts = [row for row in rows if batch.prompt_rows[row] == row]
-        prompts = [(starts[row], batch.prompt_lengths[row]) for row in firsts]
+        own = [row for row in rows if prompts.rows[row] == row]
+        of_prompts, in_prompts = _rows([(starts[row], prompts.lengths[row]) for row in own], place)
         tails = [
-            (
-                starts[row] + batch.prompt_lengths[row],
-                batch.lengths[row] - batch.prompt_lengths[row],
-            )
-            for row in rows
+            (start + number, length - number)
+            for start, number, length in zip(starts, prompts.lengths, lengths, strict=False)
         ]
-        whole = [(starts[row], batch.lengths[row]) for row in rows]
-        self._prompts, in_prompts = self._rows(prompts)
-        self._tails, in_tails = self._rows(tails)
-        self._keys, _ = self._rows(whole)
-        # Outputs come as those of all prompts and then those of all tails.
-        order = torch.cat([self._prompts[in_prompts], self._tails[in_tails]])
-        self._back = torch.empty_like(order)
-        self._back[order] = torch.arange(len(order), device=device)
-        self._in_prompts, self._in_tails = (
-            inside.flatten().nonzero().squeeze(1) for inside in (in_prompts, in_tails)
-        )
-        first_tail = torch.tensor(batch.prompt_lengths, device=device)
-        position = first_tail[:, None] + torch.arange(self._tails.shape[1], device=device)
+        of_tails, in_tails = _rows(tails, place)
+        of_keys, _ = _rows([*zip(starts, lengths, strict=False)], place)
+        # Outputs are those of all prompts and then those of all tails.
+        order = torch.cat([of_prompts[in_prompts], of_tails[in_tails]])
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order))
+        position = torch.tensor(prompts.lengths)[:, None] + torch.arange(of_tails.shape[1])
         # [B, 1, Q, K]: how many tokens each key is before the query
-        self._distance = position[:, None, :, None] - torch.arange(
-            self._keys.shape[1], device=device
-        )
-        self._mask = self._distance >= 0
+        distance = position[:, None, :, None] - torch.arange(of_keys.shape[1])
 
-    @classmethod
-    def of(cls, batch: Batch) -> Self | None:
-        """Return the layout of a batch; None if no prompt is shared."""
-        computed = computed_tokens(batch)
-        return None if computed is None else cls(batch, computed)
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(batch.token_ids.device, non_blocking=True)
+
+        self.computed, self.place = move(computed), move(place)
+        self._prompts, self._tails, self._keys = move(of_prompts), move(of_tails), move(of_keys)
+        self._in_prompts = move(in_prompts.flatten().nonzero().squeeze(1))
+        self._in_tails = move(in_tails.flatten().nonzero().squeeze(1))
+        self._back, self._distance = move(back), move(distance)
+        self._mask = self._distance >= 0
 
     def attend(
         self,
@@ -112,12 +113,12 @@ class SharedPrompts:
     ) -> Tensor:
         """As `Layout.attend`."""
 
-        def rows(states: Tensor, index: Tensor) -> Tensor:
-            return states.index_select(0, index.flatten()).unflatten(0, index.shape)
-
         def attention(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
-            states = (rows(query, queries), rows(key, keys), rows(value, keys))
-            return attend_in_rows(*states, mask=mask, scale=scale).flatten(0, 1)
+            rows = (
+                states.index_select(0, index.flatten()).unflatten(0, index.shape)
+                for states, index in ((query, queries), (key, keys), (value, keys))
+            )
+            return attend_in_rows(*rows, mask=mask, scale=scale).flatten(0, 1)
 
         mask, of_prompts = self._mask, None
         if window is not None:
@@ -132,25 +133,34 @@ class SharedPrompts:
         both = (prompts.index_select(0, self._in_prompts), tails.index_select(0, self._in_tails))
         return torch.cat(both).index_select(0, self._back)
 
-    def _rows(self, pieces: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Arrange pieces of the packed tokens, each given by start and length, as padded rows.
 
-        Returns:
-            The index [R, T] of each token among those that are computed, 0 in the padding, and a
-            mask [R, T] without the padding.
-        """
-        device = self.place.device
-        start, length = torch.tensor(pieces, device=device).unbind(1)
-        offset = torch.arange(max(length for _, length in pieces), device=device)
-        inside = offset < length[:, None]
-        position = torch.where(inside, start[:, None] + offset, 0)
-        # Padding reads token 0. Causality hides it from the others, and its output is dropped.
-        return torch.where(inside, self.place[position], 0), inside
+def _num_left_out(batch: Batch) -> list[int]:
+    """Number of tokens of each sequence that are computed for another one."""
+    prompts = shared_prompts(batch)
+    if prompts is None:
+        return [0] * len(batch.lengths)
+    return [0 if prompts.rows[row] == row else number for row, number in enumerate(prompts.lengths)]
 
 
-def _per_token(values: list[int] | tuple[int, ...], batch: Batch, device: torch.device) -> Tensor:
-    """Repeat a value of each sequence [B] for its tokens [N]."""
-    lengths = torch.tensor(batch.lengths, device=device)
-    return torch.tensor(values, device=device).repeat_interleave(
-        lengths, output_size=sum(batch.lengths)
+def _computed(batch: Batch) -> Tensor:
+    """Return what `computed_tokens` does, on the CPU."""
+    starts = accumulate(batch.lengths, initial=0)
+    pieces = zip(starts, _num_left_out(batch), batch.lengths, strict=False)
+    return torch.cat(
+        [torch.arange(start + number, start + length) for start, number, length in pieces]
     )
+
+
+def _rows(pieces: Sequence[Piece], place: Tensor) -> tuple[Tensor, Tensor]:
+    """Arrange pieces of the packed tokens as padded rows.
+
+    Returns:
+        The index [R, T] of each token among those that are computed, 0 in the padding, and a mask
+        [R, T] without the padding.
+    """
+    start, length = torch.tensor(pieces).unbind(1)
+    offset = torch.arange(int(length.max()))
+    inside = offset < length[:, None]
+    position = torch.where(inside, start[:, None] + offset, 0)
+    # Padding reads token 0. Causality hides it from the others, and its output is dropped.
+    return torch.where(inside, place[position], 0), inside
