@@ -21,9 +21,10 @@ from tir_alp.studies.stages import Stage, audit, logger, perform
 CONFIGS = Path(__file__).parent
 SFT_CONFIG, RL_CONFIG = CONFIGS / "smollm2_sft.toml", CONFIGS / "smollm2_rl.toml"
 QUESTIONS = "/greedy\nWhat is 37*48+112?\nWhat is 91*17-640?\n/quit\n"
+QUICK_SFT = ("--sequences_per_step", "2")
 QUICK_ROLLOUTS = (
-    *("--rollout.groups_per_step", "2", "--rollout.group_size", "4"),
-    *("--eval.num_tasks", "4"),
+    *("--rollout.groups_per_step", "2", "--rollout.group_size", "2"),
+    *("--rollout.max_turn_tokens", "32", "--eval.num_tasks", "2"),
 )
 _RESULT = "real.json"
 
@@ -77,6 +78,7 @@ def stages(folder: Path, seed: int, num_tasks: int, quick: bool) -> list[Stage]:
                 *("sft", "--config", str(SFT_CONFIG), "--name", f"{name}/sft"),
                 *("--model.path", str(model), "--data.path", str(data)),
                 *("--steps", str(sft_steps), "--seed", str(seed)),
+                *(QUICK_SFT if quick else ()),
             ),
             run_folder=sft,
         ),
