@@ -365,6 +365,9 @@ class Batch:
     """[B, T] int64; -1 for tokens that are not in a completion."""
     advantages: Tensor
     """[B] float32."""
+    loss_positions: Tensor | None = None
+    """[M] int64, positions of the loss tokens among the packed tokens, in order, as the mask has
+    them; None: they are found in the mask when they are needed, for which a GPU is waited for."""
     prompts: Prompts | None = None
     """The prompts with which the sequences begin; None: they are like other tokens."""
     proximal_logprobs: Tensor | None = None

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -104,8 +106,15 @@ def attend_in_rows(
     return output.transpose(1, 2)
 
 
+def on_device(values: NDArray, device: torch.device | str) -> Tensor:
+    """Copy an array to a device, without waiting for the device."""
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+
+
 class PackedSequences:
     """Layout of whole sequences one after the other, as the trainer uses it.
+
+    It is worked out on the CPU, so that a GPU is never waited for.
 
     Args:
         lengths: Number of tokens of each sequence, in order.
@@ -113,16 +122,15 @@ class PackedSequences:
     """
 
     def __init__(self, lengths: tuple[int, ...], device: torch.device | str = "cpu") -> None:
-        num_tokens, longest = sum(lengths), max(lengths)
-        length = torch.tensor(lengths, device=device)
-        start = length.cumsum(0) - length
-        offset = torch.arange(longest, device=device)
-        self._shape = (len(lengths), longest)
+        length = np.array(lengths)
+        start = length.cumsum() - length
+        offset = np.arange(max(lengths))
+        self._shape = (len(lengths), max(lengths))
         inside = offset < length[:, None]
         # Padding reads token 0. Causality hides it from the others, and its output is dropped.
-        self._to_rows = torch.where(inside, start[:, None] + offset, 0).flatten()
-        self._to_packed = inside.flatten().nonzero().squeeze(1)
-        assert self._to_packed.numel() == num_tokens
+        rows = np.where(inside, start[:, None] + offset, 0)
+        self._to_rows = on_device(rows.ravel(), device)
+        self._to_packed = on_device(inside.ravel().nonzero()[0], device)
 
     def to_rows(self, packed: Tensor) -> Tensor:
         """Convert [N, ...] to [B, T, ...]; values in the padding are unspecified."""

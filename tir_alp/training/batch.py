@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,8 +49,13 @@ def pack(
     for shares in rounds:
         chosen = [sample for index in shares[rank] for sample in bundles[index]]
         batch = collate(chosen or bundles[shares[0][-1]][:1], share_prompts=share_prompts)
-        batches.append(batch if chosen else replace(batch, loss_mask=batch.loss_mask & False))
+        batches.append(batch if chosen else _without_loss(batch))
     return batches
+
+
+def _without_loss(batch: Batch) -> Batch:
+    none = torch.zeros(0, dtype=torch.int64)
+    return replace(batch, loss_mask=batch.loss_mask & False, loss_positions=none)
 
 
 def _bundles(samples: Sequence[Sample], max_tokens: int, num_ranks: int) -> Iterator[list[Sample]]:
@@ -128,6 +134,7 @@ def collate(samples: Sequence[Sample], *, share_prompts: bool = False) -> Batch:
     trajectories = [sample.trajectory for sample in samples]
     lengths = tuple(len(trajectory.token_ids) for trajectory in trajectories)
     longest = max(lengths)
+    masks = [np.array(each.loss_mask, bool) for each in trajectories]
     return Batch(
         token_ids=torch.tensor([token for each in trajectories for token in each.token_ids]),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
@@ -139,6 +146,7 @@ def collate(samples: Sequence[Sample], *, share_prompts: bool = False) -> Batch:
         ),
         turn_ids=_rows([each.turn_ids for each in trajectories], longest, -1, torch.int64),
         advantages=torch.tensor([sample.advantage for sample in samples], dtype=torch.float32),
+        loss_positions=torch.from_numpy(np.concatenate(masks).nonzero()[0]),
         prompts=Prompts(
             uids=tuple(trajectory.group_id for trajectory in trajectories),
             lengths=tuple(len(trajectory.prompt) for trajectory in trajectories),
@@ -166,6 +174,7 @@ def sequences_of(batch: Batch, rows: Sequence[int]) -> Batch:
         sequence_uids=tuple(batch.sequence_uids[row] for row in rows),
         prompts=None if batch.prompts is None else batch.prompts.of(rows),
         loss_mask=batch.loss_mask[list(rows)],
+        loss_positions=None,
         rollout_logprobs=batch.rollout_logprobs[list(rows)],
         turn_ids=batch.turn_ids[list(rows)],
         advantages=batch.advantages[list(rows)],
@@ -187,6 +196,8 @@ def loss_positions(batch: Batch) -> Tensor:
     The hidden state that predicts the token at position i is at i - 1: a sequence begins with its
     prompt, so no loss token is the first of its sequence.
     """
+    if batch.loss_positions is not None:
+        return batch.loss_positions
     starts = torch.tensor(batch.lengths, device=batch.loss_mask.device).cumsum(0)
     starts = starts - starts.new_tensor(batch.lengths)
     rows, columns = batch.loss_mask.nonzero(as_tuple=True)

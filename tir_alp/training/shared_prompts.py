@@ -5,8 +5,8 @@ sequence. Everywhere but in attention a token needs nothing else. In attention, 
 within themselves, and the other tokens attend to the prompt of their sequence and to the tokens
 before them, as they would without sharing. Gradients of keys and values add up over the sequences.
 
-What is computed where follows from the lengths alone. It is worked out on the CPU, so that a GPU is
-never waited for.
+What is computed where follows from the lengths alone, and is worked out on the CPU, so that a GPU
+is never waited for.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from tir_alp.training.attention import attend_in_rows
+from tir_alp.training.attention import attend_in_rows, on_device
 from tir_alp.types import Batch, Prompts
 
 Piece = tuple[int, int]
@@ -43,7 +45,7 @@ def computed_tokens(batch: Batch) -> Tensor | None:
     """
     if shared_prompts(batch) is None:
         return None
-    return _computed(batch).to(batch.token_ids.device, non_blocking=True)
+    return on_device(_computed(batch), batch.token_ids.device)
 
 
 class SharedPrompts:
@@ -63,19 +65,19 @@ class SharedPrompts:
     """[N] index of each packed token among those that are computed."""
 
     def __init__(self, batch: Batch, prompts: Prompts) -> None:
-        lengths, rows = batch.lengths, range(len(batch.lengths))
+        lengths, device = batch.lengths, batch.token_ids.device
         starts = [0, *accumulate(lengths)]
         computed = _computed(batch)
-        index = torch.empty(starts[-1], dtype=torch.int64)
-        index[computed] = torch.arange(len(computed))
+        index = np.empty(starts[-1], np.int64)
+        index[computed] = np.arange(len(computed))
         # A token of a prompt that is left out stands where that of the first sequence does.
-        source = torch.arange(starts[-1])
+        source = np.arange(starts[-1])
         for row, first in enumerate(prompts.rows):
             end = starts[row] + prompts.lengths[row]
             source[starts[row] : end] += starts[first] - starts[row]
         place = index[source]
 
-        own = [row for row in rows if prompts.rows[row] == row]
+        own = [row for row, first in enumerate(prompts.rows) if first == row]
         of_prompts, in_prompts = _rows([(starts[row], prompts.lengths[row]) for row in own], place)
         tails = [
             (start + number, length - number)
@@ -84,21 +86,19 @@ class SharedPrompts:
         of_tails, in_tails = _rows(tails, place)
         of_keys, _ = _rows([*zip(starts, lengths, strict=False)], place)
         # Outputs are those of all prompts and then those of all tails.
-        order = torch.cat([of_prompts[in_prompts], of_tails[in_tails]])
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order))
-        position = torch.tensor(prompts.lengths)[:, None] + torch.arange(of_tails.shape[1])
+        order = np.concatenate([of_prompts[in_prompts], of_tails[in_tails]])
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        position = np.array(prompts.lengths)[:, None] + np.arange(of_tails.shape[1])
         # [B, 1, Q, K]: how many tokens each key is before the query
-        distance = position[:, None, :, None] - torch.arange(of_keys.shape[1])
+        distance = position[:, None, :, None] - np.arange(of_keys.shape[1])
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(batch.token_ids.device, non_blocking=True)
-
-        self.computed, self.place = move(computed), move(place)
-        self._prompts, self._tails, self._keys = move(of_prompts), move(of_tails), move(of_keys)
-        self._in_prompts = move(in_prompts.flatten().nonzero().squeeze(1))
-        self._in_tails = move(in_tails.flatten().nonzero().squeeze(1))
-        self._back, self._distance = move(back), move(distance)
+        self.computed, self.place = on_device(computed, device), on_device(place, device)
+        self._prompts = on_device(of_prompts, device)
+        self._tails, self._keys = on_device(of_tails, device), on_device(of_keys, device)
+        self._in_prompts = on_device(in_prompts.ravel().nonzero()[0], device)
+        self._in_tails = on_device(in_tails.ravel().nonzero()[0], device)
+        self._back, self._distance = on_device(back, device), on_device(distance, device)
         self._mask = self._distance >= 0
 
     def attend(
@@ -142,25 +142,27 @@ def _num_left_out(batch: Batch) -> list[int]:
     return [0 if prompts.rows[row] == row else number for row, number in enumerate(prompts.lengths)]
 
 
-def _computed(batch: Batch) -> Tensor:
-    """Return what `computed_tokens` does, on the CPU."""
+def _computed(batch: Batch) -> NDArray[np.int64]:
+    """Return what `computed_tokens` does."""
     starts = accumulate(batch.lengths, initial=0)
     pieces = zip(starts, _num_left_out(batch), batch.lengths, strict=False)
-    return torch.cat(
-        [torch.arange(start + number, start + length) for start, number, length in pieces]
+    return np.concatenate(
+        [np.arange(start + number, start + length) for start, number, length in pieces]
     )
 
 
-def _rows(pieces: Sequence[Piece], place: Tensor) -> tuple[Tensor, Tensor]:
+def _rows(
+    pieces: Sequence[Piece], place: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Arrange pieces of the packed tokens as padded rows.
 
     Returns:
         The index [R, T] of each token among those that are computed, 0 in the padding, and a mask
         [R, T] without the padding.
     """
-    start, length = torch.tensor(pieces).unbind(1)
-    offset = torch.arange(int(length.max()))
+    start, length = np.array(pieces).T
+    offset = np.arange(length.max())
     inside = offset < length[:, None]
-    position = torch.where(inside, start[:, None] + offset, 0)
+    position = np.where(inside, start[:, None] + offset, 0)
     # Padding reads token 0. Causality hides it from the others, and its output is dropped.
-    return torch.where(inside, place[position], 0), inside
+    return np.where(inside, place[position], 0), inside

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tir_alp.algorithm.inputs import LossInputs
 from tir_alp.algorithm.loss import loss_counts, loss_terms
 from tir_alp.algorithm.perturbation import Effect, LayerwisePerturbation
 from tir_alp.algorithm.presets import AlgorithmConfig
@@ -34,6 +33,7 @@ from tir_alp.algorithm.ratio_summary import RatioSummary, summarise
 from tir_alp.config import TrainerConfig
 from tir_alp.training.batch import noise_keys, pack, sequences_of
 from tir_alp.training.lora import Adapters
+from tir_alp.training.micro_batch import SeenBatch, loss_inputs, moved
 from tir_alp.training.optimizer import MOST_NORMS, Optimizer, is_spike
 from tir_alp.training.packed_sequence import packed_sequences
 from tir_alp.training.policy import WRAPPER, PolicyLogprobs, recompute_layers
@@ -135,7 +135,7 @@ class Trainer:
             sums = torch.zeros(2, dtype=torch.float64)
             max_tokens = self._config.micro_batch_tokens
             for packed in pack(samples, max_tokens, self.ranks.rank, self.ranks.size):
-                batch = _to(packed, self.ranks.device)
+                batch = moved(packed, self.ranks.device)
                 logprobs = self._frozen_logprobs(self._policy, batch)
                 chosen = logprobs[batch.loss_mask].double()
                 sums += torch.stack([-chosen.sum(), torch.tensor(float(len(chosen)))]).cpu()
@@ -244,7 +244,7 @@ class Trainer:
             metrics |= _sigma_metrics(self._perturbation)
         every = [batch for batches in micro_batches for batch in batches]
         if self._algorithm.needs_proximal and every:
-            mismatch = [summarise(_inputs(batch, batch.proximal_logprobs)) for batch in every]
+            mismatch = [summarise(loss_inputs(batch, batch.proximal_logprobs)) for batch in every]
             metrics |= mismatch_metrics(self._over_ranks(mismatch))
         metrics["train/lr"] = lr
         metrics["train/shared_tokens"] = self._share_of_shared_tokens(every)
@@ -285,7 +285,7 @@ class Trainer:
 
     def _prepare(self, batch: Batch) -> Batch:
         """Move a micro-batch to the model's device, and add logprobs under the fixed policies."""
-        batch = _to(batch, self.ranks.device)
+        batch = moved(batch, self.ranks.device)
         if self._algorithm.needs_proximal:
             batch = replace(batch, proximal_logprobs=self._frozen_logprobs(self._policy, batch))
         if self._reference is not None:
@@ -306,33 +306,26 @@ class Trainer:
             probe: Number of the step, to measure on the first micro-batch what the noise does to
                 hidden states, and what noise and engine do to logprobs; None: not measured.
         """
-        own = torch.zeros(2, dtype=torch.float64)
+        own = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         for batch in batches:
-            own += torch.stack([*loss_counts(_inputs(batch), self._algorithm)]).cpu()
-        num_tokens, num_sequences = self.ranks.sum(own).tolist()
+            own += torch.stack([*loss_counts(loss_inputs(batch), self._algorithm)])
+        num_tokens, num_sequences = self.ranks.sum(own.cpu()).tolist()
         if num_tokens == 0:
             return None
         self._optimizer.zero_grad()
         totals: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-        ratios = None  # a running sum: a list would grow with the number of micro-batches
+        seen: list[SeenBatch] = []
         probed: dict[str, float] = {}
-        num_draws = self._num_draws
-        for index, (batch, draw) in enumerate(itertools.product(batches, range(num_draws))):
+        for index, (batch, draw) in enumerate(itertools.product(batches, range(self._num_draws))):
             probe_now = probe if index == 0 else None
-            # Backward belongs inside: checkpointed layers run a second time there.
             with self._perturbed(batch, update, draw, measure=probe_now is not None) as effect:
-                logprobs, entropy = self._policy(
-                    batch, temperature=self._temperature, is_head_noisy=self._is_head_noisy
-                )
-                inputs = _inputs(batch, logprobs)
-                terms = loss_terms(inputs, self._algorithm, num_tokens, num_sequences)
-                (terms.loss / num_draws).backward()
+                found = self._backward(batch, num_tokens, num_sequences)
             if probe_now is not None:
-                probed = self._probe(batch, probe_now, logprobs, effect)
-            for name, value in terms.metrics.items():
-                totals[name] = totals[name] + value / num_draws
-            summary = summarise(inputs, entropy, terms.clipped)
-            ratios = summary if ratios is None else ratios + summary
+                probed = self._probe(batch, probe_now, found.logprobs, effect)
+            for name, value in found.metrics.items():
+                totals[name] = totals[name] + value / self._num_draws
+            seen.append(found)
+        ratios = functools.reduce(operator.add, [each.summary() for each in seen])
         self._sum_gradient_of_sigma()
         norms = self._optimizer.clip_gradients()
         metrics = self._sums(totals) | norms | probed
@@ -343,8 +336,20 @@ class Trainer:
         for name, norm in norms.items():
             self._norms[name].append(norm)
         self._optimizer.step()
-        assert ratios is not None  # there are loss tokens, so there was a micro-batch
         return _MadeUpdate(metrics, ratios)
+
+    def _backward(self, batch: Batch, num_tokens: float, num_sequences: float) -> SeenBatch:
+        """Add the gradients of one micro-batch, and return what the loss saw.
+
+        Nothing here waits for the device, so that it never runs out of work. Noise has to be active
+        in the backward pass too, where checkpointed layers run a second time.
+        """
+        logprobs, entropy = self._policy(
+            batch, temperature=self._temperature, is_head_noisy=self._is_head_noisy
+        )
+        terms = loss_terms(loss_inputs(batch, logprobs), self._algorithm, num_tokens, num_sequences)
+        (terms.loss / self._num_draws).backward()
+        return SeenBatch(batch, logprobs.detach(), entropy, terms.clipped, terms.metrics)
 
     def _is_sound(self, loss: float, norms: Mapping[str, float]) -> bool:
         """Whether loss and gradient norms are finite, and no norm is a spike."""
@@ -383,7 +388,7 @@ class Trainer:
         Args:
             batch: A micro-batch, before the weights change.
             step: Number of the step; each step begins with another sequence.
-            logprobs: [B, T] logprobs of the forward that is trained on.
+            logprobs: [B, T] logprobs of the forward that is trained on, without gradient.
             effect: What the noise did in that forward; empty if there was no noise.
         """
         metrics = self._means(effect.metrics())
@@ -401,7 +406,7 @@ class Trainer:
             "tokens": difference.numel(),
         }
         if has_noise:
-            shift = (logprobs.detach()[list(rows)] - clean)[few.loss_mask]
+            shift = (logprobs[list(rows)] - clean)[few.loss_mask]
             sums["alp/logprob_shift"] = shift.abs().sum()
         totals = self._sums(sums)
         num_tokens = totals.pop("tokens")
@@ -475,25 +480,3 @@ def _padded(norms: Sequence[float]) -> Tensor:
     """[MOST_NORMS] float64, padded with NaN: tensors of a checkpoint have fixed shapes."""
     missing = [torch.nan] * (MOST_NORMS - len(norms))
     return torch.tensor([*norms, *missing], dtype=torch.float64)
-
-
-def _inputs(batch: Batch, logprobs: Tensor | None = None) -> LossInputs:
-    """Return loss inputs; None: `logprobs` will not be read, and rollout logprobs stand in."""
-    return LossInputs(
-        logprobs=batch.rollout_logprobs if logprobs is None else logprobs,
-        rollout_logprobs=batch.rollout_logprobs,
-        advantages=batch.advantages,
-        loss_mask=batch.loss_mask,
-        proximal_logprobs=batch.proximal_logprobs,
-        reference_logprobs=batch.reference_logprobs,
-        turn_ids=batch.turn_ids,
-    )
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    moved = {
-        name: value.to(device)
-        for name in Batch.__slots__
-        if isinstance(value := getattr(batch, name), Tensor)
-    }
-    return replace(batch, **moved)
