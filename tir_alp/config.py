@@ -591,6 +591,9 @@ class LoraConfig(Section):
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+_CHUNK_LOGITS = 1 << 26
+
+
 class TrainerConfig(Section):
     """The optimizer, and the device, precision and memory of the training step."""
 
@@ -625,8 +628,9 @@ class TrainerConfig(Section):
     share_prompts: bool = True
     """Compute the prompt that the trajectories of a group have in common once per micro-batch,
     instead of once per trajectory. The result is the same."""
-    logprob_chunk_tokens: int = Field(default=2048, ge=1)
-    """Number of tokens whose logits are in memory at the same time."""
+    logprob_chunk_tokens: int | None = Field(default=None, ge=1)
+    """Number of tokens whose logits are in memory at the same time; None: as many as have 2**26
+    logits, which take 256 MB, so that memory does not grow with the vocabulary."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -638,6 +642,10 @@ class TrainerConfig(Section):
     """Train adapters instead of the weights; None: train the weights."""
     rank_timeout_s: float = Field(default=600.0, gt=0.0)
     """Deadline of each collective operation in seconds: how long ranks wait for a late one."""
+
+    def chunk_tokens(self, num_words: int) -> int:
+        """Number of tokens whose logits over `num_words` words are in memory at the same time."""
+        return self.logprob_chunk_tokens or max(1, _CHUNK_LOGITS // num_words)
 
 
 DoctorCheck = Literal[

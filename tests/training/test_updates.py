@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.training.harness import (
     assert_close,
@@ -21,9 +22,11 @@ from tests.training.harness import (
 from tir_alp.algorithm.inputs import LossInputs
 from tir_alp.algorithm.loss import policy_loss
 from tir_alp.algorithm.perturbation import LayerwisePerturbation
+from tir_alp.algorithm.presets import ALGORITHMS
 from tir_alp.algorithm.sites import find_decoder_layers
+from tir_alp.tools.outcome import Outcome
 from tir_alp.training import checkpoint
-from tir_alp.training.attention import PackedSequences
+from tir_alp.training.attention import PACKED, PackedSequences
 from tir_alp.training.batch import collate, loss_positions, noise_keys, pack, to_rows
 from tir_alp.training.policy import (
     PolicyLogprobs,
@@ -32,6 +35,7 @@ from tir_alp.training.policy import (
     token_logprobs,
 )
 from tir_alp.training.trainer import Trainer
+from tir_alp.types import Sample, StopReason, TokenSpan, Trajectory, Turn
 
 # ------------------------------------------------------------------------------ the optimizer
 
@@ -194,3 +198,26 @@ def test_outside_an_update_the_model_is_itself_bit_for_bit():
     assert_same(weights_of(one), plain.model.state_dict())
     assert torch.equal(forward(plain), forward(one._policy))
     assert num_hooks(one) == before
+
+
+@pytest.mark.parametrize("num_words", [1000, 262_144])
+def test_logits_in_memory_do_not_grow_with_the_vocabulary(num_words: int):
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=num_words,
+    )
+    of = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED)
+    sizes = []
+    of.get_output_embeddings().register_forward_hook(
+        lambda _, inputs, logits: sizes.append((logits.shape[0], logits.numel()))
+    )
+    one = trainer(ALGORITHMS["bypass_token"], of)
+    ids = (7,) * 400
+    said = TokenSpan(ids, (-5.0,) * len(ids))
+    turn = Turn(said, TokenSpan(()), 0, StopReason.STOP, Outcome.OK, 0.0)
+    one.step([[Sample(Trajectory("t", 0, TokenSpan((1,)), (turn,), True, False), 1.0)]], 0)
+    assert max(size for _, size in sizes) <= 1 << 26
+    assert max(rows for rows, _ in sizes) == min(400, (1 << 26) // num_words)

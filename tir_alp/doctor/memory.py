@@ -101,7 +101,7 @@ def trainer_needs(config: Config, shape: Shape, place: str, num_ranks: int) -> l
     kept = per_layer * shape.num_layers
     if trainer.gradient_checkpointing:
         kept = per_layer + shape.hidden * shape.num_layers
-    chunk = min(trainer.logprob_chunk_tokens, packed)
+    chunk = min(trainer.chunk_tokens(shape.vocabulary), packed)
     logits = _FLOAT * _LOGIT_COPIES * chunk * shape.vocabulary
     is_reference = config.algorithm.needs_reference
     return [

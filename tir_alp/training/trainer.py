@@ -423,7 +423,8 @@ class Trainer:
         return policy(batch, temperature=self._temperature)[0]
 
     def _sharded(self, model: Any) -> PolicyLogprobs:
-        policy = PolicyLogprobs(model, self._config.logprob_chunk_tokens)
+        num_words = model.get_output_embeddings().weight.shape[0]
+        policy = PolicyLogprobs(model, self._config.chunk_tokens(num_words))
         shard(policy, self._config, self.ranks)
         return policy
 
