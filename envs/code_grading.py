@@ -7,10 +7,12 @@ do, even after taking over its interpreter, is to return or print what is right.
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from tir_alp.envs.grading import Grade
 from tir_alp.tools.code_forms import FunctionTests, ProgramTests
 from tir_alp.tools.outcome import Outcome
-from tir_alp.tools.sandbox import BlockingSandbox, Limits, SandboxError, SandboxRefused
+from tir_alp.tools.sandbox import BlockingSandbox, Limits
 from tir_alp.tools.sandbox.result import RunResult
 from tir_alp.tools.sandbox.script import Script
 
@@ -59,6 +61,9 @@ def grade_function(
         tests: Hidden tests; the first failure ends the grading.
         sandbox: Sandbox in which the function runs, in a session of its own.
         limits: Limits for running the definition, and for each test.
+
+    Raises:
+        SandboxError: There is no session.
     """
     name = tests.entry_point
     function = (
@@ -68,13 +73,7 @@ def grade_function(
         f"{_PLAIN}\n_as_plain({function}(*{case.args!r}, **{dict(case.kwargs)!r}))"
         for case in tests.cases
     ]
-    try:
-        session = sandbox.session()
-    except SandboxRefused:
-        raise
-    except SandboxError as error:
-        return Grade(correct=None, outcome=Outcome.GRADER_ERROR, error=str(error))
-    try:
+    with closing(sandbox.session()) as session:
         for number, call in enumerate([_AS_MODULE, f"{source}\nNone", *calls], start=-2):
             case = tests.cases[number] if number >= 0 else None
             room = len(repr(case.expected)) + _SPARE_CHARS if case else _SPARE_CHARS
@@ -84,8 +83,6 @@ def grade_function(
                 return failed
             if case is not None and not case.is_passed(result.value):
                 return Grade(correct=False, error=f"test {number} returned something else")
-    finally:
-        session.close()
     return Grade(correct=True)
 
 
@@ -99,22 +96,17 @@ def grade_program(
         tests: Hidden tests; the first failure ends the grading.
         sandbox: Sandbox in which the program runs, in a new session for each test.
         limits: Limits of each test.
+
+    Raises:
+        SandboxError: There is no session.
     """
     for number, case in enumerate(tests.cases):
         room = min(2 * len(case.expected) + _SPARE_CHARS, _MAX_CHARS)  # a space may end each line
         script = Script(
             code=source.encode(errors="surrogatepass"), stdin=case.stdin.encode(errors="replace")
         )
-        try:
-            session = sandbox.session()
-        except SandboxRefused:
-            raise
-        except SandboxError as error:
-            return Grade(correct=None, outcome=Outcome.GRADER_ERROR, error=str(error))
-        try:
+        with closing(sandbox.session()) as session:
             ended = session.run_script(script, limits.model_copy(update={"output_chars": room}))
-        finally:
-            session.close()
         failed = _failure(ended.result, f"test {number}")
         if failed is not None:
             return failed

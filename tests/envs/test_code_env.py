@@ -1,15 +1,14 @@
 """Hidden tests stay hidden, whatever a function tries."""
 
-import gymnasium
 import pytest
 
+from tests.envs.solutions import play, python_code
 from tir_alp.envs.code_tasks import CodeTasks
 from tir_alp.tools.code_tests import Case, read_cases
 from tir_alp.tools.held_out import is_held_out
 
 pytestmark = pytest.mark.sandbox
 
-ID = "tir_alp.envs:PythonCode-v0"
 TASK = {
     "question": "Write f(xs), the sum.",
     "entry_point": "f",
@@ -20,17 +19,12 @@ TASK = {
 
 @pytest.fixture(scope="module")
 def env():
-    sandbox = {"preload": [], "limits": {"wall_s": 3.0}}
-    env = gymnasium.make(ID, instruction="", sandbox=sandbox)
-    yield env
-    env.close()
+    with python_code() as made:
+        yield made
 
 
 def submit(env, code, task=TASK):
-    env.reset(options={"task": task})
-    _, reward, terminated, truncated, info = env.step(f"```solution\n{code}\n```")
-    assert (terminated, truncated) == (True, False)
-    return reward, info["error"]
+    return play(env, code, task)
 
 
 def test_a_right_function_scores(env):

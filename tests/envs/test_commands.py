@@ -145,7 +145,7 @@ class Fragile(Fair):
 
 class Wordy(Fair):
     def grade(self, task, answer):
-        return Grade(correct=True, score="high")
+        return Grade(correct=True, score="high")  # pyright: ignore[reportArgumentType]
 
 
 class Immeasurable(Fair):

@@ -6,9 +6,9 @@ import os
 import pickle
 import zlib
 
-import gymnasium
 import pytest
 
+from tests.envs.solutions import play, python_code
 from tir_alp.config import DataConfig
 from tir_alp.rollouts import packed_tests
 from tir_alp.rollouts.data import left_out, load_source
@@ -98,13 +98,9 @@ def test_solutions_of_such_rows_are_graded(tmp_path):
     tasks = load(tmp_path / "t.jsonl", row(packed(json.dumps(PRIVATE))), FUNCTION)
     program = "a, b = map(int, input().split())\nprint(a + b)"
     method = "class Solution:\n    def addAll(self, xs, n): return [x + n for x in xs]"
-    env = gymnasium.make("tir_alp.envs:PythonCode-v0", instruction="", sandbox={"preload": []})
-    rewards = []
     codes = (program, method, "print(3)", "def addAll(xs, n): return []")
-    for task, code in zip(tasks * 2, codes, strict=True):
-        env.reset(options={"task": task})
-        rewards.append(env.step(f"```solution\n{code}\n```")[1])
-    env.close()
+    with python_code() as env:
+        rewards = [play(env, code, task)[0] for task, code in zip(tasks * 2, codes, strict=True)]
     assert rewards == [1.0, 1.0, 0.0, 0.0]
 
 
