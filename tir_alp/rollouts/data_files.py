@@ -10,6 +10,7 @@ messages), `reward_model.ground_truth`, `data_source` and `extra_info`; and thos
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -197,6 +198,8 @@ class Opened:
     """One sentence per row that was left out because it is broken."""
     num_filtered: int
     """Number of rows that were left out because of their length."""
+    sha256: str
+    """Digest of all questions and answers, in the order of the file."""
 
     @property
     def whole(self) -> FileTasks:
@@ -236,15 +239,18 @@ def _open_version(config: SourceConfig, version: tuple[int, int]) -> Opened:
     }
     broken: list[str] = []
     num_filtered = num_rows = 0
+    digest = hashlib.sha256()
     for number, key, raw in rows:
         num_rows += 1
         try:
-            question = read_row(raw, rows, number, config)["question"]
+            row = read_row(raw, rows, number, config)
         except ValueError as error:
             if config.broken_rows == "fatal":
                 raise
             broken.append(str(error))
             continue
+        question = row["question"]
+        digest.update(f"{question}\0{row['answer']}\0".encode())
         most = config.max_question_chars
         if len(question) < config.min_question_chars or (most is not None and len(question) > most):
             num_filtered += 1
@@ -258,7 +264,7 @@ def _open_version(config: SourceConfig, version: tuple[int, int]) -> Opened:
         split: FileTasks(rows, config, np.array(keys, np.int64), np.array(numbers, np.int64))
         for split, (keys, numbers) in found.items()
     }
-    return Opened(splits, tuple(broken), num_filtered)
+    return Opened(splits, tuple(broken), num_filtered, digest.hexdigest())
 
 
 def read_row(raw: Any, rows: RawRows, number: int, config: SourceConfig) -> dict[str, Any]:
