@@ -88,12 +88,15 @@ async def evaluate(config: Config, model: Model, out: Path) -> dict[str, Any]:
     from tir_alp.doctor.start import Doctor
     from tir_alp.run.open_evaluation import open_evaluation, prepare_evaluation
     from tir_alp.run.placement import open_placement
+    from tir_alp.run.prepare import describe_left_out
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     log(f"reading the model {model.path!r} and the tasks")
     prepared = await asyncio.to_thread(prepare_evaluation, config, model, out)
+    if prepared.left_out:
+        log(describe_left_out(prepared.left_out))
     interrupt = Interrupt(log)
     with interrupt.listening():
         async with (
