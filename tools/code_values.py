@@ -252,7 +252,11 @@ def _calculate(operation: ast.operator, x: Any, y: Any) -> Any:
         return x + y
     if not isinstance(x, numbers) or not isinstance(y, numbers):
         raise TypeError("an operation on something other than numbers")
-    is_power = isinstance(operation, ast.Pow) and isinstance(x, int) and isinstance(y, int)
-    if is_power and y > 0 and x.bit_length() * y > _MAX_BITS:
+    if isinstance(operation, ast.Pow) and _bits_of_power(x, y) > _MAX_BITS:
         raise ValueError("too large")
     return known(x, y)
+
+
+def _bits_of_power(x: Any, y: Any) -> int:
+    """How many bits an integer power has at most; 0 if it is none."""
+    return x.bit_length() * max(y, 0) if isinstance(x, int) and isinstance(y, int) else 0
