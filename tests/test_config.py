@@ -43,12 +43,8 @@ def refusal(arguments: list[str], below: dict | None = None) -> str:
         ({"name": "a\0b"}, "is not the name of a folder below runs/"),
         ({"model": {"path": ""}}, "model.path: '' names nothing"),
         ({"env": {"id": " "}}, "env.id: ' ' names nothing"),
-        (
-            {"engine": {"type": "vllm"}},
-            "engine.python has to be given: The Python that vLLM is installed for",
-        ),
         ({"algorithm": "ppo"}, "algorithm: no algorithm 'ppo'; there are grpo, "),
-        ({"algorithm": {"clip_low": 0.1}}, "algorithm.denominator has to be given: "),
+        ({"algorithm": {"clip_low": 0.1}}, "algorithm.denominator: Field required"),
         ({"rollout": {"void_turns": "drop"}}, "rollout.void_turns: Input should be 'keep', "),
     ],
 )

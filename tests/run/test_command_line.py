@@ -197,23 +197,3 @@ def test_the_settings_of_the_tiny_model_hold_for_no_other(tmp_path):
     assert given.rollout.max_turn_tokens == 64
     assert choose_model({"model": "tiny"})[0]["rollout"]["max_turn_tokens"] == 64
     assert choose_model({"model": "some/model"})[0] == {}
-
-
-@pytest.mark.parametrize("command", ["train", "sft"])
-def test_a_taken_name_is_refused_without_torch(tmp_path, command):
-    (tmp_path / "runs/mine").mkdir(parents=True)
-    program = (
-        f"import sys; from tir_alp.{command} import main; "
-        "code = main(['--name', 'mine', *sys.argv[1:]]); "
-        "sys.exit(9 if 'torch' in sys.modules else code)"
-    )
-    words = ("--data.path", "x.jsonl") if command == "sft" else ()
-    ended = subprocess.run(
-        [sys.executable, "-c", program, *words],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(PYPROJECT.parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 2
-    assert ended.stderr.startswith(f"tir_alp.{command}: the run runs/mine exists: resume it with")

@@ -280,16 +280,6 @@ def read_records(file: Path) -> tuple[list[dict[str, Any]], int]:
     return records, num_unreadable
 
 
-def check_name(name: str | None) -> None:
-    """Refuse the name of a new run that is taken, before anything is imported. Raises ValueError.
-
-    Args:
-        name: As the user gave it; None: one is made.
-    """
-    if name is not None:
-        RunFolder(Path("runs") / name).check_is_new()
-
-
 def read_run_config(path: Path) -> dict[str, Any]:
     """Read the config that a run was started with. Raises ValueError if there is none."""
     file = path / "config.json"

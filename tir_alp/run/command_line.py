@@ -26,7 +26,6 @@ from tir_alp.run.settings import (
     engine_keys,
     help_page,
     item_annotations,
-    settings,
     unknown_key,
 )
 
@@ -262,7 +261,4 @@ def _mistake(mistake: Any, root: type[Section]) -> str:
         return f"{key}: {message}" if key else message
     if mistake["type"] in ("dict_type", "model_type", "model_attributes_type"):
         message = f"it is a section: give its keys one by one, as --{key}.KEY VALUE"
-    if mistake["type"] == "missing":
-        about = {each.key: each.description for each in settings(root)}.get(key, "")
-        return f"{key} has to be given: {' '.join(about.split()) or 'there is no default'}"
     return f"{key}: {message} (it is {mistake['input']!r:.100})"
