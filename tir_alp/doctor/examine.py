@@ -23,6 +23,7 @@ from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.training.policy import compute_device
 
+_HERE = ("none", "local")  # addresses of clusters whose processes are all on this machine
 _NUM_RANDOM_IDS = 24
 _NUM_SAMPLED = 16  # tokens that are sampled after a prompt
 
@@ -67,8 +68,9 @@ def examine_model(
 ) -> list[CheckResult]:
     """Make those of the checks that need neither weights nor a task; see `examine_config`."""
     shape = shape_of(model_path)
+    is_known = bool(nodes) or config.cluster.address in _HERE
     return [
-        _check_memory(config, shape, nodes),
+        *([_check_memory(config, shape, nodes)] if is_known else []),
         check_disk(config, shape, Path("runs")),
         check_history(tokenizer, config, renderer, env),
         check_fence(tokenizer, renderer),
