@@ -6,6 +6,7 @@ checked; a note reports that.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -87,7 +88,7 @@ def _texts(env: gymnasium.Env[Any, Any]) -> Iterator[Finding]:
             yield Finding("text", f"the action space does not contain {action!r}")
             continue
         try:
-            observation, _, terminated, truncated, info = env.step(action)
+            observation, reward, terminated, truncated, info = env.step(action)
         except Exception as error:
             yield Finding("text", f"the action {action!r} raises {type(error).__name__}: {error}")
             continue
@@ -95,6 +96,8 @@ def _texts(env: gymnasium.Env[Any, Any]) -> Iterator[Finding]:
             yield Finding(
                 "text", f"the action {action!r} returns {observation!r:.60} instead of a text"
             )
+        if not _is_number(reward):
+            yield Finding("reward", f"the action {action!r} earns {reward!r:.60}, no finite number")
         if terminated and truncated:
             yield Finding("end", f"the action {action!r} terminates and truncates at once")
         outcome = info.get("outcome", Outcome.OK)
@@ -117,6 +120,9 @@ def _answers(env: gymnasium.Env[Any, Any], seeds: list[int]) -> Iterator[Finding
                 yield Finding(name, f"seed {seed} raises {type(error).__name__}: {error}")
                 continue
             earned = step.get("rewards", {}).get("answer", reward)
+            if not _is_number(earned):
+                yield Finding(name, f"seed {seed} earns {earned!r:.60}, which is no finite number")
+                continue
             if not terminated:
                 yield Finding(
                     name, f"seed {seed}: the episode does not terminate; {step.get('error')}"
@@ -126,6 +132,14 @@ def _answers(env: gymnasium.Env[Any, Any], seeds: list[int]) -> Iterator[Finding
             elif not is_gold and (earned >= 1 or step.get("correct")):
                 yield Finding(name, f"seed {seed}: a wrong answer earns {earned:g}")
     env.reset(seed=0)
-    reward = float(env.step(_NO_ANSWER)[1])
-    if reward >= 1:
+    reward: Any = env.step(_NO_ANSWER)[1]
+    if _is_number(reward) and reward >= 1:
         yield Finding("no_answer", f"{_NO_ANSWER!r} earns {reward:g}")
+
+
+def _is_number(reward: Any) -> bool:
+    """Whether a reward is a finite number, and no text that looks like one."""
+    try:
+        return not isinstance(reward, str) and math.isfinite(float(reward))
+    except (TypeError, ValueError):
+        return False

@@ -63,16 +63,16 @@ are sure of the function or program, write all of it in a block that begins with
 
     def grade(self, task: Mapping[str, Any], answer: str) -> Grade:
         """Run the hidden tests in fresh sessions."""
+        tests, limits = read_tests(task), self._sandbox.limits
         try:
             sandbox = shared_sandbox(self._sandbox)
+            if isinstance(tests, FunctionTests):
+                return grade_function(answer, tests, sandbox, limits)
+            return grade_program(answer, tests, sandbox, limits)
         except SandboxRefused:
             raise
         except SandboxError as error:
             return Grade(correct=None, outcome=Outcome.GRADER_ERROR, error=str(error))
-        tests = read_tests(task)
-        if isinstance(tests, FunctionTests):
-            return grade_function(answer, tests, sandbox, self._sandbox.limits)
-        return grade_program(answer, tests, sandbox, self._sandbox.limits)
 
     def gold_action(self, task: Mapping[str, Any]) -> str:
         """Return a turn with the reference solution, which is the task's answer if it has one."""

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tir_alp.algorithm.section import merge
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion, Engine, EngineFailed, Sampling
-from tir_alp.process import raise_on_interrupt, run_command
-from tir_alp.roles import RoleLost
+from tir_alp.process import run_command
 from tir_alp.run.command_line import Command, overlay
 from tir_alp.run.model_choice import MODEL_OPTIONS, Model, choose_model
 
@@ -165,9 +164,10 @@ async def open_conversation(config: Config, model: Model) -> AsyncIterator[Conve
     from tir_alp.training.structure import new_origin
 
     async with open_placement(config, open_cluster) as placement:
+        origin = new_origin(model.path)
         tokenizer = load_tokenizer(model.path)
         with closing(placement.make_env()) as env:
-            renderer = make_renderer(config, tokenizer, env, new_origin(model.path))
+            renderer = make_renderer(config, tokenizer, env, origin)
             async with placement.engine(model.path, model.version, renderer, None) as engine:
                 yield Conversation(env, renderer, engine, config)
 
@@ -269,20 +269,9 @@ def main(arguments: Sequence[str]) -> int:
         print(f"tir_alp.chat: {error}", file=sys.stderr)
         return 2
     # Imported here because it needs torch, and a mistake in the command line is answered at once.
-    from transformers.utils.logging import disable_progress_bar
+    from tir_alp.run.finish import finish
 
-    from tir_alp.tools.sandbox import SandboxRefused
-
-    raise_on_interrupt()
-    disable_progress_bar()
-    try:
-        asyncio.run(talk(config, model, typed_lines()))
-    except (ValueError, SandboxRefused, RoleLost, EngineFailed, OSError) as error:
-        print(f"tir_alp.chat: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return finish("chat", lambda: asyncio.run(talk(config, model, typed_lines())))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,20 @@ from tir_alp.algorithm.presets import (
 from tir_alp.algorithm.section import Section
 
 
+def _check_named(text: str) -> str:
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"{text!r} names nothing")
+    return text
+
+
+Named = Annotated[str, AfterValidator(_check_named)]
+"""The name, path or id of something that has to exist."""
+
+
 class ModelConfig(Section):
     """The model that is trained."""
 
-    path: str = "tiny"
+    path: Named = "tiny"
     """Folder or Hugging Face id of the model, or a GGUF file, which is converted once; `tiny` and
     `tiny-able` come with the package."""
     system: str = ""
@@ -42,7 +52,7 @@ class ModelConfig(Section):
 class EnvConfig(Section):
     """The environment, a `gymnasium.Env` whose observations and actions are texts."""
 
-    id: str = "tir_alp.envs:PythonMath-v0"
+    id: Named = "tir_alp.envs:PythonMath-v0"
     """Id for `gymnasium.make`, such as `my_env:Mine-v0`; the module before the colon registers
     it."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -165,9 +175,10 @@ class DataConfig(TrainingSource):
 
 
 def _is_below(name: str) -> bool:
-    """Whether a name stays below the folder that it is relative to."""
+    """Whether a name is that of a folder below the one that it is relative to."""
     path = Path(name)
-    return bool(name.strip()) and not path.is_absolute() and ".." not in path.parts
+    is_name = bool(name.strip()) and "\0" not in name and bool(path.parts)
+    return is_name and not path.is_absolute() and ".." not in path.parts
 
 
 def _changed(section: Section) -> set[str]:

@@ -24,14 +24,12 @@ from tir_alp.algorithm.estimates import (
 from tir_alp.algorithm.metrics import is_correct, tool_calls
 from tir_alp.algorithm.section import merge
 from tir_alp.config import Config
-from tir_alp.engines.base import EngineFailed
-from tir_alp.process import raise_on_interrupt, run_command
+from tir_alp.process import run_command
 from tir_alp.records.evaluation_folder import RESULT, read_result, write_result
-from tir_alp.roles import RoleLost
 from tir_alp.rollouts.benchmarks import WITHOUT_TOOLS, environment_of, source_of
 from tir_alp.rollouts.evaluation import PlayedTask
 from tir_alp.run.command_line import Command, Words, overlay
-from tir_alp.run.interrupt import Interrupt, Interrupted
+from tir_alp.run.interrupt import Interrupt
 from tir_alp.run.model_choice import MODEL_OPTIONS, Model, choose_model
 from tir_alp.types import Trajectory
 
@@ -62,25 +60,16 @@ def main(arguments: Sequence[str]) -> int:
         print(f"tir_alp.evaluate: {error}", file=sys.stderr)
         return 2
     # Imported here because it needs torch, and a mistake in the command line is answered at once.
-    from transformers.utils.logging import disable_progress_bar
+    from tir_alp.run.finish import finish
 
-    from tir_alp.tools.sandbox import SandboxRefused
-
-    raise_on_interrupt()
-    disable_progress_bar()
-    try:
+    def work() -> None:
         result = asyncio.run(evaluate(config, model, out))
         if other := words.options.get("against"):
             result |= {"against": asyncio.run(compare(result, other, words))}
         print(f"result: {write_result(out, result)}")
         show(result)
-    except (ValueError, SandboxRefused, RoleLost, EngineFailed, OSError) as error:
-        print(f"tir_alp.evaluate: {error}", file=sys.stderr)
-        return 2
-    except (Interrupted, KeyboardInterrupt):
-        print("tir_alp.evaluate: interrupted; the same command goes on")
-        return 130
-    return 0
+
+    return finish("evaluate", work, interrupted="interrupted; the same command goes on")
 
 
 async def evaluate(config: Config, model: Model, out: Path) -> dict[str, Any]:
@@ -99,12 +88,15 @@ async def evaluate(config: Config, model: Model, out: Path) -> dict[str, Any]:
     from tir_alp.doctor.start import Doctor
     from tir_alp.run.open_evaluation import open_evaluation, prepare_evaluation
     from tir_alp.run.placement import open_placement
+    from tir_alp.run.prepare import describe_left_out
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     log(f"reading the model {model.path!r} and the tasks")
     prepared = await asyncio.to_thread(prepare_evaluation, config, model, out)
+    if prepared.left_out:
+        log(describe_left_out(prepared.left_out))
     interrupt = Interrupt(log)
     with interrupt.listening():
         async with (

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,18 @@ from tir_alp.types import Sample
 
 class RoleLost(RuntimeError):
     """A role died, or was ended because it did not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine of a cluster, and what a run has placed on it."""
+
+    name: str
+    memory: int | None
+    """Bytes that the cluster counts as usable for all actors there; None: it does not know."""
+    num_cpus: int
+    actors: Mapping[str, int]
+    """Number of the run's actors there, by kind; see `ClusterConfig.actors`."""
 
 
 class TrainerRole(LogprobSource, Protocol):
@@ -79,6 +92,10 @@ class Placement(Protocol):
 
     def make_env(self) -> gymnasium.Env[str, str]:
         """Make an environment; its calls block, so they belong in a thread."""
+        ...
+
+    def nodes(self) -> Sequence[Node]:
+        """The machines of the run's actors; none if all of them are on this one."""
         ...
 
 

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tir_alp.config import Config, SFTConfig
-from tir_alp.engines.base import EngineFailed
-from tir_alp.process import raise_on_interrupt, run_command
+from tir_alp.process import run_command
 from tir_alp.records.folder import read_run_config
 from tir_alp.roles import RoleLost
 from tir_alp.run.command_line import Command, lay_over, parse_as, read_toml
@@ -236,31 +235,19 @@ def main(arguments: Sequence[str]) -> int:
         print(f"tir_alp.sft: {error}", file=sys.stderr)
         return 2
     # Imported here because it needs torch, and a mistake in the command line is answered at once.
-    from transformers.utils.logging import disable_progress_bar
-
-    from tir_alp.run.describe import describe_os_error
+    from tir_alp.run.finish import finish
     from tir_alp.run.open_sft import prepare_sft
-    from tir_alp.run.supervise import CannotStart, RunLost, train_from
+    from tir_alp.run.supervise import train_from
 
-    raise_on_interrupt()
-    disable_progress_bar()
-    print(f"reading the model {config.model.path!r} and the conversations", flush=True)
-    try:
+    def work() -> None:
+        print(f"reading the model {config.model.path!r} and the conversations", flush=True)
         prepared = prepare_sft(config, resume, lambda line: print(line, flush=True))
         services_of = services(config, prepared)
         asyncio.run(train_from(for_trainer(prepared.config), resume, services_of))
         if prepared.config.eval.data and prepared.config.steps:
             play_held_out(prepared.config, prepared.folder.path)
-    except (CannotStart, EngineFailed, RunLost, ValueError) as error:
-        print(f"tir_alp.sft: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"tir_alp.sft: {describe_os_error(error)}", file=sys.stderr)
-        return 2
-    except (Interrupted, KeyboardInterrupt):
-        print("tir_alp.sft: interrupted", file=sys.stderr)  # `describe_stop` says what is saved
-        return 130
-    return 0
+
+    return finish("sft", work)
 
 
 if __name__ == "__main__":

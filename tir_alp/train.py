@@ -21,7 +21,7 @@ from tir_alp.algorithm.presets import ALGORITHMS
 from tir_alp.config import Config
 from tir_alp.engines.base import EngineFailed
 from tir_alp.models.tiny import TRAIN_CONFIG
-from tir_alp.process import raise_on_interrupt, run_command
+from tir_alp.process import run_command
 from tir_alp.records.folder import read_run_config
 from tir_alp.records.trajectories import state_to_record
 from tir_alp.roles import RoleLost
@@ -293,28 +293,14 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     print("importing torch and transformers", flush=True)
     # Imported here because it needs torch, and a mistake in the command line is answered at once.
-    from transformers.utils.logging import disable_progress_bar
+    from tir_alp.run.finish import finish
+    from tir_alp.run.supervise import train_from
 
-    from tir_alp.run.describe import describe_os_error
-    from tir_alp.run.supervise import CannotStart, RunLost, train_from
-
-    raise_on_interrupt()
-    disable_progress_bar()  # the library's own, for every file that it reads or writes
-    try:
-        asyncio.run(train_from(config, resume, services()))
-    except (CannotStart, PromptTooLong, RolloutsFailed, EngineFailed, RunLost) as error:
-        print(f"tir_alp.train: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"tir_alp.train: {describe_os_error(error)}", file=sys.stderr)
-        return 2
-    except Tripped as error:
-        print(f"tir_alp.train: {error}", file=sys.stderr)
-        return 3
-    except (Interrupted, KeyboardInterrupt):
-        print("tir_alp.train: interrupted", file=sys.stderr)  # `describe_stop` says what is saved
-        return 130
-    return 0
+    return finish(
+        "train",
+        lambda: asyncio.run(train_from(config, resume, services())),
+        mistake=PromptTooLong,
+    )
 
 
 if __name__ == "__main__":

@@ -41,6 +41,11 @@ _CHARACTERS = str.maketrans(
         **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # full width
     }
 )
+_RAISED = {"\u207b": "-", "\u207a": "+", "\u00b9": "1", "\u00b2": "2", "\u00b3": "3"} | {
+    chr(0x2070 + digit): str(digit) for digit in (0, 4, 5, 6, 7, 8, 9)
+}
+_LOWERED = {chr(0x2080 + digit): str(digit) for digit in range(10)}
+_SCRIPTS = re.compile(f"(?P<raised>[{''.join(_RAISED)}]+)|(?P<lowered>[{''.join(_LOWERED)}]+)")
 _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 _DOUBLED = re.compile(r"\\\\(?=[A-Za-z])")  # a backslash that was escaped once too often
 _REWRITES: tuple[tuple[re.Pattern[str], Any], ...] = tuple(
@@ -48,7 +53,11 @@ _REWRITES: tuple[tuple[re.Pattern[str], Any], ...] = tuple(
     for pattern, replacement in (
         (r"^\s*\*\*(?P<inside>[^*]+)\*\*\s*$", r"\g<inside>"),
         (r"(?<!\\)\\[()\[\]]|(?<!\\)\$", ""),
-        (r"\\\$", ""),
+        (r"\\\$|[\u00a3\u20ac\u00a5\u20b9](?=\s?\d)|(?<=\d)\s?[\u00a3\u20ac\u00a5\u20b9]", ""),
+        (r"^\s*(?:\\(?:approx|simeq|therefore|implies|Rightarrow)(?![A-Za-z])|[\u2248\u2234])", ""),
+        (r"\\(?:text)?color\s?\{[^{}]{0,40}\}", ""),
+        (r"\\(?:tiny|small|normalsize|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])", ""),
+        (r"(?<=\d)_(?=\d\d\d(?!\d))", ","),  # as Python groups digits
         (r"\\(?:displaystyle|textstyle|limits|nolimits)(?![A-Za-z])", ""),
         (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
         (r"\\land(?![A-Za-z])", " and "),
@@ -66,7 +75,11 @@ _REWRITES: tuple[tuple[re.Pattern[str], Any], ...] = tuple(
         (r"\\!|(?<!\\)\\$", ""),
         (r"\\\\\s*(?=\\end(?![A-Za-z]))", ""),  # after the last row
         (r"(?<!\\)\\(?:[,:;> ]|quad(?![A-Za-z])|qquad(?![A-Za-z]))|~", " "),
-        (r"\^(?:\\circ(?![A-Za-z])|\{\\circ\})|\\degree(?![A-Za-z])", ""),
+        (
+            r"(?:\^(?:\\circ(?![A-Za-z])|\{\\circ\})|\\degree(?![A-Za-z]))"
+            r"(?:\s?(?:\\(?:text|mathrm)\{[CF]\}|[CF](?![A-Za-z])))?",
+            "",
+        ),
         (r"\\(?:text|mbox|textrm)\{[^{}]*[:=]\s*\}\s*(?=[^\s])", ""),  # a label before the value
     )
 )
@@ -122,7 +135,7 @@ def tidy(text: str) -> str:
         >>> tidy(r"\displaystyle \underline{1\,234}"), tidy("37{+5}")
         ('1,234', '37+5')
     """
-    text = _VULGAR.sub(_vulgar, text).translate(_CHARACTERS)
+    text = _SCRIPTS.sub(_script, _VULGAR.sub(_vulgar, text)).translate(_CHARACTERS)
     if r"\begin" not in text:  # else it separates rows
         text = _DOUBLED.sub(r"\\", text)
     for pattern, replacement in _REWRITES:
@@ -134,6 +147,12 @@ def tidy(text: str) -> str:
 def _vulgar(match: re.Match[str]) -> str:
     over, _, under = unicodedata.normalize("NFKC", match[0]).partition("\u2044")
     return rf"\frac{{{over}}}{{{under or 1}}}"
+
+
+def _script(match: re.Match[str]) -> str:
+    if raised := match["raised"]:
+        return f"^{{{''.join(map(_RAISED.__getitem__, raised))}}}"
+    return f"_{{{''.join(map(_LOWERED.__getitem__, match['lowered']))}}}"
 
 
 def _without_units(text: str) -> str:

@@ -10,14 +10,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-PYTHON_TAGS = frozenset({"", "py", "py3", "python", "python3", "ipython", "ipython3"})
-
-_WRITTEN_TAGS = PYTHON_TAGS - {""}
+_PYTHON_TAG = re.compile(r"(?:i?python|py)(?:\d+(?:\.\d+)*)?")
+_MOST_SPACES = 3  # by which a closing fence may be indented more than its opening
+_MOST_MARKS = 4  # of a quotation, before a line
+_MARK_CHARS = 5  # of the longest mark, with space around it
 _OPENING = re.compile(
     r"(?P<indent>[ \t]*)(?P<fence>`{3,}(?=[^`]*\Z)|~{3,})(?P<info>.*)\Z", re.DOTALL
 )
 _LIST_ITEM = re.compile(r"[ \t]*(?:[-*+]|\d{1,9}[.)])[ \t]+")
-_TAG = re.compile(r"[\s{.]*(?P<tag>[^\s{},]*)")
+_QUOTE = re.compile(r"[ \t]*(?:>[ \t]*)+")
+_QUOTE_MARK = re.compile(r" {0,3}> ?")
+_TAG = re.compile(r"[\s{.]*(?P<tag>[^\s{},:]*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class CodeBlock:
     @property
     def is_python(self) -> bool:
         """Whether it is complete and tagged as Python, or not tagged at all."""
-        return self.is_complete and self.tag in PYTHON_TAGS
+        return self.is_complete and is_python_tag(self.tag)
 
 
 class BlockScanner:
@@ -51,11 +54,13 @@ class BlockScanner:
     with any tag. Within a line, where base models like to write "Let me see: ```python", the tag of
     Python is required: a bare ``` might end inline code.
 
-    A block ends at as many backticks (or tildes) at the start of a line, indented no more than its
-    opening, whatever follows. So its end is known as soon as the last of them is written, and ```
-    within a line of code is code. One exception: a line of Python that ends with the fence closes
-    the block when the line or the whole text has ended, unless the fence is in a string or a
-    comment.
+    A block ends at as many backticks (or tildes) at the start of a line, indented by at most three
+    spaces more than its opening, whatever follows. So its end is known as soon as the last of them
+    is written, and ``` within a line of code is code. One exception: a line of Python that ends
+    with the fence closes the block when the line or the whole text has ended, unless the fence is
+    in a string or a comment.
+
+    The opening's indentation is no part of the code, nor are the marks of a quotation, `> `.
     """
 
     def __init__(self) -> None:
@@ -66,6 +71,7 @@ class BlockScanner:
         self._closed_at = 0  # index in the line after a fence that closed a block
         self._fence = ""  # of the open block; empty: none is open
         self._indent = 0
+        self._num_marks = 0  # of a quotation, before each line of the block
         self._tag = ""
         self._start = 0
         self._code: list[str] = []
@@ -93,7 +99,8 @@ class BlockScanner:
         self._line.append(part)
         self._position += len(part)
         if self._fence:
-            room = self._indent + len(self._fence) - len(self._head)
+            room = self._indent + _MOST_SPACES + len(self._fence) - len(self._head)
+            room += _MARK_CHARS * self._num_marks
             if room > 0:
                 self._read_head(part[:room], found)
         if part[-1] != "\n":
@@ -106,7 +113,7 @@ class BlockScanner:
             self._code.append(self._dedented(self._before_fence(line)))
             found.append(self._close(self._position))
         else:
-            self._code.append(self._dedented(line) if self._indent else line)
+            self._code.append(self._dedented(line))
             self._num_quotes[0] += line.count('"""')
             self._num_quotes[1] += line.count("'''")
         self._line, self._line_start, self._head = [], self._position, ""
@@ -115,14 +122,19 @@ class BlockScanner:
     def _read_head(self, characters: str, found: list[CodeBlock]) -> None:
         """Read the first characters of a line in a block, which may be the closing fence."""
         self._head += characters
-        margin = len(self._head) - len(self._head.lstrip(" \t"))
-        if margin <= self._indent and self._head.startswith(self._fence, margin):
-            self._closed_at = margin + len(self._fence)
+        inside = self._after_marks(self._head)
+        body = self._head[inside:]
+        margin = len(body) - len(body.lstrip(" \t"))
+        more = body[self._indent : margin]
+        if more.strip(" ") or len(more) > _MOST_SPACES:
+            return
+        if body.startswith(self._fence, margin):
+            self._closed_at = inside + margin + len(self._fence)
             found.append(self._close(self._line_start + self._closed_at))
 
     def _close(self, end: int) -> CodeBlock:
         block = CodeBlock(self._tag, "".join(self._code), self._start, end, is_complete=True)
-        self._fence, self._indent, self._code = "", 0, []
+        self._fence, self._indent, self._num_marks, self._code = "", 0, 0, []
         return block
 
     def _read_opening(self, line: str) -> None:
@@ -130,22 +142,28 @@ class BlockScanner:
         if not self._closed_at and (opening := _OPENING.match(rest)):
             fence, info = opening["fence"], opening["info"]
             start, indent = opening.start("fence"), len(opening["indent"])
+            num_marks = 0
         else:
             last = rest.rfind("```")
             start = len(rest[: last + 3].rstrip("`"))
             fence, info = rest[start : last + 3], rest[last + 3 :]
-            if last < 0 or start < self._closed_at or _tag(info) not in _WRITTEN_TAGS:
+            tag = _tag(info)
+            if last < 0 or start < self._closed_at or not tag or not is_python_tag(tag):
                 return
             if len(_TAG.match(info)[0]) < len(info.rstrip(" \t\r}")):  # type: ignore[index]
                 return
             item = _LIST_ITEM.fullmatch(rest, 0, start)
             indent = start if item and not self._closed_at else 0
+            num_marks = rest.count(">", 0, start) if _QUOTE.fullmatch(rest, 0, start) else 0
+            if num_marks > _MOST_MARKS:
+                return
+        self._num_marks = num_marks
         self._fence, self._indent, self._tag = fence, indent, _tag(info)
         self._start, self._code, self._num_quotes = self._line_start + start, [], [0, 0]
 
     def _ends_with_fence(self, line: str) -> bool:
         code = line.rstrip()
-        if self._tag not in PYTHON_TAGS or not code.endswith(self._fence):
+        if not is_python_tag(self._tag) or not code.endswith(self._fence):
             return False
         code = code[: -len(self._fence)]
         is_code = bool(code.strip()) and not code.endswith(self._fence[0]) and "#" not in code
@@ -158,8 +176,26 @@ class BlockScanner:
         return line.rstrip()[: -len(self._fence)].rstrip() + "\n"
 
     def _dedented(self, line: str) -> str:
+        if not self._indent and not self._num_marks:
+            return line
+        line = line[self._after_marks(line) :]
         margin = len(line) - len(line.lstrip(" \t"))
         return line[min(margin, self._indent) :]
+
+    def _after_marks(self, line: str) -> int:
+        """Index after the marks of a quotation that a line of the block begins with."""
+        position = 0
+        for _ in range(self._num_marks):
+            mark = _QUOTE_MARK.match(line, position)
+            if not mark:
+                break
+            position = mark.end()
+        return position
+
+
+def is_python_tag(tag: str) -> bool:
+    """Whether a tag in lower case is one of Python's, such as `python3.11`, or empty."""
+    return not tag or _PYTHON_TAG.fullmatch(tag) is not None
 
 
 def code_blocks(text: str) -> Iterator[CodeBlock]:
@@ -172,7 +208,7 @@ def code_blocks(text: str) -> Iterator[CodeBlock]:
 
 def _tag(info: str) -> str:
     match = _TAG.match(info)
-    return match["tag"].lower() if match else ""
+    return ((match and match["tag"]) or info.strip(" \t\r{}.")).lower()
 
 
 def _lines(text: str) -> list[str]:

@@ -21,10 +21,11 @@ from sympy.core.relational import Relational
 from tir_alp.tools.math_size import MAX_ARGUMENT_DIGITS, MAX_DEPTH, TooLarge, check_size, digits_of
 
 _PYTHON_MARKS = re.compile(
-    r"\*|\d[eE][+-]?\d|[A-Za-z]\(|(?<![A-Za-z])(?:pi|oo|I|E)\b|^\[.*\]$|^\{.*\}$|[<>]",
+    r"\*|\d[eE][+-]?\d|\d[jJ]\b|[A-Za-z]\(|(?<![A-Za-z])(?:pi|oo|I|E|EmptySet|GoldenRatio)\b"
+    r"|^\[.*\]$|^\{.*\}$|[<>]",
     re.DOTALL,
 )
-_IMPLICIT = re.compile(r"(?<![A-Za-z_.0-9])(\d+(?:\.\d+)?) ?(?=[A-Za-z(])(?![eE][+-]?\d)")
+_IMPLICIT = re.compile(r"(?<![A-Za-z_.0-9])(\d+(?:\.\d+)?) ?(?=[A-Za-z(])(?![eE][+-]?\d|[jJ]\b)")
 _AND = re.compile(r"\band\b")
 _CONFIG = LatexExtractionConfig(
     boxed_match_priority=0,
@@ -90,7 +91,12 @@ _CONSTANTS = {
     "e": sympy.E,
     "oo": sympy.oo,
     "inf": sympy.oo,
+    "EmptySet": sympy.S.EmptySet,
+    "GoldenRatio": sympy.GoldenRatio,
 }
+_MODULES = frozenset(("math", "cmath", "np", "numpy", "sp", "sympy", "fractions", "decimal"))
+"""Names of modules that may stand before a name, with a dot."""
+_WRITTEN = re.compile(r"\s*(-?\d{1,400})(?:/(\d{1,400})|(\.\d{1,400}))?\s*")
 _FUNCTIONS = {
     **{
         name: getattr(sympy, name)
@@ -130,7 +136,11 @@ _FUNCTIONS = {
     "Fraction": lambda p, q=1: sympy.Mul(p, sympy.Pow(q, -1, evaluate=False), evaluate=False),
     "Integer": lambda value: value,
     "Float": lambda value: value,
+    "S": lambda value: value,
+    "root": lambda x, n=2: sympy.Pow(x, sympy.Pow(n, -1)),
+    "Eq": lambda x, y: sympy.Eq(x, y, evaluate=False),
 }
+_OF_TEXT = frozenset(("Decimal", "Fraction", "Rational", "Float", "Integer", "S"))
 _OPERATORS: dict[type[Any], Any] = {
     ast.Add: lambda x, y: sympy.Add(x, y, evaluate=False),
     ast.Sub: lambda x, y: sympy.Add(x, _negative(y), evaluate=False),
@@ -142,6 +152,8 @@ _OPERATORS: dict[type[Any], Any] = {
 _OPEN_ENDS = {"open": (True, True), "Lopen": (True, False), "Ropen": (False, True)}
 _SETS: dict[str, Any] = {
     "FiniteSet": sympy.FiniteSet,
+    "set": sympy.FiniteSet,  # without its braces, which mean nothing in LaTeX
+    "frozenset": sympy.FiniteSet,
     "Tuple": sympy.Tuple,
     "Union": sympy.Union,
     "Interval": sympy.Interval,
@@ -200,6 +212,11 @@ def _walk(node: ast.expr, depth: int) -> Any:
             return sympy.Integer(value)
         case ast.Constant(value=float(value)):
             return sympy.Float(repr(value))
+        case ast.Constant(value=complex(real=0, imag=number)):
+            whole = sympy.Integer(int(number)) if number.is_integer() else sympy.Float(repr(number))
+            return sympy.Mul(whole, sympy.I, evaluate=False)
+        case ast.Attribute(value=ast.Name(id=module), attr=name) if module in _MODULES:
+            return below(ast.Name(name))
         case ast.Name(id=name):
             if name in _CONSTANTS:
                 return _CONSTANTS[name]
@@ -228,6 +245,10 @@ def _walk(node: ast.expr, depth: int) -> Any:
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
             return _call(name, arguments, below)
         case ast.Call(
+            func=ast.Attribute(value=ast.Name(id=module), attr=name), args=arguments, keywords=[]
+        ) if module in _MODULES:
+            return _call(name, arguments, below)
+        case ast.Call(
             func=ast.Attribute(value=ast.Name(id="Interval"), attr=name),
             args=[_, _] as arguments,
             keywords=[],
@@ -240,7 +261,17 @@ def _walk(node: ast.expr, depth: int) -> Any:
 
 
 def _call(name: str, arguments: list[ast.expr], below: Any) -> Any:
-    if name in ("Matrix", "set"):
+    if name in ("set", "frozenset", "EmptySet") and not arguments:
+        return sympy.S.EmptySet
+    if name == "array" and isinstance(arguments[0], ast.List):
+        is_flat = not any(isinstance(each, ast.List) for each in arguments[0].elts)
+        if is_flat:
+            return sympy.Tuple(*map(below, arguments[0].elts))
+        name = "Matrix"
+    match arguments:
+        case [ast.Constant(value=str(text))] if name in _OF_TEXT:
+            return _written(text)
+    if name == "Matrix" or (name in ("set", "frozenset") and len(arguments) == 1):
         (argument,) = arguments
         if name == "Matrix" and isinstance(argument, ast.List):
             rows = [row.elts if isinstance(row, ast.List) else [row] for row in argument.elts]
@@ -256,3 +287,19 @@ def _call(name: str, arguments: list[ast.expr], below: Any) -> Any:
     ):
         raise TooLarge
     return _FUNCTIONS[name](*values)
+
+
+def _written(text: str) -> Any:
+    """Read the number in a text, as in `Decimal('0.5')` and `Rational('1/3')`."""
+    match = _WRITTEN.fullmatch(text)
+    if match is None:
+        raise ValueError("not a number")
+    whole, under, rest = match.groups()
+    if rest is not None:
+        return sympy.Float(whole + rest)
+    value = sympy.Integer(int(whole))
+    if under is None:
+        return value
+    return sympy.Mul(
+        value, sympy.Pow(sympy.Integer(int(under)), -1, evaluate=False), evaluate=False
+    )

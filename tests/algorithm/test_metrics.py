@@ -193,6 +193,12 @@ def test_a_task_that_lost_all_its_trajectories_is_left_out():
     assert metrics["eval/greedy_accuracy"] == 0.5
 
 
+def test_an_evaluation_that_lost_everything_has_no_accuracy():
+    metrics = evaluation_metrics([[], []], ())
+    assert metrics["eval/tasks"] == 0
+    assert not any(name.endswith(("accuracy", "pass_at_k")) for name in metrics)
+
+
 @pytest.mark.parametrize(
     ("info", "reward", "expected"),
     [

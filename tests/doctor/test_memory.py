@@ -8,8 +8,9 @@ from pathlib import Path
 
 from tir_alp.doctor.__main__ import main as doctor
 from tir_alp.doctor.machine import free_memory, shape_of
-from tir_alp.doctor.memory import MACHINE, SHAPES, by_place, check_memory, needs, table
+from tir_alp.doctor.memory import MACHINE, SHAPES, by_place, check_memory, needs, node_needs, table
 from tir_alp.models.tiny import ABLE, TRAIN_CONFIG
+from tir_alp.roles import Node
 from tir_alp.run.command_line import load_config, read_toml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -68,6 +69,45 @@ def test_a_local_cluster_is_the_sum_of_its_actors():
     found = amounts(config(*words))
     assert found[MACHINE, "the engine's weights"] == 12 * TINY.num_parameters
     assert found[MACHINE, "servers and actors"] == (2 + 3 + 1) * (800 << 20)
+
+
+def test_the_actors_of_a_node_are_added_up_from_its_share_of_the_run():
+    counts = {"trainer": 2, "engines": 3, "environments": 2, "sandboxes": 0}
+    words = [w for kind, n in counts.items() for w in (f"--cluster.{kind}.count", str(n))]
+    settings = config("--cluster", "auto", *words)
+    parts = (
+        Node("node a", 10**12, 2, {"trainer": 2, "environments": 1}),
+        Node("node b", 10**12, 2, {"engines": 3, "environments": 1}),
+    )
+    sums = by_place([need for node in parts for need in node_needs(settings, TINY, "cpu", node)])
+    whole = by_place(needs(config("--cluster", "local", *words), TINY, "cpu", num_cpus=2))
+    assert sum(sums.values()) == whole[MACHINE] and set(sums) == {"node a", "node b"}
+    found = {each.what: each.num_bytes for each in node_needs(settings, TINY, "cpu", parts[1])}
+    assert found["the engine's weights"] == 12 * TINY.num_parameters
+    assert found["servers and actors"] == 4 * (800 << 20)
+    assert found["graders"] == 2 * (70 << 20)
+    assert found["the sandbox"] == 64 * (6 << 20)  # half of the episodes
+    assert "weights, gradients, optimizer" not in found
+
+
+def test_sandbox_hosts_take_the_memory_of_the_sandbox():
+    settings = config("--cluster", "auto", "--cluster.sandboxes.count", "2")
+    runner = node_needs(settings, TINY, "cpu", Node("a", None, 2, {"environments": 1}))
+    host = node_needs(settings, TINY, "cpu", Node("b", None, 2, {"sandboxes": 1}))
+    assert "the sandbox" not in {each.what for each in runner}
+    assert {e.what: e.num_bytes for e in host}["the sandbox"] == 64 * (6 << 20)
+    budget = config("--cluster", "local", "--env.kwargs.sandbox.memory_budget_mb", "3000")
+    assert amounts(budget)[MACHINE, "the sandbox"] == 3000 << 20
+
+
+def test_a_trainer_on_gpus_takes_the_weights_of_a_checkpoint_from_its_node():
+    settings = config("--cluster", "auto", "--trainer.offload", "true")
+    found = node_needs(settings, TINY, "cuda", Node("a", None, 2, {"trainer": 1}))
+    assert {e.what: e.num_bytes for e in found} == {
+        "weights of a checkpoint": 4 * TINY.num_parameters,
+        "offloaded optimizer": 16 * TINY.num_parameters,
+        "servers and actors": 800 << 20,
+    }
 
 
 def test_a_place_that_is_too_small_is_named_with_the_keys_that_take_most():

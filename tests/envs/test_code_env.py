@@ -1,15 +1,14 @@
 """Hidden tests stay hidden, whatever a function tries."""
 
-import gymnasium
 import pytest
 
+from tests.envs.solutions import play, python_code
 from tir_alp.envs.code_tasks import CodeTasks
 from tir_alp.tools.code_tests import Case, read_cases
 from tir_alp.tools.held_out import is_held_out
 
 pytestmark = pytest.mark.sandbox
 
-ID = "tir_alp.envs:PythonCode-v0"
 TASK = {
     "question": "Write f(xs), the sum.",
     "entry_point": "f",
@@ -20,17 +19,12 @@ TASK = {
 
 @pytest.fixture(scope="module")
 def env():
-    sandbox = {"preload": [], "limits": {"wall_s": 3.0}}
-    env = gymnasium.make(ID, instruction="", sandbox=sandbox)
-    yield env
-    env.close()
+    with python_code() as made:
+        yield made
 
 
 def submit(env, code, task=TASK):
-    env.reset(options={"task": task})
-    _, reward, terminated, truncated, info = env.step(f"```solution\n{code}\n```")
-    assert (terminated, truncated) == (True, False)
-    return reward, info["error"]
+    return play(env, code, task)
 
 
 def test_a_right_function_scores(env):
@@ -187,8 +181,8 @@ def test_conditions_of_assertions_are_decided_on_the_host(assertion, passes, fai
 def test_the_assertions_of_a_check_function_are_read():
     text = "META = {}\n\ndef check(candidate):\n    assert candidate(1) == 2\n    assert True\n"
     assert read_cases(text, "f") == [Case((1,), 2)]
-    with pytest.raises(ValueError, match="holds more than assertions: for"):
-        read_cases("def check(c):\n    for x in [1]:\n        assert c(x)", "f")
+    with pytest.raises(ValueError, match="holds more than assertions: with"):
+        read_cases("def check(c):\n    with x:\n        assert c(x)", "f")
 
 
 def test_assertions_are_read_as_calls_and_what_they_expect():
@@ -204,7 +198,7 @@ def test_assertions_are_read_as_calls_and_what_they_expect():
         ("assert f() == 1", "'tests' must be a list"),
         (["assert g() == 1"], r"test 0 is not of the form `assert f\(...\)"),
         (["assert f() == open('x')"], "test 0 is not of the form"),
-        (["assert f() == f()"], "test 0 is not of the form"),
+        (["assert f() == f(1)"], "test 0 is not of the form"),
         (["assert open(f())"], "test 0 is not of the form"),
         (["assert f().real == 1"], "test 0 is not of the form"),
         ([{"args": [1]}], "test 0 must have 'args' and 'expected'"),

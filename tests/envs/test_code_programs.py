@@ -2,15 +2,14 @@
 
 import json
 
-import gymnasium
 import pytest
 
+from tests.envs.solutions import play, python_code
 from tir_alp.config import DataConfig
 from tir_alp.rollouts.data import left_out
 from tir_alp.tools.code_forms import FunctionTests, ProgramCase, ProgramTests, has_tests, read_tests
 from tir_alp.tools.code_tests import Case
 
-ID = "tir_alp.envs:PythonCode-v0"
 ADD = "a, b = map(int, input().split())\nprint(a + b)\n"
 TASK = {
     "question": "Read two whole numbers, and print their sum.",
@@ -21,17 +20,12 @@ TASK = {
 
 @pytest.fixture(scope="module")
 def env():
-    sandbox = {"preload": [], "limits": {"wall_s": 3.0}}
-    env = gymnasium.make(ID, instruction="", sandbox=sandbox)
-    yield env
-    env.close()
+    with python_code() as made:
+        yield made
 
 
 def submit(env, code, **task):
-    env.reset(options={"task": TASK | task})
-    _, reward, terminated, truncated, info = env.step(f"```solution\n{code}\n```")
-    assert (terminated, truncated) == (True, False)
-    return reward, info["error"]
+    return play(env, code, TASK | task)
 
 
 @pytest.mark.sandbox

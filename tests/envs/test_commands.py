@@ -143,6 +143,21 @@ class Fragile(Fair):
         return super().step(action)
 
 
+class Wordy(Fair):
+    def grade(self, task, answer):
+        return Grade(correct=True, score="high")  # pyright: ignore[reportArgumentType]
+
+
+class Immeasurable(Fair):
+    def grade(self, task, answer):
+        return Grade(correct=True, score=float("nan"))
+
+
+class Praising(Fair):
+    def step(self, action):
+        return "", "well done", True, False, {}
+
+
 class Undecided(Fair):
     def step(self, action):
         observation, reward, _, _, info = super().step(action)
@@ -157,6 +172,9 @@ class Undecided(Fair):
         (Stingy, {"gold_action"}),
         (Forgetful, {"seed", "gymnasium"}),
         (Fragile, {"text"}),
+        (Wordy, {"gold_action", "wrong_action"}),
+        (Immeasurable, {"gold_action", "wrong_action"}),
+        (Praising, {"reward", "gold_action", "wrong_action", "gymnasium"}),
         (Undecided, {"end", "gymnasium"}),
     ],
 )

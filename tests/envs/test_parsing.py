@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tir_alp.envs.parsing import Answer, extract_boxed, parse_action
+from tir_alp.envs.parsing import Answer, parse_action
+from tir_alp.tools.boxed import extract_boxed
 from tir_alp.tools.calls import (
     HERMES,
     BadCall,
@@ -55,8 +56,10 @@ def test_crlf_ends_lines_too():
     assert parse_action("So:\r\n```python\r\nprint(1)\r\n```\r\n") == call("print(1)\r\n")
 
 
-def test_an_indented_fence_does_not_close_the_block():
-    assert parse_action("```python\nprint(1)\n  ```") is None
+@pytest.mark.parametrize("margin", ["    ", "\t", " \t", " " * 8])
+def test_a_fence_that_is_indented_as_code_does_not_close_the_block(margin):
+    assert parse_action(f"```python\nprint(1)\n{margin}```") is None
+    assert parse_action(f"- ```python\n  print(1)\n  {margin}```") is None
 
 
 def test_a_block_closes_at_its_third_backtick_whatever_follows():
@@ -113,6 +116,16 @@ def test_a_block_is_found_as_soon_as_its_closing_fence_is_written():
         "```python\na = 1 ```  ",
         "  ```py\n  a = 1```",
         "~~~py\na = 1~~~",
+        "```python\na = 1\n   ```",
+        "1. ```python\n   a = 1\n      ```",
+        "> ```python\n> a = 1\n> ```",
+        ">```python\n>a = 1\n>```",
+        "> > ```python\n> > a = 1\n> > ```\n> so",
+        "> ```python\na = 1\n```",
+        "> ```python\n> a = 1```",
+        "```python3.11\na = 1\n```",
+        "```python:main.py\na = 1\n```",
+        "```Py3\na = 1\n```",
     ],
 )
 def test_what_models_write_around_code_is_a_call(text):
@@ -128,6 +141,11 @@ def test_what_models_write_around_code_is_a_call(text):
         ('```py\nx = """\nsee ```\n"""\n```', 'x = """\nsee ```\n"""\n'),
         ("```py\nx = 1  # ```\n```", "x = 1  # ```\n"),
         ('```py\nx = "```\n```', 'x = "```\n'),
+        ("> ```py\n> if a:\n>     b\n>\n> c > d\n> ```", "if a:\n    b\n\nc > d\n"),
+        (
+            '```py\ndef f():\n    """\n    ```\n    """\n```',
+            'def f():\n    """\n    ```\n    """\n',
+        ),
     ],
 )
 def test_a_fence_within_code_is_code(text, code):
@@ -146,6 +164,11 @@ def test_a_fence_within_code_is_code(text, code):
         "```json\n1```",
         "`````\na\n```",
         "> x ```\ny\n```",
+        "> > > > > ```python\ny\n```",
+        "```:python\ny\n```",
+        "```python-repl\n>>> 1\n```",
+        "```pycon\n>>> 1\n```",
+        "```python2x\ny\n```",
     ],
 )
 def test_what_only_resembles_a_block_is_no_call(text):
@@ -204,7 +227,13 @@ def test_the_stop_rule_fires_with_the_piece_that_ends_the_marked_call(pieces, ma
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(["```", "```py\n", "  ", "~~~", "\n", "x", "`", "- ", "a```\n"])))
+@given(
+    st.lists(
+        st.sampled_from(
+            ["```", "```py\n", "  ", "~~~", "\n", "x", "`", "- ", "a```\n", "> ", ">", "\t"]
+        )
+    )
+)
 def test_the_stop_rule_fires_at_the_end_of_the_block_that_is_parsed(pieces):
     text = "".join(pieces) + "\n"
     block = next((block for block in code_blocks(text) if block.is_python), None)

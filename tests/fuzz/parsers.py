@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.envs.test_tool_env import TASKS, Quiz
-from tir_alp.envs.parsing import boxed_answer, extract_boxed, parse_action
+from tir_alp.envs.parsing import boxed_answer, parse_action
 from tir_alp.envs.reasoning_gym_env import _tagged, is_program
+from tir_alp.tools.boxed import extract_boxed
 from tir_alp.tools.calculator import evaluate
 from tir_alp.tools.calls import (
     CALL_FORMATS,

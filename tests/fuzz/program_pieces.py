@@ -188,7 +188,7 @@ def _late(rng: random.Random, number: int) -> str:
                     "threading.excepthook = keep",
                 )
             ),
-            "class M(type):\n    def __del__(cls): print('class deleted')\n"
+            f"class M(type):\n    def __del__(cls): print('cycle {number}')\n"
             f"class K{number}(metaclass=M): pass",
         )
     )  # fmt: skip

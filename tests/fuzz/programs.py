@@ -31,7 +31,8 @@ _MAX_PIECES = 5
 _WALL_S = 20.0
 _FOLDER = re.compile(r"/[^\s\"']*/(?=main\.py)")
 _DELETED = re.compile(r"^(?:deleted|closed|kept|cycle|finalized) \d+\n", re.MULTILINE)
-"""What a piece prints when an object is deleted: objects in cycles have no order among them."""
+"""What a piece prints when an object is deleted: objects in cycles, as classes are, have no order
+among them, and are deleted whenever Python collects them."""
 _ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}")
 
 

@@ -16,8 +16,9 @@ pytest.importorskip("mcp")
 from mcp.types import jsonrpc_message_adapter
 from pydantic import ValidationError
 
-from tir_alp.envs.parsing import extract_boxed, parse_action
+from tir_alp.envs.parsing import parse_action
 from tir_alp.envs.reasoning_gym_env import _tagged, is_program
+from tir_alp.tools.boxed import extract_boxed
 from tir_alp.tools.calculator import evaluate
 from tir_alp.tools.calls import (
     CALL_FORMATS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from tir_alp.config import Config, TrainerConfig
 from tir_alp.models.push import prepare_upload
 from tir_alp.models.tiny.model import make_model, make_tokenizer
 from tir_alp.records.folder import RunFolder
+from tir_alp.run.model_choice import checkpoint_of
 from tir_alp.training import checkpoint
-from tir_alp.training.checkpoint_folder import Position
+from tir_alp.training.checkpoint_folder import Best, Position, is_best, write_best
 from tir_alp.training.ranks import alone
 from tir_alp.training.trainer import Trainer
 
@@ -48,6 +50,8 @@ def run(tmp_path_factory) -> Path:
     )
     for step, accuracy in ACCURACIES.items():
         folder.log(step, {"eval/accuracy": accuracy, "eval/tasks": 64})
+        if is_best(path / "checkpoints", accuracy):
+            write_best(path / "checkpoints", Best(step, accuracy))
         if step:
             position = Position(step, 16 * step)
             checkpoint.save(path / "checkpoints", trainer, make_tokenizer(), position, {}, keep=9)
@@ -67,10 +71,30 @@ def push(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_checkpoint_is_chosen(run):
     assert [prepare_upload(run, which).step for which in ("last", "best", "10")] == [20, 10, 10]
-    with pytest.raises(ValueError, match=r"there are best, last and \[10, 20\]"):
+    with pytest.raises(ValueError, match="no checkpoint of step 15; there are step_20, step_10"):
         prepare_upload(run, "15")
+    with pytest.raises(ValueError, match="give best, last or a number of steps"):
+        prepare_upload(run, "newest")
     with pytest.raises(ValueError, match="no checkpoint"):
         prepare_upload(run.parent, "last")
+    with pytest.raises(ValueError, match="there is nothing to upload"):
+        prepare_upload(run, "0")
+
+
+@pytest.mark.parametrize("which", ["last", "best", "10", "20"])
+def test_the_uploaded_checkpoint_is_the_one_that_is_evaluated(run, which):
+    upload, model = prepare_upload(run, which), checkpoint_of(run, which)
+    assert (str(upload.checkpoint), upload.step) == (model.path, model.version)
+
+
+def test_the_best_checkpoint_is_the_one_that_the_run_noted(run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    write_best(copy / "checkpoints", Best(20, 0.7))
+    assert prepare_upload(copy, "best").step == checkpoint_of(copy, "best").version == 20
+    (copy / "checkpoints/best.json").unlink()
+    for choose in (prepare_upload, checkpoint_of):
+        with pytest.raises(ValueError, match="no best step"):
+            choose(copy, "best")
 
 
 def test_the_card_has_the_facts_and_nothing_private(run):
@@ -85,8 +109,6 @@ def test_the_card_has_the_facts_and_nothing_private(run):
 
 
 def test_a_torn_checkpoint_is_refused(run, tmp_path):
-    import shutil
-
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     file = copy / "checkpoints/step_20/model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])

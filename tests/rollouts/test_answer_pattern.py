@@ -30,6 +30,8 @@ GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips.\nAltogether 72.\n#### 72"
         ({}, "so\n#### 1,234 \n", "1,234"),
         ({}, "#### 72", "#### 72"),  # no working before it: text like any other
         ({}, "a\n#### A heading\nb", "a\n#### A heading\nb"),
+        ({}, r"Since $2x=4$, $x=\boxed{2}$, so $\frac{x}{4}=\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+        ({}, r"\boxed{", r"\boxed{"),
         ({"answer_pattern": "gsm8k"}, GSM8K, "72"),
         ({"answer_pattern": "gsm8k"}, "#### x+1", "x+1"),
         ({"answer_pattern": r"answer is (.+)\."}, "The answer is 5.", "5"),

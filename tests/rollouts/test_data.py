@@ -374,7 +374,32 @@ def test_a_system_message_stands_before_the_question_and_other_roles_are_broken(
     (row,) = [task for tasks in open_rows(config).splits.values() for task in tasks]
     assert row["question"] == "system\n\nuser"
     (sentence,) = left_out([config])
-    assert sentence.startswith(f"{path}:1: 'prompt' must be a user message")
+    assert sentence.startswith(f"{path}:1: 'prompt' must be a text, or a user message")
+
+
+@pytest.mark.parametrize("column", ["prompt", "question"])
+@pytest.mark.parametrize("pack", [list, json.dumps, lambda each: json.dumps(each, indent=2)])
+def test_messages_may_be_objects_or_their_json_text(tmp_path, column, pack):
+    row = {column: pack([{"role": "user", "content": "1+1?"}]), "answer": "2"}
+    if column == "prompt":
+        row = {"prompt": row["prompt"], "reward_model": {"ground_truth": "2"}}
+    (task,) = read_jsonl(write(tmp_path / "t.jsonl", json.dumps(row)))
+    assert (task["question"], task["answer"]) == ("1+1?", "2")
+
+
+def test_of_two_forms_in_a_row_the_complete_one_counts(tmp_path):
+    messages = [{"role": "user", "content": "1+1?"}]
+    verl = {"prompt": messages, "reward_model": {"ground_truth": "2"}, "question": "short"}
+    path = write(tmp_path / "t.jsonl", json.dumps(verl), json.dumps({**verl, "answer": "3"}))
+    found = [(task["question"], task["answer"]) for task in read_jsonl(path)]
+    assert found == [("1+1?", "2"), ("short", "3")]
+
+
+def test_a_text_that_only_looks_like_messages_is_a_question(tmp_path):
+    lines = ['[{"role": "user"', "[1, 2] has what sum?", '[{"a": 1}]']
+    rows = [json.dumps({"question": line, "answer": "2"}) for line in lines]
+    found = [task["question"] for task in read_jsonl(write(tmp_path / "t.jsonl", *rows))]
+    assert found == lines
 
 
 def test_a_file_that_is_no_parquet_is_refused(tmp_path):

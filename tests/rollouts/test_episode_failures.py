@@ -105,6 +105,25 @@ def test_a_mistake_in_an_environment_fails_its_episode_and_is_named():
     assert env.num_closed == 1
 
 
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (("", float("nan"), True, False, {}), "the reward is nan, which is no finite number"),
+        (("", float("inf"), True, False, {}), "the reward is inf, which is no finite number"),
+        (("", "1", True, False, {}), "the reward is '1', which is no finite number"),
+        (("", None, True, False, {}), "NoneType"),
+        ((b"", 1.0, True, False, {}), "the observation is b'', which is no text"),
+        (("", 1.0, True, False, {"outcome": "fine"}), "'fine' is not a valid Outcome"),
+        (("", 1.0, True, False, None), "'NoneType' object has no attribute 'get'"),
+        (("", 1.0, True, {}), "not enough values to unpack"),
+    ],
+)
+def test_what_an_environment_may_not_return_fails_its_episode_and_is_named(step, reason):
+    error = failure(Policy(), Scripted(lambda: step))
+    assert error.outcome is Outcome.INFRA_ERROR
+    assert "turn 0: env.step raised" in str(error) and reason in str(error)
+
+
 # ----------------------------------------------------------------------------------- deadlines
 
 

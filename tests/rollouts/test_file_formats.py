@@ -1,7 +1,9 @@
 """Files of tasks in the forms that people have: read, or refused with the form and the setting."""
 
+import bz2
 import gzip
 import json
+import lzma
 
 import pytest
 
@@ -23,14 +25,26 @@ def refusal(**settings) -> str:
     return str(caught.value)
 
 
-def test_a_compressed_file_is_read(tmp_path):
-    (tmp_path / "tasks.jsonl.gz").write_bytes(gzip.compress(LINES))
-    assert questions(source="jsonl", path=tmp_path / "tasks.jsonl.gz") == {
-        row["question"] for row in ROWS
-    }
+PACKS = [gzip.compress, bz2.compress, lzma.compress]
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("pack", PACKS)
+def test_a_compressed_file_is_read(tmp_path, pack):
+    (tmp_path / "tasks").write_bytes(pack(LINES))
+    assert questions(source="jsonl", path=tmp_path / "tasks") == {row["question"] for row in ROWS}
+    (tmp_path / "torn").write_bytes(pack(LINES)[:-20])
+    assert "is compressed, and torn" in refusal(source="jsonl", path=tmp_path / "torn")
+
+
+@pytest.mark.parametrize("separator", ["\t", ";"])
+def test_a_table_may_be_separated_by_tabs_or_semicolons(tmp_path, separator):
+    rows = [("question", "answer"), ("What is 1,000+1?", "1001"), ("What is 2+3?", "5")]
+    text = "".join(f"{separator.join(row)}\n" for row in rows)
+    (tmp_path / "tasks.tsv").write_text(text)
+    assert questions(source="csv", path=tmp_path / "tasks.tsv") == {row[0] for row in rows[1:]}
+
+
+@pytest.mark.parametrize("pack", [bytes, *PACKS])
 def test_a_csv_file_is_read_and_its_values_stay_texts(tmp_path, pack):
     text = '\ufeffproblem,result\n"What is 1,000+1?",1001\nWhat is 2+3?,5\n"two\nlines?",0.50\n'
     (tmp_path / "tasks.csv").write_bytes(pack(text.encode()))
@@ -56,6 +70,11 @@ def test_a_csv_file_is_read_and_its_values_stay_texts(tmp_path, pack):
         ("tasks.csv", b"question,answer\n1+1?,2\n", 'is a CSV file: set data.source = "csv"'),
         ("tasks.json", json.dumps(ROWS, indent=2).encode(), "one JSON array: write one object per"),
         ("tasks.zip", b"PK\x03\x04rest", "zip archive"),
+        ("tasks.zst", b"\x28\xb5\x2f\xfdrest", "is compressed with zstd"),
+        ("tasks.arrow", b"ARROW1\0\0rest", "is an Arrow file"),
+        ("tasks.db", b"SQLite format 3\0", "is a database of SQLite"),
+        ("tasks.pkl", b"\x80\x04]q\0.", "is a pickle"),
+        ("tasks.jsonl", b"question,answer\nq,1\n", "it begins with b'question,answer"),
         ("tasks.gz", gzip.compress(LINES)[:-9], "is compressed, and torn"),
         ("tasks.jsonl", LINES.decode().encode("utf-16"), "is in UTF-16, not in UTF-8: convert it"),
         ("tasks.jsonl", LINES.decode().encode("utf-16-be"), "iconv -f UTF-16BE -t UTF-8"),
@@ -72,6 +91,13 @@ def test_another_format_is_named_with_the_way_to_read_it(tmp_path, name, content
 def test_a_folder_is_named(tmp_path):
     assert "is a folder" in refusal(source="jsonl", path=tmp_path)
     assert "is a folder" in refusal(source="csv", path=tmp_path)
+    assert "is a folder" in refusal(source="parquet", path=tmp_path)
+
+
+def test_another_format_than_parquet_is_named(tmp_path):
+    (tmp_path / "tasks.parquet").write_bytes(LINES)
+    words = refusal(source="parquet", path=tmp_path / "tasks.parquet")
+    assert 'is a file of JSON lines: set data.source = "jsonl"' in words
 
 
 def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path):
@@ -96,7 +122,10 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path, is_split):
     datasets = pytest.importorskip("datasets")
     saved = datasets.Dataset.from_list(ROWS)
     (datasets.DatasetDict({"train": saved}) if is_split else saved).save_to_disk(tmp_path / "saved")
-    assert len(questions(source="hub", dataset=str(tmp_path / "saved"))) == len(ROWS)
+    dataset = {"source": "hub", "dataset": str(tmp_path / "saved")}
+    assert len(questions(**dataset)) == len(ROWS)
+    if is_split:
+        assert "it has no split 'test', but train" in refusal(**dataset, split="test")
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])

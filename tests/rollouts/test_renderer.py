@@ -355,6 +355,25 @@ def test_a_template_that_refuses_a_role_is_reported_with_its_message():
         Renderer(tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ range(10 ** 9) | length }}", "Range too big"),
+        ("{{ messages[0].content.no_such() }}", "no_such"),
+        ("{{ 'x' + 1 }}", "can only concatenate str"),
+        ("{{ messages[0]['content'].index('nowhere') }}", "substring not found"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{% for %}", "Expected an expression"),
+    ],
+)
+def test_whatever_a_template_raises_is_its_refusal(fault, reason):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = fault + "{% for message in messages %}" + BODY + "{% endfor %}"
+    with pytest.raises(ValueError, match=f"the chat template of .* refuses a message: .*{reason}"):
+        Renderer(tokenizer)
+
+
 # --------------------------------------------------------------- nothing is tokenised twice
 
 

@@ -9,8 +9,8 @@ from tir_alp.models.tiny import BASE
 from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.renderer import Renderer
+from tir_alp.run.beginning import run_name
 from tir_alp.run.command_line import load_config
-from tir_alp.run.prepare import run_name
 from tir_alp.training.local_trainer import with_run_seed
 from tir_alp.training.policy import load_tokenizer
 
@@ -48,9 +48,8 @@ def test_methods_without_noise_stay_without():
 
 
 def test_a_run_is_named_by_its_method_and_seed_unless_it_has_a_name():
-    assert run_name(load_config(["--name", "mine"], {})) == "mine"
-    made = run_name(load_config(["--algorithm", "gspo", "--seed", "5"], {}))
-    assert made.startswith("gspo-seed5-")
+    assert run_name("mine", "gspo", 5) == "mine"
+    assert run_name(None, "gspo", 5).startswith("gspo-seed5-")
 
 
 class Cautious(Echo):

@@ -11,7 +11,7 @@ import itertools
 import os
 import secrets
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -37,7 +37,7 @@ from tir_alp.cluster.trainer_host import TrainerHost
 from tir_alp.cluster.watched_actor import WatchedActor, reason_of, wait_for
 from tir_alp.config import ActorsConfig, Config
 from tir_alp.engines.base import AskTrainer, Engine, Log
-from tir_alp.roles import TrainerRole
+from tir_alp.roles import Node, TrainerRole
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.tools.sandbox.config import TOKEN_VARIABLE
 
@@ -159,15 +159,40 @@ class ClusterPlacement:
 
     # ------------------------------------------------------------------ slots
 
+    def nodes(self) -> Sequence[Node]:
+        """As `Placement.nodes`; the memory is what Ray counts as a node's resource `memory`."""
+        if self._config.cluster.address == "local":
+            return ()
+        found = {node["NodeID"]: node for node in ray.nodes()}
+        nodes = []
+        for key, slots in sorted(self._slots().items()):
+            has, address = found[key]["Resources"], found[key]["NodeManagerAddress"]
+            nodes.append(
+                Node(
+                    f"node {address} ({key[:8]})",
+                    int(has["memory"]) if "memory" in has else None,
+                    int(has.get("CPU", 1)),
+                    Counter(kind for kind, _ in slots),
+                )
+            )
+        return nodes
+
     def layout(self) -> list[str]:
         """Which actors are on which node: one line per node."""
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        return [
+            f"on {addresses.get(node, '?')}: {', '.join(name for _, name in slots)}"
+            for node, slots in sorted(self._slots().items())
+        ]
+
+    def _slots(self) -> Mapping[str, list[tuple[str, str]]]:
+        """Kind and name of the actors on each node, by the node's id."""
         nodes = placement_group_table(self._reservation)["bundles_to_node_id"]
-        names = [name for kind in KINDS for name in self._names(kind)]
-        here: defaultdict[str, list[str]] = defaultdict(list)
-        for index, name in enumerate(names):
-            here[nodes[index]].append(name)
-        return [f"on {addresses.get(node, '?')}: {', '.join(here[node])}" for node in sorted(here)]
+        slots = [(kind, name) for kind in KINDS for name in self._names(kind)]
+        here: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
+        for index, slot in enumerate(slots):
+            here[nodes[index]].append(slot)
+        return here
 
     def _names(self, kind: str) -> list[str]:
         return [f"{KINDS[kind]}-{index}" for index in range(self._config_of(kind).count)]

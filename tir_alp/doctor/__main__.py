@@ -10,7 +10,7 @@ from pathlib import Path
 from tir_alp.config import Config
 from tir_alp.doctor.memory import markdown
 from tir_alp.models.tiny import TRAIN_CONFIG
-from tir_alp.process import raise_on_interrupt, run_command
+from tir_alp.process import run_command
 from tir_alp.run.command_line import Command, Words, overlay, read_config, read_toml
 
 _REAL = {
@@ -44,21 +44,17 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     # Imported here because they need torch, and a mistake in the command line is answered at once.
     from rich.console import Console
-    from transformers.utils.logging import disable_progress_bar
 
     from tir_alp.doctor.table import examine, table_of
-    from tir_alp.tools.sandbox import SandboxRefused
+    from tir_alp.run.finish import finish
 
-    raise_on_interrupt()
-    disable_progress_bar()
-    try:
+    def work() -> int:
         findings = asyncio.run(examine(config))
-    except (ValueError, SandboxRefused) as error:
-        print(f"tir_alp.doctor: {error}", file=sys.stderr)
-        return 2
-    Console().print(table_of(findings, config.doctor.ignore))
-    failed = {finding.check for finding in findings if not finding.holds}
-    return 2 if failed - {*config.doctor.ignore} else 0
+        Console().print(table_of(findings, config.doctor.ignore))
+        failed = {finding.check for finding in findings if not finding.holds}
+        return 2 if failed - {*config.doctor.ignore} else 0
+
+    return finish("doctor", work)
 
 
 def _settings(words: Words) -> Config:

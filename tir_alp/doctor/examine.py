@@ -15,9 +15,10 @@ from tir_alp.doctor.check_result import CheckResult
 from tir_alp.doctor.conversation import check_fence, check_template, check_tokenizer
 from tir_alp.doctor.engine import EngineCheck, tolerance_of
 from tir_alp.doctor.machine import check_disk, free_memory, shape_of
-from tir_alp.doctor.memory import Shape, check_memory, needs
+from tir_alp.doctor.memory import Shape, check_memory, needs, node_needs
 from tir_alp.doctor.sandbox import check_sandbox
 from tir_alp.engines.base import Engine, LogprobSource
+from tir_alp.roles import Node
 from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.training.policy import compute_device
@@ -38,6 +39,7 @@ def examine_config(
     renderer: Renderer,
     env: gymnasium.Env[str, str],
     task: Task,
+    nodes: Sequence[Node] = (),
 ) -> list[CheckResult]:
     """Make the checks that need no weights; they take about a second.
 
@@ -48,9 +50,10 @@ def examine_config(
         renderer: Renderer of the run.
         env: Environment that a program is tried in.
         task: A task of the run, to reset the environment to.
+        nodes: The machines of the run's actors; see `Placement.nodes`.
     """
     return [
-        *examine_model(config, model_path, tokenizer, renderer, env),
+        *examine_model(config, model_path, tokenizer, renderer, env, nodes),
         check_sandbox(env, task),
     ]
 
@@ -61,20 +64,28 @@ def examine_model(
     tokenizer: Any,
     renderer: Renderer,
     env: gymnasium.Env[str, str],
+    nodes: Sequence[Node] = (),
 ) -> list[CheckResult]:
     """Make those of the checks that need neither weights nor a task; see `examine_config`."""
     shape = shape_of(model_path)
+    is_known = bool(nodes) or config.cluster.address in _HERE
     return [
-        # Actors on other machines have their own memory and GPUs.
-        *([_check_memory(config, shape)] if config.cluster.address in _HERE else []),
+        *([_check_memory(config, shape, nodes)] if is_known else []),
         check_disk(config, shape, Path("runs")),
         check_history(tokenizer, config, renderer, env),
         check_fence(tokenizer, renderer),
     ]
 
 
-def _check_memory(config: Config, shape: Shape) -> CheckResult:
+def _check_memory(config: Config, shape: Shape, nodes: Sequence[Node]) -> CheckResult:
+    """Compare with the memory of this machine, or with that of each node of a cluster."""
     device = config.trainer.device
+    if nodes:
+        if device == "auto":
+            device = "cuda" if config.cluster.trainer.gpus else "cpu"
+        found = [need for node in nodes for need in node_needs(config, shape, device, node)]
+        known = {node.name: node.memory for node in nodes if node.memory is not None}
+        return check_memory(found, known)
     if device == "auto" or not config.cluster.is_used:
         device = compute_device(device).type
     return check_memory(needs(config, shape, device, os.cpu_count() or 1), free_memory())

@@ -8,10 +8,11 @@ what is kept for the backward pass is not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tir_alp.config import Config
 from tir_alp.doctor.check_result import CheckResult
+from tir_alp.roles import Node
 
 MACHINE = "this machine"
 _FLOAT = 4  # bytes: weights, gradients and both moments of AdamW are float32
@@ -41,7 +42,7 @@ class Need:
     """Memory that one part of a run takes in one place."""
 
     place: str
-    """`MACHINE`, or "gpu N"."""
+    """`MACHINE`, "gpu N", or the name of a node of a cluster."""
     what: str
     num_bytes: int
     key: str
@@ -58,20 +59,54 @@ def needs(config: Config, shape: Shape, device: str, num_cpus: int) -> list[Need
         num_cpus: Processors of the machine, which bound the number of graders.
     """
     cluster = config.cluster
-    num_ranks = cluster.trainer.count if cluster.is_used else 1
+    actors = {kind: each.count for kind, each in cluster.actors.items()}
+    if not cluster.is_used:
+        actors = {"trainer": 1, "engines": 1, "environments": 1}
     found = []
-    for rank in range(num_ranks):
-        place = MACHINE if device == "cpu" else f"gpu {rank}"
-        found += trainer_needs(config, shape, place, num_ranks)
+    for rank in range(actors["trainer"]):
+        gpu = f"gpu {rank}"
+        found += trainer_needs(
+            config, shape, MACHINE if device == "cpu" else gpu, actors["trainer"]
+        )
     if device == "cuda":
-        whole = _FLOAT * shape.num_parameters
-        found.append(Need(MACHINE, "weights of a checkpoint", whole, "model.path"))
-        if config.trainer.offload:
-            moved = 4 * whole
-            found.append(Need(MACHINE, "offloaded optimizer", moved, "trainer.offload"))
-    found += _engine_needs(config, shape, device)
-    found += _process_needs(config, num_cpus)
+        found += _beside_gpus(config, shape, MACHINE)
+    found += _engine_needs(config, shape, device, actors["engines"])
+    found += _process_needs(config, MACHINE, actors, num_cpus)
     return [each for each in found if each.num_bytes]
+
+
+def node_needs(config: Config, shape: Shape, device: str, node: Node) -> list[Need]:
+    """Return what the actors of a run take of the memory of one node of a cluster.
+
+    What they take of GPUs is left out: Ray does not know the memory of those.
+
+    Args:
+        config: Config of the run.
+        shape: Shape of the run's model.
+        device: Device type of the trainer, "cpu" or "cuda".
+        node: The node, with the number of actors of each kind.
+    """
+    actors = {kind: node.actors.get(kind, 0) for kind in config.cluster.actors}
+    found = []
+    for _ in range(actors["trainer"]):
+        if device == "cpu":
+            found += trainer_needs(config, shape, node.name, config.cluster.trainer.count)
+        else:
+            found += _beside_gpus(config, shape, node.name)
+    engines = _engine_needs(config, shape, device, actors["engines"])
+    found += [replace(each, place=node.name) for each in engines if each.place == MACHINE]
+    found += _process_needs(config, node.name, actors, node.num_cpus)
+    return [each for each in found if each.num_bytes]
+
+
+def _beside_gpus(config: Config, shape: Shape, place: str) -> list[Need]:
+    """What a trainer that computes on GPUs takes of its machine."""
+    whole = _FLOAT * shape.num_parameters
+    moved = 4 * whole if config.trainer.offload else 0
+    return [
+        Need(place, "weights of a checkpoint", whole, "model.path"),
+        Need(place, "offloaded optimizer", moved, "trainer.offload"),
+    ]
 
 
 def trainer_needs(config: Config, shape: Shape, place: str, num_ranks: int) -> list[Need]:
@@ -128,8 +163,7 @@ def trainer_needs(config: Config, shape: Shape, place: str, num_ranks: int) -> l
     ]
 
 
-def _engine_needs(config: Config, shape: Shape, device: str) -> list[Need]:
-    num_engines = config.cluster.engines.count if config.cluster.is_used else 1
+def _engine_needs(config: Config, shape: Shape, device: str, num_engines: int) -> list[Need]:
     by_place = config.engine.memory_by_place(
         device,
         num_parameters=shape.num_parameters,
@@ -147,32 +181,44 @@ def _engine_needs(config: Config, shape: Shape, device: str) -> list[Need]:
     return found
 
 
-def _process_needs(config: Config, num_cpus: int) -> list[Need]:
-    """Processes beside that of the run: servers, actors, graders and the sandbox's interpreters."""
+def _process_needs(
+    config: Config, place: str, actors: Mapping[str, int], num_cpus: int
+) -> list[Need]:
+    """Processes beside that of the run: servers, actors, graders and the sandbox's interpreters.
+
+    Args:
+        config: Config of the run.
+        place: The machine.
+        actors: Number of actors there, by kind; without a cluster, they are the run's own process.
+        num_cpus: Processors of the machine.
+    """
     cluster = config.cluster
     num_processes = config.engine.num_processes
-    num_runners = 1
     if cluster.is_used:
-        actors = cluster.actors.values()
-        num_processes = max(1, num_processes) * cluster.engines.count
-        num_processes += sum(each.count for each in actors) - cluster.engines.count
-        num_runners = cluster.environments.count
-    sandbox = config.env.kwargs.get("sandbox")
-    budget = sandbox.get("memory_budget_mb") if isinstance(sandbox, Mapping) else None
-    sessions = _num_episodes(config) * _SESSION
-    if isinstance(budget, int):
-        sessions = budget << 20
-    graders = num_runners * min(_MOST_GRADERS, num_cpus) * _GRADER
+        num_processes = max(1, num_processes) * actors["engines"]
+        num_processes += sum(actors.values()) - actors["engines"]
+    graders = actors["environments"] * min(_MOST_GRADERS, num_cpus) * _GRADER
+    hosts = "sandboxes" if cluster.is_used and cluster.sandboxes.count else "environments"
+    num_hosts = cluster.actors[hosts].count if cluster.is_used else 1
     return [
-        Need(MACHINE, "servers and actors", num_processes * _PROCESS, "engine.num_servers"),
-        Need(MACHINE, "graders", graders, "cluster.environments.count"),
+        Need(place, "servers and actors", num_processes * _PROCESS, "engine.num_servers"),
+        Need(place, "graders", graders, "cluster.environments.count"),
         Need(
-            MACHINE,
+            place,
             "the sandbox",
-            sessions,
+            actors[hosts] * _sandbox(config, num_hosts),
             "env.kwargs.sandbox.memory_budget_mb or rollout.groups_per_step",
         ),
     ]
+
+
+def _sandbox(config: Config, num_hosts: int) -> int:
+    """Bytes that one of the sandboxes takes over which all episodes are spread."""
+    sandbox = config.env.kwargs.get("sandbox")
+    budget = sandbox.get("memory_budget_mb") if isinstance(sandbox, Mapping) else None
+    if isinstance(budget, int):
+        return budget << 20
+    return _num_episodes(config) * _SESSION // num_hosts
 
 
 def _num_episodes(config: Config) -> int:
@@ -210,7 +256,7 @@ def check_memory(found: Sequence[Need], available: Mapping[str, int]) -> CheckRe
     return CheckResult(
         "memory",
         holds,
-        "; ".join(figures),
+        "; ".join(figures) or "how much memory there is, is not known",
         f"change what takes most: {fix}; or use a smaller model",
     )
 

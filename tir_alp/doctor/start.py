@@ -19,6 +19,7 @@ from tir_alp.doctor.examine import (
     examine_model,
 )
 from tir_alp.doctor.sandbox import check_sandbox
+from tir_alp.roles import Node
 from tir_alp.run.launch import Launched
 from tir_alp.run.open_evaluation import PreparedEvaluation
 from tir_alp.run.open_run import Examined
@@ -33,7 +34,10 @@ class Doctor:
     """The checks of a run, as `StartChecks`."""
 
     def before_launch(
-        self, prepared: Prepared, make_env: Callable[[], gymnasium.Env[str, str]]
+        self,
+        prepared: Prepared,
+        make_env: Callable[[], gymnasium.Env[str, str]],
+        nodes: Sequence[Node],
     ) -> Examined:
         """Check machine, environment, chat template and sandbox.
 
@@ -41,11 +45,13 @@ class Doctor:
             Refused: A check failed that the config does not ignore.
         """
         report = examine_environment(prepared, make_env, _NUM_CHECKED)
-        findings, prompts = examine_inputs(prepared, make_env)
+        findings, prompts = examine_inputs(prepared, make_env, nodes)
         warnings = demand(findings, prepared.config.doctor.ignore)
         return Examined(report, warnings, prompts)
 
-    def before_sft(self, prepared: PreparedSFT, env: gymnasium.Env[str, str]) -> Sequence[str]:
+    def before_sft(
+        self, prepared: PreparedSFT, env: gymnasium.Env[str, str], nodes: Sequence[Node]
+    ) -> Sequence[str]:
         """Check machine and chat template, for supervised fine-tuning; returns warnings.
 
         Raises:
@@ -53,7 +59,7 @@ class Doctor:
         """
         config = prepared.config.as_run()
         findings = examine_model(
-            config, prepared.model_path, prepared.tokenizer, prepared.renderer, env
+            config, prepared.model_path, prepared.tokenizer, prepared.renderer, env, nodes
         )
         return demand(findings, config.doctor.ignore)
 
@@ -101,7 +107,9 @@ def examine_environment(
 
 
 def examine_inputs(
-    prepared: Prepared, make_env: Callable[[], gymnasium.Env[str, str]]
+    prepared: Prepared,
+    make_env: Callable[[], gymnasium.Env[str, str]],
+    nodes: Sequence[Node],
 ) -> tuple[list[CheckResult], list[str]]:
     """Check what needs no weights; returns the findings, and the texts of the next two tasks."""
     first = prepared.progress.position.group
@@ -113,6 +121,7 @@ def examine_inputs(
             prepared.renderer,
             env,
             prepared.tasks[first],
+            nodes,
         )
         tasks = [prepared.tasks[first], prepared.tasks[first + 1]]
         texts = [env.reset(seed=each.seed, options=each.to_options())[0] for each in tasks]

@@ -27,7 +27,9 @@ async def examine(config: Config) -> list[CheckResult]:
     prepared = await asyncio.to_thread(prepare, config, None, console.print)
     async with open_placement(config, open_cluster, console.print) as placement:
         await asyncio.to_thread(examine_environment, prepared, placement.make_env, 1)
-        findings, prompts = await asyncio.to_thread(examine_inputs, prepared, placement.make_env)
+        findings, prompts = await asyncio.to_thread(
+            examine_inputs, prepared, placement.make_env, placement.nodes()
+        )
         async with launch(prepared, placement) as launched:
             return findings + await examine_launched(prepared, launched, prompts)
 

@@ -12,7 +12,6 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from tir_alp.models.model_card import model_card
-from tir_alp.records.folder import read_records
 from tir_alp.training import checkpoint_folder
 
 _OWN = {"trainer", "rollouts.json", "manifest.json"}
@@ -35,20 +34,26 @@ def prepare_upload(run: Path, which: str) -> Upload:
 
     Args:
         run: The run's folder.
-        which: "last", "best", which is the one with the highest `eval/accuracy` of those that were
-            kept, or the number of its step.
+        which: "last", "best" or a number of steps; see `checkpoint_folder.find`.
 
     Raises:
         ValueError: There is no such run or checkpoint, or it is not whole.
     """
-    checkpoint = _checkpoint(run, which)
-    step = checkpoint_folder.verify(checkpoint).step
+    found = checkpoint_folder.find(run / "checkpoints", which)
+    if found.refused:
+        raise ValueError(f"{found.refused[0]}; to upload an older one, give --checkpoint STEP")
+    checkpoint = found.path
+    if checkpoint is None:
+        raise ValueError(
+            f"--checkpoint {which}: that is the model which {run} began with, and there is nothing "
+            "to upload"
+        )
     files = [
         str(file.relative_to(checkpoint))
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file() and file.relative_to(checkpoint).parts[0] not in _OWN
     ]
-    return Upload(checkpoint, step, tuple(files), str(model_card(run, step)))
+    return Upload(checkpoint, found.step, tuple(files), str(model_card(run, found.step)))
 
 
 def push(upload: Upload, repo: str, *, is_public: bool, log: Callable[[str], None]) -> str:
@@ -87,30 +92,3 @@ def push(upload: Upload, repo: str, *, is_public: bool, log: Callable[[str], Non
     except (httpx.HTTPError, OSError) as error:
         raise ValueError(f"the hub at {api.endpoint} cannot be reached: {error}") from error
     return str(url)
-
-
-def _checkpoint(run: Path, which: str) -> Path:
-    folder = run / "checkpoints"
-    kept = {
-        int(path.name.removeprefix("step_")): path
-        for path in checkpoint_folder.newest_first(folder)
-    }
-    if not kept:
-        raise ValueError(f"there is no checkpoint in {folder}: give the folder of a run")
-    if which == "last":
-        return kept[max(kept)]
-    if which == "best":
-        measured = {
-            row["step"]: row["eval/accuracy"]
-            for row in read_records(run / "metrics.jsonl")[0]
-            if "eval/accuracy" in row and row["step"] in kept
-        }
-        if not measured:
-            raise ValueError(
-                f"none of the checkpoints {sorted(kept)} was evaluated: give --checkpoint last, or "
-                "train with eval.every and checkpoint.every"
-            )
-        return kept[max(measured, key=lambda step: (measured[step], step))]
-    if which.isdigit() and int(which) in kept:
-        return kept[int(which)]
-    raise ValueError(f"--checkpoint {which}: there are best, last and {sorted(kept)}")

@@ -15,8 +15,6 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
-from jinja2 import TemplateError
-
 from tir_alp.tools.calls import HERMES, CallMarks, ToolCall, call_blocks, read_call
 
 # Stand-ins. The quote and line end in the tool's output show whether it is written as JSON.
@@ -85,7 +83,7 @@ class ChatTemplate:
                 add_generation_prompt=generation,
                 **({} if self.clock is None else {"strftime_now": self.clock.strftime}),
             )
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program, which may raise anything
             name = self.tokenizer.name_or_path
             raise ValueError(f"the chat template of {name!r} refuses a message: {error}") from error
 

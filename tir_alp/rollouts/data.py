@@ -277,6 +277,18 @@ def left_out(sources: Sequence[SourceConfig]) -> list[str]:
     return sentences
 
 
+def digests(sources: Sequence[SourceConfig]) -> dict[str, dict[str, Any]]:
+    """Return the number of rows and the digest of each data set of the hub that is used."""
+    found = {}
+    for source in sources:
+        if source.source == "hub":
+            opened = open_rows(source)
+            name = f"{opened.whole.rows.name} ({source.question_column}, {source.answer_column})"
+            num_rows = len(opened.whole) + opened.num_filtered
+            found[name] = {"rows": num_rows, "sha256": opened.sha256}
+    return found
+
+
 class Shuffled:
     """Endless indices by position: every epoch contains all of them, in an order of its own.
 

@@ -10,9 +10,11 @@ messages), `reward_model.ground_truth`, `data_source` and `extra_info`; and thos
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,13 +27,15 @@ import numpy as np
 from tir_alp.config import SourceConfig
 from tir_alp.rollouts.answer_pattern import compile_pattern, cut_answer, gsm8k_answer
 from tir_alp.rollouts.code_rows import as_coding_task
-from tir_alp.rollouts.file_formats import open_csv, open_lines
+from tir_alp.rollouts.file_formats import format_of, open_csv, open_lines
 from tir_alp.rollouts.surrogates import SURROGATE
 from tir_alp.tools.answer_text import is_gradable
+from tir_alp.tools.boxed import extract_boxed
 from tir_alp.tools.code_forms import has_tests, read_tests
 from tir_alp.tools.held_out import Split, is_held_out
 
 _MAX_NAMED = 20  # columns in a message
+_MESSAGES = re.compile(r'\s*\[\s*\{\s*"(?:role|content)"\s*:')
 _BATCH_ROWS = 1024  # rows of a row group that are converted to Python objects at a time
 
 
@@ -146,7 +150,10 @@ class HubRows:
         self.name = self.file = f"{dataset}[{split}]"
         folder = Path(dataset)
         if (folder / "dataset_dict.json").is_file():  # written by `save_to_disk`
-            self._rows: Any = datasets.load_from_disk(dataset)[split]
+            splits: Any = datasets.load_from_disk(dataset)
+            if split not in splits:
+                raise ValueError(f"it has no split {split!r}, but {', '.join(splits)}: data.split")
+            self._rows: Any = splits[split]
         elif (folder / "state.json").is_file():
             self._rows = datasets.load_from_disk(dataset)
         else:
@@ -191,6 +198,8 @@ class Opened:
     """One sentence per row that was left out because it is broken."""
     num_filtered: int
     """Number of rows that were left out because of their length."""
+    sha256: str
+    """Digest of all questions and answers, in the order of the file."""
 
     @property
     def whole(self) -> FileTasks:
@@ -230,15 +239,18 @@ def _open_version(config: SourceConfig, version: tuple[int, int]) -> Opened:
     }
     broken: list[str] = []
     num_filtered = num_rows = 0
+    digest = hashlib.sha256()
     for number, key, raw in rows:
         num_rows += 1
         try:
-            question = read_row(raw, rows, number, config)["question"]
+            row = read_row(raw, rows, number, config)
         except ValueError as error:
             if config.broken_rows == "fatal":
                 raise
             broken.append(str(error))
             continue
+        question = row["question"]
+        digest.update(f"{question}\0{row['answer']}\0".encode())
         most = config.max_question_chars
         if len(question) < config.min_question_chars or (most is not None and len(question) > most):
             num_filtered += 1
@@ -252,7 +264,7 @@ def _open_version(config: SourceConfig, version: tuple[int, int]) -> Opened:
         split: FileTasks(rows, config, np.array(keys, np.int64), np.array(numbers, np.int64))
         for split, (keys, numbers) in found.items()
     }
-    return Opened(splits, tuple(broken), num_filtered)
+    return Opened(splits, tuple(broken), num_filtered, digest.hexdigest())
 
 
 def read_row(raw: Any, rows: RawRows, number: int, config: SourceConfig) -> dict[str, Any]:
@@ -273,18 +285,28 @@ def read_row(raw: Any, rows: RawRows, number: int, config: SourceConfig) -> dict
         try:
             raw = json.loads(raw)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{location}: not JSON ({error}): fix or delete the line") from None
+            fix = "fix or delete the line"
+            if number == 1 and not raw.lstrip().startswith(b"{"):
+                fix += (
+                    f", or set data.source to the format of the file: it begins with {raw[:40]!r}"
+                )
+            raise ValueError(f"{location}: not JSON ({error}): {fix}") from None
     if not isinstance(raw, dict):
         raise ValueError(f'{location}: not an object: write {{"question": ..., "answer": ...}}')
     columns = config.question_column, config.answer_column
     if columns == ("question", "answer"):
-        raw = dict(as_coding_task(raw))
-    if columns == ("question", "answer") and "question" not in raw and "reward_model" in raw:
-        question, answer = _prompt_of(raw, location), _inside(raw, "reward_model.ground_truth")
+        try:
+            raw = dict(as_coding_task(raw))
+        except ValueError as error:
+            raise ValueError(f"{location}: {error}") from None
+    is_default = columns == ("question", "answer")
+    if is_default and not {"question", "answer"} <= raw.keys() and "reward_model" in raw:
+        question, answer = raw.get("prompt"), _inside(raw, "reward_model.ground_truth")
         columns = "prompt", "reward_model.ground_truth"
     else:
         _demand_columns(raw, columns, location)
         question, answer = (_inside(raw, column) for column in columns)
+    question = _of_messages(question, f"{location}: {columns[0]!r}")
     if not _is_text(question):
         raise ValueError(
             f"{location}: {columns[0]!r} must be a text that is not empty, not {question!r:.100}"
@@ -329,7 +351,7 @@ def _as_written(answer: float, line: Any, column: str) -> str:
 def _cut(text: str, config: SourceConfig, column: str) -> str:
     """Return the answer within the text of its column."""
     if config.answer_pattern is None:
-        answer = gsm8k_answer(text) or text
+        answer = gsm8k_answer(text) or extract_boxed(text) or text
     else:
         found = cut_answer(text, config.answer_pattern)
         if not found:
@@ -350,19 +372,25 @@ def _is_text(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and bool(value.strip()) and not SURROGATE.search(value)
 
 
-def _prompt_of(raw: Mapping[str, Any], location: str) -> Any:
-    """Return the text of a prompt in verl's form: a user message, optionally after a system one."""
-    prompt = raw.get("prompt")
-    if isinstance(prompt, str):
-        return prompt
-    messages: list[Any] = prompt if isinstance(prompt, list) else []
-    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+def _of_messages(value: Any, column: str) -> Any:
+    """Return the text of a user message, optionally after a system one; other values as they are.
+
+    The messages may be a list of objects, as in verl's form, or its JSON text.
+    """
+    if isinstance(value, str) and _MESSAGES.match(value):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    if not isinstance(value, list):
+        return value
+    roles = [message.get("role") if isinstance(message, dict) else None for message in value]
     if roles not in (["user"], ["system", "user"]):
         raise ValueError(
-            f"{location}: 'prompt' must be a user message, optionally after a system message; "
-            f"its roles are {roles!r:.100}"
+            f"{column} must be a text, or a user message, optionally after a system message; its "
+            f"roles are {roles!r:.100}"
         )
-    contents = [message.get("content") for message in messages]
+    contents = [message.get("content") for message in value]
     return "\n\n".join(contents) if all(isinstance(each, str) for each in contents) else contents
 
 
@@ -399,6 +427,11 @@ def raw_rows(
         ) as error:  # the type depends on whether id, subset, split or network is wrong
             raise ValueError(f"cannot load the data set {dataset!r}: {error}") from error
     assert path is not None
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder: name a file in it, or, for a folder that the datasets library "
+            f'saved, set data.source = "hub" and data.dataset = "{path}"'
+        )
     if source in ("jsonl", "csv"):
         try:
             return JsonLines(path, open_csv if source == "csv" else open_lines)
@@ -409,4 +442,6 @@ def raw_rows(
     except ImportError as error:
         raise ValueError(f"{error}; install it: pip install 'tir_alp[data]'") from error
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        if (found := format_of(path)) is not None:
+            raise ValueError(f"{path} is {found}") from None
         raise ValueError(f"cannot read the parquet file {path}: {error}") from error

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -132,8 +133,8 @@ class EpisodeRunner:
         env = await self._in_thread(self.make_env, f"{episode}: making the environment")
         env = self.record_env(env, sequence_uid)
         try:
-            text, _ = await self._in_thread(
-                lambda: env.reset(seed=task.seed, options=task.to_options()),
+            text = await self._in_thread(
+                lambda: _text(env.reset(seed=task.seed, options=task.to_options())[0]),
                 f"{episode}: env.reset",
             )
             prompt = self.renderer.prompt_within(text, self.limits.max_context_tokens, task.task_id)
@@ -178,7 +179,7 @@ class EpisodeRunner:
             generated = time.monotonic()
             action = self.renderer.action(completion.token_ids)
             text, reward, terminated, truncated, info = await self._in_thread(
-                lambda action=action: env.step(action), f"{where}: env.step"
+                lambda action=action: _checked(env.step(action)), f"{where}: env.step"
             )
             stepped = time.monotonic()
             outcome = Outcome(info.get("outcome", Outcome.OK))
@@ -197,7 +198,7 @@ class EpisodeRunner:
                     policy_version=completion.policy_version,
                     stop_reason=completion.stop_reason,
                     outcome=outcome,
-                    reward=float(reward),
+                    reward=reward,
                     info={**info, "observation": text},
                     timing={
                         "begin": began,
@@ -208,7 +209,7 @@ class EpisodeRunner:
                 )
             )
             if terminated or truncated:
-                return tuple(turns), bool(terminated), bool(truncated)
+                return tuple(turns), terminated, truncated
 
     async def _complete(
         self, token_ids: tuple[int, ...], sampling: Sampling, where: str
@@ -246,6 +247,25 @@ class EpisodeRunner:
         except TimeoutError:
             message = f"{where} did not answer within {self.limits.env_timeout_s:g} s"
             raise EpisodeFailed(Outcome.INFRA_ERROR, message) from None
+
+
+def _checked(step: tuple[Any, ...]) -> tuple[str, float, bool, bool, Mapping[str, Any]]:
+    """Check what a step of an environment returned, which may be anything.
+
+    Raises:
+        ValueError: The observation is no text, the reward no finite number, or the outcome unknown.
+    """
+    text, reward, terminated, truncated, info = step
+    if isinstance(reward, str) or not math.isfinite(float(reward)):
+        raise ValueError(f"the reward is {reward!r:.60}, which is no finite number")
+    Outcome(info.get("outcome", Outcome.OK))
+    return _text(text), float(reward), bool(terminated), bool(truncated), info
+
+
+def _text(observation: Any) -> str:
+    if not isinstance(observation, str):
+        raise ValueError(f"the observation is {observation!r:.60}, which is no text")
+    return observation
 
 
 def mask_void_turns(turns: tuple[Turn, ...], policy: str) -> tuple[Turn, ...]:

@@ -1,4 +1,4 @@
-"""Notices that a file of tasks changed between the start of a run and its resumption.
+"""Notices that the data of a run changed between its start and its resumption.
 
 A task follows from its number alone, so with another file a resumed run would train on other tasks
 than its position says, and the audit could replay none of the earlier ones.
@@ -15,7 +15,7 @@ from typing import Any
 _FILE = "data.json"
 
 Fingerprints = Mapping[str, Mapping[str, Any]]
-"""Size and SHA-256 of files, by path."""
+"""Size and SHA-256 of files, by path; number of rows and SHA-256 of data sets, by name."""
 
 
 def fingerprints(paths: Iterable[Path]) -> Fingerprints:
@@ -55,6 +55,13 @@ def check_fingerprints(folder: Path, files: Fingerprints) -> None:
         then = before.get(path)
         if then is not None and then != now:
             raise ValueError(
-                f"{path} is not the file that {folder} began with: it had {then['bytes']} bytes, "
-                f"and has {now['bytes']}, or other contents. Restore it, or start a new run"
+                f"{path} is not the data that {folder} began with: it had {_described(then)}, and "
+                f"has {_described(now)}. Restore it, or start a new run"
             )
+
+
+def _described(fingerprint: Mapping[str, Any]) -> str:
+    size = " ".join(
+        f"{fingerprint[unit]} {unit}" for unit in ("bytes", "rows") if unit in fingerprint
+    )
+    return f"{size} (sha256 {fingerprint['sha256'][:12]})"

@@ -157,6 +157,8 @@ class Demonstrations:
     """Sentences about the rows that were left out."""
     num_tokens: int
     """Tokens of all rows that are trained on."""
+    sha256: str
+    """Digest of the tokens of all rows."""
 
     def sample(self, row: Row, uid: int) -> Sample:
         """Read a row, as the trainer takes it: with the advantage 1."""
@@ -193,6 +195,7 @@ def open_demonstrations(
     held_out: list[Row] = []
     left_out: list[str] = []
     num_tokens = 0
+    digest = hashlib.sha256()
     for number, row in enumerate(source.rows(), start=1):
         if number % _PROGRESS_ROWS == 0:
             log(f"{number} conversations read")
@@ -203,6 +206,7 @@ def open_demonstrations(
                 raise ValueError(f'{error}; or set data.broken_rows = "skip"') from None
             left_out.append(str(error))
             continue
+        digest.update(f"{trajectory.task_id} {trajectory.token_ids}\n".encode())
         if not any(trajectory.loss_mask):
             left_out.append(f"{trajectory.task_id}: nothing in it is to be learnt")
         elif (length := len(trajectory.token_ids)) > max_tokens:
@@ -218,7 +222,7 @@ def open_demonstrations(
     if not trained:
         reasons = "".join(f"\n  {each}" for each in left_out[:5])
         raise ValueError(f"there is no conversation to train on in {describe(config)}{reasons}")
-    return Demonstrations(source, trained, held_out, left_out, num_tokens)
+    return Demonstrations(source, trained, held_out, left_out, num_tokens, digest.hexdigest())
 
 
 def describe(config: TranscriptsConfig) -> str:

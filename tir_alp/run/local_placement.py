@@ -6,7 +6,7 @@ The loop in `train` sees an engine, a trainer and environments. `LocalPlacement`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tir_alp.config import Config
 from tir_alp.engines.base import AskTrainer, Engine
 from tir_alp.engines.open import open_engine
 from tir_alp.records.folder import RunFolder
-from tir_alp.roles import TrainerRole
+from tir_alp.roles import Node, TrainerRole
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.training.local_trainer import LocalTrainer
@@ -54,3 +54,7 @@ class LocalPlacement:
     def make_env(self) -> gymnasium.Env[str, str]:
         """As `Placement.make_env`."""
         return make_environment(self._config)
+
+    def nodes(self) -> Sequence[Node]:
+        """As `Placement.nodes`."""
+        return ()

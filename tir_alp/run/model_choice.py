@@ -89,25 +89,7 @@ def checkpoint_of(run: Path, which: str) -> Model:
     Raises:
         ValueError: There is no such checkpoint.
     """
-    folder = run / "checkpoints"
-    if which == "last":
-        path, position, _ = checkpoint_folder.newest(folder)
-        return Model(str(path), position.step)
-    if which == "best":
-        best = checkpoint_folder.read_best(folder)
-        if best is None:
-            raise ValueError(f"{run} was not evaluated while it trained: there is no best step")
-        step = best.step
-    elif which.isdigit():
-        step = int(which)
-    else:
-        raise ValueError(f"--checkpoint {which}: give best, last or a number of steps")
-    path = folder / f"step_{step}"
-    if path.is_dir():
-        checkpoint_folder.verify(path)
-        return Model(str(path), step)
-    if step == 0:  # the model that the run began with
-        name = read_run_config(run)["model"]["path"]
-        return Model(resolve(name))
-    there = ", ".join(each.name for each in checkpoint_folder.newest_first(folder)) or "none"
-    raise ValueError(f"{run} has no checkpoint of step {step}; there are {there}")
+    found = checkpoint_folder.find(run / "checkpoints", which)
+    if found.path is None:  # the model that the run began with
+        return Model(resolve(read_run_config(run)["model"]["path"]))
+    return Model(str(found.path), found.step)

@@ -16,7 +16,7 @@ from tir_alp.records.evaluation_folder import check_same, read_tasks, write_task
 from tir_alp.records.folder import RunFolder, read_origin
 from tir_alp.records.ledger import Ledger
 from tir_alp.roles import Placement
-from tir_alp.rollouts.data import EvalSet, load_eval_sets
+from tir_alp.rollouts.data import EvalSet, left_out, load_eval_sets
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.episode import EpisodeRunner
 from tir_alp.rollouts.evaluation import UIDS_PER_TASK, PlayedTask, group_id_of, play_sets
@@ -42,6 +42,8 @@ class PreparedEvaluation:
     sets: Sequence[EvalSet]
     done: dict[int, PlayedTask]
     """Tasks that were played before, by their identity."""
+    left_out: Sequence[str]
+    """Sentences about the rows of the data that were left out."""
 
 
 class EvaluationChecks(Protocol):
@@ -128,7 +130,10 @@ def prepare_evaluation(config: Config, model: Model, out: Path) -> PreparedEvalu
     tokenizer = load_tokenizer(model.path)
     with closing(make_environment(config)) as env:
         renderer = make_renderer(config, tokenizer, env, origin)
-    return PreparedEvaluation(config, model, folder, origin, tokenizer, renderer, sets, done)
+    sources = config.eval.data or config.data.sources
+    return PreparedEvaluation(
+        config, model, folder, origin, tokenizer, renderer, sets, done, left_out(sources)
+    )
 
 
 @asynccontextmanager
@@ -155,6 +160,7 @@ async def open_evaluation(
             folder.create(config, prepared.origin, objective="", command="evaluate")
         stack.enter_context(closing(folder))
         folder.note_environment(0, report)
+        folder.note_left_out(prepared.left_out)
         num_episodes = config.rollout.groups_per_step * config.rollout.group_size
         make_runner = open_episodes(
             stack, config, num_episodes, placement.make_env, prepared.renderer, log

@@ -26,7 +26,7 @@ from tir_alp.config import Config
 from tir_alp.engines.base import Engine
 from tir_alp.records.folder import RunFolder
 from tir_alp.records.ledger import Ledger
-from tir_alp.roles import Placement, TrainerRole
+from tir_alp.roles import Node, Placement, TrainerRole
 from tir_alp.rollouts.data import EvalSet
 from tir_alp.rollouts.episode import EpisodeRunner
 from tir_alp.rollouts.queue import RolloutQueue
@@ -59,9 +59,18 @@ class StartChecks(Protocol):
     """Examines a run before it begins; raises ValueError where it would not be sound."""
 
     def before_launch(
-        self, prepared: Prepared, make_env: Callable[[], gymnasium.Env[str, str]]
+        self,
+        prepared: Prepared,
+        make_env: Callable[[], gymnasium.Env[str, str]],
+        nodes: Sequence[Node],
     ) -> Examined:
-        """Check what needs no weights; blocks."""
+        """Check what needs no weights; blocks.
+
+        Args:
+            prepared: The run.
+            make_env: Makes an environment.
+            nodes: See `Placement.nodes`.
+        """
         ...
 
     async def after_launch(
@@ -123,7 +132,9 @@ async def open_run(
     is_new = examined is None
     if examined is None:
         console.print("checking this machine, the environment and the chat template")
-        examined = await asyncio.to_thread(checks.before_launch, prepared, placement.make_env)
+        examined = await asyncio.to_thread(
+            checks.before_launch, prepared, placement.make_env, placement.nodes()
+        )
     console.print("starting trainer and engine")
     async with AsyncExitStack() as stack:
         launched = await stack.enter_async_context(launch(prepared, placement))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing
@@ -15,30 +14,27 @@ from typing import Any, Protocol
 import gymnasium
 
 from tir_alp.config import Config, SFTConfig
-from tir_alp.models.resolve import resolve
-from tir_alp.records.folder import RunFolder, read_origin
+from tir_alp.records.folder import RunFolder
 from tir_alp.records.ledger import Ledger
 from tir_alp.records.trackers import check_trackers
-from tir_alp.roles import Placement, TrainerRole
+from tir_alp.roles import Node, Placement, TrainerRole
 from tir_alp.rollouts.data import Shuffled, load_eval_sets
 from tir_alp.rollouts.demonstration import Demonstrator
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.renderer import Renderer, make_renderer
+from tir_alp.run.beginning import beginning, check_files, check_steps, first_weights, run_name
 from tir_alp.run.console import RunConsole
-from tir_alp.run.data_fingerprint import (
-    Fingerprints,
-    check_fingerprints,
-    fingerprints,
-    write_fingerprints,
+from tir_alp.run.data_fingerprint import Fingerprints, fingerprints, write_fingerprints
+from tir_alp.run.demonstrations import (
+    Demonstrations,
+    describe,
+    files_of,
+    open_demonstrations,
 )
-from tir_alp.run.demonstrations import Demonstrations, files_of, open_demonstrations
 from tir_alp.run.interrupt import Interrupt
 from tir_alp.run.open_run import Examined
 from tir_alp.run.prepare import describe_left_out
-from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Position
-from tir_alp.training.policy import load_tokenizer
-from tir_alp.training.structure import new_origin
 from tir_alp.types import Origin, Sample
 
 OBJECTIVE = "sft: minimise the mean of -log pi(y_t) over the assistant's tokens"
@@ -84,7 +80,9 @@ class PreparedSFT:
 class SFTChecks(Protocol):
     """Examines a run of supervised fine-tuning before it begins."""
 
-    def before_sft(self, prepared: PreparedSFT, env: gymnasium.Env[str, str]) -> Sequence[str]:
+    def before_sft(
+        self, prepared: PreparedSFT, env: gymnasium.Env[str, str], nodes: Sequence[Node]
+    ) -> Sequence[str]:
         """Check what needs no weights; returns warnings. Raises ValueError."""
         ...
 
@@ -145,8 +143,9 @@ async def open_sft(
     prepared = await asyncio.to_thread(prepare, console.print)
     if examined is None:
         console.print("checking this machine and the chat template")
+        nodes = placement.nodes()
         with closing(placement.make_env()) as env:
-            warnings = await asyncio.to_thread(checks.before_sft, prepared, env)
+            warnings = await asyncio.to_thread(checks.before_sft, prepared, env, nodes)
         examined = Examined({}, warnings)
         for each in warnings:
             console.print(f"warning: {each}")
@@ -188,25 +187,18 @@ def prepare_sft(config: SFTConfig, resume: Path | None, log: Callable[[str], Non
         ValueError: For what a user can fix.
     """
     check_trackers(config.trackers)
-    folder = RunFolder(resume or Path("runs") / run_name(config))
-    initial = resolve(config.model.path, log)
-    position, found = Position(0, 0), None
-    if resume is None:
-        folder.check_is_new()
-        origin = new_origin(initial)
-    else:
-        folder.check_is_free()
-        origin = read_origin(resume)
-        found, position, refused = checkpoint_folder.newest(resume / "checkpoints")
-        log("".join(f"refused: {reason}\n" for reason in refused) + f"from {found}")
-    tokenizer = load_tokenizer(initial if found is None else str(found))
-    renderer, demonstrator = encoders(config.as_run(), tokenizer, origin)
+    begin = beginning(run_name(config.name, "sft", config.seed), resume, log)
+    weights = first_weights(config.model.path, begin, log)
+    renderer, demonstrator = encoders(config.as_run(), weights.tokenizer, weights.origin)
     files = fingerprints(files_of(config.data))
-    if resume is not None:
-        check_fingerprints(resume, files)
+    check_files(begin, files)
     demonstrations = open_demonstrations(
-        config.data, demonstrator, tokenizer, config.rollout.max_context_tokens, log
+        config.data, demonstrator, weights.tokenizer, config.rollout.max_context_tokens, log
     )
+    if not files:  # a data set of the hub
+        num_rows = len(demonstrations.trained) + len(demonstrations.held_out)
+        files = {describe(config.data): {"rows": num_rows, "sha256": demonstrations.sha256}}
+        check_files(begin, files)
     if demonstrations.left_out:
         log(describe_left_out(demonstrations.left_out))
     load_eval_sets(None, config.eval)  # a fault is found now, and not after the training
@@ -214,16 +206,15 @@ def prepare_sft(config: SFTConfig, resume: Path | None, log: Callable[[str], Non
     if steps is None:
         per_epoch = len(demonstrations.trained) / config.sequences_per_step
         steps = max(1, math.ceil(config.epochs * per_epoch))
-    if resume is not None and position.step >= steps:
-        raise ValueError(f"{resume} has made its {position.step} steps: give --steps more to go on")
+    check_steps(begin, steps)
     return PreparedSFT(
         config=config.model_copy(update={"steps": steps}),
-        folder=folder,
-        position=position,
-        checkpoint=found,
-        initial_model=initial,
-        origin=origin,
-        tokenizer=tokenizer,
+        folder=begin.folder,
+        position=begin.position,
+        checkpoint=begin.checkpoint,
+        initial_model=weights.initial,
+        origin=weights.origin,
+        tokenizer=weights.tokenizer,
         renderer=renderer,
         demonstrations=demonstrations,
         files=files,
@@ -263,8 +254,3 @@ def _open_folder(prepared: PreparedSFT, say: Callable[[str], None]) -> None:
         if is_new:
             folder.discard()
         raise
-
-
-def run_name(config: SFTConfig) -> str:
-    """The run's folder below `runs/`."""
-    return config.name or f"sft-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -6,7 +6,6 @@ of the run is found here. Each mistake is a ValueError that says what to do; not
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -15,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from tir_alp.config import Config
-from tir_alp.models.resolve import resolve
 from tir_alp.process import missing_extra
-from tir_alp.records.folder import RunFolder, read_origin
+from tir_alp.records.folder import RunFolder
 from tir_alp.records.trackers import check_trackers
 from tir_alp.records.trajectories import state_from_record
 from tir_alp.rollouts.data import (
     EvalSet,
     Order,
+    digests,
     left_out,
     load_eval_sets,
     load_order,
@@ -31,12 +30,10 @@ from tir_alp.rollouts.data import (
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.queue import QueueState
 from tir_alp.rollouts.renderer import Renderer, make_renderer
-from tir_alp.run.data_fingerprint import Fingerprints, check_fingerprints, fingerprints
+from tir_alp.run.beginning import beginning, check_files, check_steps, first_weights, run_name
+from tir_alp.run.data_fingerprint import Fingerprints, fingerprints
 from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Position
-from tir_alp.training.model_folder import check_model_folder
-from tir_alp.training.policy import load_tokenizer
-from tir_alp.training.structure import local_path, new_origin
 from tir_alp.types import Origin
 
 _SERVERS = ("sglang", "vllm")  # engines that are reached over HTTP
@@ -96,28 +93,23 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
     """
     _check_extras(config)
     check_trackers(config.trackers)
-    folder = RunFolder(resume or Path("runs") / run_name(config))
-    if resume is None:
-        folder.check_is_new()
-        progress = Progress()
-    else:
-        folder.check_is_free()
-        progress = read_progress(config, resume, log)
-    initial = resolve(config.model.path, log)
-    found = progress.checkpoint
-    if resume is None:
-        check_model_folder(local_path(initial))
-        origin = new_origin(initial)
-    else:
-        origin = read_origin(resume)
-    tokenizer = load_tokenizer(initial if found is None else str(found))
+    begin = beginning(run_name(config.name, config.algorithm.name, config.seed), resume, log)
+    check_steps(begin, config.steps)
+    progress = Progress(begin.position)
+    if begin.checkpoint is not None:
+        kept = checkpoint_folder.load_rollouts(begin.checkpoint)
+        pending = state_from_record(kept["queue"])
+        progress = Progress(begin.position, begin.checkpoint, pending, kept["attempts"])
+    weights = first_weights(config.model.path, begin, log)
     with closing(make_environment(config)) as env:
-        renderer = make_renderer(config, tokenizer, env, origin)
+        renderer = make_renderer(config, weights.tokenizer, env, weights.origin)
     sources = (*config.data.sources, *config.eval.data)
     tasks = load_order(config.data, config.seed, whole=bool(config.eval.data))
-    files = fingerprints(each.path for each in sources if each.path is not None)
-    if resume is not None:
-        check_fingerprints(resume, files)
+    files = {
+        **fingerprints(each.path for each in sources if each.path is not None),
+        **digests(sources),
+    }
+    check_files(begin, files)
     eval_sets = load_eval_sets(config.data, config.eval)
     for sentence in overlap(config.data, eval_sets):
         log(f"warning: {sentence}")
@@ -126,11 +118,11 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
         log(describe_left_out(sentences))
     return Prepared(
         config=config,
-        folder=folder,
+        folder=begin.folder,
         progress=progress,
-        initial_model=initial,
-        tokenizer=tokenizer,
-        origin=origin,
+        initial_model=weights.initial,
+        tokenizer=weights.tokenizer,
+        origin=weights.origin,
         renderer=renderer,
         tasks=tasks,
         eval_sets=eval_sets,
@@ -143,26 +135,11 @@ def _check_extras(config: Config) -> None:
     """Refuse a config that needs an optional library which is missing."""
     needed = {
         "peft": config.trainer.lora is not None and "trainer.lora",
-        "aiohttp": config.engine.type in ("sglang", "vllm")
-        and f"engine.type = {config.engine.type}",
+        "aiohttp": config.engine.type in _SERVERS and f"engine.type = {config.engine.type}",
     }
     for module, key in needed.items():
         if key and find_spec(module) is None:
             raise ValueError(f"{key} needs {module}, and {missing_extra(module)}")
-
-
-def read_progress(config: Config, resume: Path, log: Callable[[str], None]) -> Progress:
-    """Read the newest whole checkpoint of a run.
-
-    Raises:
-        ValueError: There is none, or the run has made all of its steps.
-    """
-    found, position, refused = checkpoint_folder.newest(resume / "checkpoints")
-    log("".join(f"refused: {reason}\n" for reason in refused) + f"from {found}")
-    if position.step >= config.steps:
-        raise ValueError(f"{resume} has made its {position.step} steps: give --steps more to go on")
-    kept = checkpoint_folder.load_rollouts(found)
-    return Progress(position, found, state_from_record(kept["queue"]), kept["attempts"])
 
 
 def describe_left_out(sentences: Sequence[str]) -> str:
@@ -172,9 +149,3 @@ def describe_left_out(sentences: Sequence[str]) -> str:
     return f"left out of the data:\n{some}" + (
         f"  and {more} more, in left_out.txt\n" if more > 0 else ""
     )
-
-
-def run_name(config: Config) -> str:
-    """The run's folder below `runs/`."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    return config.name or f"{config.algorithm.name}-seed{config.seed}-{stamp}"

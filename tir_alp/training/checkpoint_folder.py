@@ -69,7 +69,7 @@ def newest(folder: Path) -> tuple[Path, Position, list[str]]:
         except CheckpointError as error:
             refused.append(str(error))
     reasons = "".join(f"\n  {reason}" for reason in refused)
-    raise CheckpointError(f"there is no checkpoint to resume from in {folder}{reasons}")
+    raise CheckpointError(f"there is no checkpoint in {folder}{reasons}")
 
 
 def verify(path: Path) -> Position:
@@ -126,6 +126,53 @@ def write_best(folder: Path, best: Best) -> None:
     aside = folder / f".{_BEST}.part"
     aside.write_text(json.dumps(asdict(best)) + "\n")
     os.replace(aside, folder / _BEST)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A whole checkpoint of a run."""
+
+    path: Path | None
+    """None: the model that the run began with, which is not saved."""
+    step: int
+    """Number of steps that made its weights."""
+    refused: tuple[str, ...] = ()
+    """For each newer checkpoint, why it cannot be used."""
+
+
+def find(folder: Path, which: str) -> Found:
+    """Find the checkpoint that a user means.
+
+    Args:
+        folder: The run's folder of checkpoints.
+        which: `last`, the newest that is whole; `best`, see `read_best`; or a number of steps.
+
+    Raises:
+        CheckpointError: There is none, or it is not whole.
+    """
+    if which == "last":
+        newest_path, position, refused = newest(folder)
+        return Found(newest_path, position.step, tuple(refused))
+    if which == "best":
+        best = read_best(folder)
+        if best is None:
+            raise CheckpointError(
+                f"{folder.parent} has no best step: it was not evaluated while it trained "
+                "(eval.every), or checkpoint.best was off"
+            )
+        step = best.step
+    elif which.isdecimal():
+        step = int(which)
+    else:
+        raise CheckpointError(f"--checkpoint {which}: give best, last or a number of steps")
+    path = folder / f"step_{step}"
+    if path.is_dir():
+        verify(path)
+        return Found(path, step)
+    if step == 0:
+        return Found(None, 0)
+    there = ", ".join(each.name for each in newest_first(folder)) or "none"
+    raise CheckpointError(f"{folder.parent} has no checkpoint of step {step}; there are {there}")
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from tir_alp.training.model_folder import load_config, unknown_architecture
+from tir_alp.training.model_folder import check_model_folder, load_config, unknown_architecture
 from tir_alp.types import Origin
 
 
@@ -63,8 +63,9 @@ def new_origin(path: str) -> Origin:
     """Return the origin of what begins now with a model.
 
     Raises:
-        ValueError: If there is no such model.
+        ValueError: If there is no such model, or its folder lacks a part.
     """
+    check_model_folder(local_path(path))
     return Origin(datetime.now(), tuple(sorted(declared_end_token_ids(path))))
 
 

@@ -208,6 +208,14 @@ a = A()
 import mod
 print("main ends")
 """,
+    "objects of a program that is debugged": """
+class A:
+    def __del__(self): print("deleted")
+a = A()
+import io, pdb
+pdb.Pdb(stdin=io.StringIO("quit\\n"), stdout=io.StringIO()).set_trace()
+print("never")
+""",
     "runpy": "import runpy\nopen('m.py', 'w').write('x = 7')\nprint(runpy.run_path('m.py')['x'])",
     "a byte order mark": b"\xef\xbb\xbfprint('\xc3\xa9')",
     "coding: latin-1": b"# coding: latin-1\nprint('\xe9')",

@@ -60,6 +60,7 @@ def run_script(code: bytes, stdin: bytes, stdin_file: str | None) -> dict[str, A
     tracers = sys.gettrace(), sys.getprofile()  # Python keeps what they refer to until the very end
     sys.settrace(None)
     sys.setprofile(None)
+    _forget_tracers()
     if not _end():
         status = _NOT_FLUSHED
     sys.modules["__main__"] = main
@@ -72,6 +73,14 @@ def run_script(code: bytes, stdin: bytes, stdin_file: str | None) -> dict[str, A
 
 def _reply(status: int, limit: str) -> dict[str, Any]:
     return {"ok": status == 0, "value": None, "limit": limit, "status": status}
+
+
+def _forget_tracers() -> None:
+    """Take the trace functions from our own frames, to which a debugger adds its own."""
+    frame = sys._getframe()
+    while frame is not None:
+        frame.f_trace = None
+        frame = frame.f_back
 
 
 def _write_program(code: bytes) -> str:
