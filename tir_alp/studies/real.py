@@ -142,14 +142,19 @@ def summary(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
     return found
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser("tir_alp.studies.real", description=__doc__)
+    found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--tasks", type=int, default=256, help="held-out tasks per evaluation")
+    found.add_argument("--quick", action="store_true", help="three steps of each kind")
+    found.add_argument("--name", help="folder below runs/ (default: real-seed<N>)")
+    return found
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run all stages; returns the exit code."""
-    parser = argparse.ArgumentParser("tir_alp.studies.real", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tasks", type=int, default=256, help="held-out tasks per evaluation")
-    parser.add_argument("--quick", action="store_true", help="three steps of each kind")
-    parser.add_argument("--name", help="folder below runs/ (default: real-seed<N>)")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     folder = Path("runs") / (options.name or f"real-seed{options.seed}")
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()

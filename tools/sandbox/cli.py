@@ -26,7 +26,7 @@ _UNAVAILABLE = 69
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and carry it out; return the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     config = SandboxConfig.model_validate(
         {
             "backend": arguments.backend,
@@ -43,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m tir_alp.sandbox", description=__doc__)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser("python -m tir_alp.sandbox", description=__doc__)
     common = argparse.ArgumentParser(add_help=False)
     defaults = SandboxConfig()
     common.add_argument("--backend", default="auto", choices=("auto", *BACKENDS))
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         "--preload", default=",".join(defaults.preload), help="modules, separated by commas"
     )
     common.add_argument("--memory-mb", type=int, default=defaults.memory_mb)
-    verbs = parser.add_subparsers(required=True)
+    verbs = found.add_subparsers(required=True)
 
     probe = verbs.add_parser("probe", parents=[common], help="what is enforced here, and by what")
     probe.set_defaults(do=_probe, preload="")
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--no-token", action="store_true", help="let every local process in")
     serve.add_argument("--max-sessions", type=int, default=defaults.max_sessions)
     serve.set_defaults(do=_serve)
-    return parser
+    return found
 
 
 async def _probe(config: SandboxConfig, arguments: argparse.Namespace) -> int:
