@@ -24,7 +24,7 @@ from tir_alp.tools.sandbox import SandboxRefused
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    found = argparse.ArgumentParser("tir_alp.envs", description=__doc__)
+    found = argparse.ArgumentParser("python -m tir_alp.envs", description=__doc__)
     commands = found.add_subparsers(dest="command", required=True)
     new = commands.add_parser("new", help="write a package with one environment and its tests")
     new.add_argument("name", help="name of the package, e.g. letter_count")

@@ -15,7 +15,7 @@ from tir_alp.envs.interop.libraries import LIBRARIES, find_python, install
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    found = argparse.ArgumentParser("tir_alp.envs.interop", description=__doc__)
+    found = argparse.ArgumentParser("python -m tir_alp.envs.interop", description=__doc__)
     commands = found.add_subparsers(dest="command", required=True)
     for_install = commands.add_parser(
         "install", help="install a library into a virtual environment of its own"

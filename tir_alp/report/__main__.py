@@ -15,7 +15,7 @@ from tir_alp.report.write import TABLE
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    found = argparse.ArgumentParser("tir_alp.report", description=__doc__)
+    found = argparse.ArgumentParser("python -m tir_alp.report", description=__doc__)
     found.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     found.add_argument(
         "--out",

@@ -380,7 +380,7 @@ def take_own_memory(arguments: Sequence[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    found = argparse.ArgumentParser("tir_alp.studies.drill", description=__doc__)
+    found = argparse.ArgumentParser("python -m tir_alp.studies.drill", description=__doc__)
     found.add_argument("--faults", type=int, default=200, help="number of faults")
     found.add_argument("--drill-seed", type=int, default=0, help="seed of the choice of faults")
     found.add_argument(
@@ -391,10 +391,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return 0 if nothing was lost, repeated or left."""
-    take_own_memory(arguments)
     options, words = parser().parse_known_args(arguments)
     defaults = [word for key, value in DEFAULTS.items() for word in (f"--{key}", value)]
-    config = load_config([*defaults, "--cluster", "local", *words], read_toml(TRAIN_CONFIG))
+    try:
+        config = load_config([*defaults, "--cluster", "local", *words], read_toml(TRAIN_CONFIG))
+    except ValueError as error:
+        print(f"tir_alp.studies.drill: {error}", file=sys.stderr)
+        return 2
+    take_own_memory(arguments)
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         report = measure(config, options.faults, options.drill_seed, folder.resolve())

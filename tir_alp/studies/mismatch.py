@@ -186,7 +186,7 @@ async def run(options: argparse.Namespace) -> list[Measurement]:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     found = argparse.ArgumentParser(
-        "tir_alp.studies.mismatch", description=(__doc__ or "").split("\n")[0]
+        "python -m tir_alp.studies.mismatch", description=(__doc__ or "").split("\n")[0]
     )
     found.add_argument("--model", default="tiny-able", help="name, folder or Hugging Face id")
     found.add_argument("--engine", choices=["sglang", "transformers"], default="sglang")

@@ -144,7 +144,7 @@ def summary(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    found = argparse.ArgumentParser("tir_alp.studies.real", description=__doc__)
+    found = argparse.ArgumentParser("python -m tir_alp.studies.real", description=__doc__)
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--tasks", type=int, default=256, help="held-out tasks per evaluation")
     found.add_argument("--quick", action="store_true", help="three steps of each kind")

@@ -18,7 +18,7 @@ from tir_alp.studies.simulate.pipeline import Costs, PipelineLayout, simulate
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    found = argparse.ArgumentParser("tir_alp.studies.simulate", description=__doc__)
+    found = argparse.ArgumentParser("python -m tir_alp.studies.simulate", description=__doc__)
     found.add_argument("run", type=Path, help="a recorded run with rollout.max_staleness = 0")
     found.add_argument("--engines", type=int, nargs="+", default=[1], help="engines")
     found.add_argument("--trainers", type=int, nargs="+", default=[1], help="trainer ranks")
