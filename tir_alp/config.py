@@ -117,7 +117,10 @@ class SourceConfig(Section):
                 raise ValueError(f"the source {self.source!r} needs a {name}")
             is_taken = name == needed or (is_foreign and name == "dataset")
             if is_given and not is_taken:
-                raise ValueError(f"the source {self.source!r} does not take a {name}")
+                takers = " or ".join(map(repr, (key for key in needs if needs[key] == name)))
+                raise ValueError(
+                    f"the source {self.source!r} does not take a {name}: set source to {takers}"
+                )
         of_rows = {"question_column", "answer_column", "answer_pattern", "broken_rows"}
         of_rows |= {"min_question_chars", "max_question_chars"}
         changed = _changed(self)

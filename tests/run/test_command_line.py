@@ -113,7 +113,10 @@ def test_help_of_a_section_and_the_version(capsys):
 
 
 @pytest.mark.parametrize("words", ["['--help']", "['--trainer.lr', 'fast']", "['--no.key', '1']"])
-@pytest.mark.parametrize("module", ["tir_alp.train", "tir_alp.doctor.__main__"])
+@pytest.mark.parametrize(
+    "module",
+    [f"tir_alp.{name}" for name in ("train", "sft", "evaluate", "chat", "doctor.__main__")],
+)
 def test_help_and_mistakes_are_answered_without_torch(module, words):
     program = f"""
 import importlib, sys

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tir_alp.models.from_gguf import cached
 from tir_alp.models.tiny import SHIPPED
 
 
@@ -28,5 +27,7 @@ def resolve(path: str, log: Callable[[str], None] = _say) -> str:
     if path in SHIPPED:
         return str(SHIPPED[path])
     if path.lower().endswith(".gguf"):
+        from tir_alp.models.from_gguf import cached  # needs torch, which takes seconds to import
+
         return str(cached(Path(path).expanduser(), log))
     return path

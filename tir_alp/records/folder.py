@@ -285,8 +285,11 @@ def read_run_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     try:
         return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a run folder: cannot read {file} ({error})") from None
+    except OSError as error:
+        reason = str(error.strerror)
+    except ValueError as error:
+        reason = f"it is not JSON ({error})"
+    raise ValueError(f"{path} is not a run folder: cannot read {file}: {reason}")
 
 
 def read_command(path: Path) -> str:
