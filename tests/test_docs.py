@@ -7,6 +7,7 @@ import re
 import tomllib
 from pathlib import Path
 
+from tir_alp.report.meanings import meaning
 from tir_alp.tools.outcome import Outcome
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +99,21 @@ def test_every_metric_that_is_named_is_documented():
         or (name.startswith("outcome/") and name not in outcomes)
     ]
     assert len(named) > 30 and unknown == []
+
+
+def test_every_documented_metric_has_a_meaning_in_the_report():
+    """A report explains what docs/metrics.md lists: whole names, and the keys of a slice."""
+    cells = re.findall(r"(?m)^\| (`[^|]+) \|", (ROOT / "docs/metrics.md").read_text())
+    names = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    examples = {"<side>": "low", "<component>": "answer", "<figure>": "running", "...": "accuracy"}
+    areas = [name for name in names if re.match("turn_|positive|negative|after_tool", name)]
+    keys = names[names.index(areas[-1]) + 1 : names.index("loss/value")]
+    whole = [name for name in names if "/" in name]
+    whole += [f"{area}/{key}" for area in areas for key in keys]
+    for pattern, example in examples.items():
+        whole = [name.replace(pattern, example) for name in whole]
+    unknown = [name for name in whole if not meaning(re.sub("<(n|layer)>", "2", name))[0]]
+    assert len(areas) == 5 and len(keys) == 12 and unknown == []
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

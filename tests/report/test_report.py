@@ -13,9 +13,10 @@ from tir_alp.config import Config
 from tir_alp.records.folder import RunFolder
 from tir_alp.report import write_comparison, write_run_report
 from tir_alp.report.__main__ import main
-from tir_alp.report.catalogue import PICTURES, meaning
+from tir_alp.report.catalogue import PICTURES
 from tir_alp.report.compare import row, summary_of
 from tir_alp.report.figures import median_of, scale_for, shares
+from tir_alp.report.meanings import meaning
 from tir_alp.report.methods import STYLES, by_method
 from tir_alp.report.read import Series, read_run
 from tir_alp.run.describe import changed_settings
