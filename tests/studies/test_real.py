@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tir_alp.models.from_wheel import WHEELS
-from tir_alp.studies.real import RL_CONFIG, SFT_CONFIG, main, stages
+from tir_alp.studies.real import RL_CONFIG, SFT_CONFIG, Stage, main, run, stages
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,6 +25,30 @@ def test_each_stage_begins_with_what_the_one_before_it_made():
     ]
     assert "--data.path runs/x/transcripts.jsonl" in words[3] and "--seed 3" in words[3]
     assert "--model.path runs/x/sft/checkpoints/step_3" in words[5]
+
+
+def test_a_stage_that_was_interrupted_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/x")
+    (folder / "sft/checkpoints/step_1").mkdir(parents=True)
+
+    def words():
+        return stages(folder, seed=3, num_tasks=8, quick=True)[3].words
+
+    assert words()[:3] == ("sft", "--name", "x/sft")  # an unfinished checkpoint is none
+    (folder / "sft/checkpoints/step_1/manifest.json").touch()
+    assert words() == ("sft", "--resume", "runs/x/sft")
+
+
+def test_a_stage_that_fails_ends_the_command_with_its_exit_code(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    left = tmp_path / "runs/x/sft"
+    left.mkdir(parents=True)  # of an attempt that had made no checkpoint
+    words = ("train", "--trainer.learning_rate", "1")
+    with pytest.raises(SystemExit) as end:
+        run(Stage("training", tmp_path / "none", words, run=left), print)
+    assert end.value.code == 2 and not left.exists()
+    assert "training failed with exit code 2" in capfd.readouterr().err
 
 
 @pytest.mark.slow

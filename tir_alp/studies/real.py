@@ -2,14 +2,16 @@
 
 Fetches SmolLM2-135M-Instruct, writes demonstrations whose programs really run, teaches their form
 by supervised fine-tuning, trains with ALP, evaluates the model after each stage on the same
-held-out tasks, audits every stage, and talks to the result. Stages that are done are not repeated.
+held-out tasks, audits every stage, and talks to the result. After an interruption the same command
+goes on: stages that are done are not repeated, and a run that has a checkpoint is resumed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tir_alp.process import EXIT_CODE
 
 CONFIGS = Path(__file__).parent
 SFT_CONFIG, RL_CONFIG = CONFIGS / "smollm2_sft.toml", CONFIGS / "smollm2_rl.toml"
@@ -38,6 +42,8 @@ class Stage:
     words: Sequence[str]
     """The command and its arguments."""
     stdin: str = ""
+    run: Path | None = None
+    """The folder of a run that the command makes."""
 
 
 def stages(folder: Path, seed: int, num_tasks: int, quick: bool) -> list[Stage]:
@@ -55,6 +61,12 @@ def stages(folder: Path, seed: int, num_tasks: int, quick: bool) -> list[Stage]:
     sft_steps, rl_steps = steps_of(SFT_CONFIG, quick), steps_of(RL_CONFIG, quick)
     taught = sft / "checkpoints" / f"step_{sft_steps}"
     number = ("--number", "64" if quick else "256")
+
+    def training(title: str, command: str, path: Path, num_steps: int, *words: str) -> Stage:
+        done = path / "checkpoints" / f"step_{num_steps}" / "manifest.json"
+        begin = (command, "--name", f"{name}/{path.name}", "--steps", str(num_steps), *words)
+        go_on = (command, "--resume", str(path))
+        return Stage(title, done, go_on if has_checkpoint(path) else begin, run=path)
 
     def evaluation(label: str, path: Path) -> Stage:
         out = folder / f"evaluation-{label}"
@@ -82,24 +94,22 @@ def stages(folder: Path, seed: int, num_tasks: int, quick: bool) -> list[Stage]:
             ),
         ),
         evaluation("base", model),
-        Stage(
+        training(
             "supervised fine-tuning",
-            taught / "manifest.json",
-            (
-                *("sft", "--config", str(SFT_CONFIG), "--name", f"{name}/sft"),
-                *("--model.path", str(model), "--data.path", str(data)),
-                *("--steps", str(sft_steps), "--seed", str(seed)),
-            ),
+            "sft",
+            sft,
+            sft_steps,
+            *("--config", str(SFT_CONFIG), "--seed", str(seed)),
+            *("--model.path", str(model), "--data.path", str(data)),
         ),
         evaluation("sft", taught),
-        Stage(
+        training(
             "reinforcement learning with ALP",
-            rl / "checkpoints" / f"step_{rl_steps}" / "manifest.json",
-            (
-                *("train", "--config", str(RL_CONFIG), "--name", f"{name}/rl"),
-                *("--model.path", str(taught), "--steps", str(rl_steps), "--seed", str(seed)),
-                *(QUICK_ROLLOUTS if quick else ()),
-            ),
+            "train",
+            rl,
+            rl_steps,
+            *("--config", str(RL_CONFIG), "--seed", str(seed), "--model.path", str(taught)),
+            *(QUICK_ROLLOUTS if quick else ()),
         ),
         evaluation("rl", rl / "checkpoints" / f"step_{rl_steps}"),
         Stage(
@@ -118,18 +128,40 @@ def steps_of(config: Path, quick: bool) -> int:
     return 3 if quick else int(tomllib.loads(config.read_text())["steps"])
 
 
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run can be resumed."""
+    return any((run / "checkpoints").glob("step_*/manifest.json"))
+
+
 def run(stage: Stage, log: Callable[[str], None]) -> float:
     """Run a stage unless it is done; return its seconds. Raises SystemExit if it fails."""
+    if stage.run is not None and stage.run.exists() and not has_checkpoint(stage.run):
+        shutil.rmtree(stage.run)  # it was interrupted before there was anything to go on from
     if stage.done.exists():
         log(f"{stage.title}: done before")
         return 0.0
     log(f"{stage.title}: python -m tir_alp.{' '.join(stage.words)}")
     began = time.monotonic()
-    command = [sys.executable, "-m", f"tir_alp.{stage.words[0]}", *stage.words[1:]]
-    done = subprocess.run(command, input=stage.stdin or None, text=True, env=os.environ)
-    if done.returncode:
-        raise SystemExit(f"{stage.title} failed with exit code {done.returncode}")
+    call(stage.words, stage.title, stage.stdin)
     return time.monotonic() - began
+
+
+def call(words: Sequence[str], title: str, stdin: str = "") -> None:
+    """Run a command of ours to its own end, at Ctrl-C as well, which a terminal sends to both.
+
+    Raises:
+        SystemExit: With the command's exit code, if that is not 0.
+    """
+    command = [sys.executable, "-m", f"tir_alp.{words[0]}", *words[1:]]
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        code = subprocess.run(command, input=stdin or None, text=True).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if code:
+        ended = "was interrupted" if code == EXIT_CODE else f"failed with exit code {code}"
+        print(f"{title} {ended}; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(code)
 
 
 def summary(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
@@ -169,7 +201,7 @@ def main(arguments: Sequence[str]) -> int:
     audited = [folder / name for name in ("sft", "rl", "evaluation-rl")]
     for path in audited:
         log(f"auditing {path}")
-        subprocess.run([sys.executable, "-m", "tir_alp.audit", str(path)], check=True)
+        call(("audit", str(path)), f"auditing {path}")
     found = summary(folder, seconds)
     (folder / _RESULT).write_text(json.dumps(found, indent=2) + "\n")
     log(f"held-out accuracy on {options.tasks} tasks, sampled, with 95 % intervals:")
