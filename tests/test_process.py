@@ -112,6 +112,21 @@ def test_a_missing_library_is_one_line_with_the_command_that_installs_it(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "words", [["tir_alp"], ["tir_alp.train", "--help"], ["tir_alp.envs", "--help"]]
+)
+def test_a_reader_that_goes_ends_the_command_without_a_word(words, unbuffered):
+    command = [sys.executable, "-m", *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment)
+    os.close(writer)
+    assert ended.stderr == b""
+    assert ended.returncode == 141 or words[0] == "tir_alp.envs"  # argparse drops the error itself
+
+
 def test_every_extra_exists():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {*EXTRAS.values()} <= {*extras["optional-dependencies"]}

@@ -32,7 +32,7 @@ from tir_alp.rollouts.benchmarks import WITHOUT_TOOLS, environment_of, source_of
 from tir_alp.rollouts.evaluation import PlayedTask
 from tir_alp.run.command_line import Command, Words, overlay
 from tir_alp.run.interrupt import Interrupt, Interrupted
-from tir_alp.run.model_choice import MODEL_OPTIONS, Model, choose_model
+from tir_alp.run.model_choice import MODEL_OPTIONS, Model, choose_model, settings_of
 from tir_alp.types import Trajectory
 
 _COMMAND = Command(
@@ -200,7 +200,10 @@ async def compare(result: Mapping[str, Any], other: str, words: Words) -> dict[s
             for name, value in words.options.items()
             if name not in ("run", "model", "checkpoint", "against", "out")
         }
-        config, model, out = read_arguments(Words({**kept, key: other}, words.values))
+        of_this_run = None  # a model has no settings of its own: it plays as this run does
+        if key == "model" and "run" in words.options and "config" not in words.options:
+            of_this_run = settings_of(Path(words.options["run"]))
+        config, model, out = read_arguments(Words({**kept, key: other}, words.values), of_this_run)
         theirs = await evaluate(config, model, out)
         write_result(out, theirs)
     differences = {}
@@ -219,14 +222,21 @@ async def compare(result: Mapping[str, Any], other: str, words: Words) -> dict[s
     return {"other": other, "avg@k": differences}
 
 
-def read_arguments(words: Words) -> tuple[Config, Model, Path]:
+def read_arguments(
+    words: Words, settings: Mapping[str, Any] | None = None
+) -> tuple[Config, Model, Path]:
     """Build the config of an evaluation, and find the weights and the folder.
+
+    Args:
+        words: The command line.
+        settings: Those over which it is laid; None: those of the run or the model that it names.
 
     Raises:
         ValueError: With one line for each mistake.
     """
     options = words.options
     below, model = choose_model(options)
+    below = below if settings is None else settings
     changes: dict[str, Any] = {"name": None}
     if "k" in options:
         changes["eval"] = {"samples": options["k"]}
