@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"tir_alp.evaluate: {error}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt):
-        print("tir_alp.evaluate: interrupted; the same command goes on")
+        print("tir_alp.evaluate: interrupted; the same command goes on", file=sys.stderr)
         return 130
     return 0
 
@@ -105,7 +105,7 @@ async def evaluate(config: Config, model: Model, out: Path) -> dict[str, Any]:
 
     log(f"reading the model {model.path!r} and the tasks")
     prepared = await asyncio.to_thread(prepare_evaluation, config, model, out)
-    interrupt = Interrupt(log)
+    interrupt = Interrupt(log, "the tasks that were played are kept")
     with interrupt.listening():
         async with (
             open_placement(config, open_cluster, log) as placement,
