@@ -162,9 +162,11 @@ async def open_conversation(config: Config, model: Model) -> AsyncIterator[Conve
     from tir_alp.cluster import open_cluster
     from tir_alp.rollouts.renderer import make_renderer
     from tir_alp.run.placement import open_placement
+    from tir_alp.training.model_folder import check_model_folder
     from tir_alp.training.policy import load_tokenizer
-    from tir_alp.training.structure import new_origin
+    from tir_alp.training.structure import local_path, new_origin
 
+    check_model_folder(local_path(model.path))
     async with open_placement(config, open_cluster) as placement:
         tokenizer = load_tokenizer(model.path)
         with closing(placement.make_env()) as env:

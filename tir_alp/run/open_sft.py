@@ -37,8 +37,9 @@ from tir_alp.run.open_run import Examined
 from tir_alp.run.prepare import describe_left_out
 from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Position
+from tir_alp.training.model_folder import check_model_folder
 from tir_alp.training.policy import load_tokenizer
-from tir_alp.training.structure import new_origin
+from tir_alp.training.structure import local_path, new_origin
 from tir_alp.types import Origin, Sample
 
 OBJECTIVE = "sft: minimise the mean of -log pi(y_t) over the assistant's tokens"
@@ -193,6 +194,7 @@ def prepare_sft(config: SFTConfig, resume: Path | None, log: Callable[[str], Non
     position, found = Position(0, 0), None
     if resume is None:
         folder.check_is_new()
+        check_model_folder(local_path(initial))
         origin = new_origin(initial)
     else:
         folder.check_is_free()
