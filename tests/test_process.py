@@ -31,6 +31,11 @@ COMMANDS = {
     "envs": (["tir_alp.envs", "check", "a:B-v0"], "gymnasium"),
     "dispatcher": (["tir_alp", "train"], "pydantic"),
     "compare": (["tir_alp.studies.compare"], "pydantic"),
+    "models": (["tir_alp.models", "gguf", "a.gguf", "--out", "b"], "transformers"),
+    "evaluate": (["tir_alp.evaluate", "--model", "tiny"], "transformers"),
+    "chat": (["tir_alp.chat", "--model", "tiny"], "transformers"),
+    "sft": (["tir_alp.sft", "--data.path", "a.jsonl"], "transformers"),
+    "interop": (["tir_alp.envs.interop", "install", "gem"], "argparse"),
 }
 
 

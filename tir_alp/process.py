@@ -26,7 +26,7 @@ from typing import Any
 EXIT_CODE = 130
 _NO_READER = 141
 _LINE = "tir_alp: interrupted\n"
-_COMMAND = re.compile(r"tir_alp(\.\w+|\.studies\.\w+)?")
+_COMMAND = re.compile(r"tir_alp(\.\w+|\.studies\.\w+|\.envs\.interop|\.models\.tiny\.make)?")
 
 
 EXTRAS = {

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     except subprocess.CalledProcessError as error:
         print(f"tir_alp.envs.interop: pip failed with status {error.returncode}", file=sys.stderr)
         return 1
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"tir_alp.envs.interop: {error}", file=sys.stderr)
         return 2
     settings = {name: value for name, value in vars(options).items() if name != "command"}
