@@ -74,7 +74,7 @@ def commands() -> list[Code]:
             continue
         for line in code.text.replace("\\\n", " ").splitlines():
             line = re.sub(r"^(\w+=\S+ )+", "", line.strip())
-            line = re.sub(r"\s# .*", "", line)
+            line = re.sub(r"\s[#|] .*", "", line)  # a comment, or where the output goes
             line = line.replace("--help [SECTION]", "--help trainer")
             line = re.sub(r"\[(--[^\]]*)\]", r"\1", line)  # [--checkpoint best|last]
             line = re.sub(r"(\w)(\|\w+)+", r"\1", line)

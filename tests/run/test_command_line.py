@@ -33,6 +33,9 @@ def refusal(*words: str) -> str:
         ("lr", ["trainer.lr"]),
         ("stepz", ["steps"]),
         ("env.kwarg", ["env.kwargs"]),
+        ("eval.data.1.pth", ["eval.data.1.path"]),
+        ("data.mix.0.wight", ["data.mix.0.weight"]),
+        ("eval.data.0.qqqq", []),
         ("qqqq", []),
     ],
 )

@@ -6,6 +6,7 @@ Nothing here needs torch, so that `--help` and the report of a mistake come at o
 from __future__ import annotations
 
 import difflib
+import re
 import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,6 +64,10 @@ def item_annotations(annotations: Sequence[Any]) -> list[Any]:
     return []
 
 
+def _sections_of_items(annotations: Sequence[Any]) -> list[type[BaseModel]]:
+    return [section for item in item_annotations(annotations) for section in _sections(item)]
+
+
 def annotations_of(key: str, root: type[BaseModel] = Config) -> list[Any]:
     """The types that a dotted key of a config may have; empty if there is no such key."""
     found: list[Any] = [root]
@@ -114,6 +119,11 @@ def unknown_key(key: str, dashes: str = "", root: type[BaseModel] = Config) -> s
 
 def suggestions(key: str, root: type[BaseModel] = Config) -> list[str]:
     """Up to two keys that an unknown one may stand for, by its spelling or by its meaning."""
+    if found := re.fullmatch(r"(.+)\.(\d+)\.(\w+)", key):  # of a table in a list: eval.data.0.pat
+        tables = _sections_of_items(annotations_of(found[1], root))
+        names = {name for each in tables for name in each.model_fields}
+        near = difflib.get_close_matches(found[3], names, 1)
+        return [f"{found[1]}.{found[2]}.{name}" for name in near]
     every = {each.key: each.description.lower() for each in settings(root)}
     prefix, _, last = key.rpartition(".")
     near = difflib.get_close_matches(key, every, 2, cutoff=0.8)
