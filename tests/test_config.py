@@ -40,7 +40,7 @@ def refusal(arguments: list[str], below: dict | None = None) -> str:
         ({"name": "/tmp/x"}, "name: '/tmp/x' is not the name of a folder below runs/"),
         ({"name": ""}, "name: '' is not the name of a folder below runs/"),
         ({"algorithm": "ppo"}, "algorithm: no algorithm 'ppo'; there are grpo, "),
-        ({"algorithm": {"clip_low": 0.1}}, "algorithm.denominator: Field required"),
+        ({"algorithm": {"clip_low": 0.1}}, "algorithm: there is no denominator: name the preset"),
         ({"rollout": {"void_turns": "drop"}}, "rollout.void_turns: Input should be 'keep', "),
     ],
 )
@@ -279,7 +279,7 @@ def test_sglang_is_chosen_by_its_type():
         ({"wrong": 1}, r"^engine\.wrong: there is no such key"),
         ({"type": "sglang", "precision": "int8"}, r"^engine\.precision: there is no such key"),
         ({"type": "sglang", "max_running": 0}, r"^engine\.max_running: Input should be greater"),
-        ({"type": "other"}, "^engine: Input tag 'other'"),
+        ({"type": "other"}, "^engine.type: there is no 'other'; there are transformers"),
         ({"type": "custom", "factory": "no_colon"}, r"^engine\.factory: String should match"),
         (
             {"type": "custom", "factory": "a:b", "kwargs": {"two words": 1}},

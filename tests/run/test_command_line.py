@@ -33,6 +33,8 @@ def refusal(*words: str) -> str:
         ("lr", ["trainer.lr"]),
         ("stepz", ["steps"]),
         ("env.kwarg", ["env.kwargs"]),
+        ("rolout", ["rollout"]),
+        ("cluster.trainr", ["cluster.trainer"]),
         ("eval.data.1.pth", ["eval.data.1.path"]),
         ("data.mix.0.wight", ["data.mix.0.weight"]),
         ("eval.data.0.qqqq", []),
@@ -49,6 +51,28 @@ def test_an_unknown_key_is_refused_on_the_command_line_and_in_a_file():
     )
     with pytest.raises(ValueError, match=r"group_sise: .*; did you mean rollout\.group_size\?"):
         load_config([], {"rollout": {"group_sise": 3}})
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"engine": {"type": "sglangg"}}, "engine.type: there is no 'sglangg'; there are transf"),
+        ({"engine": {"urls": ["x"]}}, "engine.urls: there is no such key in an engine of this t"),
+        ({"engine": {"type": "vllm"}}, "engine.python: a value is required: The Python that vLLM"),
+        ({"trackers": "wandb"}, "trackers: it must be a list, in [brackets] (it is 'wandb')"),
+        ({"trainer": {"betas": [0.9]}}, "trainer.betas.1: a value is required"),
+        ({"algorithm": {"clip_low": 0.1}}, "algorithm: there is no denominator: name the preset"),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_in_the_words_of_the_config(values, said):
+    with pytest.raises(ValueError) as caught:
+        load_config([], values)
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+
+
+def test_a_key_of_another_engine_names_that_engine():
+    assert "but in sglang" in refusal("--engine.urls", "x")
+    assert "but in sglang or vllm" in refusal("--engine.tensor_parallel", "2")
 
 
 def test_a_setting_of_the_environment_is_a_dotted_key():

@@ -26,6 +26,7 @@ from tir_alp.run.settings import (
     engine_keys,
     help_page,
     item_annotations,
+    settings,
     unknown_key,
 )
 
@@ -254,11 +255,19 @@ def _mistake(mistake: Any, root: type[Section]) -> str:
     if location[:1] == ("engine",):  # the second entry names the kind of engine that was meant
         location = (location[0], *location[2:])
     key = ".".join(map(str, location))
-    message = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] == "extra_forbidden":
+    message, kind = mistake["msg"].removeprefix("Value error, "), mistake["type"]
+    if kind == "extra_forbidden":
         return unknown_key(key, root=root)
-    if mistake["type"] == "value_error":  # the message names the value itself
+    if kind == "value_error":  # the message names the value itself
         return f"{key}: {message}" if key else message
-    if mistake["type"] in ("dict_type", "model_type", "model_attributes_type"):
+    if kind == "missing":
+        about = [each.description for each in settings(root) if each.key == key]
+        return ": ".join([key, "a value is required", *about])
+    if kind == "union_tag_invalid":
+        tag, tags = mistake["ctx"]["tag"], mistake["ctx"]["expected_tags"].replace("'", "")
+        return f"{key}.type: there is no {tag!r}; there are {tags}"
+    if kind in ("dict_type", "model_type", "model_attributes_type"):
         message = f"it is a section: give its keys one by one, as --{key}.KEY VALUE"
+    if kind == "tuple_type":
+        message = "it must be a list, in [brackets]"
     return f"{key}: {message} (it is {mistake['input']!r:.100})"
