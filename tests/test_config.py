@@ -8,7 +8,8 @@ import pytest
 from tir_alp.algorithm.presets import ALGORITHMS, PerturbationConfig
 from tir_alp.algorithm.section import merge
 from tir_alp.config import Config, SFTConfig, SGLangConfig, TransformersConfig
-from tir_alp.run.command_line import load_config, parse_as, parse_config, read_toml
+from tir_alp.run.command_line import load_config, overlay, parse_as, parse_config, read_toml
+from tir_alp.run.model_choice import settings_of
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.toml"))
 
@@ -348,3 +349,23 @@ def test_a_cluster_is_named_by_its_address():
 def test_a_cluster_needs_one_part_of_each_kind(kind):
     with pytest.raises(ValueError, match=f"cluster.{kind}.count is 0"):
         load_config([f"--cluster.{kind}.count", "0"], {})
+
+
+def test_fine_tuning_refuses_what_no_run_can_have():
+    data = {"path": "transcripts.jsonl"}
+    short = {"data": data, "rollout": {"max_context_tokens": 1024}}
+    with pytest.raises(ValueError) as caught:
+        parse_as(SFTConfig, short)
+    assert str(caught.value).startswith("rollout.max_turn_tokens (2048) leaves no room")
+    assert "pydantic" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"sequences_per_step \(16\) cannot be divided evenly"):
+        parse_as(SFTConfig, {"data": data, "trainer": {"updates_per_step": 3}})
+    thirds = {"sequences_per_step": 9, "trainer": {"updates_per_step": 3}}
+    assert parse_as(SFTConfig, {"data": data, **thirds}).as_run().trainer.updates_per_step == 3
+
+
+def test_the_settings_of_a_fine_tuning_can_be_read_again_for_an_evaluation(tmp_path):
+    saved = parse_as(SFTConfig, {"data": {"path": "transcripts.jsonl"}}).model_dump(mode="json")
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    (tmp_path / "origin.json").write_text(json.dumps({"command": "sft"}))
+    assert overlay({}, settings_of(tmp_path)).algorithm.name == "custom"

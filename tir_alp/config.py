@@ -12,6 +12,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    ValidationError,
     model_validator,
 )
 
@@ -945,8 +946,25 @@ class SFTConfig(Section):
     doctor: DoctorConfig = DoctorConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @model_validator(mode="after")
+    def _check(self) -> SFTConfig:
+        updates = self.trainer.updates_per_step
+        if self.sequences_per_step % updates:
+            raise ValueError(
+                f"sequences_per_step ({self.sequences_per_step}) cannot be divided evenly over "
+                f"trainer.updates_per_step ({updates})"
+            )
+        try:
+            self.as_run()
+        except ValidationError as error:
+            reasons = [each["msg"].removeprefix("Value error, ") for each in error.errors()]
+            raise ValueError("; ".join(reasons)) from None
+        return self
+
     def as_run(self) -> Config:
         """The settings that it shares with a run: model, environment, trainer, processes."""
+        num_groups = RolloutConfig().groups_per_step  # played at a time, in evaluations
+        num_groups += -num_groups % self.trainer.updates_per_step
         return Config(
             name=self.name,
             seed=self.seed,
@@ -954,7 +972,7 @@ class SFTConfig(Section):
             algorithm=NEGATIVE_LOG_LIKELIHOOD,
             model=self.model,
             env=self.env,
-            rollout=RolloutConfig(**self.rollout.model_dump()),
+            rollout=RolloutConfig(**self.rollout.model_dump(), groups_per_step=num_groups),
             engine=self.engine,
             trainer=self.trainer,
             eval=self.eval,

@@ -223,6 +223,16 @@ def test_the_settings_of_the_tiny_model_hold_for_no_other(tmp_path):
     assert read().rollout.max_turn_tokens == 64
     assert read("--model.path", "tiny-able").rollout.max_turn_tokens == 64
     assert read("--model.path", "some/model").rollout.max_turn_tokens == 2048
+    (tmp_path / "my.toml").write_text("[trainer]\nlr = 1.0\n[env]\nid = 'my_env:Mine-v0'\n")
+    mine = read("--config", str(tmp_path / "my.toml"))  # it names no model
+    assert (mine.trainer.lr, mine.rollout.max_turn_tokens, mine.env.kwargs) == (1.0, 64, {})
+    other = read("--config", str(tmp_path / "my.toml"), "--model.path", "some/model")
+    assert (other.trainer.lr, other.rollout.max_turn_tokens) == (1.0, 2048)
+    (tmp_path / "tiny.toml").write_text("[model]\npath = 'tiny'\n")
+    assert read("--config", str(tmp_path / "tiny.toml")).rollout.max_turn_tokens == 2048
+    (tmp_path / "wrong.toml").write_text("env = 3\n")
+    with pytest.raises(ValueError, match="env: it is a section"):
+        read("--config", str(tmp_path / "wrong.toml"))
     given = read("--model.path", "some/model", "--config", str(TRAIN_CONFIG))
     assert given.rollout.max_turn_tokens == 64
     assert choose_model({"model": "tiny"})[0]["rollout"]["max_turn_tokens"] == 64

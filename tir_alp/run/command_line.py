@@ -130,17 +130,24 @@ def read_config(words: Words, default: Path) -> Config:
     """Build a new run's config from a command line and the file that it names, else `default`.
 
     The default is that of the embedded tiny model, whose limits and bare prompts suit no other: for
-    a model that the command line names, the defaults of `Config` hold instead.
+    a model that the command line or the file names, the defaults of `Config` hold instead.
 
     Raises:
         ValueError: With one line for each mistake.
     """
     file = words.options.get("config")
-    if file is not None:
-        return overlay(words.values, read_toml(Path(file)))
-    model = words.values.get("model", {}).get("path")
-    is_embedded = model is None or model in SHIPPED
-    return overlay(words.values, read_toml(default) if is_embedded else {})
+    below = {} if file is None else read_toml(Path(file))
+    in_file = _inside(below, "model", "path")
+    model = _inside(words.values, "model", "path") or in_file
+    if model is None or (in_file is None and model in SHIPPED):
+        below = lay_over(below, read_toml(default))
+    return overlay(words.values, below)
+
+
+def _inside(values: Mapping[str, Any], section: str, key: str) -> Any:
+    """A key of a section; None where there is none, or the section is no table."""
+    found = values.get(section)
+    return found.get(key) if isinstance(found, Mapping) else None
 
 
 def load_config(words: Sequence[str], below: Mapping[str, Any]) -> Config:
@@ -168,12 +175,12 @@ def overlay(values: Mapping[str, Any], below: Mapping[str, Any]) -> Config:
 
 
 def lay_over(values: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay the settings of a command line over those of a file; see `load_config`."""
+    """Lay settings over those below them, as a command line's over a file's; see `load_config`."""
     below = dict(below)
-    named = values.get("env", {}).get("id")
-    if named is not None and named != below.get("env", {}).get("id"):
+    named = _inside(values, "env", "id")
+    if named is not None and named != _inside(below, "env", "id"):
         below["env"] = {}  # its settings are those of another environment
-    kind = values.get("engine", {}).get("type")
+    kind = _inside(values, "engine", "type")
     if kind is not None and isinstance(below.get("engine"), Mapping):
         known = engine_keys(kind)  # the file's settings for another kind of engine are left out
         below["engine"] = {key: value for key, value in below["engine"].items() if key in known}
