@@ -28,7 +28,7 @@ from tir_alp.engines.base import EngineFailed
 from tir_alp.process import raise_on_interrupt, run_command
 from tir_alp.records.evaluation_folder import RESULT, read_result, write_result
 from tir_alp.roles import RoleLost
-from tir_alp.rollouts.benchmarks import WITHOUT_TOOLS, environment_of, source_of
+from tir_alp.rollouts.benchmarks import OF_FILES, WITHOUT_TOOLS, environment_of, source_of
 from tir_alp.rollouts.evaluation import PlayedTask
 from tir_alp.run.command_line import Command, Words, overlay
 from tir_alp.run.interrupt import Interrupt, Interrupted
@@ -240,13 +240,23 @@ def read_arguments(
     changes: dict[str, Any] = {"name": None}
     if "k" in options:
         changes["eval"] = {"samples": options["k"]}
+    values = words.values
     if "data" in options:
         data = [each.strip() for each in options["data"].split(",") if each.strip()]
-        changes = merge(changes, {"eval": {"data": [source_of(each) for each in data]}})
+        of_files = {
+            name: value for name, value in values.get("data", {}).items() if name in OF_FILES
+        }
+        sources = [source_of(each) for each in data]
+        sources = [each | of_files if "path" in each else each for each in sources]
+        changes = merge(changes, {"eval": {"data": sources}})
+        own = {
+            name: value for name, value in values.get("data", {}).items() if name not in OF_FILES
+        }
+        values = {**values, "data": own}
         env = environment_of(data)
         if env is not None and env != below.get("env", {}).get("id", env):
             changes["env"] = {"id": env}
-    values = merge(changes, words.values)
+    values = merge(changes, values)
     if "without-tools" in options:
         values = without_tools(values, below)
     values = merge(values, {"model": {"path": model.path}})
