@@ -16,7 +16,8 @@ from tir_alp.config import Config, TrainerConfig
 from tir_alp.models.push import prepare_upload
 from tir_alp.models.tiny.model import make_model, make_tokenizer
 from tir_alp.records.folder import RunFolder
-from tir_alp.training import checkpoint
+from tir_alp.run.model_choice import checkpoint_of
+from tir_alp.training import checkpoint, checkpoint_folder
 from tir_alp.training.checkpoint_folder import Position
 from tir_alp.training.ranks import alone
 from tir_alp.training.trainer import Trainer
@@ -63,6 +64,16 @@ def push(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=120,
     )
+
+
+def test_the_best_checkpoint_is_the_one_that_an_evaluation_takes(run):
+    folder = run / "checkpoints"
+    checkpoint_folder.write_best(folder, checkpoint_folder.Best(step=20, score=0.9))
+    try:
+        assert prepare_upload(run, "best").step == 20
+        assert checkpoint_of(run, "best").version == 20
+    finally:
+        (folder / "best.json").unlink()
 
 
 def test_the_checkpoint_is_chosen(run):

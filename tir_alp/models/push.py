@@ -35,8 +35,8 @@ def prepare_upload(run: Path, which: str) -> Upload:
 
     Args:
         run: The run's folder.
-        which: "last", "best", which is the one with the highest `eval/accuracy` of those that were
-            kept, or the number of its step.
+        which: "last", "best", which is the one that the run kept as such, or else the first with
+            the highest `eval/accuracy` of those that are there, or the number of its step.
 
     Raises:
         ValueError: There is no such run or checkpoint, or it is not whole.
@@ -100,6 +100,9 @@ def _checkpoint(run: Path, which: str) -> Path:
     if which == "last":
         return kept[max(kept)]
     if which == "best":
+        best = checkpoint_folder.read_best(folder)
+        if best is not None and best.step in kept:  # as `tir_alp.evaluate` understands the word
+            return kept[best.step]
         measured = {
             row["step"]: row["eval/accuracy"]
             for row in read_records(run / "metrics.jsonl")[0]
@@ -110,7 +113,7 @@ def _checkpoint(run: Path, which: str) -> Path:
                 f"none of the checkpoints {sorted(kept)} was evaluated: give --checkpoint last, or "
                 "train with eval.every and checkpoint.every"
             )
-        return kept[max(measured, key=lambda step: (measured[step], step))]
+        return kept[max(measured, key=lambda step: (measured[step], -step))]
     if which.isdigit() and int(which) in kept:
         return kept[int(which)]
     raise ValueError(f"--checkpoint {which}: there are best, last and {sorted(kept)}")
