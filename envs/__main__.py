@@ -81,10 +81,13 @@ def demonstrate(options: argparse.Namespace) -> int:
     aside = options.out.with_name(f".{options.out.name}.part")
     kinds = [each.strip() for each in options.kinds.split(",")]
     env = gymnasium.make("tir_alp.envs:PythonMath-v0", instruction=options.instruction)
-    with closing(env), aside.open("w") as file:
-        for row in demonstrations(env, kinds, options.number, options.seed, style):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(aside, options.out)
+    try:
+        with closing(env), aside.open("w") as file:
+            for row in demonstrations(env, kinds, options.number, options.seed, style):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(aside, options.out)
+    finally:
+        aside.unlink(missing_ok=True)
     return options.number
 
 
@@ -95,4 +98,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
+        print("tir_alp.envs: interrupted", file=sys.stderr)
         sys.exit(130)

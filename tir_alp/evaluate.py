@@ -104,9 +104,10 @@ async def evaluate(config: Config, model: Model, out: Path) -> dict[str, Any]:
         print(line, file=sys.stderr, flush=True)
 
     log(f"reading the model {model.path!r} and the tasks")
-    prepared = await asyncio.to_thread(prepare_evaluation, config, model, out)
     interrupt = Interrupt(log, "the tasks that were played are kept")
     with interrupt.listening():
+        reading = asyncio.to_thread(prepare_evaluation, config, model, out)
+        prepared = await interrupt.interruptible(reading)
         async with (
             open_placement(config, open_cluster, log) as placement,
             open_evaluation(prepared, placement, Doctor(), log) as evaluation,
