@@ -28,3 +28,11 @@ def test_what_is_left_unfinished_is_cancelled_and_cleans_up(recwarn):
         asyncio.run_coroutine_threadsafe(enter(), loop)
         assert began.wait(10)
     assert done == ["cleaned up"] and not recwarn.list
+
+
+def test_it_can_be_entered_again_after_its_end():
+    background = BackgroundLoop("test")
+    for _ in range(2):
+        with background as loop:
+            done = asyncio.run_coroutine_threadsafe(asyncio.sleep(0, "done"), loop)
+            assert done.result(10) == "done"
