@@ -65,8 +65,12 @@ def main(arguments: Sequence[str]) -> int:
             )
             return 0
         findings = check(options.id, range(options.seeds))
-    except (ValueError, SandboxRefused, OSError) as error:
+    except (ValueError, SandboxRefused) as error:
         print(f"tir_alp.envs: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error
+        print(f"tir_alp.envs: {reason}", file=sys.stderr)
         return 2
     for finding in findings:
         print(f"{options.id}: {finding.rule}: {finding.text}")

@@ -297,6 +297,13 @@ def test_several_runs_go_beside_the_first(tmp_path, capsys):
     assert {len(row) for row in rows} == {len(titles)}
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    run = make_run(tmp_path / "a", seed=0)
+    assert main([str(run), "--out", str(run / "config.json" / "x")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "config.json" in line and line.endswith("Not a directory; --out FOLDER writes elsewhere")
+
+
 def test_the_module_is_a_command(tmp_path):
     command = [sys.executable, "-m", "tir_alp.report", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -36,8 +36,12 @@ def main(arguments: Sequence[str]) -> int:
             beside = runs[0].parent / f"report-{time.strftime('%Y%m%d-%H%M%S')}"
             page = write_comparison(runs, options.out or beside)
             print((page.parent / TABLE).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"tir_alp.report: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error
+        print(f"tir_alp.report: {reason}; --out FOLDER writes elsewhere", file=sys.stderr)
         return 2
     print(page)
     return 0

@@ -126,6 +126,7 @@ def prepare_evaluation(config: Config, model: Model, out: Path) -> PreparedEvalu
         origin = read_origin(out)
         done = read_tasks(out, group_ids(sets), config.eval.samples, config.eval.greedy)
     else:
+        folder.check_is_new()
         origin = new_origin(model.path)
     tokenizer = load_tokenizer(model.path)
     with closing(make_environment(config)) as env:
