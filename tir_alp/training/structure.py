@@ -76,8 +76,8 @@ def local_path(path: str) -> str:
     """
     if (file := Path(path).expanduser()).is_file():
         raise ValueError(
-            f"the model {path!r} is a file: give the folder that it is in, {file.parent}, or a "
-            "GGUF file"
+            f"the model {path!r} is a file: give the folder that it is in, "
+            f"{file.resolve().parent}, or a GGUF file"
         )
     looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
     expanded = str(Path(path).expanduser()) if looks_local else path
