@@ -22,10 +22,10 @@ from tir_alp.envs.scaffold import write_package
 from tir_alp.tools.sandbox import SandboxRefused
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run a command and return its exit code: 1 if `check` found faults, 2 for a wrong command."""
-    parser = argparse.ArgumentParser("tir_alp.envs", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser("python -m tir_alp.envs", description=__doc__)
+    commands = found.add_subparsers(dest="command", required=True)
     new = commands.add_parser("new", help="write a package with one environment and its tests")
     new.add_argument("name", help="name of the package, e.g. letter_count")
     new.add_argument("--into", type=Path, default=Path("."), help="folder to write the package in")
@@ -42,7 +42,12 @@ def main(arguments: Sequence[str]) -> int:
     show.add_argument("--mistakes", type=float, default=0.2, help="share with a repaired mistake")
     show.add_argument("--guesses", type=float, default=0.0, help="share that guesses the answer")
     show.add_argument("--instruction", help="text before each question (default: that of the env)")
-    options = parser.parse_args(arguments)
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command and return its exit code: 1 if `check` found faults, 2 for a wrong command."""
+    options = parser().parse_args(arguments)
     try:
         if options.command == "demonstrate":
             number = demonstrate(options)
@@ -60,8 +65,12 @@ def main(arguments: Sequence[str]) -> int:
             )
             return 0
         findings = check(options.id, range(options.seeds))
-    except (ValueError, SandboxRefused, OSError) as error:
+    except (ValueError, SandboxRefused) as error:
         print(f"tir_alp.envs: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error
+        print(f"tir_alp.envs: {reason}", file=sys.stderr)
         return 2
     for finding in findings:
         print(f"{options.id}: {finding.rule}: {finding.text}")
@@ -76,10 +85,13 @@ def demonstrate(options: argparse.Namespace) -> int:
     aside = options.out.with_name(f".{options.out.name}.part")
     kinds = [each.strip() for each in options.kinds.split(",")]
     env = gymnasium.make("tir_alp.envs:PythonMath-v0", instruction=options.instruction)
-    with closing(env), aside.open("w") as file:
-        for row in demonstrations(env, kinds, options.number, options.seed, style):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(aside, options.out)
+    try:
+        with closing(env), aside.open("w") as file:
+            for row in demonstrations(env, kinds, options.number, options.seed, style):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(aside, options.out)
+    finally:
+        aside.unlink(missing_ok=True)
     return options.number
 
 
@@ -90,4 +102,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
+        print("tir_alp.envs: interrupted", file=sys.stderr)
         sys.exit(130)

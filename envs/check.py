@@ -16,6 +16,7 @@ from typing import Any
 import gymnasium
 from gymnasium.utils.env_checker import check_env
 
+from tir_alp.tools.env_ids import hint
 from tir_alp.tools.outcome import Outcome
 
 _NO_ANSWER = "I do not know."
@@ -44,6 +45,9 @@ def check(id: str, seeds: Iterable[int]) -> list[Finding]:
     try:
         env = gymnasium.make(id, disable_env_checker=True).unwrapped
         again = gymnasium.make(id, disable_env_checker=True).unwrapped
+    except gymnasium.error.UnregisteredEnv as error:
+        reason = f"{str(error).rstrip('.')}{hint(id)}"
+        raise ValueError(f"cannot make the environment {id!r}: {reason}") from error
     except (gymnasium.error.Error, ImportError, TypeError) as error:
         raise ValueError(f"cannot make the environment {id!r}: {error}") from error
     seeds = list(seeds)

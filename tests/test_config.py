@@ -8,7 +8,8 @@ import pytest
 from tir_alp.algorithm.presets import ALGORITHMS, PerturbationConfig
 from tir_alp.algorithm.section import merge
 from tir_alp.config import Config, SFTConfig, SGLangConfig, TransformersConfig
-from tir_alp.run.command_line import load_config, parse_as, parse_config, read_toml
+from tir_alp.run.command_line import load_config, overlay, parse_as, parse_config, read_toml
+from tir_alp.run.model_choice import settings_of
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.toml"))
 
@@ -44,7 +45,7 @@ def refusal(arguments: list[str], below: dict | None = None) -> str:
         ({"model": {"path": ""}}, "model.path: '' names nothing"),
         ({"env": {"id": " "}}, "env.id: ' ' names nothing"),
         ({"algorithm": "ppo"}, "algorithm: no algorithm 'ppo'; there are grpo, "),
-        ({"algorithm": {"clip_low": 0.1}}, "algorithm.denominator: Field required"),
+        ({"algorithm": {"clip_low": 0.1}}, "algorithm: there is no denominator: name the preset"),
         ({"rollout": {"void_turns": "drop"}}, "rollout.void_turns: Input should be 'keep', "),
     ],
 )
@@ -283,7 +284,7 @@ def test_sglang_is_chosen_by_its_type():
         ({"wrong": 1}, r"^engine\.wrong: there is no such key"),
         ({"type": "sglang", "precision": "int8"}, r"^engine\.precision: there is no such key"),
         ({"type": "sglang", "max_running": 0}, r"^engine\.max_running: Input should be greater"),
-        ({"type": "other"}, "^engine: Input tag 'other'"),
+        ({"type": "other"}, "^engine.type: there is no 'other'; there are transformers"),
         ({"type": "custom", "factory": "no_colon"}, r"^engine\.factory: String should match"),
         (
             {"type": "custom", "factory": "a:b", "kwargs": {"two words": 1}},
@@ -352,3 +353,23 @@ def test_a_cluster_is_named_by_its_address():
 def test_a_cluster_needs_one_part_of_each_kind(kind):
     with pytest.raises(ValueError, match=f"cluster.{kind}.count is 0"):
         load_config([f"--cluster.{kind}.count", "0"], {})
+
+
+def test_fine_tuning_refuses_what_no_run_can_have():
+    data = {"path": "transcripts.jsonl"}
+    short = {"data": data, "rollout": {"max_context_tokens": 1024}}
+    with pytest.raises(ValueError) as caught:
+        parse_as(SFTConfig, short)
+    assert str(caught.value).startswith("rollout.max_turn_tokens (2048) leaves no room")
+    assert "pydantic" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"sequences_per_step \(16\) cannot be divided evenly"):
+        parse_as(SFTConfig, {"data": data, "trainer": {"updates_per_step": 3}})
+    thirds = {"sequences_per_step": 9, "trainer": {"updates_per_step": 3}}
+    assert parse_as(SFTConfig, {"data": data, **thirds}).as_run().trainer.updates_per_step == 3
+
+
+def test_the_settings_of_a_fine_tuning_can_be_read_again_for_an_evaluation(tmp_path):
+    saved = parse_as(SFTConfig, {"data": {"path": "transcripts.jsonl"}}).model_dump(mode="json")
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    (tmp_path / "origin.json").write_text(json.dumps({"command": "sft"}))
+    assert overlay({}, settings_of(tmp_path)).algorithm.name == "custom"

@@ -31,6 +31,11 @@ COMMANDS = {
     "envs": (["tir_alp.envs", "check", "a:B-v0"], "gymnasium"),
     "dispatcher": (["tir_alp", "train"], "pydantic"),
     "compare": (["tir_alp.studies.compare"], "pydantic"),
+    "models": (["tir_alp.models", "gguf", "a.gguf", "--out", "b"], "transformers"),
+    "evaluate": (["tir_alp.evaluate", "--model", "tiny"], "transformers"),
+    "chat": (["tir_alp.chat", "--model", "tiny"], "transformers"),
+    "sft": (["tir_alp.sft", "--data.path", "a.jsonl"], "transformers"),
+    "interop": (["tir_alp.envs.interop", "install", "gem"], "argparse"),
 }
 
 
@@ -112,12 +117,21 @@ def test_a_missing_library_is_one_line_with_the_command_that_installs_it(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "words", [["tir_alp"], ["tir_alp.train", "--help"], ["tir_alp.envs", "--help"]]
+)
+def test_a_reader_that_goes_ends_the_command_without_a_word(words, unbuffered):
+    command = [sys.executable, "-m", *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment)
+    os.close(writer)
+    assert ended.stderr == b""
+    assert ended.returncode == 141 or words[0] == "tir_alp.envs"  # argparse drops the error itself
+
+
 def test_every_extra_exists():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {*EXTRAS.values()} <= {*extras["optional-dependencies"]}
-
-
-def test_a_reader_that_has_gone_ends_a_command_without_a_traceback():
-    shell = f"{sys.executable} -m tir_alp.train --help | head -1; exit ${{PIPESTATUS[0]}}"
-    ended = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
-    assert (ended.returncode, ended.stderr) == (141, "") and ended.stdout.startswith("usage")

@@ -27,6 +27,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
+    begin_command()
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words[:1] == ["--version"]:
         print(__version__)
@@ -44,7 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if not {"", os.getcwd()} & set(sys.path):  # as `python -m` has it: `my_env:Mine-v0` is found
         sys.path.insert(0, os.getcwd())
-    begin_command()
     sys.argv = [f"tir-alp {command}", *rest]
     runpy.run_module(f"tir_alp.{command}", run_name="__main__", alter_sys=True)
     return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
@@ -160,9 +161,11 @@ async def open_conversation(config: Config, model: Model) -> AsyncIterator[Conve
     from tir_alp.cluster import open_cluster
     from tir_alp.rollouts.renderer import make_renderer
     from tir_alp.run.placement import open_placement
+    from tir_alp.training.model_folder import check_model_folder
     from tir_alp.training.policy import load_tokenizer
-    from tir_alp.training.structure import new_origin
+    from tir_alp.training.structure import local_path, new_origin
 
+    check_model_folder(local_path(model.path))
     async with open_placement(config, open_cluster) as placement:
         origin = new_origin(model.path)
         tokenizer = load_tokenizer(model.path)
@@ -172,15 +175,14 @@ async def open_conversation(config: Config, model: Model) -> AsyncIterator[Conve
                 yield Conversation(env, renderer, engine, config)
 
 
-async def talk(config: Config, model: Model, lines: Iterator[str]) -> None:
-    """Answer lines until they end, or one of them is /quit."""
+async def talk(config: Config, model: Model) -> None:
+    """Answer the lines of the standard input until they end, or one of them is /quit."""
     from rich.console import Console
 
     console = Console()
     async with open_conversation(config, model) as conversation:
         console.print(f"{model.path}; tools run in {config.env.id}. /help lists commands.")
-        loop = asyncio.get_running_loop()
-        while (line := await loop.run_in_executor(None, next, lines, None)) is not None:
+        while (line := await next_line()) is not None:
             text = line.strip()
             if text.startswith("/"):
                 if not command(conversation, text, console):
@@ -249,13 +251,29 @@ def show_output(console: Any, output: str) -> None:
         console.print(f"[output]\n{output}", markup=False, highlight=False, soft_wrap=True)
 
 
-def typed_lines() -> Iterator[str]:
-    """The lines of the standard input, with a prompt in a terminal."""
-    while True:
-        try:
-            yield input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
+async def next_line() -> str | None:
+    """The next line of the standard input, after a prompt in a terminal; None at its end."""
+    if not sys.stdin.isatty():
+        return await asyncio.to_thread(sys.stdin.readline) or None
+    print("> ", end="", flush=True)
+    typed = b""
+    while not typed.endswith(b"\n"):
+        await _readable(sys.stdin.fileno())
+        more = os.read(sys.stdin.fileno(), 4096)  # a terminal gives at most one line
+        if not more:
+            break
+        typed += more
+    return typed.decode(errors="replace") or None
+
+
+async def _readable(descriptor: int) -> None:
+    """Wait without a thread: one that waits in a read cannot be ended by Ctrl-C."""
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(descriptor)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -271,7 +289,7 @@ def main(arguments: Sequence[str]) -> int:
     # Imported here because it needs torch, and a mistake in the command line is answered at once.
     from tir_alp.run.finish import finish
 
-    return finish("chat", lambda: asyncio.run(talk(config, model, typed_lines())))
+    return finish("chat", lambda: asyncio.run(talk(config, model)))
 
 
 if __name__ == "__main__":

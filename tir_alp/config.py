@@ -12,6 +12,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    ValidationError,
     model_validator,
 )
 
@@ -127,7 +128,10 @@ class SourceConfig(Section):
                 raise ValueError(f"the source {self.source!r} needs a {name}")
             is_taken = name == needed or (is_foreign and name == "dataset")
             if is_given and not is_taken:
-                raise ValueError(f"the source {self.source!r} does not take a {name}")
+                takers = " or ".join(map(repr, (key for key in needs if needs[key] == name)))
+                raise ValueError(
+                    f"the source {self.source!r} does not take a {name}: set source to {takers}"
+                )
         of_rows = {"question_column", "answer_column", "answer_pattern", "broken_rows"}
         of_rows |= {"min_question_chars", "max_question_chars"}
         changed = _changed(self)
@@ -964,8 +968,25 @@ class SFTConfig(Section):
     doctor: DoctorConfig = DoctorConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @model_validator(mode="after")
+    def _check(self) -> SFTConfig:
+        updates = self.trainer.updates_per_step
+        if self.sequences_per_step % updates:
+            raise ValueError(
+                f"sequences_per_step ({self.sequences_per_step}) cannot be divided evenly over "
+                f"trainer.updates_per_step ({updates})"
+            )
+        try:
+            self.as_run()
+        except ValidationError as error:
+            reasons = [each["msg"].removeprefix("Value error, ") for each in error.errors()]
+            raise ValueError("; ".join(reasons)) from None
+        return self
+
     def as_run(self) -> Config:
         """The settings that it shares with a run: model, environment, trainer, processes."""
+        num_groups = RolloutConfig().groups_per_step  # played at a time, in evaluations
+        num_groups += -num_groups % self.trainer.updates_per_step
         return Config(
             name=self.name,
             seed=self.seed,
@@ -973,7 +994,7 @@ class SFTConfig(Section):
             algorithm=NEGATIVE_LOG_LIKELIHOOD,
             model=self.model,
             env=self.env,
-            rollout=RolloutConfig(**self.rollout.model_dump()),
+            rollout=RolloutConfig(**self.rollout.model_dump(), groups_per_step=num_groups),
             engine=self.engine,
             trainer=self.trainer,
             eval=self.eval,

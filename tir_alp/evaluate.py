@@ -26,11 +26,11 @@ from tir_alp.algorithm.section import merge
 from tir_alp.config import Config
 from tir_alp.process import run_command
 from tir_alp.records.evaluation_folder import RESULT, read_result, write_result
-from tir_alp.rollouts.benchmarks import WITHOUT_TOOLS, environment_of, source_of
+from tir_alp.rollouts.benchmarks import OF_FILES, WITHOUT_TOOLS, environment_of, source_of
 from tir_alp.rollouts.evaluation import PlayedTask
 from tir_alp.run.command_line import Command, Words, overlay
 from tir_alp.run.interrupt import Interrupt
-from tir_alp.run.model_choice import MODEL_OPTIONS, Model, choose_model
+from tir_alp.run.model_choice import MODEL_OPTIONS, Model, choose_model, settings_of
 from tir_alp.types import Trajectory
 
 _COMMAND = Command(
@@ -94,11 +94,12 @@ async def evaluate(config: Config, model: Model, out: Path) -> dict[str, Any]:
         print(line, file=sys.stderr, flush=True)
 
     log(f"reading the model {model.path!r} and the tasks")
-    prepared = await asyncio.to_thread(prepare_evaluation, config, model, out)
-    if prepared.left_out:
-        log(describe_left_out(prepared.left_out))
-    interrupt = Interrupt(log)
+    interrupt = Interrupt(log, "the tasks that were played are kept")
     with interrupt.listening():
+        reading = asyncio.to_thread(prepare_evaluation, config, model, out)
+        prepared = await interrupt.interruptible(reading)
+        if prepared.left_out:
+            log(describe_left_out(prepared.left_out))
         async with (
             open_placement(config, open_cluster, log) as placement,
             open_evaluation(prepared, placement, Doctor(), log) as evaluation,
@@ -192,7 +193,10 @@ async def compare(result: Mapping[str, Any], other: str, words: Words) -> dict[s
             for name, value in words.options.items()
             if name not in ("run", "model", "checkpoint", "against", "out")
         }
-        config, model, out = read_arguments(Words({**kept, key: other}, words.values))
+        of_this_run = None  # a model has no settings of its own: it plays as this run does
+        if key == "model" and "run" in words.options and "config" not in words.options:
+            of_this_run = settings_of(Path(words.options["run"]))
+        config, model, out = read_arguments(Words({**kept, key: other}, words.values), of_this_run)
         theirs = await evaluate(config, model, out)
         write_result(out, theirs)
     differences = {}
@@ -211,24 +215,41 @@ async def compare(result: Mapping[str, Any], other: str, words: Words) -> dict[s
     return {"other": other, "avg@k": differences}
 
 
-def read_arguments(words: Words) -> tuple[Config, Model, Path]:
+def read_arguments(
+    words: Words, settings: Mapping[str, Any] | None = None
+) -> tuple[Config, Model, Path]:
     """Build the config of an evaluation, and find the weights and the folder.
+
+    Args:
+        words: The command line.
+        settings: Those over which it is laid; None: those of the run or the model that it names.
 
     Raises:
         ValueError: With one line for each mistake.
     """
     options = words.options
     below, model = choose_model(options)
+    below = below if settings is None else settings
     changes: dict[str, Any] = {"name": None}
     if "k" in options:
         changes["eval"] = {"samples": options["k"]}
+    values = words.values
     if "data" in options:
         data = [each.strip() for each in options["data"].split(",") if each.strip()]
-        changes = merge(changes, {"eval": {"data": [source_of(each) for each in data]}})
+        of_files = {
+            name: value for name, value in values.get("data", {}).items() if name in OF_FILES
+        }
+        sources = [source_of(each) for each in data]
+        sources = [each | of_files if "path" in each else each for each in sources]
+        changes = merge(changes, {"eval": {"data": sources}})
+        own = {
+            name: value for name, value in values.get("data", {}).items() if name not in OF_FILES
+        }
+        values = {**values, "data": own}
         env = environment_of(data)
         if env is not None and env != below.get("env", {}).get("id", env):
             changes["env"] = {"id": env}
-    values = merge(changes, words.values)
+    values = merge(changes, values)
     if "without-tools" in options:
         values = without_tools(values, below)
     values = merge(values, {"model": {"path": model.path}})

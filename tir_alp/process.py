@@ -6,25 +6,27 @@ Nothing needs to be cleaned up that early, so the process ends at once.
 
 An optional library that is missing: exit code 2, and the command that installs it.
 
-A reader of the output that has gone, as `head` does: exit code 141, and no traceback.
+A reader of the output that has gone, as in `tir-alp train --help | head`: nothing is printed, and
+the exit code is the one that a shell gives to a process that ends so, 141.
 
 Nothing here takes time to import.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 EXIT_CODE = 130
-NOBODY_READS = 128 + signal.SIGPIPE
-"""Exit code as a shell shows it for a command that writes to a closed pipe."""
+_NO_READER = 141
 _LINE = "tir_alp: interrupted\n"
-_COMMAND = re.compile(r"tir_alp(\.\w+|\.studies\.\w+)?")
+_COMMAND = re.compile(r"tir_alp(\.\w+|\.studies\.\w+|\.envs\.interop|\.models\.tiny\.make)?")
 
 
 EXTRAS = {
@@ -54,14 +56,15 @@ def begin_command_of(words: Sequence[str]) -> None:
 
 
 def begin_command() -> None:
-    """Name missing optional libraries, and end at Ctrl-C until `raise_on_interrupt`.
+    """Prepare the ends that this module describes; Ctrl-C ends it until `raise_on_interrupt`.
 
     It is called before the imports. A process that ignores the signal, as one in the background of
     a shell does, goes on ignoring it.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit)
-    sys.excepthook = _name_missing_extra
+    sys.excepthook = _end_in_one_line
+    atexit.register(_flush)
 
 
 def raise_on_interrupt() -> None:
@@ -80,13 +83,7 @@ def run_command(main: Callable[[Sequence[str]], int], *, imports: bool = False) 
     if not imports:
         raise_on_interrupt()
     try:
-        code = main(sys.argv[1:])
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # What is still to be written at exit would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return NOBODY_READS
+        return main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.stderr.write(_LINE)
         return EXIT_CODE
@@ -99,7 +96,9 @@ def missing_extra(module: str) -> str:
     return f"{name} is not installed: pip install 'tir_alp[{extra}]'" if extra else ""
 
 
-def _name_missing_extra(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+def _end_in_one_line(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if isinstance(error, BrokenPipeError) and _has_no_reader(1):
+        os._exit(_NO_READER)
     name = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
     if not (sentence := missing_extra(name)):
         sys.__excepthook__(kind, error, trace)
@@ -107,6 +106,21 @@ def _name_missing_extra(kind: type[BaseException], error: BaseException, trace: 
     sys.stdout.flush()
     os.write(2, f"tir_alp: {sentence}\n".encode())
     os._exit(2)
+
+
+def _has_no_reader(descriptor: int) -> bool:
+    """Whether a descriptor is a pipe or socket whose other end is closed."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _flush() -> None:
+    """Write out what is buffered; the interpreter would complain if nobody reads it any more."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(_NO_READER)
 
 
 def _exit(number: int, frame: Any) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from tir_alp.config import Config, SFTConfig
 from tir_alp.process import run_command
-from tir_alp.records.folder import read_run_config
+from tir_alp.records.folder import RunFolder, read_run_config
 from tir_alp.roles import RoleLost
 from tir_alp.run.command_line import Command, lay_over, parse_as, read_toml
 from tir_alp.run.interrupt import Interrupted
@@ -231,6 +231,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code: 2 for what the user has to fix."""
     try:
         config, resume = read_arguments(arguments)
+        if resume is None and config.name is not None:
+            RunFolder(Path("runs") / config.name).check_is_new()
     except ValueError as error:
         print(f"tir_alp.sft: {error}", file=sys.stderr)
         return 2

@@ -22,7 +22,7 @@ from tir_alp.config import Config
 from tir_alp.engines.base import EngineFailed
 from tir_alp.models.tiny import TRAIN_CONFIG
 from tir_alp.process import run_command
-from tir_alp.records.folder import read_run_config
+from tir_alp.records.folder import RunFolder, read_run_config
 from tir_alp.records.trajectories import state_to_record
 from tir_alp.roles import RoleLost
 from tir_alp.rollouts.evaluation import play_sets, summary
@@ -288,6 +288,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code: 2 for what the user has to fix, 3 for a guard."""
     try:
         config, resume = read_arguments(arguments)
+        if resume is None and config.name is not None:
+            RunFolder(Path("runs") / config.name).check_is_new()
     except ValueError as error:
         print(f"tir_alp.train: {error}", file=sys.stderr)
         return 2

@@ -40,6 +40,11 @@ class BackgroundLoop:
         assert loop is not None and thread is not None
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
+        tasks = asyncio.all_tasks(loop)  # of users who were interrupted while they waited
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()

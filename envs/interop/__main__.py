@@ -13,10 +13,10 @@ from pathlib import Path
 from tir_alp.envs.interop.libraries import LIBRARIES, find_python, install
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run a command and return its exit code."""
-    parser = argparse.ArgumentParser("tir_alp.envs.interop", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser("python -m tir_alp.envs.interop", description=__doc__)
+    commands = found.add_subparsers(dest="command", required=True)
     for_install = commands.add_parser(
         "install", help="install a library into a virtual environment of its own"
     )
@@ -30,7 +30,12 @@ def main(arguments: Sequence[str]) -> int:
     for_serve.add_argument(
         "--max-sessions", default=256, type=int, help="maximum number of sessions"
     )
-    options = parser.parse_args(arguments)
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command and return its exit code."""
+    options = parser().parse_args(arguments)
     try:
         if options.command == "install":
             print(f"installed {options.library} in {install(options.library, options.packages)}")
@@ -39,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     except subprocess.CalledProcessError as error:
         print(f"tir_alp.envs.interop: pip failed with status {error.returncode}", file=sys.stderr)
         return 1
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"tir_alp.envs.interop: {error}", file=sys.stderr)
         return 2
     settings = {name: value for name, value in vars(options).items() if name != "command"}

@@ -244,7 +244,9 @@ def test_a_tokenizer_of_another_model():
     tokenizer, model = load_tokenizer(str(ABLE)), load_policy(str(ABLE))
     renderer = Renderer(tokenizer)
     assert check_tokenizer(tokenizer, renderer, model, 1024).holds
-    assert "1024 positions" in check_tokenizer(tokenizer, renderer, model, 1025).figure
+    too_long = check_tokenizer(tokenizer, renderer, model, 1025)
+    assert "1024 positions" in too_long.figure
+    assert too_long.fix == "set rollout.max_context_tokens to 1024 or less"
     model.config.eos_token_id = model.generation_config.eos_token_id = 7
     assert "the model's end tokens are [7]" in check_tokenizer(tokenizer, renderer, model, 9).figure
     tokenizer.add_tokens(["<|new|>"])

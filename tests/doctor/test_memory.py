@@ -151,7 +151,9 @@ def test_less_is_needed_per_gpu_the_more_there_are():
 
 def test_the_command_prints_the_table_without_torch(capsys):
     assert doctor(["memory", "--trainer.micro_batch_tokens", "8192"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    settings, _, *lines = capsys.readouterr().out.splitlines()
+    assert "trainer.micro_batch_tokens = 8192" in settings
+    assert "trainer.gradient_checkpointing = true" in settings
     assert lines[0].startswith("| model | trainer, 1 GPU | trainer, 2 GPUs |")
     assert len(lines) == 2 + len(SHAPES) and len({line.count("|") for line in lines}) == 1
     program = (
@@ -159,6 +161,20 @@ def test_the_command_prints_the_table_without_torch(capsys):
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+
+
+def test_the_quickstart_shows_what_the_command_prints(capsys):
+    assert doctor(["memory"]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    page = (Path(__file__).parents[2] / "docs/quickstart.md").read_text()
+    assert [line for line in printed if line not in page] == []
+
+
+def test_a_terabyte_is_written_without_an_exponent(capsys):
+    words = ["--trainer.gradient_checkpointing", "false", "--trainer.dtype", "float32"]
+    assert doctor(["memory", *words]) == 0
+    printed = capsys.readouterr().out
+    assert "| 1,335 |" in printed and "e+" not in printed
 
 
 def test_free_memory_is_that_of_the_machine():

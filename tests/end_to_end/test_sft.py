@@ -246,6 +246,14 @@ def test_the_whole_way_by_command(tmp_path):
     assert result["avg@k"]["mean"] == own["eval/accuracy"]
     assert result["greedy"]["mean"] == own["eval/greedy_accuracy"]
     assert "every token is accounted for" in command(tmp_path, "audit", str(folder))
+    small = ("--eval.num_tasks", "4", "--eval.greedy", "false")
+    taught = "runs/taught/checkpoints/step_20"
+    said = command(tmp_path, "evaluate", "--run", "runs/trained", "--against", taught, *small)
+    assert f"avg@k minus that of {taught}" in said
+    others = json.loads((tmp_path / "evaluations/step_20/held_out-k1/config.json").read_text())
+    trained = json.loads((tmp_path / "runs/trained/config.json").read_text())
+    assert others["env"] == trained["env"] and others["rollout"] == trained["rollout"]
+    assert "avg@k" in command(tmp_path, "evaluate", "--run", "runs/taught", *small)
     learnt = command(
         tmp_path,
         *("sft", "--from-run", str(folder), "--min-reward", "0", "--name", "again", "--steps", "1"),
@@ -312,3 +320,11 @@ def uids(file: Path) -> list[int]:
 def test_mistakes_are_named_in_one_line(tmp_path, words, reason):
     said = command(tmp_path, "sft", *words, status=2)
     assert reason in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("name", ["evaluate", "chat"])
+def test_a_model_that_is_a_file_is_named_in_one_line(tmp_path, name):
+    (tmp_path / "weights.safetensors").touch()
+    said = command(tmp_path, name, "--model", "weights.safetensors", status=2)
+    assert f"is a file: give the folder that it is in, {tmp_path}" in said
+    assert "Traceback" not in said and not (tmp_path / "evaluations").exists()

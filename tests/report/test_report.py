@@ -13,9 +13,10 @@ from tir_alp.config import Config
 from tir_alp.records.folder import RunFolder
 from tir_alp.report import write_comparison, write_run_report
 from tir_alp.report.__main__ import main
-from tir_alp.report.catalogue import PICTURES, meaning
+from tir_alp.report.catalogue import PICTURES
 from tir_alp.report.compare import row, summary_of
 from tir_alp.report.figures import median_of, scale_for, shares
+from tir_alp.report.meanings import meaning
 from tir_alp.report.methods import STYLES, by_method
 from tir_alp.report.read import Series, read_run
 from tir_alp.run.describe import changed_settings
@@ -294,6 +295,13 @@ def test_several_runs_go_beside_the_first(tmp_path, capsys):
     assert table.strip() == (folder / "table.md").read_text().strip()
     titles, *rows = ([*line.split(" | ")] for line in table.strip().splitlines())
     assert {len(row) for row in rows} == {len(titles)}
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    run = make_run(tmp_path / "a", seed=0)
+    assert main([str(run), "--out", str(run / "config.json" / "x")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "config.json" in line and line.endswith("Not a directory; --out FOLDER writes elsewhere")
 
 
 def test_the_module_is_a_command(tmp_path):

@@ -113,7 +113,7 @@ def test_too_few_held_out_tasks_are_an_error_that_says_how_many_there_are(tmp_pa
     [
         ({"source": "jsonl"}, "'jsonl' needs a path"),
         ({"source": "reasoning_gym"}, "'reasoning_gym' needs a dataset"),
-        ({"path": "tasks.jsonl"}, "'arithmetic' does not take a path"),
+        ({"path": "tasks.jsonl"}, "not take a path: set source to 'jsonl' or 'csv' or 'parquet'"),
         ({"source": "jsonl", "path": "a", "dataset": "gcd"}, "'jsonl' does not take a dataset"),
         ({"source": "xml"}, "'arithmetic', 'code', 'reasoning_gym', 'word_problems', 'jsonl'"),
         ({"source": "my-tasks:Tasks"}, "or 'my_module:MyTasks' for your own"),

@@ -33,6 +33,11 @@ def refusal(*words: str) -> str:
         ("lr", ["trainer.lr"]),
         ("stepz", ["steps"]),
         ("env.kwarg", ["env.kwargs"]),
+        ("rolout", ["rollout"]),
+        ("cluster.trainr", ["cluster.trainer"]),
+        ("eval.data.1.pth", ["eval.data.1.path"]),
+        ("data.mix.0.wight", ["data.mix.0.weight"]),
+        ("eval.data.0.qqqq", []),
         ("qqqq", []),
     ],
 )
@@ -46,6 +51,28 @@ def test_an_unknown_key_is_refused_on_the_command_line_and_in_a_file():
     )
     with pytest.raises(ValueError, match=r"group_sise: .*; did you mean rollout\.group_size\?"):
         load_config([], {"rollout": {"group_sise": 3}})
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"engine": {"type": "sglangg"}}, "engine.type: there is no 'sglangg'; there are transf"),
+        ({"engine": {"urls": ["x"]}}, "engine.urls: there is no such key in an engine of this t"),
+        ({"engine": {"type": "vllm"}}, "engine.python: a value is required: The Python that vLLM"),
+        ({"trackers": "wandb"}, "trackers: it must be a list, in [brackets] (it is 'wandb')"),
+        ({"trainer": {"betas": [0.9]}}, "trainer.betas.1: a value is required"),
+        ({"algorithm": {"clip_low": 0.1}}, "algorithm: there is no denominator: name the preset"),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_in_the_words_of_the_config(values, said):
+    with pytest.raises(ValueError) as caught:
+        load_config([], values)
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+
+
+def test_a_key_of_another_engine_names_that_engine():
+    assert "but in sglang" in refusal("--engine.urls", "x")
+    assert "but in sglang or vllm" in refusal("--engine.tensor_parallel", "2")
 
 
 def test_a_setting_of_the_environment_is_a_dotted_key():
@@ -113,7 +140,10 @@ def test_help_of_a_section_and_the_version(capsys):
 
 
 @pytest.mark.parametrize("words", ["['--help']", "['--trainer.lr', 'fast']", "['--no.key', '1']"])
-@pytest.mark.parametrize("module", ["tir_alp.train", "tir_alp.doctor.__main__"])
+@pytest.mark.parametrize(
+    "module",
+    [f"tir_alp.{name}" for name in ("train", "sft", "evaluate", "chat", "doctor.__main__")],
+)
 def test_help_and_mistakes_are_answered_without_torch(module, words):
     program = f"""
 import importlib, sys
@@ -193,6 +223,16 @@ def test_the_settings_of_the_tiny_model_hold_for_no_other(tmp_path):
     assert read().rollout.max_turn_tokens == 64
     assert read("--model.path", "tiny-able").rollout.max_turn_tokens == 64
     assert read("--model.path", "some/model").rollout.max_turn_tokens == 2048
+    (tmp_path / "my.toml").write_text("[trainer]\nlr = 1.0\n[env]\nid = 'my_env:Mine-v0'\n")
+    mine = read("--config", str(tmp_path / "my.toml"))  # it names no model
+    assert (mine.trainer.lr, mine.rollout.max_turn_tokens, mine.env.kwargs) == (1.0, 64, {})
+    other = read("--config", str(tmp_path / "my.toml"), "--model.path", "some/model")
+    assert (other.trainer.lr, other.rollout.max_turn_tokens) == (1.0, 2048)
+    (tmp_path / "tiny.toml").write_text("[model]\npath = 'tiny'\n")
+    assert read("--config", str(tmp_path / "tiny.toml")).rollout.max_turn_tokens == 2048
+    (tmp_path / "wrong.toml").write_text("env = 3\n")
+    with pytest.raises(ValueError, match="env: it is a section"):
+        read("--config", str(tmp_path / "wrong.toml"))
     given = read("--model.path", "some/model", "--config", str(TRAIN_CONFIG))
     assert given.rollout.max_turn_tokens == 64
     assert choose_model({"model": "tiny"})[0]["rollout"]["max_turn_tokens"] == 64

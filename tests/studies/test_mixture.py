@@ -48,7 +48,7 @@ def test_rows_count_each_kind(tmp_path):
     (tmp_path / "evaluation.json").write_text(json.dumps({"sets": {"held_out": found}}))
     row = row_of(Evaluated(3, "sft", True, tmp_path))
     assert row["kinds"] == {"gcd": "1/2", "word_problems": "1/1"} and row["mean"] == 0.75
-    assert "| 3 |  |  |  | 75.0% [50.0%, 100.0%] |  |  |  |" in table([row])
+    assert "| 3 |  |  | 75.0% [50.0%, 100.0%] |  |  |  |" in table([row])
 
 
 def test_the_config_is_one_of_a_run():

@@ -29,6 +29,32 @@ def test_each_stage_begins_with_what_the_one_before_it_made():
     assert "--model.path runs/x/sft/checkpoints/step_3" in words[5]
 
 
+def test_a_stage_that_was_interrupted_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/x")
+    (folder / "sft/checkpoints/step_1").mkdir(parents=True)
+
+    def words():
+        return stages(folder, seed=3, num_tasks=8, quick=True)[3].words
+
+    assert words()[:3] == ("sft", "--name", "x/sft")  # an unfinished checkpoint is none
+    (folder / "sft/checkpoints/step_1/manifest.json").touch()
+    assert words() == ("sft", "--resume", "runs/x/sft")
+
+
+def test_a_stage_that_fails_ends_the_command_with_its_exit_code(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    left = tmp_path / "runs/x/sft"
+    left.mkdir(parents=True)  # of an attempt that made no checkpoint
+    (left / "config.json").write_text("kept")
+    words = ("train", "--trainer.learning_rate", "1")
+    with pytest.raises(SystemExit) as end:
+        perform(Stage("training", tmp_path / "none", words, run=left), print)
+    assert end.value.code == 2 and not left.exists()
+    assert (left.parent / "sft-unfinished-1/config.json").read_text() == "kept"
+    assert "training failed with exit code 2" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.sandbox
 @pytest.mark.timeout(600)
@@ -43,15 +69,3 @@ def test_three_steps_of_each_kind(tmp_path, monkeypatch, capfd):
     assert main(["--quick", "--tasks", "4"]) == 0
     printed = capfd.readouterr().out
     assert "after ALP" in printed and printed.count("every token is accounted for") == 3
-
-
-def test_a_try_that_was_ended_is_kept_and_made_again(tmp_path):
-    run = tmp_path / "rl"
-    for number in (1, 2):
-        run.mkdir()
-        (run / "config.json").write_text(str(number))
-        stage = Stage("a stage", run / "done", ("tiny_stage",), run_folder=run)
-        with pytest.raises(SystemExit, match="a stage failed with exit code 1"):  # no such module
-            perform(stage, lambda line: None)
-    kept = [tmp_path / f"rl-unfinished-{number}" / "config.json" for number in (1, 2)]
-    assert [file.read_text() for file in kept] == ["1", "2"] and not run.exists()

@@ -45,9 +45,19 @@ def test_a_folder_of_another_kind(folder):
     (folder / "config.json").unlink()
     assert "has no config.json" in line(check_model_folder, str(folder))
     (folder / "model-q4.gguf").touch()
-    assert "model-q4.gguf, a format that cannot be trained" in line(
-        declared_end_token_ids, str(folder)
-    )
+    said = line(declared_end_token_ids, str(folder))
+    assert f"give the file itself, {folder}/model-q4.gguf" in said
+
+
+def test_a_file_is_not_a_folder(folder):
+    file = folder / "model.safetensors"
+    assert f"is a file: give the folder that it is in, {folder}" in line(load_policy, str(file))
+
+
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "there is no model folder 'smolm2', and no model" in line(load_outline, "smolm2")
 
 
 def test_a_folder_that_contains_the_model_s_folder(folder):

@@ -259,7 +259,15 @@ def resolve_algorithm(value: Any) -> Any:
     """
     if isinstance(value, str):
         value = {"name": value}
-    if not isinstance(value, Mapping) or "name" not in value or value["name"] == "custom":
+    if not isinstance(value, Mapping):
+        return value
+    if value.get("name", "custom") == "custom":
+        demanded = ("denominator", "ratio_level", "surrogate")
+        if missing := [key for key in demanded if key not in value]:
+            raise ValueError(
+                f"there is no {missing[0]}: name the preset that the other values change, as "
+                f'name = "alp_sequence", or give all of {", ".join(demanded)}'
+            )
         return value
     name = str(value["name"])
     if ":" in name:

@@ -20,11 +20,16 @@ _MOST_SHOWN = 20
 _AUDITS = {"sft": audit_sft, "evaluate": audit_evaluation}
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser("python -m tir_alp.audit", description=__doc__)
+    found.add_argument("run", type=Path, metavar="RUN", help="the run folder")
+    return found
+
+
 def main(arguments: Sequence[str]) -> int:
     """Audit a run; return 1 if anything has drifted, 2 if the folder cannot be audited."""
-    parser = argparse.ArgumentParser("tir_alp.audit", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
-    path: Path = parser.parse_args(arguments).run
+    path: Path = parser().parse_args(arguments).run
     try:
         findings = _AUDITS.get(read_command(path), audit_run)(path)
     except ValueError as error:

@@ -105,20 +105,24 @@ def check_tokenizer(tokenizer: Any, renderer: Renderer, model: Any, max_tokens: 
     ordinary = ordinary_tokens(tokenizer, ends | renderer.stop_token_ids)
     back = tokenizer.decode(tokenizer.encode(_SENTENCE, add_special_tokens=False))
     positions = getattr(model.config, "max_position_embeddings", None) or max_tokens
+    is_too_long = positions < max_tokens
     wrong = {
         f"token {largest} has no embedding: the model has {rows} rows": largest >= rows,
         f"the model's end tokens are {sorted(ends)}, those of the template "
         f"{sorted(renderer.stop_token_ids)}": bool(ends) and not ends & renderer.stop_token_ids,
         f"end tokens are ordinary text: {ordinary}": bool(ordinary),
         f"{_SENTENCE!r} comes back as {back!r}": back.strip() != _SENTENCE.strip(),
-        f"rollout.max_context_tokens = {max_tokens}, but the model has {positions} "
-        "positions": positions < max_tokens,
     }
     failures = [what for what, is_wrong in wrong.items() if is_wrong]
+    fixes = ["use the tokenizer that belongs to the model"] if failures else []
+    if is_too_long:
+        failures.append(
+            f"rollout.max_context_tokens = {max_tokens}, but the model has {positions} positions"
+        )
+        fixes.append(f"set rollout.max_context_tokens to {positions} or less")
     return CheckResult(
         "tokenizer",
         not failures,
         "; ".join(failures) or f"largest id {largest}, {rows} rows, end tokens {sorted(ends)}",
-        "use the tokenizer that belongs to the model, and lower rollout.max_context_tokens to the "
-        "number of the model's positions",
+        ", and ".join(fixes),
     )

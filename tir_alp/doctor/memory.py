@@ -328,11 +328,25 @@ def table(config: Config, num_gpus: Sequence[int] = (1, 2, 4, 8)) -> list[Row]:
 
 
 def markdown(config: Config, num_gpus: Sequence[int] = (1, 2, 4, 8)) -> str:
-    """Return `table` as a table in Markdown, in GB."""
+    """Return `table` as a table in Markdown, in GB, after the settings that it holds for."""
+    trainer = config.trainer
+    assumed = {
+        "trainer.dtype": trainer.dtype,
+        "trainer.gradient_checkpointing": str(trainer.gradient_checkpointing).lower(),
+        "trainer.micro_batch_tokens": trainer.micro_batch_tokens,
+        "rollout.max_context_tokens": config.rollout.max_context_tokens,
+    }
     trainers = [f"trainer, {number} GPU{'s' * (number > 1)}" for number in num_gpus]
     heads = ["model", *trainers, "adapters, 1 GPU", "engine", "cache of 1,000 tokens", "machine"]
-    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    lines = [f"GB, with {', '.join(f'{key} = {value}' for key, value in assumed.items())}:", ""]
+    lines += [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     for row in table(config, num_gpus):
         numbers = (*row.trainer, row.lora, row.engine, row.cache, row.machine)
-        lines.append(f"| {row.size} | {' | '.join(f'{each / 1e9:.3g}' for each in numbers)} |")
+        lines.append(f"| {row.size} | {' | '.join(_gigabytes(each) for each in numbers)} |")
     return "\n".join(lines)
+
+
+def _gigabytes(num_bytes: int) -> str:
+    """Three digits, without an exponent."""
+    number = num_bytes / 1e9
+    return f"{number:.3g}" if number < 999.5 else f"{number:,.0f}"

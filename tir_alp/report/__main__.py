@@ -13,16 +13,21 @@ from tir_alp.report import write_comparison, write_run_report
 from tir_alp.report.write import TABLE
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Write the report and print its path; return 2 if an argument is not a run folder."""
-    parser = argparse.ArgumentParser("tir_alp.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser("python -m tir_alp.report", description=__doc__)
+    found.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    found.add_argument(
         "--out",
         type=Path,
         help="folder to write to; default: the run folder, or report-TIME beside the first run",
     )
-    options = parser.parse_args(arguments)
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the report and print its path; return 2 if an argument is not a run folder."""
+    options = parser().parse_args(arguments)
     runs: list[Path] = options.runs
     try:
         if len(runs) == 1:
@@ -31,8 +36,12 @@ def main(arguments: Sequence[str]) -> int:
             beside = runs[0].parent / f"report-{time.strftime('%Y%m%d-%H%M%S')}"
             page = write_comparison(runs, options.out or beside)
             print((page.parent / TABLE).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"tir_alp.report: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error
+        print(f"tir_alp.report: {reason}; --out FOLDER writes elsewhere", file=sys.stderr)
         return 2
     print(page)
     return 0

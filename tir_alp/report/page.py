@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from tir_alp.report.catalogue import meaning
 from tir_alp.report.compare import COLUMNS, row, summary_of
 from tir_alp.report.figures import DrawnPicture
+from tir_alp.report.meanings import meaning
 from tir_alp.report.methods import Method, colour_of
 from tir_alp.report.read import RecordedRun
 from tir_alp.run.describe import changed_settings, changed_sft_settings

@@ -62,6 +62,12 @@ _CODE: dict[str, dict[str, Any]] = {
 BENCHMARKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(_MATH | _CODE)
 """Settings of each benchmark, as in `SourceConfig`."""
 
+OF_FILES = (
+    *("question_column", "answer_column", "answer_pattern", "broken_rows"),
+    *("min_question_chars", "max_question_chars"),
+)
+"""Settings of `data` that say how a file is read; on a command line they hold for its files."""
+
 _BY_SUFFIX = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -88,7 +94,7 @@ def source_of(word: str) -> dict[str, Any]:
         return {"name": dataset, "source": source, "dataset": dataset}
     if word in SOURCES:
         return {"name": word, "source": word}
-    if Path(word).suffix in _BY_SUFFIX or Path(word).is_file():
+    if Path(word.removesuffix(".gz")).suffix in _BY_SUFFIX or Path(word).is_file():
         return {"source": _kind(Path(word)), "path": word}
     raise ValueError(
         f"--data {word}: there is no such benchmark, source or file; benchmarks are "
@@ -113,4 +119,5 @@ def environment_of(words: list[str]) -> str | None:
 
 
 def _kind(path: Path) -> str:
-    return _BY_SUFFIX.get(path.suffix, "jsonl")
+    name = path.name.removesuffix(".gz")
+    return _BY_SUFFIX.get(Path(name).suffix, "jsonl")

@@ -337,7 +337,8 @@ def _demand_columns(raw: Mapping[str, Any], columns: Sequence[str], location: st
         if column.split(".")[0] not in raw:
             there = ", ".join(map(repr, list(raw)[:_MAX_NAMED])) or "none"
             raise ValueError(
-                f"{location}: there is no column {column!r}; the row has {there}: set data.{key}"
+                f"{location}: there is no column {column!r}; the row has {there}: set data.{key} "
+                f"(in a table of eval.data or data.mix: its {key})"
             )
 
 

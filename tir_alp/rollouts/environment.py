@@ -7,6 +7,7 @@ from gymnasium.envs.registration import load_env_creator
 
 from tir_alp.config import Config
 from tir_alp.rollouts.env_settings import settings_mistake
+from tir_alp.tools.env_ids import hint
 
 _WHERE = " was raised from the environment creator for "  # gymnasium adds it, and all settings
 
@@ -19,6 +20,9 @@ def make_environment(config: Config) -> gymnasium.Env[str, str]:
     """
     try:
         return gymnasium.make(config.env.id, disable_env_checker=True, **config.env.kwargs)
+    except gymnasium.error.UnregisteredEnv as error:
+        reason = f"{str(error).rstrip('.')}{hint(config.env.id)}"
+        raise ValueError(f"cannot make the environment {config.env.id!r}: {reason}") from error
     except (gymnasium.error.Error, ImportError) as error:
         raise ValueError(f"cannot make the environment {config.env.id!r}: {error}") from error
     except TypeError as error:

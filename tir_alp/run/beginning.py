@@ -17,8 +17,9 @@ from tir_alp.records.folder import RunFolder, read_origin
 from tir_alp.run.data_fingerprint import Fingerprints, check_fingerprints
 from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Position
+from tir_alp.training.model_folder import check_model_folder
 from tir_alp.training.policy import load_tokenizer
-from tir_alp.training.structure import new_origin
+from tir_alp.training.structure import local_path, new_origin
 from tir_alp.types import Origin
 
 
@@ -97,6 +98,7 @@ def first_weights(path: str, begin: Beginning, log: Callable[[str], None]) -> Fi
     if begin.checkpoint is not None:
         origin, tokenizer = read_origin(begin.folder.path), str(begin.checkpoint)
     else:
+        check_model_folder(local_path(initial))
         origin, tokenizer = new_origin(initial), initial
     return FirstWeights(initial, origin, load_tokenizer(tokenizer))
 

@@ -26,6 +26,7 @@ from tir_alp.run.settings import (
     engine_keys,
     help_page,
     item_annotations,
+    settings,
     unknown_key,
 )
 
@@ -129,17 +130,24 @@ def read_config(words: Words, default: Path) -> Config:
     """Build a new run's config from a command line and the file that it names, else `default`.
 
     The default is that of the embedded tiny model, whose limits and bare prompts suit no other: for
-    a model that the command line names, the defaults of `Config` hold instead.
+    a model that the command line or the file names, the defaults of `Config` hold instead.
 
     Raises:
         ValueError: With one line for each mistake.
     """
     file = words.options.get("config")
-    if file is not None:
-        return overlay(words.values, read_toml(Path(file)))
-    model = words.values.get("model", {}).get("path")
-    is_embedded = model is None or model in SHIPPED
-    return overlay(words.values, read_toml(default) if is_embedded else {})
+    below = {} if file is None else read_toml(Path(file))
+    in_file = _inside(below, "model", "path")
+    model = _inside(words.values, "model", "path") or in_file
+    if model is None or (in_file is None and model in SHIPPED):
+        below = lay_over(below, read_toml(default))
+    return overlay(words.values, below)
+
+
+def _inside(values: Mapping[str, Any], section: str, key: str) -> Any:
+    """A key of a section; None where there is none, or the section is no table."""
+    found = values.get(section)
+    return found.get(key) if isinstance(found, Mapping) else None
 
 
 def load_config(words: Sequence[str], below: Mapping[str, Any]) -> Config:
@@ -167,12 +175,12 @@ def overlay(values: Mapping[str, Any], below: Mapping[str, Any]) -> Config:
 
 
 def lay_over(values: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay the settings of a command line over those of a file; see `load_config`."""
+    """Lay settings over those below them, as a command line's over a file's; see `load_config`."""
     below = dict(below)
-    named = values.get("env", {}).get("id")
-    if named is not None and named != below.get("env", {}).get("id"):
+    named = _inside(values, "env", "id")
+    if named is not None and named != _inside(below, "env", "id"):
         below["env"] = {}  # its settings are those of another environment
-    kind = values.get("engine", {}).get("type")
+    kind = _inside(values, "engine", "type")
     if kind is not None and isinstance(below.get("engine"), Mapping):
         known = engine_keys(kind)  # the file's settings for another kind of engine are left out
         below["engine"] = {key: value for key, value in below["engine"].items() if key in known}
@@ -254,11 +262,19 @@ def _mistake(mistake: Any, root: type[Section]) -> str:
     if location[:1] == ("engine",):  # the second entry names the kind of engine that was meant
         location = (location[0], *location[2:])
     key = ".".join(map(str, location))
-    message = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] == "extra_forbidden":
+    message, kind = mistake["msg"].removeprefix("Value error, "), mistake["type"]
+    if kind == "extra_forbidden":
         return unknown_key(key, root=root)
-    if mistake["type"] == "value_error":  # the message names the value itself
+    if kind == "value_error":  # the message names the value itself
         return f"{key}: {message}" if key else message
-    if mistake["type"] in ("dict_type", "model_type", "model_attributes_type"):
+    if kind == "missing":
+        about = [each.description for each in settings(root) if each.key == key]
+        return ": ".join([key, "a value is required", *about])
+    if kind == "union_tag_invalid":
+        tag, tags = mistake["ctx"]["tag"], mistake["ctx"]["expected_tags"].replace("'", "")
+        return f"{key}.type: there is no {tag!r}; there are {tags}"
+    if kind in ("dict_type", "model_type", "model_attributes_type"):
         message = f"it is a section: give its keys one by one, as --{key}.KEY VALUE"
+    if kind == "tuple_type":
+        message = "it must be a list, in [brackets]"
     return f"{key}: {message} (it is {mistake['input']!r:.100})"

@@ -25,10 +25,15 @@ class Interrupt:
 
     Args:
         log: Called at once with a sentence when that happens.
+        end: What comes next, for that sentence.
     """
 
-    def __init__(self, log: Callable[[str], None] = lambda line: None) -> None:
-        self._asked, self._log = asyncio.Event(), log
+    def __init__(
+        self,
+        log: Callable[[str], None] = lambda line: None,
+        end: str = "the run saves a checkpoint and ends",
+    ) -> None:
+        self._asked, self._log, self._end = asyncio.Event(), log, end
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -37,7 +42,7 @@ class Interrupt:
 
         def ask() -> None:
             self._asked.set()
-            self._log("stopping: the run saves a checkpoint and ends; Ctrl-C again ends it at once")
+            self._log(f"stopping: {self._end}; Ctrl-C again ends it at once")
             for each in _SIGNALS:
                 loop.remove_signal_handler(each)
 

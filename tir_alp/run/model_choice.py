@@ -76,7 +76,9 @@ def settings_of(run: Path) -> dict[str, Any]:
     saved = read_run_config(run)
     if read_command(run) != "sft":
         return saved
-    return parse_as(SFTConfig, saved).as_run().model_dump(mode="json")
+    settings = parse_as(SFTConfig, saved).as_run().model_dump(mode="json")
+    settings["algorithm"]["name"] = "custom"  # fine-tuning is no preset, and is not read again
+    return settings
 
 
 def checkpoint_of(run: Path, which: str) -> Model:

@@ -24,8 +24,9 @@ from tir_alp.rollouts.renderer import Renderer, make_renderer
 from tir_alp.run.episodes import open_episodes
 from tir_alp.run.model_choice import Model
 from tir_alp.run.open_run import EVALUATION_SEED
+from tir_alp.training.model_folder import check_model_folder
 from tir_alp.training.policy import load_tokenizer
-from tir_alp.training.structure import new_origin
+from tir_alp.training.structure import local_path, new_origin
 from tir_alp.types import Origin, TrajectoryGroup
 
 
@@ -118,6 +119,7 @@ def prepare_evaluation(config: Config, model: Model, out: Path) -> PreparedEvalu
     """
     config = config.model_copy(update={"trackers": ()})  # there is nothing to follow over time
     folder = RunFolder(out)
+    check_model_folder(local_path(model.path))
     sets = load_eval_sets(config.data, config.eval)
     done: dict[int, PlayedTask] = {}
     if out.exists():
@@ -126,6 +128,7 @@ def prepare_evaluation(config: Config, model: Model, out: Path) -> PreparedEvalu
         origin = read_origin(out)
         done = read_tasks(out, group_ids(sets), config.eval.samples, config.eval.greedy)
     else:
+        folder.check_is_new()
         origin = new_origin(model.path)
     tokenizer = load_tokenizer(model.path)
     with closing(make_environment(config)) as env:

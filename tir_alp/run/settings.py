@@ -6,6 +6,7 @@ Nothing here needs torch, so that `--help` and the report of a mistake come at o
 from __future__ import annotations
 
 import difflib
+import re
 import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,6 +64,10 @@ def item_annotations(annotations: Sequence[Any]) -> list[Any]:
     return []
 
 
+def _sections_of_items(annotations: Sequence[Any]) -> list[type[BaseModel]]:
+    return [section for item in item_annotations(annotations) for section in _sections(item)]
+
+
 def annotations_of(key: str, root: type[BaseModel] = Config) -> list[Any]:
     """The types that a dotted key of a config may have; empty if there is no such key."""
     found: list[Any] = [root]
@@ -103,10 +108,22 @@ def engine_keys(kind: str) -> set[str]:
     return {key for each in named or sections for key in each.model_fields}
 
 
+def kinds_of_engine(key: str) -> list[str]:
+    """The types of engines that have a key."""
+    sections = _sections(Config.model_fields["engine"].annotation)
+    return [
+        kind
+        for section in sections
+        if key in section.model_fields
+        for kind in get_args(section.model_fields["type"].annotation)
+    ]
+
+
 def unknown_key(key: str, dashes: str = "", root: type[BaseModel] = Config) -> str:
     """Report an unknown key, with the keys that may have been meant."""
     if key in {each.key for each in settings(root)}:  # of another kind of the same section
-        return f"{dashes}{key}: there is no such key in an engine of this type"
+        kinds = " or ".join(kinds_of_engine(key.partition(".")[2]))
+        return f"{dashes}{key}: there is no such key in an engine of this type, but in {kinds}"
     meant = suggestions(key, root)
     hint = f"; did you mean {' or '.join(dashes + each for each in meant)}?" if meant else ""
     return f"{dashes}{key}: there is no such key{hint}"
@@ -114,7 +131,15 @@ def unknown_key(key: str, dashes: str = "", root: type[BaseModel] = Config) -> s
 
 def suggestions(key: str, root: type[BaseModel] = Config) -> list[str]:
     """Up to two keys that an unknown one may stand for, by its spelling or by its meaning."""
+    if found := re.fullmatch(r"(.+)\.(\d+)\.(\w+)", key):  # of a table in a list: eval.data.0.pat
+        tables = _sections_of_items(annotations_of(found[1], root))
+        names = {name for each in tables for name in each.model_fields}
+        near = difflib.get_close_matches(found[3], names, 1)
+        return [f"{found[1]}.{found[2]}.{name}" for name in near]
     every = {each.key: each.description.lower() for each in settings(root)}
+    sections = {each.rpartition(".")[0] for each in every} - {""}
+    if near := difflib.get_close_matches(key, sections, 1, cutoff=0.8):
+        return near
     prefix, _, last = key.rpartition(".")
     near = difflib.get_close_matches(key, every, 2, cutoff=0.8)
     if not near:

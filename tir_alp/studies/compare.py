@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tir_alp.algorithm.presets import ALGORITHMS
 from tir_alp.process import run_command
+from tir_alp.run.command_line import load_config, read_toml
 
 COMPARE_CONFIG = Path(__file__).with_name("compare.toml")
 """The config of every run, which is also `configs/tiny_mismatch.toml`."""
@@ -56,8 +57,24 @@ def train(folder: str, algorithm: str, seed: int, words: Sequence[str], threads:
     if result.returncode not in (0, 3):
         raise RuntimeError(f"{name} failed with status {result.returncode}:\n{result.stdout}")
     (path / _COMPLETED).touch()
-    print(f"{name}: {result.stdout.strip().splitlines()[-1 if result.returncode else -4]}")
+    print(f"{name}: {_last_news(result.stdout)}")
     return path
+
+
+def _last_news(printed: str) -> str:
+    """The last line about a step, which is the final evaluation or what a guard stopped."""
+    lines = printed.splitlines()
+    return next((line for line in reversed(lines) if "step " in line), lines[-1])
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser("python -m tir_alp.studies.compare", description=__doc__)
+    found.add_argument("--algorithms", nargs="+", choices=[*ALGORITHMS], default=[*ALGORITHMS])
+    found.add_argument("--seeds", type=int, default=3, help="number of runs per method")
+    found.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of concurrent runs")
+    found.add_argument("--name", default="compare", help="folder below runs/")
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -66,14 +83,14 @@ def main(arguments: Sequence[str]) -> int:
     if "--" in arguments:
         end = arguments.index("--")
         arguments, words = arguments[:end], arguments[end + 1 :]
-    parser = argparse.ArgumentParser("tir_alp.studies.compare", description=__doc__)
-    parser.add_argument("--algorithms", nargs="+", choices=[*ALGORITHMS], default=[*ALGORITHMS])
-    parser.add_argument("--seeds", type=int, default=3, help="number of runs per method")
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="number of concurrent runs"
-    )
-    parser.add_argument("--name", default="compare", help="folder below runs/")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
+    if options.seeds < 1 or options.jobs < 1:
+        parser().error(f"--seeds ({options.seeds}) and --jobs ({options.jobs}) must be at least 1")
+    try:
+        load_config(words, read_toml(COMPARE_CONFIG))
+    except ValueError as error:
+        print(f"tir_alp.studies.compare: {error}", file=sys.stderr)
+        return 2
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = [
@@ -83,6 +100,10 @@ def main(arguments: Sequence[str]) -> int:
         ]
         try:
             paths = [run.result() for run in runs]
+        except RuntimeError as error:
+            pool.shutdown(cancel_futures=True)
+            print(f"tir_alp.studies.compare: {error}", file=sys.stderr)
+            return 1
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

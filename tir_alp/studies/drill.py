@@ -378,18 +378,27 @@ def take_own_memory(arguments: Sequence[str]) -> None:
         os.execvp(own[0], [*own, sys.executable, "-m", "tir_alp.studies.drill", *arguments])
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the command; return 0 if nothing was lost, repeated or left."""
-    take_own_memory(arguments)
-    parser = argparse.ArgumentParser("tir_alp.studies.drill", description=__doc__)
-    parser.add_argument("--faults", type=int, default=200, help="number of faults")
-    parser.add_argument("--drill-seed", type=int, default=0, help="seed of the choice of faults")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser("python -m tir_alp.studies.drill", description=__doc__)
+    found.add_argument("--faults", type=int, default=200, help="number of faults")
+    found.add_argument("--drill-seed", type=int, default=0, help="seed of the choice of faults")
+    found.add_argument(
         "--folder", type=Path, help="folder to keep the runs in; default: a temporary one"
     )
-    options, words = parser.parse_known_args(arguments)
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; return 0 if nothing was lost, repeated or left."""
+    options, words = parser().parse_known_args(arguments)
     defaults = [word for key, value in DEFAULTS.items() for word in (f"--{key}", value)]
-    config = load_config([*defaults, "--cluster", "local", *words], read_toml(TRAIN_CONFIG))
+    try:
+        config = load_config([*defaults, "--cluster", "local", *words], read_toml(TRAIN_CONFIG))
+    except ValueError as error:
+        print(f"tir_alp.studies.drill: {error}", file=sys.stderr)
+        return 2
+    take_own_memory(arguments)
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         report = measure(config, options.faults, options.drill_seed, folder.resolve())

@@ -183,18 +183,23 @@ async def run(options: argparse.Namespace) -> list[Measurement]:
     return measurements
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser(
+        "python -m tir_alp.studies.mismatch", description=(__doc__ or "").split("\n")[0]
+    )
+    found.add_argument("--model", default="tiny-able", help="name, folder or Hugging Face id")
+    found.add_argument("--engine", choices=["sglang", "transformers"], default="sglang")
+    found.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    found.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 0.7])
+    found.add_argument("--tokens", type=int, default=3000, help="least number of tokens per row")
+    found.add_argument("--out", type=Path, help="file for a picture of the distributions")
+    return found
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        "tir_alp.studies.mismatch", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--model", default="tiny-able", help="name, folder or Hugging Face id")
-    parser.add_argument("--engine", choices=["sglang", "transformers"], default="sglang")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 0.7])
-    parser.add_argument("--tokens", type=int, default=3000, help="least number of tokens per row")
-    parser.add_argument("--out", type=Path, help="file for a picture of the distributions")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         measurements = asyncio.run(run(options))
     except ValueError as error:

@@ -2,9 +2,10 @@
 
 For each seed, SmolLM2-135M-Instruct is fine-tuned on demonstrations of eleven kinds of tasks, and
 is then trained with ALP and, from the same fine-tuned model, with Bypass, which is ALP without
-noise. Each model is evaluated on the same held-out tasks, with the Python tool and, but for Bypass,
-without it. Runs and evaluations are audited. Each evaluation is a row of a file; stages that are
-done are not repeated, so an interrupted study goes on where it stopped. Hours on two cores.
+noise. Each model is evaluated on the same held-out tasks with the Python tool; the base model and
+that of ALP also without it. Runs and evaluations are audited. Each evaluation is a row of a file;
+stages that are done are not repeated, so an interrupted study goes on where it stopped. It takes
+hours on two cores.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from tir_alp.process import run_command
 from tir_alp.records.folder import read_records
-from tir_alp.studies.stages import Stage, audit, logger, perform
+from tir_alp.studies.stages import Stage, audit, logger, perform, training
 
 CONFIGS = Path(__file__).parent
 SFT_CONFIG, RL_CONFIG = CONFIGS / "smollm2_sft.toml", CONFIGS / "smollm2_mixture.toml"
@@ -63,7 +64,7 @@ def chain(folder: Path, seed: int, size: Size) -> Iterator[tuple[Stage, Evaluate
         size: How much of everything there is.
     """
     base, own = folder / "smollm2", folder / f"seed{seed}"
-    data, name = own / "transcripts.jsonl", str(own.relative_to("runs"))
+    data = own / "transcripts.jsonl"
     taught = own / "sft" / "checkpoints" / f"step_{size.sft_steps}"
     rl_steps = size.rl_steps or int(tomllib.loads(RL_CONFIG.read_text())["steps"])
     kinds = ",".join(each.get("dataset", each["source"]) for each in _mix())
@@ -88,21 +89,32 @@ def chain(folder: Path, seed: int, size: Size) -> Iterator[tuple[Stage, Evaluate
     show = ("envs", "demonstrate", "--out", str(data), "--kinds", kinds, "--instruction", "")
     show = (*show, "--seed", str(seed), "--number", str(size.transcripts))
     yield Stage(f"seed {seed}: writing demonstrations", data, show), None
-    teach = ("sft", "--config", str(SFT_CONFIG), "--name", f"{name}/sft")
-    teach = (*teach, "--model.path", str(base), "--data.path", str(data), "--seed", str(seed))
-    teach = (*teach, *_episode_limits(), "--steps", str(size.sft_steps))
-    title = f"seed {seed}: supervised fine-tuning"
-    yield Stage(title, taught / "manifest.json", teach, run_folder=own / "sft"), None
+    yield (
+        training(
+            f"seed {seed}: supervised fine-tuning",
+            "sft",
+            own / "sft",
+            size.sft_steps,
+            *("--config", str(SFT_CONFIG), "--seed", str(seed), *_episode_limits()),
+            *("--model.path", str(base), "--data.path", str(data)),
+        ),
+        None,
+    )
     yield evaluation("sft", taught, own / "sft")
-    yield evaluation("sft", taught, own / "sft", tools=False)
     for method in METHODS:
         run_folder = own / method
         trained = run_folder / "checkpoints" / f"step_{rl_steps}"
-        train = ("train", "--config", str(RL_CONFIG), "--name", f"{name}/{method}")
-        train = (*train, "--algorithm", method, "--seed", str(seed), "--steps", str(rl_steps))
-        train = (*train, "--model.path", str(taught))
-        title = f"seed {seed}: training with {method}"
-        yield Stage(title, trained / "manifest.json", train, run_folder=run_folder), None
+        yield (
+            training(
+                f"seed {seed}: training with {method}",
+                "train",
+                run_folder,
+                rl_steps,
+                *("--config", str(RL_CONFIG), "--algorithm", method, "--seed", str(seed)),
+                *("--model.path", str(taught)),
+            ),
+            None,
+        )
         yield evaluation(method, trained, run_folder)
         if method == "alp_sequence":
             yield evaluation(method, trained, run_folder, tools=False)
@@ -145,7 +157,7 @@ _CURVES = (
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the accuracies as a markdown table: a row per seed, a column per model."""
     columns = [
-        *(("base", False), ("base", True), ("sft", False), ("sft", True)),
+        *(("base", False), ("base", True), ("sft", True)),
         *(("bypass_sequence", True), ("alp_sequence", False), ("alp_sequence", True)),
     ]
     titles = [f"{model}{'' if tools else ', no tools'}" for model, tools in columns]
@@ -160,16 +172,22 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    usual = Size()
+    found = argparse.ArgumentParser("python -m tir_alp.studies.mixture", description=__doc__)
+    found.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    found.add_argument("--sft-steps", type=int, default=usual.sft_steps)
+    found.add_argument("--rl-steps", type=int, help="default: those of the config")
+    found.add_argument("--transcripts", type=int, default=usual.transcripts)
+    found.add_argument("--tasks", type=int, default=usual.num_tasks, help="tasks per evaluation")
+    found.add_argument("--name", default="mixture", help="folder below runs/")
+    return found
+
+
 def main(arguments: Sequence[str]) -> int:
     """Make what is missing of the study; returns the exit code."""
-    parser, usual = argparse.ArgumentParser("tir_alp.studies.mixture", description=__doc__), Size()
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--sft-steps", type=int, default=usual.sft_steps)
-    parser.add_argument("--rl-steps", type=int, help="default: those of the config")
-    parser.add_argument("--transcripts", type=int, default=usual.transcripts)
-    parser.add_argument("--tasks", type=int, default=usual.num_tasks, help="tasks per evaluation")
-    parser.add_argument("--name", default="mixture", help="folder below runs/")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     size = Size(options.sft_steps, options.transcripts, options.rl_steps, options.tasks)
     folder = Path("runs") / options.name
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,8 @@
 
 Fetches SmolLM2-135M-Instruct, writes demonstrations whose programs really run, teaches their form
 by supervised fine-tuning, trains with ALP, evaluates the model after each stage on the same
-held-out tasks, audits every stage, and talks to the result. Stages that are done are not repeated.
+held-out tasks, audits every stage, and talks to the result. After an interruption the same command
+goes on: stages that are done are not repeated, and a run that has a checkpoint is resumed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tir_alp.process import run_command
-from tir_alp.studies.stages import Stage, audit, logger, perform
+from tir_alp.studies.stages import Stage, audit, logger, perform, training
 
 CONFIGS = Path(__file__).parent
 SFT_CONFIG, RL_CONFIG = CONFIGS / "smollm2_sft.toml", CONFIGS / "smollm2_rl.toml"
@@ -39,7 +40,6 @@ def stages(folder: Path, seed: int, num_tasks: int, quick: bool) -> list[Stage]:
         quick: Make only a few steps, to see that everything works.
     """
     model, data = folder / "smollm2", folder / "transcripts.jsonl"
-    name = str(folder.relative_to("runs"))
     sft, rl = folder / "sft", folder / "rl"
     sft_steps, rl_steps = steps_of(SFT_CONFIG, quick), steps_of(RL_CONFIG, quick)
     taught = sft / "checkpoints" / f"step_{sft_steps}"
@@ -71,27 +71,23 @@ def stages(folder: Path, seed: int, num_tasks: int, quick: bool) -> list[Stage]:
             ),
         ),
         evaluation("base", model),
-        Stage(
+        training(
             "supervised fine-tuning",
-            taught / "manifest.json",
-            (
-                *("sft", "--config", str(SFT_CONFIG), "--name", f"{name}/sft"),
-                *("--model.path", str(model), "--data.path", str(data)),
-                *("--steps", str(sft_steps), "--seed", str(seed)),
-                *(QUICK_SFT if quick else ()),
-            ),
-            run_folder=sft,
+            "sft",
+            sft,
+            sft_steps,
+            *("--config", str(SFT_CONFIG), "--seed", str(seed)),
+            *("--model.path", str(model), "--data.path", str(data)),
+            *(QUICK_SFT if quick else ()),
         ),
         evaluation("sft", taught),
-        Stage(
+        training(
             "reinforcement learning with ALP",
-            rl / "checkpoints" / f"step_{rl_steps}" / "manifest.json",
-            (
-                *("train", "--config", str(RL_CONFIG), "--name", f"{name}/rl"),
-                *("--model.path", str(taught), "--steps", str(rl_steps), "--seed", str(seed)),
-                *(QUICK_ROLLOUTS if quick else ()),
-            ),
-            run_folder=rl,
+            "train",
+            rl,
+            rl_steps,
+            *("--config", str(RL_CONFIG), "--seed", str(seed), "--model.path", str(taught)),
+            *(QUICK_ROLLOUTS if quick else ()),
         ),
         evaluation("rl", rl / "checkpoints" / f"step_{rl_steps}"),
         Stage(
@@ -118,14 +114,19 @@ def summary(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
     return found
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser("python -m tir_alp.studies.real", description=__doc__)
+    found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--tasks", type=int, default=256, help="held-out tasks per evaluation")
+    found.add_argument("--quick", action="store_true", help="three steps of each kind")
+    found.add_argument("--name", help="folder below runs/ (default: real-seed<N>)")
+    return found
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run all stages; returns the exit code."""
-    parser = argparse.ArgumentParser("tir_alp.studies.real", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tasks", type=int, default=256, help="held-out tasks per evaluation")
-    parser.add_argument("--quick", action="store_true", help="three steps of each kind")
-    parser.add_argument("--name", help="folder below runs/ (default: real-seed<N>)")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     folder = Path("runs") / (options.name or f"real-seed{options.seed}")
     folder.mkdir(parents=True, exist_ok=True)
     log = logger()

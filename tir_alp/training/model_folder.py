@@ -52,7 +52,10 @@ def load_config(path: str) -> Any:
         return AutoConfig.from_pretrained(path)
     except OSError as error:
         raise ValueError(
-            f"cannot load the config of the model {path!r}: {first_line(error)}"
+            f"there is no model folder {path!r}, and no model of this name could be loaded from "
+            f"the Hugging Face hub: {first_line(error)}"
+            if not folder.exists()
+            else f"cannot load the config of the model {path!r}: {first_line(error)}"
         ) from error
     except ValueError as error:
         raise ValueError(unknown_architecture(path, error)) from error
@@ -79,8 +82,8 @@ def _check_config(folder: Path) -> None:
         return
     if packed := sorted(folder.glob("*.gguf")):
         raise ValueError(
-            f"the model folder {folder} holds {packed[0].name}, a format that cannot be trained: "
-            "give the folder or the Hugging Face id of the model that it was converted from"
+            f"the model folder {folder} has no config.json, but {packed[0].name}: give the file "
+            f"itself, {packed[0]}, which is then converted"
         )
     names = sorted(each.name for each in folder.iterdir())
     inside = [each.name for each in folder.iterdir() if (each / "config.json").is_file()]

@@ -73,8 +73,13 @@ def local_path(path: str) -> str:
     """Return a folder with `~` expanded, and a Hugging Face id unchanged.
 
     Raises:
-        ValueError: If the path looks like a folder and is not one.
+        ValueError: If the path is a file, or looks like a folder and is not one.
     """
+    if (file := Path(path).expanduser()).is_file():
+        raise ValueError(
+            f"the model {path!r} is a file: give the folder that it is in, "
+            f"{file.resolve().parent}, or a GGUF file"
+        )
     looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
     expanded = str(Path(path).expanduser()) if looks_local else path
     if looks_local and not Path(expanded).is_dir():

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -20,31 +21,37 @@ from tir_alp.tools.sandbox.result import SandboxError, SandboxRefused
 from tir_alp.tools.sandbox.script import Script
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_WRONG = 2
+"""A mistake in the command line, as of argparse."""
 _UNAVAILABLE = 69
 """EX_UNAVAILABLE: there is no sandbox."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and carry it out; return the exit status."""
-    arguments = _parser().parse_args(argv)
-    config = SandboxConfig.model_validate(
-        {
-            "backend": arguments.backend,
-            "preload": tuple(filter(None, arguments.preload.split(","))),
-            "memory_mb": arguments.memory_mb,
-        }
-    )
+    arguments = parser().parse_args(argv)
     try:
+        config = SandboxConfig(
+            backend=arguments.backend,
+            preload=tuple(filter(None, arguments.preload.split(","))),
+            memory_mb=arguments.memory_mb,
+        )
         return asyncio.run(arguments.do(config, arguments))
     except SandboxError as error:
         print(f"error: {error}", file=sys.stderr)
         return _UNAVAILABLE
+    except ValidationError as error:
+        for each in error.errors():
+            option = "--" + "-".join(map(str, each["loc"])).replace("_", "-")
+            print(f"error: {option} {each['input']}: {each['msg']}", file=sys.stderr)
+        return _WRONG
     except KeyboardInterrupt:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m tir_alp.sandbox", description=__doc__)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser("python -m tir_alp.sandbox", description=__doc__)
     common = argparse.ArgumentParser(add_help=False)
     defaults = SandboxConfig()
     common.add_argument("--backend", default="auto", choices=("auto", *BACKENDS))
@@ -52,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--preload", default=",".join(defaults.preload), help="modules, separated by commas"
     )
     common.add_argument("--memory-mb", type=int, default=defaults.memory_mb)
-    verbs = parser.add_subparsers(required=True)
+    verbs = found.add_subparsers(required=True)
 
     probe = verbs.add_parser("probe", parents=[common], help="what is enforced here, and by what")
     probe.set_defaults(do=_probe, preload="")
@@ -64,11 +71,18 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = verbs.add_parser("serve", parents=[common], help="the HTTP service")
     serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8080, help="0: any free port")
+    serve.add_argument("--port", type=_port, default=8080, help="0: any free port")
     serve.add_argument("--no-token", action="store_true", help="let every local process in")
     serve.add_argument("--max-sessions", type=int, default=defaults.max_sessions)
     serve.set_defaults(do=_serve)
-    return parser
+    return found
+
+
+def _port(text: str) -> int:
+    """A port of TCP. Raises ValueError, which argparse reports."""
+    if not 0 <= (port := int(text)) < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{port} is not a port: ports go from 0 to 65535")
+    return port
 
 
 async def _probe(config: SandboxConfig, arguments: argparse.Namespace) -> int:
@@ -96,10 +110,13 @@ async def _probe(config: SandboxConfig, arguments: argparse.Namespace) -> int:
 
 async def _run(config: SandboxConfig, arguments: argparse.Namespace) -> int:
     """Print what a program prints; return its exit status, or one that stands for its outcome."""
-    file = arguments.file
-    code = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    file, limits = arguments.file, Limits(wall_s=arguments.wall_s)
+    try:
+        code = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        print(f"error: cannot read the program {file}: {error.strerror}", file=sys.stderr)
+        return _WRONG
     stdin = b"" if file == "-" or sys.stdin.isatty() else sys.stdin.buffer.read()
-    limits = Limits(wall_s=arguments.wall_s)
     async with create_sandbox(config) as sandbox, sandbox.session() as session:
         ended = await session.run_script(Script(code=code, stdin=stdin), limits)
     sys.stdout.write(ended.result.stdout)

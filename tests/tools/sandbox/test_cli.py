@@ -44,3 +44,24 @@ def test_probe_fails_where_no_backend_holds(monkeypatch, capsys):
     monkeypatch.setattr("tir_alp.tools.sandbox.jail.landlock.abi", lambda: 0)
     assert cli.main(["probe", "--backend", "landlock"]) == 1
     assert "Landlock ABI 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "nowhere.py"], "cannot read the program nowhere.py: No such file"),
+        (["run", "."], "cannot read the program .: Is a directory"),
+        (["run", "--wall-s", "-1", __file__], "--wall-s -1.0: Input should be greater than 0"),
+        (["probe", "--memory-mb", "1"], "--memory-mb 1: Input should be greater than or equal"),
+    ],
+)
+def test_a_mistake_is_one_line(words, said, capsys):
+    assert cli.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+
+
+def test_a_port_that_does_not_exist_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["serve", "--port", "99999"])
+    assert end.value.code == 2 and "99999 is not a port" in capsys.readouterr().err

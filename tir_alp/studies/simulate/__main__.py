@@ -16,26 +16,26 @@ from tir_alp.studies.simulate.costs import read_costs
 from tir_alp.studies.simulate.pipeline import Costs, PipelineLayout, simulate
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser("tir_alp.studies.simulate", description=__doc__)
-    parser.add_argument("run", type=Path, help="a recorded run with rollout.max_staleness = 0")
-    parser.add_argument("--engines", type=int, nargs="+", default=[1], help="engines")
-    parser.add_argument("--trainers", type=int, nargs="+", default=[1], help="trainer ranks")
-    parser.add_argument("--max-staleness", type=int, nargs="+", default=[0])
-    parser.add_argument("--groups-per-step", type=int, help="default: the run's")
-    parser.add_argument("--group-size", type=int, help="default: the run's")
-    parser.add_argument("--engine-slots", type=int, help="concurrent requests per engine")
-    parser.add_argument("--tool-slots", type=int, help="concurrent tool calls")
-    parser.add_argument("--on-update", choices=["wait", "keep", "drop"], help="default: the run's")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser("python -m tir_alp.studies.simulate", description=__doc__)
+    found.add_argument("run", type=Path, help="a recorded run with rollout.max_staleness = 0")
+    found.add_argument("--engines", type=int, nargs="+", default=[1], help="engines")
+    found.add_argument("--trainers", type=int, nargs="+", default=[1], help="trainer ranks")
+    found.add_argument("--max-staleness", type=int, nargs="+", default=[0])
+    found.add_argument("--groups-per-step", type=int, help="default: the run's")
+    found.add_argument("--group-size", type=int, help="default: the run's")
+    found.add_argument("--engine-slots", type=int, help="concurrent requests per engine")
+    found.add_argument("--tool-slots", type=int, help="concurrent tool calls")
+    found.add_argument("--on-update", choices=["wait", "keep", "drop"], help="default: the run's")
+    found.add_argument(
         "--slowdown",
         type=float,
         default=1.0,
         help="factor by which engine and trainer slow each other down on a shared device",
     )
-    parser.add_argument("--steps", type=int, default=30, help="simulated training steps")
-    return parser.parse_args(arguments)
+    found.add_argument("--steps", type=int, default=30, help="simulated training steps")
+    return found
 
 
 def describe(costs: Costs) -> str:
@@ -51,7 +51,7 @@ def describe(costs: Costs) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Simulate each combination and print one row for each; return 2 if the input is invalid."""
-    options = parse(arguments)
+    options = parser().parse_args(arguments)
     try:
         costs = read_costs(options.run, slowdown=options.slowdown)
         recorded = read_run_config(options.run)["rollout"]
