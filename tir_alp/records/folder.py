@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from tir_alp.algorithm.formula import formula
 from tir_alp.config import Config, SFTConfig
+from tir_alp.records.provenance import note_end, note_start
 from tir_alp.records.run_lock import RunLock
 from tir_alp.records.trackers import Say, TrackedRun, Trackers
 from tir_alp.records.trajectories import to_record
@@ -115,6 +116,7 @@ class RunFolder:
             objective = formula(config.algorithm)
         if objective:
             (self.path / "objective.txt").write_text(objective + "\n")
+        note_start(self.path)
         self._open(None, config.trackers, say)
 
     def discard(self) -> None:
@@ -144,6 +146,7 @@ class RunFolder:
             kept = [each for each in read_records(file)[0] if step > 0 and each["step"] <= step]
             temporary.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
             os.replace(temporary, file)
+        note_start(self.path)
         own: Sequence[str] = read_run_config(self.path).get("trackers", ["tensorboard"])
         self._open(step, own if trackers is None else trackers, say)
 
@@ -154,6 +157,7 @@ class RunFolder:
             ValueError: Another process is writing it.
         """
         self._lock.acquire()
+        note_start(self.path)
         self._open(None, (), _say)
 
     def _open(self, step: int | None, trackers: Sequence[str], say: Say) -> None:
@@ -243,6 +247,7 @@ class RunFolder:
         self._trackers.close()
         with contextlib.suppress(OSError):  # of a full disk, which `log` has raised already
             self._metrics.close()
+        note_end(self.path)
         self._lock.release()
 
 

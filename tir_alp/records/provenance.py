@@ -1,0 +1,135 @@
+"""Where the numbers of a run come from: `provenance.json` in its folder.
+
+A run can have several starts. The file has the command, the commit of the code, the versions of the
+packages, the machine and the times of the first one, and the same of each later one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROVENANCE = "provenance.json"
+"""Name of the file."""
+
+_PACKAGES = (
+    *("tir_alp", "torch", "transformers", "tokenizers", "safetensors", "numpy", "gymnasium"),
+    *("sympy", "math-verify", "reasoning-gym", "pydantic", "ray", "sglang", "vllm", "peft"),
+)
+_GIT_TIMEOUT_S = 5.0
+
+
+def note_start(folder: Path) -> None:
+    """Write down a start of the run in a folder."""
+    file = folder / PROVENANCE
+    saved = _read(file)
+    if saved is None:
+        record = {**describe_start(), "times": [_times()]}
+    else:
+        later = [*saved.get("resumed", ()), describe_start()]
+        record = {**saved, "times": [*saved.get("times", ()), _times()], "resumed": later}
+    _write(file, record)
+
+
+def note_end(folder: Path) -> None:
+    """Write down when the newest start ended. A full disk is no reason to fail at the end."""
+    file = folder / PROVENANCE
+    saved = _read(file)
+    if saved is None or not saved.get("times"):
+        return
+    *earlier, last = saved["times"]
+    with contextlib.suppress(OSError):
+        _write(file, {**saved, "times": [*earlier, {**last, "ended": _now()}]})
+
+
+def describe_start() -> dict[str, Any]:
+    """Return the command, commit, versions and hardware of this process."""
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": _hardware(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that the code is in, with " (changed)"; None: it is in none."""
+    package = Path(__file__).resolve().parents[1]
+    if not (package.parent / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(package.parent), *words]
+        found = subprocess.run(
+            command, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S, check=True
+        )
+        return found.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (" (changed)" if changed else "")
+    except (OSError, subprocess.SubprocessError):  # no git, or a repository of somebody else
+        return None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _hardware() -> dict[str, Any]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    gpus = range(torch.cuda.device_count())
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(memory / 1e9, 1),
+        "gpus": [torch.cuda.get_device_name(index) for index in gpus],
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _times() -> dict[str, Any]:
+    return {"started": _now(), "ended": None}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """The file's content; None if there is none, or none that can be read."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _write(file: Path, record: Mapping[str, Any]) -> None:
+    aside = file.with_name(f".{file.name}.part")
+    aside.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(aside, file)
