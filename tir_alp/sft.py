@@ -210,9 +210,8 @@ def play_held_out(config: SFTConfig, run: Path) -> None:
 
     model = checkpoint_of(run, str(config.steps))
     settings = config.as_run()
-    settings = settings.model_copy(
-        update={"model": settings.model.model_copy(update={"path": model.path})}
-    )
+    found = settings.model.model_copy(update={"path": model.path})
+    settings = settings.model_copy(update={"model": found, "name": None})
     label = "-".join(each.label for each in config.eval.data)
     out = run / "evaluations" / f"{label}-k{config.eval.samples}-step{model.version}"
     result = asyncio.run(evaluate(settings, model, out))

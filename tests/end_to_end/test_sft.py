@@ -248,12 +248,16 @@ def test_the_whole_way_by_command(tmp_path):
     assert "every token is accounted for" in command(tmp_path, "audit", str(folder))
     small = ("--eval.num_tasks", "4", "--eval.greedy", "false")
     taught = "runs/taught/checkpoints/step_20"
-    said = command(tmp_path, "evaluate", "--run", "runs/trained", "--against", taught, *small)
+    words = ("evaluate", "--run", "runs/trained", "--against", taught, "--out", "compared")
+    said = command(tmp_path, *words, *small)
     assert f"avg@k minus that of {taught}" in said
     others = json.loads((tmp_path / "evaluations/step_20/held_out-k1/config.json").read_text())
     trained = json.loads((tmp_path / "runs/trained/config.json").read_text())
     assert others["env"] == trained["env"] and others["rollout"] == trained["rollout"]
-    assert "avg@k" in command(tmp_path, "evaluate", "--run", "runs/taught", *small)
+    again = command(tmp_path, "evaluate", "--run", "runs/taught")  # as `sft` did at its end
+    assert "8 tasks have been played" in again
+    (own,) = (tmp_path / "runs/taught/evaluations").iterdir()
+    assert "every token is accounted for" in command(tmp_path, "audit", str(own))
     learnt = command(
         tmp_path,
         *("sft", "--from-run", str(folder), "--min-reward", "0", "--name", "again", "--steps", "1"),

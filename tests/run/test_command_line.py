@@ -34,6 +34,8 @@ def refusal(*words: str) -> str:
         ("stepz", ["steps"]),
         ("env.kwarg", ["env.kwargs"]),
         ("rolout", ["rollout"]),
+        ("evl", ["eval"]),
+        ("trainer.lrate", ["trainer.lr"]),
         ("cluster.trainr", ["cluster.trainer"]),
         ("eval.data.1.pth", ["eval.data.1.path"]),
         ("data.mix.0.wight", ["data.mix.0.weight"]),

@@ -243,7 +243,7 @@ ALGORITHMS: MappingProxyType[str, AlgorithmConfig] = MappingProxyType(make_prese
 
 
 NEGATIVE_LOG_LIKELIHOOD = AlgorithmConfig(
-    name="sft", denominator="rollout", ratio_level="token", surrogate="reinforce"
+    denominator="rollout", ratio_level="token", surrogate="reinforce"
 )
 """Supervised learning as a method: with the advantage 1, `reinforce` is -log pi per token."""
 

@@ -76,9 +76,7 @@ def settings_of(run: Path) -> dict[str, Any]:
     saved = read_run_config(run)
     if read_command(run) != "sft":
         return saved
-    settings = parse_as(SFTConfig, saved).as_run().model_dump(mode="json")
-    settings["algorithm"]["name"] = "custom"  # fine-tuning is no preset, and is not read again
-    return settings
+    return parse_as(SFTConfig, saved).as_run().model_dump(mode="json")
 
 
 def checkpoint_of(run: Path, which: str) -> Model:

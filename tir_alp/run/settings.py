@@ -138,7 +138,7 @@ def suggestions(key: str, root: type[BaseModel] = Config) -> list[str]:
         return [f"{found[1]}.{found[2]}.{name}" for name in near]
     every = {each.key: each.description.lower() for each in settings(root)}
     sections = {each.rpartition(".")[0] for each in every} - {""}
-    if near := difflib.get_close_matches(key, sections, 1, cutoff=0.8):
+    if near := difflib.get_close_matches(key, sections, 1, cutoff=0.9):
         return near
     prefix, _, last = key.rpartition(".")
     near = difflib.get_close_matches(key, every, 2, cutoff=0.8)
@@ -151,7 +151,7 @@ def suggestions(key: str, root: type[BaseModel] = Config) -> list[str]:
         near = [each for each in near if each.startswith(f"{prefix}.")] or near
         near = near[:2] if len(near) <= 3 else []
     if not near:
-        near = difflib.get_close_matches(key, every, 1, cutoff=0.6)
+        near = difflib.get_close_matches(key, [*sections, *every], 1, cutoff=0.6)
     return near
 
 
