@@ -29,7 +29,9 @@ def test_reopening_drops_broken_and_incomplete_lines(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_refused_before_anything_starts(tmp_path):
     (tmp_path / "runs").touch()
-    with pytest.raises(ValueError, match=r"runs is not a folder\. Runs and evaluations are written"):
+    with pytest.raises(
+        ValueError, match=r"runs is not a folder\. Runs and evaluations are written"
+    ):
         RunFolder(tmp_path / "runs" / "a").check_is_new()
     with pytest.raises(ValueError, match=r"/proc.* cannot be written"):
         RunFolder(Path("/proc/sys/kernel/runs/a")).check_is_new()
