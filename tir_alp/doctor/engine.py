@@ -208,7 +208,7 @@ class EngineCheck:
             holds,
             f"difference {ahead:.2g} after a change of the weights that moves logprobs by "
             f"{shift:.2g}, {back:.2g} after undoing it, over {num_tokens} tokens; versions "
-            f"{versions}",
+            + " and ".join(", ".join(map(str, sorted(each))) for each in versions),
             "the engine still uses some old weights after load_weights: check that it copies every "
             "tensor, empties its cache and updates the version",
         )

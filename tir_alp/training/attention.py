@@ -106,6 +106,15 @@ def attend_in_rows(
     return output.transpose(1, 2)
 
 
+def window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Return what each of `length` tokens sees, [Q, K] bool; None: all tokens before it."""
+    if window is None or length <= window:
+        return None
+    offset = torch.arange(length, device=device)
+    distance = offset[:, None] - offset
+    return (distance >= 0) & (distance < window)
+
+
 def on_device(values: NDArray, device: torch.device | str) -> Tensor:
     """Copy an array to a device, without waiting for the device."""
     return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
@@ -151,11 +160,6 @@ class PackedSequences:
         window: int | None,
     ) -> Tensor:
         """As `Layout.attend`."""
-        longest = self._shape[1]
-        mask = None
-        if window is not None and longest > window:
-            distance = torch.arange(longest, device=query.device)
-            distance = distance[:, None] - distance
-            mask = (distance >= 0) & (distance < window)
+        mask = window_mask(self._shape[1], window, query.device)
         rows = (self.to_rows(states) for states in (query, key, value))
         return self.to_packed(attend_in_rows(*rows, mask=mask, scale=scale))

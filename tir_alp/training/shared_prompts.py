@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tir_alp.training.attention import attend_in_rows, on_device
+from tir_alp.training.attention import attend_in_rows, on_device, window_mask
 from tir_alp.types import Batch, Prompts
 
 Piece = tuple[int, int]
@@ -120,14 +120,10 @@ class SharedPrompts:
             )
             return attend_in_rows(*rows, mask=mask, scale=scale).flatten(0, 1)
 
-        mask, of_prompts = self._mask, None
+        mask = self._mask
         if window is not None:
             mask = mask & (self._distance < window)
-            longest = self._prompts.shape[1]
-            if longest > window:
-                offset = torch.arange(longest, device=query.device)
-                distance = offset[:, None] - offset
-                of_prompts = (distance >= 0) & (distance < window)
+        of_prompts = window_mask(self._prompts.shape[1], window, query.device)
         prompts = attention(self._prompts, self._prompts, of_prompts)
         tails = attention(self._tails, self._keys, mask)
         both = (prompts.index_select(0, self._in_prompts), tails.index_select(0, self._in_tails))
