@@ -174,7 +174,7 @@ def test_a_terabyte_is_written_without_an_exponent(capsys):
     words = ["--trainer.gradient_checkpointing", "false", "--trainer.dtype", "float32"]
     assert doctor(["memory", *words]) == 0
     printed = capsys.readouterr().out
-    assert "| 1,335 |" in printed and "e+" not in printed
+    assert "| 1,332 |" in printed and "e+" not in printed
 
 
 def test_free_memory_is_that_of_the_machine():
