@@ -47,7 +47,8 @@ def test_every_method_is_trained_once_and_is_in_the_table(tmp_path: Path):
 
 
 def test_a_run_that_fails_is_reported_with_its_output(tmp_path: Path):
-    result = compare(tmp_path, "--algorithms", "grpo", "--seeds", "1", "--", "--steps", "few")
+    unknown = ("--env.id", "no_such_module:Mine-v0")
+    result = compare(tmp_path, "--algorithms", "grpo", "--seeds", "1", "--", *unknown)
     assert result.returncode == 1
     assert "compare/grpo-seed0 failed with status 2" in result.stderr
-    assert "steps: Input should be a valid integer" in result.stderr
+    assert "no_such_module" in result.stderr
