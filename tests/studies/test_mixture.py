@@ -31,8 +31,9 @@ def test_every_evaluation_plays_the_same_tasks_with_the_same_draws():
         if evaluated is not None
     ]
     for each in words:
-        for option in ("--model", "--out"):
-            del each[(at := each.index(option)) : at + 2]
+        for option in ("--model", "--out", "--env.kwargs.instruction"):
+            if option in each:
+                del each[(at := each.index(option)) : at + 2]
     assert {tuple(each) for each in words} == {tuple(words[0]), (*words[0], "--without-tools")}
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tir_alp.envs.math_env import SingleTurnMathEnv
 from tir_alp.process import run_command
 from tir_alp.records.folder import read_records
 from tir_alp.studies.stages import Stage, audit, logger, perform, training
@@ -77,6 +78,8 @@ def chain(folder: Path, seed: int, size: Size) -> Iterator[tuple[Stage, Evaluate
         words = ("evaluate", "--model", str(model), "--config", str(RL_CONFIG), "--out", str(out))
         limits = ("--eval.num_tasks", str(size.num_tasks))
         words = (*words, *limits, *(() if tools else ("--without-tools",)))
+        if label == "base" and not tools:  # nothing else has told it how to answer
+            words = (*words, "--env.kwargs.instruction", SingleTurnMathEnv.instruction)
         title = f"seed {seed}: evaluating {label}{'' if tools else ' without tools'}"
         stage = Stage(title, out / "evaluation.json", words)
         return stage, Evaluated(seed, label, tools, out, run_folder)
