@@ -278,7 +278,7 @@ def test_an_evaluation_that_is_killed_loses_no_task_and_repeats_none(tmp_path):
         "--model",
         "tiny",
         "--eval.num_tasks",
-        "300",
+        "120",
         "--eval.greedy",
         "false",
         *TINY,
@@ -298,7 +298,7 @@ def test_an_evaluation_that_is_killed_loses_no_task_and_repeats_none(tmp_path):
     process.kill()
     process.wait()
     played = {file: file.stat().st_mtime_ns for file in half.glob("trajectories/*.jsonl")}
-    assert not (half / "evaluation.json").exists() and len(played) < 300
+    assert not (half / "evaluation.json").exists() and len(played) < 120
     command(tmp_path, *words, "--out", str(half))
     assert all(file.stat().st_mtime_ns == written for file, written in played.items())
     found, expected = (json.loads((f / "evaluation.json").read_text()) for f in (half, whole))

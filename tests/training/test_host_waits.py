@@ -46,8 +46,13 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True, "dtype": "bfloat16"}])
-@pytest.mark.parametrize("name", METHODS)
+NARROW = {"gradient_checkpointing": True, "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [*((name, {}) for name in METHODS), ("alp_sequence", NARROW), ("mis_token", NARROW)],
+)
 def test_nothing_waits_inside_a_micro_batch(name: str, settings: dict[str, Any], monkeypatch):
     one = trainer(METHODS[name], micro_batch_tokens=60, **settings)
     waits, backward, calls = Waits(), one._backward, 0
