@@ -59,11 +59,11 @@ class KVCache:
     @torch.inference_mode()
     def copy_beginning(self, source: int, row: int, length: int) -> None:
         """Fill an empty row with the first tokens of another row."""
-        self.lengths[row] = length
-        for layer, have in [*self._layers.items()]:
-            key, value = (states[source].transpose(0, 1) for states in have)
-            for room in self.layer(layer, length, key, value):
-                room[row, :, :length] = room[source, :, :length]
+        states = {
+            layer: (keys[source, :, :length], values[source, :, :length])
+            for layer, (keys, values) in self._layers.items()
+        }
+        self.fill_row(row, states)
 
     @torch.inference_mode()
     def remove_row(self, row: int) -> None:
