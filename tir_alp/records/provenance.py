@@ -19,8 +19,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PROVENANCE = "provenance.json"
 """Name of the file."""
 
@@ -94,14 +92,21 @@ def _versions() -> dict[str, str]:
 
 def _hardware() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    gpus = range(torch.cuda.device_count())
     return {
         "system": platform.platform(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(memory / 1e9, 1),
-        "gpus": [torch.cuda.get_device_name(index) for index in gpus],
+        "gpus": _gpus(),
     }
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs. PyTorch is not imported for it: what uses one has it loaded."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 def _processor() -> str:

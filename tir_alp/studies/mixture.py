@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tir_alp.envs.math_env import SingleTurnMathEnv
 from tir_alp.process import run_command
 from tir_alp.records.folder import read_records
 from tir_alp.studies.stages import Stage, audit, logger, perform, training
@@ -79,7 +78,7 @@ def chain(folder: Path, seed: int, size: Size) -> Iterator[tuple[Stage, Evaluate
         limits = ("--eval.num_tasks", str(size.num_tasks))
         words = (*words, *limits, *(() if tools else ("--without-tools",)))
         if label == "base" and not tools:  # nothing else has told it how to answer
-            words = (*words, "--env.kwargs.instruction", SingleTurnMathEnv.instruction)
+            words = (*words, "--env.kwargs.instruction", "null")
         title = f"seed {seed}: evaluating {label}{'' if tools else ' without tools'}"
         stage = Stage(title, out / "evaluation.json", words)
         return stage, Evaluated(seed, label, tools, out, run_folder)
