@@ -19,5 +19,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     for item in items:
         item.add_marker(pytest.mark.xdist_group(group(item)))
-    last = len(_TOGETHER)
-    items.sort(key=lambda item: dict(zip(_TOGETHER, range(last), strict=True)).get(group(item), last))
+    order = {name: number for number, name in enumerate(_TOGETHER)}
+    items.sort(key=lambda item: order.get(group(item), len(order)))

@@ -26,7 +26,7 @@ def test_each_stage_begins_with_what_the_one_before_it_made():
         *("models", "envs", "evaluate", "sft", "evaluate", "train", "evaluate", "chat")
     ]
     assert "--data.path runs/x/transcripts.jsonl" in words[3] and "--seed 3" in words[3]
-    assert "--model.path runs/x/sft/checkpoints/step_3" in words[5]
+    assert "--model.path runs/x/sft/checkpoints/step_1" in words[5]
 
 
 def test_a_stage_that_was_interrupted_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
