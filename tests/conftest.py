@@ -12,6 +12,7 @@ _TESTS = Path(__file__).parent
 _TOGETHER = ("tools", "cluster", "engines")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def group(item: pytest.Item) -> str:
         file = item.path.relative_to(_TESTS)
