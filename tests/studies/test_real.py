@@ -57,7 +57,7 @@ def test_a_stage_that_fails_ends_the_command_with_its_exit_code(tmp_path, monkey
 
 @pytest.mark.slow
 @pytest.mark.sandbox
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_one_step_of_each_kind(tmp_path, monkeypatch, capfd):
     pytest.importorskip("gguf")
     name = f"{WHEELS['smollm2'].package}=={WHEELS['smollm2'].version}"
