@@ -35,7 +35,7 @@ clean:
 	rm -rf .venv build dist *.egg-info
 
 # Which tests stay together: tests/conftest.py.
-PARALLEL := -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n auto --maxprocesses 4
 
 FAST := tests/algorithm tests/training tests/rollouts tests/records tests/run tests/report tests/studies \
 	tests/test_*.py

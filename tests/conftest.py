@@ -7,18 +7,27 @@ container engine or clusters stay in one as well, and begin first, because they 
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 _TESTS = Path(__file__).parent
 _TOGETHER = ("tools", "cluster", "engines")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def group(item: pytest.Item) -> str:
-        file = item.path.relative_to(_TESTS)
-        return file.parts[0] if file.parts[0] in _TOGETHER else str(file)
+class _Scheduling(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        return _group(Path(nodeid.partition("::")[0]).relative_to("tests"))
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+
+def _group(file: Path) -> str:
+    return file.parts[0] if file.parts[0] in _TOGETHER else str(file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    config.option.loadscopereorder = False  # in the order of collection
+    return _Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: number for number, name in enumerate(_TOGETHER)}
-    items.sort(key=lambda item: order.get(group(item), len(order)))
+    items.sort(key=lambda item: order.get(_group(item.path.relative_to(_TESTS)), len(order)))
