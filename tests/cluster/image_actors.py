@@ -62,7 +62,7 @@ async def replacement(image):
 
 
 async def main(image, old):
-    async with asyncio.timeout(200):
+    async with asyncio.timeout(500):
         every = config_of(dict.fromkeys(KINDS, image), "--cluster.sandboxes.count", "1")
         connect(every.cluster, print)
         await train_from(every, None, services())

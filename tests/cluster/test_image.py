@@ -131,7 +131,7 @@ def test_actors_run_in_containers_and_wrong_images_are_named(folder):
             },
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=560,
         )
     finally:
         if not had_queues:

@@ -71,10 +71,10 @@ def test_plain_numbers_need_no_math_verify(monkeypatch, answer, truth, correct):
 
 
 def test_plain_numbers_take_microseconds():
-    begin = time.perf_counter()
+    begin = time.process_time()
     for _ in range(1000):
         grade("1887", "1888")
-    assert time.perf_counter() - begin < 0.5
+    assert time.process_time() - begin < 0.5
 
 
 # ------------------------------------------------------------------------- with math-verify

@@ -1,6 +1,7 @@
 """Each start of a run says where its numbers come from."""
 
 import json
+import shlex
 import subprocess
 import sys
 from datetime import datetime
@@ -23,7 +24,8 @@ def test_a_run_names_its_command_code_packages_machine_and_times(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.create(Config())
     found = read(folder)
-    assert "pytest" in found["command"] and found["versions"]["torch"] == torch.__version__
+    assert found["command"] == shlex.join(sys.orig_argv)
+    assert found["versions"]["torch"] == torch.__version__
     assert found["hardware"]["cores"] >= 1 and found["hardware"]["memory_gb"] > 0.5
     (times,) = found["times"]
     assert times["ended"] is None

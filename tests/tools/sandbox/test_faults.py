@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable
 from pathlib import Path
@@ -237,8 +238,9 @@ def test_full_disk_of_the_host(tmp_path: Path):
     mount = 'mount -t tmpfs -o size=1m,nr_inodes=40,mode=1777 none "$0" && exec "$@"'
     folder = str(tmp_path / "small")
     os.mkdir(folder)
-    for parent in (tmp_path.parent, tmp_path.parent.parent):
-        parent.chmod(0o755)  # for `nobody`
+    for parent in tmp_path.parents:
+        if Path(tempfile.gettempdir()) in parent.parents:
+            parent.chmod(0o755)  # for `nobody`
     program = [sys.executable, "-c", FULL_DISK, folder]
     result = subprocess.run(
         ["unshare", "--mount", "sh", "-c", mount, folder, *program],
