@@ -20,13 +20,16 @@ def test_the_configs_in_the_package_are_those_of_the_checkout(config):
 
 
 def test_each_stage_begins_with_what_the_one_before_it_made():
-    found = stages(Path("runs/x"), seed=3, num_tasks=8, quick=True)
+    found = stages(Path("runs/x"), seed=3, num_tasks=8, quick=True, dtype="bfloat16")
     words = [" ".join(each.words) for each in found]
     assert [each.split()[0] for each in words] == [
         *("models", "envs", "evaluate", "sft", "evaluate", "train", "evaluate", "chat")
     ]
     assert "--data.path runs/x/transcripts.jsonl" in words[3] and "--seed 3" in words[3]
     assert "--model.path runs/x/sft/checkpoints/step_1" in words[5]
+    trained = [number for number, each in enumerate(words) if "--trainer.dtype bfloat16" in each]
+    sampled = [number for number, each in enumerate(words) if "--engine.precision bf" in each]
+    assert trained == [3, 5] and sampled == [2, 4, 5, 6]
 
 
 def test_a_stage_that_was_interrupted_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
@@ -35,7 +38,7 @@ def test_a_stage_that_was_interrupted_goes_on_from_its_checkpoint(tmp_path, monk
     (folder / "sft/checkpoints/step_1").mkdir(parents=True)
 
     def words():
-        return stages(folder, seed=3, num_tasks=8, quick=True)[3].words
+        return stages(folder, 3, num_tasks=8, quick=True, dtype="float32")[3].words
 
     assert words()[:3] == ("sft", "--name", "x/sft")  # an unfinished checkpoint is none
     (folder / "sft/checkpoints/step_1/manifest.json").touch()
