@@ -195,10 +195,10 @@ def test_a_server_that_never_answers_holds_nothing_up(tmp_path, monkeypatch, sil
     began = time.monotonic()
     for step in range(100):
         thread.log(step, {"loss/value": 1.0})
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 1.0
     thread.finish()
     thread.join(time.monotonic() + 0.5)
-    assert time.monotonic() - began < 10.0
+    assert time.monotonic() - began < 2.0
     (line,) = lines
     assert "mlflow does not keep up: from step 5 on" in line
 

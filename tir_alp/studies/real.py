@@ -131,7 +131,12 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser("python -m tir_alp.studies.real", description=__doc__)
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--tasks", type=int, default=256, help="held-out tasks per evaluation")
-    found.add_argument("--dtype", choices=("float32", "bfloat16"), default=fast_dtype())
+    found.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default=fast_dtype(),
+        help="precision of trainer and engine (default: the faster one here, %(default)s)",
+    )
     found.add_argument("--quick", action="store_true", help="one step of each kind")
     found.add_argument("--name", help="folder below runs/ (default: real-seed<N>)")
     return found

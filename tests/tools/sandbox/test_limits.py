@@ -28,7 +28,7 @@ def test_endless_program_is_stopped(python: BlockingSession, code: str):
     assert result.outcome is Outcome.TOOL_TIMEOUT
     assert result.stdout == "partial"
     assert "time limit of 0.3 s" in result.stderr
-    assert time.perf_counter() - started < 10
+    assert time.perf_counter() - started < 2
 
 
 def test_processor_time_is_bounded_apart_from_wall_time(python: BlockingSession):
