@@ -24,6 +24,9 @@ _LOOK_EVERY_S = 0.05
 _LOOK_AT_LEAST_EVERY_S = 0.2
 _MAX_DEPTH = 64
 _BLOCK = 512
+_SPACE_OF_FOLDERS = 1 << 18
+"""Bytes beside those of files: folders and the file system's own blocks. Without them, one file of
+the largest size that its rlimit permits would be too much, and end a later call."""
 _SIGNALS = (signal.SIGCHLD, signal.SIGTERM)
 
 
@@ -115,7 +118,8 @@ class FolderRoom:
         busy, self._last_use = use != self._last_use, use
         self._pause_s = _LOOK_EVERY_S if busy else min(2 * self._pause_s, _LOOK_AT_LEAST_EVERY_S)
         num_bytes, num_files = use
-        return num_bytes > self._spec.scratch_mb << 20 or num_files > self._spec.scratch_files
+        max_bytes = (self._spec.scratch_mb << 20) + _SPACE_OF_FOLDERS
+        return num_bytes > max_bytes or num_files > self._spec.scratch_files
 
 
 def _die_with(parent: int, death_signal: int) -> None:

@@ -245,6 +245,15 @@ def test_limited(world: World, program: str):
         assert world.answers()
 
 
+def test_a_file_of_the_largest_size_does_not_end_a_later_call(world: World):
+    result = attempt(world, PROGRAMS["limited"]["one large file"])
+    assert result.outcome is Outcome.RESOURCE_LIMIT, result
+    if world.backend in COUNTS_LATE:
+        wait_until(world.answers)
+    later = world.open_session().run("import time; time.sleep(0.5); 1")
+    assert (later.outcome, later.value, later.note) == (Outcome.OK, "1", ""), later
+
+
 @programs("killed")
 def test_killed(world: World, program: str):
     result = attempt(world, program)
