@@ -14,7 +14,7 @@ pytest.importorskip("ray")
 @pytest.mark.timeout(1200)
 def test_killed_and_frozen_actors_lose_and_repeat_nothing(tmp_path):
     """In its own process, because the drill checks everything that is left of it."""
-    command = [sys.executable, "-m", "tir_alp.studies.drill", "--faults", "3"]
+    command = [sys.executable, "-m", "tir_alp.studies.drill", "--faults", "3", "--twin-steps", "6"]
     command += ["--folder", str(tmp_path), "--cluster.patience_s", "10"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1100)
     assert done.returncode == 0, done.stdout + done.stderr

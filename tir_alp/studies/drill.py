@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ _HAS_OWN_MEMORY = "TIR_ALP_DRILL_HAS_OWN_MEMORY"
 _PR_SET_CHILD_SUBREAPER = 36
 _ENDLESS = 1_000_000  # steps; the drill ends the run
 _END_TIMEOUT_S = 30.0
+_STANDSTILL_S = 600.0
 _SOCKETS_OF_RAY = 2
 
 
@@ -143,17 +144,11 @@ async def drill(config: Config, faults: int, seed: int) -> Counter[str]:
     """
     done: Counter[str] = Counter()
     made = Path("runs", config.name or "", "trajectories")
-    async with open_cluster(config) as cluster:
-        disturbing = asyncio.create_task(disturb(cluster, made, faults, random.Random(seed), done))
-        try:
-            with contextlib.suppress(Interrupted):
-                await train_stubbornly(cluster, config, None, services())
-        finally:
-            disturbing.cancel()
-            results = await asyncio.gather(disturbing, return_exceptions=True)
-        errors = [each for each in results if isinstance(each, Exception)]
-        if errors:
-            raise errors[0]
+    async with open_cluster(config) as cluster, asyncio.TaskGroup() as tasks:
+        disturbing = tasks.create_task(disturb(cluster, made, faults, random.Random(seed), done))
+        with contextlib.suppress(Interrupted):
+            await train_stubbornly(cluster, config, None, services())
+        disturbing.cancel()
     return done
 
 
@@ -172,14 +167,26 @@ async def disturb(
         faults: Number of faults to cause.
         rng: Chooses actors, signals and pauses.
         done: Counts the faults by kind.
+
+    Raises:
+        TimeoutError: The run stands still, or does not end; the message says where.
     """
 
     def last_step() -> int:
         return max((int(each.stem[-6:]) for each in made.glob("step_*.jsonl")), default=0)
 
-    async def wait_beyond(step: int) -> None:
-        while last_step() <= step:
+    async def wait_for(what: str, is_reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + _STANDSTILL_S
+        while not is_reached():
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"no {what} for {_STANDSTILL_S:g} s: step {last_step()}, {done.total()} faults,"
+                    f" actors that are not running: {', '.join(absent(cluster)) or 'none'}"
+                )
             await asyncio.sleep(0.2)
+
+    async def wait_beyond(step: int) -> None:
+        await wait_for(f"step after step {step}", lambda: last_step() > step)
 
     await wait_beyond(0)
     step_of_hit = 0
@@ -195,9 +202,15 @@ async def disturb(
             done[f"{KINDS[kind]} {how.name}"] += 1
             print(f"fault {done.total()}: {how.name} to an actor ({KINDS[kind]})", file=sys.stderr)
     await wait_beyond(last_step())
-    while not all(each.actor for actors in cluster.actors.values() for each in actors):
-        await asyncio.sleep(0.2)
+    await wait_for("replacement of every actor", lambda: not absent(cluster))
     os.kill(os.getpid(), signal.SIGINT)
+    await wait_for("end of the run", lambda: False)
+
+
+def absent(cluster: ClusterPlacement) -> list[str]:
+    """Return the names of the actors that are not running."""
+    everyone = (each for actors in cluster.actors.values() for each in actors)
+    return [each.name for each in everyone if each.actor is None]
 
 
 def hit(watched: WatchedActor, how: signal.Signals) -> bool:
@@ -210,7 +223,9 @@ def hit(watched: WatchedActor, how: signal.Signals) -> bool:
     return False
 
 
-def measure(config: Config, faults: int, seed: int, folder: Path) -> Report:
+def measure(
+    config: Config, faults: int, seed: int, folder: Path, twin_steps: int | None = None
+) -> Report:
     """Make a drill and an undisturbed twin of its run, and compare them.
 
     Args:
@@ -218,6 +233,7 @@ def measure(config: Config, faults: int, seed: int, folder: Path) -> Report:
         faults: Number of faults to cause.
         seed: Seed of the choice of faults.
         folder: Folder for the runs, which becomes the working directory.
+        twin_steps: The most steps that the twin makes; None: as many as the drill.
     """
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # this process adopts orphans
     os.chdir(folder)
@@ -236,7 +252,7 @@ def measure(config: Config, faults: int, seed: int, folder: Path) -> Report:
     twin = config.model_copy(
         update={
             "name": "undisturbed",
-            "steps": max(steps, 1),
+            "steps": max(min(steps, twin_steps or steps), 1),
             "cluster": config.cluster.model_copy(update={"address": "none"}),
         }
     )
@@ -384,6 +400,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--faults", type=int, default=200, help="number of faults")
     found.add_argument("--drill-seed", type=int, default=0, help="seed of the choice of faults")
     found.add_argument(
+        "--twin-steps", type=int, help="the most steps of the undisturbed run; default: all"
+    )
+    found.add_argument(
         "--folder", type=Path, help="folder to keep the runs in; default: a temporary one"
     )
     return found
@@ -401,7 +420,9 @@ def main(arguments: Sequence[str]) -> int:
     take_own_memory(arguments)
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        report = measure(config, options.faults, options.drill_seed, folder.resolve())
+        report = measure(
+            config, options.faults, options.drill_seed, folder.resolve(), options.twin_steps
+        )
     print(json.dumps(report.to_record(), indent=2))
     print("clean" if report.is_clean else "NOT clean")
     return 0 if report.is_clean else 1
