@@ -89,12 +89,12 @@ def port():
 @pytest.fixture(scope="module")
 def nodes(port):
     """Two nodes, each with room for all actors; the second one may be killed."""
-    head = {**NODE, "ray_client_server_port": port, "_system_config": SOON}
+    settings = {**SOON, "worker_niceness": 0}
+    head = {**NODE, "ray_client_server_port": port, "_system_config": settings}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.getcwd())  # nodes know nothing of a client's modules
-        patch.setenv(
-            "GRPC_ENABLE_FORK_SUPPORT", "0"
-        )  # else a client's process may die at its start
+        # Without this, a client's process may die at its start.
+        patch.setenv("GRPC_ENABLE_FORK_SUPPORT", "0")
         made = Nodes(initialize_head=True, head_node_args=head)
         made.add_node(**NODE)
     yield made

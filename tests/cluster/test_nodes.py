@@ -18,6 +18,8 @@ from tir_alp.rollouts.renderer import Renderer
 from tir_alp.run.command_line import load_config, read_toml
 from tir_alp.training.policy import load_tokenizer
 
+EAGER = {"_system_config": {"worker_niceness": 0}}
+"""Makes actors compete as equals with the other tests."""
 BIG, SMALL = 2**40, 10**9
 WORDS = (
     *("--cluster.engines.count", "2", "--cluster.environments.count", "2"),
@@ -32,7 +34,7 @@ def address():
     node = {"num_cpus": 5, "include_dashboard": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.getcwd())
-        made = Nodes(initialize_head=True, head_node_args={**node, "memory": BIG})
+        made = Nodes(initialize_head=True, head_node_args={**node, "memory": BIG, **EAGER})
         made.add_node(**node, memory=SMALL)
     yield made.address
     ray.shutdown()

@@ -55,6 +55,8 @@ def connect(config: ClusterConfig, log: Log) -> None:
     if config.address == "local":
         cpus = sum(each.count * each.cpus for each in config.actors.values())
         options: dict[str, Any] = {"num_cpus": math.ceil(cpus), "include_dashboard": False}
+        # Ray's actors give way to all other processes; these are the run itself.
+        options["_system_config"] = {"worker_niceness": 0}
     else:
         options = {}
     for tries_left in reversed(range(_CLIENT_TRIES)):
