@@ -132,7 +132,10 @@ def test_logprobs_of_other_attentions_are_those_of_the_librarys_own(config):
 
 
 def test_draws_are_a_function_of_seed_sequence_and_position():
-    assert draws(7, 3, 5, 4).tolist() == draws(7, 3, 0, 9)[5:].tolist()
+    generator = np.random.Generator(np.random.Philox(key=np.array([7, 3], np.uint64)))
+    every = generator.random(3000)
+    for start, count in ((0, 9), (1, 2), (5, 4), (8, 1), (2047, 900)):
+        assert draws(7, 3, start, count).tolist() == every[start : start + count].tolist()
     others = [draws(7, 4, 5, 4), draws(8, 3, 5, 4), draws(7, 3, 6, 4)]
     assert all((other != draws(7, 3, 5, 4)).all() for other in others)
     assert draws((1 << 32) + 1, (1 << 40) + 1, 0, 1).shape == (1,)
@@ -165,6 +168,32 @@ def test_a_token_without_probability_is_never_drawn_not_even_at_the_ends():
     uniform = torch.tensor([0.0, 0.5, 0.49999, 1 - 2**-53], dtype=torch.float64)
     ids, _ = sample(logits, torch.ones(4), torch.ones(4), uniform)
     assert ids.tolist() == [1, 3, 1, 3]
+
+
+@pytest.mark.parametrize("num_words", [2, 64, 1000, 4096])
+def test_a_draw_is_where_the_cumulative_distribution_passes_it(num_words):
+    """By the definition, in float64, for rows of all temperatures and truncations at once."""
+    count = 2000
+    generator = torch.Generator().manual_seed(num_words)
+    logits = 5 * torch.randn(count, num_words, generator=generator)
+    temperature = torch.tensor([1.0, 0.7, 1.3, 0.0]).repeat(count // 4)
+    top_p = torch.tensor([1.0, 1.0, 0.9, 0.5, 1.0]).repeat(count // 5)
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+    ids, logprobs = sample(logits, temperature, top_p, uniform)
+    different = 0
+    for row in range(count):
+        if temperature[row] == 0:
+            assert (ids[row], logprobs[row]) == (logits[row].argmax(), 0)
+            continue
+        weights = (logits[row].double() / temperature[row].double()).softmax(-1)
+        ordered, order = weights.sort(descending=True)
+        kept = ordered.cumsum(-1) - ordered < top_p[row]
+        weights[order[~kept]] = 0
+        weights /= weights.sum()
+        expected = int((weights.cumsum(-1) <= uniform[row]).sum())
+        different += int(ids[row]) != expected
+        assert logprobs[row] == pytest.approx(float(weights[ids[row]].log()), abs=1e-5)
+    assert different <= 1  # a draw at the border of two tokens, by rounding in float32
 
 
 def test_the_same_key_gives_the_same_tokens_and_another_key_others():

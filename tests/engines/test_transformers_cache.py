@@ -131,7 +131,7 @@ def test_parked_sequences_stay_within_the_budget():
                 await engine.generate(prompt, Sampling(max_tokens=3, sequence_uid=uid))
                 parked.append(int(engine.health()["parked_tokens"]))
                 assert parked[-1] + engine._cache.size <= budget
-                assert parked[-1] == sum(len(each.token_ids) for each in engine._parked.values())
+                assert parked[-1] == sum(len(each.token_ids) for each in engine._parked)
             return parked
 
     parked = asyncio.run(run())
@@ -171,8 +171,8 @@ def fill(cache: KVCache, lengths: list[int]) -> int:
     states = torch.ones(1, 2, 4)
     keys, values = cache.layer(0, max(lengths), states, states)
     assert keys.shape == values.shape
-    assert keys.shape[0] >= len(lengths) and keys.shape[2] >= max(lengths)
-    return keys.shape[0] * keys.shape[2]
+    assert keys.shape[0] >= len(lengths) and keys.shape[1] >= max(lengths)
+    return keys.shape[0] * keys.shape[1]
 
 
 @pytest.mark.parametrize("budget", [400, 4096])
@@ -192,14 +192,14 @@ def test_a_cache_that_grows_keeps_what_it_holds(more_rows, width):
     for _ in range(3):
         cache.lengths[cache.add_row()] = 100
     keys, values = cache.layer(0, 100, states, states)
-    keys[:3, :, :100] = torch.arange(300.0).view(3, 1, 100, 1)
-    values[:3, :, :100] = -torch.arange(300.0).view(3, 1, 100, 1)
+    keys[:3, :100] = torch.arange(300.0).view(3, 100, 1, 1)
+    values[:3, :100] = -torch.arange(300.0).view(3, 100, 1, 1)
     for _ in range(more_rows):
         cache.add_row()
     grown_keys, grown_values = cache.layer(0, width, states, states)
-    assert grown_keys.shape[0] >= 3 + more_rows and grown_keys.shape[2] >= width
-    assert torch.equal(grown_keys[:3, :, :100], keys[:3, :, :100])
-    assert torch.equal(grown_values[:3, :, :100], values[:3, :, :100])
+    assert grown_keys.shape[0] >= 3 + more_rows and grown_keys.shape[1] >= width
+    assert torch.equal(grown_keys[:3, :100], keys[:3, :100])
+    assert torch.equal(grown_values[:3, :100], values[:3, :100])
 
 
 # ----------------------------------------------------------------------- mismatch, on purpose

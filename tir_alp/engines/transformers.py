@@ -3,7 +3,8 @@
 Requests join and leave the running batch at any token. One coroutine schedules; the forwards run in
 a thread of their own, so that the event loop goes on. It is the default for small models and for
 tests, and has no paging. The keys and values of a sequence stay in the cache until their room is
-needed, so that the sequence's next turn is read from where the last one ended.
+needed, so that the sequence's next turn is read from where the last one ended. A long beginning
+that several sequences have in common is read and held once.
 
 It can be made to disagree with the trainer on purpose, by the precision of its weights or by noise
 on its logits. Its logprobs are always those of the distribution that it samples from.
@@ -21,11 +22,12 @@ it. What happens to running completions when new weights arrive is the engine's 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ from tir_alp.engines.base import (
 )
 from tir_alp.engines.embedded.forward import CachedForward
 from tir_alp.engines.embedded.kv_cache import KVCache
+from tir_alp.engines.embedded.parked import ParkedSequences
+from tir_alp.engines.embedded.prefix import Prefix, find_prefix
 from tir_alp.engines.embedded.request import EmbeddedRequest, ParkedSequence
 from tir_alp.engines.embedded.sampling import draws
 from tir_alp.training.policy import compute_device, load_policy
@@ -65,8 +69,8 @@ class TransformersEngine:
     Args:
         model: A causal LM loaded by `load_policy`. The engine owns it and writes new weights into
             it.
-        max_cache_tokens: Bound of the cache: rows times width, plus what is kept of sequences that
-            may go on. Requests wait for room; what is kept gives way to them.
+        max_cache_tokens: Bound of the cache: rows times width, plus prefixes, plus what is kept of
+            sequences that may go on. Requests wait for room; what is kept gives way to them.
         version: Policy version of the model's weights.
         precision: "float32", "bfloat16", or "int8" and "fp8" for the matrices of the decoder
             layers; see `TransformersConfig`.
@@ -89,8 +93,7 @@ class TransformersEngine:
         self._version = version
         self._cache = KVCache(max_cache_tokens)
         self._forward = CachedForward(model, self._cache, precision, logit_noise)
-        self._parked: OrderedDict[int, ParkedSequence] = OrderedDict()  # by uid, oldest first
-        self._num_parked = 0  # tokens
+        self._parked = ParkedSequences()
         self._waiting: deque[EmbeddedRequest] = deque()
         self._running: list[EmbeddedRequest] = []  # in the order of the cache's rows
         self._pending_weights: _PendingWeights | None = None
@@ -167,8 +170,8 @@ class TransformersEngine:
         return {
             "running": len(self._running),
             "waiting": len(self._waiting),
-            "cache_tokens": sum(self._cache.lengths),
-            "parked_tokens": self._num_parked,
+            "cache_tokens": sum(self._cache.lengths) + self._cache.num_shared,
+            "parked_tokens": self._parked.num_tokens,
             "tokens_generated": self._tokens_generated,
             "tokens_dropped": self._tokens_dropped,
             "tensors_compared": self._tensors_compared,
@@ -214,23 +217,52 @@ class TransformersEngine:
 
         Returns how many joined; they are the last ones of `_running`.
         """
-        widest = max((request.most_tokens for request in self._running), default=0)
+        if not self._waiting:
+            return 0
+        widest = max((request.most_own for request in self._running), default=0)
         num_joining = longest = 0
         while self._waiting and self._pending_weights is None:
             request = self._waiting[0]
-            widest = max(widest, request.most_tokens)
-            if (len(self._running) + 1) * widest > self._max_cache_tokens:
-                break
-            room = self._max_cache_tokens - self._cache.size_for(len(self._running) + 1, widest)
-            while self._num_parked > room:
-                self._drop(next(iter(self._parked)))
-            self._unpark(request)
+            self._find_cached(request)
+            widest = max(widest, request.most_own)
+            prefixes = _prefixes_of((*self._running, request))
+            num_rows = len(self._running) + 1
             longest = max(longest, request.num_unread)
-            if num_joining and (num_joining + 1) * longest > _MAX_PREFILL_TOKENS:
+            num_read = (num_joining + 1) * longest
+            num_read += sum(len(each) for each in prefixes if not each.states)
+            num_held = num_rows * widest + sum(map(len, prefixes))
+            is_too_much = num_joining and num_read > _MAX_PREFILL_TOKENS
+            if is_too_much or num_held > self._max_cache_tokens:
+                self._parked.take_back(request)
                 break
             self._running.append(self._waiting.popleft())
+            self._make_room(num_rows, widest)
             num_joining += 1
+        if num_joining:
+            self._cache.num_shared = self._count_shared()
         return num_joining
+
+    def _find_cached(self, request: EmbeddedRequest) -> None:
+        """Find what the cache holds of a request that may join, or will hold for several."""
+        self._parked.hand_over(request)
+        if request.parked is None:
+            others = (other.prompt for other in islice(self._waiting, 1, None))
+            request.prefix = find_prefix(request.tokens, self._prefixes(), others)
+
+    def _prefixes(self) -> list[Prefix]:
+        return _prefixes_of((*self._running, *self._parked))
+
+    def _count_shared(self) -> int:
+        return sum(map(len, self._prefixes()))
+
+    def _make_room(self, num_rows: int, width: int) -> None:
+        """Let go of parked sequences until rows of this number and width have room."""
+        while self._parked:
+            num_shared = self._count_shared()
+            rest = self._max_cache_tokens - num_shared - self._parked.num_tokens
+            if self._cache.size_for(num_rows, width, num_shared) <= rest:
+                break
+            self._parked.drop_oldest()
 
     def _put_back(self) -> None:
         """Put the running completions first in the queue, for the new weights to read again."""
@@ -238,41 +270,25 @@ class TransformersEngine:
             if self._on_update == "drop":
                 self._tokens_dropped += len(request.token_ids)
                 request.begin()
+            request.prefix = None
         self._waiting.extendleft(reversed(self._running))
         self._running.clear()
         self._cache.clear()
 
     def _park(self, row: int) -> None:
         """Keep the cached keys and values of a completion that has ended."""
-        request = self._running[row]
-        uid, length = request.sampling.sequence_uid, self._cache.lengths[row]
-        self._drop(uid)
-        if self._num_parked + length <= self._max_cache_tokens - self._cache.size:
-            token_ids = (*request.prompt, *request.token_ids)[:length]
-            self._parked[uid] = ParkedSequence(token_ids, self._cache.copy_row(row))
-            self._num_parked += length
-
-    def _unpark(self, request: EmbeddedRequest) -> None:
-        """Hand what is kept of a sequence to this request, if its prompt begins with that."""
-        parked = self._drop(request.sampling.sequence_uid)
-        if parked is None or len(parked.token_ids) >= len(request.prompt):
-            return
-        if request.prompt[: len(parked.token_ids)] == parked.token_ids:
-            request.parked = parked
-
-    def _drop(self, uid: int) -> ParkedSequence | None:
-        parked = self._parked.pop(uid, None)
-        if parked is not None:
-            self._num_parked -= len(parked.token_ids)
-        return parked
+        request, cache = self._running[row], self._cache
+        uid = request.sampling.sequence_uid
+        self._parked.drop(uid)
+        held = self._parked.num_tokens + self._count_shared() + cache.size
+        if held + cache.lengths[row] <= self._max_cache_tokens:
+            token_ids = request.tokens[: cache.num_cached(row)]
+            self._parked.put(uid, ParkedSequence(token_ids, request.prefix, cache.copy_row(row)))
 
     def _forget(self) -> None:
         """Empty the cache: its keys and values are of weights that the engine no longer has."""
         self._cache.clear()
         self._parked.clear()
-        self._num_parked = 0
-        for request in self._waiting:
-            request.parked = None
 
     def _retire(self) -> None:
         """Answer the requests that have ended, and free their rows."""
@@ -323,6 +339,11 @@ class TransformersEngine:
     def _step(self, num_joining: int) -> None:
         """Sample one token for every running request."""
         self._tokens_generated += self._forward.step(self._running, num_joining, self._version)
+
+
+def _prefixes_of(users: Iterable[EmbeddedRequest | ParkedSequence]) -> list[Prefix]:
+    """Return the prefixes in use by some sequences, each once, in a fixed order."""
+    return list(dict.fromkeys(each.prefix for each in users if each.prefix is not None))
 
 
 @asynccontextmanager

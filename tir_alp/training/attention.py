@@ -87,7 +87,8 @@ def attend_in_rows(
         query: [B, Q, heads, D].
         key: [B, K, key heads, D].
         value: As `key`.
-        mask: Bool, broadcasts to [B, heads, Q, K]: what a query sees; None: causal.
+        mask: Bool, broadcasts to [B, heads, Q, K]: what a query sees; or numbers that are added to
+            its scores; None: causal.
         scale: Factor of the scores; None: that of the dimension.
 
     Returns:

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from tir_alp.algorithm.noise import name_hashes, normal, nth_keys
 from tir_alp.engines.base import EngineFailed
-from tir_alp.engines.embedded.kv_cache import CachedStep, KVCache
+from tir_alp.engines.embedded.kv_cache import KVCache
+from tir_alp.engines.embedded.layouts import CachedStep, PrefixRead
 from tir_alp.engines.embedded.precision import layer_matrices, quantised
+from tir_alp.engines.embedded.prefix import Prefix
 from tir_alp.engines.embedded.request import EmbeddedRequest
 from tir_alp.engines.embedded.sampling import sample
+from tir_alp.engines.embedded.thin_linear import use_thin_linears
 from tir_alp.training.policy import hidden_states, next_token_logits
 
 
@@ -35,6 +38,7 @@ class CachedForward:
         self._cache, self._precision, self._logit_noise = cache, precision, logit_noise
         if precision == "bfloat16":
             self.model = model.to(torch.bfloat16)
+        use_thin_linears(self.model)
         self._quantised = layer_matrices(model) if precision in ("int8", "fp8") else frozenset()
         if self._quantised:
             self.copy_weights(model.state_dict())
@@ -63,9 +67,9 @@ class CachedForward:
     def step(self, running: list[EmbeddedRequest], num_joining: int, version: int) -> int:
         """Sample one token for every running request.
 
-        A request that joins reads its tokens, except for those that its sequence has parked. Where
-        another row begins with the same tokens, as in a group, it copies their keys and values and
-        reads the last token alone.
+        A request that joins reads its tokens, except for those that its sequence has parked and
+        those of its prefix, which is read once for all. Where another row begins with the same
+        tokens, it copies their keys and values and reads the last token alone.
 
         Args:
             running: The requests, in the order of the cache's rows. Those that join are ordered
@@ -82,19 +86,31 @@ class CachedForward:
             self._forward(range(first), old, [each.token_ids[-1:] for each in old], version)
         if not num_joining:
             return len(running)
+        self._read_prefixes(running[first:])
         sources = _beginnings(running, first)
-        second = len(running) - len(sources)  # the first of those that copy
+        second = len(running) - len(sources)  # the first of those that read one token
         for row in range(first, second):
-            self._cache.add_row()
+            self._cache.add_row(running[row].prefix)
             parked, running[row].parked = running[row].parked, None
             if parked is not None:
                 self._cache.fill_row(row, parked.states)
         self._read(range(first, second), running, version)
         for row, source in zip(range(second, len(running)), sources, strict=True):
-            self._cache.add_row()
-            self._cache.copy_beginning(source, row, running[row].num_tokens - 1)
+            self._cache.add_row(running[row].prefix)
+            if source is not None:
+                missing = running[row].num_tokens - 1 - self._cache.num_cached(row)
+                self._cache.copy_beginning(source, row, missing)
         self._read(range(second, len(running)), running, version)
         return len(running)
+
+    def _read_prefixes(self, joining: Sequence[EmbeddedRequest]) -> None:
+        """Read the prefixes of requests that no forward has read yet."""
+        prefixes = dict.fromkeys(each.prefix for each in joining if each.prefix is not None)
+        new = [prefix for prefix in prefixes if not prefix.states]
+        if new:
+            layout = PrefixRead(new, self.model.device)
+            token_ids = torch.tensor([token for prefix in new for token in prefix.token_ids])
+            hidden_states(self.model, token_ids.to(self.model.device), layout.positions, layout)
 
     def _read(self, rows: range, running: Sequence[EmbeddedRequest], version: int) -> None:
         """Read what is not in the cache of some rows, and sample a token for each."""
@@ -102,7 +118,7 @@ class CachedForward:
             return
         requests = [running[row] for row in rows]
         unread = [
-            [*each.prompt, *each.token_ids][self._cache.lengths[row] :]
+            each.tokens[self._cache.num_cached(row) :]
             for row, each in zip(rows, requests, strict=True)
         ]
         self._forward(rows, requests, unread, version)
@@ -119,20 +135,19 @@ class CachedForward:
         token_ids = torch.tensor([token for tokens in new_tokens for token in tokens])
         hidden = hidden_states(self.model, token_ids.to(device), step.positions, step)
         step.commit()
-        logits = next_token_logits(self.model, hidden[step.last]).cpu()
+        logits = next_token_logits(self.model, hidden[step.last])
         if self._logit_noise > 0:
-            logits = logits + self._noise(requests, logits.shape[1])
-        sampled, logprobs = sample(
+            logits = logits + self._noise(requests, logits.shape[1]).to(device)
+        drawn = sample(
             logits,
             torch.tensor([request.sampling.temperature for request in requests]),
             torch.tensor([request.sampling.top_p for request in requests]),
             torch.tensor([request.uniforms[len(request.token_ids)] for request in requests]),
         )
-        for request, token_id, logprob in zip(
-            requests, sampled.tolist(), logprobs.tolist(), strict=True
-        ):
+        token_ids, logprobs = torch.stack([each.double() for each in drawn]).tolist()  # one wait
+        for request, token_id, logprob in zip(requests, token_ids, logprobs, strict=True):
             if request.stop_reason is None:  # else it was aborted while this forward ran
-                request.push(token_id, logprob, version)
+                request.push(int(token_id), logprob, version)
 
     def _noise(self, requests: Sequence[EmbeddedRequest], vocab_size: int) -> Tensor:
         """[R, V] noise, a function of run seed, sequence and position."""
@@ -143,21 +158,29 @@ class CachedForward:
         return self._logit_noise * normal(nth_keys(streams, positions), vocab_size)
 
 
-def _beginnings(running: list[EmbeddedRequest], first: int) -> list[int]:
-    """Order the requests from `first` on so that those that can copy come last.
+def _beginnings(running: list[EmbeddedRequest], first: int) -> list[int | None]:
+    """Order the requests from `first` on so that those that need to read one token come last.
 
     Returns:
-        For each of these, in order, the row that begins with its tokens.
+        For each of these, in order, the row that begins with its tokens; None: its prefix does.
     """
-    known = {each.prompt: row for row, each in enumerate(running[:first])}
+    known: dict[tuple[int, ...], tuple[int | None, Prefix | None]] = {
+        each.prompt: (row, each.prefix)
+        for row, each in enumerate(running[:first])
+        if len(each.prompt) > 1
+    }
     readers: list[EmbeddedRequest] = []
-    copiers: list[tuple[EmbeddedRequest, int]] = []
+    others: list[tuple[EmbeddedRequest, int | None]] = []
     for request in running[first:]:
-        tokens = (*request.prompt, *request.token_ids)
-        if request.parked is None and tokens in known and len(tokens) > 1:
-            copiers.append((request, known[tokens]))
+        tokens = request.tokens
+        source, prefix = known.get(tokens, (None, None))
+        if request.parked is None and request.prefix is not None and request.num_unread == 1:
+            others.append((request, None))
+        elif request.parked is None and source is not None and prefix is request.prefix:
+            others.append((request, source))
         else:
-            known.setdefault(tokens, first + len(readers))
+            if len(tokens) > 1:
+                known.setdefault(tokens, (first + len(readers), request.prefix))
             readers.append(request)
-    running[first:] = [*readers, *(request for request, _ in copiers)]
-    return [source for _, source in copiers]
+    running[first:] = [*readers, *(request for request, _ in others)]
+    return [source for _, source in others]

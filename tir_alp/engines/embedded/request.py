@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tir_alp.engines.base import Completion, Sampling
-from tir_alp.engines.embedded.kv_cache import RowStates
+from tir_alp.engines.embedded.prefix import Prefix, States
 from tir_alp.types import StopReason, VersionSpan
 
 
@@ -18,7 +18,14 @@ class ParkedSequence:
     """The keys and values of a sequence whose last completion has ended."""
 
     token_ids: tuple[int, ...]
-    states: RowStates
+    prefix: Prefix | None
+    states: States
+    """Of the tokens after the prefix."""
+
+    @property
+    def num_own(self) -> int:
+        """Tokens that no other sequence holds."""
+        return len(self.token_ids) - (len(self.prefix) if self.prefix else 0)
 
 
 @dataclass(eq=False, slots=True)
@@ -34,6 +41,8 @@ class EmbeddedRequest:
     done: asyncio.Future[Completion]
     parked: ParkedSequence | None = None
     """What the cache keeps of the prompt; the request's row begins with that."""
+    prefix: Prefix | None = None
+    """What it has in common with other sequences, and is not in its row."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stop_reason: StopReason | None = None
@@ -50,19 +59,31 @@ class EmbeddedRequest:
         self.token_ids, self.logprobs, self.versions = [], [], []
 
     @property
-    def num_tokens(self) -> int:
+    def tokens(self) -> tuple[int, ...]:
         """Tokens so far, the prompt included."""
+        return (*self.prompt, *self.token_ids) if self.token_ids else self.prompt
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens so far, the prompt included."""
         return len(self.prompt) + len(self.token_ids)
 
     @property
     def num_unread(self) -> int:
-        """Tokens so far that a forward has yet to read, if only `parked` is in the cache."""
-        return self.num_tokens - (len(self.parked.token_ids) if self.parked else 0)
+        """Tokens that its row has yet to read, if only `parked` and `prefix` are in the cache."""
+        if self.parked is not None:
+            return self.num_tokens - len(self.parked.token_ids)
+        return self.num_tokens - (len(self.prefix) if self.prefix else 0)
 
     @property
     def most_tokens(self) -> int:
-        """Columns of the cache that it can come to need."""
+        """Tokens that it can come to have."""
         return len(self.prompt) + self.sampling.max_tokens
+
+    @property
+    def most_own(self) -> int:
+        """Columns of the cache that its row can come to need."""
+        return self.most_tokens - (len(self.prefix) if self.prefix else 0)
 
     def push(self, token_id: int, logprob: float, version: int) -> None:
         """Add the next sampled token, and decide whether it is the last."""

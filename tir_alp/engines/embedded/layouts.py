@@ -1,0 +1,235 @@
+"""What the tokens of one forward of the embedded engine attend to: an attention `Layout` each.
+
+`CachedStep` adds the next tokens of sequences that have a row in the cache; `PrefixRead` reads
+tokens that several sequences are going to share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tir_alp.engines.embedded.kv_cache import KVCache
+from tir_alp.engines.embedded.prefix import Prefix
+from tir_alp.training.attention import PackedSequences, attend_in_rows
+
+
+class PrefixRead:
+    """Layout of a forward over whole prefixes, one after the other, which keeps their states.
+
+    Args:
+        prefixes: What is read; their `states` are filled.
+        device: Device of the forward.
+    """
+
+    def __init__(self, prefixes: Sequence[Prefix], device: torch.device) -> None:
+        self._prefixes, self._lengths = prefixes, [len(each) for each in prefixes]
+        self._packed = PackedSequences(tuple(self._lengths), device)
+        self.positions = torch.cat([torch.arange(each) for each in self._lengths]).to(device)
+        """[N] position of each token in its sequence."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """Keep the keys and values, and attend as `PackedSequences` does."""
+        of_each = zip(key.split(self._lengths), value.split(self._lengths), strict=True)
+        for prefix, states in zip(self._prefixes, of_each, strict=True):
+            prefix.states[layer] = tuple(
+                each.clone(memory_format=torch.contiguous_format) for each in states
+            )
+        return self._packed.attend(layer, query, key, value, scale=scale, window=window)
+
+
+class CachedStep:
+    """Layout of one forward over a slice of the cache's rows, each with its next tokens.
+
+    Axis letters: R rows of the slice, Q new tokens of the row that has most, N new tokens of all
+    rows, W tokens of the longest row.
+
+    Args:
+        cache: The keys and values.
+        rows: The slice of rows that take part.
+        num_new: Number of new tokens of each row: its whole context, or 1.
+        device: Device of the forward.
+    """
+
+    def __init__(
+        self, cache: KVCache, rows: range, num_new: list[int], device: torch.device
+    ) -> None:
+        self._cache, self._rows, self._num_new = cache, rows, num_new
+        self._here = slice(rows.start, rows.stop)
+        lengths, prefixes = cache.lengths[self._here], cache.prefixes[self._here]
+        self._width = max(map(sum, zip(lengths, num_new, strict=True)))
+        self._is_first = not any(lengths) and not any(prefixes)
+        self._groups = _Groups(prefixes, device) if any(prefixes) else None
+        new, offset = torch.tensor(num_new), torch.arange(max(num_new))
+        inside = offset < new[:, None]
+        columns = torch.tensor(lengths)[:, None] + offset
+        starts = torch.tensor([len(each) if each else 0 for each in prefixes])[:, None]
+        row_ids = torch.repeat_interleave(torch.arange(rows.start, rows.stop), new)
+        self._longest = int((starts + columns).max()) + 1
+        self._starts, self._places = starts.to(device), (starts + columns).to(device)
+        self._shape = inside.shape
+        self._in_rows = inside.flatten().nonzero().squeeze(1).to(device)
+        self._row_ids, self._columns = row_ids.to(device), columns[inside].to(device)
+        self.positions = (starts + columns)[inside].to(device)
+        """[N] position of each new token in its sequence."""
+        self.last = (new.cumsum(0) - 1).to(device)
+        """[R] index of each row's last new token among the N."""
+        self._biases: dict[tuple[int | None, bool], Tensor] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """Store the new keys and values, then attend from each token to itself and all before."""
+        keys, values = self._cache.layer(layer, self._width, key, value)
+        keys[self._row_ids, self._columns] = key
+        values[self._row_ids, self._columns] = value
+        keys, values = keys[self._here, : self._width], values[self._here, : self._width]
+        if window is not None and window >= self._longest:
+            window = None
+        is_decoding = self._shape[1] == 1
+        if self._groups is not None and is_decoding and window is None:
+            bias = self._bias(query.dtype, None, is_gathered=False)
+            return self._groups.attend(layer, query, keys, values, bias, scale)
+        if self._groups is not None:
+            keys, values = self._groups.gathered(layer, keys, values)
+        if not is_decoding:
+            room = query.new_zeros(self._shape.numel(), *query.shape[1:])
+            query = room.index_copy_(0, self._in_rows, query)
+        bias = None  # causal
+        if not self._is_first or window is not None:
+            bias = self._bias(query.dtype, window, is_gathered=self._groups is not None)
+        output = attend_in_rows(
+            query.unflatten(0, self._shape), keys, values, mask=bias, scale=scale
+        ).flatten(0, 1)
+        return output if is_decoding else output.index_select(0, self._in_rows)
+
+    def commit(self) -> None:
+        """Count the new tokens as cached, after every layer has stored its keys and values."""
+        for row, count in zip(self._rows, self._num_new, strict=True):
+            self._cache.lengths[row] += count
+
+    def _bias(self, dtype: torch.dtype, window: int | None, is_gathered: bool) -> Tensor:
+        """[R, 1, Q, columns] what is added to scores; made once, and the same in every layer."""
+        made = self._biases.get((window, is_gathered))
+        if made is not None:
+            return made
+        offset = torch.arange(self._width, device=self._starts.device)
+        places = self._starts + offset  # [R, W] position of what each column holds
+        if is_gathered and self._groups is not None:
+            shared = torch.arange(self._groups.width, device=offset.device)
+            never = torch.iinfo(shared.dtype).max
+            places = torch.cat([torch.where(shared < self._starts, shared, never), places], 1)
+        query, key = self._places[:, :, None], places[:, None]
+        is_seen = key <= query
+        if window is not None:
+            is_seen &= key > query - window
+        made = torch.zeros(is_seen.shape, dtype=dtype, device=offset.device)
+        made = made.masked_fill_(~is_seen, -torch.inf).unsqueeze(1)
+        self._biases[window, is_gathered] = made
+        return made
+
+
+class _Groups:
+    """The rows of a forward that have a prefix, by prefix.
+
+    Args:
+        prefixes: [R] the prefix of each row, if it has one.
+        device: Device of the forward.
+    """
+
+    def __init__(self, prefixes: Sequence[Prefix | None], device: torch.device) -> None:
+        members: dict[Prefix, list[int]] = {}
+        for row, prefix in enumerate(prefixes):
+            if prefix is not None:
+                members.setdefault(prefix, []).append(row)
+        self._members = {
+            prefix: torch.tensor(rows, device=device) for prefix, rows in members.items()
+        }
+        self._order = torch.cat([*self._members.values()])
+        self.width = max(map(len, members))
+        """Tokens of the longest prefix."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        bias: Tensor,
+        scale: float | None,
+    ) -> Tensor:
+        """Attend from one token per row to its row and its prefix, which is read once per group.
+
+        Attention to each of the two is a mean of values, weighted by their exponential scores, and
+        so is the mean of both.
+
+        Args:
+            layer: Index of the layer.
+            query: [R, heads, D].
+            keys: [R, W, key heads, D] those of the rows.
+            values: As `keys`.
+            bias: [R, 1, 1, W] what is added to the scores of a row.
+            scale: Factor of the scores; None: that of the dimension.
+
+        Returns:
+            [R, heads, D].
+        """
+        by_head = query.unflatten(1, (keys.shape[2], -1))  # [R, key heads, heads of each, D]
+        output, total = _attention(
+            by_head, keys.transpose(1, 2), values.transpose(1, 2), bias, scale
+        )
+        outputs, totals = [], []
+        for prefix, rows in self._members.items():
+            key, value = (each.transpose(0, 1).unsqueeze(0) for each in prefix.states[layer])
+            queries = by_head[rows].transpose(0, 1).flatten(1, 2).unsqueeze(0)
+            shared, shared_total = _attention(queries, key, value, None, scale)
+            shape = (len(rows), by_head.shape[2])
+            outputs.append(shared.squeeze(0).unflatten(1, shape).transpose(0, 1))
+            totals.append(shared_total.squeeze(0).unflatten(1, shape).transpose(0, 1))
+        order = self._order
+        weight = torch.sigmoid(torch.cat(totals) - total[order]).unsqueeze(-1)
+        both = torch.lerp(output[order].to(weight), torch.cat(outputs).to(weight), weight)
+        return output.index_copy(0, order, both.to(output)).flatten(1, 2)
+
+    def gathered(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        """Return keys and values [R, prefix + W, key heads, D], with a copy of each prefix."""
+        both = []
+        for index, own in enumerate((keys, values)):
+            room = own.new_zeros(len(own), self.width + own.shape[1], *own.shape[2:])
+            room[:, self.width :] = own
+            for prefix, rows in self._members.items():
+                room[rows, : len(prefix)] = prefix.states[layer][index]
+            both.append(room)
+        return tuple(both)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention [B, heads, Q, D], and the log of the sum of each query's exponential scores."""
+    if query.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, attn_mask=bias, scale=scale
+        )
+    scores = query.float() @ key.float().transpose(2, 3)
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores if bias is None else scores + bias
+    return (scores.softmax(-1) @ value.float()).to(query), scores.logsumexp(-1)
