@@ -185,9 +185,7 @@ async def opened(
     else:
         from tir_alp.engines.vllm.engine import open_vllm
 
-        config = VLLMConfig.model_validate(
-            {"type": "vllm", "python": options.vllm_python} | served
-        )
+        config = VLLMConfig.model_validate({"type": "vllm", "python": options.vllm_python} | served)
         engine = await stack.enter_async_context(open_vllm(config, context))
         contestants["vLLM"] = through(engine)
     return contestants
@@ -232,9 +230,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true")
-    parser.add_argument(
-        "--vllm-python", type=Path, default=os.environ.get("TIR_ALP_VLLM_PYTHON")
-    )
+    parser.add_argument("--vllm-python", type=Path, default=os.environ.get("TIR_ALP_VLLM_PYTHON"))
     options = parser.parse_args()
     asyncio.run(run(options))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from tests.engines.embedded import (
     trainer_logprobs,
 )
 from tir_alp.engines.base import Completion, Sampling
+from tir_alp.engines.embedded.forward import CachedForward
 from tir_alp.engines.embedded.kv_cache import KVCache
 from tir_alp.engines.embedded.precision import layer_matrices, quantised
+from tir_alp.engines.embedded.thin_linear import MAX_TOKENS, ThinLinear, use_thin_linears
 from tir_alp.models.tiny.model import make_model
 
 # -------------------------------------------------------------------------------- the cache
@@ -248,6 +251,39 @@ def test_new_weights_are_quantised_too():
     from_the_start = one(Sampling(max_tokens=20), of=model().float(), precision="int8")
     assert loaded.token_ids == from_the_start.token_ids
     assert loaded.logprobs == pytest.approx(from_the_start.logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_in_bfloat16_multiply_the_other_way_round_with_the_same_result(bias):
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(96, 40, bias))
+    exact = deepcopy(plain).bfloat16().double()
+    thin = plain.bfloat16()
+    names = [*thin.state_dict()]
+    use_thin_linears(thin)
+    assert type(thin[0]) is ThinLinear and [*thin.state_dict()] == names
+    for shape in ((1, 96), (1, 7, 96), (2, 3, 96), (MAX_TOKENS + 1, 96)):
+        states = torch.randn(shape).bfloat16()
+        strided = states.transpose(0, -1).contiguous().transpose(0, -1)
+        with torch.no_grad():
+            expected = exact(states.double())
+            for given in (states, strided):
+                found = thin(given)
+                assert found.shape == expected.shape and found.is_contiguous()
+                torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-4)
+
+
+def test_a_tied_head_stays_tied_in_bfloat16_and_other_precisions_keep_their_layers():
+    cache = KVCache(1 << 10)
+    tied = make_model(0)
+    forward = CachedForward(tied, cache, "bfloat16", 0.0)
+    head = forward.model.get_output_embeddings()
+    assert type(head) is ThinLinear
+    assert tied.config.tie_word_embeddings == (
+        head.weight is forward.model.get_input_embeddings().weight
+    )
+    assert forward.copy_weights(make_model(1).state_dict()) == len(tied.state_dict())
+    assert type(CachedForward(make_model(0), cache, "float32", 0.0).model.lm_head) is not ThinLinear
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
