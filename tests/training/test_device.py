@@ -66,7 +66,8 @@ def test_updates_and_their_resume(algorithm, monkeypatch):
         assert there.step(groups, 1).metrics == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
-def test_the_embedded_engine_and_who_judges_it(monkeypatch):
+@pytest.mark.parametrize("prompt", [PROMPT, PROMPT * 70], ids=["copied", "shared"])
+def test_the_embedded_engine_and_who_judges_it(prompt, monkeypatch):
     def sampled(of, begin=lambda: None) -> list[Completion]:
         async def work() -> list[Completion]:
             engine = TransformersEngine(of, max_cache_tokens=1 << 12, logit_noise=0.1)
@@ -74,22 +75,22 @@ def test_the_embedded_engine_and_who_judges_it(monkeypatch):
             try:
                 await engine.load_weights(model().state_dict(), 1)
                 sampling = [Sampling(max_tokens=9, top_p=0.9, sequence_uid=uid) for uid in (1, 2)]
-                return await asyncio.gather(*(engine.generate(PROMPT, each) for each in sampling))
+                return await asyncio.gather(*(engine.generate(prompt, each) for each in sampling))
             finally:
                 await engine.close()
 
         return asyncio.run(work())
 
     expected = sampled(model())
-    ids = torch.tensor([*PROMPT, *expected[0].token_ids])
-    judged = completion_logprobs(model(), ids, len(PROMPT), 0.7, 0.9)
-    forward = trainer_logprobs(model(), PROMPT, expected[0], 0.7)
+    ids = torch.tensor([*prompt, *expected[0].token_ids])
+    judged = completion_logprobs(model(), ids, len(prompt), 0.7, 0.9)
+    forward = trainer_logprobs(model(), prompt, expected[0], 0.7)
     with elsewhere():
         there = moved(model())
         one = there_trained(ALP, monkeypatch)
-        found = one.completion_logprobs(PROMPT, expected[0].token_ids, 0.7, 0.9)
+        found = one.completion_logprobs(prompt, expected[0].token_ids, 0.7, 0.9)
         assert found == pytest.approx(judged.tolist(), abs=1e-4)
-        found = trainer_logprobs(there, PROMPT, expected[0], 0.7)
+        found = trainer_logprobs(there, prompt, expected[0], 0.7)
         torch.testing.assert_close(found, forward, rtol=0, atol=1e-4)
         completions = sampled(there, begin)
     for one, other in zip(completions, expected, strict=True):

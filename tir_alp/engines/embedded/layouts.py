@@ -206,8 +206,9 @@ class _Groups:
             totals.append(shared_total.squeeze(0).unflatten(1, shape).transpose(0, 1))
         order = self._order
         weight = torch.sigmoid(torch.cat(totals) - total[order]).unsqueeze(-1)
-        both = torch.lerp(output[order].to(weight), torch.cat(outputs).to(weight), weight)
-        return output.index_copy(0, order, both.to(output)).flatten(1, 2)
+        own = output[order].to(weight.dtype)
+        both = own + weight * (torch.cat(outputs).to(weight.dtype) - own)
+        return output.index_copy(0, order, both.to(output.dtype)).flatten(1, 2)
 
     def gathered(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """Return keys and values [R, prefix + W, key heads, D], with a copy of each prefix."""
@@ -232,4 +233,4 @@ def _attention(
     scores = query.float() @ key.float().transpose(2, 3)
     scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores if bias is None else scores + bias
-    return (scores.softmax(-1) @ value.float()).to(query), scores.logsumexp(-1)
+    return (scores.softmax(-1) @ value.float()).to(query.dtype), scores.logsumexp(-1)
