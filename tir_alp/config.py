@@ -354,9 +354,9 @@ class TransformersConfig(EngineSettings):
     max_cache_tokens: int = Field(default=131072, ge=1)
     """Bound of its cache of keys and values, in tokens; requests wait for room."""
     precision: Literal["float32", "bfloat16", "int8", "fp8"] = "float32"
-    """`bfloat16`: all of the engine's arithmetic, in half the memory, and faster on GPUs and on CPUs
-    with AMX or avx512_bf16. For studies of mismatch: `int8` and `fp8` (e4m3) round the matrices of
-    the decoder layers, with one scale per output row."""
+    """`bfloat16`: all of the engine's arithmetic, in half the memory, and faster on GPUs and on
+    CPUs with AMX or avx512_bf16. For studies of mismatch: `int8` and `fp8` (e4m3) round the
+    matrices of the decoder layers, with one scale per output row."""
     logit_noise: float = Field(default=0.0, ge=0.0)
     """For studies of mismatch: standard deviation of noise on the logits that are sampled from,
     in evaluations too. The noise is a function of run seed, sequence and position."""
