@@ -5,6 +5,7 @@
     meanings.py   what each metric means, and its unit
     methods.py    the colour of each method, and which runs are seeds of one method
     figures.py    runs -> matplotlib figures
+    layout.py     where the panels of a figure go
     compare.py    runs -> summary numbers, and the table that compares methods
     page.py       figures and numbers -> one self-contained HTML file
     write.py      writes the files

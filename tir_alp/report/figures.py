@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from matplotlib.transforms import ScaledTranslation
 
 from tir_alp.report.catalogue import PERCENTILES, PICTURES, Panel, Picture, matching
+from tir_alp.report.layout import add_bar_axes, add_legend, arrange, canvas
 from tir_alp.report.methods import Method, colour_of
 from tir_alp.report.read import RecordedRun, Series
 
-_PANEL_SIZE = (4.6, 3.5)  # inches
-_PANELS_PER_ROW = 3
-_LEGEND_BELOW = 0.52  # inches below the axes: under the tick labels and the axis label
 _SPREAD = 30.0  # values that differ by more than this factor are drawn on a log axis
 _MANY = 8  # more lines than this get a colour bar instead of legend entries
-_TITLE_WIDTH = 44  # characters
+_TITLE_WIDTH = 38  # characters
+_SMALL, _LARGE = 1e-4, 1e5  # a linear axis up to values between them has ordinary decimals
 _FEW_POINTS = 40  # lines with at most this many points have a dot at each
 _BAND = {"alpha": 0.18, "linewidth": 0}
 _SIDE_LINES = (
@@ -56,9 +53,10 @@ def pictures_of_run(run: RecordedRun) -> list[DrawnPicture]:
         panels = [panel for panel in picture.panels if _lines(run, panel)]
         if not panels:
             continue
-        figure, axes = _canvas(len(panels))
+        figure, axes = canvas(len(panels))
         for panel, each in zip(panels, axes, strict=True):
             _draw_run(each, panel, run)
+        arrange(figure, axes)
         drawn.append(DrawnPicture(picture.name, picture.title, picture.caption, figure))
     return drawn
 
@@ -173,7 +171,7 @@ def _draw_run(axes: Axes, panel: Panel, run: RecordedRun) -> None:
     _finish(axes, panel, values, panel.title)
     for event in run.events:
         axes.axvline(event["step"], color="#B00000", linestyle=":", linewidth=1.2)
-    _legend(axes)
+    add_legend(axes)
 
 
 def _draw_lines(axes: Axes, lines: Mapping[str, Series], colour: str) -> None:
@@ -194,7 +192,7 @@ def _draw_lines(axes: Axes, lines: Mapping[str, Series], colour: str) -> None:
     if len(numbered) > _MANY and axes.figure is not None:
         first, last = (int(label.rpartition(" ")[2]) for label in (numbered[0], numbered[-1]))
         bar = ScalarMappable(Normalize(first, last), colormaps["viridis"].resampled(256))
-        axes.figure.colorbar(bar, ax=axes, label=numbered[0].rpartition(" ")[0])
+        axes.figure.colorbar(bar, cax=add_bar_axes(axes), label=numbered[0].rpartition(" ")[0])
 
 
 def _draw_band(axes: Axes, lines: Mapping[str, Series], colour: str) -> None:
@@ -250,8 +248,7 @@ def _rule(axes: Axes, bounds: Sequence[float], name: str) -> None:
     axes.autoscale_view()
     for number, bound in enumerate(bounds):
         label = f"{name} {' and '.join(f'{each:g}' for each in bounds)}" if not number else None
-        line = axes.axhline(bound, color="#333333", linestyle=":", linewidth=1.0, label=label)
-        line.set_in_layout(False)
+        axes.axhline(bound, color="#333333", linestyle=":", linewidth=1.0, label=label)
 
 
 # -------------------------------------------------------------------------------- several runs
@@ -271,7 +268,7 @@ def _comparison(picture: Picture, methods: Sequence[Method]) -> Figure | None:
                 panels.append((panel, line, panel.title if is_one else None))
     if not panels:
         return None
-    figure, all_axes = _canvas(len(panels), legend=True)
+    figure, all_axes = canvas(len(panels))
     for (panel, line, title), axes in zip(panels, all_axes, strict=True):
         values: list[float] = []
         for method in methods:
@@ -280,7 +277,7 @@ def _comparison(picture: Picture, methods: Sequence[Method]) -> Figure | None:
             values += [value for each in series for value in each.finite]
             _draw_method(axes, series, method)
         _finish(axes, panel, values, title or f"{panel.title}: {line.label}")
-    _shared_legend(figure, all_axes)
+    arrange(figure, all_axes, shared=all_axes)
     return figure
 
 
@@ -309,7 +306,7 @@ def _envelopes(panel: Panel, methods: Sequence[Method]) -> Figure | None:
     ]
     if not shown:
         return None
-    figure, all_axes = _canvas(len(shown) + 1, legend=True)
+    figure, all_axes = canvas(len(shown) + 1)
     values = [
         value
         for _, found in shown
@@ -331,20 +328,11 @@ def _envelopes(panel: Panel, methods: Sequence[Method]) -> Figure | None:
         _draw_method(all_axes[-1], factors, method)
     width = Panel("Width: P98 over P2", "factor", (), scale="log")
     _finish(all_axes[-1], width, widths, width.title)
-    _shared_legend(figure, all_axes[-1:])
+    arrange(figure, all_axes, shared=all_axes[-1:])
     return figure
 
 
 # ------------------------------------------------------------------------------------- drawing
-
-
-def _canvas(num_panels: int, *, legend: bool = False) -> tuple[Figure, list[Axes]]:
-    columns = min(num_panels, _PANELS_PER_ROW)
-    rows = math.ceil(num_panels / columns)
-    width = max(columns, 1.5) * _PANEL_SIZE[0]
-    figure = Figure((width, rows * _PANEL_SIZE[1] + 0.5 * legend), layout="constrained", dpi=110)
-    FigureCanvasAgg(figure)
-    return figure, [figure.add_subplot(rows, columns, 1 + index) for index in range(num_panels)]
 
 
 def _plot(axes: Axes, series: Series, *, label: str | None = None, **style: Any) -> None:
@@ -376,6 +364,7 @@ def _finish(axes: Axes, panel: Panel, values: Sequence[float], title: str) -> No
     axes.set_title(
         "\n".join(textwrap.wrap(plain(title), _TITLE_WIDTH)),
         loc="left",
+        y=1.0,  # where it would be anyway; without it, matplotlib measures what is above the axes
         fontsize=11,
         fontweight="bold",
     )
@@ -393,7 +382,7 @@ def _finish(axes: Axes, panel: Panel, values: Sequence[float], title: str) -> No
         in_decades = max(values) > 100 * min(values)
         ticks = (1.0,) if in_decades else (1.0, 2.0, 5.0)
         axes.yaxis.set_major_locator(LogLocator(subs=ticks, numticks=9))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(_shortest))
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif scale == "symlog":
         near = min(abs(value) for value in values if value)
@@ -405,8 +394,16 @@ def _finish(axes: Axes, panel: Panel, values: Sequence[float], title: str) -> No
     elif min(values, default=0.0) >= 0 and panel.scale != "auto":
         # A constant 0 is drawn at the bottom, and not in the middle of an axis around it.
         axes.set_ylim(0, 1.06 * max(values, default=0.0) or 1)
-    if scale == "linear":
+    largest = max(map(abs, values), default=0.0)
+    if scale == "linear" and largest and not _SMALL <= largest < _LARGE:
+        # And not a common power of ten above the axis.
+        axes.yaxis.set_major_formatter(FuncFormatter(_shortest))
+    elif scale == "linear":
         axes.ticklabel_format(axis="y", useOffset=False)
+
+
+def _shortest(value: float, _: int | None) -> str:
+    return f"{value:g}"
 
 
 def scale_for(values: Sequence[float], wanted: str) -> str:
@@ -423,42 +420,6 @@ def scale_for(values: Sequence[float], wanted: str) -> str:
     if max(sizes) <= _SPREAD * float(np.median(sizes)):
         return "linear"
     return "symlog"
-
-
-def _legend(axes: Axes) -> None:
-    """Add a legend below the axes; a single line, which the title explains, needs none."""
-    handles, labels = _unique([axes])
-    if len(labels) > 1 and (figure := axes.get_figure(root=True)) is not None:
-        below = ScaledTranslation(0, -_LEGEND_BELOW, figure.dpi_scale_trans)
-        axes.legend(
-            handles,
-            labels,
-            loc="upper left",
-            bbox_to_anchor=(0.0, 0.0),
-            bbox_transform=axes.transAxes + below,
-            ncols=2,
-            fontsize=8.5,
-            frameon=False,
-            borderaxespad=0.0,
-        )
-
-
-def _shared_legend(figure: Figure, axes: Iterable[Axes]) -> None:
-    handles, labels = _unique(axes)
-    if labels:
-        longest = max(map(len, labels))
-        columns = max(1, min(len(labels), int(figure.get_figwidth() * 11 / (longest + 8))))
-        figure.legend(
-            handles, labels, loc="outside lower left", ncols=columns, fontsize=9.5, frameon=False
-        )
-
-
-def _unique(all_axes: Iterable[Axes]) -> tuple[list[Any], list[str]]:
-    found: dict[str, Any] = {}
-    for axes in all_axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    return [*found.values()], [*found]
 
 
 def _common(one: Series, other: Series) -> tuple[list[int], list[float], list[float]]:
