@@ -140,7 +140,8 @@ async def publish(
     except EngineFailed:  # the step is made all the same
         run.folder.log(step, metrics)
         raise
-    run.rollouts.release()
+    if run.config.steps - step > run.config.rollout.max_staleness:  # else no step would take them
+        run.rollouts.release()
     ended = time.monotonic()
     metrics |= {f"engine/{name}": value for name, value in run.engine.health().items()}
     metrics["time/weights"] = ended - trained

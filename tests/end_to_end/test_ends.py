@@ -131,3 +131,18 @@ def test_no_steps_is_an_evaluation_alone(tmp_path, monkeypatch, capsys):
     assert "nothing was trained" in printed and printed.count("accuracy") == 1
     rows = (tmp_path / "runs/ends/metrics.jsonl").read_text().splitlines()
     assert len(rows) == 1 and "eval/accuracy" in rows[0]
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_no_group_is_begun_that_no_step_would_take(tmp_path, monkeypatch, staleness):
+    monkeypatch.chdir(tmp_path)
+    words = ["--steps", "4", "--rollout.max_staleness", str(staleness)]
+    config = load_config([*SMALL, *words], read_toml(TRAIN_CONFIG))
+
+    async def run():
+        async with open_run(config, LocalPlacement(config), Doctor()) as opened:
+            await train(opened)
+            return opened.rollouts.state
+
+    state = asyncio.run(run())
+    assert (state.next_group, state.pending) == (4 * 2, ())
