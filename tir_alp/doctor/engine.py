@@ -113,15 +113,19 @@ class EngineCheck:
         mean, most, num_tokens = self._distance(sampled)
         figure = f"mean |difference| {mean:.2g}, largest {most:.2g} over {num_tokens} tokens"
         holds = mean <= self.tolerance and most <= _MAX_OVER_MEAN * self.tolerance
+        fix = "" if holds else self._likely_mistake(sampled)
+        return CheckResult("logprobs", holds, f"{figure}; tolerance {self.tolerance:g}", fix)
+
+    def _likely_mistake(self, sampled: Sequence[Sampled]) -> str:
+        """Say what may be wrong with logprobs that are not those of the trainer."""
         distances = {name: self._distance(sampled, at)[0] for name, at in _MISTAKES.items()}
         nearest = min(distances, key=lambda name: distances[name])
-        fix = "the engine uses other weights, another temperature or other tokens than the trainer"
         if distances[nearest] <= self.tolerance:
-            fix = (
+            return (
                 f"the engine's logprobs are {nearest}: it must return those of the distribution "
                 "that it samples from"
             )
-        return CheckResult("logprobs", holds, f"{figure}; tolerance {self.tolerance:g}", fix)
+        return "the engine uses other weights, another temperature or other tokens than the trainer"
 
     def _distance(
         self,
