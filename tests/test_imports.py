@@ -79,6 +79,19 @@ def test_tools_need_no_heavy_package(package):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("call", ["train.services()", "sft.services(None, None)"])
+def test_a_run_starts_without_what_draws_its_report(call):
+    program = f"""
+import sys, tir_alp.sft, tir_alp.train
+tir_alp.{call}
+print([each for each in ("torch", "matplotlib") if each in sys.modules])
+"""
+    shown = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert shown.stdout == "['torch']\n", shown.stderr
+
+
 def test_tools_import_nothing_of_ours_but_tools():
     ours = {name for file in python_files("tools") for name in imports(file)}
     ours = {name for name in ours if name.startswith("tir_alp")}

@@ -135,3 +135,64 @@ def test_a_reader_that_goes_ends_the_command_without_a_word(words, unbuffered):
 def test_every_extra_exists():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {*EXTRAS.values()} <= {*extras["optional-dependencies"]}
+
+
+AS_COMMAND = """\
+import atexit, sys
+atexit.register(print, "a handler of somebody else, from before")
+sys.argv, sys.orig_argv = ["-m"], ["python", "-m", {command!r}]
+import tir_alp
+sys.argv = ["ends"]
+"""
+ENDS = """\
+import gc, threading, time
+from tir_alp.process import run_command, torch_imports
+def slowly():
+    time.sleep(0.3)
+    print("thread")
+def main(arguments):
+    with torch_imports():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    threading.Thread(target=slowly).start()
+    atexit.register(print, "exit handler")
+    print("frozen" if gc.get_freeze_count() else "not frozen")
+    {last}
+sys.exit(run_command(main))
+"""
+
+
+def ended(command: str, last: str) -> tuple[int, list[str], str]:
+    """Exit code, lines and errors of a program that is, or is not, one of our commands."""
+    program = AS_COMMAND.format(command=command) + ENDS.format(last=last)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+def test_a_command_ends_with_its_code_after_threads_and_handlers_and_without_the_interpreter():
+    code, lines, errors = ended("tir_alp.train", "return 7")
+    assert (code, errors) == (7, "")
+    assert lines == ["importing torch and transformers", "frozen", "thread", "exit handler"]
+
+
+@pytest.mark.parametrize(
+    ("command", "last", "code"),
+    [
+        ("tir_alp.train", "raise SystemExit(5)", 5),
+        ("tir_alp.train", "1 / 0", 1),
+        ("tir_alp.train", "sys.setprofile(lambda *_: None); return 7", 7),
+        ("show", "", 0),
+    ],
+    ids=["its own exit", "a bug", "under a profiler", "somebody else's program"],
+)
+def test_every_other_end_is_that_of_the_interpreter(command, last, code):
+    found, lines, errors = ended(command, last)
+    assert (found, lines[-1]) == (code, "a handler of somebody else, from before")
+    assert ("ZeroDivisionError" in errors) == (code == 1)
+    assert lines[1] == ("not frozen" if command == "show" else "frozen")

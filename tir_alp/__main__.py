@@ -26,8 +26,13 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code."""
-    begin_command()
+    """Run a command; returns its exit code.
+
+    Args:
+        arguments: The words after `tir-alp`; None: those of this process, which is then a command.
+    """
+    if arguments is None:
+        begin_command()
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words[:1] == ["--version"]:
         print(__version__)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tir_alp.algorithm.section import merge
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion, Engine, EngineFailed, Sampling
-from tir_alp.process import run_command
+from tir_alp.process import run_command, torch_imports
 from tir_alp.run.command_line import Command, overlay
 from tir_alp.run.model_choice import MODEL_OPTIONS, Model, choose_model
 
@@ -287,7 +287,11 @@ def main(arguments: Sequence[str]) -> int:
         print(f"tir_alp.chat: {error}", file=sys.stderr)
         return 2
     # Imported here because it needs torch, and a mistake in the command line is answered at once.
-    from tir_alp.run.finish import finish
+    with torch_imports():
+        from tir_alp.run.ahead import start_tools
+
+        start_tools(config)
+        from tir_alp.run.finish import finish
 
     return finish("chat", lambda: asyncio.run(talk(config, model)))
 

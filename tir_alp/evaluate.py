@@ -24,7 +24,7 @@ from tir_alp.algorithm.estimates import (
 from tir_alp.algorithm.metrics import is_correct, tool_calls
 from tir_alp.algorithm.section import merge
 from tir_alp.config import Config
-from tir_alp.process import run_command
+from tir_alp.process import run_command, torch_imports
 from tir_alp.records.evaluation_folder import RESULT, read_result, write_result
 from tir_alp.rollouts.benchmarks import OF_FILES, WITHOUT_TOOLS, environment_of, source_of
 from tir_alp.rollouts.evaluation import PlayedTask
@@ -60,7 +60,11 @@ def main(arguments: Sequence[str]) -> int:
         print(f"tir_alp.evaluate: {error}", file=sys.stderr)
         return 2
     # Imported here because it needs torch, and a mistake in the command line is answered at once.
-    from tir_alp.run.finish import finish
+    with torch_imports():
+        from tir_alp.run.ahead import start_tools
+
+        start_tools(config)
+        from tir_alp.run.finish import finish
 
     def work() -> None:
         result = asyncio.run(evaluate(config, model, out))

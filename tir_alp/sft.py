@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tir_alp.config import Config, SFTConfig
-from tir_alp.process import run_command
+from tir_alp.process import run_command, torch_imports
 from tir_alp.records.folder import RunFolder, read_run_config
 from tir_alp.roles import RoleLost
 from tir_alp.run.command_line import Command, lay_over, parse_as, read_toml
@@ -171,10 +171,10 @@ def services(config: SFTConfig, prepared: PreparedSFT) -> Services[SFTRun]:
     """
     from tir_alp.cluster import open_cluster
     from tir_alp.doctor.start import Doctor
-    from tir_alp.report import write_run_report
     from tir_alp.run.describe import describe_sft_end, describe_sft_start
     from tir_alp.run.open_sft import open_sft, prepare_sft
     from tir_alp.run.supervise import Services
+    from tir_alp.train import draw_report
 
     return Services(
         open=lambda _, placement, resume, interrupt, examined: open_sft(
@@ -193,7 +193,7 @@ def services(config: SFTConfig, prepared: PreparedSFT) -> Services[SFTRun]:
         ),
         describe_end=lambda run: describe_sft_end(run.folder.path, run.config.steps or 0),
         open_cluster=open_cluster,
-        draw_report=write_run_report,
+        draw_report=draw_report,
         command="sft",
     )
 
@@ -236,9 +236,10 @@ def main(arguments: Sequence[str]) -> int:
         print(f"tir_alp.sft: {error}", file=sys.stderr)
         return 2
     # Imported here because it needs torch, and a mistake in the command line is answered at once.
-    from tir_alp.run.finish import finish
-    from tir_alp.run.open_sft import prepare_sft
-    from tir_alp.run.supervise import train_from
+    with torch_imports():
+        from tir_alp.run.finish import finish
+        from tir_alp.run.open_sft import prepare_sft
+        from tir_alp.run.supervise import train_from
 
     def work() -> None:
         print(f"reading the model {config.model.path!r} and the conversations", flush=True)

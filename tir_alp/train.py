@@ -21,7 +21,7 @@ from tir_alp.algorithm.presets import ALGORITHMS
 from tir_alp.config import Config
 from tir_alp.engines.base import EngineFailed
 from tir_alp.models.tiny import TRAIN_CONFIG
-from tir_alp.process import run_command
+from tir_alp.process import run_command, torch_imports
 from tir_alp.records.folder import RunFolder, read_run_config
 from tir_alp.records.trajectories import state_to_record
 from tir_alp.roles import RoleLost
@@ -260,7 +260,6 @@ def services() -> Services[Run]:
     """What a run uses of the layers above it. Imported when a run starts, since it needs torch."""
     from tir_alp.cluster import open_cluster
     from tir_alp.doctor.start import Doctor
-    from tir_alp.report import write_run_report
     from tir_alp.run.open_run import open_run
     from tir_alp.run.supervise import Services
 
@@ -274,9 +273,17 @@ def services() -> Services[Run]:
         ),
         describe_end=_end_of,
         open_cluster=open_cluster,
-        draw_report=write_run_report,
+        draw_report=draw_report,
         command="train",
     )
+
+
+def draw_report(path: Path) -> Path:
+    """Draw the report of a run; returns the page."""
+    # Imported here because it needs matplotlib, for which no run has to wait at its start.
+    from tir_alp.report import write_run_report
+
+    return write_run_report(path)
 
 
 def _end_of(run: Run) -> str:
@@ -294,14 +301,18 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"tir_alp.train: {error}", file=sys.stderr)
         return 2
-    print("importing torch and transformers", flush=True)
     # Imported here because it needs torch, and a mistake in the command line is answered at once.
-    from tir_alp.run.finish import finish
-    from tir_alp.run.supervise import train_from
+    with torch_imports():
+        from tir_alp.run.ahead import start_tools
 
+        start_tools(config)
+        from tir_alp.run.finish import finish
+        from tir_alp.run.supervise import train_from
+
+        used = services()
     return finish(
         "train",
-        lambda: asyncio.run(train_from(config, resume, services())),
+        lambda: asyncio.run(train_from(config, resume, used)),
         mistake=PromptTooLong,
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tir_alp.config import Config
 from tir_alp.doctor.memory import markdown
 from tir_alp.models.tiny import TRAIN_CONFIG
-from tir_alp.process import run_command
+from tir_alp.process import run_command, torch_imports
 from tir_alp.run.command_line import Command, Words, overlay, read_config, read_toml
 
 _REAL = {
@@ -43,10 +43,14 @@ def main(arguments: Sequence[str]) -> int:
         print(markdown(config))
         return 0
     # Imported here because they need torch, and a mistake in the command line is answered at once.
-    from rich.console import Console
+    with torch_imports():
+        from tir_alp.run.ahead import start_tools
 
-    from tir_alp.doctor.table import examine, table_of
-    from tir_alp.run.finish import finish
+        start_tools(config)
+        from rich.console import Console
+
+        from tir_alp.doctor.table import examine, table_of
+        from tir_alp.run.finish import finish
 
     def work() -> int:
         findings = asyncio.run(examine(config))
