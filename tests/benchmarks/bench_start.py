@@ -118,7 +118,7 @@ def measure(command: Command, folder: Path, name: str) -> dict[str, tuple[float,
 
 def main() -> None:
     """Print a table per command."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="*", choices=list(COMMANDS), default=list(COMMANDS))
     arguments = parser.parse_args()
