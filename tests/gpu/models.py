@@ -16,13 +16,18 @@ from tir_alp.training.attention import PACKED
 from tir_alp.training.policy import load_policy
 
 NAMES = ("random-1.5b", "smollm2-135m")
-SMALL = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 1024}
+SMALL: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "vocab_size": 1024,
+}
 
 
 def shape_of(name: str, *, is_reduced: bool) -> PretrainedConfig:
     """Return the config of Qwen2.5-1.5B or SmolLM2-135M."""
     if name == "random-1.5b":
-        shape: dict[str, Any] = {
+        qwen: dict[str, Any] = {
             "hidden_size": 1536,
             "intermediate_size": 8960,
             "num_hidden_layers": 28,
@@ -33,8 +38,8 @@ def shape_of(name: str, *, is_reduced: bool) -> PretrainedConfig:
             "rms_norm_eps": 1e-6,
             "tie_word_embeddings": True,
         }
-        return Qwen2Config(**shape | (SMALL if is_reduced else {}))
-    shape = {
+        return Qwen2Config(**qwen | (SMALL if is_reduced else {}))
+    shape: dict[str, Any] = {
         "hidden_size": 576,
         "intermediate_size": 1536,
         "num_hidden_layers": 30,
@@ -45,7 +50,7 @@ def shape_of(name: str, *, is_reduced: bool) -> PretrainedConfig:
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
     }
-    heads = {"num_attention_heads": 3, "num_key_value_heads": 1}
+    heads: dict[str, Any] = {"num_attention_heads": 3, "num_key_value_heads": 1}
     return LlamaConfig(**shape | (SMALL | heads if is_reduced else {}))
 
 

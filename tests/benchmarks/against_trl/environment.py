@@ -67,4 +67,4 @@ class FixedTurns(gymnasium.Env[str, str]):
             self._session.close()
 
 
-gymnasium.register(id="FixedTurns-v0", entry_point=FixedTurns)
+gymnasium.register(id="FixedTurns-v0", entry_point=f"{__name__}:FixedTurns")

@@ -17,7 +17,7 @@ import torch
 import transformers
 from datasets import Dataset
 from transformers import AutoConfig, PreTrainedTokenizerFast, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
 from tests.benchmarks.against_trl.worker import (
     PROGRAM,
@@ -62,7 +62,7 @@ class TimedTrainer(GRPOTrainer):
     """Measures how long the rollout of a step takes, and notes its lengths."""
 
     rollout_s = 0.0
-    sequences: tuple[Any, ...] = ()
+    sequences: Any = None
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         began = time.monotonic()
@@ -110,7 +110,8 @@ class Turns(TrainerCallback):
 
 def make_model(case: Case) -> Any:
     """Return the model, whose completions all have the same length."""
-    (name,) = AutoConfig.from_pretrained(case.folder).architectures
+    config: Any = AutoConfig.from_pretrained(case.folder)
+    (name,) = config.architectures
     kind: Any = getattr(transformers, name)
 
     class FixedLengths(kind):  # type: ignore[misc, valid-type]

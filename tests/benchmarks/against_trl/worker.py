@@ -86,7 +86,8 @@ def serve(perform: Callable[[Case, Channel], None]) -> None:
     channel = Channel()
     channel.send({"ready": True})
     while (message := channel.receive()) is not None:
-        case = Case(**message | {"questions": tuple(message["questions"])})
+        message["questions"] = tuple(message["questions"])
+        case = Case(**message)
         pid = os.fork()
         if pid == 0:
             sys.exit(_perform(perform, case, channel))  # not os._exit: a sandbox has to be closed
