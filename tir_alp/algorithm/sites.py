@@ -15,15 +15,16 @@ def find_output_head(model: nn.Module) -> nn.Module:
 
 
 def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder layers of a model: its longest list of modules of one class.
+    """Return the decoder layers of a model: the longest list of modules in its decoder.
 
     Lists inside such a list are ignored, because a layer can have more experts than there are
-    layers.
+    layers. Layers of a hybrid can have several classes, and what encodes images can have more
+    layers than the decoder.
     """
     lists = {
         name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(layer) for layer in module}) == 1
+        for name, module in _find_decoder(model).named_modules()
+        if isinstance(module, nn.ModuleList)
     }
     outermost = [
         module
@@ -33,3 +34,11 @@ def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
     if not outermost:
         raise ValueError(f"{type(model).__name__} has no nn.ModuleList of decoder layers")
     return max(outermost, key=len)
+
+
+def _find_decoder(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        get = getattr(module, "get_decoder", None)
+        if callable(get) and isinstance(decoder := get(), nn.Module):
+            return decoder
+    return model

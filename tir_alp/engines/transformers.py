@@ -48,6 +48,7 @@ from tir_alp.engines.embedded.parked import ParkedSequences
 from tir_alp.engines.embedded.prefix import Prefix, find_prefix
 from tir_alp.engines.embedded.request import EmbeddedRequest, ParkedSequence
 from tir_alp.engines.embedded.sampling import draws
+from tir_alp.training.arrangement import is_packed
 from tir_alp.training.policy import compute_device, load_policy
 from tir_alp.types import StopReason
 
@@ -350,9 +351,20 @@ def _prefixes_of(users: Iterable[EmbeddedRequest | ParkedSequence]) -> list[Pref
 async def open_transformers(
     config: TransformersConfig, context: EngineContext
 ) -> AsyncIterator[TransformersEngine]:
-    """Open the embedded engine, on the trainer's device; an `EngineFactory`."""
+    """Open the embedded engine, on the trainer's device; an `EngineFactory`.
+
+    Raises:
+        ValueError: If the model has a state between its tokens that is not keys and values.
+    """
+    model = load_policy(context.path, compute_device(context.device))
+    if not is_packed(model):
+        raise ValueError(
+            f"the embedded engine keeps keys and values of earlier tokens, and nothing else that "
+            f"{type(model).__name__} has between its tokens, so it cannot sample from "
+            f'{context.path!r}. Set engine.type to "sglang" or "vllm", whose servers can'
+        )
     engine = TransformersEngine(
-        load_policy(context.path, compute_device(context.device)),
+        model,
         max_cache_tokens=config.max_cache_tokens,
         version=context.version,
         precision=config.precision,

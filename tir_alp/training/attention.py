@@ -6,8 +6,11 @@ within its own sequence by construction, without a block mask and without a scor
 tokens. Any Hugging Face decoder can use it through the registry of attention functions in
 transformers; the argument `layout` of a forward says what it attends to.
 
-It is not a fused kernel, and it refuses what it does not compute: attention sinks, soft caps and
-dropout.
+Models whose sequences cannot share a row (`arrangement.py`) have padded rows throughout, with the
+same attention inside of them.
+
+None of this is a fused kernel. It refuses what it does not compute: attention sinks, soft caps,
+dropout, and any mask but that of causality and a sliding window.
 """
 
 from __future__ import annotations
@@ -22,7 +25,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 PACKED = "tir_alp_packed"
-"""Name to load a model with: `attn_implementation=PACKED`."""
+"""Name of packed attention for transformers: `attn_implementation=PACKED`."""
+IN_ROWS = "tir_alp_in_rows"
+"""Name of the same attention for sequences that are padded on their right."""
+
+_KINDS = ("full_attention", "sliding_attention", "attention")
 
 
 class Layout(Protocol):
@@ -54,18 +61,11 @@ def _attention(
     *,
     layout: Layout,
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention function for decoders: takes [1, heads, N, D], returns [1, N, heads, D]."""
-    if softcap is not None or s_aux is not None or dropout:
-        raise ValueError(
-            f"{type(module).__name__} asks for soft-capped attention, attention sinks or dropout, "
-            "which packed attention does not support"
-        )
+    _check(module, attention_mask, sliding_window, **others)
     output = layout.attend(
         module.layer_idx,  # type: ignore[arg-type]
         *(states[0].transpose(0, 1) for states in (query, key, value)),
@@ -75,7 +75,53 @@ def _attention(
     return output.unsqueeze(0), None
 
 
+def _attention_in_rows(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention function for decoders: takes [B, heads, T, D], returns [B, T, heads, D]."""
+    _check(module, attention_mask, sliding_window, **others)
+    mask = window_mask(query.shape[2], sliding_window, query.device)
+    rows = (states.transpose(1, 2) for states in (query, key, value))
+    return attend_in_rows(*rows, mask=mask, scale=scaling), None
+
+
+def _check(
+    module: nn.Module,
+    attention_mask: Tensor | None,
+    window: int | None,
+    *,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> None:
+    """Raise ValueError for what is not computed here."""
+    if softcap is not None or s_aux is not None or dropout:
+        raise ValueError(
+            f"{type(module).__name__} asks for soft-capped attention, attention sinks or dropout, "
+            "which packed attention does not support"
+        )
+    kinds = getattr(module.config, "layer_types", None)
+    kind = kinds[module.layer_idx] if kinds else None  # type: ignore[index]
+    is_other = kind is not None and kind.endswith("attention") and kind not in _KINDS
+    # A short sequence does not show the difference, so this is not left to a measurement.
+    if attention_mask is not None or is_other or (kind == _KINDS[1] and window is None):
+        raise ValueError(
+            f"{type(module).__name__} restricts what a token sees by a mask of its own"
+            f"{f', as {kind}' if kind else ''}, which packed attention does not support"
+        )
+
+
 AttentionInterface.register(PACKED, _attention)
+AttentionInterface.register(IN_ROWS, _attention_in_rows)
 
 
 def attend_in_rows(

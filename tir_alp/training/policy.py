@@ -20,7 +20,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tir_alp.algorithm.sites import find_decoder_layers
-from tir_alp.training.attention import PACKED, Layout, PackedSequences
+from tir_alp.training.arrangement import (
+    SPELLED_OUT,
+    TOLERANCE,
+    can_switch,
+    difference,
+    is_packed,
+    spelled_out,
+)
+from tir_alp.training.attention import IN_ROWS, PACKED, Layout, PackedSequences
 from tir_alp.training.batch import loss_positions, to_rows
 from tir_alp.training.model_folder import (
     check_tokenizer_files,
@@ -34,7 +42,12 @@ from tir_alp.types import Batch
 WRAPPER = "_checkpoint_wrapped_module."
 """Prefix that `recompute_layers` adds to names of parameters, but not to keys of a state dict."""
 
-_CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+_TITLES = {
+    PACKED: "packed",
+    IN_ROWS: "in rows",
+    SPELLED_OUT: "in rows, with the attention of the model's authors",
+}
 
 
 def compute_device(name: str) -> torch.device:
@@ -55,20 +68,75 @@ def compute_device(name: str) -> torch.device:
 
 
 def load_policy(path: str, device: torch.device | str = "cpu") -> Any:
-    """Load a causal LM with packed attention, in float32.
+    """Load a causal LM in float32, with sequences packed or in rows as `arrangement` measures.
 
     Args:
         path: Folder or Hugging Face id.
         device: Device of the model; everything that is computed with it runs there.
 
     Raises:
-        ValueError: If there is no such model, or it transforms its logits in an unsupported way.
+        ValueError: If there is no such model, or no way to train it exactly.
     """
     path = local_path(path)
+    model = _load(path, PACKED)
+    if model is None or not can_switch(model):
+        model = _load(path, SPELLED_OUT)
+    model = model.to(device).eval()
+    arrange(model, path)
+    return model
+
+
+def arrange(model: Any, name: str) -> None:
+    """Let a model pack its sequences if that is exact, else give them rows if that is.
+
+    Args:
+        model: A causal LM in float32, which has its weights.
+        name: What an error calls it.
+
+    Raises:
+        ValueError: If neither is exact.
+    """
+
+    def together(sequences: list[Tensor]) -> Tensor:
+        layout = PackedSequences(tuple(map(len, sequences)), model.device)
+        positions = torch.cat([torch.arange(len(each)) for each in sequences]).to(model.device)
+        hidden = hidden_states(model, torch.cat(sequences), positions, layout)
+        return next_token_logits(model, hidden[-len(sequences[-1]) :])
+
+    def alone(sequences: list[Tensor]) -> Tensor:
+        (ids,) = sequences
+        with spelled_out(model):
+            return model(input_ids=ids[None], use_cache=False).logits[0].float()
+
+    reasons = []
+    for attention in (PACKED, IN_ROWS, SPELLED_OUT) if is_packed(model) else (SPELLED_OUT,):
+        try:
+            model.set_attn_implementation(attention)
+            found = difference(model, together, alone)
+        except Exception as error:  # code of any model, with arguments that it may not know
+            reason = f"its forward fails ({type(error).__name__}: {first_line(error)})"
+        else:
+            if found <= TOLERANCE:
+                return
+            reason = f"a sequence in company changes its logits by {found:.1e}"
+        reasons.append(f"{_TITLES[attention]}: {reason}")
+    raise ValueError(
+        f"the model {name!r} ({type(model).__name__}) cannot be trained exactly, because its "
+        f"sequences cannot share a forward ({'; '.join(reasons)}). Take a decoder of another "
+        "family: docs/models.md"
+    )
+
+
+def _load(path: str, attention: str) -> Any | None:
+    """Return the model with an attention, or None if its family has no such one."""
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=PACKED
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=attention
         )
+    except KeyError as error:  # it looks the attention up in a table of its own
+        if error.args != (PACKED,):
+            raise
+        return None
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"cannot load the weights of the model {path!r}: {first_line(error)} Copy or download "
@@ -76,10 +144,6 @@ def load_policy(path: str, device: torch.device | str = "cpu") -> Any:
         ) from error
     except ValueError as error:
         raise ValueError(unknown_architecture(path, error)) from error
-    for name in _CHANGED_LOGITS:
-        if getattr(model.config, name, None) not in (None, 1.0):
-            raise ValueError(f"the model {path!r} sets {name}, which is not supported")
-    return model.to(device)
 
 
 def load_tokenizer(path: str) -> Any:
@@ -115,15 +179,20 @@ def hidden_states(model: Any, token_ids: Tensor, position_ids: Tensor, layout: L
     """Run the decoder over packed tokens.
 
     Args:
-        model: A causal LM loaded with `attn_implementation=PACKED`.
+        model: A causal LM loaded by `load_policy`.
         token_ids: [N] tokens of all sequences, one sequence after the other.
         position_ids: [N] position of each token in its own sequence.
-        layout: Which tokens attend to which.
+        layout: Which tokens attend to which; `PackedSequences` if the model is not packed.
 
     Returns:
         [N, H] hidden states of the last layer, after the final norm.
     """
-    return model.base_model(
+    decoder = model.get_decoder()
+    if not is_packed(model):
+        assert isinstance(layout, PackedSequences)
+        rows = decoder(input_ids=layout.to_rows(token_ids), use_cache=False)
+        return layout.to_packed(rows.last_hidden_state)
+    return decoder(
         input_ids=token_ids.unsqueeze(0),
         position_ids=position_ids.unsqueeze(0),
         use_cache=False,
@@ -133,7 +202,19 @@ def hidden_states(model: Any, token_ids: Tensor, position_ids: Tensor, layout: L
 
 def next_token_logits(model: Any, hidden: Tensor) -> Tensor:
     """Return logits [..., V] in float32 for the token after each hidden state [..., H]."""
-    return model.get_output_embeddings()(hidden).float()
+    return _scaled(model.get_output_embeddings()(hidden).float(), model.config)
+
+
+def _scaled(logits: Tensor, config: Any) -> Tensor:
+    """Apply what some families do to their logits: a factor, a divisor, or a soft cap."""
+    text = config.get_text_config()
+    if (factor := getattr(text, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * factor
+    if (divisor := getattr(text, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / divisor
+    if (cap := getattr(text, "final_logit_softcapping", None)) is not None:  # Gemma
+        logits = cap * torch.tanh(logits / cap)
+    return logits
 
 
 def token_logprobs(
@@ -162,7 +243,7 @@ def token_logprobs(
     states, ids = hidden.split(chunk_tokens), token_ids.split(chunk_tokens)
     keywords = [{}] * len(ids) if rows is None else [{"rows": r} for r in rows.split(chunk_tokens)]
     chunks = [
-        checkpoint(_chunk_logprobs, head, *chunk, temperature, use_reentrant=False)
+        checkpoint(_chunk_logprobs, head, model.config, *chunk, temperature, use_reentrant=False)
         for chunk in zip(states, ids, keywords, strict=True)
     ]
     return torch.cat([chunk[0] for chunk in chunks]), torch.cat([chunk[1] for chunk in chunks])
@@ -202,12 +283,13 @@ def completion_logprobs(
 
 def _chunk_logprobs(
     head: nn.Module,
+    config: Any,
     hidden: Tensor,
     token_ids: Tensor,
     keywords: dict[str, Tensor],
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    logits = head(hidden, **keywords).float()
+    logits = _scaled(head(hidden, **keywords).float(), config)
     logprobs = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
     with torch.no_grad():
         entropy = -(logprobs.exp() * logprobs).sum(-1)

@@ -31,6 +31,7 @@ from tir_alp.algorithm.presets import AlgorithmConfig
 from tir_alp.algorithm.ratio_metrics import mismatch_metrics, ratio_metrics
 from tir_alp.algorithm.ratio_summary import RatioSummary, summarise
 from tir_alp.config import TrainerConfig
+from tir_alp.training.arrangement import is_packed
 from tir_alp.training.batch import noise_keys, pack, sequences_of
 from tir_alp.training.lora import Adapters
 from tir_alp.training.micro_batch import SeenBatch, loss_inputs, moved
@@ -279,7 +280,7 @@ class Trainer:
             max_tokens,
             self.ranks.rank,
             self.ranks.size,
-            share_prompts=self._config.share_prompts,
+            share_prompts=self._config.share_prompts and is_packed(self.model),
         )
         return [self._prepare(batch) for batch in packed]
 
