@@ -158,5 +158,5 @@ def test_the_embedded_engine_refuses_what_has_more_than_keys_and_values(tmp_path
         async with open_transformers(TransformersConfig(type="transformers"), context):
             pass
 
-    with pytest.raises(ValueError, match="keys and values .* Qwen3NextForCausalLM has between"):
+    with pytest.raises(ValueError, match=r"keys and values .* Qwen3NextForCausalLM has between"):
         asyncio.run(open_engine())
