@@ -1,6 +1,6 @@
 """The gain of computing a group's prompt once.
 
-    python tests/benchmarks/bench_shared_prompts.py [--width 576] [--layers 6] [--dtype bfloat16]
+    python -m tests.benchmarks.bench_shared_prompts [--width 576] [--layers 6] [--dtype bfloat16]
 
 Prints the time and the peak memory of a training step with shared prompts relative to the same step
 without, for groups of 8 and several ratios of prompt to completion, and the cost of ALP's noise
@@ -11,69 +11,14 @@ dominate as in a large model. The variants take turns, so that other load affect
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
 import time
 from collections.abc import Sequence
 
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
-
-from tir_alp.algorithm.presets import ALGORITHMS
+from tests.benchmarks.synthetic import Size, groups_of, make_trainer
 from tir_alp.config import TrainerConfig
-from tir_alp.tools.outcome import Outcome
-from tir_alp.training.attention import PACKED
-from tir_alp.training.ranks import alone
-from tir_alp.training.trainer import Trainer
-from tir_alp.types import Sample, StopReason, TokenSpan, Trajectory, Turn
 
-VOCABULARY = 1000
 GROUP_SIZE = 8
-
-
-def groups_of(num_groups: int, num_prompt: int, num_completion: int) -> list[list[Sample]]:
-    """Return groups with a prompt in common, and one completion each."""
-    rng = random.Random(0)
-
-    def words(number: int) -> tuple[int, ...]:
-        return tuple(rng.randrange(VOCABULARY) for _ in range(number))
-
-    def sample(group: int, prompt: TokenSpan, uid: int) -> Sample:
-        said = TokenSpan(words(num_completion), (-6.9,) * num_completion)
-        turn = Turn(said, TokenSpan(()), 0, StopReason.STOP, Outcome.OK, 0.0)
-        return Sample(Trajectory("t", group, prompt, (turn,), True, False, uid), rng.uniform(-1, 1))
-
-    return [
-        [sample(group, prompt, group * GROUP_SIZE + member) for member in range(GROUP_SIZE)]
-        for group in range(num_groups)
-        for prompt in [TokenSpan(words(num_prompt))]
-    ]
-
-
-def make_trainer(options: argparse.Namespace, method: str, share: bool) -> Trainer:
-    """Return a trainer of random weights; every one begins with the same."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=options.width,
-        intermediate_size=options.width * 8 // 3,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.width // 64,
-        num_key_value_heads=max(1, options.width // 192),
-        vocab_size=VOCABULARY,
-        max_position_embeddings=4096,
-    )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED)
-    settings = TrainerConfig(
-        lr=1e-6, micro_batch_tokens=options.tokens, share_prompts=share, dtype=options.dtype
-    )
-    return Trainer(
-        model,
-        settings,
-        ALGORITHMS[method],
-        ranks=alone(),
-        temperature=1.0,
-        on_bad_update=lambda update, _: print(f"update {update} was not finite"),
-    )
 
 
 def main(options: argparse.Namespace) -> None:
@@ -83,9 +28,23 @@ def main(options: argparse.Namespace) -> None:
     )
     print("prompt  completion  computed  time, shared / not  ALP / Bypass, shared  not shared")
     for num_prompt, num_completion in options.shapes:
-        groups = groups_of(options.groups, num_prompt, num_completion)
+        size = Size(
+            width=options.width,
+            layers=options.layers,
+            groups=options.groups,
+            group_size=GROUP_SIZE,
+            num_prompt=num_prompt,
+            num_said=num_completion,
+        )
+        groups = groups_of(size)
+        settings = {
+            share: TrainerConfig(
+                lr=1e-6, micro_batch_tokens=options.tokens, share_prompts=share, dtype=options.dtype
+            )
+            for share in (True, False)
+        }
         variants = {
-            (method, share): make_trainer(options, method, share)
+            (method, share): make_trainer(size, method, settings[share])
             for method in ("alp_sequence", "bypass_sequence")
             for share in (True, False)
         }
