@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.bench_shared_prompts import GROUP_SIZE
+GROUP_SIZE = 8
+"""Sequences of a group."""
 
 
 @dataclass(frozen=True, slots=True)

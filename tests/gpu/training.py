@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.bench_shared_prompts import GROUP_SIZE, groups_of
+from tests.benchmarks.synthetic import Size, groups_of
 from tests.gpu.models import NAMES, folder_of, make_model, num_multiplied
-from tests.gpu.part import Scale, Task, free_memory, perform, product_rate, seconds_of
+from tests.gpu.part import GROUP_SIZE, Scale, Task, free_memory, perform, product_rate, seconds_of
 from tir_alp.algorithm.presets import ALGORITHMS
 from tir_alp.config import TrainerConfig
 from tir_alp.training.ranks import alone
@@ -71,7 +71,14 @@ def measure(name: str, method: str, task: Task, *, share: bool) -> dict[str, flo
         temperature=1.0,
         on_bad_update=note,
     )
-    groups = groups_of(scale.groups, scale.num_prompt, scale.num_completion)
+    groups = groups_of(
+        Size(
+            groups=scale.groups,
+            group_size=GROUP_SIZE,
+            num_prompt=scale.num_prompt,
+            num_said=scale.num_completion,
+        )
+    )
     numbers = itertools.count()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(task.device)
