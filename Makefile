@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo real test check fast lint types layers wheel clean
+.PHONY: demo real test check fast lint types layers wheel docs clean
 
 demo: .venv/ready ## train the tiny agent on this machine's CPU
 	$(BIN)/python -m tir_alp.train $(ARGS)
@@ -31,8 +31,11 @@ types: .venv/ready-dev
 wheel: .venv/ready-dev ## build a wheel and use it where the checkout is out of sight
 	bash tests/end_to_end/wheel.sh
 
+docs: .venv/ready-dev ## the documentation as a site, in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info
 
 # Which tests stay together: tests/conftest.py.
 PARALLEL := -n auto --maxprocesses 4

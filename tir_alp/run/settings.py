@@ -190,9 +190,9 @@ def help_page(
         name = each.key.rpartition(".")[0]
         if name != group:
             group = name
-            lines += ["", f"{name or 'run'}: {_about(name, root)}"]
+            lines += ["", f"{name or 'run'}: {about_section(name, root)}"]
         what = f"{each.description} {_default(each)}".strip()
-        lines += _entries([(f"--{each.key} {_type_name(each.annotation)}", what)])
+        lines += _entries([(f"--{each.key} {type_name(each.annotation)}", what)])
     return "\n".join(lines)
 
 
@@ -220,19 +220,26 @@ def _entries(pairs: Any) -> Iterator[str]:
             head = ""
 
 
-def _about(name: str, root: type[BaseModel]) -> str:
-    """First sentence about a section."""
+def about_section(name: str, root: type[BaseModel]) -> str:
+    """Return the first sentence about a section; an empty name stands for the whole config."""
     about = [each for each in annotations_of(name, root) if each is not type(None)]
     about = about if name else [root]
     docs = [(each.__doc__ or "").split("\n\n")[0] for each in about]
     return " ".join(docs[0].split())
 
 
-def _type_name(annotation: Any) -> str:
+def choices_of(annotation: Any) -> list[Any]:
+    """Return the values that a key of this type can have, if they are listed; else nothing."""
+    flat = [*_flat(annotation)]
+    return [choice for each in flat if get_origin(each) is Literal for choice in get_args(each)]
+
+
+def type_name(annotation: Any) -> str:
+    """Return the kind of value that a key takes, in a word, as `--help` shows it."""
     names = {int: "INT", float: "NUMBER", bool: "true|false", str: "TEXT", Path: "PATH"}
     flat = [each for each in _flat(annotation) if each is not type(None)]
     if items := item_annotations(flat):
-        return f"{_type_name(items[0])},..." if len(items) == 1 else "LIST"
+        return f"{type_name(items[0])},..." if len(items) == 1 else "LIST"
     if get_origin(flat[0]) is Literal:
         choices = "|".join(map(str, get_args(flat[0])))
         return choices if len(choices) <= _LONGEST_CHOICES else "NAME"
@@ -240,8 +247,7 @@ def _type_name(annotation: Any) -> str:
 
 
 def _default(setting: Setting) -> str:
-    flat = [*_flat(setting.annotation)]
-    choices = [choice for each in flat if get_origin(each) is Literal for choice in get_args(each)]
+    choices = choices_of(setting.annotation)
     said = ""
     if len("|".join(map(str, choices))) > _LONGEST_CHOICES:
         said = f"One of {', '.join(map(str, choices))}. "
