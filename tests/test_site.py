@@ -49,7 +49,7 @@ def test_every_page_is_there_and_can_be_searched(site: Path):
 def test_nothing_is_loaded_from_elsewhere(site: Path):
     loaded = re.compile(r"""<(?:script|img|iframe|link rel="?stylesheet"?)[^>]*https?://""")
     pages = [*site.rglob("*.html")]
-    assert len(pages) > 40
+    assert len(pages) > 35
     assert [str(page) for page in pages if loaded.search(page.read_text())] == []
 
 
@@ -57,7 +57,7 @@ def test_nothing_is_loaded_from_elsewhere(site: Path):
 def test_a_broken_link_ends_the_build(tmp_path: Path):
     (tmp_path / "docs").mkdir()
     settings = (ROOT / "mkdocs.yml").read_text()
-    (tmp_path / "mkdocs.yml").write_text(settings[: settings.index("nav:")])
+    (tmp_path / "mkdocs.yml").write_text(settings[: settings.index("\nnav:")])
     shutil.copy(ROOT / "docs/faq.md", tmp_path / "docs/index.md")  # without the pages it links to
     done = build(tmp_path / "mkdocs.yml", tmp_path / "site")
     assert done.returncode != 0 and "quickstart.md" in done.stderr
