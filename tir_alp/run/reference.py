@@ -66,7 +66,7 @@ this page to them.*
 Defaults are overridden by a TOML file (`--config FILE`), and the file by the command line
 (`--dotted.key value`). In a file, `rollout.group_size` is the key `group_size` of the table
 `[rollout]`. An unknown key is an error that names the key that may have been meant.
-`tir-alp train --help SECTION` prints a section of this page.
+`tir-alp train --help rollout` prints a section of this page.
 
 The examples are words of the command line, where commas separate the items of a list, and tables
 are JSON.
