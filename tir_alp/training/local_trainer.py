@@ -51,6 +51,7 @@ class LocalTrainer:
                 temperature=config.rollout.temperature,
                 on_bad_update=on_bad_update,
                 num_steps=config.steps,
+                clean_every=config.metrics.clean_every,
             )
             if found is not None:
                 checkpoint.load(found, self._trainer)
