@@ -133,6 +133,31 @@ def mismatch_metrics(summary: RatioSummary) -> dict[str, float]:
     }
 
 
+def lag_metrics(summary: RatioSummary) -> dict[str, float]:
+    """Describe how far the policy has moved away from its versions that sampled.
+
+    Args:
+        summary: The ratios, by the trainer alone, of the policy at the start of the step over the
+            version that sampled each token.
+
+    Returns:
+        `staleness/kl`, `staleness/k3` and `staleness/ess` over tokens; empty if there are none.
+    """
+    tokens = summary.tokens()
+    if not tokens.num_tokens:
+        return {}
+    return {
+        "staleness/kl": -tokens.mean("log_ratio"),
+        "staleness/k3": tokens.mean("k3"),
+        "staleness/ess": _ess(tokens),
+    }
+
+
+def sequence_ess(summary: RatioSummary) -> float:
+    """Return the effective sample size of the sequence ratios, a share of their number."""
+    return _exact_ess(summary.sequence_log_ratios)
+
+
 def ratio_quantiles(log_ratios: Tensor, prefix: str = "ratio/p") -> dict[str, float]:
     """Return exact percentiles of ratios: P2, P98 and those between.
 

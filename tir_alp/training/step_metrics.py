@@ -6,11 +6,13 @@ import functools
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tir_alp.algorithm.perturbation import Effect, LayerwisePerturbation
+from tir_alp.algorithm.ratio_metrics import clean_metrics, lag_metrics, ratio_metrics
 from tir_alp.algorithm.ratio_summary import RatioSummary
 from tir_alp.training.batch import sequences_of
 from tir_alp.training.ranks import Ranks
@@ -18,6 +20,36 @@ from tir_alp.training.shared_prompts import num_computed
 from tir_alp.types import Batch
 
 _NUM_PROBED = 128  # approximate number of tokens of a step whose clean logprobs are computed too
+
+
+@dataclass(frozen=True, slots=True)
+class MadeUpdate:
+    """What is reported of an update that was made."""
+
+    metrics: dict[str, float]
+    """Over all ranks."""
+    ratios: RatioSummary
+    """Of this rank."""
+    clean: RatioSummary | None
+    """Those of the policy without noise, of this rank; None: not measured in this step."""
+    clean_s: float
+    """Seconds that this measurement took on this rank."""
+    lag: RatioSummary | None
+    """Of the policy over its version that sampled, of this rank; None: not known."""
+
+
+def metrics_of_updates(ranks: Ranks, made: Sequence[MadeUpdate]) -> dict[str, float]:
+    """Describe the updates of a step that were made; empty if there were none."""
+    if not made:
+        return {}
+    metrics = means_of([update.metrics for update in made])
+    metrics |= ratio_metrics(over_ranks(ranks, [each.ratios for each in made]))
+    if clean := [each.clean for each in made if each.clean is not None]:
+        metrics |= clean_metrics(over_ranks(ranks, clean))
+        metrics["time/clean"] = max(ranks.gather(sum(each.clean_s for each in made)))
+    if made[0].lag is not None:  # before the step itself has changed the policy
+        metrics |= lag_metrics(over_ranks(ranks, [made[0].lag]))
+    return metrics
 
 
 def sums_over_ranks(ranks: Ranks, values: Mapping[str, Tensor | float]) -> dict[str, float]:

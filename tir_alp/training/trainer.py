@@ -19,7 +19,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tir_alp.algorithm.loss import loss_counts, loss_terms
 from tir_alp.algorithm.perturbation import Effect, LayerwisePerturbation
 from tir_alp.algorithm.presets import AlgorithmConfig
-from tir_alp.algorithm.ratio_metrics import clean_metrics, mismatch_metrics, ratio_metrics
+from tir_alp.algorithm.ratio_metrics import mismatch_metrics, sequence_ess
 from tir_alp.algorithm.ratio_summary import RatioSummary, summarise
 from tir_alp.config import TrainerConfig
 from tir_alp.training.arrangement import is_packed
@@ -39,11 +39,19 @@ from tir_alp.training.micro_batch import SeenBatch, loss_inputs, moved
 from tir_alp.training.optimizer import MOST_NORMS, Optimizer, is_spike
 from tir_alp.training.packed_sequence import packed_sequences
 from tir_alp.training.policy import WRAPPER, PolicyLogprobs, recompute_layers
+from tir_alp.training.preparation import (
+    Looked,
+    interpolated,
+    needs_collisions,
+    prepare,
+    versions_of,
+)
 from tir_alp.training.ranks import Ranks
 from tir_alp.training.sharding import gathered, shard
 from tir_alp.training.shared_prompts import computed_tokens
 from tir_alp.training.step_metrics import (
-    means_of,
+    MadeUpdate,
+    metrics_of_updates,
     over_ranks,
     probe_metrics,
     share_of_shared_tokens,
@@ -52,24 +60,11 @@ from tir_alp.training.step_metrics import (
 )
 from tir_alp.training.step_report import StepReport, UpdateRecord, join_ranks
 from tir_alp.training.weight_nudge import WeightNudge
+from tir_alp.training.weight_versions import WeightVersions
 from tir_alp.types import Batch, Sample
 
 OnBadUpdate = Callable[[int, Sequence[Batch]], None]
 """Called with the number and the micro-batches of an update that was skipped."""
-
-
-@dataclass(frozen=True, slots=True)
-class _MadeUpdate:
-    """What is reported of an update that was made."""
-
-    metrics: dict[str, float]
-    """Over all ranks."""
-    ratios: RatioSummary
-    """Of this rank."""
-    clean: RatioSummary | None
-    """Those of the policy without noise, of this rank; None: not measured in this step."""
-    clean_s: float
-    """Seconds that this measurement took on this rank."""
 
 
 class Trainer:
@@ -87,6 +82,7 @@ class Trainer:
         num_steps: Number of steps of the run, over which the learning rate falls; None only if its
             schedule is constant.
         clean_every: Steps between measurements of the policy without noise; 0: never.
+        max_staleness: Steps by which the weights that sampled a token may lag, at most.
     """
 
     def __init__(
@@ -101,6 +97,7 @@ class Trainer:
         on_bad_update: OnBadUpdate,
         num_steps: int | None = None,
         clean_every: int = 0,
+        max_staleness: int = 0,
     ) -> None:
         self.model, self.ranks, self._clean_every = model, ranks, clean_every
         self._config, self._algorithm = config, algorithm
@@ -123,6 +120,8 @@ class Trainer:
         self._optimizer = Optimizer(self._trained(), log_sigma, config, num_steps)
         self._norms = {name: deque[float](maxlen=MOST_NORMS) for name in self._optimizer.norms}
         self._nudge = WeightNudge(self.model)
+        num_versions = max_staleness if self._reads_versions else 0
+        self._versions = WeightVersions(self._trained(), num_versions)
 
     def step(self, groups: Sequence[Sequence[Sample]], step: int) -> StepReport:
         """Make the updates of one step.
@@ -150,7 +149,7 @@ class Trainer:
             max_tokens = self._config.micro_batch_tokens
             for packed in pack(samples, max_tokens, self.ranks.rank, self.ranks.size):
                 batch = moved(packed, self.ranks.device)
-                logprobs = self._frozen_logprobs(self._policy, batch)
+                logprobs = self._clean_logprobs(batch)
                 chosen = logprobs[batch.loss_mask].double()
                 sums += torch.stack([-chosen.sum(), torch.tensor(float(len(chosen)))]).cpu()
             total, num_tokens = self.ranks.sum(sums).tolist()
@@ -228,39 +227,36 @@ class Trainer:
         state |= {name: _padded(norms) for name, norms in self._norms.items()}
         if self._perturbation is not None:
             state["log_sigma"] = self._perturbation.log_sigma.detach()
-        return state
+        return state | self._versions.state()
 
     def finish_loading(self, state: Mapping[str, Tensor]) -> None:
-        """Take what is not shared from a state whose tensors were read in place: the norms."""
+        """Take what is not shared from a state whose tensors were read in place."""
         for name, norms in self._norms.items():
             norms.clear()
             norms.extend(norm for norm in state[name].tolist() if norm == norm)
+        self._versions.finish_loading(state)
 
     # ------------------------------------------------------------------------- a step, its updates
 
     def _step(self, groups: Sequence[Sequence[Sample]], step: int) -> StepReport:
         num_updates = self._config.updates_per_step
         per_update = len(groups) // num_updates
-        micro_batches = [  # all are prepared first, before an update changes the weights
-            self._micro_batches(groups[start : start + per_update])
-            for start in range(0, len(groups), per_update)
-        ]
         lr, first = self._optimizer.begin_step(step), step * num_updates
+        micro_batches = [  # all are prepared first, before an update changes the weights
+            self._micro_batches(groups[start : start + per_update], step, first + index)
+            for index, start in enumerate(range(0, len(groups), per_update))
+        ]
+        self._versions.keep(step)
         is_clean_step = self._clean_every > 0 and step % self._clean_every == 0
         outcomes = [
             self._update(batches, first + index, step if index == 0 else None, is_clean_step)
             for index, batches in enumerate(micro_batches)
         ]
         made = [outcome for outcome in outcomes if outcome is not None]
-        metrics = means_of([update.metrics for update in made])
-        if made:
-            metrics |= ratio_metrics(over_ranks(self.ranks, [each.ratios for each in made]))
-        if clean := [each.clean for each in made if each.clean is not None]:
-            metrics |= clean_metrics(over_ranks(self.ranks, clean))
-            metrics["time/clean"] = max(self.ranks.gather(sum(each.clean_s for each in made)))
+        every = [batch for batches in micro_batches for batch in batches]
+        metrics = metrics_of_updates(self.ranks, made)
         if self._perturbation is not None:
             metrics |= sigma_metrics(self._perturbation)
-        every = [batch for batches in micro_batches for batch in batches]
         if self._algorithm.needs_proximal and every:
             mismatch = [summarise(loss_inputs(batch, batch.proximal_logprobs)) for batch in every]
             metrics |= mismatch_metrics(over_ranks(self.ranks, mismatch))
@@ -279,8 +275,10 @@ class Trainer:
         ]
         return StepReport(metrics, join_ranks(self.ranks.gather(records)))
 
-    def _micro_batches(self, groups: Sequence[Sequence[Sample]]) -> list[Batch]:
-        """Return this rank's share of an update."""
+    def _micro_batches(
+        self, groups: Sequence[Sequence[Sample]], step: int, update: int
+    ) -> list[Batch]:
+        """Return this rank's share of an update, with what the fixed policies say of it."""
         samples = [sample for group in groups for sample in group]
         max_tokens = self._config.micro_batch_tokens
         packed = pack(
@@ -289,21 +287,39 @@ class Trainer:
             self.ranks.rank,
             self.ranks.size,
             share_prompts=self._config.share_prompts and is_packed(self.model),
+            with_versions=self._algorithm.proximal != "current",
         )
-        return [self._prepare(batch) for batch in packed]
-
-    def _prepare(self, batch: Batch) -> Batch:
-        """Move a micro-batch to the model's device, and add logprobs under the fixed policies."""
-        batch = moved(batch, self.ranks.device)
-        if self._algorithm.needs_proximal:
-            batch = replace(batch, proximal_logprobs=self._frozen_logprobs(self._policy, batch))
+        batches = [moved(batch, self.ranks.device) for batch in packed]
         if self._reference is not None:
-            batch = replace(batch, reference_logprobs=self._frozen_logprobs(self._reference, batch))
-        return batch
+            batches = [
+                replace(batch, reference_logprobs=self._frozen(self._reference, batch)[0])
+                for batch in batches
+            ]
+        if self._algorithm.proximal == "interpolated":
+            return [interpolated(batch, step) for batch in batches]
+        if not self._algorithm.needs_proximal:
+            return batches
+        looked = self._look(batches, step)
+        return prepare(looked, self._algorithm, self.ranks, update)
+
+    def _look(self, batches: Sequence[Batch], step: int) -> list[Looked]:
+        """Add the proximal logprobs: with the current weights, or with those of each token."""
+        found = [Looked.of(batch, *self._proximal(batch)) for batch in batches]
+        if not self._reads_versions:
+            return found
+        own = {version for batch in batches for version in versions_of(batch)}
+        for version in sorted(set().union(*self.ranks.gather(own)) - {step}):
+            with self._versions.loaded(version):
+                found = [each.at_version(version, *self._proximal(each.batch)) for each in found]
+        return found
+
+    def _proximal(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return logprobs, entropies and collisions [B, T] under the weights that the model has."""
+        return self._frozen(self._policy, batch, needs_collisions(self._algorithm))
 
     def _update(
         self, batches: Sequence[Batch], update: int, probe: int | None, measure_clean: bool
-    ) -> _MadeUpdate | None:
+    ) -> MadeUpdate | None:
         """Make one optimizer update; return None if it was skipped.
 
         An update is skipped if it has no loss tokens, or if its loss or a gradient is not finite or
@@ -316,11 +332,11 @@ class Trainer:
                 hidden states, and what noise and engine do to logprobs; None: not measured.
             measure_clean: Whether to measure the policy without noise on all tokens.
         """
-        own = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        own = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
         for batch in batches:
             own += torch.stack([*loss_counts(loss_inputs(batch), self._algorithm)])
-        num_tokens, num_sequences = self.ranks.sum(own.cpu()).tolist()
-        if num_tokens == 0:
+        counts = self.ranks.sum(own.cpu()).tolist()
+        if counts[0] == 0:
             return None
         self._optimizer.zero_grad()
         totals: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
@@ -329,7 +345,7 @@ class Trainer:
         for index, (batch, draw) in enumerate(itertools.product(batches, range(self._num_draws))):
             probe_now = probe if index == 0 else None
             with self._perturbed(batch, update, draw, measure=probe_now is not None) as effect:
-                found = self._backward(batch, num_tokens, num_sequences)
+                found = self._backward(batch, *counts)
             if probe_now is not None:
                 probed = probe_metrics(
                     self.ranks, batch, probe_now, found.logprobs, effect, self._clean_logprobs
@@ -351,8 +367,20 @@ class Trainer:
         if measure_clean:
             clean = ratios if self._perturbation is None else self._clean_ratios(batches)
         clean_s = time.perf_counter() - began
-        self._optimizer.step()
-        return _MadeUpdate(metrics, ratios, clean, clean_s)
+        lag = None
+        if self._reads_versions and self._perturbation is None:
+            lag = functools.reduce(operator.add, [each.lag() for each in seen])
+        scale = self._step_scale(ratios)
+        if self._algorithm.step_scale != "none":
+            metrics["train/step_scale"] = scale
+        self._optimizer.step(scale)
+        return MadeUpdate(metrics, ratios, clean, clean_s, lag)
+
+    def _step_scale(self, ratios: RatioSummary) -> float:
+        """Return what the learning rate of an update is multiplied by; call on every rank."""
+        if self._algorithm.step_scale == "none":
+            return 1.0
+        return math.sqrt(sequence_ess(over_ranks(self.ranks, [ratios])))
 
     @torch.no_grad()
     def _clean_ratios(self, batches: Sequence[Batch]) -> RatioSummary:
@@ -360,23 +388,26 @@ class Trainer:
         summaries = []
         for batch in batches:
             logprobs, entropy = self._policy(batch, temperature=self._temperature)
-            terms = loss_terms(loss_inputs(batch, logprobs), self._algorithm)
+            terms = loss_terms(loss_inputs(batch, logprobs, entropy), self._algorithm)
             seen = SeenBatch(batch, logprobs, entropy, terms.clipped, terms.metrics)
             summaries.append(seen.summary())
         return functools.reduce(operator.add, summaries)
 
-    def _backward(self, batch: Batch, num_tokens: float, num_sequences: float) -> SeenBatch:
+    def _backward(self, batch: Batch, *counts: float) -> SeenBatch:
         """Add the gradients of one micro-batch, and return what the loss saw.
 
         Nothing here waits for the device, so that it never runs out of work. Noise has to be active
         in the backward pass too, where checkpointed layers run a second time.
         """
         logprobs, entropy = self._policy(
-            batch, temperature=self._temperature, is_head_noisy=self._is_head_noisy
+            batch,
+            temperature=self._temperature,
+            is_head_noisy=self._is_head_noisy,
+            entropy_has_gradient=self._algorithm.entropy_bonus > 0,
         )
-        terms = loss_terms(loss_inputs(batch, logprobs), self._algorithm, num_tokens, num_sequences)
+        terms = loss_terms(loss_inputs(batch, logprobs, entropy), self._algorithm, *counts)
         (terms.loss / self._num_draws).backward()
-        return SeenBatch(batch, logprobs.detach(), entropy, terms.clipped, terms.metrics)
+        return SeenBatch(batch, logprobs.detach(), entropy.detach(), terms.clipped, terms.metrics)
 
     def _is_sound(self, loss: float, norms: Mapping[str, float]) -> bool:
         """Whether loss and gradient norms are finite, and no norm is a spike."""
@@ -408,11 +439,19 @@ class Trainer:
     # --------------------------------------------------------------------------------- the policy
 
     @torch.no_grad()
-    def _frozen_logprobs(self, policy: PolicyLogprobs, batch: Batch) -> Tensor:
-        return policy(batch, temperature=self._temperature)[0]
+    def _frozen(
+        self, policy: PolicyLogprobs, batch: Batch, with_collisions: bool = False
+    ) -> tuple[Tensor, ...]:
+        return policy(batch, temperature=self._temperature, with_collisions=with_collisions)
 
     def _clean_logprobs(self, batch: Batch) -> Tensor:
-        return self._frozen_logprobs(self._policy, batch)
+        return self._frozen(self._policy, batch)[0]
+
+    @property
+    def _reads_versions(self) -> bool:
+        """Whether proximal logprobs are those of the version that sampled each token."""
+        algorithm = self._algorithm
+        return algorithm.needs_proximal and algorithm.proximal == "rollout_version"
 
     def _sharded(self, model: Any) -> PolicyLogprobs:
         num_words = model.get_output_embeddings().weight.shape[0]
