@@ -22,7 +22,10 @@ COMMANDS = {
     "sandbox": "run programs in the sandbox, probe it, serve it over HTTP",
     "models": "make a model's folder from a wheel or GGUF file, or upload one",
     "envs": "begin an environment of your own, and examine one",
+    "study": "compare methods: settings, seeds, intervals; from a file, resumable",
 }
+_PLACES = {"study": "studies.study"}
+"""Commands that are not directly below the package."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not {"", os.getcwd()} & set(sys.path):  # as `python -m` has it: `my_env:Mine-v0` is found
         sys.path.insert(0, os.getcwd())
     sys.argv = [f"tir-alp {command}", *rest]
-    runpy.run_module(f"tir_alp.{command}", run_name="__main__", alter_sys=True)
+    place = _PLACES.get(command, command)
+    runpy.run_module(f"tir_alp.{place}", run_name="__main__", alter_sys=True)
     return 0
 
 
