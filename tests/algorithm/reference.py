@@ -130,7 +130,7 @@ def measured(how: Any, above: np.ndarray, case: Case, b: int, t: int) -> float:
 
 
 def rejections_of(how: Any) -> list[Any]:
-    return [] if how is None else [how, *(each for one in how.also for each in rejections_of(one))]
+    return [] if how is None else [how, *how.also]
 
 
 EFFECTS = {"top_entropy": "keep", "second_moment": "keep", "random_covariance": "drop"}

@@ -14,6 +14,7 @@ from tir_alp.algorithm.presets import (
     ALGORITHMS,
     AlgorithmConfig,
     CorrectionConfig,
+    CriterionConfig,
     KLConfig,
     RejectionConfig,
 )
@@ -29,8 +30,8 @@ COMBINED = {
             level="sequence_max",
             high=0.05,
             also=(
-                RejectionConfig(measure="k2", level="sequence_geometric", high=0.01),
-                RejectionConfig(level="token", low=0.8, normalise="all"),
+                CriterionConfig(measure="k2", level="sequence_geometric", high=0.01),
+                CriterionConfig(level="token", low=0.8, normalise="all"),
             ),
         )
     },

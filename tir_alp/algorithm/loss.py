@@ -29,7 +29,7 @@ from tir_alp.algorithm.corrections import CORRECTIONS, Correction
 from tir_alp.algorithm.inputs import LossInputs
 from tir_alp.algorithm.levels import MAX_LOG_RATIO, RATIO_LEVELS, clamped_exp
 from tir_alp.algorithm.lookup import find
-from tir_alp.algorithm.presets import AlgorithmConfig, KLConfig, RejectionConfig
+from tir_alp.algorithm.presets import AlgorithmConfig, CriterionConfig, KLConfig
 from tir_alp.algorithm.rejections import each_of, is_kept
 from tir_alp.algorithm.selections import SELECTIONS, Selection
 from tir_alp.algorithm.surrogates import SURROGATES, Surrogate
@@ -228,7 +228,7 @@ def _with_gradient(inputs: LossInputs, algorithm: AlgorithmConfig) -> Tensor:
     return left
 
 
-def _is_kept(inputs: LossInputs, logprobs: Tensor, rejection: RejectionConfig) -> Tensor:
+def _is_kept(inputs: LossInputs, logprobs: Tensor, rejection: CriterionConfig) -> Tensor:
     mask = inputs.loss_mask
     above, below = _fill(logprobs, mask), _fill(inputs.rollout_logprobs, mask)
     return is_kept(above, below, rejection, inputs)

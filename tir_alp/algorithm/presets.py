@@ -100,11 +100,8 @@ class CorrectionConfig(Section):
         return _with_window(self)
 
 
-class RejectionConfig(Section):
-    """Takes tokens on which two policies disagree out of the loss.
-
-    The other tokens keep their weight.
-    """
+class CriterionConfig(Section):
+    """Which tokens a rejection takes out of the loss."""
 
     measure: Literal["ratio", "k1", "k2", "k3", "binary_kl", "binary_tv"] = "ratio"
     """What `low` and `high` bound, with p of the numerator and q of the rollout policy: p / q; an
@@ -125,11 +122,9 @@ class RejectionConfig(Section):
     """Whether only tokens with a negative advantage are rejected."""
     normalise: Literal["all", "kept"] = "kept"
     """Whether rejected tokens still count in the loss's denominator."""
-    also: tuple[RejectionConfig, ...] = ()
-    """Further rejections: a token stays if every one keeps it."""
 
     @model_validator(mode="after")
-    def _check_window(self) -> RejectionConfig:
+    def _check_window(self) -> CriterionConfig:
         if self.numerator == "current" and self.normalise != "all":
             raise ValueError(
                 'numerator = "current" needs normalise = "all": which tokens stay is not known '
@@ -140,7 +135,17 @@ class RejectionConfig(Section):
         return _with_window(self)
 
 
-Window = TypeVar("Window", CorrectionConfig, RejectionConfig)
+class RejectionConfig(CriterionConfig):
+    """Takes tokens on which two policies disagree out of the loss.
+
+    The other tokens keep their weight.
+    """
+
+    also: tuple[CriterionConfig, ...] = ()
+    """Further criteria: a token stays if every one keeps it."""
+
+
+Window = TypeVar("Window", CorrectionConfig, CriterionConfig)
 
 
 def _with_window(config: Window) -> Window:

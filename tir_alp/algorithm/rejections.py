@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tir_alp.algorithm.inputs import LossInputs
-    from tir_alp.algorithm.presets import RejectionConfig
+    from tir_alp.algorithm.presets import CriterionConfig, RejectionConfig
 
 Measure = Callable[["Tensor", "Tensor"], "Tensor"]
 """Maps logprobs of the numerator and rollout logprobs of tokens to their disagreement."""
@@ -46,22 +46,21 @@ Besides these there is `ratio`, e^l at a ratio level.
 """
 
 
-def each_of(rejection: RejectionConfig) -> Iterator[RejectionConfig]:
-    """Yield a rejection and those that it is combined with."""
+def each_of(rejection: RejectionConfig) -> Iterator[CriterionConfig]:
+    """Yield the criteria of a rejection: its own, and those that it is combined with."""
     yield rejection
-    for other in rejection.also:
-        yield from each_of(other)
+    yield from rejection.also
 
 
 def is_kept(
-    logprobs: Tensor, rollout: Tensor, rejection: RejectionConfig, inputs: LossInputs
+    logprobs: Tensor, rollout: Tensor, rejection: CriterionConfig, inputs: LossInputs
 ) -> Tensor:
-    """Return which tokens one rejection keeps, without those it is combined with: [B, T] bool.
+    """Return which tokens one criterion keeps: [B, T] bool.
 
     Args:
         logprobs: [B, T] logprobs of the numerator, 0 outside the mask.
         rollout: [B, T] rollout logprobs, 0 outside the mask.
-        rejection: The rejection.
+        rejection: The criterion.
         inputs: The micro-batch, for its mask, turns and advantages.
     """
     log_ratios = logprobs - rollout
@@ -91,8 +90,8 @@ def _at_level(values: Tensor, level: str, inputs: LossInputs) -> Tensor:
     return RATIO_LEVELS[level].function(values, inputs)
 
 
-def formula(rejection: RejectionConfig) -> list[str]:
-    """Write what a rejection takes out, as lines without those it is combined with."""
+def formula(rejection: CriterionConfig) -> list[str]:
+    """Write what a criterion takes out, as lines."""
     counted = "counted" if rejection.normalise == "all" else "not counted"
     which = "tokens" if not rejection.only_negative else "tokens with A < 0"
     policies = f"pi_{rejection.numerator} / pi_rollout"
