@@ -169,13 +169,13 @@ def loss(algorithm: Any, case: Case, live: np.ndarray, fixed: np.ndarray) -> flo
     lengths, rows = counted.sum(1), (counted.sum(1) > 0).sum()
     total = 0.0
     for b, t in np.argwhere(counted):
-        x, x_fixed, chosen = live[b, t], fixed[b, t], bool(case.selected[b, t])
+        x, x_fixed, chosen = float(live[b, t]), float(fixed[b, t]), bool(case.selected[b, t])
         level = at(algorithm.ratio_level, fixed - below, case, b, t)
         r = math.exp(level + x - x_fixed)
         if algorithm.surrogate == "gmpo":
             value = gmpo(algorithm, live - below, case, b, t)
         else:
-            a = case.advantages[b, t]
+            a = float(case.advantages[b, t])
             value = surrogate(algorithm, r, math.exp(level), x, x_fixed, a, chosen)
         if algorithm.selection is not None:
             effect = EFFECTS.get(algorithm.selection.type, "mark")

@@ -293,9 +293,10 @@ def by_the_formulas(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[flo
         weight = 1.0
         if (how := algorithm.correction) is not None:
             weight = ratio(how.level, proximal, rollout)
+            high = math.inf if how.high is None else how.high
             if how.type == "tis":
-                weight = min(max(weight, how.low), how.high)
-            elif not how.low <= weight <= how.high:
+                weight = min(max(weight, how.low), high)
+            elif not how.low <= weight <= high:
                 weight = 0.0
                 counted[b, t] &= how.normalise == "all"
         if (how := algorithm.rejection) is not None:

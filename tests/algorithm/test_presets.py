@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,12 +155,10 @@ def test_micro_batches_order_and_padding_do_not_matter(name: str):
 
     def changed(change) -> LossInputs:
         found = {each.name: getattr(whole, each.name) for each in fields(whole)}
-        return LossInputs(
-            **{
-                key: value if value is None else change(value.detach())
-                for key, value in found.items()
-            }
-        )
+        given: dict[str, Any] = {
+            key: change(value.detach()) for key, value in found.items() if value is not None
+        }
+        return LossInputs(**given)
 
     parts = [changed(lambda x: x[:1]), changed(lambda x: x[1:])]
     columns = zip(*(loss_counts(part, algorithm) for part in parts), strict=True)

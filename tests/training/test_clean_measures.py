@@ -1,5 +1,7 @@
 """The policy without noise is measured on a step's own tokens, with the weights of its updates."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from tests.training.harness import (
 )
 from tir_alp.algorithm.presets import ALGORITHMS
 
-CLEAN = {"lr": 1e-3, "updates_per_step": 2, "clean_every": 2}
+CLEAN: dict[str, Any] = {"lr": 1e-3, "updates_per_step": 2, "clean_every": 2}
 
 
 def clean_of(metrics: dict[str, float]) -> dict[str, float]:
@@ -64,7 +66,8 @@ def test_noise_that_is_off_is_measured_as_the_method_without_noise():
 
 def test_measuring_changes_no_bit_of_training():
     groups = make_groups()
-    measured, plain = trainer(noisy(), **CLEAN), trainer(noisy(), **CLEAN | {"clean_every": 0})
+    never: dict[str, Any] = CLEAN | {"clean_every": 0}
+    measured, plain = trainer(noisy(), **CLEAN), trainer(noisy(), **never)
     for step in range(2):
         one, other = measured.step(groups, step).metrics, plain.step(groups, step).metrics
         assert not clean_of(other)
@@ -75,7 +78,7 @@ def test_measuring_changes_no_bit_of_training():
 def test_the_size_of_micro_batches_does_not_matter():
     groups = make_groups()
     one, other = (
-        clean_of(trainer(noisy(), clean_every=1, **settings).step(groups, 0).metrics)
-        for settings in ({}, {"micro_batch_tokens": 50})
+        clean_of(trainer(noisy(), clean_every=1, micro_batch_tokens=size).step(groups, 0).metrics)
+        for size in (10_000, 50)
     )
     assert one == pytest.approx(other, rel=1e-4, abs=1e-6)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,33 +18,22 @@ if TYPE_CHECKING:
     from tir_alp.algorithm.presets import AlgorithmConfig
 
 
-class SurrogateFunction(Protocol):
-    """Computes the loss of each token, and which tokens are clipped."""
+SurrogateFunction = Callable[..., "tuple[Tensor, Mapping[str, Tensor]]"]
+"""Computes the loss of each token, and which tokens are clipped; all tensors are [B, T].
 
-    def __call__(
-        self,
-        ratios: Tensor,
-        logprobs: Tensor,
-        advantages: Tensor,
-        algorithm: AlgorithmConfig,
-        /,
-        **reads: Tensor,
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """All tensors are [B, T].
+It is called as `function(ratios, logprobs, advantages, algorithm, **reads)`. Outside the mask,
+ratios are 1 and logprobs and advantages are 0.
 
-        Outside the mask, ratios are 1 and logprobs and advantages are 0.
+Args:
+    ratios: Ratio at the algorithm's level, between e^-20 and e^20.
+    logprobs: Logprob of each token under the policy that is trained, in nats.
+    advantages: Advantage of each token.
+    algorithm: The method, whose settings the surrogate reads.
+    reads: The fields of `LossInputs` that the entry names in `reads`; 0 outside the mask.
 
-        Args:
-            ratios: Ratio at the algorithm's level, between e^-20 and e^20.
-            logprobs: Logprob of each token under the policy that is trained, in nats.
-            advantages: Advantage of each token.
-            algorithm: The method, whose settings the surrogate reads.
-            reads: The fields of `LossInputs` that the entry names in `reads`; 0 outside the mask.
-
-        Returns:
-            Token losses, and for each side a bool tensor that is True for the clipped tokens.
-        """
-        ...
+Returns:
+    Token losses, and for each side a bool tensor that is True for the clipped tokens.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,13 +159,14 @@ def _by_token(
             numbers = places if count_all else torch.arange(len(places))
             value = float(batch.advantages[row])
             own.append((batch.prompts.uids[row], uid, value, energy, numbers))
-    for group, uid, *values in (each for of_rank in ranks.gather(own) for each in of_rank):
-        if len(values[1]):  # a rank without a sequence of its own has one without loss tokens
-            groups[group][uid] = (values[0], values[1], values[2])
+    everywhere = [each for of_rank in ranks.gather(own) for each in of_rank]
+    for group, uid, value, energy, numbers in everywhere:
+        if len(numbers):  # a rank without a sequence of its own has one without loss tokens
+            groups[group][uid] = (value, energy, numbers)
     found: dict[int, Tensor] = {}
     for members in groups.values():
-        columns = zip(*members.values(), strict=True)
-        found |= dict(zip(members, token_advantages(*map(list, columns)), strict=True))
+        returns, energy, numbers = map(list, zip(*members.values(), strict=True))
+        found |= dict(zip(members, token_advantages(returns, energy, numbers), strict=True))
     rows = []
     for batch in batches:
         values = torch.zeros(batch.loss_mask.shape, device=batch.loss_mask.device)

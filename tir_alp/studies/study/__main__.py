@@ -82,7 +82,8 @@ def main(arguments: Sequence[str]) -> int:
         folder = options.file.with_suffix("")
         folder.mkdir(exist_ok=True)
         if options.repeat:
-            return int(repeat(study, folder / "rows.jsonl", *options.repeat, options.jobs) > 0)
+            setting, method = options.repeat
+            return int(repeat(study, folder / "rows.jsonl", setting, method, options.jobs) > 0)
         failed = []
         if not options.table:
             failed = perform(

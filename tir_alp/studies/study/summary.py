@@ -49,7 +49,9 @@ def difference(rows: Sequence[Row], others: Sequence[Row], column: str) -> Estim
         for row in rows
         if row[column] is not None and row["seed"] in theirs
     ]
-    return paired_difference(*map(list, zip(*pairs, strict=True))) if pairs else None
+    if not pairs:
+        return None
+    return paired_difference([own for own, _ in pairs], [other for _, other in pairs])
 
 
 def markdown(config: StudyConfig, rows: Sequence[Row]) -> str:
