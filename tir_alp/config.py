@@ -862,6 +862,13 @@ class Config(Section):
     doctor: DoctorConfig = DoctorConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @property
+    def num_kept_versions(self) -> int:
+        """Versions of the trained weights that the trainer keeps besides the current ones."""
+        algorithm = self.algorithm
+        is_read = algorithm.needs_proximal and algorithm.proximal == "rollout_version"
+        return self.rollout.max_staleness if is_read else 0
+
     @model_validator(mode="after")
     def _check(self) -> Config:
         rollout, trainer = self.rollout, self.trainer

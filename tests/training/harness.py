@@ -50,7 +50,7 @@ def trainer(
     bad: Any = None,
     num_steps: int | None = None,
     clean_every: int = 0,
-    max_staleness: int = 0,
+    num_kept_versions: int = 0,
     **settings: Any,
 ) -> Trainer:
     policy = model() if of is None else of
@@ -64,7 +64,7 @@ def trainer(
         on_bad_update=bad or (lambda update, _: pytest.fail(f"update {update} is not finite")),
         num_steps=num_steps,
         clean_every=clean_every,
-        max_staleness=max_staleness,
+        num_kept_versions=num_kept_versions,
     )
 
 

@@ -62,7 +62,7 @@ CASES: dict[str, tuple[AlgorithmConfig, dict[str, Any]]] = {
                 "step_scale": "ess",
             }
         ),
-        {"micro_batch_tokens": 50, "max_staleness": 1, "clean_every": 1},
+        {"micro_batch_tokens": 50, "num_kept_versions": 1, "clean_every": 1},
     ),
     "bfloat16": (noisy(init_std=0.01), {"dtype": "bfloat16", "gradient_checkpointing": True}),
 }

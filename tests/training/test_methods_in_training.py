@@ -74,7 +74,7 @@ def assert_logprobs_of_versions(found, groups, policies) -> None:
 
 def test_proximal_logprobs_are_those_of_the_version_that_sampled_each_token(tmp_path):
     groups, of = make_groups(), model()
-    one = trainer(SAME_VERSION, of, lr=1e-2, max_staleness=2)
+    one = trainer(SAME_VERSION, of, lr=1e-2, num_kept_versions=2)
     policies = {}
     for step in range(3):
         policies[step] = copy.deepcopy(model())
@@ -93,7 +93,7 @@ def test_proximal_logprobs_are_those_of_the_version_that_sampled_each_token(tmp_
     assert difference.abs().max() > 1e-3  # or the versions could not be told apart
 
     path = saved(one, tmp_path)  # and after a resume
-    other = trainer(SAME_VERSION, model(), lr=1e-2, max_staleness=2)
+    other = trainer(SAME_VERSION, model(), lr=1e-2, num_kept_versions=2)
     checkpoint.load(path, other)
     assert_logprobs_of_versions(proximal_of(other, mixed, step=3), mixed, policies)
     with pytest.raises(ValueError, match="the weights of version 0 are not kept"):
@@ -104,7 +104,8 @@ def test_mismatch_and_staleness_are_told_apart():
     """The engine is off by 0.02; the weights have moved since."""
     groups = make_groups(jitter=0.02)
     one, two = (
-        trainer(each, lr=1e-2, max_staleness=1) for each in (SAME_VERSION, ALGORITHMS["tis_token"])
+        trainer(each, lr=1e-2, num_kept_versions=1)
+        for each in (SAME_VERSION, ALGORITHMS["tis_token"])
     )
     for each in (one, two):
         each.step(with_versions(groups, 0), 0)

@@ -75,7 +75,13 @@ class Sensitivity:
 
 
 def curvatures(
-    model: Any, batch: Batch, algorithm: AlgorithmConfig, *, temperature: float, probes: int
+    model: Any,
+    batch: Batch,
+    algorithm: AlgorithmConfig,
+    *,
+    temperature: float,
+    probes: int,
+    only: Sequence[int] | None = None,
 ) -> list[Curvature]:
     """Estimate the curvature of the surrogate at each decoder layer.
 
@@ -89,10 +95,13 @@ def curvatures(
         algorithm: The objective; its noise is not used.
         temperature: Temperature of the sampled distribution.
         probes: Number of probes, at least 2.
+        only: Indices of layers; None: all layers.
     """
     policy = PolicyLogprobs(model, _CHUNK_TOKENS)
     found = []
-    for index, layer in enumerate(find_decoder_layers(model)):
+    layers = find_decoder_layers(model)
+    for index in range(len(layers)) if only is None else only:
+        layer = layers[index]
         with _shifted(layer, None) as seen:
             _loss(policy, batch, algorithm, temperature)
         (hidden,) = seen

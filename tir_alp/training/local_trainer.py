@@ -52,7 +52,7 @@ class LocalTrainer:
                 on_bad_update=on_bad_update,
                 num_steps=config.steps,
                 clean_every=config.metrics.clean_every,
-                max_staleness=config.rollout.max_staleness,
+                num_kept_versions=config.num_kept_versions,
             )
             if found is not None:
                 checkpoint.load(found, self._trainer)

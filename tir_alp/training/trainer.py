@@ -82,7 +82,8 @@ class Trainer:
         num_steps: Number of steps of the run, over which the learning rate falls; None only if its
             schedule is constant.
         clean_every: Steps between measurements of the policy without noise; 0: never.
-        max_staleness: Steps by which the weights that sampled a token may lag, at most.
+        num_kept_versions: Versions of the weights to keep for `proximal = "rollout_version"`: the
+            most steps by which the weights that sampled a token may lag.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Trainer:
         on_bad_update: OnBadUpdate,
         num_steps: int | None = None,
         clean_every: int = 0,
-        max_staleness: int = 0,
+        num_kept_versions: int = 0,
     ) -> None:
         self.model, self.ranks, self._clean_every = model, ranks, clean_every
         self._config, self._algorithm = config, algorithm
@@ -120,8 +121,7 @@ class Trainer:
         self._optimizer = Optimizer(self._trained(), log_sigma, config, num_steps)
         self._norms = {name: deque[float](maxlen=MOST_NORMS) for name in self._optimizer.norms}
         self._nudge = WeightNudge(self.model)
-        num_versions = max_staleness if self._reads_versions else 0
-        self._versions = WeightVersions(self._trained(), num_versions)
+        self._versions = WeightVersions(self._trained(), num_kept_versions)
 
     def step(self, groups: Sequence[Sequence[Sample]], step: int) -> StepReport:
         """Make the updates of one step.
