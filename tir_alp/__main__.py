@@ -22,7 +22,14 @@ COMMANDS = {
     "sandbox": "run programs in the sandbox, probe it, serve it over HTTP",
     "models": "make a model's folder from a wheel or GGUF file, or upload one",
     "envs": "begin an environment of your own, and examine one",
+    "study": "compare methods: settings, seeds, intervals; from a file, resumable",
 }
+_PLACES = {"study": "studies.study"}  # commands that are not directly below the package
+
+
+def module_of(command: str) -> str:
+    """Return the name of the module or package that a command runs."""
+    return f"tir_alp.{_PLACES.get(command, command)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not {"", os.getcwd()} & set(sys.path):  # as `python -m` has it: `my_env:Mine-v0` is found
         sys.path.insert(0, os.getcwd())
     sys.argv = [f"tir-alp {command}", *rest]
-    runpy.run_module(f"tir_alp.{command}", run_name="__main__", alter_sys=True)
+    runpy.run_module(module_of(command), run_name="__main__", alter_sys=True)
     return 0
 
 

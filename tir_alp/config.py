@@ -727,6 +727,15 @@ class EvalConfig(Section):
         return self
 
 
+class MetricsConfig(Section):
+    """What is measured besides what training needs anyway."""
+
+    clean_every: int = Field(default=10, ge=0)
+    """Steps between measurements of the policy without ALP's noise on all tokens of a step, by a
+    forward without gradient (`ratio_clean/*`, `kl_clean/*`); methods without noise report the same
+    metrics in the same steps, at no cost. 0: never."""
+
+
 class CheckpointConfig(Section):
     """When checkpoints are written, and how many are kept."""
 
@@ -847,10 +856,18 @@ class Config(Section):
     engine: EngineConfig = TransformersConfig()
     trainer: TrainerConfig = TrainerConfig()
     guards: GuardsConfig = GuardsConfig()
+    metrics: MetricsConfig = MetricsConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     doctor: DoctorConfig = DoctorConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def num_kept_versions(self) -> int:
+        """Versions of the trained weights that the trainer keeps besides the current ones."""
+        algorithm = self.algorithm
+        is_read = algorithm.needs_proximal and algorithm.proximal == "rollout_version"
+        return self.rollout.max_staleness if is_read else 0
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -998,6 +1015,7 @@ class SFTConfig(Section):
             rollout=RolloutConfig(**self.rollout.model_dump(), groups_per_step=num_groups),
             engine=self.engine,
             trainer=self.trainer,
+            metrics=MetricsConfig(clean_every=0),
             eval=self.eval,
             checkpoint=self.checkpoint,
             doctor=self.doctor,

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tir_alp.algorithm.advantage import group_advantages
+from tir_alp.algorithm.advantage import step_advantages, turn_advantages
 from tir_alp.algorithm.guards import Tripped, faint_noise, out_of_bounds
 from tir_alp.algorithm.metrics import rollout_metrics
 from tir_alp.algorithm.presets import ALGORITHMS
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tir_alp.run.open_run import Run
     from tir_alp.run.supervise import Services
 
-CHANGEABLE = ("steps", "trackers", "eval", "checkpoint", "guards", "doctor", "cluster")
+CHANGEABLE = ("steps", "trackers", "metrics", "eval", "checkpoint", "guards", "doctor", "cluster")
 """Sections that may differ when a run is resumed."""
 
 _COMMAND = Command(
@@ -162,10 +162,12 @@ async def update(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> dict
 
 def with_advantages(groups: Sequence[TrajectoryGroup], config: Config) -> list[list[Sample]]:
     """Give each trajectory of each group its advantage."""
+    found = step_advantages(groups, config.algorithm, config.rollout)
     samples = []
-    for group in groups:
-        advantages = group_advantages(group, config.algorithm, config.rollout)
-        samples.append([Sample(*pair) for pair in zip(group.trajectories, advantages, strict=True)])
+    for group, advantages in zip(groups, found, strict=True):
+        by_turn = turn_advantages(group, config.algorithm) or [None] * len(advantages)
+        columns = zip(group.trajectories, advantages, by_turn, strict=True)
+        samples.append([Sample(*each) for each in columns])
     return samples
 
 

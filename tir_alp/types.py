@@ -308,6 +308,8 @@ class Sample:
 
     trajectory: Trajectory
     advantage: float
+    turn_advantages: tuple[float, ...] | None = None
+    """What is added to the advantage in each turn; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,6 +376,15 @@ class Batch:
     """[B, T] float32, under the trainer's policy at the start of the step; None: not needed."""
     reference_logprobs: Tensor | None = None
     """[B, T] float32, under the frozen initial policy; None: not needed."""
+    token_advantages: Tensor | None = None
+    """[B, T] float32, where the advantage differs within a sequence; None: it is `advantages`."""
+    selected: Tensor | None = None
+    """[B, T] bool, the tokens that the method has selected in the update; None: not needed."""
+    versions: Tensor | None = None
+    """[B, T] int64, policy version that sampled each token, -1 elsewhere; None: not needed."""
+    interpolation: Tensor | None = None
+    """[B, T] float32, share of the current policy in interpolated proximal logprobs; None: they are
+    not interpolated."""
 
     @property
     def num_loss_tokens(self) -> int:

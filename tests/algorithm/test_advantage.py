@@ -5,14 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tir_alp.algorithm.advantage import (
-    ADVANTAGES,
-    dr_grpo,
-    group_advantages,
-    grpo,
-    has_signal,
-    length_penalty,
-)
+from tir_alp.algorithm import advantage_rules as rules
+from tir_alp.algorithm.advantage import ADVANTAGES, group_advantages, has_signal, length_penalty
+from tir_alp.algorithm.advantage_rules import dr_grpo, grpo
 from tir_alp.algorithm.presets import ALGORITHMS
 from tir_alp.config import RolloutConfig
 from tir_alp.tools.outcome import Outcome
@@ -44,11 +39,20 @@ def test_sum_to_zero(rewards):
     assert math.fsum(grpo(rewards)) == pytest.approx(0, abs=1e-6)
 
 
+def advantages_of(name: str, rewards: list[float]) -> tuple[float, ...]:
+    """The advantages of a step of one group, whose trajectories have 3, 4, 5, ... tokens."""
+    entry = ADVANTAGES[name]
+    lengths = [*range(3, 3 + len(rewards))]
+    values = {"lengths": lengths, "components": {"answer": rewards, "format": rewards}}
+    found = entry.function(rewards, **{key: values[key] for key in entry.reads})
+    return rules.whitened([found], [lengths])[0] if entry.is_whitened else found
+
+
 @pytest.mark.parametrize("name", ADVANTAGES)
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 1e8 + 0.1, 0.0, -2.7])
 def test_an_all_equal_group_is_exactly_zero(name, reward):
     for size in range(2, 20):
-        assert ADVANTAGES[name].function([reward] * size) == (0.0,) * size
+        assert advantages_of(name, [reward] * size) == (0.0,) * size
 
 
 def test_a_group_of_one_keeps_its_reward():
@@ -58,7 +62,49 @@ def test_a_group_of_one_keeps_its_reward():
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_an_empty_group_has_no_advantages(name):
-    assert ADVANTAGES[name].function([]) == ()
+    assert advantages_of(name, []) == ()
+
+
+@given(REWARDS, st.data())
+@settings(deadline=None)
+def test_rules_equal_numpy(rewards, data):
+    r = np.array(rewards)
+    size = len(r)
+    lengths = np.array(data.draw(st.lists(st.integers(1, 50), min_size=size, max_size=size)))
+    others = (r.sum() - r) / (size - 1)
+    assert rules.rloo(rewards) == pytest.approx(r - others, abs=1e-8)
+    baseline = (lengths * r).sum() / lengths.sum()
+    assert rules.opo(rewards, lengths=lengths.tolist()) == pytest.approx(r - baseline, abs=1e-8)
+    positive = np.abs(r) + 0.1
+    expected = (positive - positive.mean()) / positive.mean()
+    assert rules.max_rl(positive.tolist()) == pytest.approx(expected, abs=1e-9)
+    if r.std(ddof=1) > 1e-9:
+        lead = np.where(r == r.max(), np.sort(r)[-1] - np.sort(r)[-2], 0) / (r.std(ddof=1) + 1e-6)
+        assert rules.best_of_group(rewards) == pytest.approx(lead, rel=1e-6, abs=1e-6)
+        both = rules.gdpo(rewards, components={"a": rewards, "b": (r[::-1] * 3).tolist()})
+        z = (r - r.mean()) / (r.std(ddof=1) + 1e-6)
+        assert both == pytest.approx(z + z[::-1], rel=1e-4, abs=1e-4)
+    tokens = np.repeat(r, lengths)
+    if tokens.std() > 1e-6:
+        wanted = (r - tokens.mean()) / np.sqrt(tokens.var(ddof=1) + 1e-8)
+        found = rules.whitened([rewards], [lengths.tolist()])[0]
+        assert found == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+
+
+def test_whitening_leaves_trajectories_without_loss_tokens_out():
+    found = rules.whitened([[1.0, 0.0], [50.0]], [[2, 2], [0]])
+    one, other = rules.whitened([[1.0, 0.0]], [[2, 2]])[0]
+    assert found[0] == (one, other) == (pytest.approx(0.866, abs=1e-3), pytest.approx(-0.866, 1e-3))
+
+
+def test_turns_are_compared_with_turns_that_began_in_the_same_state():
+    """Three trajectories: all begin alike, two of them see the same output."""
+    rewards, states = [[0.0, 1.0], [0.0, 0.0], [0.5]], [["p", "x"], ["p", "x"], ["p"]]
+    found = rules.turn_advantages(rewards, states, discount=0.5)
+    first = rules.grpo([0.5, 0.0, 0.5])
+    second = rules.grpo([1.0, 0.0])
+    assert found == [(first[0], second[0]), (first[1], second[1]), (first[2],)]
+    assert rules.turn_advantages([[1.0]], [["p"]], discount=1.0) == [(0.0,)]
 
 
 def test_every_preset_names_an_advantage():

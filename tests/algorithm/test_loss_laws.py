@@ -19,7 +19,6 @@ from tir_alp.algorithm.inputs import LossInputs
 from tir_alp.algorithm.levels import RATIO_LEVELS
 from tir_alp.algorithm.loss import KL_ESTIMATORS, loss_counts, loss_terms, policy_loss
 from tir_alp.algorithm.presets import AlgorithmConfig, CorrectionConfig, KLConfig, RejectionConfig
-from tir_alp.algorithm.surrogates import SURROGATES
 
 torch.set_num_threads(1)
 settings.register_profile("tir_alp", deadline=None)  # a busy machine is not a bug
@@ -52,7 +51,7 @@ algorithms = st.builds(
     AlgorithmConfig,
     denominator=st.sampled_from(["rollout", "proximal"]),
     ratio_level=levels,
-    surrogate=st.sampled_from(sorted(SURROGATES)),
+    surrogate=st.sampled_from(["clip", "cispo", "reinforce"]),  # test_presets.py has the others
     clip_low=st.sampled_from([0.2, 0.5]),
     clip_high=st.sampled_from([0.1, 0.28]),
     dual_clip=st.sampled_from([None, 1.2]),
@@ -98,9 +97,8 @@ def loss_and_gradient(inputs: LossInputs, algorithm: AlgorithmConfig, *counts):
 
 
 def map_rows(inputs: LossInputs, change) -> LossInputs:
-    return LossInputs(
-        **{field.name: change(getattr(inputs, field.name)) for field in fields(inputs)}
-    )
+    values = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+    return LossInputs(**{name: change(each) for name, each in values.items() if each is not None})
 
 
 @given(batches(), algorithms)
@@ -295,9 +293,10 @@ def by_the_formulas(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[flo
         weight = 1.0
         if (how := algorithm.correction) is not None:
             weight = ratio(how.level, proximal, rollout)
+            high = math.inf if how.high is None else how.high
             if how.type == "tis":
-                weight = min(weight, how.high)
-            elif not how.low <= weight <= how.high:
+                weight = min(max(weight, how.low), high)
+            elif not how.low <= weight <= high:
                 weight = 0.0
                 counted[b, t] &= how.normalise == "all"
         if (how := algorithm.rejection) is not None:

@@ -208,7 +208,7 @@ def test_a_side_that_the_entry_does_not_name_is_an_error(monkeypatch):
     [
         (["--algorithm.surrogate", "clp"], "no surrogate 'clp'; there are clip, cispo, reinforce"),
         (["--algorithm.surrogate", "clp"], "did you mean 'clip'?"),
-        (["--algorithm.advantage", "grp"], "no advantage 'grp'; there are grpo, dr_grpo; did you"),
+        (["--algorithm.advantage", "grp"], "no advantage 'grp'; there are grpo, dr_grpo, rloo"),
         (["--algorithm.correction.type", "tiss"], "no correction 'tiss'; there are tis, mis, ice"),
         (["--algorithm", "gro"], "did you mean 'grpo'?"),
     ],

@@ -181,3 +181,12 @@ def test_free_memory_is_that_of_the_machine():
     free = free_memory()
     assert 0 < free[MACHINE] < 2**50
     assert resource.getpagesize() <= free[MACHINE]
+
+
+def test_weights_of_earlier_versions_count():
+    stale = ("--rollout.max_staleness", "3", "--rollout.hold", "true")
+    words = ("--algorithm", "tis_same_version", *stale)
+    kept = 4 * 4 * TINY.num_parameters  # three versions, and the current one while those are used
+    assert amounts(config(*words))[MACHINE, "weights of versions"] == kept
+    assert amounts(config(*words), "cuda")[MACHINE, "weights of versions"] == kept
+    assert (MACHINE, "weights of versions") not in amounts(config("--algorithm", "grpo", *stale))

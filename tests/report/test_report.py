@@ -23,6 +23,8 @@ from tir_alp.run.describe import changed_settings
 
 METRICS = {
     **{"rollout/reward": 0.5, "ratio/p2": 0.5, "ratio/p50": 1.0, "ratio/p98": 2.0},
+    **{"ratio_clean/p2": 0.5, "ratio_clean/p98": 2.0, "kl_clean/rollout": 0.01},
+    **{"loss_clean/clip_fraction": 0.1},
     **{"kl/rollout": 0.01, "loss/clip_fraction": 0.1, "loss/clip_fraction_low": 0.1},
     **{"entropy/mean": 0.3, "alp/sigma_mean": 0.01, "alp/sigma_0": 0.01, "alp/sigma_1": 0.01},
     **{"alp/effective": 1.0, "alp/relative_rms": 0.1, "grad_norm/policy": 0.2},
@@ -31,6 +33,7 @@ METRICS = {
     **{"tokens/generated": 100, "tokens/loss": 90, "staleness/mean": 0.0},
 }
 ALL = {
+    "clean",
     *("reward", "ratio", "kl", "clip", "entropy", "sigma", "perturbation", "gradients", "time"),
     *("outcomes", "rollouts", "tokens", "staleness"),
 }
@@ -238,7 +241,9 @@ def test_every_preset_has_its_own_look_in_any_comparison(tmp_path):
 
 
 def test_the_table_has_the_worst_of_tails_and_means_of_the_rest(tmp_path):
-    wide = METRICS | {"ratio/p2": 0.1, "kl/rollout": -0.2, "loss/clip_fraction": 0.3}
+    noisy = {"ratio/p2": 0.01, "kl/rollout": -9.0, "loss/clip_fraction": 1.0}
+    clean = {"ratio_clean/p2": 0.1, "kl_clean/rollout": -0.2, "loss_clean/clip_fraction": 0.3}
+    wide = METRICS | noisy | clean
     run = read_run(make_run(tmp_path / "run", [(1, METRICS), (2, wide)]))
     summary = summary_of(run)
     assert (summary.widest, summary.max_kl) == (20.0, 0.2)

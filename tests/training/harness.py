@@ -49,6 +49,8 @@ def trainer(
     temperature: float = 1.0,
     bad: Any = None,
     num_steps: int | None = None,
+    clean_every: int = 0,
+    num_kept_versions: int = 0,
     **settings: Any,
 ) -> Trainer:
     policy = model() if of is None else of
@@ -61,6 +63,8 @@ def trainer(
         temperature=temperature,
         on_bad_update=bad or (lambda update, _: pytest.fail(f"update {update} is not finite")),
         num_steps=num_steps,
+        clean_every=clean_every,
+        num_kept_versions=num_kept_versions,
     )
 
 

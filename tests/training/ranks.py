@@ -30,6 +30,7 @@ from tir_alp.algorithm.presets import (
     AlgorithmConfig,
     CorrectionConfig,
     KLConfig,
+    SelectionConfig,
 )
 from tir_alp.models.tiny.model import make_tokenizer
 from tir_alp.training import checkpoint
@@ -53,6 +54,16 @@ CASES: dict[str, tuple[AlgorithmConfig, dict[str, Any]]] = {
     # Adam enlarges rounding by the learning rate where a gradient is near 0.
     "adapters": (noisy(), {"lora": {"rank": 4, "alpha": 8.0}, "lr": 1e-3}),
     "supervised fine-tuning": (NEGATIVE_LOG_LIKELIHOOD, {"micro_batch_tokens": 50}),
+    "what is read of all tokens of an update, and of versions": (
+        ALGORITHMS["tir_otb"].model_copy(
+            update={
+                "selection": SelectionConfig(type="top_entropy", share=0.5),
+                "proximal": "rollout_version",
+                "step_scale": "ess",
+            }
+        ),
+        {"micro_batch_tokens": 50, "num_kept_versions": 1, "clean_every": 1},
+    ),
     "bfloat16": (noisy(init_std=0.01), {"dtype": "bfloat16", "gradient_checkpointing": True}),
 }
 """Kinds of training that must not depend on the number of ranks."""

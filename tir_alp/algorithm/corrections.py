@@ -1,10 +1,9 @@
-"""Corrections and rejections: what is done where trainer and engine disagree on a token?
+"""Corrections: with which weight does a token count where trainer and engine disagree on it?
 
-Both look at w, the ratio of the proximal over the rollout policy at a level of their own. A
-correction turns w into a weight on the token's loss; `CORRECTIONS` holds them. A new one is a
-function and an entry here; one that stands in a module of your own is used as
-`correction = { type = "my_module:NAME" }`. A rejection takes tokens out of the loss and leaves the
-weight of the others alone.
+A correction looks at w, the ratio of the proximal over the rollout policy at a level of its own,
+and turns it into a weight on the token's loss; `CORRECTIONS` holds them. A new one is a function
+and an entry here; one that stands in a module of your own is used as
+`correction = { type = "my_module:NAME" }`.
 
 Importing this module does not import torch, so that the configuration can read the table quickly:
 tensors are only touched through their own methods.
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tir_alp.algorithm.presets import CorrectionConfig, RejectionConfig
+    from tir_alp.algorithm.presets import CorrectionConfig
 
 
 class CorrectionFunction(Protocol):
@@ -41,41 +40,34 @@ class Correction:
     """Presets that the entry brings: name -> the settings that differ from those of `grpo`."""
 
 
-def ratio_text(how: CorrectionConfig | RejectionConfig) -> str:
-    """Name the ratio that a correction or a rejection looks at."""
+def ratio_text(how: CorrectionConfig) -> str:
+    """Name the ratio that a correction looks at."""
     return f"{how.level} ratio pi_proximal / pi_rollout"
 
 
 def _truncate(ratios: Tensor, correction: CorrectionConfig) -> Tensor:
-    """min(w, high)."""
-    return ratios.clamp(max=correction.high)
+    """w, raised to low and lowered to high."""
+    return ratios.clamp(correction.low, correction.high)
 
 
 def _truncate_formula(correction: CorrectionConfig) -> str:
-    return f"min({ratio_text(correction)}, {correction.high:g})"
+    text = ratio_text(correction)
+    if correction.high is not None:
+        text = f"min({text}, {correction.high:g})"
+    return f"max({text}, {correction.low:g})" if correction.low else text
 
 
 def _mask(ratios: Tensor, correction: CorrectionConfig) -> Tensor:
     """Keep w inside [low, high], bounds included, and 0 elsewhere."""
-    inside = (ratios >= correction.low) & (ratios <= correction.high)
+    inside = ratios >= correction.low
+    if correction.high is not None:
+        inside = inside & (ratios <= correction.high)
     return ratios.where(inside, 0)
 
 
 def _mask_formula(correction: CorrectionConfig) -> str:
-    window = f"[{correction.low:g}, {correction.high:g}]"
-    return f"{ratio_text(correction)} where it is in {window}, else 0"
-
-
-def is_kept(token_ratios: Tensor, level_ratios: Tensor, rejection: RejectionConfig) -> Tensor:
-    """Return which tokens a rejection keeps; all tensors are [B, T].
-
-    These are the tokens whose ratio at the rejection's level is inside [low, high], bounds
-    included, in sequences without a token whose own ratio is below the veto.
-    """
-    kept = level_ratios >= rejection.low
-    if rejection.high is not None:
-        kept = kept & (level_ratios <= rejection.high)
-    return kept & ~(token_ratios < rejection.veto).any(-1, keepdim=True)
+    high = "inf" if correction.high is None else f"{correction.high:g}"
+    return f"{ratio_text(correction)} where it is in [{correction.low:g}, {high}], else 0"
 
 
 def _by_level(name: str, **settings: float) -> dict[str, dict[str, Any]]:
@@ -86,8 +78,18 @@ def _by_level(name: str, **settings: float) -> dict[str, dict[str, Any]]:
     }
 
 
+_KPOP = {
+    "correction": {"type": "tis", "high": None},
+    "rejection": {"measure": "binary_kl", "high": 0.1, "normalise": "all"},
+}
+_NORMALISED = {"correction": {"type": "tis", "level": "sequence", "high": 2.0, "mean_one": True}}
+
 CORRECTIONS: dict[str, Correction] = {
-    "tis": Correction(_truncate, _truncate_formula, _by_level("tis", high=2.0)),
+    "tis": Correction(
+        _truncate,
+        _truncate_formula,
+        {**_by_level("tis", high=2.0), "tis_normalised": _NORMALISED, "kpop": _KPOP},
+    ),
     "mis": Correction(_mask, _mask_formula, _by_level("mis", low=0.5, high=2.0)),
     "icepop": Correction(
         _mask,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from tir_alp.algorithm import rejections
 from tir_alp.algorithm.advantage import ADVANTAGES, Advantage
 from tir_alp.algorithm.aggregations import AGGREGATIONS
-from tir_alp.algorithm.corrections import CORRECTIONS, Correction, ratio_text
+from tir_alp.algorithm.corrections import CORRECTIONS, Correction
 from tir_alp.algorithm.levels import RATIO_LEVELS
 from tir_alp.algorithm.lookup import find
 from tir_alp.algorithm.presets import (
@@ -12,8 +13,9 @@ from tir_alp.algorithm.presets import (
     CorrectionConfig,
     KLConfig,
     PerturbationConfig,
-    RejectionConfig,
+    SelectionConfig,
 )
+from tir_alp.algorithm.selections import SELECTIONS, Selection
 from tir_alp.algorithm.surrogates import SURROGATES, Surrogate
 
 
@@ -27,6 +29,7 @@ def formula(algorithm: AlgorithmConfig) -> str:
     lines = [
         f"{algorithm.name}: minimise the {mean} of L_t",
         f"  l_t = {numerator} - log pi_{algorithm.denominator}(y_t)",
+        *_proximal(algorithm),
         f"  {RATIO_LEVELS[algorithm.ratio_level].formula}",
         f"  L_t = {surrogate.formula(algorithm)}",
         f"  A   = {advantage.formula}",
@@ -34,38 +37,48 @@ def formula(algorithm: AlgorithmConfig) -> str:
     if algorithm.correction is not None:
         lines.append(_correction(algorithm.correction))
     if algorithm.rejection is not None:
-        lines += _rejection(algorithm.rejection)
+        for each in rejections.each_of(algorithm.rejection):
+            lines += rejections.formula(each)
+    if algorithm.selection is not None:
+        lines.append(_selection(algorithm.selection))
+    if algorithm.entropy_bonus:
+        lines.append(f"  - {algorithm.entropy_bonus:g} mean entropy of pi")
     if algorithm.kl is not None:
         lines.append(_kl(algorithm.kl))
     if noise is not None:
         lines += _perturbation(noise)
+    if algorithm.step_scale == "ess":
+        lines.append("  the learning rate is multiplied by sqrt(ESS) of the sequences' ratios")
     return "\n".join(lines)
+
+
+def _proximal(algorithm: AlgorithmConfig) -> list[str]:
+    texts = {
+        "rollout_version": "the trainer's policy with the weights that sampled the token",
+        "interpolated": "pi^(d / (d + 1)) pi_rollout^(1 / (d + 1)) of a token d steps old, fixed",
+    }
+    text = texts.get(algorithm.proximal)
+    return [] if text is None else [f"  pi_proximal is {text}"]
 
 
 def _correction(how: CorrectionConfig) -> str:
     weight = find(how.type, CORRECTIONS, Correction).formula(how)
-    return f"  L_t is multiplied by w = {weight} ({how.type}, no gradient)"
+    scaled = ", divided by its mean" if how.mean_one else ""
+    return f"  L_t is multiplied by w = {weight}{scaled} ({how.type}, no gradient)"
 
 
-def _rejection(how: RejectionConfig) -> list[str]:
-    counted = "counted" if how.normalise == "all" else "not counted"
-    lines = []
-    if how.low > 0 or how.high is not None:
-        high = "inf" if how.high is None else f"{how.high:g}"
-        lines.append(
-            f"  rejected, {counted}: tokens whose {ratio_text(how)} is outside "
-            f"[{how.low:g}, {high}]"
-        )
-    if how.veto > 0:
-        lines.append(
-            f"  rejected, {counted}: sequences with a token whose ratio is below {how.veto:g}"
-        )
-    return lines
+_EFFECTS = {"keep": "only", "drop": "no gradient:", "mark": "selected:"}
+
+
+def _selection(how: SelectionConfig) -> str:
+    found = find(how.type, SELECTIONS, Selection)
+    return f"  {_EFFECTS[found.effect]} {found.formula(how)}, of the update, under pi_proximal"
 
 
 def _kl(how: KLConfig) -> str:
     borrowed = "" if how.gradient == "estimator" else f", with the gradient of {how.gradient}"
-    return f"  + {how.coefficient:g} {how.estimator}(pi, pi_reference){borrowed}"
+    weight = "" if how.weight == "none" else "e^l_t "
+    return f"  + {how.coefficient:g} {weight}{how.estimator}(pi, pi_reference){borrowed}"
 
 
 def _perturbation(noise: PerturbationConfig) -> list[str]:

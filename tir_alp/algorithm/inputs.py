@@ -33,6 +33,15 @@ class LossInputs:
     """[B, T] under the frozen initial policy."""
     turn_ids: Tensor | None = None
     """[B, T] int64, index of the turn that a token belongs to; read where the mask is True."""
+    entropy: Tensor | None = None
+    """[B, T] entropy of the current policy, in nats; carries a gradient for an entropy bonus."""
+    selected: Tensor | None = None
+    """[B, T] bool, the tokens that `AlgorithmConfig.selection` has selected in the update."""
+
+    def token_wise_advantages(self) -> Tensor:
+        """Return the advantage of each token, [B, T]; anything outside the mask."""
+        wide = self.advantages if self.advantages.dim() == 2 else self.advantages[:, None]
+        return wide.expand(self.loss_mask.shape)
 
     def require(self, name: str) -> Tensor:
         """Return an optional tensor. Raises ValueError if it is None."""

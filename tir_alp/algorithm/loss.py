@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 
 from tir_alp.algorithm.aggregations import AGGREGATIONS
-from tir_alp.algorithm.corrections import CORRECTIONS, Correction, is_kept
+from tir_alp.algorithm.corrections import CORRECTIONS, Correction
 from tir_alp.algorithm.inputs import LossInputs
 from tir_alp.algorithm.levels import MAX_LOG_RATIO, RATIO_LEVELS, clamped_exp
 from tir_alp.algorithm.lookup import find
-from tir_alp.algorithm.presets import AlgorithmConfig, KLConfig
+from tir_alp.algorithm.presets import AlgorithmConfig, CriterionConfig, KLConfig
+from tir_alp.algorithm.rejections import each_of, is_kept
+from tir_alp.algorithm.selections import SELECTIONS, Selection
 from tir_alp.algorithm.surrogates import SURROGATES, Surrogate
 
 Metrics = dict[str, Tensor]
@@ -42,6 +44,8 @@ class LossCounts(NamedTuple):
     """Number of tokens that count in the mean, a scalar."""
     num_sequences: Tensor
     """Number of sequences with such tokens, a scalar."""
+    sum_of_weights: Tensor
+    """Sum of the correction's weights over these tokens, a scalar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,7 @@ def policy_loss(
     algorithm: AlgorithmConfig,
     num_loss_tokens: float | Tensor | None = None,
     num_sequences: float | Tensor | None = None,
+    sum_of_weights: float | Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Compute the loss of one micro-batch, and metrics of it.
 
@@ -75,13 +80,14 @@ def policy_loss(
         num_loss_tokens: Number of loss tokens in the *whole* optimizer step: the sum of the
             `loss_counts` of its micro-batches over all ranks. None: those of `inputs`.
         num_sequences: Likewise, the number of sequences with loss tokens in the whole step.
+        sum_of_weights: Likewise, the sum of correction weights; read if `correction.mean_one`.
 
     Returns:
         The scalar loss, and detached scalars. Each metric, like the loss, is a sum over the tokens
         of this micro-batch divided by the count of the whole step, so that *adding* the metrics of
         all micro-batches gives the mean over the step. `loss/rejected_tokens` is a count.
     """
-    terms = loss_terms(inputs, algorithm, num_loss_tokens, num_sequences)
+    terms = loss_terms(inputs, algorithm, num_loss_tokens, num_sequences, sum_of_weights)
     return terms.loss, terms.metrics
 
 
@@ -90,15 +96,20 @@ def loss_terms(
     algorithm: AlgorithmConfig,
     num_loss_tokens: float | Tensor | None = None,
     num_sequences: float | Tensor | None = None,
+    sum_of_weights: float | Tensor | None = None,
 ) -> LossTerms:
     """As `policy_loss`; also returns which tokens were clipped."""
     mask = inputs.loss_mask
     weights, counted = _weights(inputs, algorithm)
-    counts = _counts(counted)
+    counts = _counts(weights, counted)
     num_tokens = _at_least_one(
         counts.num_loss_tokens if num_loss_tokens is None else num_loss_tokens
     )
     num_sequences = _at_least_one(counts.num_sequences if num_sequences is None else num_sequences)
+    if algorithm.correction is not None and algorithm.correction.mean_one:
+        total = counts.sum_of_weights if sum_of_weights is None else sum_of_weights
+        weights = weights * (num_tokens / torch.as_tensor(total).clamp(min=_TINY))
+    weights = _fill(weights, _with_gradient(inputs, algorithm))
 
     level = RATIO_LEVELS[algorithm.ratio_level].function
     level_log_ratios = level(log_ratios(inputs, algorithm), inputs)
@@ -118,15 +129,22 @@ def loss_terms(
         metrics["loss/correction_mean"] = mean(weights)
     if algorithm.correction is not None or algorithm.rejection is not None:
         metrics["loss/rejected_tokens"] = (mask & (weights == 0)).sum()
+    if algorithm.selection is not None:
+        metrics["loss/selected_fraction"] = mean(inputs.require("selected"))
     if algorithm.kl is not None:
         reference = inputs.require("reference_logprobs")
         difference = _fill(reference, counted) - _fill(inputs.logprobs, counted)
         kl = _kl(difference, algorithm.kl)
+        if algorithm.kl.weight == "ratio":
+            kl = kl * clamped_exp(log_ratios(inputs, algorithm))
         losses = losses + algorithm.kl.coefficient * kl
         metrics["kl/reference"] = mean(kl)
 
     aggregate = AGGREGATIONS[algorithm.aggregation].function
     loss = aggregate(losses, counted, num_tokens, num_sequences)
+    if algorithm.entropy_bonus:
+        entropy = _fill(inputs.require("entropy"), counted).sum() / num_tokens
+        loss = loss - algorithm.entropy_bonus * entropy
     metrics["loss/value"] = loss.detach()
     return LossTerms(loss, metrics, clipped)
 
@@ -138,7 +156,7 @@ def loss_counts(inputs: LossInputs, algorithm: AlgorithmConfig) -> LossCounts:
     `normalise="kept"` takes out. Only `loss_mask` is read, and for a correction or rejection the
     rollout and proximal logprobs and `turn_ids`: no forward of the current policy is needed first.
     """
-    return _counts(_weights(inputs, algorithm)[1])
+    return _counts(*_weights(inputs, algorithm))
 
 
 def log_ratios(inputs: LossInputs, algorithm: AlgorithmConfig) -> Tensor:
@@ -158,6 +176,7 @@ def _surrogate_losses(
         _fill(inputs.logprobs, mask),
         _fill(advantages if advantages.dim() == 2 else advantages[:, None], mask),
         algorithm,
+        **{name: _fill(inputs.require(name), mask) for name in surrogate.reads},
     )
     if unnamed := clipped.keys() - surrogate.sides:
         raise ValueError(
@@ -175,20 +194,44 @@ def _weights(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[Tensor, Te
     correction, rejection = algorithm.correction, algorithm.rejection
     if correction is None and rejection is None:
         return weights, counted
-    proximal = inputs.require("proximal_logprobs")
-    mismatch = _fill(proximal, mask) - _fill(inputs.rollout_logprobs, mask)
     if correction is not None:
+        proximal = inputs.require("proximal_logprobs")
+        mismatch = _fill(proximal, mask) - _fill(inputs.rollout_logprobs, mask)
         ratios = clamped_exp(RATIO_LEVELS[correction.level].function(mismatch, inputs))
         weights = find(correction.type, CORRECTIONS, Correction).function(ratios, correction)
         if correction.normalise == "kept":
             counted = counted & (weights > 0)
-    if rejection is not None:
-        ratios = clamped_exp(RATIO_LEVELS[rejection.level].function(mismatch, inputs))
-        kept = is_kept(clamped_exp(mismatch), ratios, rejection)
-        weights = _fill(weights, kept)
-        if rejection.normalise == "kept":
-            counted = counted & kept
+    for each in () if rejection is None else each_of(rejection):
+        if each.numerator == "proximal":
+            kept = _is_kept(inputs, inputs.require("proximal_logprobs"), each)
+            weights = _fill(weights, kept)
+            if each.normalise == "kept":
+                counted = counted & kept
     return weights, counted
+
+
+@torch.no_grad()
+def _with_gradient(inputs: LossInputs, algorithm: AlgorithmConfig) -> Tensor:
+    """Return the tokens that a selection, or a rejection by the current policy, leaves: [B, T].
+
+    Tokens that are taken out count in the mean all the same.
+    """
+    left = inputs.loss_mask
+    for each in () if algorithm.rejection is None else each_of(algorithm.rejection):
+        if each.numerator == "current":
+            left = left & _is_kept(inputs, inputs.logprobs, each)
+    if (how := algorithm.selection) is not None:
+        effect = find(how.type, SELECTIONS, Selection).effect
+        selected = inputs.require("selected")
+        if effect != "mark":
+            left = left & (selected if effect == "keep" else ~selected)
+    return left
+
+
+def _is_kept(inputs: LossInputs, logprobs: Tensor, rejection: CriterionConfig) -> Tensor:
+    mask = inputs.loss_mask
+    above, below = _fill(logprobs, mask), _fill(inputs.rollout_logprobs, mask)
+    return is_kept(above, below, rejection, inputs)
 
 
 # ------------------------------------------------------------------------- distance to a reference
@@ -237,8 +280,13 @@ def _denominator(inputs: LossInputs, algorithm: AlgorithmConfig) -> Tensor:
     return inputs.require("proximal_logprobs")
 
 
-def _counts(mask: Tensor) -> LossCounts:
-    return LossCounts(mask.sum(), mask.any(-1).sum())
+_TINY = 1e-8
+
+
+def _counts(weights: Tensor, counted: Tensor) -> LossCounts:
+    return LossCounts(
+        counted.sum(), counted.any(-1).sum(), _fill(weights, counted).sum(dtype=torch.float64)
+    )
 
 
 def _at_least_one(count: float | Tensor) -> Tensor:

@@ -65,6 +65,39 @@ def ratio_metrics(summary: RatioSummary) -> dict[str, float]:
     return metrics
 
 
+def clean_metrics(summary: RatioSummary) -> dict[str, float]:
+    """Describe the ratios of the policy without noise over the rollout policy.
+
+    The metrics are those of `ratio_metrics` for all tokens, with `_clean` in the area, so that
+    methods with and without noise can be compared. Where the clip window is the same, so is what
+    `loss_clean/clip_fraction` counts: tokens that the surrogate would clip without noise.
+
+    Args:
+        summary: The ratios of the policy without noise.
+
+    Returns:
+        The metrics; empty if there were no tokens.
+    """
+    tokens = summary.tokens()
+    if not tokens.num_tokens:
+        return {}
+    sides = tokens.clipped()
+    return {
+        **ratio_quantiles(summary.sequence_log_ratios, "ratio_clean/p"),
+        **ratio_quantiles(summary.turn_log_ratios, "ratio_clean/turn_p"),
+        **_token_quantiles(tokens, PERCENTILES, "ratio_clean/token_p"),
+        "ratio_clean/token_chi2": _chi2(tokens),
+        "ratio_clean/token_ess": _ess(tokens),
+        "ratio_clean/sequence_chi2": _exact_chi2(summary.sequence_log_ratios),
+        "ratio_clean/sequence_ess": _exact_ess(summary.sequence_log_ratios),
+        "kl_clean/rollout": -tokens.mean("log_ratio"),
+        "kl_clean/rollout_k3": tokens.mean("k3"),
+        "entropy_clean/mean": tokens.mean("entropy"),
+        "loss_clean/clip_fraction": sum(sides.values()),
+        **{f"loss_clean/{name.replace('clip_', 'clip_fraction_')}": sides[name] for name in sides},
+    }
+
+
 def mismatch_metrics(summary: RatioSummary) -> dict[str, float]:
     """Describe the distance of the proximal policy from the rollout policy.
 
@@ -98,6 +131,31 @@ def mismatch_metrics(summary: RatioSummary) -> dict[str, float]:
         **ratio_quantiles(summary.sequence_log_ratios, "mismatch/p"),
         **_token_quantiles(tokens, PERCENTILES, "mismatch/token_p"),
     }
+
+
+def lag_metrics(summary: RatioSummary) -> dict[str, float]:
+    """Describe how far the policy has moved away from its versions that sampled.
+
+    Args:
+        summary: The ratios, by the trainer alone, of the policy at the start of the step over the
+            version that sampled each token.
+
+    Returns:
+        `staleness/kl`, `staleness/k3` and `staleness/ess` over tokens; empty if there are none.
+    """
+    tokens = summary.tokens()
+    if not tokens.num_tokens:
+        return {}
+    return {
+        "staleness/kl": -tokens.mean("log_ratio"),
+        "staleness/k3": tokens.mean("k3"),
+        "staleness/ess": _ess(tokens),
+    }
+
+
+def sequence_ess(summary: RatioSummary) -> float:
+    """Return the effective sample size of the sequence ratios, a share of their number."""
+    return _exact_ess(summary.sequence_log_ratios)
 
 
 def ratio_quantiles(log_ratios: Tensor, prefix: str = "ratio/p") -> dict[str, float]:

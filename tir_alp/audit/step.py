@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tir_alp.algorithm.advantage import group_advantages, has_signal
+from tir_alp.algorithm.advantage import group_advantages, has_signal, step_advantages
 from tir_alp.algorithm.metrics import rollout_metrics
 from tir_alp.audit.findings import Findings, Location
 from tir_alp.audit.records import GroupEntry, RecordedTrajectory, StepLedger, UpdateEntry
@@ -214,17 +214,14 @@ def check_loss(
     )
     locations = {each.trajectory.sequence_uid: each.location for each in files.trained}
     per_update = max(1, len(groups) // num_updates)
+    advantages = step_advantages(groups, config.algorithm, config.rollout)
     num_tokens = 0
     for index, entry in enumerate(files.ledger.updates):
-        part = groups[index * per_update : (index + 1) * per_update]
+        part = slice(index * per_update, (index + 1) * per_update)
         expected = [
             packed_sequence(trajectory, advantage)
-            for group in part
-            for trajectory, advantage in zip(
-                group.trajectories,
-                group_advantages(group, config.algorithm, config.rollout),
-                strict=True,
-            )
+            for group, of_group in zip(groups[part], advantages[part], strict=True)
+            for trajectory, advantage in zip(group.trajectories, of_group, strict=True)
             if any(trajectory.loss_mask)
         ]
         num_tokens += sum(each.num_loss_tokens for each in expected)

@@ -42,9 +42,11 @@ def shape_of(path: str) -> Shape:
 def check_disk(config: Config, shape: Shape, folder: Path) -> CheckResult:
     """Check that `checkpoint.keep` + 1 checkpoints of weights and both moments fit on the disk.
 
-    The additional one is being saved before the oldest is deleted.
+    The additional one is being saved before the oldest is deleted. Weights of earlier versions are
+    saved too.
     """
-    needed = (config.checkpoint.keep + 1) * 3 * _FLOAT * shape.num_parameters
+    num_tensors = 3 + config.num_kept_versions
+    needed = (config.checkpoint.keep + 1) * num_tensors * _FLOAT * shape.num_parameters
     existing = next(each for each in (folder, *folder.resolve().parents) if each.exists())
     free = shutil.disk_usage(existing).free
     return CheckResult(

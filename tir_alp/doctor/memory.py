@@ -106,7 +106,15 @@ def _beside_gpus(config: Config, shape: Shape, place: str) -> list[Need]:
     return [
         Need(place, "weights of a checkpoint", whole, "model.path"),
         Need(place, "offloaded optimizer", moved, "trainer.offload"),
+        Need(place, "weights of versions", _versions(config, whole), "algorithm.proximal"),
     ]
+
+
+def _versions(config: Config, weights: int) -> int:
+    """Bytes of the weights of earlier versions, and of the current ones while those are used."""
+    if config.trainer.lora is not None or not config.num_kept_versions:
+        return 0
+    return (config.num_kept_versions + 1) * weights
 
 
 def trainer_needs(config: Config, shape: Shape, place: str, num_ranks: int) -> list[Need]:
@@ -152,6 +160,12 @@ def trainer_needs(config: Config, shape: Shape, place: str, num_ranks: int) -> l
             "reference weights",
             weights // num_ranks if is_reference else 0,
             "algorithm.kl",
+        ),
+        Need(
+            place,
+            "weights of versions",
+            _versions(config, weights // num_ranks) if place == MACHINE else 0,
+            "algorithm.proximal",
         ),
         Need(
             place,

@@ -82,6 +82,23 @@ PICTURES = (
         ),
     ),
     Picture(
+        "clean",
+        "The policy without noise",
+        "The same percentiles, KL and clip fraction of the policy without noise, measured every "
+        "`metrics.clean_every` steps over all tokens of the step. Methods with and without noise "
+        "are compared by these.",
+        (
+            Panel("Sequences", "ratio", (Line("ratio_clean/p", ""),), "envelope"),
+            Panel(
+                "KL to the rollout policy",
+                "nats per token",
+                (Line("kl_clean/rollout", "k1"), Line("kl_clean/rollout_k3", "k3")),
+                scale="auto",
+            ),
+            Panel("Clipped tokens", "%", (Line("loss_clean/clip_fraction", "all"),)),
+        ),
+    ),
+    Picture(
         "kl",
         "KL, and trainer against engine",
         "Means over the loss tokens. k1 is log rollout - log policy and may be negative; k3 never "

@@ -1,4 +1,8 @@
-"""Summary numbers of runs, and the table that compares methods. Pure."""
+"""Summary numbers of runs, and the table that compares methods. Pure.
+
+Tails, KL and clip fractions are those of the policy without noise, which all methods measure in the
+same steps. Otherwise a method with noise would be charged for its own noise.
+"""
 
 from __future__ import annotations
 
@@ -25,23 +29,23 @@ class RunSummary:
     after: float
     """Held-out accuracy at the last evaluation after step 0, a share."""
     widest: float
-    """Largest P98 over P2 of the sequence ratios of any step."""
+    """Largest P98 over P2 of the sequence ratios of any measured step, without noise."""
     max_kl: float
-    """Largest |KL| to the rollout policy of any step, in nats per token."""
+    """Largest |KL| to the rollout policy of any measured step, without noise, in nats per token."""
     clip_fraction: float
-    """Mean over all steps, a share."""
+    """Mean over the measured steps, without noise, a share."""
 
 
 def summary_of(run: RecordedRun) -> RunSummary:
     """Summarise a run, leaving out values that are not finite; the pictures show where they are."""
-    accuracy, factor = run.series.get("eval/accuracy"), spread(run)
+    accuracy, factor = run.series.get("eval/accuracy"), spread(run, "ratio_clean/p")
     return RunSummary(
         reward=_mean(_values(run, "rollout/reward")[-_LAST_STEPS:]),
         before=accuracy.values[0] if accuracy and accuracy.steps[0] == 0 else math.nan,
         after=accuracy.values[-1] if accuracy and accuracy.steps[-1] > 0 else math.nan,
         widest=max(factor.finite, default=math.nan) if factor else math.nan,
-        max_kl=max(map(abs, _values(run, "kl/rollout")), default=math.nan),
-        clip_fraction=_mean(_values(run, "loss/clip_fraction")),
+        max_kl=max(map(abs, _values(run, "kl_clean/rollout")), default=math.nan),
+        clip_fraction=_mean(_values(run, "loss_clean/clip_fraction")),
     )
 
 
@@ -52,9 +56,9 @@ COLUMNS = (
     f"reward, last {_LAST_STEPS} steps",
     "accuracy before",
     "accuracy after",
-    "widest P98 / P2",
-    "max |KL|, nats per token",
-    "clip fraction, mean",
+    "widest P98 / P2, without noise",
+    "max |KL|, without noise, nats per token",
+    "clip fraction, without noise, mean",
     "not finite",
     "events",
 )

@@ -129,9 +129,9 @@ def shares(counts: Mapping[str, Series]) -> dict[str, Series]:
     }
 
 
-def spread(run: RecordedRun) -> Series | None:
-    """Return P98 over P2 of the sequence ratios; None if the run lacks them."""
-    found = envelope(run, "ratio/p")
+def spread(run: RecordedRun, prefix: str) -> Series | None:
+    """Return P98 over P2 of ratios, given by what precedes "P98"; None if the run lacks them."""
+    found = envelope(run, prefix)
     if not found:
         return None
     low, high = found["P2"].at(), found["P98"].at()
@@ -323,7 +323,7 @@ def _envelopes(panel: Panel, methods: Sequence[Method]) -> Figure | None:
         middle = {label: median_of([bands[label] for bands in found]) for label in labels}
         _draw_band(axes, middle, method.colour)
         _finish(axes, panel, values, method.label)
-        factors = [factor for each in method.runs if (factor := spread(each)) is not None]
+        factors = [factor for each in method.runs if (factor := spread(each, prefix))]
         widths += [value for each in factors for value in each.finite]
         _draw_method(all_axes[-1], factors, method)
     width = Panel("Width: P98 over P2", "factor", (), scale="log")

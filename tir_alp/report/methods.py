@@ -17,6 +17,7 @@ from typing import Any
 from tir_alp.report.read import RecordedRun
 
 _SOLID, _DASHED = "-", (0, (4, 1.5))
+_DOTTED, _MIXED, _SPARSE = (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (7, 3))
 
 STYLES: dict[str, tuple[str, Any]] = {
     "alp_sequence": ("#D55E00", _SOLID),
@@ -33,6 +34,24 @@ STYLES: dict[str, tuple[str, Any]] = {
     "dapo": ("#E69F00", _SOLID),
     "gspo": ("#808080", _SOLID),
     "icepop": ("#7A4A1E", _SOLID),
+    **{
+        name: (hue, dash)
+        for hue, names in {
+            "#E69F00": ("rloo", "reinforce_pp", "reinforce_pp_baseline"),
+            "#56B4E9": ("opo", "max_rl", "pass_at_k"),
+            "#808080": ("gdpo", "gigpo", "reinforce"),
+            "#7A4A1E": ("otb", "tir_otb", "luspo"),
+            "#009E73": ("tis_normalised", "tis_same_version"),
+            "#CC79A7": ("kpop", "a3po"),
+            "#0072B2": ("dppo_tv", "dppo_kl"),
+            "#000000": ("sapo", "vespo"),
+            "#D55E00": ("gmpo", "vcpo_step"),
+            "#66A61E": ("top_entropy", "entropy_bonus", "clip_cov"),
+            "#1B6E7A": ("m2po", "kl_cov", "off_policy_mask"),
+            "#A6194B": ("unbiased_kl",),
+        }.items()
+        for name, dash in zip(names, (_DOTTED, _MIXED, _SPARSE), strict=False)
+    },
 }
 """Algorithm name -> colour, matplotlib line style."""
 _OTHER = ("#4B2E83", _SOLID)

@@ -91,8 +91,11 @@ def _facts_of_training(run: RecordedRun) -> list[tuple[str, str]]:
             "held-out accuracy",
             f"{_share(summary.before)} before, {_share(summary.after)} after training",
         ),
-        ("widest P98 / P2 of the sequence ratios", _number(summary.widest)),
-        ("largest |KL| to the rollout policy", f"{_number(summary.max_kl)} nats per token"),
+        ("widest P98 / P2 of the sequence ratios, without noise", _number(summary.widest)),
+        (
+            "largest |KL| to the rollout policy, without noise",
+            f"{_number(summary.max_kl)} nats per token",
+        ),
     ]
 
 

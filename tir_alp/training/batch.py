@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tir_alp.algorithm.perturbation import NoiseKey
-from tir_alp.types import Batch, Prompts, Sample
+from tir_alp.types import Batch, Prompts, Sample, Trajectory
 
 
 def pack(
@@ -25,6 +25,7 @@ def pack(
     num_ranks: int = 1,
     *,
     share_prompts: bool = False,
+    with_versions: bool = False,
 ) -> list[Batch]:
     """Return the micro-batches of one rank, on the CPU; every rank gets equally many.
 
@@ -39,6 +40,7 @@ def pack(
         num_ranks: Number of ranks.
         share_prompts: Whether a prompt that samples of a group have in common is computed once per
             micro-batch. Such samples are bundled.
+        with_versions: Whether batches say which policy version sampled each token.
     """
     useful = [sample for sample in samples if any(sample.trajectory.loss_mask)]
     bundles = [[sample] for sample in useful]
@@ -48,7 +50,11 @@ def pack(
     batches = []
     for shares in rounds:
         chosen = [sample for index in shares[rank] for sample in bundles[index]]
-        batch = collate(chosen or bundles[shares[0][-1]][:1], share_prompts=share_prompts)
+        batch = collate(
+            chosen or bundles[shares[0][-1]][:1],
+            share_prompts=share_prompts,
+            with_versions=with_versions,
+        )
         batches.append(batch if chosen else _without_loss(batch))
     return batches
 
@@ -121,12 +127,15 @@ def divide(lengths: Sequence[int], max_tokens: int, num_ranks: int) -> list[list
     return rounds
 
 
-def collate(samples: Sequence[Sample], *, share_prompts: bool = False) -> Batch:
+def collate(
+    samples: Sequence[Sample], *, share_prompts: bool = False, with_versions: bool = False
+) -> Batch:
     """Pack samples into one batch, in order.
 
     Args:
         samples: At least one sample.
         share_prompts: Whether a prompt that samples of a group have in common is computed once.
+        with_versions: Whether the batch says which policy version sampled each token.
     """
     first: dict[object, int] = {}
     for row, sample in enumerate(samples):
@@ -135,6 +144,12 @@ def collate(samples: Sequence[Sample], *, share_prompts: bool = False) -> Batch:
     lengths = tuple(len(trajectory.token_ids) for trajectory in trajectories)
     longest = max(lengths)
     masks = [np.array(each.loss_mask, bool) for each in trajectories]
+    token_advantages = versions = None
+    if any(sample.turn_advantages is not None for sample in samples):
+        rows = [_advantages_by_token(sample) for sample in samples]
+        token_advantages = _rows(rows, longest, 0.0, torch.float32)
+    if with_versions:
+        versions = _rows([_versions(each) for each in trajectories], longest, -1, torch.int64)
     return Batch(
         token_ids=torch.tensor([token for each in trajectories for token in each.token_ids]),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
@@ -155,7 +170,28 @@ def collate(samples: Sequence[Sample], *, share_prompts: bool = False) -> Batch:
                 for row, sample in enumerate(samples)
             ),
         ),
+        token_advantages=token_advantages,
+        versions=versions,
     )
+
+
+def _advantages_by_token(sample: Sample) -> list[float]:
+    """Return the advantage of each token: that of its trajectory, and what its turn adds."""
+    added = sample.turn_advantages or ()
+    return [
+        sample.advantage + (added[turn] if added and turn >= 0 else 0.0)
+        for turn in sample.trajectory.turn_ids
+    ]
+
+
+def _versions(trajectory: Trajectory) -> list[int]:
+    """Return the policy version that sampled each token, -1 where none did."""
+    found = [-1] * len(trajectory.prompt)
+    for turn in trajectory.turns:
+        for span in turn.versions:
+            found += [span.version] * (span.stop - span.start)
+        found += [-1] * len(turn.observation)
+    return found
 
 
 def sequences_of(batch: Batch, rows: Sequence[int]) -> Batch:
@@ -180,6 +216,10 @@ def sequences_of(batch: Batch, rows: Sequence[int]) -> Batch:
         advantages=batch.advantages[list(rows)],
         proximal_logprobs=chosen(batch.proximal_logprobs),
         reference_logprobs=chosen(batch.reference_logprobs),
+        token_advantages=chosen(batch.token_advantages),
+        selected=chosen(batch.selected),
+        versions=chosen(batch.versions),
+        interpolation=chosen(batch.interpolation),
     )
 
 

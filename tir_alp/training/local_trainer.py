@@ -51,6 +51,8 @@ class LocalTrainer:
                 temperature=config.rollout.temperature,
                 on_bad_update=on_bad_update,
                 num_steps=config.steps,
+                clean_every=config.metrics.clean_every,
+                num_kept_versions=config.num_kept_versions,
             )
             if found is not None:
                 checkpoint.load(found, self._trainer)

@@ -31,17 +31,33 @@ class SeenBatch:
         clipped = {side: each.cpu() for side, each in self.clipped.items()}
         return summarise(loss_inputs(batch, self.logprobs.cpu()), self.entropy.cpu(), clipped)
 
+    def lag(self) -> RatioSummary:
+        """Summarise the ratios of the policy over the proximal policy, on the CPU."""
+        batch = moved(self.batch, torch.device("cpu"))
+        assert batch.proximal_logprobs is not None
+        inputs = loss_inputs(batch, self.logprobs.cpu())
+        return summarise(replace(inputs, rollout_logprobs=batch.proximal_logprobs))
 
-def loss_inputs(batch: Batch, logprobs: Tensor | None = None) -> LossInputs:
+
+def loss_inputs(
+    batch: Batch, logprobs: Tensor | None = None, entropy: Tensor | None = None
+) -> LossInputs:
     """Return loss inputs; None: `logprobs` will not be read, and rollout logprobs stand in."""
+    logprobs = batch.rollout_logprobs if logprobs is None else logprobs
+    proximal = batch.proximal_logprobs
+    if batch.interpolation is not None:
+        proximal = batch.rollout_logprobs.lerp(logprobs.detach(), batch.interpolation)
+    wide = batch.token_advantages
     return LossInputs(
-        logprobs=batch.rollout_logprobs if logprobs is None else logprobs,
+        logprobs=logprobs,
         rollout_logprobs=batch.rollout_logprobs,
-        advantages=batch.advantages,
+        advantages=batch.advantages if wide is None else wide,
         loss_mask=batch.loss_mask,
-        proximal_logprobs=batch.proximal_logprobs,
+        proximal_logprobs=proximal,
         reference_logprobs=batch.reference_logprobs,
         turn_ids=batch.turn_ids,
+        entropy=entropy,
+        selected=batch.selected,
     )
 
 

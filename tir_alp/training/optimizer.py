@@ -79,9 +79,13 @@ class Optimizer:
         # A new scheduler each time: it is then a function of the step, and has no state to save.
         return float(LambdaLR(self._adamw, self._factors, last_epoch=step - 1).get_last_lr()[0])
 
-    def step(self) -> None:
-        """Make the update."""
+    def step(self, scale: float = 1.0) -> None:
+        """Make the update, with the learning rate of the weights times `scale`."""
+        weights = self._adamw.param_groups[0]
+        rate = weights["lr"]
+        weights["lr"] = rate * scale
         self._adamw.step()
+        weights["lr"] = rate
 
     def clip_gradients(self) -> dict[str, float]:
         """Bound the gradient norms of the weights and of log sigma separately; return both."""

@@ -225,6 +225,7 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk_tokens: int = 2048,
     rows: Tensor | None = None,
+    entropy_has_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute the logprob of each token given the hidden state before it, and the entropy.
 
@@ -235,15 +236,20 @@ def token_logprobs(
         temperature: Temperature of the sampled distribution; logits are divided by it.
         chunk_tokens: Number of tokens whose logits are in memory at a time.
         rows: [M] positions of the states among the packed tokens; only for a head with noise.
+        entropy_has_gradient: Whether the entropies carry a gradient.
 
     Returns:
-        Logprobs [M] and entropies [M], float32, in nats; the entropies carry no gradient.
+        Logprobs [M] and entropies [M], float32, in nats.
     """
     head = model.get_output_embeddings()
     states, ids = hidden.split(chunk_tokens), token_ids.split(chunk_tokens)
     keywords = [{}] * len(ids) if rows is None else [{"rows": r} for r in rows.split(chunk_tokens)]
     chunks = [
-        checkpoint(_chunk_logprobs, head, model.config, *chunk, temperature, use_reentrant=False)
+        checkpoint(
+            _chunk_logprobs,
+            *(head, model.config, *chunk, temperature, entropy_has_gradient),
+            use_reentrant=False,
+        )
         for chunk in zip(states, ids, keywords, strict=True)
     ]
     return torch.cat([chunk[0] for chunk in chunks]), torch.cat([chunk[1] for chunk in chunks])
@@ -288,12 +294,26 @@ def _chunk_logprobs(
     token_ids: Tensor,
     keywords: dict[str, Tensor],
     temperature: float,
+    entropy_has_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     logits = _scaled(head(hidden, **keywords).float(), config)
     logprobs = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_has_gradient and torch.is_grad_enabled()):
         entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropy
+
+
+@torch.no_grad()
+def token_collisions(
+    model: Any, hidden: Tensor, *, temperature: float = 1.0, chunk_tokens: int = 2048
+) -> Tensor:
+    """Return sum_v pi_v^2 [M] of the distribution after each hidden state [M, H], float32."""
+    head = model.get_output_embeddings()
+    chunks = []
+    for states in hidden.split(chunk_tokens):
+        logits = _scaled(head(states).float(), model.config)
+        chunks.append(torch.softmax(logits / temperature, dim=-1).square().sum(-1))
+    return torch.cat(chunks)
 
 
 class PolicyLogprobs(nn.Module):
@@ -309,25 +329,39 @@ class PolicyLogprobs(nn.Module):
         self.model, self._chunk_tokens = model, chunk_tokens
 
     def forward(
-        self, batch: Batch, *, temperature: float, is_head_noisy: bool = False
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        batch: Batch,
+        *,
+        temperature: float,
+        is_head_noisy: bool = False,
+        entropy_has_gradient: bool = False,
+        with_collisions: bool = False,
+    ) -> tuple[Tensor, ...]:
         """Compute logprobs and entropies [B, T] of the loss tokens, 0 elsewhere; float32, in nats.
 
         Args:
             batch: A micro-batch, on the device of the model.
             temperature: Temperature of the sampled distribution.
             is_head_noisy: Whether noise is added to the logits.
+            entropy_has_gradient: Whether the entropies carry a gradient.
+            with_collisions: Whether to return sum_v pi_v^2 as well.
         """
         positions = loss_positions(batch)
+        hidden = self._hidden_states(batch, positions - 1)
         logprobs, entropy = token_logprobs(
             self.model,
-            self._hidden_states(batch, positions - 1),
+            hidden,
             batch.token_ids[positions],
             temperature=temperature,
             chunk_tokens=self._chunk_tokens,
             rows=positions - 1 if is_head_noisy else None,
+            entropy_has_gradient=entropy_has_gradient,
         )
-        return to_rows(batch, logprobs), to_rows(batch, entropy)
+        found = [logprobs, entropy]
+        if with_collisions:
+            keywords = {"temperature": temperature, "chunk_tokens": self._chunk_tokens}
+            found.append(token_collisions(self.model, hidden, **keywords))
+        return tuple(to_rows(batch, each) for each in found)
 
     def _hidden_states(self, batch: Batch, positions: Tensor) -> Tensor:
         """Return the last hidden states [M, H] of some of the packed tokens, by position [M]."""

@@ -15,10 +15,11 @@ import functools
 import itertools
 import math
 import operator
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +29,42 @@ from torch import Tensor, nn
 from tir_alp.algorithm.loss import loss_counts, loss_terms
 from tir_alp.algorithm.perturbation import Effect, LayerwisePerturbation
 from tir_alp.algorithm.presets import AlgorithmConfig
-from tir_alp.algorithm.ratio_metrics import mismatch_metrics, ratio_metrics
+from tir_alp.algorithm.ratio_metrics import mismatch_metrics, sequence_ess
 from tir_alp.algorithm.ratio_summary import RatioSummary, summarise
 from tir_alp.config import TrainerConfig
 from tir_alp.training.arrangement import is_packed
-from tir_alp.training.batch import noise_keys, pack, sequences_of
+from tir_alp.training.batch import noise_keys, pack
 from tir_alp.training.lora import Adapters
 from tir_alp.training.micro_batch import SeenBatch, loss_inputs, moved
 from tir_alp.training.optimizer import MOST_NORMS, Optimizer, is_spike
 from tir_alp.training.packed_sequence import packed_sequences
 from tir_alp.training.policy import WRAPPER, PolicyLogprobs, recompute_layers
+from tir_alp.training.preparation import (
+    Looked,
+    interpolated,
+    needs_collisions,
+    prepare,
+    versions_of,
+)
 from tir_alp.training.ranks import Ranks
 from tir_alp.training.sharding import gathered, shard
-from tir_alp.training.shared_prompts import computed_tokens, num_computed
+from tir_alp.training.shared_prompts import computed_tokens
+from tir_alp.training.step_metrics import (
+    MadeUpdate,
+    metrics_of_updates,
+    over_ranks,
+    probe_metrics,
+    share_of_shared_tokens,
+    sigma_metrics,
+    sums_over_ranks,
+)
 from tir_alp.training.step_report import StepReport, UpdateRecord, join_ranks
 from tir_alp.training.weight_nudge import WeightNudge
+from tir_alp.training.weight_versions import WeightVersions
 from tir_alp.types import Batch, Sample
-
-_NUM_PROBED = 128  # approximate number of tokens of a step whose clean logprobs are computed too
 
 OnBadUpdate = Callable[[int, Sequence[Batch]], None]
 """Called with the number and the micro-batches of an update that was skipped."""
-
-
-@dataclass(frozen=True, slots=True)
-class _MadeUpdate:
-    """What is reported of an update that was made."""
-
-    metrics: dict[str, float]
-    """Over all ranks."""
-    ratios: RatioSummary
-    """Of this rank."""
 
 
 class Trainer:
@@ -75,6 +81,9 @@ class Trainer:
             spike. The update is skipped. Every rank calls its own, with its share of micro-batches.
         num_steps: Number of steps of the run, over which the learning rate falls; None only if its
             schedule is constant.
+        clean_every: Steps between measurements of the policy without noise; 0: never.
+        num_kept_versions: Versions of the weights to keep for `proximal = "rollout_version"`: the
+            most steps by which the weights that sampled a token may lag.
     """
 
     def __init__(
@@ -88,8 +97,10 @@ class Trainer:
         temperature: float,
         on_bad_update: OnBadUpdate,
         num_steps: int | None = None,
+        clean_every: int = 0,
+        num_kept_versions: int = 0,
     ) -> None:
-        self.model, self.ranks = model, ranks
+        self.model, self.ranks, self._clean_every = model, ranks, clean_every
         self._config, self._algorithm = config, algorithm
         self._temperature, self._on_bad_update = temperature, on_bad_update
         self._adapters = None
@@ -110,6 +121,7 @@ class Trainer:
         self._optimizer = Optimizer(self._trained(), log_sigma, config, num_steps)
         self._norms = {name: deque[float](maxlen=MOST_NORMS) for name in self._optimizer.norms}
         self._nudge = WeightNudge(self.model)
+        self._versions = WeightVersions(self._trained(), num_kept_versions)
 
     def step(self, groups: Sequence[Sequence[Sample]], step: int) -> StepReport:
         """Make the updates of one step.
@@ -137,7 +149,7 @@ class Trainer:
             max_tokens = self._config.micro_batch_tokens
             for packed in pack(samples, max_tokens, self.ranks.rank, self.ranks.size):
                 batch = moved(packed, self.ranks.device)
-                logprobs = self._frozen_logprobs(self._policy, batch)
+                logprobs = self._clean_logprobs(batch)
                 chosen = logprobs[batch.loss_mask].double()
                 sums += torch.stack([-chosen.sum(), torch.tensor(float(len(chosen)))]).cpu()
             total, num_tokens = self.ranks.sum(sums).tolist()
@@ -215,40 +227,41 @@ class Trainer:
         state |= {name: _padded(norms) for name, norms in self._norms.items()}
         if self._perturbation is not None:
             state["log_sigma"] = self._perturbation.log_sigma.detach()
-        return state
+        return state | self._versions.state()
 
     def finish_loading(self, state: Mapping[str, Tensor]) -> None:
-        """Take what is not shared from a state whose tensors were read in place: the norms."""
+        """Take what is not shared from a state whose tensors were read in place."""
         for name, norms in self._norms.items():
             norms.clear()
             norms.extend(norm for norm in state[name].tolist() if norm == norm)
+        self._versions.finish_loading(state)
 
     # ------------------------------------------------------------------------- a step, its updates
 
     def _step(self, groups: Sequence[Sequence[Sample]], step: int) -> StepReport:
         num_updates = self._config.updates_per_step
         per_update = len(groups) // num_updates
-        micro_batches = [  # all are prepared first, before an update changes the weights
-            self._micro_batches(groups[start : start + per_update])
-            for start in range(0, len(groups), per_update)
-        ]
         lr, first = self._optimizer.begin_step(step), step * num_updates
+        micro_batches = [  # all are prepared first, before an update changes the weights
+            self._micro_batches(groups[start : start + per_update], step, first + index)
+            for index, start in enumerate(range(0, len(groups), per_update))
+        ]
+        self._versions.keep(step)
+        is_clean_step = self._clean_every > 0 and step % self._clean_every == 0
         outcomes = [
-            self._update(batches, first + index, probe=step if index == 0 else None)
+            self._update(batches, first + index, step if index == 0 else None, is_clean_step)
             for index, batches in enumerate(micro_batches)
         ]
         made = [outcome for outcome in outcomes if outcome is not None]
-        metrics = _means_of([update.metrics for update in made])
-        if made:
-            metrics |= ratio_metrics(self._over_ranks([update.ratios for update in made]))
-        if self._perturbation is not None:
-            metrics |= _sigma_metrics(self._perturbation)
         every = [batch for batches in micro_batches for batch in batches]
+        metrics = metrics_of_updates(self.ranks, made)
+        if self._perturbation is not None:
+            metrics |= sigma_metrics(self._perturbation)
         if self._algorithm.needs_proximal and every:
             mismatch = [summarise(loss_inputs(batch, batch.proximal_logprobs)) for batch in every]
-            metrics |= mismatch_metrics(self._over_ranks(mismatch))
+            metrics |= mismatch_metrics(over_ranks(self.ranks, mismatch))
         metrics["train/lr"] = lr
-        metrics["train/shared_tokens"] = self._share_of_shared_tokens(every)
+        metrics["train/shared_tokens"] = share_of_shared_tokens(self.ranks, every)
         metrics["train/skipped_updates"] = len(outcomes) - len(made)
         num_tokens = torch.tensor(sum(batch.num_loss_tokens for batch in every))
         metrics["tokens/loss"] = int(self.ranks.sum(num_tokens))
@@ -262,17 +275,10 @@ class Trainer:
         ]
         return StepReport(metrics, join_ranks(self.ranks.gather(records)))
 
-    def _share_of_shared_tokens(self, batches: Sequence[Batch]) -> float:
-        """Share of the tokens that no forward computes, because another sequence has them too."""
-        own = torch.zeros(2, dtype=torch.float64)
-        for batch in batches:
-            num_tokens = len(batch.token_ids)
-            own += torch.tensor([num_tokens - num_computed(batch), num_tokens])
-        num_shared, num_tokens = self.ranks.sum(own).tolist()
-        return num_shared / num_tokens if num_tokens else 0.0
-
-    def _micro_batches(self, groups: Sequence[Sequence[Sample]]) -> list[Batch]:
-        """Return this rank's share of an update."""
+    def _micro_batches(
+        self, groups: Sequence[Sequence[Sample]], step: int, update: int
+    ) -> list[Batch]:
+        """Return this rank's share of an update, with what the fixed policies say of it."""
         samples = [sample for group in groups for sample in group]
         max_tokens = self._config.micro_batch_tokens
         packed = pack(
@@ -281,21 +287,39 @@ class Trainer:
             self.ranks.rank,
             self.ranks.size,
             share_prompts=self._config.share_prompts and is_packed(self.model),
+            with_versions=self._algorithm.proximal != "current",
         )
-        return [self._prepare(batch) for batch in packed]
-
-    def _prepare(self, batch: Batch) -> Batch:
-        """Move a micro-batch to the model's device, and add logprobs under the fixed policies."""
-        batch = moved(batch, self.ranks.device)
-        if self._algorithm.needs_proximal:
-            batch = replace(batch, proximal_logprobs=self._frozen_logprobs(self._policy, batch))
+        batches = [moved(batch, self.ranks.device) for batch in packed]
         if self._reference is not None:
-            batch = replace(batch, reference_logprobs=self._frozen_logprobs(self._reference, batch))
-        return batch
+            batches = [
+                replace(batch, reference_logprobs=self._frozen(self._reference, batch)[0])
+                for batch in batches
+            ]
+        if self._algorithm.proximal == "interpolated":
+            return [interpolated(batch, step) for batch in batches]
+        if not self._algorithm.needs_proximal:
+            return batches
+        looked = self._look(batches, step)
+        return prepare(looked, self._algorithm, self.ranks, update)
+
+    def _look(self, batches: Sequence[Batch], step: int) -> list[Looked]:
+        """Add the proximal logprobs: with the current weights, or with those of each token."""
+        found = [Looked.of(batch, *self._proximal(batch)) for batch in batches]
+        if not self._reads_versions:
+            return found
+        own = {version for batch in batches for version in versions_of(batch)}
+        for version in sorted(set().union(*self.ranks.gather(own)) - {step}):
+            with self._versions.loaded(version):
+                found = [each.at_version(version, *self._proximal(each.batch)) for each in found]
+        return found
+
+    def _proximal(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return logprobs, entropies and collisions [B, T] under the weights that the model has."""
+        return self._frozen(self._policy, batch, needs_collisions(self._algorithm))
 
     def _update(
-        self, batches: Sequence[Batch], update: int, probe: int | None
-    ) -> _MadeUpdate | None:
+        self, batches: Sequence[Batch], update: int, probe: int | None, measure_clean: bool
+    ) -> MadeUpdate | None:
         """Make one optimizer update; return None if it was skipped.
 
         An update is skipped if it has no loss tokens, or if its loss or a gradient is not finite or
@@ -306,12 +330,13 @@ class Trainer:
             update: Number of updates of the run before this one.
             probe: Number of the step, to measure on the first micro-batch what the noise does to
                 hidden states, and what noise and engine do to logprobs; None: not measured.
+            measure_clean: Whether to measure the policy without noise on all tokens.
         """
-        own = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        own = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
         for batch in batches:
             own += torch.stack([*loss_counts(loss_inputs(batch), self._algorithm)])
-        num_tokens, num_sequences = self.ranks.sum(own.cpu()).tolist()
-        if num_tokens == 0:
+        counts = self.ranks.sum(own.cpu()).tolist()
+        if counts[0] == 0:
             return None
         self._optimizer.zero_grad()
         totals: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
@@ -320,37 +345,69 @@ class Trainer:
         for index, (batch, draw) in enumerate(itertools.product(batches, range(self._num_draws))):
             probe_now = probe if index == 0 else None
             with self._perturbed(batch, update, draw, measure=probe_now is not None) as effect:
-                found = self._backward(batch, num_tokens, num_sequences)
+                found = self._backward(batch, *counts)
             if probe_now is not None:
-                probed = self._probe(batch, probe_now, found.logprobs, effect)
+                probed = probe_metrics(
+                    self.ranks, batch, probe_now, found.logprobs, effect, self._clean_logprobs
+                )
             for name, value in found.metrics.items():
                 totals[name] = totals[name] + value / self._num_draws
             seen.append(found)
         ratios = functools.reduce(operator.add, [each.summary() for each in seen])
         self._sum_gradient_of_sigma()
         norms = self._optimizer.clip_gradients()
-        metrics = self._sums(totals) | norms | probed
+        metrics = sums_over_ranks(self.ranks, totals) | norms | probed
         if not self._is_sound(metrics["loss/value"], norms):
             self._optimizer.zero_grad()
             self._on_bad_update(update, batches)
             return None
         for name, norm in norms.items():
             self._norms[name].append(norm)
-        self._optimizer.step()
-        return _MadeUpdate(metrics, ratios)
+        clean, began = None, time.perf_counter()
+        if measure_clean:
+            clean = ratios if self._perturbation is None else self._clean_ratios(batches)
+        clean_s = time.perf_counter() - began
+        lag = None
+        if self._reads_versions and self._perturbation is None:
+            lag = functools.reduce(operator.add, [each.lag() for each in seen])
+        scale = self._step_scale(ratios)
+        if self._algorithm.step_scale != "none":
+            metrics["train/step_scale"] = scale
+        self._optimizer.step(scale)
+        return MadeUpdate(metrics, ratios, clean, clean_s, lag)
 
-    def _backward(self, batch: Batch, num_tokens: float, num_sequences: float) -> SeenBatch:
+    def _step_scale(self, ratios: RatioSummary) -> float:
+        """Return what the learning rate of an update is multiplied by; call on every rank."""
+        if self._algorithm.step_scale == "none":
+            return 1.0
+        return math.sqrt(sequence_ess(over_ranks(self.ranks, [ratios])))
+
+    @torch.no_grad()
+    def _clean_ratios(self, batches: Sequence[Batch]) -> RatioSummary:
+        """Summarise the ratios of the policy without noise, and what its loss would clip."""
+        summaries = []
+        for batch in batches:
+            logprobs, entropy = self._policy(batch, temperature=self._temperature)
+            terms = loss_terms(loss_inputs(batch, logprobs, entropy), self._algorithm)
+            seen = SeenBatch(batch, logprobs, entropy, terms.clipped, terms.metrics)
+            summaries.append(seen.summary())
+        return functools.reduce(operator.add, summaries)
+
+    def _backward(self, batch: Batch, *counts: float) -> SeenBatch:
         """Add the gradients of one micro-batch, and return what the loss saw.
 
         Nothing here waits for the device, so that it never runs out of work. Noise has to be active
         in the backward pass too, where checkpointed layers run a second time.
         """
         logprobs, entropy = self._policy(
-            batch, temperature=self._temperature, is_head_noisy=self._is_head_noisy
+            batch,
+            temperature=self._temperature,
+            is_head_noisy=self._is_head_noisy,
+            entropy_has_gradient=self._algorithm.entropy_bonus > 0,
         )
-        terms = loss_terms(loss_inputs(batch, logprobs), self._algorithm, num_tokens, num_sequences)
+        terms = loss_terms(loss_inputs(batch, logprobs, entropy), self._algorithm, *counts)
         (terms.loss / self._num_draws).backward()
-        return SeenBatch(batch, logprobs.detach(), entropy, terms.clipped, terms.metrics)
+        return SeenBatch(batch, logprobs.detach(), entropy.detach(), terms.clipped, terms.metrics)
 
     def _is_sound(self, loss: float, norms: Mapping[str, float]) -> bool:
         """Whether loss and gradient norms are finite, and no norm is a spike."""
@@ -379,49 +436,22 @@ class Trainer:
             gradient = self._perturbation.log_sigma.grad
             gradient.copy_(self.ranks.sum(gradient))
 
-    def _probe(self, batch: Batch, step: int, logprobs: Tensor, effect: Effect) -> dict[str, float]:
-        """Measure what engine and noise each do to a few evenly spaced sequences.
-
-        With d = trainer's logprob without noise - rollout logprob, `mismatch/probe_kl` is the mean
-        of -d over loss tokens, `mismatch/probe_mean` and `mismatch/probe_max` are the mean and the
-        maximum of |d|, and `alp/logprob_shift` is the mean |change of logprob| by the noise.
-
-        Args:
-            batch: A micro-batch, before the weights change.
-            step: Number of the step; each step begins with another sequence.
-            logprobs: [B, T] logprobs of the forward that is trained on, without gradient.
-            effect: What the noise did in that forward; empty if there was no noise.
-        """
-        metrics = self._means(effect.metrics())
-        has_noise = bool(metrics)
-        every = -(-sum(batch.lengths) // _NUM_PROBED)
-        rows = range(step % min(every, len(batch.lengths)), len(batch.lengths), every)
-        few = sequences_of(batch, rows)
-        clean = few.proximal_logprobs
-        if clean is None:
-            clean = self._frozen_logprobs(self._policy, few)
-        difference = (clean - few.rollout_logprobs)[few.loss_mask].cpu()
-        sums = {
-            "mismatch/probe_kl": -difference.sum(),
-            "mismatch/probe_mean": difference.abs().sum(),
-            "tokens": difference.numel(),
-        }
-        if has_noise:
-            shift = (logprobs[list(rows)] - clean)[few.loss_mask]
-            sums["alp/logprob_shift"] = shift.abs().sum()
-        totals = self._sums(sums)
-        num_tokens = totals.pop("tokens")
-        largest = max(self.ranks.gather(max(difference.abs().tolist(), default=0.0)))
-        if num_tokens == 0:
-            return metrics
-        metrics |= {name: total / num_tokens for name, total in totals.items()}
-        return metrics | {"mismatch/probe_max": largest}
-
     # --------------------------------------------------------------------------------- the policy
 
     @torch.no_grad()
-    def _frozen_logprobs(self, policy: PolicyLogprobs, batch: Batch) -> Tensor:
-        return policy(batch, temperature=self._temperature)[0]
+    def _frozen(
+        self, policy: PolicyLogprobs, batch: Batch, with_collisions: bool = False
+    ) -> tuple[Tensor, ...]:
+        return policy(batch, temperature=self._temperature, with_collisions=with_collisions)
+
+    def _clean_logprobs(self, batch: Batch) -> Tensor:
+        return self._frozen(self._policy, batch)[0]
+
+    @property
+    def _reads_versions(self) -> bool:
+        """Whether proximal logprobs are those of the version that sampled each token."""
+        algorithm = self._algorithm
+        return algorithm.needs_proximal and algorithm.proximal == "rollout_version"
 
     def _sharded(self, model: Any) -> PolicyLogprobs:
         num_words = model.get_output_embeddings().weight.shape[0]
@@ -439,18 +469,6 @@ class Trainer:
 
     # --------------------------------------------------------------------------- all ranks
 
-    def _sums(self, values: Mapping[str, Tensor | float]) -> dict[str, float]:
-        """Sum each value over ranks, which must all have the same names."""
-        own = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
-        return dict(zip(values, self.ranks.sum(own).tolist(), strict=True))
-
-    def _means(self, values: Mapping[str, float]) -> dict[str, float]:
-        return {name: total / self.ranks.size for name, total in self._sums(values).items()}
-
-    def _over_ranks(self, summaries: Sequence[RatioSummary]) -> RatioSummary:
-        own = functools.reduce(operator.add, summaries)
-        return functools.reduce(operator.add, self.ranks.gather(own))
-
     def _on_first_rank(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Copy tensors to the CPU on rank 0; other ranks only take part in gathering them."""
         kept = {}
@@ -458,24 +476,6 @@ class Trainer:
             if self.ranks.is_first:
                 kept[name] = tensor.cpu()
         return kept
-
-
-def _means_of(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean of each metric over the reports that have it."""
-    values: defaultdict[str, list[float]] = defaultdict(list)
-    for report in reports:
-        for name, value in report.items():
-            values[name].append(value)
-    return {name: sum(each) / len(each) for name, each in values.items()}
-
-
-def _sigma_metrics(perturbation: LayerwisePerturbation) -> dict[str, float]:
-    sigma = perturbation.sigma
-    each_sigma = zip(perturbation.names, sigma.tolist(), strict=True)
-    return {
-        "alp/sigma_mean": sigma.mean().item(),
-        **{f"alp/sigma_{name}": each for name, each in each_sigma},
-    }
 
 
 def _padded(norms: Sequence[float]) -> Tensor:
