@@ -71,11 +71,13 @@ def info(**changes):
     nothing = {
         "outcome": "ok",
         "tool_calls": 0,
+        "bad_calls": 0,
         "void": False,
         "answer": None,
         "correct": None,
         "error": "",
         "tool_s": 0.0,
+        "calls": [],
         "rewards": {},
     }
     return nothing | changes

@@ -9,6 +9,7 @@ mark of the conversation's structure, whether that is a special token or not.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -20,21 +21,29 @@ from tokenizers.decoders import DecodeStream
 
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion
-from tir_alp.rollouts.chat_template import ChatTemplate, check_prefix_stability
+from tir_alp.rollouts.chat_template import CALL_ID, ChatTemplate, Frame
 from tir_alp.rollouts.end_marks import end_mark, is_mark, structure_marks
+from tir_alp.rollouts.formats import (
+    HERMES,
+    PROBE,
+    ParameterTypes,
+    canonical,
+    find_form,
+    read_calls,
+    watcher,
+    with_tools_shown,
+    written_call,
+)
+from tir_alp.rollouts.observation_frames import observation_frames
+from tir_alp.rollouts.prefix_stability import check_prefix_stability
 from tir_alp.rollouts.surrogates import SURROGATE
 from tir_alp.rollouts.text_encoder import EncodedFrame, TextEncoder
-from tir_alp.tools.calls import (
-    HERMES,
-    CallFormat,
-    ToolCall,
-    call_watcher,
-    canonical,
-    write_call,
-)
+from tir_alp.tools.calls import CallFormat, ToolCall, call_watcher, write_call
 from tir_alp.types import Origin, StopReason, TokenSpan, cut_version_spans
 
 _MAX_PENDING = 16  # tokens that are no whole character yet
+_MAX_FRAMES = 512  # of outputs to calls with ids, that are kept
+_OTHER_ID = "111111111"
 
 
 class PromptTooLong(ValueError):
@@ -49,6 +58,7 @@ class Renderer:
         system: System prompt; empty for none.
         max_observation_tokens: Longer observations lose tokens from their middle.
         call_format: How the environment reads calls; see `tir_alp.tools.calls`.
+        max_calls: Number of calls that a turn may have. The call that reaches it ends a completion.
         tools: JSON schemas that the template shows to the model for native calls; the model then
             writes calls in the template's form.
         rewritten_history: What to do with a template that rewrites earlier turns, e.g. drops their
@@ -70,6 +80,7 @@ class Renderer:
         system: str = "",
         max_observation_tokens: int = 512,
         call_format: CallFormat = "fenced",
+        max_calls: int = 1,
         tools: Sequence[Mapping[str, Any]] = (),
         rewritten_history: Literal["refuse", "append"] = "refuse",
         end_token_ids: Collection[int] = (),
@@ -86,21 +97,34 @@ class Renderer:
         self._max_observation_tokens = max_observation_tokens
         self.call_format: CallFormat = call_format
         self.clock = clock
+        is_native = call_format == "tool_call"
         template = ChatTemplate(tokenizer, system, tuple(tools), clock)
-        self._template = template
-        self.marks = template.call_marks() if call_format == "tool_call" else HERMES
+        self._template = with_tools_shown(template) if is_native else template
+        self.form = find_form(self._template) if is_native else HERMES
+        """How the model writes calls, if `call_format` is `tool_call`."""
+        self._max_calls = max_calls
+        if max_calls > 1 and (not is_native or self.form.one_per_turn):
+            raise ValueError(
+                f"a turn may have {max_calls} calls, but the format {call_format!r} has one per "
+                f"turn with the chat template of {name!r}: set env.kwargs.max_calls = 1"
+            )
+        self._types = ParameterTypes.of(tools)
         _check_schemas(tokenizer, tools)
         self._encoder = TextEncoder(tokenizer)
-        self._prompt_frame = self._encoder.frame(template.prompt_frame())
+        self._prompt_frame = self._encoder.frame(self._template.prompt_frame())
+        self._frames: dict[tuple[tuple[str, str], ...], tuple[EncodedFrame, ...]] = {}
+        self._has_names = self._has_ids = False
         self.no_observations = ""
         """Why the template cannot show an observation; empty if it can."""
         try:
-            frame = template.observation_frame(self.marks if call_format == "tool_call" else None)
+            self._has_names, self._has_ids = self._find_out_names()
+            frame = self._frames_of((("", ""),))[0]
         except ValueError as error:
             if call_format != "none":
                 raise
-            frame, self.no_observations = template.end_of_turn(), str(error)
-        self._observation_frame = self._encoder.frame(frame)
+            frame = self._encoder.frame(self._template.end_of_turn())
+            self.no_observations = str(error)
+        template = self._template
         rewrites = () if self.no_observations else check_prefix_stability(template)
         if rewrites and rewritten_history == "refuse":
             raise ValueError(
@@ -108,10 +132,15 @@ class Renderer:
                 'template that only appends, or set model.rewritten_history = "append" to train '
                 "on the history as it was sampled"
             )
-        before = self._observation_frame.before
-        mark = end_mark(tokenizer, before)
-        self._after_end_mark = before if mark is None else before[mark + 1 :]
-        self.end_mark: int = tokenizer.eos_token_id if mark is None else before[mark]
+        before = frame.before
+        mark = end_mark(tokenizer, before, self._section_end)
+        words_end = frame
+        if self.form.ends_turn:  # the mark after a call is not that after words
+            words_end = self._encoder.frame(template.end_of_turn())
+        words_mark = end_mark(tokenizer, words_end.before, self._section_end)
+        self.end_mark: int = (
+            tokenizer.eos_token_id if words_mark is None else words_end.before[words_mark]
+        )
         """The token that ends a turn in this template."""
         self.stop_token_ids = frozenset(
             {
@@ -141,23 +170,107 @@ class Renderer:
             )
         return prompt
 
-    def observation(self, text: str, after: StopReason) -> TokenSpan:
+    def observation(
+        self, text: str | Sequence[str], after: StopReason, completion: Sequence[int] = ()
+    ) -> TokenSpan:
         """Encode an observation alone, up to the start of the next completion.
 
         Args:
-            text: The observation, as the environment returned it.
+            text: The observation, as the environment returned it; several texts are the outputs of
+                the calls in the completion, in order.
             after: How the completion before it ended: an end mark that the policy itself sampled
                 is not added a second time, nor is white space that the template puts before it.
+            completion: The tokens of the completion before it. They are read if the template writes
+                the name of the tool or the id of the call with an output.
         """
-        frame = self._observation_frame
         if self.no_observations:
             raise ValueError(self.no_observations)
-        before = self._after_end_mark if after is StopReason.EOS else frame.before
+        texts = [text] if isinstance(text, str) else [*text]
+        frames = self._frames_after(completion, len(texts))
+        ids = list(self._rest_of_turn(frames[0].before, after, completion))
+        for index, (each, frame) in enumerate(zip(texts, frames, strict=True)):
+            ids += (*(frame.before if index else ()), *self._shortened(each, frame))
+        return TokenSpan((*ids, *frames[-1].after))
+
+    def _shortened(self, text: str, frame: EncodedFrame) -> tuple[int, ...]:
+        """Encode an output; a long one loses tokens from its middle."""
         ids = self._content(text, frame)
-        if len(ids) > self._max_observation_tokens:
-            head = self._max_observation_tokens // 2
-            ids = ids[:head] + ids[len(ids) - (self._max_observation_tokens - head) :]
-        return TokenSpan((*before, *ids, *frame.after))
+        if len(ids) <= self._max_observation_tokens:
+            return ids
+        head = self._max_observation_tokens // 2
+        return ids[:head] + ids[len(ids) - (self._max_observation_tokens - head) :]
+
+    def _rest_of_turn(
+        self, before: tuple[int, ...], after: StopReason, completion: Sequence[int]
+    ) -> tuple[int, ...]:
+        """Return of the text before an output what the policy has not sampled."""
+        if after is StopReason.EOS:
+            mark = end_mark(self._tokenizer, before, self._section_end)
+            return before if mark is None else before[mark + 1 :]
+        section_end = self._section_end
+        if after is StopReason.STOP and section_end:
+            sampled = tuple(completion[len(completion) - len(section_end) :])
+            place = next(
+                (i for i in range(len(before)) if before[i : i + len(section_end)] == section_end),
+                None,
+            )
+            if sampled == section_end and place is not None:
+                return before[place + len(section_end) :]
+        return before
+
+    @cached_property
+    def _section_end(self) -> tuple[int, ...]:
+        """The tokens of the mark after a turn's last call; empty if there is none."""
+        mark = self.form.section_end if self.call_format == "tool_call" else ""
+        return self._encoder.mark(mark) if mark else ()
+
+    def _frames_after(self, completion: Sequence[int], count: int) -> tuple[EncodedFrame, ...]:
+        """Return the frames of the outputs of a completion's calls."""
+        named: list[tuple[str, str]] = []
+        if self._has_names or self._has_ids:
+            calls = read_calls(self._text_of_turn(completion), self.form, self._types)
+            named = [(each.name, each.call_id) for each in calls[:count]]
+        named += [("", "")] * (count - len(named))
+        known = self._template.tool_names
+        key = tuple(
+            (name if self._has_names and name in known else "", each if self._has_ids else "")
+            for name, each in named
+        )
+        try:
+            return self._frames_of(key)
+        except ValueError:  # the template refuses an id that the model wrote
+            return self._frames_of(tuple((name, "") for name, _ in key))
+
+    def _frames_of(self, key: tuple[tuple[str, str], ...]) -> tuple[EncodedFrame, ...]:
+        if key not in self._frames:
+            if len(self._frames) >= _MAX_FRAMES:
+                self._frames.clear()
+            form = self.form if self.call_format == "tool_call" else None
+            names = [name or self._template.tool_names[0] for name, _ in key]
+            ids = [each for _, each in key]
+            frames = observation_frames(self._template, form, names, ids)
+            self._frames[key] = tuple(map(self._encoder.frame, frames))
+        return self._frames[key]
+
+    def _find_out_names(self) -> tuple[bool, bool]:
+        """Find out whether the text around an output depends on the tool's name and the call's id.
+
+        Raises:
+            ValueError: The template cannot show an output.
+        """
+        form = self.form if self.call_format == "tool_call" else None
+        names = self._template.tool_names
+
+        def around(name: str, call_id: str) -> Frame:
+            return replace(observation_frames(self._template, form, [name], [call_id])[0], left="")
+
+        first = around(names[0], CALL_ID)
+        has_names = any(around(name, CALL_ID) != first for name in names[1:])
+        try:
+            has_ids = form is not None and around(names[0], _OTHER_ID) != first
+        except ValueError:
+            has_ids = False
+        return has_names, has_ids
 
     @cached_property
     def _follow_up_frame(self) -> EncodedFrame:
@@ -222,25 +335,31 @@ class Renderer:
                 )
             line_end = "" if not text or text.endswith("\n") else "\n"
             return self._encoder.written(text + line_end + written)
-        marks = self.marks
-        body = self._template.written_call(text, call, marks)
-        if not marks.opening:
-            return self._encoder.written(body)
-        words, opening, rest = body.partition(marks.opening)
-        content, closing, tail = rest.rpartition(marks.closing) if marks.closing else (rest, "", "")
-        encoder = self._encoder
-        ids = encoder.written(words) + encoder.mark(opening) + encoder.written(content)
-        return ids + (encoder.mark(closing) + encoder.written(tail) if closing else ())
+        body = written_call(self._template, self.form, text, call)
+        ids: tuple[int, ...] = ()
+        words, rest = body[: len(text)], body[len(text) :]
+        if words == text:
+            ids = self._encoder.written(words)
+        else:  # the template changes the words, or the form has none
+            rest = body
+        for is_mark_text, piece in _split(rest, self.form.all_marks):
+            ids += self._encoder.mark(piece) if is_mark_text else self._encoder.written(piece)
+        return ids
 
     def action(self, token_ids: Sequence[int]) -> str:
         """Decode a completion for the environment, without its end-of-turn token.
 
         A call in the model's own form is converted to the form that environments read.
         """
+        text = self._text_of_turn(token_ids)
+        if self.call_format != "tool_call" or self.form == HERMES:
+            return text
+        return canonical(text, self.form, self._types)
+
+    def _text_of_turn(self, token_ids: Sequence[int]) -> str:
         if token_ids and token_ids[-1] in self.stop_token_ids:
             token_ids = token_ids[:-1]
-        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
-        return canonical(text, self.marks)
+        return self.decode(token_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, marks included."""
@@ -252,7 +371,7 @@ class Renderer:
         The end of a call may be spread over several tokens, and a token may extend past it; the
         token that completes the call is the last one to keep.
         """
-        watch = call_watcher(self.call_format, self.marks)
+        watch = self._watcher()
         stream = DecodeStream(skip_special_tokens=False)
         num_pending = 0
 
@@ -270,8 +389,23 @@ class Renderer:
 
         return feed
 
+    def _watcher(self) -> Callable[[str], bool]:
+        if self.call_format == "tool_call":
+            return watcher(self.form, self._types, self._max_calls)
+        return call_watcher(self.call_format)
+
+    def has_call(self, text: str) -> bool:
+        """Whether a text contains the calls after which generation should stop."""
+        return self._watcher()(text)
+
+    def sample_calls(self) -> tuple[int, ...]:
+        """Encode as many native calls of the first tool as a turn may have."""
+        name = self._template.tool_names[0]
+        ids = self._written("", ToolCall(name, PROBE))
+        return ids * self._max_calls
+
     def cut(self, completion: Completion) -> Completion:
-        """Drop the tokens after the first call, with their logprobs and versions."""
+        """Drop what follows the last call that a turn may have, logprobs and versions included."""
         matches = self.stop_matcher()
         for index, token_id in enumerate(completion.token_ids):
             if matches(token_id):
@@ -310,6 +444,15 @@ def _check_schemas(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
+def _split(text: str, marks: Sequence[str]) -> list[tuple[bool, str]]:
+    """Cut a text at marks; return its pieces, and whether each is a mark."""
+    if not marks:
+        return [(False, text)]
+    pattern = re.compile("(" + "|".join(map(re.escape, marks)) + ")")
+    pieces = enumerate(pattern.split(text))
+    return [(index % 2 == 1, piece) for index, piece in pieces if piece]
+
+
 def make_renderer(
     config: Config,
     tokenizer: Any,
@@ -321,8 +464,9 @@ def make_renderer(
 ) -> Renderer:
     """Make the renderer for a tokenizer and an environment.
 
-    The environment defines how it reads calls (`call_format`; fenced code if it has none) and which
-    tools the chat template has to show (`tool_schemas`; none if it has none).
+    The environment defines how it reads calls (`call_format`; fenced code if it has none), how many
+    it takes in a turn (`max_calls`; one if it has none) and which tools the chat template has to
+    show (`tool_schemas`; none if it has none).
 
     Args:
         config: Config of the run.
@@ -338,7 +482,11 @@ def make_renderer(
     """
     call_settings = {
         name: env.get_wrapper_attr(attribute)
-        for name, attribute in (("call_format", "call_format"), ("tools", "tool_schemas"))
+        for name, attribute in (
+            ("call_format", "call_format"),
+            ("max_calls", "max_calls"),
+            ("tools", "tool_schemas"),
+        )
         if env.has_wrapper_attr(attribute)
     }
     if tools and call_settings.get("call_format") == "tool_call":
