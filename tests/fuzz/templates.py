@@ -64,6 +64,7 @@ _MARK = re.compile(
     r"<[|\uff5c][^<>{}'\" ]+[|\uff5c]>|</?(?:s|bos|eos|[a-z]+_of_turn)>|\[/?[A-Z_]+\]"
 )
 _ENDS = (
+    "<|return|>",
     "<|im_end|>",
     "<|eot_id|>",
     "<|eot|>",

@@ -120,11 +120,14 @@ def written_call(template: ChatTemplate, form: CallForm, text: str, call: ToolCa
 def start_of_turn(template: ChatTemplate, text: str) -> int:
     """Return where the assistant's turn begins in a conversation that has one, after a task.
 
-    It is where the text first differs from that with a turn of words.
+    It is where the text first differs from that with a turn of words, but not within a mark:
+    `<think>` and `<tool_call>` begin with the same characters.
     """
     head = template.render([user(), words()]).partition(ASSISTANT)[0]
     pairs = enumerate(zip(head, text, strict=False))
-    return next((index for index, (a, b) in pairs if a != b), len(head))
+    start = next((index for index, (a, b) in pairs if a != b), len(head))
+    mark = max(head.rfind(each, 0, start) for each in "<[")
+    return mark if mark >= 0 and not set(head[mark:start]) & set(">]\n") else start
 
 
 def _written(template: ChatTemplate, calls: list[MadeCall]) -> str:

@@ -39,22 +39,24 @@ def _invoke(name: str, prefix: str, section: str) -> CallForm:
     )
 
 
+def _function(name: str, opening: str, closing: str, *, is_on_lines: bool) -> CallForm:
+    """Return a form of `<function=...>` and `<parameter=...>`."""
+    reader = TaggedReader(
+        "<function=NAME><parameter=KEY>VALUE</parameter></function>",
+        name_open="<function=",
+        name_close=">",
+        key_open="<parameter=",
+        key_close=">",
+        value_open="",
+        value_close="</parameter>",
+        is_on_lines=is_on_lines,
+    )
+    return CallForm(name, opening, closing, reader)
+
+
 FORMS: tuple[CallForm, ...] = (
-    CallForm(
-        "qwen3_coder",
-        OPENING,
-        CLOSING,
-        TaggedReader(
-            "<function=NAME><parameter=KEY>VALUE</parameter></function>",
-            name_open="<function=",
-            name_close=">",
-            key_open="<parameter=",
-            key_close=">",
-            value_open="",
-            value_close="</parameter>",
-            is_on_lines=True,
-        ),
-    ),
+    _function("qwen3_coder", OPENING, CLOSING, is_on_lines=True),
+    _function("seed", "<seed:tool_call>", "</seed:tool_call>", is_on_lines=False),
     CallForm(
         "glm",
         OPENING,

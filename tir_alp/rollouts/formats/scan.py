@@ -194,6 +194,8 @@ def watcher(form: CallForm, types: ParameterTypes, max_calls: int) -> Callable[[
     It stops with the piece that completes the last call that a turn may have, or the section of
     calls. A call that only the end of the turn completes never stops it.
     """
+    if form.ends_turn:
+        return lambda piece: False
     scanner, num_calls = CallScanner(form), 0
 
     def watch(piece: str) -> bool:
