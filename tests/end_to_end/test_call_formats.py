@@ -19,6 +19,7 @@ from tests.rollouts.call_templates import FAMILIES, REAL
 from tests.runs import assert_honest, train_with
 from tir_alp.records.trajectories import from_record
 from tir_alp.rollouts.formats import CallForm
+from tir_alp.rollouts.formats.detect import start_of_turn
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.run.command_line import load_config
 from tir_alp.tools.base import function_schema
@@ -29,7 +30,7 @@ from tir_alp.types import StopReason
 FOLDER = os.environ.get("TIR_ALP_TEMPLATES", "")
 TOOLS = (function_schema(PythonTool(None)),)
 PROGRAMS = ('x = "6*7"\nprint(eval(x))', 'print(x + "</tool>")')
-OUTPUTS = ("42\n", "6*7</tool>\n")
+OUTPUTS = ("42", "6*7</tool>")
 
 pytestmark = [pytest.mark.slow, pytest.mark.sandbox, pytest.mark.timeout(300)]
 
@@ -77,7 +78,7 @@ def written_ids(form: CallForm, count: int) -> list[str]:
 def conversation(renderer: Renderer, num_calls: int) -> tuple[str, str]:
     """What the template makes of a turn of calls: the turn, and the conversation with outputs.
 
-    Models whose templates write no calls write them as their forms say.
+    If the template does not keep the prompt, the latter is only what follows the turn. Models whose templates write no calls write them as their forms say.
     """
     template, form = renderer._template, renderer.form
     ids = written_ids(form, num_calls)
@@ -107,8 +108,11 @@ def conversation(renderer: Renderer, num_calls: int) -> tuple[str, str]:
             made = template.render([user, turn])
         except ValueError:
             continue
-        assert made.startswith(prompt)
-        return made.removeprefix(prompt), whole
+        if made.startswith(prompt):
+            return made.removeprefix(prompt), whole
+        # The prompt begins a thought, which the template does not write in its history.
+        after = start_of_turn(template, made)
+        return made[after:], whole[after + len(made[after:]) :]
     raise AssertionError("the template refuses the calls")
 
 
@@ -179,7 +183,10 @@ def test_a_conversation_round_trips(family, tmp_path):
     (question,) = [each for each in questions if each in tokenizer.decode(first.prompt.token_ids)]
     spans = (first.prompt, called.completion, called.observation)
     shown = [token for span in spans for token in span.token_ids]
-    assert tokenizer.decode(shown) == whole.replace("What is 6*7?", question)
+    assert tokenizer.decode(shown).endswith(whole.replace("What is 6*7?", question))
+    assert tokenizer.decode(first.prompt.token_ids) == renderer._template.render(
+        [{"role": "user", "content": question}], generation=True
+    )
 
     assert bad.info["bad_calls"] == 1 and bad.outcome is Outcome.TOOL_ERROR
     assert bad.info["error"] in tokenizer.decode(bad.observation.token_ids)

@@ -66,6 +66,9 @@ SEEDS = {
     "fences in a row": "``` py ",
     "tags": "<tool_call>",
     "closed tags": "<tool_call></tool_call>",
+    "parameters": "<parameter=x>1</parameter>",
+    "keys": "<arg_key>",
+    "heads": "<|message|>to=functions.",
     "lists": "[",
     "objects": '{"a":',
     "quotes": '"',
@@ -206,8 +209,14 @@ def called(text: str) -> None:
         prose(text, call_format)
 
 
+FORMS_OF_EACH_KIND = {
+    (type(form.read), form.ends, bool(form.opening), bool(form.section_end)): form
+    for form in ALL_FORMS
+}.values()
+
+
 def called_in_forms(text: str) -> None:
-    for form in ALL_FORMS:
+    for form in FORMS_OF_EACH_KIND:
         canonical(text, form, TYPES)
         canonical(form.opening + text, form, TYPES)
         watch = watcher(form, TYPES, 2)
@@ -297,7 +306,17 @@ def best_time(read: Callable[[str], object], text: str) -> float:
 @pytest.mark.parametrize(
     "read",
     [
-        *(answered, calculated, called, collected, framed, read_as_calls, received, replied),
+        *(
+            answered,
+            calculated,
+            called,
+            called_in_forms,
+            collected,
+            framed,
+            read_as_calls,
+            received,
+            replied,
+        ),
         *(requested, sent_by_a_server, streamed, watched),
     ],
     ids=lambda read: read.__name__,

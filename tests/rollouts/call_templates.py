@@ -32,11 +32,9 @@ _PYTHON = (
     "{% endif %}"
 )
 
-_DEEPSEEK = ("<\uff5ctool\u2581%s\uff5c>" % each for each in ("calls▁begin", "calls▁end"))
-_BEGIN, _END = _DEEPSEEK
-_CALL_BEGIN, _SEP, _CALL_END = (
-    "<\uff5ctool\u2581%s\uff5c>" % each for each in ("call▁begin", "sep", "call▁end")
-)
+_BEGIN, _END = "<\uff5ctool\u2581calls\u2581begin\uff5c>", "<\uff5ctool\u2581calls\u2581end\uff5c>"
+_CALL_BEGIN = "<\uff5ctool\u2581call\u2581begin\uff5c>"
+_CALL_END, _SEP = "<\uff5ctool\u2581call\u2581end\uff5c>", "<\uff5ctool\u2581sep\uff5c>"
 
 FAMILIES: dict[str, tuple[str, str]] = {
     "hermes": (
