@@ -85,7 +85,8 @@ class ToolCalls:
         if isinstance(call, BadCall):
             return call.error
         if number >= self._max_calls:
-            return f"only {self._max_calls} calls of a turn are run; make this one in another turn"
+            number_run = "one call" if self._max_calls == 1 else f"{self._max_calls} calls"
+            return f"at most {number_run} of a turn can be run; this one and any after it were not"
         if call.name not in self._tools:
             return f"there is no tool named {call.name[:100]!r}; there are: {sorted(self._tools)}"
         if error := self._checks[call.name].error(call.arguments):

@@ -278,7 +278,8 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         earned: Mapping[str, float] = dict.fromkeys(
             [each.name for each in self._rewards] or ["answer"], 0.0
         )
-        calls = find_calls(action, self.call_format)
+        # One more than are run, so that the model reads that the others are not.
+        calls = find_calls(action, self.call_format)[: self.max_calls + 1]
         turn = calls or parse_action(action, self.call_format, self._answer_of)
         match turn:
             case None:

@@ -21,12 +21,13 @@ from tokenizers.decoders import DecodeStream
 
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion
-from tir_alp.rollouts.chat_template import CALL_ID, ChatTemplate, Frame
+from tir_alp.rollouts.chat_template import ChatTemplate
 from tir_alp.rollouts.end_marks import end_mark, is_mark, structure_marks
 from tir_alp.rollouts.formats import (
     HERMES,
     PROBE,
     ParameterTypes,
+    ReadCall,
     canonical,
     find_form,
     read_calls,
@@ -34,7 +35,7 @@ from tir_alp.rollouts.formats import (
     with_tools_shown,
     written_call,
 )
-from tir_alp.rollouts.observation_frames import observation_frames
+from tir_alp.rollouts.output_frames import OutputFrames
 from tir_alp.rollouts.prefix_stability import check_prefix_stability
 from tir_alp.rollouts.surrogates import SURROGATE
 from tir_alp.rollouts.text_encoder import EncodedFrame, TextEncoder
@@ -42,8 +43,6 @@ from tir_alp.tools.calls import CallFormat, ToolCall, call_watcher, write_call
 from tir_alp.types import Origin, StopReason, TokenSpan, cut_version_spans
 
 _MAX_PENDING = 16  # tokens that are no whole character yet
-_MAX_FRAMES = 512  # of outputs to calls with ids, that are kept
-_OTHER_ID = "111111111"
 
 
 class PromptTooLong(ValueError):
@@ -112,13 +111,15 @@ class Renderer:
         _check_schemas(tokenizer, tools)
         self._encoder = TextEncoder(tokenizer)
         self._prompt_frame = self._encoder.frame(self._template.prompt_frame())
-        self._frames: dict[tuple[tuple[str, str], ...], tuple[EncodedFrame, ...]] = {}
-        self._has_names = self._has_ids = False
+        self._outputs: OutputFrames | None = None
         self.no_observations = ""
         """Why the template cannot show an observation; empty if it can."""
         try:
-            self._has_names, self._has_ids = self._find_out_names()
-            frame = self._frames_of((("", ""),))[0]
+            form = self.form if is_native else None
+            self._outputs = OutputFrames(self._template, self._encoder, form)
+            (frame,) = self._outputs.of((), 1)
+            if max_calls > 1:
+                self._outputs.of((), 2)
         except ValueError as error:
             if call_format != "none":
                 raise
@@ -142,6 +143,7 @@ class Renderer:
             tokenizer.eos_token_id if words_mark is None else words_end.before[words_mark]
         )
         """The token that ends a turn in this template."""
+        self._call_end_mark: int = self.end_mark if mark is None else before[mark]
         self.stop_token_ids = frozenset(
             {
                 tokenizer.eos_token_id,
@@ -183,10 +185,16 @@ class Renderer:
             completion: The tokens of the completion before it. They are read if the template writes
                 the name of the tool or the id of the call with an output.
         """
-        if self.no_observations:
+        if self._outputs is None:
             raise ValueError(self.no_observations)
         texts = [text] if isinstance(text, str) else [*text]
-        frames = self._frames_after(completion, len(texts))
+        calls: tuple[ReadCall, ...] = ()
+        if self._outputs.depends_on_calls:
+            calls = read_calls(self._text_of_turn(completion), self.form, self._types)
+        try:
+            frames = self._outputs.of(calls, len(texts))
+        except ValueError:  # more calls than a turn of this template has
+            texts, frames = ["\n".join(texts)], self._outputs.of(calls, 1)
         ids = list(self._rest_of_turn(frames[0].before, after, completion))
         for index, (each, frame) in enumerate(zip(texts, frames, strict=True)):
             ids += (*(frame.before if index else ()), *self._shortened(each, frame))
@@ -223,54 +231,6 @@ class Renderer:
         """The tokens of the mark after a turn's last call; empty if there is none."""
         mark = self.form.section_end if self.call_format == "tool_call" else ""
         return self._encoder.mark(mark) if mark else ()
-
-    def _frames_after(self, completion: Sequence[int], count: int) -> tuple[EncodedFrame, ...]:
-        """Return the frames of the outputs of a completion's calls."""
-        named: list[tuple[str, str]] = []
-        if self._has_names or self._has_ids:
-            calls = read_calls(self._text_of_turn(completion), self.form, self._types)
-            named = [(each.name, each.call_id) for each in calls[:count]]
-        named += [("", "")] * (count - len(named))
-        known = self._template.tool_names
-        key = tuple(
-            (name if self._has_names and name in known else "", each if self._has_ids else "")
-            for name, each in named
-        )
-        try:
-            return self._frames_of(key)
-        except ValueError:  # the template refuses an id that the model wrote
-            return self._frames_of(tuple((name, "") for name, _ in key))
-
-    def _frames_of(self, key: tuple[tuple[str, str], ...]) -> tuple[EncodedFrame, ...]:
-        if key not in self._frames:
-            if len(self._frames) >= _MAX_FRAMES:
-                self._frames.clear()
-            form = self.form if self.call_format == "tool_call" else None
-            names = [name or self._template.tool_names[0] for name, _ in key]
-            ids = [each for _, each in key]
-            frames = observation_frames(self._template, form, names, ids)
-            self._frames[key] = tuple(map(self._encoder.frame, frames))
-        return self._frames[key]
-
-    def _find_out_names(self) -> tuple[bool, bool]:
-        """Find out whether the text around an output depends on the tool's name and the call's id.
-
-        Raises:
-            ValueError: The template cannot show an output.
-        """
-        form = self.form if self.call_format == "tool_call" else None
-        names = self._template.tool_names
-
-        def around(name: str, call_id: str) -> Frame:
-            return replace(observation_frames(self._template, form, [name], [call_id])[0], left="")
-
-        first = around(names[0], CALL_ID)
-        has_names = any(around(name, CALL_ID) != first for name in names[1:])
-        try:
-            has_ids = form is not None and around(names[0], _OTHER_ID) != first
-        except ValueError:
-            has_ids = False
-        return has_names, has_ids
 
     @cached_property
     def _follow_up_frame(self) -> EncodedFrame:
@@ -311,7 +271,7 @@ class Renderer:
         end = next((index for index, token in enumerate(ids, start=1) if matches(token)), None)
         if end is None:
             if call is not None:  # in this form, only the end of the turn ends a call
-                return (*ids, self.end_mark), StopReason.EOS
+                return (*ids, self._call_end_mark), StopReason.EOS
             raise ValueError(
                 f"a tool's output follows, but the turn has no complete call in the format "
                 f"{self.call_format!r}: {text[-80:]!r}"
