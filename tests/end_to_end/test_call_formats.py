@@ -78,9 +78,10 @@ def written_ids(form: CallForm, count: int) -> list[str]:
 def conversation(renderer: Renderer, num_calls: int) -> tuple[str, str]:
     """What the template makes of a turn of calls: the turn, and the conversation with outputs.
 
-    If the template does not keep the prompt, the latter is only what follows the turn. Models whose templates write no calls write them as their forms say.
+    If the template does not keep the prompt, the latter is only what follows the turn. Models
+    whose templates write no calls write them as their forms say.
     """
-    template, form = renderer._template, renderer.form
+    template, form = renderer.template, renderer.form
     ids = written_ids(form, num_calls)
     prompt = template.render([{"role": "user", "content": "What is 6*7?"}], generation=True)
     outputs = [
@@ -184,7 +185,7 @@ def test_a_conversation_round_trips(family, tmp_path):
     spans = (first.prompt, called.completion, called.observation)
     shown = [token for span in spans for token in span.token_ids]
     assert tokenizer.decode(shown).endswith(whole.replace("What is 6*7?", question))
-    assert tokenizer.decode(first.prompt.token_ids) == renderer._template.render(
+    assert tokenizer.decode(first.prompt.token_ids) == renderer.template.render(
         [{"role": "user", "content": question}], generation=True
     )
 

@@ -98,8 +98,9 @@ class Renderer:
         self.clock = clock
         is_native = call_format == "tool_call"
         template = ChatTemplate(tokenizer, system, tuple(tools), clock)
-        self._template = with_tools_shown(template) if is_native else template
-        self.form = find_form(self._template) if is_native else HERMES
+        self.template = with_tools_shown(template) if is_native else template
+        """The chat template, with a system prompt that shows the tools if it does not."""
+        self.form = find_form(self.template) if is_native else HERMES
         """How the model writes calls, if `call_format` is `tool_call`."""
         self._max_calls = max_calls
         if max_calls > 1 and (not is_native or self.form.one_per_turn):
@@ -110,22 +111,22 @@ class Renderer:
         self._types = ParameterTypes.of(tools)
         _check_schemas(tokenizer, tools)
         self._encoder = TextEncoder(tokenizer)
-        self._prompt_frame = self._encoder.frame(self._template.prompt_frame())
+        self._prompt_frame = self._encoder.frame(self.template.prompt_frame())
         self._outputs: OutputFrames | None = None
         self.no_observations = ""
         """Why the template cannot show an observation; empty if it can."""
         try:
             form = self.form if is_native else None
-            self._outputs = OutputFrames(self._template, self._encoder, form)
+            self._outputs = OutputFrames(self.template, self._encoder, form)
             (frame,) = self._outputs.of((), 1)
             if max_calls > 1:
                 self._outputs.of((), 2)
         except ValueError as error:
             if call_format != "none":
                 raise
-            frame = self._encoder.frame(self._template.end_of_turn())
+            frame = self._encoder.frame(self.template.end_of_turn())
             self.no_observations = str(error)
-        template = self._template
+        template = self.template
         rewrites = () if self.no_observations else check_prefix_stability(template)
         if rewrites and rewritten_history == "refuse":
             raise ValueError(
@@ -234,7 +235,7 @@ class Renderer:
 
     @cached_property
     def _follow_up_frame(self) -> EncodedFrame:
-        return self._encoder.frame(self._template.follow_up_frame())
+        return self._encoder.frame(self.template.follow_up_frame())
 
     def follow_up(self, text: str) -> TokenSpan:
         """Encode a user's message after a completion that ended with the end mark.
@@ -295,7 +296,7 @@ class Renderer:
                 )
             line_end = "" if not text or text.endswith("\n") else "\n"
             return self._encoder.written(text + line_end + written)
-        body = written_call(self._template, self.form, text, call)
+        body = written_call(self.template, self.form, text, call)
         ids: tuple[int, ...] = ()
         words, rest = body[: len(text)], body[len(text) :]
         if words == text:
@@ -360,7 +361,7 @@ class Renderer:
 
     def sample_calls(self) -> tuple[int, ...]:
         """Encode as many native calls of the first tool as a turn may have."""
-        name = self._template.tool_names[0]
+        name = self.template.tool_names[0]
         ids = self._written("", ToolCall(name, PROBE))
         return ids * self._max_calls
 

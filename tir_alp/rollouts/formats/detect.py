@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -38,21 +39,29 @@ def with_tools_shown(template: ChatTemplate) -> ChatTemplate:
     """
     if not template.tools or template.shows_tools():
         return template
-    inside = replace(template, is_in_system_message=True)
-    if inside.shows_tools() and _told(inside) is not None:
-        return inside
-    written = _written(template, [MadeCall("NAME", {"KEY": "VALUE"})]).strip()
-    if "NAME" in written:
-        schemas = [json.dumps(each.get("function", each)) for each in template.tools]
-        text = _TOOLS_TEXT.format(schemas="\n".join(schemas), example=written)
-        system = f"{template.system}\n\n{text}" if template.system else text
-        shown = replace(template, system=system)
-        if schemas[0] in shown.render([user()]):
-            return shown
+    for show in (_in_system_message, _in_system_prompt):
+        with contextlib.suppress(ValueError):  # a template may refuse the message
+            if (shown := show(template)) is not None:
+                return shown
     raise ValueError(
         f"the chat template of {template.tokenizer.name_or_path!r} does not show the model its "
         "tools; use one that does, or let the environment do so: env.kwargs.tools_in_prompt = true"
     )
+
+
+def _in_system_message(template: ChatTemplate) -> ChatTemplate | None:
+    inside = replace(template, is_in_system_message=True)
+    return inside if inside.shows_tools() and _told(inside) is not None else None
+
+
+def _in_system_prompt(template: ChatTemplate) -> ChatTemplate | None:
+    written = _written(template, [MadeCall("NAME", {"KEY": "VALUE"})]).strip()
+    if "NAME" not in written:
+        return None
+    schemas = [json.dumps(each.get("function", each)) for each in template.tools]
+    text = _TOOLS_TEXT.format(schemas="\n".join(schemas), example=written)
+    shown = replace(template, system=f"{template.system}\n\n{text}".strip())
+    return shown if schemas[0] in shown.render([user()]) else None
 
 
 def find_form(template: ChatTemplate) -> CallForm:
