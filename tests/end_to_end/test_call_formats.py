@@ -190,4 +190,5 @@ def test_a_conversation_round_trips(family, tmp_path):
     )
 
     assert bad.info["bad_calls"] == 1 and bad.outcome is Outcome.TOOL_ERROR
-    assert bad.info["error"] in tokenizer.decode(bad.observation.token_ids)
+    said = bad.info["error"].partition('"')[0]  # some templates write outputs as JSON
+    assert len(said) > 20 and said in tokenizer.decode(bad.observation.token_ids)

@@ -110,8 +110,9 @@ def written_call(template: ChatTemplate, form: CallForm, text: str, call: ToolCa
     if form.is_in_history:
         prompt = template.render([user()], generation=True)
         whole = template.render([user(), template.calls([made], text)])
-        body = whole.removeprefix(prompt)
-        blocks = [*find_blocks(body, form, types)] if body != whole else []
+        is_kept = whole.startswith(prompt)  # a prompt may begin a thought, which is not kept
+        body = whole[len(prompt) if is_kept else start_of_turn(template, whole) :]
+        blocks = [*find_blocks(body, form, types)]
         if blocks and [each.call for each in blocks[0].calls] == [call]:
             end = blocks[0].end - (len(form.closing) if form.ends_turn else 0)
             return body[:end]
