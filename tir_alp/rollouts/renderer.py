@@ -86,12 +86,8 @@ class Renderer:
         clock: datetime | None = None,
     ) -> None:
         name = tokenizer.name_or_path
-        if not getattr(tokenizer, "is_fast", False):
-            raise ValueError(f"tokenizer {name!r} is not a fast one; convert it to tokenizer.json")
-        if tokenizer.eos_token_id is None:
-            raise ValueError(f"tokenizer {name!r} has no eos token; set eos_token in its config")
-        if not tokenizer.chat_template:
-            raise ValueError(f"tokenizer {name!r} has no chat template; add chat_template.jinja")
+        _check_tokenizer(tokenizer)
+        _check_schemas(tokenizer, tools)
         self._tokenizer = tokenizer
         self._max_observation_tokens = max_observation_tokens
         self.call_format: CallFormat = call_format
@@ -109,7 +105,6 @@ class Renderer:
                 f"turn with the chat template of {name!r}: set env.kwargs.max_calls = 1"
             )
         self._types = ParameterTypes.of(tools)
-        _check_schemas(tokenizer, tools)
         self._encoder = TextEncoder(tokenizer)
         self._prompt_frame = self._encoder.frame(self.template.prompt_frame())
         self._outputs: OutputFrames | None = None
@@ -126,33 +121,34 @@ class Renderer:
                 raise
             frame = self._encoder.frame(self.template.end_of_turn())
             self.no_observations = str(error)
-        template = self.template
-        rewrites = () if self.no_observations else check_prefix_stability(template)
+        rewrites = () if self.no_observations else check_prefix_stability(self.template)
         if rewrites and rewritten_history == "refuse":
             raise ValueError(
                 f"the chat template of {name!r} rewrites history: {'; '.join(rewrites)}. Use a "
                 'template that only appends, or set model.rewritten_history = "append" to train '
                 "on the history as it was sampled"
             )
-        before = frame.before
-        mark = end_mark(tokenizer, before, self._section_end)
-        words_end = frame
-        if self.form.ends_turn:  # the mark after a call is not that after words
-            words_end = self._encoder.frame(template.end_of_turn())
-        words_mark = end_mark(tokenizer, words_end.before, self._section_end)
-        self.end_mark: int = (
-            tokenizer.eos_token_id if words_mark is None else words_end.before[words_mark]
-        )
+        mark = self._end_mark_in(frame)
+        # The mark after a call may not be that after words.
+        words_mark = mark
+        if self.form.ends_turn:
+            words_mark = self._end_mark_in(self._encoder.frame(self.template.end_of_turn()))
+        self.end_mark: int = tokenizer.eos_token_id if words_mark is None else words_mark
         """The token that ends a turn in this template."""
-        self._call_end_mark: int = self.end_mark if mark is None else before[mark]
+        self._call_end_mark: int = self.end_mark if mark is None else mark
         self.stop_token_ids = frozenset(
             {
                 tokenizer.eos_token_id,
-                *(before[mark : mark + 1] if mark is not None else ()),
+                *(() if mark is None else (mark,)),
                 *(each for each in end_token_ids if is_mark(tokenizer, each)),
             }
         )
         """A completion ends with the first of these tokens that is sampled."""
+
+    def _end_mark_in(self, frame: EncodedFrame) -> int | None:
+        """Return the token that ends a turn, in the text after it; None if it is text."""
+        index = end_mark(self._tokenizer, frame.before, self._section_end)
+        return None if index is None else frame.before[index]
 
     def prompt(self, text: str) -> TokenSpan:
         """Encode a task as the policy reads it, up to the start of its first completion."""
@@ -386,6 +382,16 @@ class Renderer:
         """
         text = frame.content.written(SURROGATE.sub("\ufffd", text))
         return self._encoder.content(frame.lead + text, frame.starts_text)
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    name = tokenizer.name_or_path
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokenizer {name!r} is not a fast one; convert it to tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer {name!r} has no eos token; set eos_token in its config")
+    if not tokenizer.chat_template:
+        raise ValueError(f"tokenizer {name!r} has no chat template; add chat_template.jinja")
 
 
 def _check_schemas(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> None:
