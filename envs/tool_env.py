@@ -2,7 +2,7 @@ r"""The base class of environments: a source of tasks, a prompt, tools and a gra
 
 Text in, text out. One `step` is one turn of the model, and a turn does one of three things:
 
-* It makes a tool call: the observation is the tool's text, and the episode continues.
+* It makes tool calls: the observation is the tools' texts, and the episode continues.
 * It answers, in `\boxed{...}` unless an environment defines another form: the answer is graded, and
   the episode terminates.
 * It does neither: the turn is void, and the episode terminates without an answer.
@@ -20,7 +20,7 @@ import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypedDict
 
 import gymnasium
@@ -32,22 +32,21 @@ from tir_alp.envs.reward_functions import grade_by, read_rewards
 from tir_alp.envs.reward_shaping import EpisodeFacts, RewardShaping, reward_terms
 from tir_alp.envs.spaces import TextSpace
 from tir_alp.envs.tasks import TaskSource
+from tir_alp.envs.tool_calls import ToolCalls, recorded_results, summary
 from tir_alp.envs.transcript import METADATA, Transcript
-from tir_alp.tools.arguments import ArgumentCheck
 from tir_alp.tools.base import (
     ReportingTool,
     Tool,
     ToolResult,
-    ToolSession,
     TriedTool,
     function_schema,
-    refused_call,
 )
 from tir_alp.tools.calls import (
     CALL_FORMATS,
     BadCall,
     CallFormat,
     ToolCall,
+    find_calls,
     write_call,
 )
 from tir_alp.tools.held_out import is_held_out
@@ -73,9 +72,11 @@ class StepInfo:
     """
 
     outcome: str = Outcome.OK.value
-    """Value of the `Outcome` of the tool call or the grading; "ok" if there was neither."""
+    """Value of the `Outcome` of the tool calls or the grading; "ok" if there was neither."""
     tool_calls: int = 0
     """Number of tool calls in this step."""
+    bad_calls: int = 0
+    """Number of them that could not be read, so that no tool was asked."""
     void: bool = False
     """Whether the turn contained neither a call nor an answer."""
     answer: str | None = None
@@ -85,7 +86,10 @@ class StepInfo:
     error: str = ""
     """Description of a failure, for people."""
     tool_s: float = 0.0
-    """Duration of the tool call in seconds, queueing included."""
+    """Duration of the tool calls in seconds, added up, queueing included."""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    """If there are several calls, for each the fields of its `ToolResult`: `outcome`, `text`, which
+    is what the model reads, `duration_s` and `error`."""
     rewards: dict[str, float] = field(default_factory=dict)
     """The terms whose sum is the reward of an episode's last step; empty in earlier steps, and if
     infrastructure failed."""
@@ -101,6 +105,8 @@ class EnvSettings(TypedDict, total=False):
     instruction: str | None
     max_turns: int
     call_format: CallFormat
+    max_calls: int
+    parallel_calls: bool
     tools_in_prompt: bool
     observation: str
     shaping: Mapping[str, float] | None
@@ -121,6 +127,9 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         max_turns: Number of turns after which an episode without an answer is truncated.
         call_format: How calls are written; see `tir_alp.tools.calls`. None: "fenced" if there is a
             tool named `python`, "tool_call" if there are only others, "none" without tools.
+        max_calls: Number of calls that a turn may have; with fenced code, 1.
+        parallel_calls: Whether the calls of a turn run at the same time, unless they share the
+            session of a tool.
         tools_in_prompt: Whether the prompt describes the tools and how to call them. If not, the
             chat template has to; it finds the tools in `tool_schemas`.
         observation: Wording of observations; `{output}` stands for the output of the tool.
@@ -144,6 +153,8 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         instruction: str | None = None,
         max_turns: int = 5,
         call_format: CallFormat | None = None,
+        max_calls: int = 1,
+        parallel_calls: bool = False,
         tools_in_prompt: bool = False,
         observation: str = "{output}",
         shaping: Mapping[str, float] | None = None,
@@ -159,6 +170,11 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
             call_format = "fenced" if "python" in names else "tool_call" if names else "none"
         if call_format not in CALL_FORMATS:
             raise ValueError(f"call_format is {call_format!r}; it must be one of {CALL_FORMATS}")
+        if max_calls < 1 or (max_calls > 1 and call_format != "tool_call"):
+            raise ValueError(
+                f"max_calls is {max_calls}: with call_format = {call_format!r}, a turn has at most "
+                f"{'any positive number' if call_format == 'tool_call' else 1}"
+            )
         if "{output}" not in observation:
             raise ValueError(f"observation is {observation!r}: it must contain {{output}}")
         try:
@@ -171,6 +187,7 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         self.observation_space = TextSpace()
         self.action_space = TextSpace()
         self.call_format: CallFormat = call_format
+        self.max_calls = max_calls
         schemas = [function_schema(tool) for tool in tools]
         shown = call_format == "tool_call" and not tools_in_prompt
         self.tool_schemas: tuple[dict[str, Any], ...] = tuple(schemas) if shown else ()
@@ -184,11 +201,10 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         if len(self._tools) < len(tools):
             names = sorted(tool.name for tool in tools)
             raise ValueError(f"the tools of an environment need different names, not {names}")
-        self._checks = {tool.name: ArgumentCheck(tool.name, tool.parameters) for tool in tools}
+        self._calls = ToolCalls(self._tools, max_calls, is_parallel=parallel_calls)
         self._tasks = tasks
         self._max_turns = max_turns
         self._observation = observation
-        self._sessions: dict[str, ToolSession] = {}
         self._task: dict[str, Any] | None = None  # None: no episode is under way
         self._recorded: Sequence[Mapping[str, Any] | None] | None = None
         self._num_turns = self._num_chars = self._good_calls = 0
@@ -223,7 +239,7 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
             options: `{"task": {...}}` sets the task. Without it one is drawn, from a split if
                 `split` is "train" or "held_out". To replay a recorded episode, `tool_results` has
                 one entry per turn: None if no tool was called, else the fields of a `ToolResult`,
-                which is used in place of the tool's.
+                which is used in place of the tool's, or a list of them for several calls.
 
         Returns:
             The prompt, and `{"task": {...}}` with the complete task, its answer included.
@@ -262,7 +278,9 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         earned: Mapping[str, float] = dict.fromkeys(
             [each.name for each in self._rewards] or ["answer"], 0.0
         )
-        turn = parse_action(action, self.call_format, self._answer_of)
+        # One more than are run, so that the model reads that the others are not.
+        calls = find_calls(action, self.call_format)[: self.max_calls + 1]
+        turn = calls or parse_action(action, self.call_format, self._answer_of)
         match turn:
             case None:
                 terminated = True
@@ -278,15 +296,18 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
                     correct=grade.correct,
                     error=grade.error,
                 )
-            case call:
-                result, observation = self._call_tool(call)
-                self._good_calls += result.outcome is Outcome.OK
-                truncated = result.outcome.is_infrastructure or self._num_turns >= self._max_turns
+            case _:
+                results, observation = self._call_tools(calls)
+                outcome, error, seconds = summary(results)
+                self._good_calls += sum(each.outcome is Outcome.OK for each in results)
+                truncated = outcome.is_infrastructure or self._num_turns >= self._max_turns
                 info = StepInfo(
-                    outcome=result.outcome.value,
-                    tool_calls=1,
-                    error=result.error,
-                    tool_s=result.duration_s,
+                    outcome=outcome.value,
+                    tool_calls=len(calls),
+                    bad_calls=sum(isinstance(each, BadCall) for each in calls),
+                    error=error,
+                    tool_s=seconds,
+                    calls=[_to_row(each) for each in results] if len(calls) > 1 else [],
                 )
         rewards: dict[str, float] = {}
         if terminated or truncated:
@@ -334,11 +355,11 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
         self._end_episode()
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._sessions:
+        if self._calls.sessions:
             raise TypeError(
                 f"{type(self).__name__} cannot be pickled while it has an open session of "
-                f"{' and '.join(map(repr, self._sessions))}: pickle it before the first tool call "
-                "of an episode, or after reset() or close()"
+                f"{' and '.join(map(repr, self._calls.sessions))}: pickle it before the first "
+                "tool call of an episode, or after reset() or close()"
             )
         return dict(self.__dict__)
 
@@ -363,39 +384,32 @@ class ToolEnv(gymnasium.Env[str, str], ABC):
             f"{_MAX_DRAWS} draws"
         )
 
-    def _call_tool(self, call: ToolCall | BadCall) -> tuple[ToolResult, str]:
-        """Run a call, or take its recorded result; return the result and the observation."""
+    def _call_tools(self, calls: Sequence[ToolCall | BadCall]) -> tuple[list[ToolResult], str]:
+        """Run calls, or take their recorded results; return results and observation."""
         if self._recorded is not None:
-            result = self._recorded_result()
-            return result, result.text
-        result = self._run_tool(call)
-        return result, self._observation.replace("{output}", result.text)
-
-    def _run_tool(self, call: ToolCall | BadCall) -> ToolResult:
-        if isinstance(call, BadCall):
-            return refused_call(call.error)
-        tool = self._tools.get(call.name)
-        if tool is None:
-            return refused_call(
-                f"there is no tool named {call.name[:100]!r}; there are: {sorted(self._tools)}"
-            )
-        if error := self._checks[call.name].error(call.arguments):
-            return refused_call(f"the arguments of {call.name!r} do not fit: {error}")
-        if call.name not in self._sessions:
-            self._sessions[call.name] = tool.open_session()
-        return tool.run(call.arguments, self._sessions[call.name])
-
-    def _recorded_result(self) -> ToolResult:
-        """Return the recorded result of the tool call in this turn."""
-        assert self._recorded is not None
-        turn = self._num_turns - 1
-        result = self._recorded[turn] if turn < len(self._recorded) else None
-        if result is None:
-            raise ValueError(f"turn {turn} has a tool call, but tool_results has no result for it")
-        return ToolResult(**{**result, "outcome": Outcome(result["outcome"])})
+            turn = self._num_turns - 1
+            recorded = self._recorded[turn] if turn < len(self._recorded) else None
+            results = recorded_results(recorded, len(calls))
+            if results is None:
+                raise ValueError(
+                    f"turn {turn} has a tool call, but tool_results has no result for it"
+                )
+        else:
+            results = [
+                replace(each, text=self._observation.replace("{output}", each.text))
+                for each in self._calls.run(calls)
+            ]
+        return results, "\n".join(each.text for each in results)
 
     def _end_episode(self) -> None:
         self._task = None
-        while self._sessions:
-            _, session = self._sessions.popitem()
-            session.close()
+        self._calls.close()
+
+
+def _to_row(result: ToolResult) -> dict[str, Any]:
+    return {
+        "outcome": result.outcome.value,
+        "text": result.text,
+        "duration_s": result.duration_s,
+        "error": result.error,
+    }

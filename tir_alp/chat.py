@@ -21,6 +21,7 @@ from tir_alp.algorithm.section import merge
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion, Engine, EngineFailed, Sampling
 from tir_alp.process import run_command, torch_imports
+from tir_alp.rollouts.outputs import outputs_of
 from tir_alp.run.command_line import Command, overlay
 from tir_alp.run.model_choice import MODEL_OPTIONS, Model, choose_model
 
@@ -104,7 +105,9 @@ class Conversation:
             if terminated or truncated:
                 self._end_turn(completion)
                 return
-            self.token_ids += self.renderer.observation(output, completion.stop_reason).token_ids
+            self.token_ids += self.renderer.observation(
+                outputs_of(output, info), completion.stop_reason, completion.token_ids
+            ).token_ids
 
     def _end_turn(self, completion: Completion) -> None:
         """Close the model's turn, so that a user's message can follow."""

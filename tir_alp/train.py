@@ -25,6 +25,7 @@ from tir_alp.process import run_command, torch_imports
 from tir_alp.records.folder import RunFolder, read_run_config
 from tir_alp.records.trajectories import state_to_record
 from tir_alp.roles import RoleLost
+from tir_alp.rollouts.call_metrics import call_metrics
 from tir_alp.rollouts.evaluation import play_sets, summary
 from tir_alp.rollouts.queue import RolloutsFailed
 from tir_alp.rollouts.renderer import PromptTooLong
@@ -112,6 +113,7 @@ async def learn(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> dict[
     metrics = await update(run, groups, step)
     metrics["time/train"] = time.monotonic() - began
     metrics |= rollout_metrics(groups, step, run.rollouts.replaced)
+    metrics |= call_metrics(groups, run.rollouts.replaced)
     record(run, groups, step)
     await check_health(run, metrics, step)
     return metrics

@@ -7,13 +7,12 @@ from hypothesis import strategies as st
 from tir_alp.envs.parsing import Answer, parse_action
 from tir_alp.tools.boxed import extract_boxed
 from tir_alp.tools.calls import (
-    HERMES,
     BadCall,
-    CallMarks,
     ToolCall,
     call_blocks,
     call_watcher,
     find_call,
+    find_calls,
     read_call,
     write_call,
 )
@@ -214,14 +213,14 @@ TAGS = ["<tool_call>", "</tool_call>", "<tool", "_call>", "</", "<", ">", "{}", 
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(TAGS)), st.sampled_from([HERMES, CallMarks("<tool", "_call>")]))
-def test_the_stop_rule_fires_with_the_piece_that_ends_the_marked_call(pieces, marks):
-    watch = call_watcher("tool_call", marks)
+@given(st.lists(st.sampled_from(TAGS)), st.integers(1, 3))
+def test_the_stop_rule_fires_with_the_piece_that_ends_the_last_marked_call(pieces, max_calls):
+    watch = call_watcher("tool_call", max_calls)
     fired = next((count for count, each in enumerate(pieces, 1) if watch(each)), None)
     ends = [
         count
         for count in range(len(pieces) + 1)
-        if any(block.is_complete for block in call_blocks("".join(pieces[:count]), marks))
+        if sum(block.is_complete for block in call_blocks("".join(pieces[:count]))) >= max_calls
     ]
     assert fired == (ends[0] if ends else None)
 
@@ -269,12 +268,12 @@ def test_braces_in_strings_are_not_counted():
     assert read_call(content) == ToolCall("f", {"text": '}{ " ] {'})
 
 
-def test_a_list_of_calls_may_lack_its_end():
-    marks = CallMarks("[TOOL_CALLS]", "", in_list=True)
-    made = ToolCall("f", {"x": [1, {}]})
-    whole = '[{"name": "f", "arguments": {"x": [1, {}]}}]'
-    for num_missing in range(4):
-        assert read_call(whole[: len(whole) - num_missing], marks) == made
+def test_a_call_without_its_closing_mark_is_a_bad_call():
+    made = '<tool_call>{"name": "f", "arguments": {}}'
+    assert find_calls(f"{made}</tool_call>{made}", "tool_call") == (
+        ToolCall("f", {}),
+        BadCall("the call is not complete: it does not end with </tool_call>"),
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import contextlib
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +9,8 @@ from gymnasium.error import ResetNeeded
 
 from tir_alp.envs.grading import Grade
 from tir_alp.envs.tool_env import ToolEnv
-from tir_alp.tools.base import ToolReport, ToolResult
+from tir_alp.tools.base import NoSession, ToolReport, ToolResult
+from tir_alp.tools.calls import ToolCall, write_call
 from tir_alp.tools.outcome import Outcome
 
 CODE = "```python\nprint(42)\n```"
@@ -71,11 +74,13 @@ def info(**changes):
     nothing = {
         "outcome": "ok",
         "tool_calls": 0,
+        "bad_calls": 0,
         "void": False,
         "answer": None,
         "correct": None,
         "error": "",
         "tool_s": 0.0,
+        "calls": [],
         "rewards": {},
     }
     return nothing | changes
@@ -316,3 +321,107 @@ def test_a_call_without_a_recorded_result_is_refused():
     env.reset(options={"task": TASKS[3], "tool_results": [None]})
     with pytest.raises(ValueError, match="turn 0 has a tool call, but tool_results has no result"):
         env.step(CODE)
+
+
+# ------------------------------------------------------------------------ several calls in a turn
+
+
+class Meeting:
+    """A tool whose calls wait for one another, and that keeps nothing unless it is told to."""
+
+    description, parameters = "", {"type": "object", "properties": {"n": {"type": "integer"}}}
+
+    def __init__(self, name, size, session=NoSession):
+        self.name, self.session = name, session
+        self.barrier = threading.Barrier(size)
+        self.began, self.num_inside, self.most_inside = [], 0, 0
+
+    def open_session(self):
+        return self.session()
+
+    def run(self, arguments, session):
+        self.began.append(arguments["n"])
+        self.num_inside += 1
+        self.most_inside = max(self.most_inside, self.num_inside)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.barrier.wait(timeout=0.5 if self.barrier.parties > 1 else None)
+        self.num_inside -= 1
+        return ToolResult(outcome=Outcome.OK, text=f"{self.name} {arguments['n']}", duration_s=0.5)
+
+
+class Notebook:
+    """A session that keeps something."""
+
+    def close(self):
+        pass
+
+
+def marked(*calls):
+    return "".join(
+        write_call(ToolCall(name, arguments), "tool_call") or "" for name, arguments in calls
+    )
+
+
+def turn_of(tools, *calls, **settings):
+    env = Quiz(tools=tools, tasks=TASKS, call_format="tool_call", **settings)
+    env.reset(options={"task": TASKS[3]})
+    return env.step(marked(*calls))
+
+
+def test_the_calls_of_a_turn_run_in_order_and_each_has_its_output():
+    tool = Meeting("meet", 1)
+    observation, _, _, _, info = turn_of(
+        [tool], *[("meet", {"n": n}) for n in (2, 1)], ("meet", {"n": "x"}), max_calls=3
+    )
+    assert tool.began == [2, 1] and tool.most_inside == 1
+    assert [each["text"] for each in info["calls"][:2]] == ["meet 2", "meet 1"]
+    assert [each["outcome"] for each in info["calls"]] == ["ok", "ok", "tool_error"]
+    assert observation.startswith("meet 2\nmeet 1\nError: the arguments of 'meet' do not fit")
+    assert (info["outcome"], info["tool_calls"], info["bad_calls"]) == ("tool_error", 3, 0)
+    assert info["tool_s"] == 1.0
+
+
+def test_calls_that_keep_nothing_run_at_the_same_time_if_they_may():
+    tool = Meeting("meet", 3)
+    calls = [("meet", {"n": n}) for n in range(3)]
+    turn_of([tool], *calls, max_calls=3, parallel_calls=True)
+    assert tool.most_inside == 3 and not tool.barrier.broken
+
+
+def test_calls_that_share_a_session_run_in_order():
+    tool = Meeting("meet", 2, session=Notebook)
+    calls = [("meet", {"n": n}) for n in range(3)]
+    turn_of([tool], *calls, max_calls=3, parallel_calls=True)
+    assert tool.most_inside == 1 and tool.began == [0, 1, 2]
+
+
+def test_a_turn_has_one_more_answer_than_calls_that_are_run_at_most():
+    tool = Meeting("meet", 1)
+    info = turn_of([tool], *[("meet", {"n": n}) for n in range(9)], max_calls=2)[4]
+    assert tool.began == [0, 1] and info["tool_calls"] == 3
+    assert "at most 2 calls of a turn can be run" in info["calls"][2]["text"]
+
+
+def test_several_recorded_results_take_the_place_of_the_tools():
+    tool = Meeting("meet", 1)
+    calls = [("meet", {"n": n}) for n in range(2)]
+    played = turn_of([tool], *calls, max_calls=2)
+    env = Quiz(tools=[tool], tasks=TASKS, call_format="tool_call", max_calls=2)
+    env.reset(options={"task": TASKS[3], "tool_results": [played[4]["calls"]]})
+    assert env.step(marked(*calls)) == played
+    assert tool.began == [0, 1]
+
+
+def test_a_call_that_is_not_complete_is_answered_and_counted():
+    observation, _, terminated, _, info = turn_of([Meeting("meet", 1)])
+    assert (terminated, info["void"]) == (True, True)
+    env = Quiz(tools=[Meeting("meet", 1)], tasks=TASKS)
+    env.reset(options={"task": TASKS[3]})
+    observation, _, terminated, _, info = env.step('<tool_call>{"name": "meet"')
+    assert observation == "Error: the call is not complete: it does not end with </tool_call>"
+    assert (terminated, info["bad_calls"], info["tool_calls"]) == (False, 1, 1)
+
+
+def test_fenced_code_has_one_call_per_turn():
+    with pytest.raises(ValueError, match="max_calls is 2: with call_format = 'fenced'"):
+        Quiz(tools=[Meeting("python", 1)], tasks=TASKS, max_calls=2)

@@ -22,13 +22,24 @@ from hypothesis import strategies as st
 from tests.envs.test_tool_env import TASKS, Quiz
 from tir_alp.envs.parsing import boxed_answer, parse_action
 from tir_alp.envs.reasoning_gym_env import _tagged, is_program
+from tir_alp.rollouts.formats import (
+    FORMS,
+    HERMES,
+    TOLD,
+    CallForm,
+    ParameterTypes,
+    canonical,
+    read_calls,
+    watcher,
+)
+from tir_alp.rollouts.formats.readers import JsonReader
 from tir_alp.tools.boxed import extract_boxed
 from tir_alp.tools.calculator import evaluate
 from tir_alp.tools.calls import (
     CALL_FORMATS,
-    CallMarks,
-    canonical,
+    BadCall,
     find_call,
+    find_calls,
     has_call,
     read_call,
 )
@@ -84,13 +95,32 @@ _PIECES = (
 _BOXED_SEVEN = re.compile(r"\\boxed\s*\{\s*7\s*\}")
 """An answer that scores, described without the parsers: no text may score without a match."""
 
-_MARKS = (
-    CallMarks(),
-    CallMarks("[TOOL_CALLS]", "", in_list=True),
-    CallMarks("", "", arguments_key="parameters"),
+ALL_FORMS = (
+    HERMES,
+    *FORMS,
+    *(form for _, form in TOLD),
+    CallForm("json", "[TOOL_CALLS]", "", JsonReader(in_list=True)),
+    CallForm("json", "", "", JsonReader(arguments_key="parameters"), starts="{"),
+)
+_MARKS = sorted({mark for form in ALL_FORMS for mark in form.all_marks})
+TYPES = ParameterTypes.of(
+    [
+        {
+            "name": "python",
+            "parameters": {"properties": {"code": {"type": "string"}, "n": {"type": "integer"}}},
+        }
+    ]
+)
+_LONG = 1000  # characters; a longer text is fed in pieces of as many
+_INNER = (
+    *("python", "functions.python:0", '{"code": "1"}', "<function=python>", "<parameter=code>"),
+    *("</parameter>", "</function>", "<arg_key>code</arg_key>", "<arg_value>1</arg_value>"),
+    *('python">', '<parameter name="code">1</parameter>', "[python(code='1')]", "<|start|>"),
+    *('[{"name": "python", "arguments": {}}]', "function", "\npython\n", "commentary json"),
 )
 _texts = st.one_of(
     st.lists(st.sampled_from(_PIECES), max_size=40).map("".join),
+    st.lists(st.sampled_from((*_PIECES, *_MARKS, *_INNER)), max_size=40).map("".join),
     st.text(max_size=60),
     st.tuples(
         st.lists(st.sampled_from(_PIECES), max_size=8).map("".join),
@@ -107,8 +137,9 @@ def read(text: str, seen: Counter[str]) -> None:
         seen[type(action).__name__] += 1
         call = find_call(text, call_format)
         # The end of a turn ends its last line; generation goes on until one of them is there.
-        assert has_call(text + "\n", call_format) == (call is not None)
-        assert call is not None or not has_call(text, call_format)
+        is_whole = call is not None and not _is_unfinished(call)
+        assert has_call(text + "\n", call_format) == is_whole
+        assert is_whole or not has_call(text, call_format)
         if call is not None:
             assert action == call
         else:
@@ -117,11 +148,10 @@ def read(text: str, seen: Counter[str]) -> None:
             assert answer is None or (re.search(r"\\boxed|\\fbox", text) and answer in text)
     extract_boxed(text)
     read_call(text)
-    for marks in _MARKS:
-        canonical(text, marks)
-        if has_call(text, "tool_call", marks):
-            # If generation stops for a call, the environment must see one, even a bad one.
-            assert find_call(canonical(text, marks), "tool_call") is not None
+    # A long text is read in a few forms, which differ from text to text.
+    some = ALL_FORMS if len(text) < _LONG else ALL_FORMS[len(text) % 7 :: 7]
+    for form in some:
+        read_in_form(text, form)
     tagged = _tagged(text)
     assert tagged is None or ("<answer>" in text and tagged in text)
     is_program(text)
@@ -129,6 +159,29 @@ def read(text: str, seen: Counter[str]) -> None:
         evaluate(text)
     except (ValueError, ZeroDivisionError):
         seen["not arithmetic"] += 1
+
+
+def read_in_form(text: str, form: CallForm) -> None:
+    """Read a text in a form: the stop rule, whole or by pieces, and the environment agree."""
+    action = canonical(text, form, TYPES)
+    found = find_calls(action, "tool_call")
+    calls = read_calls(text, form, TYPES)
+    if form != HERMES:
+        assert len(found) == len(calls)
+        for read, seen in zip(calls, found, strict=True):
+            assert isinstance(read.call, BadCall) == isinstance(seen, BadCall)
+    for max_calls in (1, 2):
+        stops = watcher(form, TYPES, max_calls)(text)
+        watch = watcher(form, TYPES, max_calls)
+        size = 1 if len(text) < _LONG else _LONG
+        pieces = [text[start : start + size] for start in range(0, len(text), size)]
+        assert any([watch(piece) for piece in pieces]) == stops
+        # If generation stops for a call, the environment must see one, even a bad one.
+        assert not stops or found
+
+
+def _is_unfinished(call: object) -> bool:
+    return isinstance(call, BadCall) and call.error.startswith("the call is not complete")
 
 
 def play(text: str, seen: Counter[str]) -> None:

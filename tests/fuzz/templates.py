@@ -2,8 +2,9 @@
 
     python -m tests.fuzz.templates --fetch FOLDER
 
-downloads public packages that contain chat templates (trl and axolotl from PyPI and, where there is
-npm, @huggingface/ollama-utils) to a folder outside this repository, and examines the templates.
+downloads public packages that contain chat templates (trl, axolotl and the source of
+llama-cpp-python from PyPI and, where there is npm, @huggingface/ollama-utils) to a folder outside
+this repository, and examines the templates.
 What becomes of each is in `template_verdicts.tsv`, one row per template and one column per form of
 calls; the command prints what differs from it, and then returns 1. Without `--fetch` it examines
 what is in the folder, and `--write` rewrites the table, after a change that is meant.
@@ -40,6 +41,7 @@ from tir_alp.types import StopReason
 TABLE = Path(__file__).with_name("template_verdicts.tsv")
 FEWEST = 60  # templates that are examined at all
 _WHEELS = ("trl==1.16.0", "axolotl==0.19.0")
+_SOURCE = "llama-cpp-python==0.3.36"
 _NPM = "@huggingface/ollama-utils@0.0.18"
 CLOCK = datetime(2026, 1, 31, 23, 59)
 TOOLS = (
@@ -64,6 +66,7 @@ _MARK = re.compile(
     r"<[|\uff5c][^<>{}'\" ]+[|\uff5c]>|</?(?:s|bos|eos|[a-z]+_of_turn)>|\[/?[A-Z_]+\]"
 )
 _ENDS = (
+    "<|return|>",
     "<|im_end|>",
     "<|eot_id|>",
     "<|eot|>",
@@ -89,6 +92,14 @@ def fetch(folder: Path) -> None:
                 for file in wheel.namelist():
                     if file.endswith(".jinja"):
                         (folder / f"{package}-{Path(file).name}").write_bytes(wheel.read(file))
+        source = ["pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", name]
+        subprocess.run([sys.executable, "-m", *source, _SOURCE], check=True)
+        with tarfile.open(next(downloads.glob("llama_cpp_python-*.tar.gz"))) as package:
+            for member in package:
+                if re.search(r"/models/templates/[^/]+\.jinja$", member.name):
+                    text = package.extractfile(member)
+                    assert text is not None
+                    (folder / f"llamacpp-{Path(member.name).name}").write_bytes(text.read())
         if shutil.which("npm") is None:
             print(f"{_NPM} is left out: there is no npm here", file=sys.stderr)
             return
@@ -135,12 +146,12 @@ def examine(template: str, call_format: CallFormat, words: str) -> str:
         return str(error)
     assert not ordinary_tokens(tokenizer, renderer.stop_token_ids), "it stops at text"
     assert renderer.observation("1", StopReason.STOP).token_ids
-    if native and not renderer.marks.opening:
+    if native and not renderer.form.opening:
         words = ""
     pieces = [tokenizer.decode(renderer.prompt("What is 6*7?").token_ids)]
     for output in OUTPUTS:
         pieces.append(tokenizer.decode(renderer.observation(output, StopReason.STOP).token_ids))
-    whole = _render(tokenizer, native, words)
+    whole = _render(renderer, native, words)
     assert whole.startswith(pieces[0]), f"the prompt {pieces[0]!r} is not in {whole!r}"
     assert whole.endswith(pieces[-1]), f"the observation {pieces[-1]!r} is not in {whole!r}"
     turns = list(_between(whole, pieces))
@@ -162,7 +173,7 @@ def _between(whole: str, pieces: list[str]) -> Iterator[str]:
         position = start + len(piece)
 
 
-def _render(tokenizer: Any, native: bool, words: str) -> str:
+def _render(renderer: Renderer, native: bool, words: str) -> str:
     """Render three turns, as whoever deploys the model does."""
     arguments: Any = {"code": "6*7"}
     for form in (arguments, json.dumps(arguments)):
@@ -175,13 +186,8 @@ def _render(tokenizer: Any, native: bool, words: str) -> str:
             answer = {"role": "tool", "name": "python", "tool_call_id": "000000000"}
             messages += [turn, {**answer, "content": output}]
         try:
-            return tokenizer.apply_chat_template(
-                messages,
-                tools=list(TOOLS) if native else None,
-                tokenize=False,
-                add_generation_prompt=True,
-                strftime_now=CLOCK.strftime,
-            )
+            # The system prompt, too, is that of the renderer: it may have to show the tools.
+            return renderer.template.render(messages, generation=True)
         except Exception as error:
             problem = error
     raise AssertionError(f"it does not render the conversation: {problem!r}")
@@ -192,7 +198,7 @@ _REASONS = {
     "no calls": "writes no calls",
     "form of calls": "writes a call as",
     "marks of calls": "between words and a call",
-    "names of tools": "writes a tool's name before its output",
+    "place of calls": "does not write 1 calls in one turn",
     "drops thinking": "it drops the thinking of a turn",
     "shortens outputs": "it shortens a long output",
     "changes earlier text": "changes the text before it",

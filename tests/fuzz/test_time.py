@@ -16,16 +16,17 @@ pytest.importorskip("mcp")
 from mcp.types import jsonrpc_message_adapter
 from pydantic import ValidationError
 
+from tests.fuzz.parsers import ALL_FORMS, TYPES
 from tir_alp.envs.parsing import parse_action
 from tir_alp.envs.reasoning_gym_env import _tagged, is_program
+from tir_alp.rollouts.formats import canonical, watcher
+from tir_alp.rollouts.formats.readers import JsonReader
 from tir_alp.tools.boxed import extract_boxed
 from tir_alp.tools.calculator import evaluate
 from tir_alp.tools.calls import (
     CALL_FORMATS,
     CallFormat,
-    CallMarks,
     call_watcher,
-    canonical,
     find_call,
     has_call,
     prose,
@@ -65,6 +66,9 @@ SEEDS = {
     "fences in a row": "``` py ",
     "tags": "<tool_call>",
     "closed tags": "<tool_call></tool_call>",
+    "parameters": "<parameter=x>1</parameter>",
+    "keys": "<arg_key>",
+    "heads": "<|message|>to=functions.",
     "lists": "[",
     "objects": '{"a":',
     "quotes": '"',
@@ -203,16 +207,29 @@ def called(text: str) -> None:
         find_call(text, call_format)
         has_call(text, call_format)
         prose(text, call_format)
-    for marks in (CallMarks("[TOOL_CALLS]", "", in_list=True), CallMarks("", "", in_list=True)):
-        canonical(text, marks)
-        canonical(marks.opening + text, marks)
+
+
+FORMS_OF_EACH_KIND = {
+    (type(form.read), form.ends, bool(form.opening), bool(form.section_end)): form
+    for form in ALL_FORMS
+}.values()
+
+
+def called_in_forms(text: str) -> None:
+    for form in FORMS_OF_EACH_KIND:
+        canonical(text, form, TYPES)
+        canonical(form.opening + text, form, TYPES)
+        watch = watcher(form, TYPES, 2)
+        watch(form.opening)
+        for start in range(0, len(text), 64):
+            watch(text[start : start + 64])
 
 
 def read_as_calls(text: str) -> None:
-    in_list = CallMarks("[TOOL_CALLS]", "", in_list=True)
+    in_list = JsonReader(in_list=True)
     for content in (text, f'{{"name": "{text}', f'{{"name": "f", "arguments": {{"x": {text}'):
         read_call(content)
-        read_call(content, in_list)
+        in_list(content, TYPES)
 
 
 def watched(text: str) -> None:
@@ -289,7 +306,17 @@ def best_time(read: Callable[[str], object], text: str) -> float:
 @pytest.mark.parametrize(
     "read",
     [
-        *(answered, calculated, called, collected, framed, read_as_calls, received, replied),
+        *(
+            answered,
+            calculated,
+            called,
+            called_in_forms,
+            collected,
+            framed,
+            read_as_calls,
+            received,
+            replied,
+        ),
         *(requested, sent_by_a_server, streamed, watched),
     ],
     ids=lambda read: read.__name__,

@@ -8,9 +8,12 @@ import pytest
 from tir_alp.engines.base import Completion
 from tir_alp.envs.parsing import parse_action
 from tir_alp.models.tiny.model import make_tokenizer
-from tir_alp.rollouts.chat_template import ChatTemplate, check_prefix_stability
+from tir_alp.rollouts.chat_template import ChatTemplate
+from tir_alp.rollouts.formats import HERMES, find_form
+from tir_alp.rollouts.formats.readers import JsonReader
+from tir_alp.rollouts.prefix_stability import check_prefix_stability
 from tir_alp.rollouts.renderer import Renderer
-from tir_alp.tools.calls import HERMES, CallMarks, ToolCall
+from tir_alp.tools.calls import ToolCall, find_call
 from tir_alp.types import StopReason
 
 TOOLS = (
@@ -86,16 +89,17 @@ def text_of(token_ids):
 
 
 @pytest.mark.parametrize(
-    ("template", "marks"),
+    ("template", "marks", "reader"),
     [
-        (HERMES_LIKE, HERMES),
-        (MISTRAL_LIKE, CallMarks("[TOOL_CALLS]", "", in_list=True)),
-        (LLAMA_LIKE, CallMarks("", "", arguments_key="parameters")),
+        (HERMES_LIKE, (HERMES.opening, HERMES.closing), JsonReader()),
+        (MISTRAL_LIKE, ("[TOOL_CALLS]", ""), JsonReader(in_list=True)),
+        (LLAMA_LIKE, ("", ""), JsonReader(arguments_key="parameters")),
     ],
     ids=["hermes", "mistral", "llama"],
 )
-def test_the_form_of_calls_is_found_in_the_template(template, marks):
-    assert ChatTemplate(tokenizer_with(template), tools=TOOLS).call_marks() == marks
+def test_the_form_of_calls_is_found_in_the_template(template, marks, reader):
+    form = find_form(ChatTemplate(tokenizer_with(template), tools=TOOLS))
+    assert ((form.opening, form.closing), form.read) == (marks, reader)
 
 
 @pytest.mark.parametrize(
@@ -115,9 +119,10 @@ def test_the_environment_reads_the_same_call_of_every_model(template, written):
     assert parse_action(action, "tool_call") == ToolCall("python", {"code": "1"})
 
 
-def test_a_malformed_call_in_the_model_s_form_is_still_a_call():
+def test_a_malformed_call_in_the_model_s_form_is_still_a_call_and_says_why():
     action = native(MISTRAL_LIKE).action(ids("[TOOL_CALLS] [oops"))
-    assert action == "<tool_call> [oops</tool_call>"
+    found = find_call(action, "tool_call")
+    assert found is not None and "Expecting value: line 1 column 3" in found.error
 
 
 def test_the_model_is_shown_its_tools():
@@ -149,9 +154,9 @@ def test_a_template_that_shows_no_tools_is_refused_for_native_calls():
         Renderer(make_tokenizer(), call_format="tool_call", tools=TOOLS)
 
 
-def test_a_template_with_calls_in_a_form_other_than_json_is_refused():
+def test_a_template_with_calls_in_an_unknown_form_is_refused():
     template = "{{ tools }}" + XML
-    with pytest.raises(ValueError, match="'<f=probe_tool>', which is not JSON"):
+    with pytest.raises(ValueError, match="'<f=probe_tool>', which is none of the forms"):
         native(template)
 
 

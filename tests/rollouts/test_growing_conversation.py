@@ -52,12 +52,14 @@ def test_an_observation_has_the_name_of_the_only_tool():
     )
 
 
-def test_the_name_of_one_of_several_tools_cannot_be_written():
+def test_an_observation_has_the_name_of_the_tool_that_was_called():
     tokenizer = tokenizer_with(SHOWS_TOOLS + NAMED + NAMED_END)
-    with pytest.raises(ValueError, match=r"writes a tool's name .* several tools: search, python"):
-        Renderer(tokenizer, call_format="tool_call", tools=(ONE, OTHER))
-    unnamed = tokenizer_with(SHOWS_TOOLS + NAMED.replace("{{ m.name }}: ", "") + NAMED_END)
-    Renderer(unnamed, call_format="tool_call", tools=(ONE, OTHER))
+    renderer = Renderer(tokenizer, call_format="tool_call", tools=(ONE, OTHER))
+    for name, shown in [("search", "search"), ("python", "python"), ("<|end|>", "search")]:
+        call = tokenizer.encode(f'<tool_call>{{"name": "{name}"}}</tool_call>')
+        assert text_of(renderer.observation("1", StopReason.EOS, call)) == (
+            f"<|tool|>{shown}: 1<|end|><|assistant|>"
+        )
 
 
 def test_the_id_of_a_call_has_the_form_that_templates_demand():

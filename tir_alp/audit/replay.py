@@ -47,9 +47,11 @@ def replay(
     return Replayed(prompt, answers)
 
 
-def _tool_result(turn: Turn) -> dict[str, Any] | None:
+def _tool_result(turn: Turn) -> dict[str, Any] | list[dict[str, Any]] | None:
     if not turn.info.get("tool_calls"):
         return None
+    if calls := turn.info.get("calls"):
+        return list(calls)
     return {
         "outcome": turn.info.get("outcome", Outcome.OK),
         "text": turn.info.get("observation", ""),

@@ -15,6 +15,7 @@ from tir_alp.audit.findings import Findings, Location
 from tir_alp.audit.records import GroupEntry, RecordedTrajectory, StepLedger, UpdateEntry
 from tir_alp.config import Config
 from tir_alp.records.ledger_rows import Attempt, Record
+from tir_alp.rollouts.call_metrics import call_metrics
 from tir_alp.rollouts.episode import MAX_ATTEMPTS
 from tir_alp.tools.outcome import Outcome
 from tir_alp.training.packed_sequence import PackedSequence, packed_sequence
@@ -306,7 +307,7 @@ def check_metrics(
     metrics, location = files.metrics, files.metrics_location
     if metrics is None or not groups:
         return
-    expected = rollout_metrics(groups, files.step - 1, replaced)
+    expected = rollout_metrics(groups, files.step - 1, replaced) | call_metrics(groups, replaced)
     expected["tokens/loss"] = num_loss_tokens
     expected["train/skipped_updates"] = sum(not entry.record.made for entry in files.ledger.updates)
     for name, value in expected.items():

@@ -13,6 +13,7 @@ from tir_alp.audit.findings import Findings, Location
 from tir_alp.audit.records import RecordedTrajectory
 from tir_alp.config import RolloutConfig
 from tir_alp.records.ledger_rows import Attempt, Call, answer_digest, digest, ids_digest
+from tir_alp.rollouts.outputs import outputs_of
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn
 
@@ -192,7 +193,9 @@ class TrajectoryCheck:
         ):
             return
         assert isinstance(text, str)
-        encoded = self.renderer.observation(text, turn.stop_reason)
+        encoded = self.renderer.observation(
+            outputs_of(text, turn.info), turn.stop_reason, turn.completion.token_ids
+        )
         is_full = num_tokens + len(encoded) >= self.limits.max_context_tokens
         shown = TokenSpan(()) if is_last else encoded
         self._same_ids("observation tokens", shown, turn.observation, location)

@@ -8,10 +8,10 @@ from itertools import pairwise
 from typing import Any
 
 from tir_alp.doctor.check_result import CheckResult
-from tir_alp.rollouts.chat_template import ChatTemplate, check_prefix_stability, grow_conversation
+from tir_alp.rollouts.chat_template import ChatTemplate
 from tir_alp.rollouts.end_marks import ordinary_tokens
+from tir_alp.rollouts.prefix_stability import check_prefix_stability, grow_conversation
 from tir_alp.rollouts.renderer import Renderer
-from tir_alp.tools.calls import has_call
 from tir_alp.training.structure import end_token_ids
 
 _SENTENCE = "Let x² ≈ 3.14·10⁻³; print('ok')\n\tThe answer is \\boxed{42}.\n"
@@ -64,28 +64,31 @@ def check_template(
 
 def check_fence(tokenizer: Any, renderer: Renderer) -> CheckResult:
     """Check that the stop rule ends generation with exactly the token that completes a call."""
-    call_format, marks = renderer.call_format, renderer.marks
-    call = {
-        "fenced": "So:\n```python\nprint(6*7)\n```",
-        "tool_call": f'{marks.opening}{{"name": "python", "arguments": {{}}}}{marks.closing}',
-        "none": "",
-    }[call_format]
-    if not has_call(call, call_format, marks):
+    ids = _tokens_with_call(tokenizer, renderer)
+    if not renderer.has_call(tokenizer.decode(ids)):
         return CheckResult("template", True, "a call ends with the turn, so there is no stop rule")
-    text = f"{call}\nand more"
-    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     matches = renderer.stop_matcher()
     end = next((index + 1 for index, token in enumerate(ids) if matches(token)), 0)
-    is_whole = [
-        has_call(tokenizer.decode(ids[:stop]), call_format, marks)
-        for stop in (end, max(end - 1, 0))
-    ]
+    is_whole = [renderer.has_call(tokenizer.decode(ids[:stop])) for stop in (end, max(end - 1, 0))]
     return CheckResult(
         "template",
         is_whole == [True, False],
         f"stops after {end} of {len(ids)} tokens: {tokenizer.decode(ids[:end])[-12:]!r}",
         "the tokenizer does not decode the end of a call token by token: use another tokenizer",
     )
+
+
+def _tokens_with_call(tokenizer: Any, renderer: Renderer) -> list[int]:
+    """Return the tokens of a turn with as many calls as it may have, and words after them."""
+    after = tokenizer.encode("\nand more", add_special_tokens=False, verbose=False)
+    match renderer.call_format:
+        case "fenced":
+            text = "So:\n```python\nprint(6*7)\n```"
+            return [*tokenizer.encode(text, add_special_tokens=False, verbose=False), *after]
+        case "tool_call":
+            return [*renderer.sample_calls(), *after]
+        case "none":
+            return after
 
 
 def check_tokenizer(tokenizer: Any, renderer: Renderer, model: Any, max_tokens: int) -> CheckResult:

@@ -289,7 +289,11 @@ PICTURES = (
             Panel(
                 "Per trajectory",
                 "number",
-                (Line("rollout/tool_calls", "tool calls"), Line("rollout/turns", "turns")),
+                (
+                    Line("rollout/tool_calls", "tool calls"),
+                    Line("rollout/bad_calls", "calls that cannot be read"),
+                    Line("rollout/turns", "turns"),
+                ),
             ),
             Panel(
                 "Void or truncated",

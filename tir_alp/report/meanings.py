@@ -9,6 +9,7 @@ _MEANINGS = {  # metric -> meaning, unit; names go before patterns, and patterns
     "rollout/reward": ("mean reward of a trajectory", "reward"),
     "rollout/turns": ("mean number of turns per trajectory", "turns"),
     "rollout/tool_calls": ("mean number of tool calls per trajectory", "calls"),
+    "rollout/bad_calls": ("mean number of calls per trajectory that could not be read", "calls"),
     "rollout/void_turns": ("turns with neither a complete code block nor an answer", "share"),
     "rollout/truncated": ("trajectories that a limit truncated", "share"),
     "rollout/overlong": ("trajectories that a limit of turns, context or tokens cut", "share"),

@@ -81,7 +81,7 @@ def _turn(renderer: Renderer, written: Message, answer: Message | None) -> Turn:
     if answer is None:
         observation = TokenSpan(())
     elif before_tool:
-        observation = renderer.observation(answer.text, stop)
+        observation = renderer.observation(answer.text, stop, ids)
     elif stop is StopReason.STOP:
         raise ValueError("a user's message follows a call: a tool's output must come first")
     else:

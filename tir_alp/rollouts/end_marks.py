@@ -55,17 +55,31 @@ def is_mark(tokenizer: Any, token_id: int) -> bool:
     return added is not None or token_id in tokenizer.all_special_ids
 
 
-def end_mark(tokenizer: Any, frame: Sequence[int]) -> int | None:
+def end_mark(tokenizer: Any, frame: Sequence[int], section_end: Sequence[int] = ()) -> int | None:
     """Return the index of the mark that ends a turn, in what follows the turn's content.
 
     It is the first token that is not white space, if that is a mark; None if it is text.
+
+    Args:
+        tokenizer: The tokenizer.
+        frame: The tokens after the content.
+        section_end: Tokens of a mark that may stand before that of the turn.
     """
-    for index, token_id in enumerate(frame):
+    size = len(section_end)
+    skipped = 0
+    if size and (where := _find(frame, section_end)) is not None:
+        skipped = where + size
+    for index, token_id in enumerate(frame[skipped:], start=skipped):
         if is_mark(tokenizer, token_id):
             return index
         if tokenizer.decode([token_id]).strip():
             return None
     return None
+
+
+def _find(ids: Sequence[int], part: Sequence[int]) -> int | None:
+    sizes = range(len(ids) - len(part) + 1)
+    return next((i for i in sizes if tuple(ids[i : i + len(part)]) == tuple(part)), None)
 
 
 def ordinary_tokens(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, str]:

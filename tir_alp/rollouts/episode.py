@@ -22,6 +22,7 @@ import gymnasium
 from tir_alp.config import RolloutConfig
 from tir_alp.engines.base import Completion, Generate, Sampling
 from tir_alp.rollouts.data import Task
+from tir_alp.rollouts.outputs import outputs_of
 from tir_alp.rollouts.renderer import PromptTooLong, Renderer
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn
@@ -187,7 +188,9 @@ class EpisodeRunner:
                 raise EpisodeFailed(outcome, f"{where}: {info.get('error') or outcome}")
             observation = TokenSpan(())
             if not terminated and not truncated:
-                observation = self.renderer.observation(text, completion.stop_reason)
+                observation = self.renderer.observation(
+                    outputs_of(text, info), completion.stop_reason, completion.token_ids
+                )
             token_ids += completion.token_ids + observation.token_ids
             if len(token_ids) >= self.limits.max_context_tokens and not terminated:
                 observation, truncated = TokenSpan(()), True

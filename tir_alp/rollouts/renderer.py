@@ -9,6 +9,7 @@ mark of the conversation's structure, whether that is a special token or not.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -20,18 +21,25 @@ from tokenizers.decoders import DecodeStream
 
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion
-from tir_alp.rollouts.chat_template import ChatTemplate, check_prefix_stability
+from tir_alp.rollouts.chat_template import ChatTemplate
 from tir_alp.rollouts.end_marks import end_mark, is_mark, structure_marks
+from tir_alp.rollouts.formats import (
+    HERMES,
+    PROBE,
+    ParameterTypes,
+    ReadCall,
+    canonical,
+    find_form,
+    read_calls,
+    watcher,
+    with_tools_shown,
+    written_call,
+)
+from tir_alp.rollouts.output_frames import OutputFrames
+from tir_alp.rollouts.prefix_stability import check_prefix_stability
 from tir_alp.rollouts.surrogates import SURROGATE
 from tir_alp.rollouts.text_encoder import EncodedFrame, TextEncoder
-from tir_alp.tools.calls import (
-    HERMES,
-    CallFormat,
-    ToolCall,
-    call_watcher,
-    canonical,
-    write_call,
-)
+from tir_alp.tools.calls import CallFormat, ToolCall, call_watcher, write_call
 from tir_alp.types import Origin, StopReason, TokenSpan, cut_version_spans
 
 _MAX_PENDING = 16  # tokens that are no whole character yet
@@ -49,6 +57,7 @@ class Renderer:
         system: System prompt; empty for none.
         max_observation_tokens: Longer observations lose tokens from their middle.
         call_format: How the environment reads calls; see `tir_alp.tools.calls`.
+        max_calls: Number of calls that a turn may have. The call that reaches it ends a completion.
         tools: JSON schemas that the template shows to the model for native calls; the model then
             writes calls in the template's form.
         rewritten_history: What to do with a template that rewrites earlier turns, e.g. drops their
@@ -70,57 +79,76 @@ class Renderer:
         system: str = "",
         max_observation_tokens: int = 512,
         call_format: CallFormat = "fenced",
+        max_calls: int = 1,
         tools: Sequence[Mapping[str, Any]] = (),
         rewritten_history: Literal["refuse", "append"] = "refuse",
         end_token_ids: Collection[int] = (),
         clock: datetime | None = None,
     ) -> None:
         name = tokenizer.name_or_path
-        if not getattr(tokenizer, "is_fast", False):
-            raise ValueError(f"tokenizer {name!r} is not a fast one; convert it to tokenizer.json")
-        if tokenizer.eos_token_id is None:
-            raise ValueError(f"tokenizer {name!r} has no eos token; set eos_token in its config")
-        if not tokenizer.chat_template:
-            raise ValueError(f"tokenizer {name!r} has no chat template; add chat_template.jinja")
+        _check_tokenizer(tokenizer)
+        _check_schemas(tokenizer, tools)
         self._tokenizer = tokenizer
         self._max_observation_tokens = max_observation_tokens
         self.call_format: CallFormat = call_format
         self.clock = clock
+        is_native = call_format == "tool_call"
         template = ChatTemplate(tokenizer, system, tuple(tools), clock)
-        self._template = template
-        self.marks = template.call_marks() if call_format == "tool_call" else HERMES
-        _check_schemas(tokenizer, tools)
+        self.template = with_tools_shown(template) if is_native else template
+        """The chat template, with a system prompt that shows the tools if it does not."""
+        self.form = find_form(self.template) if is_native else HERMES
+        """How the model writes calls, if `call_format` is `tool_call`."""
+        self._max_calls = max_calls
+        if max_calls > 1 and (not is_native or self.form.one_per_turn):
+            raise ValueError(
+                f"a turn may have {max_calls} calls, but the format {call_format!r} has one per "
+                f"turn with the chat template of {name!r}: set env.kwargs.max_calls = 1"
+            )
+        self._types = ParameterTypes.of(tools)
         self._encoder = TextEncoder(tokenizer)
-        self._prompt_frame = self._encoder.frame(template.prompt_frame())
+        self._prompt_frame = self._encoder.frame(self.template.prompt_frame())
+        self._outputs: OutputFrames | None = None
         self.no_observations = ""
         """Why the template cannot show an observation; empty if it can."""
         try:
-            frame = template.observation_frame(self.marks if call_format == "tool_call" else None)
+            form = self.form if is_native else None
+            self._outputs = OutputFrames(self.template, self._encoder, form)
+            (frame,) = self._outputs.of((), 1)
+            if max_calls > 1:
+                self._outputs.of((), 2)
         except ValueError as error:
             if call_format != "none":
                 raise
-            frame, self.no_observations = template.end_of_turn(), str(error)
-        self._observation_frame = self._encoder.frame(frame)
-        rewrites = () if self.no_observations else check_prefix_stability(template)
+            frame = self._encoder.frame(self.template.end_of_turn())
+            self.no_observations = str(error)
+        rewrites = () if self.no_observations else check_prefix_stability(self.template)
         if rewrites and rewritten_history == "refuse":
             raise ValueError(
                 f"the chat template of {name!r} rewrites history: {'; '.join(rewrites)}. Use a "
                 'template that only appends, or set model.rewritten_history = "append" to train '
                 "on the history as it was sampled"
             )
-        before = self._observation_frame.before
-        mark = end_mark(tokenizer, before)
-        self._after_end_mark = before if mark is None else before[mark + 1 :]
-        self.end_mark: int = tokenizer.eos_token_id if mark is None else before[mark]
+        mark = self._end_mark_in(frame)
+        # The mark after a call may not be that after words.
+        words_mark = mark
+        if self.form.ends_turn:
+            words_mark = self._end_mark_in(self._encoder.frame(self.template.end_of_turn()))
+        self.end_mark: int = tokenizer.eos_token_id if words_mark is None else words_mark
         """The token that ends a turn in this template."""
+        self._call_end_mark: int = self.end_mark if mark is None else mark
         self.stop_token_ids = frozenset(
             {
                 tokenizer.eos_token_id,
-                *(before[mark : mark + 1] if mark is not None else ()),
+                *(() if mark is None else (mark,)),
                 *(each for each in end_token_ids if is_mark(tokenizer, each)),
             }
         )
         """A completion ends with the first of these tokens that is sampled."""
+
+    def _end_mark_in(self, frame: EncodedFrame) -> int | None:
+        """Return the token that ends a turn, in the text after it; None if it is text."""
+        index = end_mark(self._tokenizer, frame.before, self._section_end)
+        return None if index is None else frame.before[index]
 
     def prompt(self, text: str) -> TokenSpan:
         """Encode a task as the policy reads it, up to the start of its first completion."""
@@ -141,27 +169,69 @@ class Renderer:
             )
         return prompt
 
-    def observation(self, text: str, after: StopReason) -> TokenSpan:
+    def observation(
+        self, text: str | Sequence[str], after: StopReason, completion: Sequence[int] = ()
+    ) -> TokenSpan:
         """Encode an observation alone, up to the start of the next completion.
 
         Args:
-            text: The observation, as the environment returned it.
+            text: The observation, as the environment returned it; several texts are the outputs of
+                the calls in the completion, in order.
             after: How the completion before it ended: an end mark that the policy itself sampled
                 is not added a second time, nor is white space that the template puts before it.
+            completion: The tokens of the completion before it. They are read if the template writes
+                the name of the tool or the id of the call with an output.
         """
-        frame = self._observation_frame
-        if self.no_observations:
+        if self._outputs is None:
             raise ValueError(self.no_observations)
-        before = self._after_end_mark if after is StopReason.EOS else frame.before
+        texts = [text] if isinstance(text, str) else [*text]
+        calls: tuple[ReadCall, ...] = ()
+        if self._outputs.depends_on_calls:
+            calls = read_calls(self._text_of_turn(completion), self.form, self._types)
+        try:
+            frames = self._outputs.of(calls, len(texts))
+        except ValueError:  # more calls than a turn of this template has
+            texts, frames = ["\n".join(texts)], self._outputs.of(calls, 1)
+        ids = list(self._rest_of_turn(frames[0].before, after, completion))
+        for index, (each, frame) in enumerate(zip(texts, frames, strict=True)):
+            ids += (*(frame.before if index else ()), *self._shortened(each, frame))
+        return TokenSpan((*ids, *frames[-1].after))
+
+    def _shortened(self, text: str, frame: EncodedFrame) -> tuple[int, ...]:
+        """Encode an output; a long one loses tokens from its middle."""
         ids = self._content(text, frame)
-        if len(ids) > self._max_observation_tokens:
-            head = self._max_observation_tokens // 2
-            ids = ids[:head] + ids[len(ids) - (self._max_observation_tokens - head) :]
-        return TokenSpan((*before, *ids, *frame.after))
+        if len(ids) <= self._max_observation_tokens:
+            return ids
+        head = self._max_observation_tokens // 2
+        return ids[:head] + ids[len(ids) - (self._max_observation_tokens - head) :]
+
+    def _rest_of_turn(
+        self, before: tuple[int, ...], after: StopReason, completion: Sequence[int]
+    ) -> tuple[int, ...]:
+        """Return of the text before an output what the policy has not sampled."""
+        if after is StopReason.EOS:
+            mark = end_mark(self._tokenizer, before, self._section_end)
+            return before if mark is None else before[mark + 1 :]
+        section_end = self._section_end
+        if after is StopReason.STOP and section_end:
+            sampled = tuple(completion[len(completion) - len(section_end) :])
+            place = next(
+                (i for i in range(len(before)) if before[i : i + len(section_end)] == section_end),
+                None,
+            )
+            if sampled == section_end and place is not None:
+                return before[place + len(section_end) :]
+        return before
+
+    @cached_property
+    def _section_end(self) -> tuple[int, ...]:
+        """The tokens of the mark after a turn's last call; empty if there is none."""
+        mark = self.form.section_end if self.call_format == "tool_call" else ""
+        return self._encoder.mark(mark) if mark else ()
 
     @cached_property
     def _follow_up_frame(self) -> EncodedFrame:
-        return self._encoder.frame(self._template.follow_up_frame())
+        return self._encoder.frame(self.template.follow_up_frame())
 
     def follow_up(self, text: str) -> TokenSpan:
         """Encode a user's message after a completion that ended with the end mark.
@@ -198,7 +268,7 @@ class Renderer:
         end = next((index for index, token in enumerate(ids, start=1) if matches(token)), None)
         if end is None:
             if call is not None:  # in this form, only the end of the turn ends a call
-                return (*ids, self.end_mark), StopReason.EOS
+                return (*ids, self._call_end_mark), StopReason.EOS
             raise ValueError(
                 f"a tool's output follows, but the turn has no complete call in the format "
                 f"{self.call_format!r}: {text[-80:]!r}"
@@ -222,25 +292,31 @@ class Renderer:
                 )
             line_end = "" if not text or text.endswith("\n") else "\n"
             return self._encoder.written(text + line_end + written)
-        marks = self.marks
-        body = self._template.written_call(text, call, marks)
-        if not marks.opening:
-            return self._encoder.written(body)
-        words, opening, rest = body.partition(marks.opening)
-        content, closing, tail = rest.rpartition(marks.closing) if marks.closing else (rest, "", "")
-        encoder = self._encoder
-        ids = encoder.written(words) + encoder.mark(opening) + encoder.written(content)
-        return ids + (encoder.mark(closing) + encoder.written(tail) if closing else ())
+        body = written_call(self.template, self.form, text, call)
+        ids: tuple[int, ...] = ()
+        words, rest = body[: len(text)], body[len(text) :]
+        if words == text:
+            ids = self._encoder.written(words)
+        else:  # the template changes the words, or the form has none
+            rest = body
+        for is_mark_text, piece in _split(rest, self.form.all_marks):
+            ids += self._encoder.mark(piece) if is_mark_text else self._encoder.written(piece)
+        return ids
 
     def action(self, token_ids: Sequence[int]) -> str:
         """Decode a completion for the environment, without its end-of-turn token.
 
         A call in the model's own form is converted to the form that environments read.
         """
+        text = self._text_of_turn(token_ids)
+        if self.call_format != "tool_call" or self.form == HERMES:
+            return text
+        return canonical(text, self.form, self._types)
+
+    def _text_of_turn(self, token_ids: Sequence[int]) -> str:
         if token_ids and token_ids[-1] in self.stop_token_ids:
             token_ids = token_ids[:-1]
-        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
-        return canonical(text, self.marks)
+        return self.decode(token_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, marks included."""
@@ -252,7 +328,7 @@ class Renderer:
         The end of a call may be spread over several tokens, and a token may extend past it; the
         token that completes the call is the last one to keep.
         """
-        watch = call_watcher(self.call_format, self.marks)
+        watch = self._watcher()
         stream = DecodeStream(skip_special_tokens=False)
         num_pending = 0
 
@@ -270,8 +346,23 @@ class Renderer:
 
         return feed
 
+    def _watcher(self) -> Callable[[str], bool]:
+        if self.call_format == "tool_call":
+            return watcher(self.form, self._types, self._max_calls)
+        return call_watcher(self.call_format)
+
+    def has_call(self, text: str) -> bool:
+        """Whether a text contains the calls after which generation should stop."""
+        return self._watcher()(text)
+
+    def sample_calls(self) -> tuple[int, ...]:
+        """Encode as many native calls of the first tool as a turn may have."""
+        name = self.template.tool_names[0]
+        ids = self._written("", ToolCall(name, PROBE))
+        return ids * self._max_calls
+
     def cut(self, completion: Completion) -> Completion:
-        """Drop the tokens after the first call, with their logprobs and versions."""
+        """Drop what follows the last call that a turn may have, logprobs and versions included."""
         matches = self.stop_matcher()
         for index, token_id in enumerate(completion.token_ids):
             if matches(token_id):
@@ -293,6 +384,16 @@ class Renderer:
         return self._encoder.content(frame.lead + text, frame.starts_text)
 
 
+def _check_tokenizer(tokenizer: Any) -> None:
+    name = tokenizer.name_or_path
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokenizer {name!r} is not a fast one; convert it to tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer {name!r} has no eos token; set eos_token in its config")
+    if not tokenizer.chat_template:
+        raise ValueError(f"tokenizer {name!r} has no chat template; add chat_template.jinja")
+
+
 def _check_schemas(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> None:
     """Refuse schemas, which may come from a tool server, that contain marks of a conversation.
 
@@ -310,6 +411,15 @@ def _check_schemas(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
+def _split(text: str, marks: Sequence[str]) -> list[tuple[bool, str]]:
+    """Cut a text at marks; return its pieces, and whether each is a mark."""
+    if not marks:
+        return [(False, text)]
+    pattern = re.compile("(" + "|".join(map(re.escape, marks)) + ")")
+    pieces = enumerate(pattern.split(text))
+    return [(index % 2 == 1, piece) for index, piece in pieces if piece]
+
+
 def make_renderer(
     config: Config,
     tokenizer: Any,
@@ -321,8 +431,9 @@ def make_renderer(
 ) -> Renderer:
     """Make the renderer for a tokenizer and an environment.
 
-    The environment defines how it reads calls (`call_format`; fenced code if it has none) and which
-    tools the chat template has to show (`tool_schemas`; none if it has none).
+    The environment defines how it reads calls (`call_format`; fenced code if it has none), how many
+    it takes in a turn (`max_calls`; one if it has none) and which tools the chat template has to
+    show (`tool_schemas`; none if it has none).
 
     Args:
         config: Config of the run.
@@ -338,7 +449,11 @@ def make_renderer(
     """
     call_settings = {
         name: env.get_wrapper_attr(attribute)
-        for name, attribute in (("call_format", "call_format"), ("tools", "tool_schemas"))
+        for name, attribute in (
+            ("call_format", "call_format"),
+            ("max_calls", "max_calls"),
+            ("tools", "tool_schemas"),
+        )
         if env.has_wrapper_attr(attribute)
     }
     if tools and call_settings.get("call_format") == "tool_call":
