@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal
 
 import gymnasium
-from tokenizers.decoders import DecodeStream
 
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion
 from tir_alp.rollouts.chat_template import ChatTemplate, check_prefix_stability
 from tir_alp.rollouts.end_marks import end_mark, is_mark, structure_marks
+from tir_alp.rollouts.stop_rule import cut_at, token_watcher
 from tir_alp.rollouts.surrogates import SURROGATE
 from tir_alp.rollouts.text_encoder import EncodedFrame, TextEncoder
 from tir_alp.tools.calls import (
@@ -32,9 +31,7 @@ from tir_alp.tools.calls import (
     canonical,
     write_call,
 )
-from tir_alp.types import Origin, StopReason, TokenSpan, cut_version_spans
-
-_MAX_PENDING = 16  # tokens that are no whole character yet
+from tir_alp.types import Origin, StopReason, TokenSpan
 
 
 class PromptTooLong(ValueError):
@@ -249,40 +246,13 @@ class Renderer:
     def stop_matcher(self) -> Callable[[int], bool]:
         """Return a function to call with each token; it returns True when a call is complete.
 
-        The end of a call may be spread over several tokens, and a token may extend past it; the
-        token that completes the call is the last one to keep.
+        See `stop_rule`: the token that completes the call is the last one to keep.
         """
-        watch = call_watcher(self.call_format, self.marks)
-        stream = DecodeStream(skip_special_tokens=False)
-        num_pending = 0
-
-        def feed(token_id: int) -> bool:
-            nonlocal stream, num_pending
-            piece = stream.step(self._tokenizer.backend_tokenizer, token_id)
-            if piece is None:  # part of a character
-                num_pending += 1
-                if num_pending < _MAX_PENDING:
-                    return False
-                # No character is that long: a stream would decode all of it again and again.
-                stream, piece = DecodeStream(skip_special_tokens=False), "\ufffd"
-            num_pending = 0
-            return watch(piece)
-
-        return feed
+        return token_watcher(self._tokenizer, call_watcher(self.call_format, self.marks))
 
     def cut(self, completion: Completion) -> Completion:
         """Drop the tokens after the first call, with their logprobs and versions."""
-        matches = self.stop_matcher()
-        for index, token_id in enumerate(completion.token_ids):
-            if matches(token_id):
-                return replace(
-                    completion,
-                    token_ids=completion.token_ids[: index + 1],
-                    logprobs=completion.logprobs[: index + 1],
-                    stop_reason=StopReason.STOP,
-                    version_spans=cut_version_spans(completion.version_spans, index + 1),
-                )
-        return completion
+        return cut_at(completion, self.stop_matcher())
 
     def _content(self, text: str, frame: EncodedFrame) -> tuple[int, ...]:
         """Encode text from outside. A lone surrogate, which no tokenizer encodes, becomes U+FFFD.
