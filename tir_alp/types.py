@@ -196,6 +196,25 @@ class _Columns(NamedTuple):
     turn_ids: tuple[int, ...]
 
 
+_UIDS_PER_TRACE = 1 << 54  # more than a run or an evaluation has
+
+
+def trace_uid(sequence_uid: int, trace: int) -> int:
+    """Return the uid of one of the traces of an episode: sequences of tokens with own draws.
+
+    Args:
+        sequence_uid: Uid of the episode's sequence; also that of its trace 0.
+        trace: Number of the trace, below 512.
+    """
+    return sequence_uid + trace * _UIDS_PER_TRACE
+
+
+def split_uid(uid: int) -> tuple[int, int]:
+    """Return the uid of the episode's sequence, and the number of the trace: see `trace_uid`."""
+    trace, sequence_uid = divmod(uid, _UIDS_PER_TRACE)
+    return sequence_uid, trace
+
+
 @dataclass(frozen=True, slots=True)
 class Trajectory:
     """The record of one episode, as the policy saw it.
