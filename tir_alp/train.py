@@ -161,11 +161,17 @@ async def update(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> dict
 
 
 def with_advantages(groups: Sequence[TrajectoryGroup], config: Config) -> list[list[Sample]]:
-    """Give each trajectory of each group its advantage."""
+    """Give each trajectory of each group, and its branches, its advantage."""
     samples = []
     for group in groups:
         advantages = group_advantages(group, config.algorithm, config.rollout)
-        samples.append([Sample(*pair) for pair in zip(group.trajectories, advantages, strict=True)])
+        samples.append(
+            [
+                Sample(sequence, advantage)
+                for trajectory, advantage in zip(group.trajectories, advantages, strict=True)
+                for sequence in trajectory.sequences
+            ]
+        )
     return samples
 
 

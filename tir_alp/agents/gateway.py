@@ -98,7 +98,8 @@ class Gateway:
         port: int = 0,
         max_body_bytes: int = MAX_BODY_BYTES,
     ) -> None:
-        self._encoder, self._model, self._host, self._port = encoder, model, host, port
+        self.encoder, self._model, self._host, self._port = encoder, model, host, port
+        self._starting: asyncio.Task[None] | None = None
         self._endpoints: dict[str, Endpoint] = {}
         app = web.Application(client_max_size=max_body_bytes)
         app.router.add_get("/{episode}/v1/models", self._models)
@@ -110,7 +111,12 @@ class Gateway:
         )
 
     async def start(self) -> None:
-        """Begin to listen."""
+        """Begin to listen, if it does not yet."""
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        await asyncio.shield(self._starting)
+
+    async def _start(self) -> None:
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._host, self._port)
         await site.start()
@@ -203,7 +209,7 @@ class Gateway:
         return response
 
     def _token_text(self, token_id: int) -> str:
-        return self._encoder.tokenizer.decode([token_id], skip_special_tokens=False)
+        return self.encoder.tokenizer.decode([token_id], skip_special_tokens=False)
 
 
 async def _body(request: web.Request) -> bytes:

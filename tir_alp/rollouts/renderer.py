@@ -119,6 +119,11 @@ class Renderer:
         )
         """A completion ends with the first of these tokens that is sampled."""
 
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        return self._tokenizer
+
     def prompt(self, text: str) -> TokenSpan:
         """Encode a task as the policy reads it, up to the start of its first completion."""
         frame = self._prompt_frame
