@@ -18,7 +18,7 @@ from typing import Any
 
 from aiohttp import web
 
-from tir_alp.agents import openai_chat
+from tir_alp.agents import anthropic_messages, openai_chat
 from tir_alp.agents.dialogue_encoder import DialogueEncoder
 from tir_alp.agents.session import Answer, ApiError, Request, Session
 from tir_alp.agents.wire import read_body
@@ -71,10 +71,18 @@ APIS: dict[str, Api] = {
     "chat/completions": Api(
         openai_chat.read_chat, openai_chat.write_chat, openai_chat.chat_events, "chatcmpl-"
     ),
+    "messages": Api(
+        anthropic_messages.read_messages_request,
+        anthropic_messages.write_message,
+        anthropic_messages.message_events,
+        "msg_",
+    ),
 }
 """Path below /v1 -> how requests to it are answered."""
 
-_ERRORS: dict[str, Callable[[ApiError], dict[str, Any]]] = {}
+_ERRORS: dict[str, Callable[[ApiError], dict[str, Any]]] = {
+    "messages": anthropic_messages.error_body,
+}
 """Path below /v1 -> how its errors are written; OpenAI's form for all others."""
 
 

@@ -71,9 +71,8 @@ def read_reply(text: str, rule: ReplyRule, name: str) -> Message:
         rule: The rule of the request.
         name: Identity of the completion within the episode, from which ids of calls are made.
     """
-    found = [text.find(each) for each in rule.stops if each in text]
-    if found:
-        text = text[: min(found)]
+    if (stop := found_stop(text, rule)) is not None:
+        text = text[: text.index(stop)]
     text = rule.forced + text
     content, calls = text, []
     if rule.style is not None:
@@ -90,6 +89,12 @@ def read_reply(text: str, rule: ReplyRule, name: str) -> Message:
             for number, each in enumerate(calls)
         ),
     )
+
+
+def found_stop(text: str, rule: ReplyRule) -> str | None:
+    """Return the stop text that comes first in a text; None if there is none."""
+    found = [each for each in rule.stops if each in text]
+    return min(found, key=text.index, default=None)
 
 
 def _calls_in(text: str, style: CallStyle) -> tuple[str, list[ToolCall]]:

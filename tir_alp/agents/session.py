@@ -16,7 +16,7 @@ from tir_alp.agents import capture as captures
 from tir_alp.agents.capture import Capture, CaptureFull, Exchange, Pending
 from tir_alp.agents.dialogue_encoder import DialogueEncoder, Unsuitable
 from tir_alp.agents.messages import Dialogue
-from tir_alp.agents.replies import ReplyRule, read_reply
+from tir_alp.agents.replies import ReplyRule, found_stop, read_reply
 from tir_alp.engines.base import Completion, Generate, Sampling
 from tir_alp.rollouts.stop_rule import cut_at, token_watcher
 from tir_alp.types import StopReason, trace_uid
@@ -89,6 +89,8 @@ class Answer:
     exchange: Exchange
     num_context: int
     """Number of tokens that the model continued."""
+    stop: str | None = None
+    """The stop text of the request that ended it."""
 
     @property
     def num_sampled(self) -> int:
@@ -228,9 +230,11 @@ class Session:
     async def _complete(self, pending: Pending, request: Request) -> Answer:
         async with self._slots:
             completion = await self._sample(pending, request)
-        reply = read_reply(self._encoder.text(completion.token_ids), pending.rule, pending.name)
+        text = self._encoder.text(completion.token_ids)
+        reply = read_reply(text, pending.rule, pending.name)
         self.capture = captures.finish(self.capture, pending, completion, reply)
-        return Answer(self.capture.traces[pending.trace].exchanges[-1], len(pending.context))
+        exchange = self.capture.traces[pending.trace].exchanges[-1]
+        return Answer(exchange, len(pending.context), found_stop(text, pending.rule))
 
     async def _sample(self, pending: Pending, request: Request) -> Completion:
         sampling = self._sampling(pending, request)

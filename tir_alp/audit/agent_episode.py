@@ -7,8 +7,9 @@ is graded again. The engine's own record of every call stands against all of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from tir_alp.agents import capture as captures
 from tir_alp.agents.capture import Capture, Exchange, Trace
@@ -30,6 +31,8 @@ from tir_alp.config import AgentsConfig, RolloutConfig
 from tir_alp.records.ledger_rows import Attempt, Call, answer_digest, digest, ids_digest
 from tir_alp.rollouts.stop_rule import cut_at, token_watcher
 from tir_alp.types import REPORT, StopReason, Trajectory, Turn
+
+T = TypeVar("T")
 
 _ROUNDING = 1e-5  # a logprob may exceed 0 by this much
 
@@ -104,9 +107,7 @@ class AgentEpisodeCheck:
             asked = tuple(map(from_record, record.asked))
             dialogue = Dialogue((*trace.messages, *asked), trace.tools)
             rule = ReplyRule(
-                self._allowed(lambda d=dialogue: self.encoder.style(d))
-                if record.reads_calls
-                else None,
+                _allowed(lambda d=dialogue: self.encoder.style(d)) if record.reads_calls else None,
                 record.forced,
                 record.one_call,
                 tuple(record.stops),
@@ -157,11 +158,11 @@ class AgentEpisodeCheck:
         check = "observation tokens" if num_known else "prompt tokens"
         self.findings.count(check, len(shown))
         if num_known:
-            encoded = self._allowed(
+            encoded = _allowed(
                 lambda: self.encoder.extension(dialogue, num_known, trace.last_stop, rule.forced)
             )
         else:
-            encoded = self._allowed(lambda: self.encoder.opening(dialogue, rule.forced))
+            encoded = _allowed(lambda: self.encoder.opening(dialogue, rule.forced))
         self.findings.expect(
             encoded == shown,
             check,
@@ -169,13 +170,6 @@ class AgentEpisodeCheck:
             "the messages of the request encode to other tokens than those that precede the "
             f"completion ({0 if encoded is None else len(encoded)} and {len(shown)} tokens)",
         )
-
-    @staticmethod
-    def _allowed(call):
-        try:
-            return call()
-        except Unsuitable as error:
-            raise ValueError(f"the messages of a request cannot be encoded: {error}") from None
 
     def _stop(self, exchange: Exchange, num_context: int, location: Location) -> None:
         findings, completion = self.findings, exchange.completion
@@ -229,19 +223,19 @@ class AgentEpisodeCheck:
         ):
             return
         sequences = by_trace(trajectory)
-        latest = 0
+        latest = dict.fromkeys(sequences, 0)
         for (_, trace, index), call in zip(found, attempt.calls, strict=True):
             turn = sequences[trace.number].turns[index]
             here = location.at(turn=index)
             self._call(trace, index, turn, call, here)
             for span in turn.versions:
                 self.findings.expect(
-                    span.version >= latest or trace.exchanges[0].number != 0 or index == 0,
+                    span.version >= latest[trace.number],
                     "versions",
                     here,
-                    f"version {span.version} follows version {latest}",
+                    f"version {span.version} follows version {latest[trace.number]}",
                 )
-                latest = max(latest, span.version)
+                latest[trace.number] = max(latest[trace.number], span.version)
 
     def _call(self, trace: Trace, index: int, turn: Turn, call: Call, location: Location) -> None:
         findings, exchange = self.findings, trace.exchanges[index]
@@ -380,3 +374,10 @@ class AgentEpisodeCheck:
             f"the reward is {last.reward}; graded again it is {answer.reward} "
             f"({answer.info.get('outcome')})",
         )
+
+
+def _allowed(call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except Unsuitable as error:
+        raise ValueError(f"the messages of a request cannot be encoded: {error}") from None

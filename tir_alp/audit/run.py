@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium
 
 from tir_alp.audit import step as steps
+from tir_alp.audit.episode import episode_check
 from tir_alp.audit.findings import Findings, Location
 from tir_alp.audit.records import (
     RecordedTrajectory,
@@ -17,15 +18,13 @@ from tir_alp.audit.records import (
     read_trajectories,
     records_of,
 )
-from tir_alp.audit.replay import grade_again, replay
 from tir_alp.audit.step import StepFiles
-from tir_alp.audit.trajectory import Replayed, TrajectoryCheck
 from tir_alp.config import Config
 from tir_alp.records.folder import STEP_FOLDERS, read_origin, read_run_config, step_file
-from tir_alp.records.ledger_rows import Attempt, Record
+from tir_alp.records.ledger_rows import Record
 from tir_alp.rollouts.data import load_order
-from tir_alp.rollouts.environment import has_agents, make_environment
-from tir_alp.rollouts.renderer import Renderer, make_renderer
+from tir_alp.rollouts.environment import make_environment
+from tir_alp.rollouts.renderer import make_renderer
 from tir_alp.run.command_line import parse_config
 from tir_alp.run.demonstrations import model_of
 from tir_alp.training import checkpoint_folder
@@ -146,11 +145,10 @@ class _RunAudit:
         tokenizer: Any,
         findings: Findings,
     ) -> None:
-        self._path, self._config, self._env, self._findings = path, config, env, findings
+        self._path, self._config, self._findings = path, config, findings
         self._tasks = load_order(config.data, config.seed, whole=bool(config.eval.data))
-        self._renderer = make_renderer(config, tokenizer, env, read_origin(path))
-        self._has_agents = has_agents(config)
-        self._check = _check_of(config, self._renderer, findings)
+        renderer = make_renderer(config, tokenizer, env, read_origin(path))
+        self._check = episode_check(config, env, renderer, findings)
         self._next_group = 0
 
     def step(self, number: int, metrics: tuple[Location, Record | None], starts: list[int]) -> None:
@@ -200,22 +198,4 @@ class _RunAudit:
         if attempts is None or trajectory.group_id not in known:
             return  # reported by the checks of groups and attempts
         task = self._tasks[trajectory.group_id]
-        if self._has_agents:
-            replayed = grade_again(self._env, task, trajectory)
-        else:
-            replayed = replay(self._env, task, trajectory, self._renderer)
-        self._check(recorded, attempts[-1], replayed)
-
-
-def _check_of(
-    config: Config, renderer: Renderer, findings: Findings
-) -> Callable[[RecordedTrajectory, Attempt, Replayed], None]:
-    """Return what checks the episodes of a run."""
-    if not has_agents(config):
-        return TrajectoryCheck(renderer, config.rollout, findings)
-    # Imported here because it needs the extra 'agents', which other runs do without.
-    from tir_alp.agents.runner import encoder_of
-    from tir_alp.audit.agent_episode import AgentEpisodeCheck
-
-    encoder = encoder_of(config.agents, renderer)
-    return AgentEpisodeCheck(encoder, config.rollout, config.agents, findings)
+        self._check(recorded, attempts[-1], task)
