@@ -47,3 +47,9 @@ async def solve(task, variables):
                 output = run(json.loads(call.function.arguments)["code"])
                 messages.append({"role": "tool", "tool_call_id": call.id, "content": output})
     return None
+
+
+async def solve_twice(task, variables):
+    """Answer twice in conversations of their own, and return the second answer."""
+    await solve(task, variables)
+    return await solve(task, variables)
