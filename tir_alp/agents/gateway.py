@@ -95,6 +95,9 @@ class Gateway:
         host: Interface to listen on.
         port: Port; 0: any.
         max_body_bytes: Limit of a request's body.
+        open_key: A key with which a request may name an episode that is not there yet; empty:
+            there are only those that were opened.
+        open_episode: Opens a session for a name.
     """
 
     def __init__(
@@ -105,7 +108,10 @@ class Gateway:
         host: str = "127.0.0.1",
         port: int = 0,
         max_body_bytes: int = MAX_BODY_BYTES,
+        open_key: str = "",
+        open_episode: Callable[[str], Endpoint] | None = None,
     ) -> None:
+        self._open_key, self._open_episode = open_key, open_episode
         self.encoder, self._model, self._host, self._port = encoder, model, host, port
         self._starting: asyncio.Task[None] | None = None
         self._endpoints: dict[str, Endpoint] = {}
@@ -117,6 +123,11 @@ class Gateway:
         self._runner = web.AppRunner(
             app, handler_cancellation=True, access_log=None, shutdown_timeout=_CLOSING_S
         )
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://{self._host}:{self._port}"
 
     async def start(self) -> None:
         """Begin to listen, if it does not yet."""
@@ -147,8 +158,7 @@ class Gateway:
             key: Its key; None: a random one.
         """
         name = name or secrets.token_hex(8)
-        url = f"http://{self._host}:{self._port}/{name}"
-        endpoint = Endpoint(url, key or f"sk-{secrets.token_hex(16)}", session)
+        endpoint = Endpoint(f"{self.url}/{name}", key or f"sk-{secrets.token_hex(16)}", session)
         self._endpoints[name] = endpoint
         return endpoint
 
@@ -164,10 +174,11 @@ class Gateway:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             given = token.strip()
-        endpoint = self._endpoints.get(request.match_info["episode"])
-        expected = endpoint.key if endpoint is not None else ""
-        is_right = hmac.compare_digest(given.encode(), expected.encode())
-        if endpoint is None or not is_right:
+        name = request.match_info["episode"]
+        endpoint = self._endpoints.get(name)
+        if endpoint is None and self._open_episode is not None and _same(given, self._open_key):
+            endpoint = self._open_episode(name)
+        if endpoint is None or not _same(given, endpoint.key):
             raise ApiError(
                 401,
                 "the key is not that of this URL's episode, or the episode has ended",
@@ -218,6 +229,10 @@ class Gateway:
 
     def _token_text(self, token_id: int) -> str:
         return self.encoder.tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def _same(given: str, key: str) -> bool:
+    return hmac.compare_digest(given.encode(errors="replace"), key.encode())
 
 
 async def _body(request: web.Request) -> bytes:
