@@ -1,6 +1,7 @@
 """An agent that compacts its context, starts two sub-agents at once, and retries a call."""
 
 import asyncio
+from typing import Any
 
 import openai
 
@@ -13,14 +14,18 @@ async def solve(task, variables):
         api_key=variables["OPENAI_API_KEY"],
         max_retries=0,
     ) as client:
+        tools: Any = [TOOL]
 
-        async def ask(messages, **how):
-            made = await client.chat.completions.create(
-                model="policy", messages=messages, tools=[TOOL], **how
+        async def ask(messages: Any, **how: Any) -> Any:
+            made: Any = await client.chat.completions.create(
+                model="policy", messages=messages, tools=tools, **how
             )
             return made.choices[0].message
 
-        messages = [{"role": "system", "content": "plan"}, {"role": "user", "content": "go"}]
+        messages: list[Any] = [
+            {"role": "system", "content": "plan"},
+            {"role": "user", "content": "go"},
+        ]
         for _ in range(2):
             reply = await ask(messages)
             messages.append(reply)

@@ -2,12 +2,13 @@
 
 import json
 import re
+from typing import Any
 
 import openai
 
 from tir_alp.tools.calculator import CalculatorTool
 
-PYTHON = {
+PYTHON: Any = {
     "type": "function",
     "function": {
         "name": "python",
@@ -34,12 +35,12 @@ async def solve(task, variables):
     async with openai.AsyncOpenAI(
         base_url=variables["OPENAI_BASE_URL"], api_key=variables["OPENAI_API_KEY"]
     ) as client:
-        messages = [{"role": "user", "content": task["question"]}]
+        messages: list[Any] = [{"role": "user", "content": task["question"]}]
         for _ in range(3):
             reply = await client.chat.completions.create(
                 model="policy", messages=messages, tools=[PYTHON]
             )
-            message = reply.choices[0].message
+            message: Any = reply.choices[0].message
             messages.append(message)
             if not message.tool_calls:
                 return message.content

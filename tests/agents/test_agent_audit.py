@@ -35,15 +35,15 @@ ENCODER = encoder()
 SCRIPT = ("let me: " + CALL, "hm", "a", "b", "c", "d", "lost", "kept", "42! yes")
 
 
-def play(train_on: str = "all", agent="busy_agent", script=SCRIPT) -> tuple[Trajectory, Attempt]:
+def play(train_on: Any = "all") -> tuple[Trajectory, Attempt]:
     ledger = Ledger(1)
-    engine = Scripted(*script)
+    engine = Scripted(*SCRIPT)
 
     async def main() -> Trajectory:
         gateway = Gateway(encoder())
         try:
             runner = AgentRunner(
-                make_env=lambda: AgentEnv(function=f"tests.agents.{agent}:solve"),
+                make_env=lambda: AgentEnv(function="tests.agents.busy_agent:solve"),
                 generate=ledger.recording(engine.generate),
                 renderer=Renderer(tokenizer(), call_format="none"),
                 limits=LIMITS,
@@ -66,7 +66,7 @@ def play(train_on: str = "all", agent="busy_agent", script=SCRIPT) -> tuple[Traj
     return trajectory, Attempt.from_record(attempt)
 
 
-def drifts(record: Any, attempt: Any, train_on: str = "all") -> list[str]:
+def drifts(record: Any, attempt: Any, train_on: Any = "all") -> list[str]:
     """Audit the records of an episode; a record that cannot be read is a drift as well."""
     try:
         trajectory = from_record(json.loads(json.dumps(record)))

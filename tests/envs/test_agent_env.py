@@ -58,7 +58,7 @@ def test_an_agent_sees_the_task_without_its_answer_and_no_secrets(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "x")
     code = "import os,json;print(json.dumps([dict(os.environ), json.load(open('task.json'))]))"
     report, _ = played(python(code))
-    variables, task = json.loads(report.answer)
+    variables, task = json.loads(report.answer or "")
     assert task == json.loads(variables["TIR_ALP_TASK"]) == {"task_id": "t", "question": "6*7?"}
     assert variables["OPENAI_API_KEY"] == "sk-1" and "SECRET_TOKEN" not in variables
 
