@@ -87,7 +87,7 @@ def run_command(
         task: The task, which it finds in `TASK` and in its folder's `task.json`.
         variables: Environment variables by which it finds the model.
         timeout_s: Deadline in seconds.
-        is_stopped: Whether it has to end before that; asked several times a second.
+        is_stopped: Whether it has to end before that; asked ten times per second.
         files: Names of files in its folder that the report is to contain.
     """
     mark = secrets.token_hex(8)

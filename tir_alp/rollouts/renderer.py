@@ -322,7 +322,10 @@ def make_renderer(
         tokenizer,
         system=system or config.model.system,
         max_observation_tokens=config.rollout.max_observation_tokens,
-        rewritten_history=config.model.rewritten_history,
+        # Where the history of a whole agent is written in another way, a new sequence begins.
+        rewritten_history=(
+            "append" if env.has_wrapper_attr("play") else config.model.rewritten_history
+        ),
         end_token_ids=() if origin is None else origin.end_token_ids,
         clock=None if origin is None else origin.created,
         **call_settings,
