@@ -45,7 +45,8 @@ def rewritten(capture):
     assert "message 2, a reply, was changed" in second.reason and second.parent is None
 
 
-def test_openai_agents():
+@pytest.mark.parametrize("api", ["ChatCompletions", "Responses"])
+def test_openai_agents(api):
     agents = pytest.importorskip("agents", reason="openai-agents")
     openai = pytest.importorskip("openai")
 
@@ -57,7 +58,8 @@ def test_openai_agents():
     def agent(endpoint):
         agents.set_tracing_disabled(True)
         client = openai.AsyncOpenAI(base_url=endpoint.openai_url, api_key=endpoint.key)
-        model = agents.OpenAIChatCompletionsModel(model="policy", openai_client=client)
+        kind = getattr(agents, f"OpenAI{api}Model")
+        model = kind(model="policy", openai_client=client)
         made = agents.Agent(name="adder", instructions="Add.", model=model, tools=[add])
         return agents.Runner.run_sync(made, "40 + 2?").final_output
 

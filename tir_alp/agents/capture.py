@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from tir_alp.agents.messages import Dialogue, Message, difference, num_common
 from tir_alp.agents.replies import ReplyRule
@@ -77,9 +78,8 @@ class Trace:
     @property
     def token_ids(self) -> Ids:
         """All tokens."""
-        return self.inherited_ids + tuple(
-            token for each in self.exchanges for token in (*each.shown, *each.completion.token_ids)
-        )
+        parts = ((each.shown, each.completion.token_ids) for each in self.exchanges)
+        return tuple(chain(self.inherited_ids, *chain.from_iterable(parts)))
 
     @property
     def num_sampled(self) -> int:
