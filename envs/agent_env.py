@@ -8,6 +8,7 @@ a recorded episode is graded again without the agent.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import shlex
 import sys
@@ -87,6 +88,8 @@ class AgentEnv(gymnasium.Env[str, str]):
         self._function: AgentFunction | None = (
             None if function is None else _found(function, "function")
         )
+        if inspect.isfunction(self._function) and not inspect.iscoroutinefunction(self._function):
+            raise ValueError(f"env.kwargs.function: {function} must be async, as in `async def`")
         self._verifier: Verifier = (
             _compare_answer if verifier == "answer" else _found(verifier, "verifier")
         )

@@ -32,6 +32,10 @@ _KEPT = (
     *("PATH", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH"),
     "SSL_CERT_FILE",
 )  # variables that an agent gets from this process; no others, which may be secrets
+MAX_OUTPUT_BYTES = 64 << 20
+"""Bytes that a command may print; one that prints more is ended, as one that failed."""
+
+_OUT, _ERR = ".out", ".err"  # files in its folder
 _POLL_S = 0.1
 _GRACE_S = 1.0  # between the request to end and the kill
 _ROUNDS = 20  # in which processes of the episode are looked for
@@ -90,14 +94,14 @@ def run_command(
         is_stopped: Whether it has to end before that; asked ten times per second.
         files: Names of files in its folder that the report is to contain.
     """
-    mark = secrets.token_hex(8)
+    mark, most = secrets.token_hex(8), MAX_OUTPUT_BYTES
     folder = Path(tempfile.mkdtemp(prefix="tir_alp_agent_"))
     text = json.dumps(task, ensure_ascii=False)
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
     environment = {**kept, "HOME": str(folder), **variables, MARK: mark, TASK: text}
     try:
         (folder / TASK_FILE).write_text(text, encoding="utf-8", errors="surrogatepass")
-        with (folder / ".out").open("wb") as out, (folder / ".err").open("wb") as err:
+        with (folder / _OUT).open("wb") as out, (folder / _ERR).open("wb") as err:
             try:
                 process = subprocess.Popen(
                     [*command],
@@ -111,17 +115,19 @@ def run_command(
             except OSError as error:
                 return Report(end="infrastructure", errors=f"{command[0]!r}: {error}")
             try:
-                code = _wait(process, timeout_s, is_stopped)
+                code = _wait(process, timeout_s, lambda: is_stopped() or _num_bytes(folder) > most)
                 end = "timeout" if code is None else "exited" if code == 0 else "failed"
+                if code is None and _num_bytes(folder) > most:
+                    end = "failed"
             finally:
                 _end_all(process, mark)
-        output = _tail(folder / ".out")
+        output = _tail(folder / _OUT)
         return Report(
             end=end,
             exit_code=code,
             answer=_answer(folder, output),
             output=output,
-            errors=_tail(folder / ".err"),
+            errors=_tail(folder / _ERR),
             files={name: _tail(folder / name) for name in files if (folder / name).is_file()},
         )
     finally:
@@ -153,6 +159,10 @@ def run_function(
         return asyncio.run(limited())
     except Exception as error:  # an agent may raise anything
         return Report(end="failed", errors=f"{type(error).__name__}: {error}"[-_MAX_CHARS:])
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum((folder / name).stat().st_size for name in (_OUT, _ERR))
 
 
 def _wait(

@@ -88,6 +88,7 @@ def played() -> tuple[dict[str, Any], dict[str, Any]]:
 
 def test_each_conversation_of_an_agent_is_one_trace(played):
     trajectory = from_record(played[0])
+    assert json.loads(json.dumps(to_record(trajectory))) == played[0]
     assert len(trajectory.sequences) == 5  # the plan, two sub-agents, the retry, the short one
     turns = [len(each.turns) for each in trajectory.sequences]
     assert sorted(turns) == [1, 1, 2, 2, 3]

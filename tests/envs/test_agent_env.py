@@ -106,6 +106,12 @@ def test_nothing_of_an_agent_is_left(sleep):
     assert not os.path.exists(folder)
 
 
+def test_an_agent_that_prints_without_end_is_ended(monkeypatch):
+    monkeypatch.setattr("tir_alp.envs.agent_process.MAX_OUTPUT_BYTES", 1 << 16)
+    report, _ = played(python("while True: print('x' * 1000, flush=True)"))
+    assert report.end == "failed" and 0 < len(report.output) <= 1 << 16
+
+
 def test_an_agent_can_be_stopped_from_outside():
     env = python("import time;time.sleep(60)")
     threading.Timer(0.3, env.stop).start()
@@ -157,6 +163,7 @@ def test_a_link_out_of_the_folder_is_not_read(tmp_path):
         {"function": "tests.none:solve"},
         {"command": "x", "verifier": "json:nothing"},
         {"command": "x", "timeout_s": 0},
+        {"function": f"{__name__}:lengths"},
     ],
 )
 def test_wrong_settings_are_refused(settings):
