@@ -11,6 +11,7 @@ gymnasium.register(id="PythonMath-v0", entry_point="tir_alp.envs.math_env:Python
 gymnasium.register(id="SingleTurnMath-v0", entry_point="tir_alp.envs.math_env:SingleTurnMathEnv")
 gymnasium.register(id="MultiTool-v0", entry_point="tir_alp.envs.multi_tool_env:MultiToolEnv")
 gymnasium.register(id="PythonCode-v0", entry_point="tir_alp.envs.code_env:PythonCodeEnv")
+gymnasium.register(id="Agent-v0", entry_point="tir_alp.envs.agent_env:AgentEnv")
 gymnasium.register(
     id="ReasoningGym-v0", entry_point="tir_alp.envs.reasoning_gym_env:ReasoningGymEnv"
 )

@@ -16,6 +16,7 @@ COMMANDS = {
     "sft": "teach a model by demonstration: conversations, or a run's best trajectories",
     "evaluate": "measure a model on tasks: accuracy with intervals, pass@k, maj@k",
     "chat": "talk to a model and its real tools in a terminal",
+    "agents": "serve a model to agents over OpenAI's and Anthropic's API",
     "doctor": "check that a run is sound on this machine, before it starts",
     "audit": "prove that every token of a saved run is accounted for",
     "report": "draw the page of a run, or of several over one another",

@@ -234,6 +234,17 @@ class RolloutConfig(EpisodeConfig, OverlongConfig):
     groups; 0: they are trained on, and teach nothing."""
 
 
+class AgentsConfig(Section):
+    """Whole agents as environments (`Agent-v0`), which speak to the gateway."""
+
+    train_on: Literal["answer", "longest", "all"] = "answer"
+    """Which traces of an episode are trained on: the one in which its last completion was sampled,
+    the one with most sampled tokens, or all. They share the episode's advantage."""
+    calls: Literal["template", "fenced"] = "template"
+    """How the model writes calls of tools: as its chat template does, or as Python blocks between
+    fences, which call the only tool of a request."""
+
+
 # --------------------------------------------------------------------------- the engine
 #
 # Nothing outside an engine's own folder asks which kind of engine a run has. It asks the section:
@@ -853,6 +864,7 @@ class Config(Section):
     env: EnvConfig = EnvConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
+    agents: AgentsConfig = AgentsConfig()
     engine: EngineConfig = TransformersConfig()
     trainer: TrainerConfig = TrainerConfig()
     guards: GuardsConfig = GuardsConfig()

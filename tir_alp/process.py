@@ -37,10 +37,12 @@ _COMMAND = re.compile(r"tir_alp(\.\w+|\.studies\.\w+|\.envs\.interop|\.models\.t
 
 EXTRAS = {
     "aiohttp": "service",
+    "anthropic": "agents",
     "datasets": "data",
     "docker": "docker",
     "httpx2": "mcp",
     "mcp": "mcp",
+    "openai": "agents",
     "peft": "lora",
     "prometheus_client": "service",
     "pyarrow": "data",

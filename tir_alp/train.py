@@ -163,13 +163,19 @@ async def update(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> dict
 
 
 def with_advantages(groups: Sequence[TrajectoryGroup], config: Config) -> list[list[Sample]]:
-    """Give each trajectory of each group its advantage."""
+    """Give each trajectory of each group, and its branches, its advantage."""
     found = step_advantages(groups, config.algorithm, config.rollout)
     samples = []
     for group, advantages in zip(groups, found, strict=True):
         by_turn = turn_advantages(group, config.algorithm) or [None] * len(advantages)
         columns = zip(group.trajectories, advantages, by_turn, strict=True)
-        samples.append([Sample(*each) for each in columns])
+        samples.append(
+            [
+                Sample(sequence, advantage, of_turns if sequence is trajectory else None)
+                for trajectory, advantage, of_turns in columns
+                for sequence in trajectory.sequences
+            ]
+        )
     return samples
 
 

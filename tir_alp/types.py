@@ -196,6 +196,28 @@ class _Columns(NamedTuple):
     turn_ids: tuple[int, ...]
 
 
+REPORT = "report"
+"""Key of the last turn's `info` in an agent's episode: what the agent left, which was graded."""
+
+_UIDS_PER_TRACE = 1 << 54  # more than a run or an evaluation has
+
+
+def trace_uid(sequence_uid: int, trace: int) -> int:
+    """Return the uid of one of the traces of an episode: sequences of tokens with own draws.
+
+    Args:
+        sequence_uid: Uid of the episode's sequence; also that of its trace 0.
+        trace: Number of the trace, below 512.
+    """
+    return sequence_uid + trace * _UIDS_PER_TRACE
+
+
+def split_uid(uid: int) -> tuple[int, int]:
+    """Return the uid of the episode's sequence, and the number of the trace: see `trace_uid`."""
+    trace, sequence_uid = divmod(uid, _UIDS_PER_TRACE)
+    return sequence_uid, trace
+
+
 @dataclass(frozen=True, slots=True)
 class Trajectory:
     """The record of one episode, as the policy saw it.
@@ -220,11 +242,24 @@ class Trajectory:
     """Whether a limit ended the episode: of turns, or of context tokens."""
     sequence_uid: int = 0
     """Identity of this sample within the run; its sampling and its noise are keyed by it."""
+    branches: tuple[Trajectory, ...] = ()
+    """The other sequences of tokens of the same episode, if an agent had several conversations.
+    They share its reward and its advantage, and have no branches of their own."""
     _kept: _Columns | None = field(default=None, init=False, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what the trajectory is made of, not what is computed from it."""
         return Trajectory, tuple(getattr(self, each.name) for each in fields(self) if each.init)
+
+    @property
+    def episode_uid(self) -> int:
+        """Uid of the episode, which all its sequences have in common; see `trace_uid`."""
+        return split_uid(self.sequence_uid)[0]
+
+    @property
+    def sequences(self) -> tuple[Trajectory, ...]:
+        """The trajectory itself and its branches: what the episode gives to train on."""
+        return self, *self.branches
 
     def spans(self) -> Iterator[TokenSpan]:
         """Iterate over all spans in order: together they are what the policy saw and wrote."""

@@ -6,10 +6,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from tir_alp.audit.episode import episode_check
 from tir_alp.audit.findings import Findings, Location
 from tir_alp.audit.records import read_ledger, read_trajectories
-from tir_alp.audit.replay import replay
-from tir_alp.audit.trajectory import TrajectoryCheck
 from tir_alp.records.folder import read_origin, read_run_config, step_file
 from tir_alp.rollouts.data import load_eval_sets
 from tir_alp.rollouts.environment import make_environment
@@ -41,7 +40,7 @@ def audit_evaluation(path: Path, tokenizer: Any = None) -> Findings:
     num_missing = 0
     with closing(make_environment(config)) as env:
         renderer = make_renderer(config, tokenizer, env, read_origin(path))
-        check = TrajectoryCheck(renderer, config.rollout, findings)
+        check = episode_check(config, env, renderer, findings)
         for number, (group_id, task) in enumerate(zip(group_ids(sets), tasks, strict=True), 1):
             if not (path / "trajectories" / step_file(number)).exists():
                 num_missing += 1
@@ -49,7 +48,7 @@ def audit_evaluation(path: Path, tokenizer: Any = None) -> Findings:
             findings.count("groups")
             recorded = read_trajectories(path, "trajectories", number, findings)
             ledger = read_ledger(path, number, findings)
-            uids = [each.trajectory.sequence_uid for each in recorded]
+            uids = [each.trajectory.episode_uid for each in recorded]
             location = Location(f"trajectories/{step_file(number)}")
             findings.expect(
                 len(set(uids)) == len(uids)
@@ -66,10 +65,10 @@ def audit_evaluation(path: Path, tokenizer: Any = None) -> Findings:
                 "there are trajectories of which the ledger knows nothing",
             )
             for each in recorded:
-                attempts = ledger.attempts.get(each.trajectory.sequence_uid, ())
+                attempts = ledger.attempts.get(each.trajectory.episode_uid, ())
                 findings.count("attempts", len(attempts))
                 if attempts:
-                    check(each, attempts[-1], replay(env, task, each.trajectory, renderer))
+                    check(each, attempts[-1], task)
     if num_missing:
         findings.notes.append(f"{num_missing} of {len(tasks)} tasks have not been played")
     return findings

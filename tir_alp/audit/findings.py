@@ -16,6 +16,7 @@ CHECKS = (
     "stop reasons",
     "versions",
     "observation tokens",
+    "captures",
     "loss mask",
     "turns replayed",
     "attempts",

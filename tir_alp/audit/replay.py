@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
@@ -11,7 +12,7 @@ from tir_alp.audit.trajectory import Answer, Replayed
 from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.tools.outcome import Outcome
-from tir_alp.types import Trajectory, Turn
+from tir_alp.types import REPORT, Trajectory, Turn
 
 
 def replay(
@@ -29,11 +30,30 @@ def replay(
         renderer: Decodes completions to actions.
     """
     options = task.to_options() | {"tool_results": [_tool_result(t) for t in trajectory.turns]}
+    actions = [renderer.action(turn.completion.token_ids) for turn in trajectory.turns]
+    return _replay(env, task, options, actions)
+
+
+def grade_again(env: gymnasium.Env[str, str], task: Task, trajectory: Trajectory) -> Replayed:
+    """Reset the environment of an agent to a task, and grade the recorded report.
+
+    Args:
+        env: The environment.
+        task: The task that the recorded episode was about.
+        trajectory: The recorded episode.
+    """
+    report = trajectory.turns[-1].info.get(REPORT) if trajectory.turns else None
+    return _replay(env, task, task.to_options(), [report] if isinstance(report, str) else [])
+
+
+def _replay(
+    env: gymnasium.Env[str, str], task: Task, options: dict[str, Any], actions: Sequence[str]
+) -> Replayed:
     prompt, _ = env.reset(seed=task.seed, options=options)
     answers: list[Answer] = []
-    for turn in trajectory.turns:
+    for action in actions:
         try:
-            answer = env.step(renderer.action(turn.completion.token_ids))
+            answer = env.step(action)
         except Exception as error:  # any environment may raise anything: the audit continues
             return Replayed(prompt, answers, f"the environment raised {error!r}")
         text, reward, terminated, truncated, info = answer

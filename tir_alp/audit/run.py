@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium
 
 from tir_alp.audit import step as steps
+from tir_alp.audit.episode import episode_check
 from tir_alp.audit.findings import Findings, Location
 from tir_alp.audit.records import (
     RecordedTrajectory,
@@ -17,9 +18,7 @@ from tir_alp.audit.records import (
     read_trajectories,
     records_of,
 )
-from tir_alp.audit.replay import replay
 from tir_alp.audit.step import StepFiles
-from tir_alp.audit.trajectory import TrajectoryCheck
 from tir_alp.config import Config
 from tir_alp.records.folder import STEP_FOLDERS, read_origin, read_run_config, step_file
 from tir_alp.records.ledger_rows import Record
@@ -146,10 +145,10 @@ class _RunAudit:
         tokenizer: Any,
         findings: Findings,
     ) -> None:
-        self._path, self._config, self._env, self._findings = path, config, env, findings
+        self._path, self._config, self._findings = path, config, findings
         self._tasks = load_order(config.data, config.seed, whole=bool(config.eval.data))
-        self._renderer = make_renderer(config, tokenizer, env, read_origin(path))
-        self._check = TrajectoryCheck(self._renderer, config.rollout, findings)
+        renderer = make_renderer(config, tokenizer, env, read_origin(path))
+        self._check = episode_check(config, env, renderer, findings)
         self._next_group = 0
 
     def step(self, number: int, metrics: tuple[Location, Record | None], starts: list[int]) -> None:
@@ -195,8 +194,8 @@ class _RunAudit:
 
     def _trajectory(self, recorded: RecordedTrajectory, files: StepFiles, known: set[int]) -> None:
         trajectory = recorded.trajectory
-        attempts = files.ledger.attempts.get(trajectory.sequence_uid)
+        attempts = files.ledger.attempts.get(trajectory.episode_uid)
         if attempts is None or trajectory.group_id not in known:
             return  # reported by the checks of groups and attempts
         task = self._tasks[trajectory.group_id]
-        self._check(recorded, attempts[-1], replay(self._env, task, trajectory, self._renderer))
+        self._check(recorded, attempts[-1], task)

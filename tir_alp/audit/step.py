@@ -85,7 +85,7 @@ def _check_members(
     present = dict.fromkeys(groups, 0)
     for member in members:
         trajectory, location = member.trajectory, member.location
-        uid, group_id = trajectory.sequence_uid, trajectory.group_id
+        uid, group_id = trajectory.episode_uid, trajectory.group_id
         findings.expect(
             uid > latest,
             "groups",
@@ -118,7 +118,7 @@ def _check_members(
 def check_attempts(files: StepFiles, group_size: int, findings: Findings) -> None:
     """Check that every attempt became a trajectory, or failed and was counted as dropped."""
     ledger = files.ledger
-    kept = {each.trajectory.sequence_uid for each in (*files.trained, *files.replaced)}
+    kept = {each.trajectory.episode_uid for each in (*files.trained, *files.replaced)}
     lost = {group.group_id for group in ledger.groups if group.fate == "lost"}
     known = {group.group_id for group in ledger.groups}
     for uid, attempts in ledger.attempts.items():
@@ -141,7 +141,7 @@ def check_attempts(files: StepFiles, group_size: int, findings: Findings) -> Non
             f"an attempt at sequence {uid} completed, but no trajectory was made of it",
         )
     for recorded in (*files.trained, *files.replaced):
-        if recorded.trajectory.sequence_uid not in ledger.attempts:
+        if recorded.trajectory.episode_uid not in ledger.attempts:
             findings.drift(
                 "attempts", recorded.location, "the ledger has no attempt at this sequence"
             )
@@ -170,7 +170,8 @@ def check_versions(
         started = max((start for start in starts if start <= step), default=0)
         oldest = newest = max(started, oldest)
     for recorded in files.trained:
-        for index, turn in enumerate(recorded.trajectory.turns):
+        turns = [turn for each in recorded.trajectory.sequences for turn in each.turns]
+        for index, turn in enumerate(turns):
             for span in turn.versions:
                 findings.expect(
                     oldest <= span.version <= newest,
@@ -213,17 +214,22 @@ def check_loss(
         files.ledger.location,
         f"updates {updates}; step {files.step} makes {num_updates}, starting with {first}",
     )
-    locations = {each.trajectory.sequence_uid: each.location for each in files.trained}
+    locations = {
+        sequence.sequence_uid: each.location
+        for each in files.trained
+        for sequence in each.trajectory.sequences
+    }
     per_update = max(1, len(groups) // num_updates)
     advantages = step_advantages(groups, config.algorithm, config.rollout)
     num_tokens = 0
     for index, entry in enumerate(files.ledger.updates):
         part = slice(index * per_update, (index + 1) * per_update)
         expected = [
-            packed_sequence(trajectory, advantage)
+            packed_sequence(sequence, advantage)
             for group, of_group in zip(groups[part], advantages[part], strict=True)
             for trajectory, advantage in zip(group.trajectories, of_group, strict=True)
-            if any(trajectory.loss_mask)
+            for sequence in trajectory.sequences
+            if any(sequence.loss_mask)
         ]
         num_tokens += sum(each.num_loss_tokens for each in expected)
         by_uid = {each.uid: each for each in expected}

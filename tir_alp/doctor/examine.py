@@ -102,6 +102,8 @@ def check_history(
         renderer: Renderer of the run.
         env: Environment whose tools the template has to show.
     """
+    if env.has_wrapper_attr("play"):
+        return CheckResult("template", True, "what it rewrites begins a trace of its own")
     if config.model.rewritten_history == "append":
         return CheckResult(
             "template", True, "what it would rewrite stays as it was sampled, as configured"

@@ -28,7 +28,7 @@ from tir_alp.records.ledger_rows import (
     update_row,
 )
 from tir_alp.training.step_report import UpdateRecord
-from tir_alp.types import TrajectoryGroup
+from tir_alp.types import TrajectoryGroup, split_uid
 
 
 class Ledger:
@@ -48,8 +48,9 @@ class Ledger:
 
         async def recorded(token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
             completion = await generate(token_ids, sampling)
-            call = Call(len(token_ids), ids_digest(token_ids), completion)
-            self._attempts[sampling.sequence_uid][-1].calls.append(call)
+            uid, trace = split_uid(sampling.sequence_uid)
+            call = Call(len(token_ids), ids_digest(token_ids), completion, trace=trace)
+            self._attempts[uid][-1].calls.append(call)
             return completion
 
         return recorded

@@ -39,6 +39,8 @@ class Call:
     """Outcome of the environment's step; None if there was none."""
     ended: bool = False
     """Whether the environment ended the episode."""
+    trace: int = 0
+    """In which of the episode's sequences of tokens the call was made; see `types.trace_uid`."""
 
     def to_record(self) -> Record:
         """Return the call as a record: ids as int32 and logprobs as float64, so both are exact."""
@@ -53,6 +55,8 @@ class Call:
             "outcome": self.outcome,
             "ended": self.ended,
         }
+        if self.trace:
+            record["trace"] = self.trace
         if completion.version_spans:
             spans = completion.version_spans
             record["versions"] = [[span.version, span.start, span.stop] for span in spans]
@@ -80,6 +84,7 @@ class Call:
             answer=record["answer"],
             outcome=record["outcome"],
             ended=bool(record["ended"]),
+            trace=int(record.get("trace", 0)),
         )
 
 

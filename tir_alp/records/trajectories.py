@@ -19,7 +19,7 @@ from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Tu
 
 def to_record(trajectory: Trajectory) -> dict[str, Any]:
     """Return a trajectory as `json.dumps` takes it; keys are the field names of the dataclasses."""
-    return {
+    record = {
         "task_id": trajectory.task_id,
         "group_id": trajectory.group_id,
         "prompt": _span_to_record(trajectory.prompt),
@@ -28,6 +28,9 @@ def to_record(trajectory: Trajectory) -> dict[str, Any]:
         "truncated": trajectory.truncated,
         "sequence_uid": trajectory.sequence_uid,
     }
+    if trajectory.branches:
+        record["branches"] = [to_record(each) for each in trajectory.branches]
+    return record
 
 
 def from_record(record: Mapping[str, Any]) -> Trajectory:
@@ -37,6 +40,10 @@ def from_record(record: Mapping[str, Any]) -> Trajectory:
         ValueError: If the record is not a trajectory: a key is missing or unknown, or a value has
             the wrong type.
     """
+    branches: list[Trajectory] = []
+    if isinstance(record, Mapping) and "branches" in record:
+        branches = _branches(record["branches"])
+        record = {name: value for name, value in record.items() if name != "branches"}
     fields = _fields(
         record,
         "a trajectory",
@@ -55,7 +62,22 @@ def from_record(record: Mapping[str, Any]) -> Trajectory:
         except ValueError as error:
             raise ValueError(f"turn {index}: {error}") from None
     prompt = _span_from_record(fields["prompt"])
-    return Trajectory(**fields | {"prompt": prompt, "turns": tuple(turns)})
+    made = {"prompt": prompt, "turns": tuple(turns), "branches": tuple(branches)}
+    return Trajectory(**fields | made)
+
+
+def _branches(records: Any) -> list[Trajectory]:
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"branches are a list of trajectories, not {records!r:.60}")
+    branches = []
+    for index, each in enumerate(records):
+        try:
+            branches.append(from_record(each))
+        except ValueError as error:
+            raise ValueError(f"branch {index}: {error}") from None
+        if branches[-1].branches:
+            raise ValueError(f"branch {index} has branches of its own")
+    return branches
 
 
 def _turn_to_record(turn: Turn) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import gymnasium
 from gymnasium.envs.registration import load_env_creator
 
@@ -30,8 +33,18 @@ def make_environment(config: Config) -> gymnasium.Env[str, str]:
         raise ValueError(f"{config.env.id!r} does not take its settings: {reason}") from error
 
 
-def _mistake(config: Config) -> str:
+def has_agents(config: Config) -> bool:
+    """Return whether the environment's episodes are whole agents, which it runs by `play`."""
+    with contextlib.suppress(gymnasium.error.Error, ImportError, AttributeError):
+        return hasattr(_creator(config), "play")
+    return False
+
+
+def _creator(config: Config) -> Any:
     entry_point = gymnasium.spec(config.env.id.rpartition(":")[2]).entry_point
-    if isinstance(entry_point, str):
-        entry_point = load_env_creator(entry_point)
-    return "" if entry_point is None else settings_mistake(entry_point, config.env.kwargs)
+    return load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
+
+
+def _mistake(config: Config) -> str:
+    creator = _creator(config)
+    return "" if creator is None else settings_mistake(creator, config.env.kwargs)

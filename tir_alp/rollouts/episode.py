@@ -180,7 +180,7 @@ class EpisodeRunner:
             generated = time.monotonic()
             action = self.renderer.action(completion.token_ids)
             text, reward, terminated, truncated, info = await self._in_thread(
-                lambda action=action: _checked(env.step(action)), f"{where}: env.step"
+                lambda action=action: checked_step(env.step(action)), f"{where}: env.step"
             )
             stepped = time.monotonic()
             outcome = Outcome(info.get("outcome", Outcome.OK))
@@ -252,7 +252,7 @@ class EpisodeRunner:
             raise EpisodeFailed(Outcome.INFRA_ERROR, message) from None
 
 
-def _checked(step: tuple[Any, ...]) -> tuple[str, float, bool, bool, Mapping[str, Any]]:
+def checked_step(step: tuple[Any, ...]) -> tuple[str, float, bool, bool, Mapping[str, Any]]:
     """Check what a step of an environment returned, which may be anything.
 
     Raises:

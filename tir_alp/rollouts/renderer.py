@@ -11,13 +11,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal
 
 import gymnasium
-from tokenizers.decoders import DecodeStream
 
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion
@@ -37,12 +35,11 @@ from tir_alp.rollouts.formats import (
 )
 from tir_alp.rollouts.output_frames import OutputFrames
 from tir_alp.rollouts.prefix_stability import check_prefix_stability
+from tir_alp.rollouts.stop_rule import cut_at, token_watcher
 from tir_alp.rollouts.surrogates import SURROGATE
 from tir_alp.rollouts.text_encoder import EncodedFrame, TextEncoder
 from tir_alp.tools.calls import CallFormat, ToolCall, call_watcher, write_call
-from tir_alp.types import Origin, StopReason, TokenSpan, cut_version_spans
-
-_MAX_PENDING = 16  # tokens that are no whole character yet
+from tir_alp.types import Origin, StopReason, TokenSpan
 
 
 class PromptTooLong(ValueError):
@@ -149,6 +146,11 @@ class Renderer:
         """Return the token that ends a turn, in the text after it; None if it is text."""
         index = end_mark(self._tokenizer, frame.before, self._section_end)
         return None if index is None else frame.before[index]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        return self._tokenizer
 
     def prompt(self, text: str) -> TokenSpan:
         """Encode a task as the policy reads it, up to the start of its first completion."""
@@ -325,26 +327,9 @@ class Renderer:
     def stop_matcher(self) -> Callable[[int], bool]:
         """Return a function to call with each token; it returns True when a call is complete.
 
-        The end of a call may be spread over several tokens, and a token may extend past it; the
-        token that completes the call is the last one to keep.
+        See `stop_rule`: the token that completes the call is the last one to keep.
         """
-        watch = self._watcher()
-        stream = DecodeStream(skip_special_tokens=False)
-        num_pending = 0
-
-        def feed(token_id: int) -> bool:
-            nonlocal stream, num_pending
-            piece = stream.step(self._tokenizer.backend_tokenizer, token_id)
-            if piece is None:  # part of a character
-                num_pending += 1
-                if num_pending < _MAX_PENDING:
-                    return False
-                # No character is that long: a stream would decode all of it again and again.
-                stream, piece = DecodeStream(skip_special_tokens=False), "\ufffd"
-            num_pending = 0
-            return watch(piece)
-
-        return feed
+        return token_watcher(self._tokenizer, self._watcher())
 
     def _watcher(self) -> Callable[[str], bool]:
         if self.call_format == "tool_call":
@@ -363,17 +348,7 @@ class Renderer:
 
     def cut(self, completion: Completion) -> Completion:
         """Drop what follows the last call that a turn may have, logprobs and versions included."""
-        matches = self.stop_matcher()
-        for index, token_id in enumerate(completion.token_ids):
-            if matches(token_id):
-                return replace(
-                    completion,
-                    token_ids=completion.token_ids[: index + 1],
-                    logprobs=completion.logprobs[: index + 1],
-                    stop_reason=StopReason.STOP,
-                    version_spans=cut_version_spans(completion.version_spans, index + 1),
-                )
-        return completion
+        return cut_at(completion, self.stop_matcher())
 
     def _content(self, text: str, frame: EncodedFrame) -> tuple[int, ...]:
         """Encode text from outside. A lone surrogate, which no tokenizer encodes, becomes U+FFFD.
@@ -462,7 +437,10 @@ def make_renderer(
         tokenizer,
         system=system or config.model.system,
         max_observation_tokens=config.rollout.max_observation_tokens,
-        rewritten_history=config.model.rewritten_history,
+        # Where the history of a whole agent is written in another way, a new sequence begins.
+        rewritten_history=(
+            "append" if env.has_wrapper_attr("play") else config.model.rewritten_history
+        ),
         end_token_ids=() if origin is None else origin.end_token_ids,
         clock=None if origin is None else origin.created,
         **call_settings,

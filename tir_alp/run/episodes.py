@@ -13,6 +13,7 @@ import gymnasium
 
 from tir_alp.config import Config
 from tir_alp.engines.base import Generate
+from tir_alp.rollouts.environment import has_agents
 from tir_alp.rollouts.episode import EpisodeRunner, RecordEnv
 from tir_alp.rollouts.lockstep import Lockstep
 from tir_alp.rollouts.renderer import Renderer
@@ -62,11 +63,17 @@ def open_episodes(
     stack.callback(threads.shutdown, wait=False, cancel_futures=True)
     slots = asyncio.Semaphore(num_episodes)
     lockstep = Lockstep() if config.deterministic else None
+    kind: Callable[..., EpisodeRunner] = EpisodeRunner
+    if has_agents(config):
+        # Imported here because it needs the extra 'agents', which other runs do without.
+        from tir_alp.agents.runner import agent_runner
+
+        kind = agent_runner(stack, config, renderer)
 
     def runner(
         seed: int, generate: Generate, record_env: RecordEnv = lambda env, uid: env
     ) -> EpisodeRunner:
-        return EpisodeRunner(
+        return kind(
             make_env=make_env,
             generate=generate if lockstep is None else lockstep.in_step(generate),
             renderer=renderer,

@@ -27,7 +27,7 @@ from tir_alp.rollouts.data import (
     load_order,
     overlap,
 )
-from tir_alp.rollouts.environment import make_environment
+from tir_alp.rollouts.environment import has_agents, make_environment
 from tir_alp.rollouts.queue import QueueState
 from tir_alp.rollouts.renderer import Renderer, make_renderer
 from tir_alp.run.beginning import beginning, check_files, check_steps, first_weights, run_name
@@ -93,6 +93,7 @@ def prepare(config: Config, resume: Path | None, log: Callable[[str], None]) -> 
     """
     _check_extras(config)
     check_trackers(config.trackers)
+    _check_agents(config)
     begin = beginning(run_name(config.name, config.algorithm.name, config.seed), resume, log)
     check_steps(begin, config.steps)
     progress = Progress(begin.position)
@@ -136,10 +137,27 @@ def _check_extras(config: Config) -> None:
     needed = {
         "peft": config.trainer.lora is not None and "trainer.lora",
         "aiohttp": config.engine.type in _SERVERS and f"engine.type = {config.engine.type}",
+        "openai": has_agents(config) and f"env.id = {config.env.id}",
     }
     for module, key in needed.items():
         if key and find_spec(module) is None:
             raise ValueError(f"{key} needs {module}, and {missing_extra(module)}")
+
+
+def _check_agents(config: Config) -> None:
+    """Refuse what cannot be done with whole agents."""
+    if not has_agents(config):
+        return
+    if config.deterministic:
+        raise ValueError(
+            f"deterministic needs an environment whose turns can be put in order, and the agents "
+            f"of {config.env.id!r} ask for completions whenever they like: leave it out"
+        )
+    if config.cluster.is_used:
+        raise ValueError(
+            f"the agents of {config.env.id!r} reach the model by the loopback interface of this "
+            'machine, so they cannot run as actors of a cluster: set cluster.address to "none"'
+        )
 
 
 def describe_left_out(sentences: Sequence[str]) -> str:

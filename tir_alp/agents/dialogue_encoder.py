@@ -1,0 +1,347 @@
+"""Turns the messages of requests into tokens, by the model's own chat template.
+
+A conversation that goes on is not encoded again: `extension` encodes what the template writes after
+the end of the last reply, and nothing before it. Where the template would write the conversation
+before that in another way than it has been shown to the model, there is no extension, and the
+caller begins a new sequence.
+
+Text from outside cannot become a mark of the conversation. Marks in it are replaced by stand-ins
+before the template sees the text, and encoded as ordinary text afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, Literal
+
+from tir_alp.agents.messages import Dialogue, Message
+from tir_alp.agents.replies import CallStyle
+from tir_alp.rollouts.chat_template import ChatTemplate, MadeCall
+from tir_alp.rollouts.end_marks import end_mark, structure_marks
+from tir_alp.rollouts.formats import ParameterTypes, find_form
+from tir_alp.rollouts.formats.readers import JsonReader
+from tir_alp.rollouts.renderer import Renderer
+from tir_alp.rollouts.surrogates import SURROGATE
+from tir_alp.rollouts.text_encoder import Ids, TextEncoder
+from tir_alp.tools.calls import ToolCall, write_call
+from tir_alp.types import StopReason
+
+Calls = Literal["template", "fenced"]
+"""How a model writes calls: as its chat template does, or as Python blocks between fences."""
+
+_PRIVATE = range(0xE000, 0xF900)  # code points that no text means anything by
+
+
+class Unsuitable(ValueError):
+    """The model or its template cannot take a request; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How conversations with certain tools are written."""
+
+    template: ChatTemplate
+    closing: str
+    """What the template writes after the last reply."""
+    takes_text: bool
+    """Whether the template wants the arguments of a call as JSON text."""
+    style: CallStyle | None
+
+
+class DialogueEncoder:
+    """Encodes the messages of requests for one model.
+
+    Args:
+        tokenizer: A fast Hugging Face tokenizer with a chat template.
+        calls: How the model writes calls.
+        end_token_ids: Tokens at which the model's own config ends a sequence.
+        clock: Local time that a template is given which asks for the time; None: the real time.
+
+    Raises:
+        ValueError: The tokenizer is of no use; see `Renderer`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        calls: Calls = "template",
+        end_token_ids: Collection[int] = (),
+        clock: datetime | None = None,
+    ) -> None:
+        renderer = Renderer(
+            tokenizer,
+            call_format="none",
+            rewritten_history="append",
+            end_token_ids=end_token_ids,
+            clock=clock,
+        )
+        self.tokenizer = tokenizer
+        self.stop_token_ids = renderer.stop_token_ids
+        """A completion ends with the first of these tokens that is sampled."""
+        self.max_token_chars = max(map(len, tokenizer.get_vocab()))
+        """Number of characters of the longest token."""
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        """Where long conversations can be encoded. A single thread: a tokenizer has settings."""
+        self._calls, self._clock = calls, clock
+        self._encoder = TextEncoder(tokenizer)
+        marks = structure_marks(tokenizer)
+        special = {*tokenizer.all_special_ids} | {
+            each for each, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        self._marks = sorted(set(marks.values()), key=lambda text: (-len(text), text))
+        self._endings = [text for text in self._marks if self._is_special(text, special)]
+        self._form = lru_cache(64)(self._make_form)
+
+    def style(self, dialogue: Dialogue) -> CallStyle | None:
+        """Return how the model writes calls in a conversation; None if it has no tools.
+
+        Raises:
+            Unsuitable: It cannot write calls of these tools.
+        """
+        return self._form(dialogue.tools).style
+
+    def opening(self, dialogue: Dialogue, forced: str = "") -> Ids:
+        """Encode a whole conversation, up to the start of the reply.
+
+        Args:
+            dialogue: The conversation.
+            forced: Text with which the reply has to begin.
+
+        Raises:
+            Unsuitable: The template refuses the conversation.
+        """
+        writer = _Writer(dialogue, self._marks, self._endings, self._form(dialogue.tools))
+        text = writer.written(dialogue.messages, generation=True)
+        return self._encoded(writer, text, begins=True) + self._forced(forced)
+
+    def extension(
+        self, dialogue: Dialogue, num_known: int, ended: StopReason, forced: str = ""
+    ) -> Ids | None:
+        """Encode what follows a reply, up to the start of the next one.
+
+        Args:
+            dialogue: The conversation.
+            num_known: Number of its messages that the sequence has; the last of them is a reply.
+            ended: How the completion ended that was this reply: an end mark that the policy itself
+                sampled is not added a second time.
+            forced: Text with which the next reply has to begin.
+
+        Returns:
+            The tokens; None if the template writes what is known in another way, now that more
+            follows.
+
+        Raises:
+            Unsuitable: The template refuses the conversation.
+        """
+        form = self._form(dialogue.tools)
+        writer = _Writer(dialogue, self._marks, self._endings, form)
+        known = dialogue.messages[:num_known]
+        asked = writer.written(known[:-1], generation=True)
+        before = writer.written(known)
+        whole = writer.written(dialogue.messages, generation=True)
+        if not whole.startswith(before):
+            before = before.removesuffix(self.tokenizer.eos_token)
+        closing = form.closing
+        if not before.endswith(closing):
+            closing = closing.removesuffix(self.tokenizer.eos_token)
+        is_kept = before.startswith(asked) and whole.startswith(before)
+        if not is_kept or not before.endswith(closing):
+            return None
+        ids = self._encoded(writer, closing + whole[len(before) :], begins=False)
+        if ended is StopReason.EOS:
+            mark = end_mark(self.tokenizer, ids)
+            ids = ids if mark is None else ids[mark + 1 :]
+        return ids + self._forced(forced)
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Decode a completion, without the token that ended the turn."""
+        if token_ids and token_ids[-1] in self.stop_token_ids:
+            token_ids = token_ids[:-1]
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+    def forced_call(self, dialogue: Dialogue, tool: str | None) -> str:
+        """Return the text with which a reply begins that has to make a call.
+
+        Args:
+            dialogue: The conversation, with tools.
+            tool: Name of the tool; None: any.
+
+        Raises:
+            Unsuitable: A call has no beginning of its own in this model's form.
+        """
+        style = self.style(dialogue)
+        form = None if style is None else style.form
+        if form is None or not form.opening:
+            raise Unsuitable(
+                "this model's calls have no mark at their beginning, so that tool_choice cannot be "
+                'more than "auto" or "none"'
+            )
+        reader = form.read
+        in_list = isinstance(reader, JsonReader) and reader.in_list
+        text = form.section_start + form.opening + ("[" if in_list else "")
+        if tool is None:
+            return text
+        if not isinstance(reader, JsonReader):
+            raise Unsuitable(
+                f"this model writes calls in the form {form.name!r}, in which tool_choice cannot "
+                'name a tool: use "auto", "required" or "none"'
+            )
+        name = json.dumps(tool, ensure_ascii=False)
+        between = "" if in_list else "\n"
+        return f'{text}{between}{{"{reader.name_key}": {name}, "{reader.arguments_key}":'
+
+    def _forced(self, text: str) -> Ids:
+        return self._encoder.mark(text) if text else ()
+
+    def _is_special(self, text: str, special: Collection[int]) -> bool:
+        ids = self._encoder.mark(text)
+        return len(ids) == 1 and ids[0] in special
+
+    def _encoded(self, writer: _Writer, text: str, *, begins: bool) -> Ids:
+        ids: list[int] = []
+        for index, part in enumerate(writer.parts(text)):
+            if index % 2:
+                ids += self._encoder.content(self._marks[int(part)], False)
+            elif begins and index == 0:
+                ids += self.tokenizer.encode(part, add_special_tokens=False, verbose=False)
+            else:
+                ids += self._encoder.mark(part)
+        return tuple(ids)
+
+    def _make_form(self, tools: str) -> _Form:
+        schemas = json.loads(tools) if tools else []
+        shown = tuple(schemas) if self._calls == "template" else ()
+        template = ChatTemplate(self.tokenizer, "", shown, self._clock)
+        closing = ChatTemplate(self.tokenizer, "", (), self._clock).end_of_turn().before
+        if not schemas:
+            return _Form(template, closing, False, None)
+        if self._calls == "fenced":
+            return _Form(
+                template, closing, False, CallStyle(None, fenced_tool=_fenced_tool(schemas))
+            )
+        if not template.shows_tools():
+            raise Unsuitable(
+                f"the chat template of {self.tokenizer.name_or_path!r} does not show the model its "
+                "tools: use one that does, or calls in fences"
+            )
+        try:
+            style = CallStyle(find_form(template), ParameterTypes.of(schemas))
+            probe = template.calls([MadeCall("probe_tool", {"probe_key": "probe_value"})])
+            given = probe["tool_calls"][0]["function"]["arguments"]
+        except ValueError as error:
+            raise Unsuitable(str(error)) from error
+        return _Form(template, closing, isinstance(given, str), style)
+
+
+class _Writer:
+    """Writes the messages of one conversation through a template, with stand-ins for marks."""
+
+    def __init__(
+        self, dialogue: Dialogue, marks: Sequence[str], endings: Sequence[str], form: _Form
+    ) -> None:
+        self._form, self._numbers = form, {text: number for number, text in enumerate(marks)}
+        texts = "".join(
+            [dialogue.tools]
+            + [each.content for each in dialogue.messages]
+            + [call.arguments for each in dialogue.messages for call in each.calls]
+        )
+        self._stand_in = next(chr(each) for each in _PRIVATE if chr(each) not in texts)
+        self._any = _pattern(marks)
+        self._ending = _pattern(endings)
+        self._names = {call.call_id: call.name for each in dialogue.messages for call in each.calls}
+        self._template = form.template
+        if form.template.tools:
+            guarded = _mapped(form.template.tools, lambda text: self._guarded(text, self._any))
+            self._template = ChatTemplate(
+                form.template.tokenizer, "", tuple(guarded), form.template.clock
+            )
+
+    def written(self, messages: Sequence[Message], *, generation: bool = False) -> str:
+        try:
+            return self._template.render([*map(self._shown, messages)], generation=generation)
+        except ValueError as error:
+            raise Unsuitable(str(error)) from error
+
+    def parts(self, text: str) -> list[str]:
+        """Split a text at the stand-ins: text, number of a mark, text, and so on."""
+        return re.split(f"{self._stand_in}([0-9]+){self._stand_in}", text)
+
+    def _shown(self, message: Message) -> Mapping[str, Any]:
+        pattern = self._ending if message.role == "assistant" else self._any
+        content = self._guarded(message.content, pattern)
+        style = self._form.style
+        shown: dict[str, Any] = {"role": message.role, "content": content}
+        if message.role == "tool":
+            name = message.name or self._names.get(message.call_id, "")
+            shown |= {"tool_call_id": message.call_id, "name": self._guarded(name, self._any)}
+        if message.calls and style is not None and style.form is None:
+            code = json.loads(message.calls[0].arguments).get(style.fenced_tool[1], "")
+            block = write_call(ToolCall("python", {"code": str(code)}), "fenced") or str(code)
+            shown["content"] = content + self._guarded(block, pattern)
+        elif message.calls:
+            shown["tool_calls"] = [
+                {
+                    "id": call.call_id,
+                    "type": "function",
+                    "function": {
+                        "name": self._guarded(call.name, self._any),
+                        "arguments": self._arguments(call.arguments),
+                    },
+                }
+                for call in message.calls
+            ]
+        return shown
+
+    def _arguments(self, text: str) -> Any:
+        if not self._form.takes_text:
+            try:
+                return _mapped(json.loads(text), lambda each: self._guarded(each, self._ending))
+            except (ValueError, RecursionError):
+                pass
+        return self._guarded(text, self._ending)
+
+    def _guarded(self, text: str, pattern: re.Pattern[str] | None) -> str:
+        text = SURROGATE.sub("\ufffd", text)
+        if pattern is None:
+            return text
+        mark = self._stand_in
+        return pattern.sub(lambda found: f"{mark}{self._numbers[found[0]]}{mark}", text)
+
+
+def _pattern(texts: Sequence[str]) -> re.Pattern[str] | None:
+    return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a JSON value with all its texts changed."""
+    match value:
+        case str():
+            return change(value)
+        case list() | tuple():
+            return [_mapped(each, change) for each in value]
+        case dict():
+            return {change(key): _mapped(each, change) for key, each in value.items()}
+        case _:
+            return value
+
+
+def _fenced_tool(schemas: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Return the name and the argument of the only tool that a Python block can call."""
+    functions = [each.get("function", each) for each in schemas]
+    parameters = functions[0].get("parameters") or {}
+    arguments = [*parameters.get("properties", {})]
+    required = parameters.get("required") or arguments
+    if len(functions) != 1 or len(required) != 1:
+        names = ", ".join(str(each.get("name")) for each in functions)
+        raise Unsuitable(
+            f"this model calls tools by Python blocks between fences, so a request can have one "
+            f"tool with one argument; it has {names}"
+        )
+    return str(functions[0]["name"]), str(required[0])

@@ -1,0 +1,255 @@
+"""The HTTP side: one server for all episodes, with a base URL and a key for each.
+
+It listens on the loopback interface. A request finds its session by the episode in its path, and
+has to carry that episode's key. Whatever one client does (it goes away, floods, sends nonsense)
+ends with its own request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from tir_alp.agents import anthropic_messages, openai_chat, openai_responses
+from tir_alp.agents.dialogue_encoder import DialogueEncoder
+from tir_alp.agents.session import Answer, ApiError, Request, Session
+from tir_alp.agents.wire import read_body
+
+MAX_BODY_BYTES = 16 << 20
+"""Limit of a request's body."""
+
+_CLOSING_S = 5.0  # time that connections get to end when the gateway closes
+_LARGE = 1 << 18  # bytes of a body that is read in a thread, so that others need not wait
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where the agent of one episode finds its model."""
+
+    url: str
+    """Base URL without the version, as Anthropic's clients want it."""
+    key: str
+    session: Session
+
+    @property
+    def openai_url(self) -> str:
+        """Base URL as OpenAI's clients want it."""
+        return f"{self.url}/v1"
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment variables by which clients find it."""
+        return {
+            "OPENAI_BASE_URL": self.openai_url,
+            "OPENAI_API_BASE": self.openai_url,
+            "OPENAI_API_KEY": self.key,
+            "ANTHROPIC_BASE_URL": self.url,
+            "ANTHROPIC_API_KEY": self.key,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """One kind of request."""
+
+    read: Callable[[Mapping[str, Any]], Any]
+    """Reads the JSON of a request; what it returns has `asked` and `stream`."""
+    write: Callable[[Any, Sequence[Answer], str, int, Callable[[int], str]], str]
+    events: Callable[[Any, Sequence[Answer], str, int, Callable[[int], str]], Iterator[bytes]]
+    prefix: str
+    """Beginning of the ids of its responses."""
+
+
+APIS: dict[str, Api] = {
+    "chat/completions": Api(
+        openai_chat.read_chat, openai_chat.write_chat, openai_chat.chat_events, "chatcmpl-"
+    ),
+    "responses": Api(
+        openai_responses.read_responses_request,
+        openai_responses.write_response,
+        openai_responses.response_events,
+        "resp_",
+    ),
+    "messages": Api(
+        anthropic_messages.read_messages_request,
+        anthropic_messages.write_message,
+        anthropic_messages.message_events,
+        "msg_",
+    ),
+}
+"""Path below /v1 -> how requests to it are answered."""
+
+_ERRORS: dict[str, Callable[[ApiError], dict[str, Any]]] = {
+    "messages": anthropic_messages.error_body,
+}
+"""Path below /v1 -> how its errors are written; OpenAI's form for all others."""
+
+
+class Gateway:
+    """Serves sessions over HTTP.
+
+    Args:
+        encoder: Decodes tokens for those who ask for logprobs.
+        model: Name of the model.
+        host: Interface to listen on.
+        port: Port; 0: any.
+        max_body_bytes: Limit of a request's body.
+        open_key: A key with which a request may name an episode that is not there yet; empty:
+            there are only those that were opened.
+        open_episode: Opens a session for a name.
+    """
+
+    def __init__(
+        self,
+        encoder: DialogueEncoder,
+        model: str = "policy",
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        max_body_bytes: int = MAX_BODY_BYTES,
+        open_key: str = "",
+        open_episode: Callable[[str], Endpoint] | None = None,
+    ) -> None:
+        self._open_key, self._open_episode = open_key, open_episode
+        self.encoder, self._model, self._host, self._port = encoder, model, host, port
+        self._starting: asyncio.Task[None] | None = None
+        self._endpoints: dict[str, Endpoint] = {}
+        app = web.Application(client_max_size=max_body_bytes)
+        app.router.add_get("/{episode}/v1/models", self._models)
+        app.router.add_get("/{episode}/v1/models/{model:.+}", self._models)
+        app.router.add_post("/{episode}/v1/{api:.+}", self._answer)
+        app.router.add_route("*", "/{rest:.*}", self._unknown)
+        self._runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=_CLOSING_S
+        )
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://{self._host}:{self._port}"
+
+    async def start(self) -> None:
+        """Begin to listen, if it does not yet."""
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        await asyncio.shield(self._starting)
+
+    async def _start(self) -> None:
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self._host, self._port)
+        await site.start()
+        self._port = self._runner.addresses[0][1]
+
+    async def close(self) -> None:
+        """End all sessions, and stop."""
+        for each in [*self._endpoints.values()]:
+            await self.end(each)
+        await self._runner.cleanup()
+
+    def open(
+        self, session: Session, *, name: str | None = None, key: str | None = None
+    ) -> Endpoint:
+        """Give a session its URL and key.
+
+        Args:
+            session: The session.
+            name: Its part of the URL; None: a random one.
+            key: Its key; None: a random one.
+        """
+        name = name or secrets.token_hex(8)
+        endpoint = Endpoint(f"{self.url}/{name}", key or f"sk-{secrets.token_hex(16)}", session)
+        self._endpoints[name] = endpoint
+        return endpoint
+
+    async def end(self, endpoint: Endpoint) -> None:
+        """End a session: its key is no longer valid, and what runs for it is cancelled."""
+        self._endpoints = {
+            name: each for name, each in self._endpoints.items() if each is not endpoint
+        }
+        await endpoint.session.close()
+
+    def _session(self, request: web.Request) -> Session:
+        given = request.headers.get("x-api-key", "")
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            given = token.strip()
+        name = request.match_info["episode"]
+        endpoint = self._endpoints.get(name)
+        if endpoint is None and self._open_episode is not None and _same(given, self._open_key):
+            endpoint = self._open_episode(name)
+        if endpoint is None or not _same(given, endpoint.key):
+            raise ApiError(
+                401,
+                "the key is not that of this URL's episode, or the episode has ended",
+                code="invalid_api_key",
+            )
+        return endpoint.session
+
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        try:
+            self._session(request)
+        except ApiError as error:
+            return _refusal(error, "models")
+        model = {"id": self._model, "object": "model", "created": 0, "owned_by": "tir_alp"}
+        if "model" in request.match_info:
+            return web.json_response(model | {"id": request.match_info["model"]})
+        return web.json_response({"object": "list", "data": [model]})
+
+    async def _unknown(self, request: web.Request) -> web.StreamResponse:
+        error = ApiError(404, f"there is no {request.method} {request.path_qs}", code="not_found")
+        return _refusal(error, "")
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        path = request.match_info["api"]
+        try:
+            session = self._session(request)
+            api = APIS.get(path)
+            if api is None:
+                known = ", ".join(f"/v1/{each}" for each in APIS)
+                raise ApiError(404, f"there is no /v1/{path}; there are {known}", code="not_found")
+            data = await _body(request)
+            if len(data) > _LARGE:
+                wish = await asyncio.to_thread(lambda: api.read(read_body(data)))
+            else:
+                wish = api.read(read_body(data))
+            asked: Request = wish.asked
+            answers = await session.answer(asked)
+        except ApiError as error:
+            return _refusal(error, path)
+        name, created = f"{api.prefix}{secrets.token_hex(12)}", int(time.time())
+        shape = (wish, answers, name, created, self._token_text)
+        if not wish.stream:
+            return web.Response(text=api.write(*shape), content_type="application/json")
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b"".join(api.events(*shape)))
+        await response.write_eof()
+        return response
+
+    def _token_text(self, token_id: int) -> str:
+        return self.encoder.tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def _same(given: str, key: str) -> bool:
+    return hmac.compare_digest(given.encode(errors="replace"), key.encode())
+
+
+async def _body(request: web.Request) -> bytes:
+    try:
+        return await request.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise ApiError(413, f"the body of the request is too large: {error.text}") from error
+    except (ConnectionError, asyncio.IncompleteReadError) as error:
+        raise ApiError(400, "the body of the request is not complete") from error
+
+
+def _refusal(error: ApiError, path: str) -> web.Response:
+    body = _ERRORS.get(path, openai_chat.error_body)(error)
+    return web.Response(status=error.status, text=json.dumps(body), content_type="application/json")
