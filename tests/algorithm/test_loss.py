@@ -164,9 +164,13 @@ def test_on_policy_every_method_is_the_plain_policy_gradient():
     inputs = inputs_of([[0.0, 0, 0], [0, 0, 0]], [1.5, -0.5])
     inputs = replace(inputs, loss_mask=torch.tensor([[True, True, False], [False, True, True]]))
     plain = -tensor([[1.5, 1.5, 0], [0, -0.5, -0.5]]) / 4
-    for name, algorithm in ALGORITHMS.items():
+    exact = [each for each in ALGORITHMS.values() if each.surrogate in ("clip", "cispo")]
+    exact = [each for each in exact if not (each.selection or each.kl or each.entropy_bonus)]
+    assert len(exact) > 20  # to the last bit; test_presets.py has the others
+    for algorithm in exact:
         algorithm = algorithm.model_copy(update={"aggregation": "token_mean"})
-        torch.testing.assert_close(gradient(inputs, algorithm), plain, rtol=0, atol=0, msg=name)
+        found = gradient(inputs, algorithm)
+        torch.testing.assert_close(found, plain, rtol=0, atol=0, msg=algorithm.name)
         if algorithm.surrogate == "clip":
             assert value(inputs, algorithm) == -(1.5 * 2 - 0.5 * 2) / 4
 
@@ -288,7 +292,9 @@ def test_an_extreme_ratio_is_clamped_and_counted(sign):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_batch_without_loss_tokens_is_zero(name):
     inputs = golden()
-    inputs = replace(inputs, loss_mask=torch.zeros_like(inputs.loss_mask))
+    none = torch.zeros_like(inputs.loss_mask)
+    read = {"selected": none, "entropy": none.double(), "reference_logprobs": none.double()}
+    inputs = replace(inputs, loss_mask=none, **read)
     assert value(inputs, ALGORITHMS[name]) == 0
     assert torch.equal(gradient(inputs, ALGORITHMS[name]), torch.zeros(2, 4, dtype=torch.float64))
 
@@ -307,15 +313,15 @@ def test_rejected_tokens_leave_the_denominator_only_with_kept():
     everyone = corrected("mis_token", low=0.5, high=2.0)  # rejects 2 of the 5 tokens
     kept = corrected("mis_token", low=0.5, high=2.0, normalise="kept")
     assert value(golden(), kept) == pytest.approx(value(golden(), everyone) * 5 / 3)
-    assert [count.item() for count in loss_counts(golden(), everyone)] == [5, 2]
-    assert [count.item() for count in loss_counts(golden(), kept)] == [3, 2]
+    assert [count.item() for count in loss_counts(golden(), everyone)[:2]] == [5, 2]
+    assert [count.item() for count in loss_counts(golden(), kept)[:2]] == [3, 2]
     for algorithm in (everyone, kept):
         assert policy_loss(golden(), algorithm)[1]["loss/rejected_tokens"].item() == 2
 
 
 def test_a_rejected_sequence_leaves_the_count_of_sequences():
     kept = corrected("mis_sequence", low=0.0, high=3.0, normalise="kept")  # rejects the second
-    assert [count.item() for count in loss_counts(golden(), kept)] == [3, 1]
+    assert [count.item() for count in loss_counts(golden(), kept)[:2]] == [3, 1]
 
 
 @pytest.mark.parametrize(("bound", "rejected"), [("low", 2), ("high", 2)])
@@ -368,8 +374,8 @@ def test_what_is_rejected_is_counted_where_that_is_asked_for():
         for name in ("all", "kept")
     )
     assert value(golden(), kept) == pytest.approx(value(golden(), everyone) * 5 / 2)
-    assert [count.item() for count in loss_counts(golden(), everyone)] == [5, 2]
-    assert [count.item() for count in loss_counts(golden(), kept)] == [2, 2]
+    assert [count.item() for count in loss_counts(golden(), everyone)[:2]] == [5, 2]
+    assert [count.item() for count in loss_counts(golden(), kept)[:2]] == [2, 2]
 
 
 def test_a_rejection_goes_with_a_weight_and_with_alp():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from tir_alp.engines.embedded.own_caches import measure_reading
 from tir_alp.training.arrangement import can_switch, is_packed
 from tir_alp.training.attention import IN_ROWS, PACKED
 from tir_alp.training.policy import arrange
@@ -150,13 +151,15 @@ def arrangement(model: Any) -> str:
 
 def table() -> Iterator[str]:
     """Yield the lines of the table."""
-    yield "| family (`model_type`) | layers | sequences share a forward |"
-    yield "|---|---|---|"
+    yield "| family (`model_type`) | layers | sequences share a forward | embedded engine |"
+    yield "|---|---|---|---|"
     for name in FAMILIES:
         model = make_model(name)
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"]
         words = ", ".join(dict.fromkeys(kind.replace("_", " ") for kind in kinds))
-        yield f"| `{name}` | {words} | {arrangement(model)} |"
+        how = arrangement(model)
+        reading = "in one batch" if is_packed(model) else measure_reading(model)
+        yield f"| `{name}` | {words} | {how} | {reading} |"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import copy
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from tests.training.harness import make_groups, noisy, trainer, weights_of
 from tir_alp.algorithm.perturbation import LayerwisePerturbation
 from tir_alp.algorithm.presets import PerturbationConfig
 from tir_alp.config import TransformersConfig
-from tir_alp.engines.base import EngineContext
+from tir_alp.engines.base import Completion, EngineContext, Sampling
+from tir_alp.engines.embedded.own_caches import measure_reading
 from tir_alp.engines.transformers import open_transformers
 from tir_alp.training.arrangement import is_packed
 from tir_alp.training.batch import collate, noise_keys
@@ -149,14 +151,34 @@ def test_a_model_that_sees_what_comes_later_is_refused():
         arrange(looking_ahead, "mine")
 
 
-def test_the_embedded_engine_refuses_what_has_more_than_keys_and_values(tmp_path: Path):
-    model = make_model("qwen3_next")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_embedded_engine_samples_with_the_logprobs_of_the_trainer(name: str, tmp_path: Path):
+    """Two turns, side by side: the second goes on where the first ended, past every window."""
+    model = make_model(name)
     model.save_pretrained(tmp_path)
 
-    async def open_engine() -> None:
-        context = EngineContext(path=str(tmp_path), device="cpu")
-        async with open_transformers(TransformersConfig(type="transformers"), context):
-            pass
+    async def play(engine: Any, uid: int) -> list[tuple[list[int], Completion]]:
+        ids, found = tuple(range(7 + uid, 30 + uid)), []
+        for _ in range(2):
+            sampling = Sampling(max_tokens=12, seed=3, sequence_uid=uid)
+            completion = await engine.generate(ids, sampling)
+            found.append((list(ids), completion))
+            ids += completion.token_ids + tuple(range(40, 51))
+        return found
 
-    with pytest.raises(ValueError, match=r"keys and values .* Qwen3NextForCausalLM has between"):
-        asyncio.run(open_engine())
+    async def main() -> list[list[tuple[list[int], Completion]]]:
+        context = EngineContext(path=str(tmp_path), device="cpu")
+        async with open_transformers(TransformersConfig(type="transformers"), context) as engine:
+            return await asyncio.gather(*(play(engine, uid) for uid in range(3)))
+
+    one = trainer(noisy(), of=model, micro_batch_tokens=256)
+    for ids, completion in (turn for turns in asyncio.run(main()) for turn in turns):
+        expected = one.completion_logprobs(ids, list(completion.token_ids))
+        assert len(completion.token_ids) == 12
+        assert list(completion.logprobs) == pytest.approx(expected, abs=1e-4)
+
+
+def test_how_a_model_reads_with_its_cache_is_measured():
+    readings = {name: measure_reading(make_model(name)) for name in ("qwen3_next", "nemotron_h")}
+    assert readings == {"qwen3_next": "in pieces", "nemotron_h": "token by token"}
+    assert measure_reading(make_model("bamba")) == "anew"

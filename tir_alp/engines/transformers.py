@@ -44,6 +44,7 @@ from tir_alp.engines.base import (
 )
 from tir_alp.engines.embedded.forward import CachedForward
 from tir_alp.engines.embedded.kv_cache import KVCache
+from tir_alp.engines.embedded.own_caches import OwnCacheForward, OwnCaches, measure_reading
 from tir_alp.engines.embedded.parked import ParkedSequences
 from tir_alp.engines.embedded.prefix import Prefix, find_prefix
 from tir_alp.engines.embedded.request import EmbeddedRequest, ParkedSequence
@@ -92,8 +93,13 @@ class TransformersEngine:
         self._on_update = on_update
         self._max_cache_tokens = max_cache_tokens
         self._version = version
-        self._cache = KVCache(max_cache_tokens)
-        self._forward = CachedForward(model, self._cache, precision, logit_noise)
+        self._cache: KVCache | OwnCaches
+        if is_packed(model):
+            self._cache = KVCache(max_cache_tokens)
+            self._forward = CachedForward(model, self._cache, precision, logit_noise)
+        else:
+            self._cache = OwnCaches(model, measure_reading(model))
+            self._forward = OwnCacheForward(model, self._cache, precision, logit_noise)
         self._parked = ParkedSequences()
         self._waiting: deque[EmbeddedRequest] = deque()
         self._running: list[EmbeddedRequest] = []  # in the order of the cache's rows
@@ -246,7 +252,7 @@ class TransformersEngine:
     def _find_cached(self, request: EmbeddedRequest) -> None:
         """Find what the cache holds of a request that may join, or will hold for several."""
         self._parked.hand_over(request)
-        if request.parked is None:
+        if request.parked is None and self._cache.shares_prefixes:
             others = (other.prompt for other in islice(self._waiting, 1, None))
             request.prefix = find_prefix(request.tokens, self._prefixes(), others)
 
@@ -351,18 +357,8 @@ def _prefixes_of(users: Iterable[EmbeddedRequest | ParkedSequence]) -> list[Pref
 async def open_transformers(
     config: TransformersConfig, context: EngineContext
 ) -> AsyncIterator[TransformersEngine]:
-    """Open the embedded engine, on the trainer's device; an `EngineFactory`.
-
-    Raises:
-        ValueError: If the model has a state between its tokens that is not keys and values.
-    """
+    """Open the embedded engine, on the trainer's device; an `EngineFactory`."""
     model = load_policy(context.path, compute_device(context.device))
-    if not is_packed(model):
-        raise ValueError(
-            f"the embedded engine keeps keys and values of earlier tokens, and nothing else that "
-            f"{type(model).__name__} has between its tokens, so it cannot sample from "
-            f'{context.path!r}. Set engine.type to "sglang" or "vllm", whose servers can'
-        )
     engine = TransformersEngine(
         model,
         max_cache_tokens=config.max_cache_tokens,

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from tir_alp.algorithm.noise import name_hashes, normal, nth_keys
 from tir_alp.engines.base import EngineFailed
-from tir_alp.engines.embedded.kv_cache import KVCache
 from tir_alp.engines.embedded.layouts import CachedStep, PrefixRead
 from tir_alp.engines.embedded.precision import layer_matrices, quantised
 from tir_alp.engines.embedded.prefix import Prefix
@@ -33,7 +32,7 @@ class CachedForward:
         logit_noise: Standard deviation of noise on the logits.
     """
 
-    def __init__(self, model: Any, cache: KVCache, precision: str, logit_noise: float) -> None:
+    def __init__(self, model: Any, cache: Any, precision: str, logit_noise: float) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self._cache, self._precision, self._logit_noise = cache, precision, logit_noise
         if precision == "bfloat16":
@@ -135,7 +134,11 @@ class CachedForward:
         token_ids = torch.tensor([token for tokens in new_tokens for token in tokens])
         hidden = hidden_states(self.model, token_ids.to(device), step.positions, step)
         step.commit()
-        logits = next_token_logits(self.model, hidden[step.last])
+        self._draw(requests, next_token_logits(self.model, hidden[step.last]), version)
+
+    def _draw(self, requests: Sequence[EmbeddedRequest], logits: Tensor, version: int) -> None:
+        """Draw the next token of each request from its logits, [R, V]."""
+        device = logits.device
         if self._logit_noise > 0:
             logits = logits + self._noise(requests, logits.shape[1]).to(device)
         drawn = sample(

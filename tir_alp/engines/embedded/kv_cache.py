@@ -24,6 +24,8 @@ class KVCache:
         max_tokens: Bound of rows times width. The caller adds a row only if there is room.
     """
 
+    shares_prefixes = True
+
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
