@@ -1,4 +1,4 @@
-"""An agent behind the gateway samples what the same task samples as an environment."""
+"""An agent at the gateway samples what the same task samples as an environment."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
