@@ -78,7 +78,7 @@ def documented_metrics() -> list[str]:
 
 AREAS = (
     "rollout|eval|ratio|kl|loss|alp|entropy|staleness|time|outcome|tokens|difficulty|mismatch"
-    "|perplexity|grad_norm|train|reward|engine"
+    "|perplexity|grad_norm|train|reward|engine|lag"
 )
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -33,10 +34,10 @@ print(reply["choices"][0]["message"]["content"], flush=True)
 """
 
 
-def play(engine, code, work=None, **settings):
+def play(engine: Scripted, code: str, work: Any = None, **settings: Any) -> tuple[Any, list[Any]]:
     """Play an episode of a Python program; `work` gets the runner in place of that."""
 
-    async def main():
+    async def main() -> Any:
         gateway = Gateway(encoder())
         runner = AgentRunner(
             make_env=lambda: AgentEnv(command=[sys.executable, "-c", code], **settings),
@@ -55,7 +56,7 @@ def play(engine, code, work=None, **settings):
         finally:
             await gateway.close()
 
-    failures = []
+    failures: list[Any] = []
     with ThreadPoolExecutor(4) as threads:
         return asyncio.run(main()), failures
 

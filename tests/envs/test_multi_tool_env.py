@@ -77,7 +77,7 @@ def test_code_in_fences_is_no_call_here(env):
 def test_a_box_in_a_call_is_no_answer(env):
     env.step(call("calculator", expression=r"\boxed{42}"))
     step = env.step("<tool_call>\\boxed{42}")
-    assert (step[1], step[4]["void"]) == (0.0, True)
+    assert (step[1], step[4]["answer"], step[4]["bad_calls"]) == (0.0, None, 1)
 
 
 def test_either_the_template_or_the_prompt_shows_the_tools():

@@ -112,7 +112,7 @@ def test_mismatch_and_staleness_are_told_apart():
     own, mixed = (each.step(with_versions(groups, 0), 1).metrics for each in (one, two))
     assert own["mismatch/k3"] == pytest.approx(0.02**2 / 2, rel=0.5)
     assert mixed["mismatch/k3"] > 5 * own["mismatch/k3"]
-    assert own["staleness/k3"] > 5 * own["mismatch/k3"]
+    assert own["lag/k3"] > 5 * own["mismatch/k3"]
 
 
 def test_without_staleness_the_versions_make_no_difference():

@@ -141,15 +141,15 @@ def lag_metrics(summary: RatioSummary) -> dict[str, float]:
             version that sampled each token.
 
     Returns:
-        `staleness/kl`, `staleness/k3` and `staleness/ess` over tokens; empty if there are none.
+        `lag/kl`, `lag/k3` and `lag/ess` over tokens; empty if there are none.
     """
     tokens = summary.tokens()
     if not tokens.num_tokens:
         return {}
     return {
-        "staleness/kl": -tokens.mean("log_ratio"),
-        "staleness/k3": tokens.mean("k3"),
-        "staleness/ess": _ess(tokens),
+        "lag/kl": -tokens.mean("log_ratio"),
+        "lag/k3": tokens.mean("k3"),
+        "lag/ess": _ess(tokens),
     }
 
 

@@ -27,6 +27,9 @@ CHECKS = (
 """In the order of the printed table. `docs/audit.md` describes what each check compares."""
 
 
+_OF_AGENTS = "captures"
+
+
 @dataclass(frozen=True, slots=True)
 class Location:
     """Where something was found. A field is None if it is unknown or does not apply."""
@@ -85,6 +88,12 @@ class Findings:
         return holds
 
     def totals(self) -> dict[str, tuple[int, int]]:
-        """Return, for each check, how many items it looked at and how many drifts it found."""
+        """Return, for each check, how many items it looked at and how many drifts it found.
+
+        The check of captures is left out where there are none: the run had no agents.
+        """
         drifted = Counter(drift.check for drift in self.drifts)
-        return {check: (self._checked[check], drifted[check]) for check in CHECKS}
+        found = {check: (self._checked[check], drifted[check]) for check in CHECKS}
+        if not any(found[_OF_AGENTS]):
+            del found[_OF_AGENTS]
+        return found

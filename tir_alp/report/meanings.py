@@ -80,11 +80,12 @@ _MEANINGS = {  # metric -> meaning, unit; names go before patterns, and patterns
     "grad_norm/log_sigma": ("gradient norm of log sigma before clipping", "norm"),
     "loss/selected_fraction": ("tokens that the method has selected", "share"),
     "train/step_scale": ("factor of the learning rate, by the effective sample size", "factor"),
-    "staleness/kl": (
+    "lag/kl": (
         "KL of the policy and the version that sampled, by the trainer",
         "nats per token",
     ),
-    "staleness/k3": ("the same, k3", "nats per token"),
+    "lag/k3": ("the same, k3", "nats per token"),
+    "lag/ess": ("effective sample size of the version that sampled", "share"),
     "train/lr": ("learning rate of the weights", "learning rate"),
     "train/shared_tokens": ("tokens not computed: the prompt is that of the group", "share"),
     "train/skipped_updates": ("updates skipped: no tokens, not finite, or a spike", "updates"),
