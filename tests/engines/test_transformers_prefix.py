@@ -55,7 +55,7 @@ def held(engine: TransformersEngine) -> int:
 
 def test_a_group_reads_and_holds_its_prompt_once():
     of, sizes = watched()
-    most = [0, 0]
+    most: list[float] = [0, 0]
 
     async def run() -> list[Completion]:
         async with opened(of) as engine:
@@ -143,7 +143,8 @@ def test_a_long_beginning_is_shared_by_different_prompts_and_by_who_comes_later(
 
 def test_a_model_with_a_sliding_window():
     torch.manual_seed(0)
-    config = MistralConfig(**SIZES | {"vocab_size": 262}, num_key_value_heads=2, sliding_window=40)
+    sizes: dict[str, Any] = SIZES | {"vocab_size": 262}
+    config = MistralConfig(**sizes, num_key_value_heads=2, sliding_window=40)
     packed = enlarged(
         AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation=PACKED)
     )
@@ -208,12 +209,12 @@ def test_prefixes_rows_and_parked_sequences_stay_within_the_budget_together(budg
     rng = random.Random(budget)
     tops: list[int] = []
 
-    async def run() -> list[tuple[tuple[int, ...], Completion]]:
+    async def run() -> list[tuple[int, tuple[int, ...], Completion]]:
         async with opened(max_cache_tokens=budget) as engine:
 
             async def episode(prompt: tuple[int, ...], uid: int):
                 await asyncio.sleep(rng.uniform(0, 0.5))
-                done = []
+                done: list[tuple[tuple[int, ...], Completion]] = []
                 for _ in range(rng.randint(1, 2)):
                     watch = Watch()
                     watch.seen = lambda: tops.append(held(engine))

@@ -81,6 +81,7 @@ def load_policy(path: str, device: torch.device | str = "cpu") -> Any:
     model = _load(path, PACKED)
     if model is None or not can_switch(model):
         model = _load(path, SPELLED_OUT)
+        assert model is not None  # every family has this one
     model = model.to(device).eval()
     arrange(model, path)
     return model

@@ -117,7 +117,10 @@ class KVCache:
             width = min(_round_up(width, _WIDTH_STEP), most // len(self.lengths))
             num_rows = min(_round_up(len(self.lengths), _ROW_STEP), most // width)
             self.size = num_rows * width
-            made = tuple(each.new_zeros(num_rows, width, *each.shape[1:]) for each in (key, value))
+            made = (
+                key.new_zeros(num_rows, width, *key.shape[1:]),
+                value.new_zeros(num_rows, width, *value.shape[1:]),
+            )
             for old, new in zip(have or made, made, strict=True):
                 kept = old[:num_rows, :width]
                 new[: kept.shape[0], : kept.shape[1]] = kept

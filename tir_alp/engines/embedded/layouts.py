@@ -42,10 +42,9 @@ class PrefixRead:
     ) -> Tensor:
         """Keep the keys and values, and attend as `PackedSequences` does."""
         of_each = zip(key.split(self._lengths), value.split(self._lengths), strict=True)
-        for prefix, states in zip(self._prefixes, of_each, strict=True):
-            prefix.states[layer] = tuple(
-                each.clone(memory_format=torch.contiguous_format) for each in states
-            )
+        own = torch.contiguous_format
+        for prefix, (keys, values) in zip(self._prefixes, of_each, strict=True):
+            prefix.states[layer] = keys.clone(memory_format=own), values.clone(memory_format=own)
         return self._packed.attend(layer, query, key, value, scale=scale, window=window)
 
 
