@@ -48,7 +48,7 @@ async def clients(requests: int) -> None:
     """Play the clients of the endpoints that the standard input names; print the durations."""
     endpoints = json.load(sys.stdin)
     async with ClientSession() as session:
-        found = await asyncio.gather(*(talk(session, *each, requests) for each in endpoints))
+        found = await asyncio.gather(*(talk(session, url, key, requests) for url, key in endpoints))
     print(json.dumps([each for one in found for each in one]))
 
 

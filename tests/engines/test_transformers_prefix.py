@@ -20,6 +20,7 @@ from tests.engines.embedded import (
 )
 from tests.engines.test_transformers import SIZES
 from tir_alp.engines.base import Completion, Sampling
+from tir_alp.engines.embedded.kv_cache import KVCache
 from tir_alp.engines.embedded.prefix import MIN_SHARED, Prefix, find_prefix
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.training.attention import PACKED
@@ -45,6 +46,7 @@ def same(one: Completion, other: Completion) -> bool:
 
 def held(engine: TransformersEngine) -> int:
     """Tokens that the engine's tensors have room for, in the first layer."""
+    assert isinstance(engine._cache, KVCache)
     rows = [keys.shape[0] * keys.shape[1] for keys, _ in [*engine._cache._layers.values()][:1]]
     prefixes = [len(each.states[0][0]) for each in engine._prefixes() if each.states]
     return sum(rows) + sum(prefixes) + sum(len(each.states[0][0]) for each in engine._parked)

@@ -329,9 +329,10 @@ def test_a_call_without_a_recorded_result_is_refused():
 class Meeting:
     """A tool whose calls wait for one another, and that keeps nothing unless it is told to."""
 
-    description, parameters = "", {"type": "object", "properties": {"n": {"type": "integer"}}}
+    description = ""
+    parameters: Mapping[str, Any] = {"type": "object", "properties": {"n": {"type": "integer"}}}
 
-    def __init__(self, name, size, session=NoSession):
+    def __init__(self, name: str, size: int, session: type[Any] = NoSession) -> None:
         self.name, self.session = name, session
         self.barrier = threading.Barrier(size)
         self.began, self.num_inside, self.most_inside = [], 0, 0

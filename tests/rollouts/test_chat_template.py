@@ -13,7 +13,7 @@ from tir_alp.rollouts.formats import HERMES, find_form
 from tir_alp.rollouts.formats.readers import JsonReader
 from tir_alp.rollouts.prefix_stability import check_prefix_stability
 from tir_alp.rollouts.renderer import Renderer
-from tir_alp.tools.calls import ToolCall, find_call
+from tir_alp.tools.calls import BadCall, ToolCall, find_call
 from tir_alp.types import StopReason
 
 TOOLS = (
@@ -122,7 +122,7 @@ def test_the_environment_reads_the_same_call_of_every_model(template, written):
 def test_a_malformed_call_in_the_model_s_form_is_still_a_call_and_says_why():
     action = native(MISTRAL_LIKE).action(ids("[TOOL_CALLS] [oops"))
     found = find_call(action, "tool_call")
-    assert found is not None and "Expecting value: line 1 column 3" in found.error
+    assert isinstance(found, BadCall) and "Expecting value: line 1 column 3" in found.error
 
 
 def test_the_model_is_shown_its_tools():
