@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import assert_honest, train_with
+from tir_alp.algorithm.presets import ALGORITHMS
 from tir_alp.config import Config
 
 pytest.importorskip("openai")
@@ -81,6 +82,7 @@ def test_all_traces_of_an_agent_train_and_are_audited(tmp_path):
     "changed, reason",
     [
         ({"deterministic": True}, "deterministic needs an environment"),
+        ({"algorithm": ALGORITHMS["gigpo"]}, "algorithm.advantage = 'gigpo' compares turns"),
         ({"cluster": {"address": "local"}}, "loopback"),
         ({"env": agent(function="tests.none:solve")}, "env.kwargs.function"),
         ({"env": agent()}, "one of command and function"),

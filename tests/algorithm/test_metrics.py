@@ -118,6 +118,16 @@ def test_a_step_is_described_by_its_turns_and_trajectories():
     }
 
 
+def test_what_an_agent_said_in_other_conversations_counts_for_its_episode():
+    said = turn(4, info={"tool_calls": 2}, policy_version=5, outcome=Outcome.TOOL_ERROR)
+    other = trajectory(said)
+    episode = replace(trajectory(turn(3, policy_version=6)), branches=(other,))
+    metrics = rollout_metrics([TrajectoryGroup("a", 0, (episode, episode))], step=6)
+    assert (metrics["rollout/turns"], metrics["rollout/tool_calls"]) == (2, 2)
+    assert (metrics["tokens/generated"], metrics["outcome/tool_error"]) == (14, 2)
+    assert metrics["staleness/mean"] == pytest.approx(4 / 7)
+
+
 def test_groups_that_were_replaced_count_as_sampled_but_not_as_trained_on():
     kept = TrajectoryGroup("a", 0, (trajectory(turn(reward=1.0)), trajectory(turn())))
     stale = turn(3, policy_version=-5)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from tir_alp.tools.outcome import Outcome
-from tir_alp.types import Trajectory, TrajectoryGroup
+from tir_alp.types import Trajectory, TrajectoryGroup, Turn
 
 _MOST_STALE = 8  # this age and all higher ones, in steps, are one class
 
@@ -20,6 +20,8 @@ def rollout_metrics(
     groups: Sequence[TrajectoryGroup], step: int, replaced: Sequence[TrajectoryGroup] = ()
 ) -> dict[str, float]:
     """Describe the trajectories of one step.
+
+    What agents said in further conversations of an episode counts as turns of the episode.
 
     `time/generate` and `time/tool` are means over trajectories, in seconds. `staleness/*` are in
     steps, over the sampled tokens that are trained on. `outcome/<name>` count turns.
@@ -32,7 +34,7 @@ def rollout_metrics(
     """
     sampled = [*groups, *replaced]
     trajectories = [each for group in sampled for each in group.trajectories]
-    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    turns = [turn for trajectory in trajectories for turn in _turns(trajectory)]
     outcomes = Counter(turn.outcome for turn in turns)
     return {
         "rollout/reward": _mean(trajectory.reward for trajectory in trajectories),
@@ -49,7 +51,9 @@ def rollout_metrics(
         "tokens/generated": sum(len(turn.completion) for turn in turns),
         "time/generate": _seconds(trajectories, "generate"),
         "time/tool": _seconds(trajectories, "tool"),
-        **staleness_metrics([each for group in groups for each in group.trajectories], step),
+        **staleness_metrics(
+            [s for group in groups for each in group.trajectories for s in each.sequences], step
+        ),
         **{f"outcome/{outcome}": outcomes[outcome] for outcome in Outcome},
     }
 
@@ -142,12 +146,17 @@ def is_correct(trajectory: Trajectory) -> bool:
 
 
 def tool_calls(trajectory: Trajectory) -> int:
-    """Return the number of tool calls in all turns."""
-    return sum(turn.info.get("tool_calls", 0) for turn in trajectory.turns)
+    """Return the number of tool calls in all turns of an episode."""
+    return sum(turn.info.get("tool_calls", 0) for turn in _turns(trajectory))
+
+
+def _turns(trajectory: Trajectory) -> list[Turn]:
+    """The turns of all sequences of an episode."""
+    return [turn for sequence in trajectory.sequences for turn in sequence.turns]
 
 
 def _seconds(trajectories: Iterable[Trajectory], activity: str) -> float:
-    return _mean(sum(turn.timing[activity] for turn in each.turns) for each in trajectories)
+    return _mean(sum(turn.timing[activity] for turn in _turns(each)) for each in trajectories)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from typing import Any
 
 import gymnasium
@@ -35,7 +36,9 @@ def make_environment(config: Config) -> gymnasium.Env[str, str]:
 
 def has_agents(config: Config) -> bool:
     """Return whether the environment's episodes are whole agents, which it runs by `play`."""
-    with contextlib.suppress(gymnasium.error.Error, ImportError, AttributeError):
+    with contextlib.suppress(Exception):  # of any module; `make_environment` says which
+        if module := config.env.id.rpartition(":")[0]:
+            importlib.import_module(module)  # which registers the environment
         return hasattr(_creator(config), "play")
     return False
 

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tir_alp.algorithm.advantage import ADVANTAGES, Advantage
+from tir_alp.algorithm.lookup import find
 from tir_alp.config import Config
 from tir_alp.process import missing_extra
 from tir_alp.records.folder import RunFolder
@@ -152,6 +154,12 @@ def _check_agents(config: Config) -> None:
         raise ValueError(
             f"deterministic needs an environment whose turns can be put in order, and the agents "
             f"of {config.env.id!r} ask for completions whenever they like: leave it out"
+        )
+    if find(config.algorithm.advantage, ADVANTAGES, Advantage).by_turn is not None:
+        raise ValueError(
+            f"algorithm.advantage = {config.algorithm.advantage!r} compares turns that begin in "
+            f"the same state, but an agent of {config.env.id!r} may have several conversations: "
+            'take another one, such as "grpo"'
         )
     if config.cluster.is_used:
         raise ValueError(
