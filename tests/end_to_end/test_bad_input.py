@@ -104,7 +104,7 @@ def test_an_unknown_environment(refusal, name):
 def test_an_unknown_environment_setting(refusal):
     message = refusal("--env.kwargs", '{"max_turn": 3}')
     assert "env.kwargs.max_turn: there is no such setting. Did you mean max_turns?" in message
-    assert "It takes call_format, instruction, max_turns, " in message
+    assert "It takes call_format, instruction, max_calls, max_turns, " in message
     assert len(message.splitlines()) == 1
 
 

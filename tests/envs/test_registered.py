@@ -11,7 +11,9 @@ from gymnasium.utils.env_checker import check_env
 
 import tir_alp.envs  # registers them
 
-IDS = sorted(
+OF_AGENTS = ["Agent-v0"]
+"""Environments whose episodes are whole agents: `test_agent_env.py`."""
+REGISTERED = sorted(
     id
     for id, spec in gymnasium.registry.items()
     if str(spec.entry_point).startswith("tir_alp.envs.")
@@ -19,6 +21,7 @@ IDS = sorted(
         "tir_alp.envs.interop"
     )  # environments of other libraries: tests/envs/interop
 )
+IDS = [each for each in REGISTERED if each not in OF_AGENTS]
 BARE: dict[str, Any] = {"sandbox": {"preload": []}}
 
 
@@ -30,8 +33,9 @@ def comparable(info):
     return {key: value for key, value in info.items() if not key.endswith("tool_s")}
 
 
-def test_five_environments_are_registered():
-    assert IDS == [
+def test_six_environments_are_registered():
+    assert REGISTERED == [
+        "Agent-v0",
         "MultiTool-v0",
         "PythonCode-v0",
         "PythonMath-v0",
