@@ -25,7 +25,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -101,11 +100,7 @@ def programs(clients: int) -> Work:
             if result.stdout != "42\n":
                 raise RuntimeError(f"the program printed {result.stdout!r}")
 
-    def work() -> None:
-        with ThreadPoolExecutor(clients) as pool:
-            list(pool.map(calls, range(clients)))
-
-    return work
+    return in_threads(clients, calls, clients)
 
 
 def episodes(at_once: int) -> Work:
@@ -122,9 +117,15 @@ def episodes(at_once: int) -> Work:
         finally:
             env.close()
 
+    return in_threads(at_once, play, NUM_CALLS)
+
+
+def in_threads(at_once: int, call: Callable[[int], None], number: int) -> Work:
+    """Return what makes a number of calls, so many at once."""
+
     def work() -> None:
         with ThreadPoolExecutor(at_once) as pool:
-            list(pool.map(play, range(NUM_CALLS)))
+            list(pool.map(call, range(number)))
 
     return work
 
@@ -197,17 +198,6 @@ def lines_of(curve: Curve, seconds: Sequence[float]) -> Iterator[str]:
     yield f"  exponent {overall:.2f}, over the last two values {last:.2f}"
 
 
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    """Let torch use so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -216,15 +206,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rows", type=Path)
     options = parser.parse_args()
-    with threads(options.threads):
-        for name in options.only:
-            curve = CURVES[name]
-            seconds = measure(curve, options.rounds)
-            print("\n".join(lines_of(curve, seconds)), flush=True)
-            if options.rows is not None:
-                row = {"curve": name, "values": curve.values, "seconds": seconds}
-                with open(options.rows, "a") as file:
-                    file.write(json.dumps(row | {"threads": options.threads}) + "\n")
+    torch.set_num_threads(options.threads)
+    for name in options.only:
+        curve = CURVES[name]
+        seconds = measure(curve, options.rounds)
+        print("\n".join(lines_of(curve, seconds)), flush=True)
+        if options.rows is not None:
+            row = {"curve": name, "values": curve.values, "seconds": seconds}
+            with open(options.rows, "a") as file:
+                file.write(json.dumps(row | {"threads": options.threads}) + "\n")
 
 
 if __name__ == "__main__":

@@ -162,17 +162,25 @@ def test_a_model_with_a_sliding_window():
         assert torch.tensor(completion.logprobs).sub(expected).abs().max() < 1e-4
 
 
+async def three_of(
+    prompt: tuple[int, ...], engine: TransformersEngine
+) -> list[asyncio.Task[Completion]]:
+    """Three completions of a prompt that are being sampled."""
+    watch = Watch()
+    samplings = [
+        Sampling(max_tokens=25, sequence_uid=uid, stop_matcher=None if uid else watch)
+        for uid in range(3)
+    ]
+    running = [asyncio.create_task(engine.generate(prompt, each)) for each in samplings]
+    await watch.began.wait()
+    return running
+
+
 @pytest.mark.parametrize("on_update", ["keep", "drop"])
 def test_new_weights_read_a_shared_prompt_again(on_update):
     async def run() -> list[Completion]:
         async with opened(on_update=on_update) as engine:
-            watch = Watch()
-            samplings = [
-                Sampling(max_tokens=25, sequence_uid=uid, stop_matcher=None if uid else watch)
-                for uid in range(3)
-            ]
-            running = [asyncio.create_task(engine.generate(LONG, each)) for each in samplings]
-            await watch.began.wait()
+            running = await three_of(LONG, engine)
             await engine.load_weights(model(1).state_dict(), 1)
             return await asyncio.gather(*running)
 
@@ -189,13 +197,7 @@ def test_new_weights_read_a_shared_prompt_again(on_update):
 def test_a_member_that_is_aborted_leaves_the_prompt_to_the_others():
     async def run() -> list[Completion]:
         async with opened() as engine:
-            watch = Watch()
-            samplings = [
-                Sampling(max_tokens=25, sequence_uid=uid, stop_matcher=None if uid else watch)
-                for uid in range(3)
-            ]
-            running = [asyncio.create_task(engine.generate(LONG, each)) for each in samplings]
-            await watch.began.wait()
+            running = await three_of(LONG, engine)
             await engine.abort(1)
             return await asyncio.gather(*running)
 

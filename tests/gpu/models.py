@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from tests.gpu.part import Task
+from tir_alp.algorithm.sites import find_decoder_layers
 from tir_alp.training.attention import PACKED
 from tir_alp.training.policy import load_policy
 
@@ -75,5 +76,5 @@ def make_model(name: str, task: Task) -> Any:
 
 def num_multiplied(model: Any) -> tuple[int, int]:
     """Return how many weights multiply each token in the layers, and how many in the head."""
-    layers = sum(each.numel() for each in model.base_model.layers.parameters())
+    layers = sum(each.numel() for each in find_decoder_layers(model).parameters())
     return layers, model.get_output_embeddings().weight.numel()

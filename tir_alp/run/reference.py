@@ -6,18 +6,24 @@ that `--help` and the checks of a config read. A test holds the page to them.
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from tir_alp.config import Config, SFTConfig
-from tir_alp.run.settings import Setting, about_section, choices_of, settings, type_name
+from tir_alp.run.settings import (
+    Setting,
+    about_section,
+    choices_of,
+    settings,
+    type_name,
+    word_of,
+)
 
 EXAMPLES: Mapping[str, Any] = {
     "name": "gsm8k-alp",
@@ -76,8 +82,9 @@ are JSON.
 """
 _SFT_HEAD = """## tir-alp sft
 
-Supervised fine-tuning has the sections above too, except those about rollouts and evaluation in the
-course of training. These keys are its own, or have another default.
+Supervised fine-tuning takes the keys above too, except
+{others}.
+These keys are its own, or have another default.
 """
 
 
@@ -90,26 +97,30 @@ def configuration_page() -> str:
         for each in settings(SFTConfig)
         if (each.key, each.description, repr(each.default)) not in known
     ]
-    parts = [_HEAD, "## tir-alp train\n", *_sections(of_train, Config), _SFT_HEAD]
+    head = _SFT_HEAD.format(others=_others(of_train))
+    parts = [_HEAD, "## tir-alp train\n", *_sections(of_train, Config), head]
     return "\n".join([*parts, *_sections(of_sft, SFTConfig)]).rstrip() + "\n"
+
+
+def _others(of_train: list[Setting]) -> str:
+    """The keys that fine-tuning does not take, or their sections if it takes none of them."""
+    taken = {each.key for each in settings(SFTConfig)}
+    sections = {key.partition(".")[0] for key in taken}
+    names = [
+        each.key if each.key.partition(".")[0] in sections else each.key.partition(".")[0]
+        for each in of_train
+        if each.key not in taken
+    ]
+    return textwrap.fill(", ".join(f"`{name}`" for name in dict.fromkeys(names)), 99)
 
 
 def example_of(setting: Setting) -> Any:
     """Return a value for a key: an example of the table, or the key's default."""
     if setting.key in EXAMPLES:
         return EXAMPLES[setting.key]
-    if setting.default is PydanticUndefined or setting.default in (None, "", (), {}):
+    if setting.default is PydanticUndefined or setting.is_empty:
         raise KeyError(f"{setting.key} needs an example in tir_alp/run/reference.py")
     return setting.default
-
-
-def word_of(value: Any) -> str:
-    """Return a value as a command of `tir-alp` takes it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict) or (isinstance(value, list) and isinstance(value[0], dict)):
-        return json.dumps(value)
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def words_of(setting: Setting) -> str:
@@ -144,10 +155,7 @@ def _row(setting: Setting) -> str:
 def _default(setting: Setting) -> str:
     if setting.default is PydanticUndefined:
         return "required"
-    if setting.default in (None, "", (), {}):
-        return "none"
-    value = setting.default
-    return f"`{word_of(str(value) if isinstance(value, Path) else value)}`"
+    return "none" if setting.is_empty else f"`{word_of(setting.default)}`"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Nothing here needs torch, so that `--help` and the report of a mistake come at o
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import textwrap
 import types
@@ -33,6 +34,11 @@ class Setting:
     annotation: Any
     default: Any
     description: str
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the default is nothing: None, or an empty text, list or table."""
+        return self.default in (None, "", (), {})
 
 
 # ------------------------------------------------------------------------------- what can be set
@@ -246,18 +252,20 @@ def type_name(annotation: Any) -> str:
     return names.get(flat[0], "TABLE")
 
 
+def word_of(value: Any) -> str:
+    """Return a value as a word of the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict) or (isinstance(value, list) and isinstance(value[0], dict)):
+        return json.dumps(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
 def _default(setting: Setting) -> str:
     choices = choices_of(setting.annotation)
     said = ""
     if len("|".join(map(str, choices))) > _LONGEST_CHOICES:
         said = f"One of {', '.join(map(str, choices))}. "
-    value = setting.default
-    if value is PydanticUndefined:
+    if setting.default is PydanticUndefined:
         return f"{said}(required)"
-    if value in (None, "", (), {}):
-        return f"{said}(default: none)"
-    if isinstance(value, bool):
-        value = str(value).lower()
-    if isinstance(value, tuple | list):
-        value = ",".join(map(str, value))
-    return f"{said}(default: {value})"
+    return f"{said}(default: {'none' if setting.is_empty else word_of(setting.default)})"

@@ -93,6 +93,6 @@ def _tokens(model: Any, length: int, generator: torch.Generator) -> Tensor:
         for token in (value if isinstance(value, list) else [value])
     }
     size = model.get_input_embeddings().weight.shape[0]
-    ids = [each for each in torch.randperm(size, generator=generator).tolist()]
+    ids = torch.randperm(size, generator=generator).tolist()
     ordinary = [each for each in ids if each not in special] or ids
     return torch.tensor(ordinary[:length], device=model.device)
