@@ -17,7 +17,8 @@ SLOW = """\
 import pathlib, time
 pathlib.Path("importing").touch()
 try:
-    time.sleep(60)
+    for _ in range(600):  # in steps: a signal just before a long sleep would be seen after it
+        time.sleep(0.1)
 except BaseException as error:  # as an extension module does that imports another one
     raise ImportError("cannot import") from error
 """

@@ -51,6 +51,8 @@ MOST_GROWTH = 4.0
 NOISE_S = 0.02
 """Less than this is not compared: a busy machine takes as long now and then."""
 NUM_RUNS, NUM_TRIES = 3, 4
+NUM_SMALL_RUNS = 8
+"""More for the small text: if it seems slow, growth seems small. Each takes milliseconds."""
 
 FRAME = '  File "<cell 1>", line 1, in f\n    return f(n - 1)\n           ^^^^^^^^\n'
 HEADER = "Traceback (most recent call last):\n"
@@ -282,7 +284,8 @@ class Growth:
 def growth(read: Callable[[str], object], seed: str, tail: str) -> Growth:
     """How the time grows; measured again if it seems too much, since the machine may be busy."""
     for _ in range(NUM_TRIES):
-        found = Growth(*(best_time(read, make(seed, size) + tail) for size in (SMALL, LARGE)))
+        large_s = best_time(read, make(seed, LARGE) + tail, NUM_RUNS)
+        found = Growth(best_time(read, make(seed, SMALL) + tail, NUM_SMALL_RUNS), large_s)
         if found.is_linear:
             break
     return found
@@ -292,13 +295,13 @@ def make(seed: str, size: int) -> str:
     return seed * (size // len(seed))
 
 
-def best_time(read: Callable[[str], object], text: str) -> float:
+def best_time(read: Callable[[str], object], text: str, num_runs: int) -> float:
     times = []
-    for _ in range(NUM_RUNS):
+    for _ in range(num_runs):
         began = time.perf_counter()
         read(text)
         times.append(time.perf_counter() - began)
-        if times[-1] < NOISE_S:
+        if times[-1] < NOISE_S * SMALL / LARGE:
             break
     return min(times)
 
