@@ -23,6 +23,7 @@ export RAY_ADDRESS="$address:$((20000 + SLURM_JOB_ID % 10000))" # jobs may share
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # after the run there is nothing to wait for
+export RAY_worker_niceness=0 # Ray's 15 would let every other program of a node go first
 
 wait_for() { # waits until Ray has this number of nodes
   until [ "$(ray status 2>/dev/null | grep -c '^ 1 node_')" -ge "$1" ]; do

@@ -40,6 +40,7 @@ def call(tmp_path):
     (container,) = SPEC["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
     settings = os.environ | {each["name"]: each["value"] for each in container["env"]}
     settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    settings["RAY_worker_niceness"] = "0"  # in a container no other programs compete
     settings["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
     def call(script):
