@@ -166,7 +166,8 @@ def test_a_conversation_round_trips(family, tmp_path):
         *("--data.source", "jsonl", "--data.path", str(tmp_path / "tasks.jsonl")),
         *("--rollout.groups_per_step", "1", "--rollout.group_size", "2"),
         *("--rollout.max_turn_tokens", "1024", "--rollout.max_context_tokens", "16000"),
-        *("--eval.every", "0", "--eval.num_tasks", "1", "--engine.type", "custom"),
+        *("--eval.every", "0", "--eval.num_tasks", "1", "--eval.greedy", "false"),
+        *("--engine.type", "custom"),
         *("--engine.factory", "tests.forced_engine:open_engine"),
         *("--engine.kwargs.scripts", json.dumps(scripts)),
     ]
