@@ -53,6 +53,9 @@ SETTINGS = {
 }
 """Name for the command line -> precision, and whether our trainer shares prompts."""
 
+NUM_EXAMPLES = {"qwen3-3.4m": 0, "smollm2-135m": 4}
+"""Model -> worked examples in its prompts, which have about 280 tokens then."""
+
 
 @dataclass(slots=True)
 class Worker:
@@ -294,6 +297,7 @@ def cases_of(options: argparse.Namespace, folder: Path) -> list[tuple[str, Case]
                 num_tokens=options.tokens,
                 steps=options.steps + 1,
                 threads=options.threads,
+                num_examples=NUM_EXAMPLES[model] if options.examples is None else options.examples,
             ),
         )
         for model, path in folders.items()
@@ -315,6 +319,9 @@ def main() -> int:
     parser.add_argument("--groups", type=int, default=1, help="groups per step")
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=24, help="tokens of each completion")
+    parser.add_argument(
+        "--examples", type=int, help="worked examples per prompt; by default about 280 tokens"
+    )
     parser.add_argument("--steps", type=int, default=2, help="steps that are measured")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="file for all figures")

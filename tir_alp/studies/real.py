@@ -15,11 +15,12 @@ import argparse
 import json
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tir_alp.process import run_command
+from tir_alp.records.folder import read_records
 from tir_alp.studies.stages import Stage, audit, logger, perform, training
 
 CONFIGS = Path(__file__).parent
@@ -30,7 +31,7 @@ QUICK_ROLLOUTS = (
     *("--rollout.groups_per_step", "2", "--rollout.group_size", "2"),
     *("--rollout.max_turn_tokens", "32", "--eval.num_tasks", "2"),
 )
-_RESULT = "real.json"
+_RESULT = "real.jsonl"
 
 
 def stages(folder: Path, seed: int, num_tasks: int, quick: bool, dtype: str) -> list[Stage]:
@@ -116,14 +117,37 @@ def fast_dtype() -> str:
     return "bfloat16" if flags.exists() and "amx_bf16" in flags.read_text() else "float32"
 
 
-def summary(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
-    """Return the accuracy after each stage, and how long each took."""
-    found: dict[str, Any] = {"seconds": seconds}
+def summary(
+    folder: Path, options: argparse.Namespace, seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return a row: the settings, the accuracy after each stage, and what each step measured.
+
+    Args:
+        folder: Folder of the whole.
+        options: The command line.
+        seconds: Seconds of the stages that were made by this command.
+    """
+    steps = [
+        {name: step[name] for name in _CURVE if name in step}
+        for step in read_records(folder / "rl" / "metrics.jsonl")[0]
+        if "train/lr" in step
+    ]
+    row: dict[str, Any] = {
+        "model": "alp_sequence",
+        "seed": options.seed,
+        "dtype": options.dtype,
+        "sft_steps": steps_of(SFT_CONFIG, options.quick),
+        "num_tasks": options.tasks,
+    }
     for label in ("base", "sft", "rl"):
         result = json.loads((folder / f"evaluation-{label}" / "evaluation.json").read_text())
         (only,) = result["sets"].values()
-        found[label] = only["avg@k"]
-    return found
+        row[label] = only["avg@k"]
+    return row | {"seconds": seconds, "steps": steps}
+
+
+_CURVE = ("step", "rollout/reward", "rollout/void_turns", "time/rollout", "time/train")
+"""Metrics of each step that a row keeps."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -155,13 +179,13 @@ def main(arguments: Sequence[str]) -> int:
     }
     for name in ("sft", "rl", "evaluation-rl"):
         audit(folder / name, log)
-    found = summary(folder, seconds)
-    (folder / _RESULT).write_text(json.dumps(found, indent=2) + "\n")
+    found = summary(folder, options, seconds)
+    (folder / _RESULT).write_text(json.dumps(found) + "\n")
     log(f"held-out accuracy on {options.tasks} tasks, sampled, with 95 % intervals:")
     for label, title in (("base", "before"), ("sft", "after SFT"), ("rl", "after ALP")):
         each = found[label]
         print(f"  {title:<10} {each['mean']:6.1%}  [{each['low']:.1%}, {each['high']:.1%}]")
-    print(f"  rows: {folder / _RESULT}; pages: {folder}/sft/report.html, {folder}/rl/report.html")
+    print(f"  row: {folder / _RESULT}; pages: {folder}/sft/report.html, {folder}/rl/report.html")
     return 0
 
 

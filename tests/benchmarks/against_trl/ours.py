@@ -79,7 +79,8 @@ class NoChecks:
 def config_of(case: Case) -> Config:
     """Return the config of a case; runs and data are written to the working folder."""
     data = Path("questions.jsonl")
-    rows = [{"question": question_of(number), "answer": "0"} for number in range(NUM_ROWS)]
+    questions = [question_of(number, case.num_examples) for number in range(NUM_ROWS)]
+    rows = [{"question": question, "answer": "0"} for question in questions]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     name = f"{case.model}-{case.num_completions}-{case.has_tool}-{case.precision}"
     kwargs = {"num_completions": case.num_completions, "has_tool": case.has_tool}
@@ -116,13 +117,27 @@ def config_of(case: Case) -> Config:
     return Config.model_validate(values)
 
 
-def question_of(number: int) -> str:
-    """Return a question of about 270 characters; all of them have different numbers."""
+def question_of(number: int, num_examples: int) -> str:
+    """Return a question of about 270 characters, and 180 more for each worked example before it.
+
+    All questions have different numbers; the examples are the same in each.
+    """
     return (
         "Solve the problem step by step. You may write a Python program and read what it prints "
-        "before you go on. Put the final answer into a box, and write nothing after it. The "
+        "before you go on. Put the final answer into a box, and write nothing after it. "
+        f"{''.join(map(example, range(num_examples)))}The "
         "problem: a shop sells pens in boxes. What do "
         f"{100 + number} boxes cost if each has 12 pens and each pen costs 37 cents?"
+    )
+
+
+def example(number: int) -> str:
+    """Return a worked example of about 180 characters."""
+    apples, price = 3 + number, 40 + 7 * number
+    return (
+        f"An example: what do {apples} apples cost if each costs {price} cents? A program is "
+        f"print({apples} * {price}), it prints {apples * price}, and so the answer to this one is "
+        f"\\boxed{{{apples * price}}} cents. "
     )
 
 

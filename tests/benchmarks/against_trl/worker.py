@@ -44,6 +44,8 @@ class Case:
     steps: int
     """Steps, the one that warms up included."""
     threads: int
+    num_examples: int = 0
+    """Worked examples before each question, which make the prompt longer."""
     questions: tuple[str, ...] = ()
     """One question per group, in the order of the steps."""
 
