@@ -299,9 +299,11 @@ def _chunk_logprobs(
 ) -> tuple[Tensor, Tensor]:
     logits = _scaled(head(hidden, **keywords).float(), config)
     logprobs = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+    chosen = logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    # Last, so that an entropy without gradient is not computed again in the backward pass.
     with torch.set_grad_enabled(entropy_has_gradient and torch.is_grad_enabled()):
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropy
+    return chosen, entropy
 
 
 @torch.no_grad()

@@ -48,7 +48,8 @@ def shard(policy: PolicyLogprobs, config: TrainerConfig, ranks: Ranks) -> None:
             offload_policy=offload,
         )
         assert isinstance(sharded, FSDPModule)
-        sharded.set_gradient_divide_factor(1.0)
+        if ranks.size > 1:  # one rank's gradients are not divided, and a factor costs two copies
+            sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # the only kind that gloo has
     register_fsdp_forward_method(policy, "completion_logprobs")
 
