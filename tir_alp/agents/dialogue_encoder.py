@@ -12,7 +12,7 @@ before the template sees the text, and encoded as ordinary text afterwards.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,7 +25,7 @@ from tir_alp.rollouts.chat_template import ChatTemplate, MadeCall
 from tir_alp.rollouts.end_marks import end_mark
 from tir_alp.rollouts.formats import ParameterTypes, find_form
 from tir_alp.rollouts.formats.readers import JsonReader
-from tir_alp.rollouts.mark_guard import MarkGuard
+from tir_alp.rollouts.mark_guard import MarkGuard, mapped
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.rollouts.text_encoder import Ids, TextEncoder
 from tir_alp.tools.calls import ToolCall, write_call
@@ -230,7 +230,7 @@ class _Writer:
         self._names = {call.call_id: call.name for each in dialogue.messages for call in each.calls}
         self._template = form.template
         if form.template.tools:
-            guarded = _mapped(form.template.tools, self.texts.outside)
+            guarded = mapped(form.template.tools, self.texts.outside)
             self._template = ChatTemplate(
                 form.template.tokenizer, "", tuple(guarded), form.template.clock
             )
@@ -271,23 +271,10 @@ class _Writer:
     def _arguments(self, text: str) -> Any:
         if not self._form.takes_text:
             try:
-                return _mapped(json.loads(text), self.texts.written)
+                return mapped(json.loads(text), self.texts.written)
             except (ValueError, RecursionError):
                 pass
         return self.texts.written(text)
-
-
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """Return a JSON value with all its texts changed."""
-    match value:
-        case str():
-            return change(value)
-        case list() | tuple():
-            return [_mapped(each, change) for each in value]
-        case dict():
-            return {change(key): _mapped(each, change) for key, each in value.items()}
-        case _:
-            return value
 
 
 def _fenced_tool(schemas: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

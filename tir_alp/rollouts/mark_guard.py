@@ -7,7 +7,7 @@ stand-ins before the template sees it; in the rendered conversation they are enc
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from tir_alp.rollouts.end_marks import structure_marks
@@ -45,13 +45,20 @@ class MarkGuard:
         joined = "".join(texts)
         return GuardedTexts(self, next(chr(each) for each in _PRIVATE if chr(each) not in joined))
 
-    def replaced(self, text: str, stand_in: str, *, keeps_words: bool) -> str:
+    def replaced(
+        self, text: str, stand_in: str, *, keeps_words: bool, kept: Collection[str] = ()
+    ) -> str:
         """Replace the marks in a text; see `GuardedTexts`."""
         pattern = self._special if keeps_words else self._any
         text = SURROGATE.sub("\ufffd", text)
         if pattern is None:
             return text
-        return pattern.sub(lambda found: f"{stand_in}{self._numbers[found[0]]}{stand_in}", text)
+
+        def replacement(found: re.Match[str]) -> str:
+            mark = found[0]
+            return mark if mark in kept else f"{stand_in}{self._numbers[mark]}{stand_in}"
+
+        return pattern.sub(replacement, text)
 
     def encoded(self, text: str, stand_in: str, *, begins: bool) -> Ids:
         """Encode a rendered text; see `GuardedTexts`."""
@@ -85,12 +92,16 @@ class GuardedTexts:
         """Return a text that the policy did not write, without any mark."""
         return self._guard.replaced(text, self._stand_in, keeps_words=False)
 
-    def written(self, text: str) -> str:
+    def written(self, text: str, kept: Collection[str] = ()) -> str:
         """Return a text of the assistant, which may contain marks that are words, as `<think>`.
 
         Special tokens are not words: they end turns, and text cannot.
+
+        Args:
+            text: The text.
+            kept: Special tokens that may be in it all the same: the marks of its calls.
         """
-        return self._guard.replaced(text, self._stand_in, keeps_words=True)
+        return self._guard.replaced(text, self._stand_in, keeps_words=True, kept=kept)
 
     def encoded(self, text: str, *, begins: bool) -> Ids:
         """Encode a rendered text that may contain stand-ins.
@@ -100,6 +111,19 @@ class GuardedTexts:
             begins: Whether it is the beginning of a conversation.
         """
         return self._guard.encoded(text, self._stand_in, begins=begins)
+
+
+def mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a JSON value with all its texts changed."""
+    match value:
+        case str():
+            return change(value)
+        case list() | tuple():
+            return [mapped(each, change) for each in value]
+        case Mapping():
+            return {change(key): mapped(each, change) for key, each in value.items()}
+        case _:
+            return value
 
 
 def _pattern(texts: Sequence[str]) -> re.Pattern[str] | None:
