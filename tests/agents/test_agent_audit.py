@@ -121,6 +121,11 @@ def an_exchange(rng, record):
 
 
 @corruption(CORRUPTIONS)
+def forked(rng, record, attempt):
+    record["is_forked"] = True
+
+
+@corruption(CORRUPTIONS)
 def asked_content(rng, record, attempt):
     messages = [each for each in an_exchange(rng, record)["asked"] if each["content"]]
     rng.choice(messages)["content"] += rng.choice("abc")
