@@ -34,7 +34,7 @@ def write(path: Path, *rows: object) -> Path:
 
 
 def texts(found, rows):
-    return [TOKENIZER.decode(found.sample(each, 0).trajectory.token_ids) for each in rows]
+    return [TOKENIZER.decode(found.samples(each, 0)[0].trajectory.token_ids) for each in rows]
 
 
 def test_rows_are_learnt_or_held_out_by_their_first_message(tmp_path):
@@ -45,7 +45,7 @@ def test_rows_are_learnt_or_held_out_by_their_first_message(tmp_path):
     questions = [{each.split("<|end|>")[0] for each in texts(found, some)} for some in
                  (found.trained, found.held_out)]  # fmt: skip
     assert not questions[0] & questions[1]
-    sample = found.sample(found.trained[0], 7)
+    (sample,) = found.samples(found.trained[0], 7)
     assert sample.advantage == 1.0 and sample.trajectory.sequence_uid == 7
 
 
@@ -105,7 +105,7 @@ def test_trajectories_of_a_run_are_learnt_token_by_token_once_each(tmp_path):
     )
     found = open_rows(run, source="run", held_out=0.0)
     assert len(found.trained) == 2  # enough reward, and not the same tokens twice
-    learnt = found.sample(found.trained[0], 9).trajectory
+    learnt = found.samples(found.trained[0], 9)[0].trajectory
     assert learnt.token_ids == sampled(0, 1.0).token_ids
     assert learnt.turns[0].completion.trainable and set(learnt.rollout_logprobs) == {0.0}
     assert (learnt.sequence_uid, learnt.turns[0].policy_version) == (9, 0)

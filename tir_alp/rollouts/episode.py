@@ -25,7 +25,7 @@ from tir_alp.engines.base import Completion, Generate, Sampling
 from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.history import Conversation, Following
 from tir_alp.rollouts.renderer import PromptTooLong, Renderer
-from tir_alp.rollouts.traces import GrowingTrace, following, is_full, joined
+from tir_alp.rollouts.traces import GrowingTrace, following, is_full, joined, mask_traces
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn, trace_uid
 
@@ -158,9 +158,9 @@ class EpisodeRunner:
             self.threads.submit(env.close)
         first = traces[0].turns[0]
         traces[0].turns[0] = replace(first, timing={**first.timing, "prepare": prepare_s})
+        mask_traces(traces, self.limits, truncated)
         return joined(
             traces,
-            self.limits,
             task_id=task.task_id,
             group_id=group_id,
             sequence_uid=sequence_uid,

@@ -78,7 +78,6 @@ def is_full(following: Following, num_tokens: int, num_traces: int, limits: Roll
 
 def joined(
     traces: Sequence[GrowingTrace],
-    limits: RolloutConfig,
     *,
     task_id: str,
     group_id: int,
@@ -90,25 +89,18 @@ def joined(
 
     Args:
         traces: The traces, in order, each with at least one turn.
-        limits: Say what is left out of the loss.
         task_id: Id of the task.
         group_id: Id of the group.
         sequence_uid: Uid of the episode's sequence.
         terminated: Whether the environment ended the episode.
         truncated: Whether a limit ended it.
     """
-    turns = mask_void_turns([turn for each in traces for turn in each.turns], limits.void_turns)
-    turns = mask_overlong(turns, limits.overlong, truncated)
-    is_earlier = [each is not traces[-1] for each in traces for _ in each.turns]
-    if limits.trace_credit == "last":
-        turns = _mask(turns, is_earlier)
-    rest = iter(turns)
     sequences = [
         Trajectory(
             task_id=task_id,
             group_id=group_id,
             prompt=each.prompt,
-            turns=tuple(next(rest) for _ in each.turns),
+            turns=tuple(each.turns),
             terminated=terminated,
             truncated=truncated,
             sequence_uid=trace_uid(sequence_uid, number),
@@ -117,6 +109,23 @@ def joined(
     ]
     *earlier, last = sequences
     return replace(last, branches=tuple(earlier), is_forked=bool(earlier))
+
+
+def mask_traces(traces: Sequence[GrowingTrace], limits: RolloutConfig, truncated: bool) -> None:
+    """Take out of the loss what the config says, of all traces of an episode together.
+
+    Args:
+        traces: The traces, in order, whose turns are replaced.
+        limits: `void_turns`, `overlong` and `trace_credit` are read.
+        truncated: Whether a limit ended the episode.
+    """
+    turns = mask_void_turns([turn for each in traces for turn in each.turns], limits.void_turns)
+    turns = mask_overlong(turns, limits.overlong, truncated)
+    if limits.trace_credit == "last":
+        turns = _mask(turns, [each is not traces[-1] for each in traces for _ in each.turns])
+    rest = iter(turns)
+    for each in traces:
+        each.turns = [next(rest) for _ in each.turns]
 
 
 def mask_void_turns(turns: Sequence[Turn], policy: str) -> tuple[Turn, ...]:
