@@ -1,18 +1,23 @@
 """Where the history is rewritten, a new trace begins with what the policy reads then."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 import pytest
 
+from tests.fuzz.templates import tokenizer_for
 from tests.rollouts.call_templates import DROPS_THOUGHTS
 from tests.rollouts.forked import ANSWERS, SUMMARY, WORDS, Speaker, Talk, play, renderer, tokenizer
 from tests.rollouts.test_chat_template import DROPS_OLD_THINKING, DROPS_THINKING, HERMES_LIKE, TOOLS
-from tir_alp.rollouts.chat_template import ChatTemplate
+from tir_alp.rollouts.chat_template import CALL_ID, ChatTemplate
 from tir_alp.rollouts.episode import EpisodeFailed
 from tir_alp.rollouts.history import Conversation
+from tir_alp.rollouts.renderer import Renderer
 from tir_alp.types import StopReason, trace_uid
 
 USER, ASSISTANT = "user", "assistant"
+FOLDER = os.environ.get("TIR_ALP_TEMPLATES", "")
 
 
 def said(role, content):
@@ -190,3 +195,63 @@ def test_a_conversation_that_the_template_refuses_goes_on_as_it_was_sampled():
     _, found = made.go_on(Conversation.about("a"), encoded("!"), StopReason.EOS, "1")
     assert not found.begins
     assert dataclasses.replace(found, begins=True) != found
+
+
+# ------------------------------------------------------------------------------- real templates
+
+
+def squashed(text):
+    return "".join(text.split())
+
+
+def with_thought(text, *, apart):
+    thought, mark, rest = text.partition("</think>")
+    if not mark or not apart:
+        return said(ASSISTANT, text)
+    thought = thought.removeprefix("<think>").strip("\n")
+    return said(ASSISTANT, rest.lstrip("\n")) | {"reasoning_content": thought}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(FOLDER).glob("*.jinja")) if FOLDER else [], ids=lambda path: path.stem
+)
+@pytest.mark.parametrize("role", ["tool", "user"])
+def test_the_model_reads_what_a_real_template_writes(path, role):
+    made = tokenizer_for(path.read_text())
+    try:
+        built = Renderer(made, rewritten_history="fork")
+        conversation, ids = Conversation.about("6*7?"), built.prompt("6*7?").token_ids
+        said_so_far = []
+        for number in range(3):
+            begins_thought = made.decode(list(ids)).rstrip().endswith("<think>")
+            text = ("" if begins_thought else "<think>\n") + f"So {number}.\n</think>\n\nIt is."
+            text += "\n```python\n1\n```" if role == "tool" else ""
+            end = [] if role == "tool" else [built.end_mark]
+            completion = [*made.encode(text, add_special_tokens=False), *end]
+            stop = StopReason.STOP if role == "tool" else StopReason.EOS
+            conversation, found = built.go_on(conversation, completion, stop, "x", role)
+            ids = (
+                found.span.token_ids if found.begins else (*ids, *completion, *found.span.token_ids)
+            )
+            answer = said(role, "x")
+            if role == "tool":
+                answer |= {"name": "python", "tool_call_id": CALL_ID}
+            said_so_far.append((text, answer))
+            due = [
+                built.template.render(
+                    [
+                        said(USER, "6*7?"),
+                        *(m for t, a in said_so_far for m in (with_thought(t, apart=apart), a)),
+                    ],
+                    generation=True,
+                )
+                for apart in (False, True)
+            ]
+            due = [made.decode(made.encode(each, add_special_tokens=False)) for each in due]
+            read = made.decode(list(ids))
+            if found.begins:
+                assert read in due
+            else:
+                assert squashed(read) in map(squashed, due)
+    except ValueError as error:
+        pytest.skip(f"refused: {error}")
