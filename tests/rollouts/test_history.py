@@ -248,6 +248,8 @@ def test_the_model_reads_what_a_real_template_writes(path, role):
                 for apart in (False, True)
             ]
             due = [made.decode(made.encode(each, add_special_tokens=False)) for each in due]
+            if made.decode([built.end_mark]) not in due[0]:
+                pytest.skip("the tokenizer of this test lacks the mark that ends a turn")
             read = made.decode(list(ids))
             if found.begins:
                 assert read in due
