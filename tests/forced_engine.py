@@ -15,6 +15,7 @@ import torch
 
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.training.policy import load_policy
+from tir_alp.types import split_uid
 
 
 class ForcedEngine:
@@ -28,7 +29,7 @@ class ForcedEngine:
 
     def __init__(self, inner: TransformersEngine, head: Any, scripts: list[list[list[int]]]):
         self._inner, self._scripts = inner, scripts
-        self._turns: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._turns: dict[int, tuple[int, int, tuple[int, ...]]] = {}
         self._forced: list[int] = []
         self._one_at_a_time = asyncio.Lock()
         head.register_forward_hook(self._choose)
@@ -36,13 +37,15 @@ class ForcedEngine:
     async def generate(self, token_ids: tuple[int, ...], sampling: Any) -> Any:
         """Continue a sequence by the next turn of its script."""
         async with self._one_at_a_time:
-            script = self._scripts[sampling.sequence_uid % len(self._scripts)]
-            turn, before = self._turns.get(sampling.sequence_uid, (0, ()))
-            if not before or token_ids[: len(before)] != before:
+            uid, trace = split_uid(sampling.sequence_uid)
+            script = self._scripts[uid % len(self._scripts)]
+            turn, last_trace, before = self._turns.get(uid, (0, 0, ()))
+            goes_on = bool(before) and token_ids[: len(before)] == before
+            if not goes_on and trace != last_trace + 1:
                 turn = 0  # another conversation: that of a check before the run, say
             self._forced = list(script[turn]) if turn < len(script) else []
             completion = await self._inner.generate(token_ids, sampling)
-            self._turns[sampling.sequence_uid] = turn + 1, token_ids + completion.token_ids
+            self._turns[uid] = turn + 1, trace, token_ids + completion.token_ids
             return completion
 
     def _choose(self, head: Any, inputs: Any, logits: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,8 @@ from tir_alp.algorithm.section import merge
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion, Engine, EngineFailed, Sampling
 from tir_alp.process import run_command, torch_imports
-from tir_alp.rollouts.outputs import outputs_of
+from tir_alp.rollouts import history
+from tir_alp.rollouts.traces import following
 from tir_alp.run.command_line import Command, overlay
 from tir_alp.run.model_choice import MODEL_OPTIONS, Model, choose_model
 
@@ -48,7 +49,10 @@ HELP = """\
 
 @dataclass(slots=True)
 class Conversation:
-    """A conversation as tokens, which only grows, and as messages for people.
+    """A conversation as tokens, and as messages for people.
+
+    The tokens only grow, until the chat template writes the history in another way: then they are
+    what it writes.
 
     Args:
         env: The environment, which runs tools. It is reset for each message of the user, so that a
@@ -67,10 +71,14 @@ class Conversation:
     is_greedy: bool = False
     num_turns: int = 0
     """Turns of the model so far; each draws from a seed of its own."""
+    told: history.Conversation | None = None
+    """What was said before the last completion, as the renderer keeps it."""
+    last: Completion | None = None
+    """The last completion of the model."""
 
     def reset(self) -> None:
         """Forget everything."""
-        self.token_ids, self.messages = (), []
+        self.token_ids, self.messages, self.told, self.last = (), [], None, None
 
     async def ask(
         self, text: str, show: Callable[[], contextlib.AbstractContextManager[Any]]
@@ -84,16 +92,33 @@ class Conversation:
         Raises:
             ValueError: The context is full, or the template takes no second message.
         """
+        kept = self.token_ids, self.told, self.last, [*self.messages]
+        try:
+            await self._begin(text)
+            async for output in self._answer(show):
+                yield output
+        except BaseException:  # what was not answered is forgotten
+            self.token_ids, self.told, self.last, self.messages = kept
+            raise
+
+    async def _begin(self, text: str) -> None:
+        """Show the model a message."""
         task = {"task_id": "chat", "question": text, "answer": "0"}
         prompt, _ = await asyncio.to_thread(self.env.reset, options={"task": task})
-        if self.token_ids:
-            added = self.renderer.follow_up(text).token_ids
+        if self.last is None:
+            self.told = history.Conversation.about(prompt)
+            self.token_ids = self.renderer.prompt(prompt).token_ids
+            self.messages.append({"role": "user", "content": prompt})
         else:
-            added = self.renderer.prompt(prompt).token_ids
-        self.messages.append({"role": "user", "content": text if self.token_ids else prompt})
-        self.token_ids += added
+            self._go_on(text, {"role": "user"})
+            self.messages.append({"role": "user", "content": text})
+
+    async def _answer(
+        self, show: Callable[[], contextlib.AbstractContextManager[Any]]
+    ) -> AsyncIterator[str]:
+        """Let the model answer; yield what its calls printed."""
         while True:
-            completion = await self._complete(show)
+            self.last = completion = await self._complete(show)
             action = self.renderer.action(completion.token_ids)
             self.token_ids += completion.token_ids
             self.messages.append({"role": "assistant", "content": action})
@@ -103,16 +128,16 @@ class Conversation:
                 self.messages.append({"role": "tool", "content": output})
                 yield output
             if terminated or truncated:
-                self._end_turn(completion)
                 return
-            self.token_ids += self.renderer.observation(
-                outputs_of(output, info), completion.stop_reason, completion.token_ids
-            ).token_ids
+            self._go_on(output, info)
 
-    def _end_turn(self, completion: Completion) -> None:
-        """Close the model's turn, so that a user's message can follow."""
-        if completion.token_ids[-1:] != (self.renderer.end_mark,):
-            self.token_ids += (self.renderer.end_mark,)
+    def _go_on(self, text: str, info: Mapping[str, Any]) -> None:
+        """Show the model what follows its last completion."""
+        assert self.told is not None and self.last is not None
+        ids, stop = self.last.token_ids, self.last.stop_reason
+        self.told, found = following(self.renderer, self.told, ids, stop, text, info)
+        shown = found.span.token_ids
+        self.token_ids = shown if found.begins else self.token_ids + shown
 
     async def _complete(
         self, show: Callable[[], contextlib.AbstractContextManager[Any]]

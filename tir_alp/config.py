@@ -45,9 +45,10 @@ class ModelConfig(Section):
     `tiny-able` come with the package."""
     system: str = ""
     """System prompt; empty: none."""
-    rewritten_history: Literal["refuse", "append"] = "refuse"
-    """What to do with a chat template that rewrites earlier turns, e.g. drops thinking: refuse it,
-    or append to the history as it was sampled, which differs from what the template would write."""
+    rewritten_history: Literal["fork", "append", "refuse"] = "fork"
+    """What to do where the chat template rewrites earlier turns, e.g. drops thinking: begin a new
+    trace with the tokens that it writes now; append to the history as it was sampled, which
+    differs from what the template would write; or refuse the template. See docs/history.md."""
 
 
 class EnvConfig(Section):
@@ -229,6 +230,10 @@ class RolloutConfig(EpisodeConfig, OverlongConfig):
     `drop` starts them again."""
     void_turns: Literal["keep", "mask_turn", "mask_trajectory"] = "mask_trajectory"
     """What a turn with neither a complete call nor an answer takes out of the loss."""
+    trace_credit: Literal["equal", "token", "last"] = "equal"
+    """What the traces of an episode count for, all of which have its advantage: each as a sequence;
+    all together as one sequence, in which each token weighs the same; or only the trace that ends
+    the episode is trained on. The first two differ where sequences are averaged."""
     max_refills: int = Field(default=0, ge=0)
     """Number of groups without signal, e.g. with equal rewards, that a step may replace by new
     groups; 0: they are trained on, and teach nothing."""

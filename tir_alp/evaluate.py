@@ -167,11 +167,13 @@ def _row(task: PlayedTask) -> dict[str, Any]:
         "answers": [_answer(each) for each in samples],
         "greedy": None if task.greedy is None else is_correct(task.greedy),
         "tool_calls": _mean([tool_calls(each) for each in samples]),
-        "turns": _mean([len(each.turns) for each in samples]),
-        "tokens": _mean([sum(len(turn.completion) for turn in each.turns) for each in samples]),
+        "turns": _mean([len(each.conversation_turns) for each in samples]),
+        "tokens": _mean(
+            [sum(len(turn.completion) for turn in each.conversation_turns) for each in samples]
+        ),
         "truncated": _mean([each.is_overlong for each in samples]),
         "tool_errors": _mean(
-            [sum(turn.outcome != "ok" for turn in each.turns) for each in samples]
+            [sum(turn.outcome != "ok" for turn in each.conversation_turns) for each in samples]
         ),
         "failed": task.num_failed,
     }

@@ -87,14 +87,14 @@ async def learn(run: SFTRun, step: int) -> None:
     began = time.monotonic()
     samples = await asyncio.to_thread(run.samples, step)
     packed_at = time.monotonic()
-    report = await with_trainer(run, run.trainer.step, [[each] for each in samples], step)
+    report = await with_trainer(run, run.trainer.step, samples, step)
     ended = time.monotonic()
     run.ledger.updated(report.updates)
     groups = groups_of(samples)
     run.folder.record(step + 1, groups, (), run.ledger.take(groups, (), ()))
     metrics = {name: value for name, value in report.metrics.items() if name.startswith(_KEPT)}
     metrics["time/train"], metrics["time/read"] = ended - packed_at, packed_at - began
-    num_tokens = sum(len(each.trajectory.token_ids) for each in samples)
+    num_tokens = sum(len(each.trajectory.token_ids) for traces in samples for each in traces)
     metrics["tokens/per_second"] = num_tokens / (ended - began)
     metrics["epoch"] = (step + 1) * len(samples) / len(run.demonstrations.trained)
     run.folder.log(step + 1, metrics)
@@ -108,7 +108,9 @@ async def measure(run: SFTRun, step: int) -> None:
         return
     loss = await with_trainer(run, run.trainer.mean_loss, held_out)
     run.folder.log(step, {"eval/loss": loss})
-    run.console.print(f"step {step}: loss {loss:.4f} on {len(held_out)} held-out conversations")
+    run.console.print(
+        f"step {step}: loss {loss:.4f} on {len(run.demonstrations.held_out)} held-out conversations"
+    )
     if run.config.checkpoint.best:
         await keep_if_best(run.folder.checkpoints, step, -loss, lambda: save(run, step))
 
@@ -121,9 +123,9 @@ async def save(run: SFTRun, step: int) -> None:
     await with_trainer(run, run.trainer.save, folder, position, {}, keep, ends)
 
 
-def groups_of(samples: Sequence[Sample]) -> list[TrajectoryGroup]:
+def groups_of(samples: Sequence[Sequence[Sample]]) -> list[TrajectoryGroup]:
     """Return each conversation as a group of its own, as records have them."""
-    trajectories = [each.trajectory for each in samples]
+    trajectories = [traces[0].trajectory for traces in samples]  # the others are its branches
     return [TrajectoryGroup(each.task_id, each.group_id, (each,)) for each in trajectories]
 
 

@@ -35,6 +35,7 @@ from tir_alp.run.interrupt import Interrupted
 from tir_alp.run.loop import due, keep_if_best, with_trainer
 from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Position
+from tir_alp.training.samples import samples_of
 from tir_alp.types import Sample, TrajectoryGroup
 
 if TYPE_CHECKING:
@@ -171,9 +172,11 @@ def with_advantages(groups: Sequence[TrajectoryGroup], config: Config) -> list[l
         columns = zip(group.trajectories, advantages, by_turn, strict=True)
         samples.append(
             [
-                Sample(sequence, advantage, of_turns if sequence is trajectory else None)
+                sample
                 for trajectory, advantage, of_turns in columns
-                for sequence in trajectory.sequences
+                for sample in samples_of(
+                    trajectory, advantage, of_turns, config.rollout.trace_credit
+                )
             ]
         )
     return samples

@@ -199,6 +199,9 @@ class _Columns(NamedTuple):
 REPORT = "report"
 """Key of the last turn's `info` in an agent's episode: what the agent left, which was graded."""
 
+MAX_TRACES = 500
+"""Traces that one episode can have."""
+
 _UIDS_PER_TRACE = 1 << 54  # more than a run or an evaluation has
 
 
@@ -243,8 +246,12 @@ class Trajectory:
     sequence_uid: int = 0
     """Identity of this sample within the run; its sampling and its noise are keyed by it."""
     branches: tuple[Trajectory, ...] = ()
-    """The other sequences of tokens of the same episode, if an agent had several conversations.
-    They share its reward and its advantage, and have no branches of their own."""
+    """The other traces of the same episode: sequences of tokens that share its reward and its
+    advantage, and have no branches of their own. They are those in which the conversation went on
+    before it was rewritten, or further conversations of an agent."""
+    is_forked: bool = False
+    """Whether the branches are the earlier traces of the same conversation, in order. A branch is
+    never forked itself."""
     _kept: _Columns | None = field(default=None, init=False, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -260,6 +267,20 @@ class Trajectory:
     def sequences(self) -> tuple[Trajectory, ...]:
         """The trajectory itself and its branches: what the episode gives to train on."""
         return self, *self.branches
+
+    @property
+    def conversation(self) -> tuple[Trajectory, ...]:
+        """The traces of the conversation that the trajectory ends, in order.
+
+        It is the trajectory itself, unless the history was rewritten. An agent's further
+        conversations are not among them.
+        """
+        return (*self.branches, self) if self.is_forked else (self,)
+
+    @property
+    def conversation_turns(self) -> tuple[Turn, ...]:
+        """All turns of the conversation, in order."""
+        return tuple(turn for each in self.conversation for turn in each.turns)
 
     def spans(self) -> Iterator[TokenSpan]:
         """Iterate over all spans in order: together they are what the policy saw and wrote."""
@@ -313,12 +334,12 @@ class Trajectory:
     @property
     def is_overlong(self) -> bool:
         """Whether a limit ended the trajectory or cut one of its completions."""
-        return self.truncated or any(turn.is_cut for turn in self.turns)
+        return self.truncated or any(turn.is_cut for turn in self.conversation_turns)
 
     @property
     def reward(self) -> float:
-        """The sum of the rewards of the turns."""
-        return sum(turn.reward for turn in self.turns)
+        """The sum of the rewards of the turns, in all traces of the conversation."""
+        return sum(turn.reward for turn in self.conversation_turns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,6 +366,8 @@ class Sample:
     advantage: float
     turn_advantages: tuple[float, ...] | None = None
     """What is added to the advantage in each turn; None: nothing."""
+    weight: float = 1.0
+    """Weight of the sequence where sequences are averaged; see `RolloutConfig.trace_credit`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,6 +428,8 @@ class Batch:
     loss_positions: Tensor | None = None
     """[M] int64, positions of the loss tokens among the packed tokens, in order, as the mask has
     them; None: they are found in the mask when they are needed, for which a GPU is waited for."""
+    weights: Tensor | None = None
+    """[B] float32, weights of the sequences where sequences are averaged; None: all are 1."""
     prompts: Prompts | None = None
     """The prompts with which the sequences begin; None: they are like other tokens."""
     proximal_logprobs: Tensor | None = None

@@ -1,10 +1,7 @@
 """Episodes with many traces: their number, and 2,000 corruptions of what was recorded of them."""
 
 import asyncio
-import copy
 import json
-import random
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +10,8 @@ import pytest
 pytest.importorskip("openai")
 
 from tests.agents.templates import Scripted, encoder, tokenizer
+from tests.audit import episode_corruptions
+from tests.audit.episode_corruptions import a_turn, corruption, missed, sequences
 from tir_alp.agents.gateway import Gateway
 from tir_alp.agents.runner import AgentRunner
 from tir_alp.audit.agent_episode import AgentEpisodeCheck
@@ -22,7 +21,7 @@ from tir_alp.audit.replay import grade_again
 from tir_alp.config import AgentsConfig, RolloutConfig
 from tir_alp.envs.agent_env import AgentEnv
 from tir_alp.records.ledger import Ledger
-from tir_alp.records.ledger_rows import Attempt, pack_array, unpack_array
+from tir_alp.records.ledger_rows import Attempt, unpack_array
 from tir_alp.records.trajectories import from_record, to_record
 from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.renderer import Renderer
@@ -114,139 +113,53 @@ def test_the_config_says_what_is_trained_on_and_the_audit_agrees(train_on):
 
 # ----------------------------------------------------------------------------------- corruptions
 
-Corruption = Callable[[random.Random, dict[str, Any], dict[str, Any]], Any]
-CORRUPTIONS: dict[str, Corruption] = {}
-
-
-def corruption(function: Corruption) -> Corruption:
-    CORRUPTIONS[getattr(function, "__name__", "")] = function
-    return function
-
-
-def sequences(record):
-    return [record, *record["branches"]]
-
-
-def a_turn(rng, record):
-    return rng.choice([turn for each in sequences(record) for turn in each["turns"]])
+CORRUPTIONS = dict(episode_corruptions.CORRUPTIONS)
 
 
 def an_exchange(rng, record):
     return a_turn(rng, record)["info"]["exchange"]
 
 
-def change_ids(rng, ids):
-    """Change some tokens to other ones that are no marks."""
-    at = rng.randrange(len(ids))
-    ids[at] = 5 + (ids[at] - 4 + rng.randrange(1, 80)) % 90
+@corruption(CORRUPTIONS)
+def forked(rng, record, attempt):
+    record["is_forked"] = True
 
 
-@corruption
-def sampled_token(rng, record, attempt):
-    change_ids(rng, a_turn(rng, record)["completion"]["token_ids"])
-
-
-@corruption
-def dropped_token(rng, record, attempt):
-    span = a_turn(rng, record)["completion"]
-    at = rng.randrange(len(span["token_ids"]))
-    del span["token_ids"][at], span["rollout_logprobs"][at]
-
-
-@corruption
-def doubled_token(rng, record, attempt):
-    span = a_turn(rng, record)["completion"]
-    at = rng.randrange(len(span["token_ids"]))
-    for values in span["token_ids"], span["rollout_logprobs"]:
-        values.insert(at, values[at])
-
-
-@corruption
-def logprob(rng, record, attempt):
-    values = a_turn(rng, record)["completion"]["rollout_logprobs"]
-    values[rng.randrange(len(values))] -= rng.choice([1e-9, 0.1])
-
-
-@corruption
-def logprobs_shifted(rng, record, attempt):
-    values = a_turn(rng, record)["completion"]["rollout_logprobs"]
-    values[:] = [*values[1:], values[0] - 1e-6]
-
-
-@corruption
-def mask_off(rng, record, attempt):
-    a_turn(rng, record)["completion"]["trainable"] = False
-
-
-@corruption
-def prompt_token(rng, record, attempt):
-    change_ids(rng, rng.choice(sequences(record))["prompt"]["token_ids"])
-
-
-@corruption
-def prompt_trained(rng, record, attempt):
-    span = rng.choice(sequences(record))["prompt"]
-    span["rollout_logprobs"] = [-1.0] * len(span["token_ids"])
-
-
-@corruption
-def observation_token(rng, record, attempt):
-    shown = [
-        turn["observation"]["token_ids"]
-        for each in sequences(record)
-        for turn in each["turns"]
-        if turn["observation"]["token_ids"]
-    ]
-    change_ids(rng, rng.choice(shown))
-
-
-@corruption
-def observation_trained(rng, record, attempt):
-    span = a_turn(rng, record)["observation"]
-    span["token_ids"] = span["token_ids"] or [7]
-    span["rollout_logprobs"] = [-1.0] * len(span["token_ids"])
-
-
-@corruption
-def observation_at_the_end(rng, record, attempt):
-    rng.choice(sequences(record))["turns"][-1]["observation"]["token_ids"] = [7, 8]
-
-
-@corruption
+@corruption(CORRUPTIONS)
 def asked_content(rng, record, attempt):
     messages = [each for each in an_exchange(rng, record)["asked"] if each["content"]]
     rng.choice(messages)["content"] += rng.choice("abc")
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def asked_role(rng, record, attempt):
     message = rng.choice(an_exchange(rng, record)["asked"])
     message["role"] = "system" if message["role"] != "system" else "user"
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def asked_more(rng, record, attempt):
     asked = an_exchange(rng, record)["asked"]
     asked.append(dict(asked[0]))
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def asked_nothing(rng, record, attempt):
     an_exchange(rng, record)["asked"].clear()
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def reply_content(rng, record, attempt):
     an_exchange(rng, record)["reply"]["content"] += rng.choice("abc ")
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def reply_shorter(rng, record, attempt):
     reply = an_exchange(rng, record)["reply"]
     reply["content"] = reply["content"][:-1] if reply["content"] else "x"
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def reply_role(rng, record, attempt):
     an_exchange(rng, record)["reply"]["role"] = "user"
 
@@ -256,33 +169,33 @@ def with_calls(record):
     return next(each for each in found if "calls" in each)
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def call_arguments(rng, record, attempt):
     with_calls(record)["calls"][0][2] = rng.choice(['{"code": "2"}', "{}", '{"code": 1}'])
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def call_name(rng, record, attempt):
     with_calls(record)["calls"][0][1] = rng.choice(["bash", "pythom"])
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def call_id(rng, record, attempt):
     with_calls(record)["calls"][0][0] = f"{rng.randrange(10**9):09}"
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def call_dropped(rng, record, attempt):
     del with_calls(record)["calls"]
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def call_doubled(rng, record, attempt):
     calls = with_calls(record)["calls"]
     calls.append(list(calls[0]))
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def order_of_completions(rng, record, attempt):
     one, other = an_exchange(rng, record), an_exchange(rng, record)
     while other is one:
@@ -290,169 +203,58 @@ def order_of_completions(rng, record, attempt):
     one["number"], other["number"] = other["number"], one["number"]
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def number_of_a_completion(rng, record, attempt):
     an_exchange(rng, record)["number"] += rng.choice([-1, 1, 7])
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def forced_text(rng, record, attempt):
     an_exchange(rng, record)["forced"] = "So"
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def stops(rng, record, attempt):
     exchange = an_exchange(rng, record)
     exchange["stops"] = [] if exchange["stops"] else [exchange["reply"]["content"][:1] or "<"]
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def reads_no_calls(rng, record, attempt):
     turns = [turn for each in sequences(record) for turn in each["turns"]]
     turn = next(each for each in turns if "calls" in each["info"]["exchange"]["reply"])
     turn["info"]["exchange"]["reads_calls"] = False
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def tools(rng, record, attempt):
     trace = rng.choice(sequences(record))["turns"][0]["info"]["trace"]
     trace["tools"] = rng.choice(["", trace["tools"].replace("Runs", "Walks")])
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def parent(rng, record, attempt):
     trace = rng.choice(sequences(record))["turns"][0]["info"]["trace"]
     trace["parent"] = rng.choice([[0, 1], [0, 3], [1, 1]]) if not trace["parent"] else None
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def parent_elsewhere(rng, record, attempt):
     traces = [each["turns"][0]["info"]["trace"] for each in sequences(record)]
     trace = next(each for each in traces if each["parent"])
     trace["parent"] = rng.choice([[0, 1], [0, 3], [0, 0], [1, 1], [9, 1]])
 
 
-@corruption
-def branch_dropped(rng, record, attempt):
-    record["branches"].pop(rng.randrange(len(record["branches"])))
-
-
-@corruption
-def branch_doubled(rng, record, attempt):
-    record["branches"].append(copy.deepcopy(rng.choice(record["branches"])))
-
-
-@corruption
-def branch_in_front(rng, record, attempt):
-    at = rng.randrange(len(record["branches"]))
-    branch, rest = record["branches"][at], record.pop("branches")
-    rest[at] = {**record}
-    record.clear()
-    record.update(branch, branches=rest)
-
-
-@corruption
-def turn_dropped(rng, record, attempt):
-    rng.choice([each for each in sequences(record) if len(each["turns"]) > 1])["turns"].pop()
-
-
-@corruption
-def turns_swapped(rng, record, attempt):
-    turns = rng.choice([each for each in sequences(record) if len(each["turns"]) > 1])["turns"]
-    turns[0], turns[1] = turns[1], turns[0]
-
-
-@corruption
-def uid(rng, record, attempt):
-    rng.choice(sequences(record))["sequence_uid"] += rng.choice([1, 1 << 54, 9 << 54])
-
-
-@corruption
-def reward(rng, record, attempt):
-    a_turn(rng, record)["reward"] += rng.choice([0.5, 1.0])
-
-
-@corruption
+@corruption(CORRUPTIONS)
 def report(rng, record, attempt):
     info = record["turns"][-1]["info"]
     info["report"] = info["report"].replace("42", rng.choice(["43", "41"]))
 
 
-@corruption
+@corruption(CORRUPTIONS)
 def verdict(rng, record, attempt):
     info = record["turns"][-1]["info"]
     info.update(rng.choice([{"correct": False}, {"answer": "7"}, {"rewards": {}}, {"error": "e"}]))
-
-
-@corruption
-def outcome(rng, record, attempt):
-    record["turns"][-1]["outcome"] = rng.choice(["tool_error", "tool_timeout"])
-
-
-@corruption
-def flags(rng, record, attempt):
-    sequence = rng.choice(sequences(record))
-    name = rng.choice(["terminated", "truncated"])
-    sequence[name] = not sequence[name]
-
-
-@corruption
-def stop_reason(rng, record, attempt):
-    turn = a_turn(rng, record)
-    turn["stop_reason"] = rng.choice([e for e in ("stop", "length") if e != turn["stop_reason"]])
-
-
-@corruption
-def version(rng, record, attempt):
-    a_turn(rng, record)["policy_version"] += rng.choice([-1, 1])
-
-
-@corruption
-def group(rng, record, attempt):
-    rng.choice(record["branches"])["group_id"] += 1
-
-
-@corruption
-def ledger_token(rng, record, attempt):
-    call = rng.choice(attempt["calls"][:-1])  # of the last, tokens were dropped after "!"
-    ids = unpack_array(call["ids"], "<i4")
-    change_ids(rng, ids)
-    call["ids"] = pack_array(ids, "<i4")
-
-
-@corruption
-def ledger_logprob(rng, record, attempt):
-    call = rng.choice(attempt["calls"][:-1])
-    logprobs = unpack_array(call["logprobs"], "<f8")
-    logprobs[rng.randrange(len(logprobs))] -= 1e-12
-    call["logprobs"] = pack_array(logprobs, "<f8")
-
-
-@corruption
-def ledger_trace(rng, record, attempt):
-    call = rng.choice(attempt["calls"])
-    call["trace"] = call.get("trace", 0) + 1
-
-
-@corruption
-def ledger_context(rng, record, attempt):
-    call = rng.choice(attempt["calls"])
-    call["context"] = [call["context"][0], rng.choice("0123456789abcdef") * 16]
-
-
-@corruption
-def ledger_call_dropped(rng, record, attempt):
-    attempt["calls"].pop(rng.randrange(len(attempt["calls"])))
-
-
-@corruption
-def ledger_call_doubled(rng, record, attempt):
-    attempt["calls"].insert(0, dict(attempt["calls"][0]))
-
-
-@corruption
-def ledger_answer(rng, record, attempt):
-    attempt["calls"][-1].update(rng.choice([{"answer": None}, {"ended": False}]))
 
 
 def test_what_was_recorded_is_clean(played):
@@ -461,10 +263,5 @@ def test_what_was_recorded_is_clean(played):
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_every_corruption_is_found(played, name):
-    for seed in range(-(-2000 // len(CORRUPTIONS))):
-        record, attempt = copy.deepcopy(played)
-        rng = random.Random(f"{name}/{seed}")
-        CORRUPTIONS[name](rng, record, attempt)
-        if [record, attempt] == played:
-            continue
-        assert drifts(record, attempt), f"{name}, seed {seed}, was not found"
+    times = -(-2000 // len(CORRUPTIONS))
+    assert missed(played, name, CORRUPTIONS[name], times, drifts)[1] == []

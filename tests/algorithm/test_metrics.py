@@ -87,6 +87,7 @@ def test_a_step_is_described_by_its_turns_and_trajectories():
     assert metrics == {
         "rollout/reward": 0.25,
         "rollout/turns": 1.5,
+        "rollout/traces": 1.0,
         "rollout/tool_calls": 0.5,
         "rollout/void_turns": 0.5,
         "rollout/truncated": 0.75,

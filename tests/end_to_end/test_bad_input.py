@@ -91,9 +91,9 @@ def test_a_tokenizer_without_an_end_token(refusal, tmp_path):
 def test_a_template_that_drops_thinking(refusal, tmp_path):
     folder = copy_of_the_tiny_model(tmp_path)
     (folder / "chat_template.jinja").write_text(FORGETFUL)
-    message = refusal("--model.path", str(folder))
+    message = refusal("--model.path", str(folder), "--model.rewritten_history", "refuse")
     assert "rewrites history" in message and "<think>" in message
-    assert 'model.rewritten_history = "append"' in message
+    assert 'model.rewritten_history = "fork"' in message and '"append"' in message
 
 
 @pytest.mark.parametrize("name", ["tir_alp.envs:Nothing-v0", "no_such_package:Env-v0"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.rollouts.call_templates import DROPS_THOUGHTS
 from tir_alp.audit.sft import audit_sft
 from tir_alp.config import SFTConfig
 from tir_alp.doctor.start import Doctor
@@ -21,6 +22,7 @@ from tir_alp.run.local_placement import LocalPlacement
 from tir_alp.run.open_sft import open_sft, prepare_sft
 from tir_alp.sft import for_trainer, read_arguments, train
 from tir_alp.training.policy import load_policy
+from tir_alp.types import split_uid
 
 ROOT = Path(__file__).parents[2]
 LIMITS = {"max_context_tokens": 256, "max_turn_tokens": 64, "max_observation_tokens": 64}
@@ -142,6 +144,34 @@ def test_a_run_in_two_pieces_is_the_whole_run_bit_for_bit(trained):
     assert [each["loss/value"] for each in whole] == [each["loss/value"] for each in pieces]
     for name, tensor in weights_of(run, 4).items():
         assert torch.equal(tensor, weights_of(first, 4)[name]), name
+
+
+def test_thoughts_that_the_template_drops_are_learnt_as_traces(trained, tmp_path):
+    import asyncio
+
+    model = Path(shutil.copytree(BASE, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text(DROPS_THOUGHTS)
+    said = [("user", "6*7?"), ("assistant", "<think>Hm</think>42"), ("user", "?")]
+    said.append(("assistant", "<think>So</think>Yes"))
+    messages = [{"role": role, "content": text} for role, text in said]
+    data = tmp_path / "t.jsonl"
+    data.write_text(f"{json.dumps({'messages': messages})}\n" * 4)
+    settings = config(data, "forked", steps=1, sequences_per_step=2, model={"path": str(model)})
+    settings = settings.model_copy(
+        update={"data": settings.data.model_copy(update={"held_out": 0.0})}
+    )
+    run = asyncio.run(learn(settings))
+    file = run / "trajectories" / "step_000001.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [len(row["branches"]) for row in rows] == [1, 1]
+    assert audit_sft(run).drifts == []
+    sequences = [(uid, trace) for uid in (0, 1) for trace in (0, 1)]
+    ledger = map(json.loads, (run / "ledger" / "step_000001.jsonl").read_text().splitlines())
+    (update,) = [row for row in ledger if row["kind"] == "update"]
+    assert sorted(split_uid(each[0]) for each in update["sequences"]) == sequences
+    rows[0]["branches"][0]["turns"][0]["completion"]["trainable"] = False
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert audit_sft(run).drifts
 
 
 def test_packing_changes_the_loss_only_by_rounding(trained):

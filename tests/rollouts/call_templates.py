@@ -198,3 +198,13 @@ REAL: dict[str, str] = {
     "llamacpp-MiniMax-M2": "minimax",
 }
 """Name of a file that `tests.fuzz.templates` fetches: the name of its form."""
+
+DROPS_THOUGHTS = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' and loop.index0 < ns.last %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\\n') }}{% else %}{{ m.content }}{% endif %}"
+    + _NEXT
+)
+"""Drops the thoughts of the assistant before the last message of the user, as Qwen3's does."""

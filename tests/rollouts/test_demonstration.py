@@ -3,12 +3,13 @@
 import pytest
 from tokenizers import AddedToken
 
+from tests.rollouts.call_templates import DROPS_THOUGHTS
 from tir_alp.models.tiny.model import make_tokenizer
 from tir_alp.rollouts.demonstration import Demonstrator
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.rollouts.transcripts import Message, Transcript
 from tir_alp.tools.calls import ToolCall
-from tir_alp.types import StopReason
+from tir_alp.types import StopReason, trace_uid
 
 TOKENIZER = make_tokenizer()
 CALL = ToolCall("python", {"code": "print(6*7)"})
@@ -125,3 +126,33 @@ def test_a_native_call_is_written_as_the_template_writes_it():
 def test_what_no_rollout_could_have_been_is_refused_by_row_and_turn(messages, reason):
     with pytest.raises(ValueError, match=f"row: .*{reason}"):
         encode(*messages)
+
+
+def test_a_thought_that_the_template_drops_is_learnt_where_it_was_written():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = DROPS_THOUGHTS
+    thought = "<think>\nHm.\n</think>\n\n"
+    messages = (
+        Message("user", "6*7?"),
+        Message("assistant", f"{thought}42"),
+        Message("user", "Sure?"),
+        Message("assistant", f"{thought}Yes", trainable=False),
+        Message("user", "Why?"),
+        Message("assistant", "So."),
+        Message("user", "So?"),
+        Message("assistant", "Yes."),
+    )
+    found = encode(*messages, tokenizer=tokenizer, rewritten_history="fork")
+    texts = [tokenizer.decode(list(each.token_ids)) for each in found.conversation]
+    first = "<|user|>6*7?<|end|><|assistant|>"
+    second = f"{first}42<|end|><|user|>Sure?<|end|><|assistant|>"
+    third = f"{second}Yes<|end|><|user|>Why?<|end|><|assistant|>"
+    assert texts == [
+        f"{first}{thought}42<|end|>",
+        f"{second}{thought}Yes<|end|>",
+        f"{third}So.<|end|><|user|>So?<|end|><|assistant|>Yes.<|end|>",
+    ]
+    assert [any(each.loss_mask) for each in found.conversation] == [True, False, True]
+    assert [each.sequence_uid for each in found.conversation] == [trace_uid(5, n) for n in range(3)]
+    appended = encode(*messages, tokenizer=tokenizer, rewritten_history="append")
+    assert not appended.branches and len(appended.turns) == 4

@@ -24,8 +24,8 @@ from tests.rollouts.scripted import (
 )
 from tir_alp.engines.base import Completion
 from tir_alp.models.tiny.model import make_tokenizer
-from tir_alp.rollouts.episode import mask_overlong, mask_void_turns
 from tir_alp.rollouts.renderer import PromptTooLong
+from tir_alp.rollouts.traces import mask_overlong, mask_void_turns
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import StopReason, TokenSpan, Turn, VersionSpan
 

@@ -12,7 +12,7 @@ from tir_alp.records.trajectories import to_record
 from tir_alp.rollouts.demonstration import Demonstrator
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.run.demonstrations import open_demonstrations
-from tir_alp.types import TokenSpan, Trajectory
+from tir_alp.types import TokenSpan, Trajectory, trace_uid
 
 TOKENIZER = make_tokenizer()
 
@@ -34,7 +34,7 @@ def write(path: Path, *rows: object) -> Path:
 
 
 def texts(found, rows):
-    return [TOKENIZER.decode(found.sample(each, 0).trajectory.token_ids) for each in rows]
+    return [TOKENIZER.decode(found.samples(each, 0)[0].trajectory.token_ids) for each in rows]
 
 
 def test_rows_are_learnt_or_held_out_by_their_first_message(tmp_path):
@@ -45,7 +45,7 @@ def test_rows_are_learnt_or_held_out_by_their_first_message(tmp_path):
     questions = [{each.split("<|end|>")[0] for each in texts(found, some)} for some in
                  (found.trained, found.held_out)]  # fmt: skip
     assert not questions[0] & questions[1]
-    sample = found.sample(found.trained[0], 7)
+    (sample,) = found.samples(found.trained[0], 7)
     assert sample.advantage == 1.0 and sample.trajectory.sequence_uid == 7
 
 
@@ -105,11 +105,21 @@ def test_trajectories_of_a_run_are_learnt_token_by_token_once_each(tmp_path):
     )
     found = open_rows(run, source="run", held_out=0.0)
     assert len(found.trained) == 2  # enough reward, and not the same tokens twice
-    learnt = found.sample(found.trained[0], 9).trajectory
+    learnt = found.samples(found.trained[0], 9)[0].trajectory
     assert learnt.token_ids == sampled(0, 1.0).token_ids
     assert learnt.turns[0].completion.trainable and set(learnt.rollout_logprobs) == {0.0}
     assert (learnt.sequence_uid, learnt.turns[0].policy_version) == (9, 0)
     assert len(open_rows(run, source="run", held_out=0.0, min_reward=0.5).trained) == 3
+
+
+def test_all_traces_of_a_rewritten_conversation_are_learnt(tmp_path):
+    first, last = sampled(0, 0.5), replace(sampled(0, 0.5), sequence_uid=trace_uid(0, 1))
+    run = run_folder(tmp_path / "run", replace(last, branches=(first,), is_forked=True))
+    found = open_rows(run, source="run", held_out=0.0, min_reward=1.0)  # 0.5 in each trace
+    samples = found.samples(found.trained[0], 9)
+    assert [each.trajectory.sequence_uid for each in samples] == [trace_uid(9, 1), 9]
+    assert all(set(each.trajectory.rollout_logprobs) == {0.0} for each in samples)
+    assert found.num_tokens == 2 * len(first.token_ids)
 
 
 def test_void_turns_and_other_tokenizers_are_not_learnt_from(tmp_path):

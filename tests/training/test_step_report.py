@@ -22,7 +22,7 @@ def test_a_step_reports_which_sequences_the_loss_of_each_update_got():
     assert [(each.update, each.made) for each in (first, second)] == [(6, True), (7, False)]
     assert skipped == [7]
     for record, part in ((first, bad[:2]), (second, bad[2:])):
-        expected = {packed_sequence(each.trajectory, each.advantage) for each in flat(part)}
+        expected = {packed_sequence(each) for each in flat(part)}
         assert set(record.sequences) == expected and len(record.sequences) == len(expected)
 
 

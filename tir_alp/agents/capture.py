@@ -19,12 +19,9 @@ from itertools import chain
 from tir_alp.agents.messages import Dialogue, Message, difference, num_common
 from tir_alp.agents.replies import ReplyRule
 from tir_alp.engines.base import Completion
-from tir_alp.types import StopReason
+from tir_alp.types import MAX_TRACES, StopReason
 
 Ids = tuple[int, ...]
-
-MAX_TRACES = 500
-"""Traces that one episode can have."""
 
 
 class CaptureFull(ValueError):

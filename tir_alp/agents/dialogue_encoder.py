@@ -12,8 +12,7 @@ before the template sees the text, and encoded as ordinary text afterwards.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,19 +22,17 @@ from typing import Any, Literal
 from tir_alp.agents.messages import Dialogue, Message
 from tir_alp.agents.replies import CallStyle
 from tir_alp.rollouts.chat_template import ChatTemplate, MadeCall
-from tir_alp.rollouts.end_marks import end_mark, structure_marks
+from tir_alp.rollouts.end_marks import end_mark
 from tir_alp.rollouts.formats import ParameterTypes, find_form
 from tir_alp.rollouts.formats.readers import JsonReader
+from tir_alp.rollouts.mark_guard import MarkGuard, mapped
 from tir_alp.rollouts.renderer import Renderer
-from tir_alp.rollouts.surrogates import SURROGATE
 from tir_alp.rollouts.text_encoder import Ids, TextEncoder
 from tir_alp.tools.calls import ToolCall, write_call
 from tir_alp.types import StopReason
 
 Calls = Literal["template", "fenced"]
 """How a model writes calls: as its chat template does, or as Python blocks between fences."""
-
-_PRIVATE = range(0xE000, 0xF900)  # code points that no text means anything by
 
 
 class Unsuitable(ValueError):
@@ -91,12 +88,7 @@ class DialogueEncoder:
         """Where long conversations can be encoded. A single thread: a tokenizer has settings."""
         self._calls, self._clock = calls, clock
         self._encoder = TextEncoder(tokenizer)
-        marks = structure_marks(tokenizer)
-        special = {*tokenizer.all_special_ids} | {
-            each for each, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
-        self._marks = sorted(set(marks.values()), key=lambda text: (-len(text), text))
-        self._endings = [text for text in self._marks if self._is_special(text, special)]
+        self._guard = MarkGuard(tokenizer, self._encoder)
         self._form = lru_cache(64)(self._make_form)
 
     def style(self, dialogue: Dialogue) -> CallStyle | None:
@@ -117,9 +109,9 @@ class DialogueEncoder:
         Raises:
             Unsuitable: The template refuses the conversation.
         """
-        writer = _Writer(dialogue, self._marks, self._endings, self._form(dialogue.tools))
+        writer = _Writer(dialogue, self._guard, self._form(dialogue.tools))
         text = writer.written(dialogue.messages, generation=True)
-        return self._encoded(writer, text, begins=True) + self._forced(forced)
+        return writer.texts.encoded(text, begins=True) + self._forced(forced)
 
     def extension(
         self, dialogue: Dialogue, num_known: int, ended: StopReason, forced: str = ""
@@ -141,7 +133,7 @@ class DialogueEncoder:
             Unsuitable: The template refuses the conversation.
         """
         form = self._form(dialogue.tools)
-        writer = _Writer(dialogue, self._marks, self._endings, form)
+        writer = _Writer(dialogue, self._guard, form)
         known = dialogue.messages[:num_known]
         asked = writer.written(known[:-1], generation=True)
         before = writer.written(known)
@@ -154,7 +146,7 @@ class DialogueEncoder:
         is_kept = before.startswith(asked) and whole.startswith(before)
         if not is_kept or not before.endswith(closing):
             return None
-        ids = self._encoded(writer, closing + whole[len(before) :], begins=False)
+        ids = writer.texts.encoded(closing + whole[len(before) :], begins=False)
         if ended is StopReason.EOS:
             mark = end_mark(self.tokenizer, ids)
             ids = ids if mark is None else ids[mark + 1 :]
@@ -200,21 +192,6 @@ class DialogueEncoder:
     def _forced(self, text: str) -> Ids:
         return self._encoder.mark(text) if text else ()
 
-    def _is_special(self, text: str, special: Collection[int]) -> bool:
-        ids = self._encoder.mark(text)
-        return len(ids) == 1 and ids[0] in special
-
-    def _encoded(self, writer: _Writer, text: str, *, begins: bool) -> Ids:
-        ids: list[int] = []
-        for index, part in enumerate(writer.parts(text)):
-            if index % 2:
-                ids += self._encoder.content(self._marks[int(part)], False)
-            elif begins and index == 0:
-                ids += self.tokenizer.encode(part, add_special_tokens=False, verbose=False)
-            else:
-                ids += self._encoder.mark(part)
-        return tuple(ids)
-
     def _make_form(self, tools: str) -> _Form:
         schemas = json.loads(tools) if tools else []
         shown = tuple(schemas) if self._calls == "template" else ()
@@ -243,22 +220,17 @@ class DialogueEncoder:
 class _Writer:
     """Writes the messages of one conversation through a template, with stand-ins for marks."""
 
-    def __init__(
-        self, dialogue: Dialogue, marks: Sequence[str], endings: Sequence[str], form: _Form
-    ) -> None:
-        self._form, self._numbers = form, {text: number for number, text in enumerate(marks)}
-        texts = "".join(
+    def __init__(self, dialogue: Dialogue, guard: MarkGuard, form: _Form) -> None:
+        self._form = form
+        self.texts = guard.over(
             [dialogue.tools]
             + [each.content for each in dialogue.messages]
             + [call.arguments for each in dialogue.messages for call in each.calls]
         )
-        self._stand_in = next(chr(each) for each in _PRIVATE if chr(each) not in texts)
-        self._any = _pattern(marks)
-        self._ending = _pattern(endings)
         self._names = {call.call_id: call.name for each in dialogue.messages for call in each.calls}
         self._template = form.template
         if form.template.tools:
-            guarded = _mapped(form.template.tools, lambda text: self._guarded(text, self._any))
+            guarded = mapped(form.template.tools, self.texts.outside)
             self._template = ChatTemplate(
                 form.template.tokenizer, "", tuple(guarded), form.template.clock
             )
@@ -269,29 +241,26 @@ class _Writer:
         except ValueError as error:
             raise Unsuitable(str(error)) from error
 
-    def parts(self, text: str) -> list[str]:
-        """Split a text at the stand-ins: text, number of a mark, text, and so on."""
-        return re.split(f"{self._stand_in}([0-9]+){self._stand_in}", text)
-
     def _shown(self, message: Message) -> Mapping[str, Any]:
-        pattern = self._ending if message.role == "assistant" else self._any
-        content = self._guarded(message.content, pattern)
+        texts = self.texts
+        guarded = texts.written if message.role == "assistant" else texts.outside
+        content = guarded(message.content)
         style = self._form.style
         shown: dict[str, Any] = {"role": message.role, "content": content}
         if message.role == "tool":
             name = message.name or self._names.get(message.call_id, "")
-            shown |= {"tool_call_id": message.call_id, "name": self._guarded(name, self._any)}
+            shown |= {"tool_call_id": message.call_id, "name": texts.outside(name)}
         if message.calls and style is not None and style.form is None:
             code = json.loads(message.calls[0].arguments).get(style.fenced_tool[1], "")
             block = write_call(ToolCall("python", {"code": str(code)}), "fenced") or str(code)
-            shown["content"] = content + self._guarded(block, pattern)
+            shown["content"] = content + guarded(block)
         elif message.calls:
             shown["tool_calls"] = [
                 {
                     "id": call.call_id,
                     "type": "function",
                     "function": {
-                        "name": self._guarded(call.name, self._any),
+                        "name": texts.outside(call.name),
                         "arguments": self._arguments(call.arguments),
                     },
                 }
@@ -302,34 +271,10 @@ class _Writer:
     def _arguments(self, text: str) -> Any:
         if not self._form.takes_text:
             try:
-                return _mapped(json.loads(text), lambda each: self._guarded(each, self._ending))
+                return mapped(json.loads(text), self.texts.written)
             except (ValueError, RecursionError):
                 pass
-        return self._guarded(text, self._ending)
-
-    def _guarded(self, text: str, pattern: re.Pattern[str] | None) -> str:
-        text = SURROGATE.sub("\ufffd", text)
-        if pattern is None:
-            return text
-        mark = self._stand_in
-        return pattern.sub(lambda found: f"{mark}{self._numbers[found[0]]}{mark}", text)
-
-
-def _pattern(texts: Sequence[str]) -> re.Pattern[str] | None:
-    return re.compile("|".join(map(re.escape, texts))) if texts else None
-
-
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """Return a JSON value with all its texts changed."""
-    match value:
-        case str():
-            return change(value)
-        case list() | tuple():
-            return [_mapped(each, change) for each in value]
-        case dict():
-            return {change(key): _mapped(each, change) for key, each in value.items()}
-        case _:
-            return value
+        return self.texts.written(text)
 
 
 def _fenced_tool(schemas: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

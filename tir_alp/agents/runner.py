@@ -26,9 +26,9 @@ from tir_alp.rollouts.episode import (
     EpisodeFailed,
     EpisodeRunner,
     checked_step,
-    mask_overlong,
 )
 from tir_alp.rollouts.renderer import Renderer
+from tir_alp.rollouts.traces import mask_overlong
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import Trajectory, split_uid
 

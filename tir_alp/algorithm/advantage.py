@@ -142,8 +142,7 @@ def group_advantages(
     entry = find(algorithm.advantage, ADVANTAGES, Advantage)
     limit, buffer = rollout.max_context_tokens, rollout.overlong_buffer_tokens
     rewards = [
-        each.reward + length_penalty(len(each.token_ids), limit, buffer)
-        for each in group.trajectories
+        each.reward + length_penalty(_longest(each), limit, buffer) for each in group.trajectories
     ]
     read = {name: _READERS[name](group.trajectories) for name in entry.reads}
     return _without_overlong(group, entry.function(rewards, **read), rollout)
@@ -156,7 +155,10 @@ def step_advantages(
     found = [group_advantages(group, algorithm, rollout) for group in groups]
     if not find(algorithm.advantage, ADVANTAGES, Advantage).is_whitened:
         return found
-    lengths = [[sum(each.loss_mask) for each in group.trajectories] for group in groups]
+    lengths = [
+        [sum(sum(one.loss_mask) for one in each.sequences) for each in group.trajectories]
+        for group in groups
+    ]
     scaled = rules.whitened(found, lengths)
     return [_without_overlong(*pair, rollout) for pair in zip(groups, scaled, strict=True)]
 
@@ -166,22 +168,35 @@ def turn_advantages(
 ) -> list[tuple[float, ...]] | None:
     """Return by trajectory what is added to its advantage in each turn; None: nothing.
 
-    The state in which a turn began is what the environment showed last: the prompt, or the
-    observation before it.
+    The turns are those of the conversation, in all its traces. The state in which a turn began is
+    what the environment showed last: the prompt, or the observation before it.
     """
     discount = find(algorithm.advantage, ADVANTAGES, Advantage).by_turn
     if discount is None:
         return None
-    rewards = [[turn.reward for turn in each.turns] for each in group.trajectories]
+    rewards = [[turn.reward for turn in each.conversation_turns] for each in group.trajectories]
     shown = [
-        [each.prompt.token_ids, *(turn.observation.token_ids for turn in each.turns)]
+        [state for trace in each.conversation for state in _states(trace)]
         for each in group.trajectories
     ]
-    return rules.turn_advantages(rewards, [each[:-1] for each in shown], discount=discount)
+    return rules.turn_advantages(rewards, shown, discount=discount)
+
+
+def _states(trace: Trajectory) -> list[tuple[int, ...]]:
+    """The tokens that were shown last before each turn of a trace."""
+    return [
+        trace.prompt.token_ids,
+        *(turn.observation.token_ids for turn in trace.turns[:-1]),
+    ]
+
+
+def _longest(trajectory: Trajectory) -> int:
+    """The number of tokens of the longest trace of a conversation: the limit is that of a trace."""
+    return max(len(each.token_ids) for each in trajectory.conversation)
 
 
 def _lengths(trajectories: Sequence[Trajectory]) -> list[int]:
-    return [sum(len(turn.completion) for turn in each.turns) for each in trajectories]
+    return [sum(len(turn.completion) for turn in each.conversation_turns) for each in trajectories]
 
 
 def _components(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
@@ -189,7 +204,7 @@ def _components(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
     totals: list[dict[str, float]] = []
     for trajectory in trajectories:
         own: dict[str, float] = {}
-        for turn in trajectory.turns:
+        for turn in trajectory.conversation_turns:
             for name, value in turn.info.get("rewards", {}).items():
                 own[name] = own.get(name, 0.0) + value
         totals.append(own)
@@ -227,6 +242,6 @@ def length_penalty(num_tokens: int, max_tokens: int, buffer_tokens: int) -> floa
 def has_signal(group: TrajectoryGroup, advantages: Sequence[float]) -> bool:
     """Whether the group can teach anything: some loss token has an advantage other than 0."""
     return any(
-        advantage != 0 and any(trajectory.loss_mask)
+        advantage != 0 and any(any(each.loss_mask) for each in trajectory.sequences)
         for trajectory, advantage in zip(group.trajectories, advantages, strict=True)
     )

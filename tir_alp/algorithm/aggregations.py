@@ -18,7 +18,13 @@ class AggregationFunction(Protocol):
     """Sums token losses, each with its weight in the mean."""
 
     def __call__(
-        self, losses: Tensor, mask: Tensor, num_tokens: Tensor, num_sequences: Tensor, /
+        self,
+        losses: Tensor,
+        mask: Tensor,
+        num_tokens: Tensor,
+        num_sequences: Tensor,
+        weights: Tensor | None,
+        /,
     ) -> Tensor:
         """Return a scalar.
 
@@ -26,7 +32,10 @@ class AggregationFunction(Protocol):
             losses: [B, T] token losses, 0 outside the mask.
             mask: [B, T] bool; True for the tokens that count in the mean.
             num_tokens: Number of such tokens in the whole optimizer step, a scalar.
-            num_sequences: Number of sequences with such tokens in the whole step, a scalar.
+            num_sequences: Number of sequences with such tokens in the whole step, a scalar: the sum
+                of their weights.
+            weights: [B] weights of the sequences; None: all are 1. Those of the traces of an
+                episode may be their shares of its tokens.
         """
         ...
 
@@ -40,20 +49,35 @@ class Aggregation:
     """The mean in words; "of L_t" follows."""
 
 
-def _token_mean(losses: Tensor, mask: Tensor, num_tokens: Tensor, num_sequences: Tensor) -> Tensor:
+def _token_mean(
+    losses: Tensor,
+    mask: Tensor,
+    num_tokens: Tensor,
+    num_sequences: Tensor,
+    weights: Tensor | None,
+) -> Tensor:
     """Give every token the same weight."""
     return losses.sum() / num_tokens
 
 
 def _sequence_mean_token_mean(
-    losses: Tensor, mask: Tensor, num_tokens: Tensor, num_sequences: Tensor
+    losses: Tensor,
+    mask: Tensor,
+    num_tokens: Tensor,
+    num_sequences: Tensor,
+    weights: Tensor | None,
 ) -> Tensor:
     """Give every sequence the same weight, and within it every token."""
-    return (losses.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / num_sequences
+    means = losses.sum(-1) / mask.sum(-1).clamp(min=1)
+    return (means if weights is None else means * weights).sum() / num_sequences
 
 
 def _sequence_mean_token_sum(
-    losses: Tensor, mask: Tensor, num_tokens: Tensor, num_sequences: Tensor
+    losses: Tensor,
+    mask: Tensor,
+    num_tokens: Tensor,
+    num_sequences: Tensor,
+    weights: Tensor | None,
 ) -> Tensor:
     """Give a sequence a weight in proportion to its length."""
     return losses.sum() / num_sequences

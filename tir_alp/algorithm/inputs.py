@@ -37,6 +37,8 @@ class LossInputs:
     """[B, T] entropy of the current policy, in nats; carries a gradient for an entropy bonus."""
     selected: Tensor | None = None
     """[B, T] bool, the tokens that `AlgorithmConfig.selection` has selected in the update."""
+    weights: Tensor | None = None
+    """[B] weights of the sequences where sequences are averaged; None: all are 1."""
 
     def token_wise_advantages(self) -> Tensor:
         """Return the advantage of each token, [B, T]; anything outside the mask."""

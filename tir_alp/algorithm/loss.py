@@ -43,7 +43,7 @@ class LossCounts(NamedTuple):
     num_loss_tokens: Tensor
     """Number of tokens that count in the mean, a scalar."""
     num_sequences: Tensor
-    """Number of sequences with such tokens, a scalar."""
+    """Number of sequences with such tokens, or the sum of their weights, a scalar."""
     sum_of_weights: Tensor
     """Sum of the correction's weights over these tokens, a scalar."""
 
@@ -101,7 +101,7 @@ def loss_terms(
     """As `policy_loss`; also returns which tokens were clipped."""
     mask = inputs.loss_mask
     weights, counted = _weights(inputs, algorithm)
-    counts = _counts(weights, counted)
+    counts = _counts(weights, counted, inputs.weights)
     num_tokens = _at_least_one(
         counts.num_loss_tokens if num_loss_tokens is None else num_loss_tokens
     )
@@ -141,7 +141,7 @@ def loss_terms(
         metrics["kl/reference"] = mean(kl)
 
     aggregate = AGGREGATIONS[algorithm.aggregation].function
-    loss = aggregate(losses, counted, num_tokens, num_sequences)
+    loss = aggregate(losses, counted, num_tokens, num_sequences, inputs.weights)
     if algorithm.entropy_bonus:
         entropy = _fill(inputs.require("entropy"), counted).sum() / num_tokens
         loss = loss - algorithm.entropy_bonus * entropy
@@ -156,7 +156,7 @@ def loss_counts(inputs: LossInputs, algorithm: AlgorithmConfig) -> LossCounts:
     `normalise="kept"` takes out. Only `loss_mask` is read, and for a correction or rejection the
     rollout and proximal logprobs and `turn_ids`: no forward of the current policy is needed first.
     """
-    return _counts(*_weights(inputs, algorithm))
+    return _counts(*_weights(inputs, algorithm), inputs.weights)
 
 
 def log_ratios(inputs: LossInputs, algorithm: AlgorithmConfig) -> Tensor:
@@ -283,9 +283,12 @@ def _denominator(inputs: LossInputs, algorithm: AlgorithmConfig) -> Tensor:
 _TINY = 1e-8
 
 
-def _counts(weights: Tensor, counted: Tensor) -> LossCounts:
+def _counts(weights: Tensor, counted: Tensor, of_sequences: Tensor | None) -> LossCounts:
+    """Count; `of_sequences` [B] are the weights of the sequences, None for 1."""
+    has_any = counted.any(-1)
+    num_sequences = has_any.sum() if of_sequences is None else (has_any * of_sequences).sum()
     return LossCounts(
-        counted.sum(), counted.any(-1).sum(), _fill(weights, counted).sum(dtype=torch.float64)
+        counted.sum(), num_sequences, _fill(weights, counted).sum(dtype=torch.float64)
     )
 
 

@@ -21,7 +21,7 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Describe the trajectories of one step.
 
-    What agents said in further conversations of an episode counts as turns of the episode.
+    What was said in other traces of an episode counts as turns of the episode.
 
     `time/generate` and `time/tool` are means over trajectories, in seconds. `staleness/*` are in
     steps, over the sampled tokens that are trained on. `outcome/<name>` count turns.
@@ -40,6 +40,7 @@ def rollout_metrics(
         "rollout/reward": _mean(trajectory.reward for trajectory in trajectories),
         **reward_part_metrics(trajectories),
         "rollout/turns": len(turns) / len(trajectories),
+        "rollout/traces": _mean(len(each.sequences) for each in trajectories),
         "rollout/tool_calls": _mean(map(tool_calls, trajectories)),
         "rollout/void_turns": _mean(turn.is_void for turn in turns),
         "rollout/truncated": _mean(trajectory.truncated for trajectory in trajectories),
@@ -62,7 +63,7 @@ def reward_part_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Return `reward/<component>`, the mean of each reward component that environments report."""
     components: dict[str, list[float]] = {}
     for trajectory in trajectories:
-        for turn in trajectory.turns:
+        for turn in trajectory.conversation_turns:
             for name, value in turn.info.get("rewards", {}).items():
                 components.setdefault(name, []).append(value)
     num = len(trajectories)

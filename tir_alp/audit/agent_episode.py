@@ -343,7 +343,8 @@ class AgentEpisodeCheck:
             not any(turn.reward for turn in rest)
             and all((each.terminated, each.truncated) == flags for each in trajectory.sequences)
             and all(each.group_id == trajectory.group_id for each in trajectory.sequences)
-            and all(each.task_id == trajectory.task_id for each in trajectory.sequences),
+            and all(each.task_id == trajectory.task_id for each in trajectory.sequences)
+            and not any(each.is_forked for each in trajectory.sequences),
             "trajectories",
             location,
             "only the last turn has a reward, and all sequences end as the episode does",

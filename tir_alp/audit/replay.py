@@ -29,8 +29,10 @@ def replay(
         trajectory: The recorded episode.
         renderer: Decodes completions to actions.
     """
-    options = task.to_options() | {"tool_results": [_tool_result(t) for t in trajectory.turns]}
-    actions = [renderer.action(turn.completion.token_ids) for turn in trajectory.turns]
+    options = task.to_options() | {
+        "tool_results": [_tool_result(t) for t in trajectory.conversation_turns]
+    }
+    actions = [renderer.action(turn.completion.token_ids) for turn in trajectory.conversation_turns]
     return _replay(env, task, options, actions)
 
 

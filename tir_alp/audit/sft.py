@@ -27,6 +27,7 @@ from tir_alp.run.open_sft import encoders
 from tir_alp.tools.calls import ToolCall, find_call, write_call
 from tir_alp.training.packed_sequence import packed_sequence
 from tir_alp.training.policy import load_tokenizer
+from tir_alp.training.samples import samples_of
 from tir_alp.types import TokenSpan, Trajectory
 
 _METRICS = "metrics.jsonl"
@@ -94,14 +95,14 @@ class _SFTAudit:
         findings.count("steps")
         findings.expect(metrics is not None, "steps", location, f"no record in {_METRICS}")
         recorded = read_trajectories(self._path, "trajectories", number, findings)
-        uids = [each.trajectory.sequence_uid for each in recorded]
+        uids = [each.trajectory.episode_uid for each in recorded]
         due = list(range((number - 1) * self._size, number * self._size))
         findings.count("groups", len(recorded))
         findings.expect(
             uids == due, "groups", location, f"sequences {uids}: expected {due}, each once"
         )
         for each in recorded:
-            if each.trajectory.sequence_uid in due:
+            if each.trajectory.episode_uid in due:
                 self._conversation(each)
         ledger = read_ledger(self._path, number, findings)
         updates = [entry.record.update for entry in ledger.updates]
@@ -111,8 +112,13 @@ class _SFTAudit:
             ledger.location,
             f"updates {updates}; step {number} makes the update {number - 1}",
         )
-        packed = {each.uid: each for each in (packed_sequence(r.trajectory, 1.0) for r in recorded)}
-        locations = {each.trajectory.sequence_uid: each.location for each in recorded}
+        samples = [(s, each) for each in recorded for s in samples_of(each.trajectory, 1.0)]
+        packed = {
+            sample.trajectory.sequence_uid: packed_sequence(sample)
+            for sample, _ in samples
+            if any(sample.trajectory.loss_mask)
+        }
+        locations = {sample.trajectory.sequence_uid: each.location for sample, each in samples}
         for entry in ledger.updates:
             check_packed(entry, packed, locations, findings)
         if metrics is not None:
@@ -129,13 +135,32 @@ class _SFTAudit:
     def _conversation(self, recorded: RecordedTrajectory) -> None:
         trajectory, location, findings = recorded.trajectory, recorded.location, self._findings
         findings.count("trajectories")
-        row = self._data.trained[self._order[trajectory.sequence_uid]]
+        uid = trajectory.episode_uid
+        row = self._data.trained[self._order[uid]]
         try:
-            due = self._data.source.trajectory(row, trajectory.sequence_uid)
+            due = self._data.source.trajectory(row, uid)
             transcript = self._data.source.transcript(row)
         except ValueError as error:
             findings.drift("trajectories", location, f"the data cannot be read today: {error}")
             return
+        traces, others = trajectory.conversation, due.conversation
+        findings.expect(
+            [(each.sequence_uid, len(each.turns)) for each in traces]
+            == [(each.sequence_uid, len(each.turns)) for each in others]
+            and len(traces) == len(trajectory.sequences),
+            "trajectories",
+            location,
+            f"it has {len(trajectory.conversation_turns)} turns in {len(trajectory.sequences)} "
+            f"traces; the data has {len(due.conversation_turns)} in {len(others)}",
+        )
+        for trace, other in zip(traces, others, strict=False):
+            self._spans(trace, other, location)
+        if transcript is not None:
+            self._texts(trajectory, transcript, location)
+
+    def _spans(self, trajectory: Trajectory, due: Trajectory, location: Location) -> None:
+        """Compare a trace with what the data gives."""
+        findings = self._findings
         for index, (span, other) in enumerate(zip(trajectory.spans(), due.spans(), strict=False)):
             kind = "sampled tokens" if index % 2 else "observation tokens"
             kind = "prompt tokens" if index == 0 else kind
@@ -155,20 +180,21 @@ class _SFTAudit:
                 f"{sum(span.loss_mask)} of {len(span)} tokens are to be learnt; by the data "
                 f"{sum(other.loss_mask)} are",
             )
-        findings.expect(
-            len(trajectory.turns) == len(due.turns),
-            "trajectories",
-            location,
-            f"it has {len(trajectory.turns)} turns; the data has {len(due.turns)}",
-        )
-        if transcript is not None:
-            self._texts(trajectory, transcript, location)
 
     def _texts(self, trajectory: Trajectory, transcript: Transcript, location: Location) -> None:
         """Compare the decoded tokens with the text of the data."""
         task, *messages = transcript.messages
-        self._shows(trajectory.prompt, task.text, "prompt tokens", location)
-        for index, turn in enumerate(trajectory.turns):
+        traces = trajectory.conversation
+        self._shows(traces[0].prompt, task.text, "prompt tokens", location)
+        shown = [  # after each turn: its observation, or the prompt of the next trace
+            span
+            for number, trace in enumerate(traces)
+            for span in (
+                *(turn.observation for turn in trace.turns[:-1]),
+                traces[number + 1].prompt if number + 1 < len(traces) else TokenSpan(()),
+            )
+        ]
+        for index, turn in enumerate(trajectory.conversation_turns[: len(messages) // 2 + 1]):
             here = location.at(turn=index)
             written = messages[2 * index]
             words = self._renderer.action(turn.completion.token_ids)
@@ -186,7 +212,7 @@ class _SFTAudit:
             )
             if 2 * index + 1 < len(messages):
                 answer = messages[2 * index + 1]
-                self._shows(turn.observation, answer.text, "observation tokens", here)
+                self._shows(shown[index], answer.text, "observation tokens", here)
 
     def _shows(self, span: TokenSpan, text: str, check: str, location: Location) -> None:
         decoded = self._renderer.decode(span.token_ids)

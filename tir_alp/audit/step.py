@@ -19,6 +19,7 @@ from tir_alp.rollouts.call_metrics import call_metrics
 from tir_alp.rollouts.episode import MAX_ATTEMPTS
 from tir_alp.tools.outcome import Outcome
 from tir_alp.training.packed_sequence import PackedSequence, packed_sequence
+from tir_alp.training.samples import samples_of
 from tir_alp.types import TrajectoryGroup
 
 _CLOSE = 1e-9  # relative; sums of floats in another order differ by less
@@ -225,11 +226,11 @@ def check_loss(
     for index, entry in enumerate(files.ledger.updates):
         part = slice(index * per_update, (index + 1) * per_update)
         expected = [
-            packed_sequence(sequence, advantage)
+            packed_sequence(sample)
             for group, of_group in zip(groups[part], advantages[part], strict=True)
             for trajectory, advantage in zip(group.trajectories, of_group, strict=True)
-            for sequence in trajectory.sequences
-            if any(sequence.loss_mask)
+            for sample in samples_of(trajectory, advantage, credit=config.rollout.trace_credit)
+            if any(sample.trajectory.loss_mask)
         ]
         num_tokens += sum(each.num_loss_tokens for each in expected)
         by_uid = {each.uid: each for each in expected}

@@ -13,9 +13,10 @@ from tir_alp.audit.findings import Findings, Location
 from tir_alp.audit.records import RecordedTrajectory
 from tir_alp.config import RolloutConfig
 from tir_alp.records.ledger_rows import Attempt, Call, answer_digest, digest, ids_digest
-from tir_alp.rollouts.outputs import outputs_of
+from tir_alp.rollouts.history import Conversation, Following
 from tir_alp.rollouts.renderer import Renderer
-from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn
+from tir_alp.rollouts.traces import following, is_full
+from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn, trace_uid
 
 _NOT_COMPARED = "library_info"  # key of `info`: what a library adds to its answer, e.g. times
 _ROUNDING = 1e-5  # a logprob may exceed 0 by this much
@@ -43,6 +44,28 @@ class Replayed:
 
 
 @dataclass(frozen=True, slots=True)
+class _Place:
+    """A turn of a trace."""
+
+    number: int
+    """Number of the trace."""
+    trace: Trajectory
+    index: int
+    """Index of the turn in the trace."""
+
+    @property
+    def turn(self) -> Turn:
+        return self.trace.turns[self.index]
+
+    def context(self) -> list[int]:
+        """Return the tokens of the trace before the completion."""
+        spans = [self.trace.prompt]
+        for turn in self.trace.turns[: self.index]:
+            spans += (turn.completion, turn.observation)
+        return [token for span in spans for token in span.token_ids]
+
+
+@dataclass(frozen=True, slots=True)
 class TrajectoryCheck:
     """Checks single trajectories.
 
@@ -66,26 +89,48 @@ class TrajectoryCheck:
         """
         trajectory, location = recorded.trajectory, recorded.location
         self.findings.count("trajectories")
-        self._prompt(trajectory.prompt, attempt, replayed, location)
-        num_turns, num_calls = len(trajectory.turns), len(attempt.calls)
-        if not self.findings.expect(
-            num_turns == num_calls > 0,
+        first = trajectory.conversation[0]
+        self._prompt(first.prompt, attempt, replayed, location)
+        turns, num_calls = trajectory.conversation_turns, len(attempt.calls)
+        if not self._traces(trajectory, attempt, location) or not self.findings.expect(
+            len(turns) == num_calls > 0,
             "trajectories",
             location,
-            f"{num_turns} turns, but the engine was called {num_calls} times: turns are missing, "
+            f"{len(turns)} turns, but the engine was called {num_calls} times: turns are missing, "
             "duplicated or invented",
         ):
             return
-        context = list(trajectory.prompt.token_ids)
-        for index, (turn, call) in enumerate(zip(trajectory.turns, attempt.calls, strict=True)):
+        places = [
+            _Place(number, trace, index)
+            for number, trace in enumerate(trajectory.conversation)
+            for index in range(len(trace.turns))
+        ]
+        conversation = Conversation.about(replayed.prompt)
+        for index, (place, call) in enumerate(zip(places, attempt.calls, strict=True)):
             here = location.at(turn=index)
-            self._completion(turn, call, context, here)
-            context += turn.completion.token_ids
-            self._observation(trajectory, index, call, len(context), here)
-            context += turn.observation.token_ids
+            self._completion(place, call, here)
+            after = places[index + 1] if index + 1 < len(places) else None
+            conversation = self._answer(trajectory, conversation, place, after, call, here)
         self._masks(trajectory, location)
-        self._versions_in_order(trajectory, location)
+        self._versions_in_order(turns, location)
         self._replay(trajectory, attempt, replayed, location)
+
+    def _traces(self, trajectory: Trajectory, attempt: Attempt, location: Location) -> bool:
+        """Compare what the traces of a conversation have in common; False: they are none."""
+        traces = trajectory.conversation
+        uids = [trace_uid(attempt.uid, number) for number in range(len(traces))]
+        common = {(each.task_id, each.group_id, each.terminated, each.truncated) for each in traces}
+        return self.findings.expect(
+            len(traces) == len(trajectory.sequences)
+            and [each.sequence_uid for each in traces] == uids
+            and all(each.turns for each in traces)
+            and not any(each.is_forked for each in trajectory.branches)
+            and len(common) == 1,
+            "trajectories",
+            location,
+            f"{len(trajectory.sequences)} traces {[each.sequence_uid for each in traces]} are not "
+            "those of one conversation, in order: task, group, flags or turns disagree",
+        )
 
     def _prompt(
         self, prompt: TokenSpan, attempt: Attempt, replayed: Replayed, location: Location
@@ -99,19 +144,19 @@ class TrajectoryCheck:
         self._same_ids("prompt tokens", self.renderer.prompt(replayed.prompt), prompt, location)
         self._never_sampled("prompt tokens", prompt, location)
 
-    def _completion(
-        self, turn: Turn, call: Call, context: Sequence[int], location: Location
-    ) -> None:
+    def _completion(self, place: _Place, call: Call, location: Location) -> None:
+        turn, context = place.turn, place.context()
         findings, completion = self.findings, turn.completion
         raw = call.completion
         sampled = self.renderer.cut(raw)
         findings.count("sampled tokens", len(completion))
         findings.expect(
-            (call.num_context, call.context) == (len(context), ids_digest(context)),
+            (call.trace, call.num_context, call.context)
+            == (place.number, len(context), ids_digest(context)),
             "sampled tokens",
             location,
-            f"the engine continued {call.num_context} tokens; they are not the {len(context)} "
-            "tokens that precede this turn",
+            f"the engine continued {call.num_context} tokens of trace {call.trace}; they are not "
+            f"the {len(context)} tokens that precede this turn in trace {place.number}",
         )
         if (token := _first_difference(sampled.token_ids, completion.token_ids)) is not None:
             findings.drift(
@@ -179,35 +224,52 @@ class TrajectoryCheck:
                 closes[:1] == [len(ids) - 1], "stop reasons", location, "no tool call ends here"
             )
 
-    def _observation(
-        self, trajectory: Trajectory, index: int, call: Call, num_tokens: int, location: Location
-    ) -> None:
-        findings, turn = self.findings, trajectory.turns[index]
-        is_last = index == len(trajectory.turns) - 1
+    def _answer(
+        self,
+        trajectory: Trajectory,
+        conversation: Conversation,
+        place: _Place,
+        after: _Place | None,
+        call: Call,
+        location: Location,
+    ) -> Conversation:
+        """Check what a turn was answered, and what the policy read next; return the conversation.
+
+        Args:
+            trajectory: The trajectory.
+            conversation: The conversation before the turn.
+            place: The turn.
+            after: The turn after it; None if there is none.
+            call: The ledger's record of its call.
+            location: Where the turn is recorded.
+        """
+        findings, turn = self.findings, place.turn
         text = turn.info.get("observation")
-        if not findings.expect(
-            isinstance(text, str),
-            "observation tokens",
-            location,
-            "the observation's text is not recorded",
-        ):
-            return
-        assert isinstance(text, str)
-        encoded = self.renderer.observation(
-            outputs_of(text, turn.info), turn.stop_reason, turn.completion.token_ids
-        )
-        is_full = num_tokens + len(encoded) >= self.limits.max_context_tokens
-        shown = TokenSpan(()) if is_last else encoded
-        self._same_ids("observation tokens", shown, turn.observation, location)
-        self._never_sampled("observation tokens", turn.observation, location)
+        if not isinstance(text, str):
+            findings.drift("observation tokens", location, "the observation's text is missing")
+            return conversation
+        ids, stop = turn.completion.token_ids, turn.stop_reason
+        found = Following(TokenSpan(()), begins=False)
+        overflows = False
+        if after is not None or not call.ended:
+            try:
+                conversation, found = following(
+                    self.renderer, conversation, ids, stop, text, turn.info
+                )
+            except ValueError as error:
+                findings.drift("observation tokens", location, str(error))
+                return conversation
+            num_tokens = len(place.context()) + len(ids)
+            overflows = is_full(found, num_tokens, place.number + 1, self.limits)
+        self._read_next(found, turn, place, after, location)
         ended = (trajectory.terminated, trajectory.truncated) if call.ended else (False, False)
         findings.expect(
             call.answer
             == answer_digest(
-                self.renderer.action(turn.completion.token_ids),
+                self.renderer.action(ids),
                 text,
                 turn.reward,
-                *(ended if is_last else (False, False)),
+                *(ended if after is None else (False, False)),
                 turn.info,
             )
             and call.outcome == turn.outcome == turn.info.get("outcome", "ok"),
@@ -216,35 +278,67 @@ class TrajectoryCheck:
             "observation, reward, flags, outcome or info are not those that the environment "
             "returned in the run",
         )
-        if is_last:
+        if after is None:
             findings.expect(
-                call.ended or (is_full and trajectory.truncated and not trajectory.terminated),
+                call.ended or (overflows and trajectory.truncated and not trajectory.terminated),
                 "trajectories",
                 location,
                 "the episode ends here, but neither the environment nor the token limit ended it",
             )
         else:
             findings.expect(
-                not call.ended and not is_full,
+                not call.ended and not overflows,
                 "trajectories",
                 location,
                 "the episode continues, but the environment or the token limit ended it here",
             )
+        return conversation
+
+    def _read_next(
+        self, found: Following, turn: Turn, place: _Place, after: _Place | None, location: Location
+    ) -> None:
+        """Compare what the policy reads next with the observation, or the prompt of a trace."""
+        nothing = TokenSpan(())
+        goes_on = after is not None and after.number == place.number
+        begins = after is not None and not goes_on
+        if after is not None:
+            self.findings.expect(
+                found.begins == begins,
+                "observation tokens",
+                location,
+                "a new trace begins after this turn, but the history was not rewritten"
+                if begins
+                else "the trace goes on, but the history was rewritten",
+            )
+        shown = found.span if goes_on and not found.begins else nothing
+        self._same_ids("observation tokens", shown, turn.observation, location)
+        self._never_sampled("observation tokens", turn.observation, location)
+        if begins:
+            assert after is not None
+            prompt = found.span if found.begins else nothing
+            self._same_ids("prompt tokens", prompt, after.trace.prompt, location)
+            self._never_sampled("prompt tokens", after.trace.prompt, location)
 
     def _masks(self, trajectory: Trajectory, location: Location) -> None:
-        self.findings.count("loss mask", sum(map(len, trajectory.spans())))
-        for index, turn in enumerate(trajectory.turns):
+        limits = self.limits
+        for each in trajectory.conversation:
+            self.findings.count("loss mask", sum(map(len, each.spans())))
+        num_earlier = len(trajectory.conversation_turns) - len(trajectory.turns)
+        for index, turn in enumerate(trajectory.conversation_turns):
+            is_left_out = limits.trace_credit == "last" and index < num_earlier
             self.findings.expect(
-                turn.completion.trainable == _is_trainable(trajectory, index, self.limits),
+                turn.completion.trainable
+                == (_is_trainable(trajectory, index, limits) and not is_left_out),
                 "loss mask",
                 location.at(turn=index),
                 f"trainable is {turn.completion.trainable}, which contradicts rollout.void_turns = "
-                f"{self.limits.void_turns!r} and rollout.overlong = {self.limits.overlong!r}",
+                f"{limits.void_turns!r}, rollout.overlong = {limits.overlong!r} or "
+                f"rollout.trace_credit = {limits.trace_credit!r}",
             )
 
-    def _versions_in_order(self, trajectory: Trajectory, location: Location) -> None:
+    def _versions_in_order(self, turns: Sequence[Turn], location: Location) -> None:
         latest = 0
-        for index, turn in enumerate(trajectory.turns):
+        for index, turn in enumerate(turns):
             for span in turn.versions:
                 self.findings.expect(
                     span.version >= latest,
@@ -258,9 +352,8 @@ class TrajectoryCheck:
         self, trajectory: Trajectory, attempt: Attempt, replayed: Replayed, location: Location
     ) -> None:
         findings = self.findings
-        for index, (turn, answer) in enumerate(
-            zip(trajectory.turns, replayed.answers, strict=False)
-        ):
+        turns = trajectory.conversation_turns
+        for index, (turn, answer) in enumerate(zip(turns, replayed.answers, strict=False)):
             here = location.at(turn=index)
             findings.count("turns replayed")
             findings.expect(
@@ -278,7 +371,7 @@ class TrajectoryCheck:
                     here,
                     f"{name} is {then!r:.80}; replayed it is {now!r:.80}",
                 )
-        if replayed.error or len(replayed.answers) < len(trajectory.turns):
+        if replayed.error or len(replayed.answers) < len(turns):
             here = location.at(turn=len(replayed.answers))
             findings.drift(
                 "turns replayed", here, replayed.error or "the replayed episode ended before"
@@ -318,7 +411,7 @@ class TrajectoryCheck:
 
 def _is_trainable(trajectory: Trajectory, index: int, limits: RolloutConfig) -> bool:
     """Whether the config admits a turn to the loss."""
-    turns = trajectory.turns
+    turns = trajectory.conversation_turns
     cut = [turn.stop_reason is StopReason.LENGTH for turn in turns]
     void = [bool(turn.info.get("void", False)) for turn in turns]
     out = {

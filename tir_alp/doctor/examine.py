@@ -104,6 +104,10 @@ def check_history(
     """
     if env.has_wrapper_attr("play"):
         return CheckResult("template", True, "what it rewrites begins a trace of its own")
+    if config.model.rewritten_history == "fork" and renderer.rewrites:
+        return CheckResult(
+            "template", True, f"a new trace begins where it rewrites: {renderer.rewrites[0]}"
+        )
     if config.model.rewritten_history == "append":
         return CheckResult(
             "template", True, "what it would rewrite stays as it was sampled, as configured"

@@ -30,6 +30,8 @@ def to_record(trajectory: Trajectory) -> dict[str, Any]:
     }
     if trajectory.branches:
         record["branches"] = [to_record(each) for each in trajectory.branches]
+    if trajectory.is_forked:
+        record["is_forked"] = True
     return record
 
 
@@ -41,9 +43,15 @@ def from_record(record: Mapping[str, Any]) -> Trajectory:
             the wrong type.
     """
     branches: list[Trajectory] = []
-    if isinstance(record, Mapping) and "branches" in record:
-        branches = _branches(record["branches"])
-        record = {name: value for name, value in record.items() if name != "branches"}
+    is_forked = False
+    if isinstance(record, Mapping):
+        if "branches" in record:
+            branches = _branches(record["branches"])
+        is_forked = record.get("is_forked", False)
+        if not isinstance(is_forked, bool) or (is_forked and not branches):
+            raise ValueError(f"is_forked cannot be {is_forked!r:.60} with {len(branches)} branches")
+        extra = ("branches", "is_forked")
+        record = {name: value for name, value in record.items() if name not in extra}
     fields = _fields(
         record,
         "a trajectory",
@@ -63,6 +71,7 @@ def from_record(record: Mapping[str, Any]) -> Trajectory:
             raise ValueError(f"turn {index}: {error}") from None
     prompt = _span_from_record(fields["prompt"])
     made = {"prompt": prompt, "turns": tuple(turns), "branches": tuple(branches)}
+    made["is_forked"] = is_forked
     return Trajectory(**fields | made)
 
 

@@ -283,8 +283,9 @@ PICTURES = (
     Picture(
         "rollouts",
         "Trajectories",
-        "Turns and tool calls per trajectory. Void turns have neither a complete code block nor an "
-        "answer. A group without signal has equal rewards, so nothing can be learned from it.",
+        "Turns, traces and tool calls per trajectory. Void turns have neither a complete code "
+        "block nor an answer. A group without signal has equal rewards, so nothing can be learned "
+        "from it.",
         (
             Panel(
                 "Per trajectory",
@@ -293,6 +294,7 @@ PICTURES = (
                     Line("rollout/tool_calls", "tool calls"),
                     Line("rollout/bad_calls", "calls that cannot be read"),
                     Line("rollout/turns", "turns"),
+                    Line("rollout/traces", "traces"),
                 ),
             ),
             Panel(

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 _MEANINGS = {  # metric -> meaning, unit; names go before patterns, and patterns in this order
     "rollout/reward": ("mean reward of a trajectory", "reward"),
     "rollout/turns": ("mean number of turns per trajectory", "turns"),
+    "rollout/traces": ("mean number of traces per trajectory: 1 if nothing is rewritten", "traces"),
     "rollout/tool_calls": ("mean number of tool calls per trajectory", "calls"),
     "rollout/bad_calls": ("mean number of calls per trajectory that could not be read", "calls"),
     "rollout/void_turns": ("turns with neither a complete code block nor an answer", "share"),

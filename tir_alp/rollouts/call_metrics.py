@@ -17,5 +17,7 @@ def call_metrics(
         replaced: Groups without signal that other groups replaced.
     """
     trajectories = [each for group in (*groups, *replaced) for each in group.trajectories]
-    bad = sum(turn.info.get("bad_calls", 0) for each in trajectories for turn in each.turns)
+    bad = sum(
+        turn.info.get("bad_calls", 0) for each in trajectories for turn in each.conversation_turns
+    )
     return {"rollout/bad_calls": bad / max(len(trajectories), 1)}

@@ -43,6 +43,13 @@ class Frame:
         content = content.rstrip() if at_end else content
         return json.dumps(content, ensure_ascii=False)[1:-1] if self.as_json else content
 
+    def read(self, written: str) -> str:
+        """Return the content of what `written` returned; as it is, if that was cut."""
+        try:
+            return str(json.loads(f'"{written}"')) if self.as_json else written
+        except ValueError:
+            return written
+
 
 @dataclass(frozen=True, slots=True)
 class MadeCall:

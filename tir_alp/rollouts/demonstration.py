@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from tir_alp.rollouts.history import Conversation, Following, Role
 from tir_alp.rollouts.renderer import Renderer
+from tir_alp.rollouts.traces import GrowingTrace, joined
 from tir_alp.rollouts.transcripts import Message, Transcript
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn
@@ -55,38 +57,50 @@ class Demonstrator:
             )
             task, *rest = transcript.messages
             answers = [*rest[1::2], None]
-            turns = []
-            for number, (written, answer) in enumerate(zip(rest[::2], answers, strict=True)):
-                try:
-                    turns.append(_turn(renderer, written, answer))
-                except ValueError as error:
-                    raise ValueError(f"turn {number + 1} of the assistant: {error}") from None
-            prompt = renderer.prompt(task.text)
+            traces = self._traces(renderer, task.text, [*zip(rest[::2], answers, strict=True)])
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        return Trajectory(
+        return joined(
+            traces,
             task_id=where,
             group_id=uid,
-            prompt=prompt,
-            turns=tuple(turns),
+            sequence_uid=uid,
             terminated=True,
             truncated=False,
-            sequence_uid=uid,
         )
 
+    def _traces(
+        self, renderer: Renderer, task: str, turns: Sequence[tuple[Message, Message | None]]
+    ) -> list[GrowingTrace]:
+        """Encode a task, and turns of the assistant with what followed each."""
+        traces = [GrowingTrace(renderer.prompt(task))]
+        conversation = Conversation.about(task)
+        for number, (written, answer) in enumerate(turns, start=1):
+            try:
+                ids, stop = _written(renderer, written, answer)
+                found = Following(TokenSpan(()), begins=False)
+                if answer is not None:
+                    role: Role = "tool" if answer.role == "tool" else "user"
+                    conversation, found = renderer.go_on(conversation, ids, stop, answer.text, role)
+            except ValueError as error:
+                raise ValueError(f"turn {number} of the assistant: {error}") from None
+            shown = TokenSpan(()) if found.begins else found.span
+            is_call = answer is not None and answer.role == "tool"
+            turn = demonstrated_turn(ids, shown, stop, written.trainable, is_call)
+            traces[-1].turns.append(turn)
+            if found.begins:
+                traces.append(GrowingTrace(found.span))
+        return traces
 
-def _turn(renderer: Renderer, written: Message, answer: Message | None) -> Turn:
+
+def _written(
+    renderer: Renderer, written: Message, answer: Message | None
+) -> tuple[tuple[int, ...], StopReason]:
     before_tool = answer is not None and answer.role == "tool"
     ids, stop = renderer.demonstrated(written.text, written.call, before_tool=before_tool)
-    if answer is None:
-        observation = TokenSpan(())
-    elif before_tool:
-        observation = renderer.observation(answer.text, stop, ids)
-    elif stop is StopReason.STOP:
+    if answer is not None and not before_tool and stop is StopReason.STOP:
         raise ValueError("a user's message follows a call: a tool's output must come first")
-    else:
-        observation = renderer.follow_up(answer.text)
-    return demonstrated_turn(ids, observation, stop, written.trainable, before_tool)
+    return ids, stop
 
 
 def demonstrated_turn(

@@ -1,6 +1,7 @@
 """One coroutine per episode: the policy writes, the environment answers, until the episode ends.
 
-Tokens are only ever appended. The environment is a blocking `gymnasium.Env` and runs in threads.
+Tokens are only ever appended to a trace; where the history is rewritten, another trace begins. The
+environment is a blocking `gymnasium.Env` and runs in threads.
 There is no barrier between turns: an episode waits only for its own next completion or step. Every
 wait has a deadline, and a failure names task, sequence, turn and call.
 """
@@ -11,7 +12,7 @@ import asyncio
 import contextvars
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,10 +23,11 @@ import gymnasium
 from tir_alp.config import RolloutConfig
 from tir_alp.engines.base import Completion, Generate, Sampling
 from tir_alp.rollouts.data import Task
-from tir_alp.rollouts.outputs import outputs_of
+from tir_alp.rollouts.history import Conversation, Following
 from tir_alp.rollouts.renderer import PromptTooLong, Renderer
+from tir_alp.rollouts.traces import GrowingTrace, following, is_full, joined, mask_traces
 from tir_alp.tools.outcome import Outcome
-from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn
+from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn, trace_uid
 
 T = TypeVar("T")
 
@@ -148,34 +150,47 @@ class EpisodeRunner:
                 sequence_uid=sequence_uid,
             )
             prepare_s = time.monotonic() - began
-            turns, terminated, truncated = await self._play(env, prompt, sampling, episode)
+            traces = [GrowingTrace(prompt)]
+            terminated, truncated = await self._play(
+                env, Conversation.about(text), traces, sampling, episode
+            )
         finally:
             self.threads.submit(env.close)
-        first = replace(turns[0], timing={**turns[0].timing, "prepare": prepare_s})
-        turns = mask_void_turns((first, *turns[1:]), self.limits.void_turns)
-        turns = mask_overlong(turns, self.limits.overlong, truncated)
-        return Trajectory(
+        first = traces[0].turns[0]
+        traces[0].turns[0] = replace(first, timing={**first.timing, "prepare": prepare_s})
+        mask_traces(traces, self.limits, truncated)
+        return joined(
+            traces,
             task_id=task.task_id,
             group_id=group_id,
-            prompt=prompt,
-            turns=turns,
+            sequence_uid=sequence_uid,
             terminated=terminated,
             truncated=truncated,
-            sequence_uid=sequence_uid,
         )
 
     async def _play(
-        self, env: gymnasium.Env[str, str], prompt: TokenSpan, sampling: Sampling, episode: str
-    ) -> tuple[tuple[Turn, ...], bool, bool]:
-        """Play an episode after its reset; return its turns, and (terminated, truncated)."""
-        token_ids = prompt.token_ids
-        turns: list[Turn] = []
+        self,
+        env: gymnasium.Env[str, str],
+        conversation: Conversation,
+        traces: list[GrowingTrace],
+        sampling: Sampling,
+        episode: str,
+    ) -> tuple[bool, bool]:
+        """Play an episode after its reset; add its turns, and return (terminated, truncated)."""
+        num_turns = 0
         while True:
-            where = f"{episode}, turn {len(turns)}"
-            room = self.limits.max_context_tokens - len(token_ids)
+            where, trace = f"{episode}, turn {num_turns}", traces[-1]
+            context = trace.token_ids
+            room = self.limits.max_context_tokens - len(context)
             began = time.monotonic()
             completion = await self._complete(
-                token_ids, replace(sampling, max_tokens=min(sampling.max_tokens, room)), where
+                context,
+                replace(
+                    sampling,
+                    max_tokens=min(sampling.max_tokens, room),
+                    sequence_uid=trace_uid(sampling.sequence_uid, len(traces) - 1),
+                ),
+                where,
             )
             generated = time.monotonic()
             action = self.renderer.action(completion.token_ids)
@@ -186,18 +201,16 @@ class EpisodeRunner:
             outcome = Outcome(info.get("outcome", Outcome.OK))
             if outcome.is_infrastructure:
                 raise EpisodeFailed(outcome, f"{where}: {info.get('error') or outcome}")
-            observation = TokenSpan(())
+            num_tokens = len(context) + len(completion.token_ids)
+            shown = Following(TokenSpan(()), begins=False)
             if not terminated and not truncated:
-                observation = self.renderer.observation(
-                    outputs_of(text, info), completion.stop_reason, completion.token_ids
-                )
-            token_ids += completion.token_ids + observation.token_ids
-            if len(token_ids) >= self.limits.max_context_tokens and not terminated:
-                observation, truncated = TokenSpan(()), True
-            turns.append(
+                conversation, shown = self._following(conversation, completion, text, info, where)
+            if not terminated and is_full(shown, num_tokens, len(traces), self.limits):
+                shown, truncated = Following(TokenSpan(()), begins=False), True
+            trace.turns.append(
                 Turn(
                     completion=TokenSpan(completion.token_ids, completion.logprobs),
-                    observation=observation,
+                    observation=TokenSpan(()) if shown.begins else shown.span,
                     policy_version=completion.policy_version,
                     stop_reason=completion.stop_reason,
                     outcome=outcome,
@@ -211,8 +224,25 @@ class EpisodeRunner:
                     version_spans=completion.version_spans,
                 )
             )
+            num_turns += 1
             if terminated or truncated:
-                return tuple(turns), terminated, truncated
+                return terminated, truncated
+            if shown.begins:
+                traces.append(GrowingTrace(shown.span))
+
+    def _following(
+        self,
+        conversation: Conversation,
+        completion: Completion,
+        text: str,
+        info: Mapping[str, Any],
+        where: str,
+    ) -> tuple[Conversation, Following]:
+        ids, stop = completion.token_ids, completion.stop_reason
+        try:
+            return following(self.renderer, conversation, ids, stop, text, info)
+        except ValueError as error:
+            raise EpisodeFailed(Outcome.INFRA_ERROR, f"{where}: {error}") from error
 
     async def _complete(
         self, token_ids: tuple[int, ...], sampling: Sampling, where: str
@@ -269,41 +299,3 @@ def _text(observation: Any) -> str:
     if not isinstance(observation, str):
         raise ValueError(f"the observation is {observation!r:.60}, which is no text")
     return observation
-
-
-def mask_void_turns(turns: tuple[Turn, ...], policy: str) -> tuple[Turn, ...]:
-    """Take void turns, or all turns of a trajectory with one, out of the loss (SimpleTIR).
-
-    Args:
-        turns: The turns of one trajectory.
-        policy: `keep`, `mask_turn` or `mask_trajectory`.
-    """
-    is_void = [turn.is_void for turn in turns]
-    if policy == "keep":
-        return turns
-    return _mask(turns, is_void if policy == "mask_turn" else [any(is_void)] * len(turns))
-
-
-def mask_overlong(turns: tuple[Turn, ...], policy: str, truncated: bool) -> tuple[Turn, ...]:
-    """Take completions that a limit cut off, or all of an overlong trajectory, out of the loss.
-
-    For whole trajectories this is the overlong filtering of DAPO: a trajectory that a limit ended
-    is unfinished, and its reward means little.
-
-    Args:
-        turns: The turns of one trajectory.
-        policy: `mask_turn` or `mask_trajectory`; other values leave the turns unchanged.
-        truncated: Whether a limit ended the trajectory.
-    """
-    is_cut = [turn.is_cut for turn in turns]
-    if policy not in ("mask_turn", "mask_trajectory"):
-        return turns
-    whole = [truncated or any(is_cut)] * len(turns)
-    return _mask(turns, is_cut if policy == "mask_turn" else whole)
-
-
-def _mask(turns: tuple[Turn, ...], is_out: Sequence[bool]) -> tuple[Turn, ...]:
-    return tuple(
-        replace(turn, completion=replace(turn.completion, trainable=False)) if out else turn
-        for turn, out in zip(turns, is_out, strict=True)
-    )

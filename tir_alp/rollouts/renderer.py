@@ -8,8 +8,6 @@ mark of the conversation's structure, whether that is a special token or not.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -19,8 +17,8 @@ import gymnasium
 
 from tir_alp.config import Config
 from tir_alp.engines.base import Completion
-from tir_alp.rollouts.chat_template import ChatTemplate
-from tir_alp.rollouts.end_marks import end_mark, is_mark, structure_marks
+from tir_alp.rollouts.chat_template import ChatTemplate, Message
+from tir_alp.rollouts.end_marks import end_mark, is_mark
 from tir_alp.rollouts.formats import (
     HERMES,
     PROBE,
@@ -33,13 +31,18 @@ from tir_alp.rollouts.formats import (
     with_tools_shown,
     written_call,
 )
+from tir_alp.rollouts.history import Conversation, Following, History, Role, SaidTurn
+from tir_alp.rollouts.mark_guard import MarkGuard
 from tir_alp.rollouts.output_frames import OutputFrames
 from tir_alp.rollouts.prefix_stability import check_prefix_stability
 from tir_alp.rollouts.stop_rule import cut_at, token_watcher
 from tir_alp.rollouts.surrogates import SURROGATE
-from tir_alp.rollouts.text_encoder import EncodedFrame, TextEncoder
+from tir_alp.rollouts.text_encoder import EncodedFrame, TextEncoder, split_at
+from tir_alp.rollouts.tokenizer_checks import check_schemas, check_tokenizer
 from tir_alp.tools.calls import CallFormat, ToolCall, call_watcher, write_call
 from tir_alp.types import Origin, StopReason, TokenSpan
+
+RewrittenHistory = Literal["fork", "append", "refuse"]
 
 
 class PromptTooLong(ValueError):
@@ -57,8 +60,9 @@ class Renderer:
         max_calls: Number of calls that a turn may have. The call that reaches it ends a completion.
         tools: JSON schemas that the template shows to the model for native calls; the model then
             writes calls in the template's form.
-        rewritten_history: What to do with a template that rewrites earlier turns, e.g. drops their
-            thinking: "refuse" it, or "append" anyway, so that the history stays as sampled.
+        rewritten_history: What to do where the template rewrites earlier turns, e.g. drops their
+            thinking: "refuse" it, "append" anyway, so that the history stays as sampled, or "fork":
+            begin a new sequence of tokens, which is what the template writes now.
         end_token_ids: Tokens at which the model's own config ends a sequence. Those that are
             ordinary text of this tokenizer do not end a completion.
         clock: Local time that a template which asks for the time is given; None: the real time.
@@ -78,13 +82,13 @@ class Renderer:
         call_format: CallFormat = "fenced",
         max_calls: int = 1,
         tools: Sequence[Mapping[str, Any]] = (),
-        rewritten_history: Literal["refuse", "append"] = "refuse",
+        rewritten_history: RewrittenHistory = "refuse",
         end_token_ids: Collection[int] = (),
         clock: datetime | None = None,
     ) -> None:
         name = tokenizer.name_or_path
-        _check_tokenizer(tokenizer)
-        _check_schemas(tokenizer, tools)
+        check_tokenizer(tokenizer)
+        check_schemas(tokenizer, tools)
         self._tokenizer = tokenizer
         self._max_observation_tokens = max_observation_tokens
         self.call_format: CallFormat = call_format
@@ -118,13 +122,21 @@ class Renderer:
                 raise
             frame = self._encoder.frame(self.template.end_of_turn())
             self.no_observations = str(error)
-        rewrites = () if self.no_observations else check_prefix_stability(self.template)
-        if rewrites and rewritten_history == "refuse":
+        self.rewritten_history: RewrittenHistory = rewritten_history
+        self.rewrites = () if self.no_observations else check_prefix_stability(self.template)
+        """What the template rewrites in a conversation with a tool, one sentence per kind."""
+        if self.rewrites and rewritten_history == "refuse":
             raise ValueError(
-                f"the chat template of {name!r} rewrites history: {'; '.join(rewrites)}. Use a "
-                'template that only appends, or set model.rewritten_history = "append" to train '
-                "on the history as it was sampled"
+                f"the chat template of {name!r} rewrites history: {'; '.join(self.rewrites)}. "
+                'Use a template that only appends, or set model.rewritten_history = "fork" to '
+                'train on what it writes, or "append" to train on the history as it was sampled'
             )
+        self._history = History(
+            self.template,
+            MarkGuard(tokenizer, self._encoder),
+            self.form if is_native else None,
+            self._types,
+        )
         mark = self._end_mark_in(frame)
         # The mark after a call may not be that after words.
         words_mark = mark
@@ -184,6 +196,14 @@ class Renderer:
             completion: The tokens of the completion before it. They are read if the template writes
                 the name of the tool or the id of the call with an output.
         """
+        texts, frames = self._frames_of(text, completion)
+        contents = [self._shortened(*each) for each in zip(texts, frames, strict=True)]
+        return self._observed(frames, contents, after, completion)
+
+    def _frames_of(
+        self, text: str | Sequence[str], completion: Sequence[int]
+    ) -> tuple[list[str], Sequence[EncodedFrame]]:
+        """Return the outputs that are shown after a completion, and what is around each."""
         if self._outputs is None:
             raise ValueError(self.no_observations)
         texts = [text] if isinstance(text, str) else [*text]
@@ -191,12 +211,20 @@ class Renderer:
         if self._outputs.depends_on_calls:
             calls = read_calls(self._text_of_turn(completion), self.form, self._types)
         try:
-            frames = self._outputs.of(calls, len(texts))
+            return texts, self._outputs.of(calls, len(texts))
         except ValueError:  # more calls than a turn of this template has
-            texts, frames = ["\n".join(texts)], self._outputs.of(calls, 1)
+            return ["\n".join(texts)], self._outputs.of(calls, 1)
+
+    def _observed(
+        self,
+        frames: Sequence[EncodedFrame],
+        contents: Sequence[tuple[int, ...]],
+        after: StopReason,
+        completion: Sequence[int],
+    ) -> TokenSpan:
         ids = list(self._rest_of_turn(frames[0].before, after, completion))
-        for index, (each, frame) in enumerate(zip(texts, frames, strict=True)):
-            ids += (*(frame.before if index else ()), *self._shortened(each, frame))
+        for index, (content, frame) in enumerate(zip(contents, frames, strict=True)):
+            ids += (*(frame.before if index else ()), *content)
         return TokenSpan((*ids, *frames[-1].after))
 
     def _shortened(self, text: str, frame: EncodedFrame) -> tuple[int, ...]:
@@ -242,9 +270,69 @@ class Renderer:
             ValueError: The template does not show a second message of a user.
         """
         frame = self._follow_up_frame
-        mark = end_mark(self._tokenizer, frame.before)
-        before = frame.before if mark is None else frame.before[mark + 1 :]
-        return TokenSpan((*before, *self._content(text, frame), *frame.after))
+        return self._observed([frame], [self._content(text, frame)], StopReason.EOS, ())
+
+    def go_on(
+        self,
+        conversation: Conversation,
+        completion: Sequence[int],
+        after: StopReason,
+        answer: str | Sequence[str],
+        role: Role = "tool",
+    ) -> tuple[Conversation, Following]:
+        """Add a turn to a conversation; return what the policy reads next as well.
+
+        Args:
+            conversation: The conversation before the completion.
+            completion: The tokens of the completion.
+            after: How it ended.
+            answer: What the environment answered; see `observation`.
+            role: Whose message the answer is.
+
+        Raises:
+            ValueError: The template cannot show the answer; or it rewrites the history after it,
+                and that is refused.
+        """
+        if role == "user":
+            texts = [answer if isinstance(answer, str) else "\n".join(answer)]
+            frames = [self._follow_up_frame]
+            contents = [self._content(texts[0], frames[0])]
+        else:
+            texts, frames = self._frames_of(answer, completion)
+            contents = [self._shortened(*each) for each in zip(texts, frames, strict=True)]
+        span = self._observed(frames, contents, after, completion)
+        if self.rewritten_history == "append":
+            return conversation, Following(span, begins=False)
+        shown = tuple(map(self._shown, texts, frames, contents))
+        longer = conversation.and_then(SaidTurn(self._text_of_turn(completion), shown, role))
+        if role == "tool" and not self.rewrites:
+            return longer, Following(span, begins=False)
+        prompt = self._history.rewritten(conversation, longer, [each.content for each in frames])
+        if prompt is None:
+            return longer, Following(span, begins=False)
+        if self.rewritten_history == "refuse":
+            raise ValueError(
+                "the chat template rewrites the history after a message of the user: set "
+                'model.rewritten_history = "fork"'
+            )
+        return longer, Following(TokenSpan(prompt), begins=True)
+
+    def start_over(self, messages: Sequence[Message]) -> tuple[Conversation, Following]:
+        """Begin a conversation, and a trace, with messages that an environment has written.
+
+        Raises:
+            ValueError: The template refuses the messages.
+        """
+        conversation = Conversation(tuple(messages))
+        return conversation, Following(TokenSpan(self._history.prompt(conversation)), begins=True)
+
+    def _shown(self, text: str, frame: EncodedFrame, content: Sequence[int]) -> str:
+        """Return an output as it is shown: a long one without its middle."""
+        if len(content) < self._max_observation_tokens:
+            return text
+        head = self._max_observation_tokens // 2
+        shown = self.decode(content[:head]) + self.decode(content[head:])
+        return frame.content.read(shown.removeprefix(frame.lead))
 
     def demonstrated(
         self, text: str, call: ToolCall | None, *, before_tool: bool
@@ -301,7 +389,7 @@ class Renderer:
             ids = self._encoder.written(words)
         else:  # the template changes the words, or the form has none
             rest = body
-        for is_mark_text, piece in _split(rest, self.form.all_marks):
+        for is_mark_text, piece in split_at(rest, self.form.all_marks):
             ids += self._encoder.mark(piece) if is_mark_text else self._encoder.written(piece)
         return ids
 
@@ -357,42 +445,6 @@ class Renderer:
         """
         text = frame.content.written(SURROGATE.sub("\ufffd", text))
         return self._encoder.content(frame.lead + text, frame.starts_text)
-
-
-def _check_tokenizer(tokenizer: Any) -> None:
-    name = tokenizer.name_or_path
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"tokenizer {name!r} is not a fast one; convert it to tokenizer.json")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer {name!r} has no eos token; set eos_token in its config")
-    if not tokenizer.chat_template:
-        raise ValueError(f"tokenizer {name!r} has no chat template; add chat_template.jinja")
-
-
-def _check_schemas(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse schemas, which may come from a tool server, that contain marks of a conversation.
-
-    A chat template writes them into its own text, where they would become those marks.
-    """
-    marks = structure_marks(tokenizer).values()
-    for tool in tools:
-        text = json.dumps(tool, ensure_ascii=False)
-        if found := next((each for each in marks if each in text), None):
-            name = tool.get("function", tool).get("name")
-            raise ValueError(
-                f"the description of the tool {name!r} contains {found!r}, which is a mark of this "
-                "model's conversations: change the description, or let the environment show the "
-                "tools, as plain text: env.kwargs.tools_in_prompt = true"
-            )
-
-
-def _split(text: str, marks: Sequence[str]) -> list[tuple[bool, str]]:
-    """Cut a text at marks; return its pieces, and whether each is a mark."""
-    if not marks:
-        return [(False, text)]
-    pattern = re.compile("(" + "|".join(map(re.escape, marks)) + ")")
-    pieces = enumerate(pattern.split(text))
-    return [(index % 2 == 1, piece) for index, piece in pieces if piece]
 
 
 def make_renderer(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -191,3 +192,12 @@ def _strip(step: dict[str, Any] | None) -> dict[str, Any] | None:
             return step | {name: [each for each in stripped if each is not None]}
         case _:
             return step
+
+
+def split_at(text: str, marks: Sequence[str]) -> list[tuple[bool, str]]:
+    """Cut a text at marks; return its pieces, and whether each is a mark."""
+    if not marks:
+        return [(False, text)]
+    pattern = re.compile("(" + "|".join(map(re.escape, marks)) + ")")
+    pieces = enumerate(pattern.split(text))
+    return [(index % 2 == 1, piece) for index, piece in pieces if piece]

@@ -103,7 +103,7 @@ class Advice:
         """Return the beginning of one turn as text."""
         for group in groups:
             for trajectory in group.trajectories:
-                text = self.decode(trajectory.turns[0].completion.token_ids)
+                text = self.decode(trajectory.conversation_turns[0].completion.token_ids)
                 shown = text[:_EXAMPLE_CHARS].replace("\n", "\\n")
                 cut = " ..." if len(text) > _EXAMPLE_CHARS else ""
                 return f'; one turn, for example: "{shown}"{cut}'

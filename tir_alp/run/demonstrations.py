@@ -26,7 +26,8 @@ from tir_alp.rollouts.transcripts import Transcript, read_transcript
 from tir_alp.tools.held_out import stable_hash
 from tir_alp.training import checkpoint_folder
 from tir_alp.training.policy import load_tokenizer
-from tir_alp.types import Sample, TokenSpan, Trajectory
+from tir_alp.training.samples import samples_of
+from tir_alp.types import Sample, TokenSpan, Trajectory, trace_uid
 
 _PROGRESS_ROWS = 5000
 
@@ -113,7 +114,10 @@ class RecordedTrajectories:
                 trajectory = self._read(Row(index, key, number), raw)
                 if trajectory.reward < self._min_reward or not trajectory.turns:
                     continue
-                ids = np.array(trajectory.token_ids, np.int32).tobytes()
+                ids = np.array(
+                    [token for each in trajectory.conversation for token in each.token_ids],
+                    np.int32,
+                ).tobytes()
                 digest = hashlib.blake2b(ids, digest_size=16).digest()
                 if digest not in seen:
                     seen.add(digest)
@@ -122,6 +126,12 @@ class RecordedTrajectories:
     def trajectory(self, row: Row, uid: int) -> Trajectory:
         """Read a trajectory; what the policy wrote in it is learnt, except for void turns."""
         found = self._read(row, self._files[row.file].read(row.key))
+        *earlier, last = (
+            self._learnt(each, uid, number) for number, each in enumerate(found.conversation)
+        )
+        return replace(last, branches=tuple(earlier), is_forked=found.is_forked)
+
+    def _learnt(self, found: Trajectory, uid: int, number: int) -> Trajectory:
         turns = tuple(
             replace(
                 turn,
@@ -133,7 +143,8 @@ class RecordedTrajectories:
             )
             for turn in found.turns
         )
-        return replace(found, group_id=uid, sequence_uid=uid, turns=turns)
+        uids = {"group_id": uid, "sequence_uid": trace_uid(uid, number)}
+        return replace(found, turns=turns, branches=(), is_forked=False, **uids)
 
     def transcript(self, row: Row) -> None:
         """None: a run records tokens."""
@@ -160,9 +171,9 @@ class Demonstrations:
     sha256: str
     """Digest of the tokens of all rows."""
 
-    def sample(self, row: Row, uid: int) -> Sample:
-        """Read a row, as the trainer takes it: with the advantage 1."""
-        return Sample(self.source.trajectory(row, uid), 1.0)
+    def samples(self, row: Row, uid: int) -> list[Sample]:
+        """Read a row, as the trainer takes it: each trace with the advantage 1."""
+        return samples_of(self.source.trajectory(row, uid), 1.0)
 
 
 def open_demonstrations(
@@ -206,10 +217,12 @@ def open_demonstrations(
                 raise ValueError(f'{error}; or set data.broken_rows = "skip"') from None
             left_out.append(str(error))
             continue
-        digest.update(f"{trajectory.task_id} {trajectory.token_ids}\n".encode())
-        if not any(trajectory.loss_mask):
+        lengths = [len(each.token_ids) for each in trajectory.conversation]
+        for each in trajectory.conversation:
+            digest.update(f"{trajectory.task_id} {each.token_ids}\n".encode())
+        if not any(any(each.loss_mask) for each in trajectory.conversation):
             left_out.append(f"{trajectory.task_id}: nothing in it is to be learnt")
-        elif (length := len(trajectory.token_ids)) > max_tokens:
+        elif (length := max(lengths)) > max_tokens:
             left_out.append(
                 f"{trajectory.task_id} has {length} tokens; rollout.max_context_tokens is "
                 f"{max_tokens}"
@@ -218,7 +231,7 @@ def open_demonstrations(
             held_out.append(row)
         else:
             trained.append(row)
-            num_tokens += length
+            num_tokens += sum(lengths)
     if not trained:
         reasons = "".join(f"\n  {each}" for each in left_out[:5])
         raise ValueError(f"there is no conversation to train on in {describe(config)}{reasons}")
@@ -272,7 +285,7 @@ def model_of(path: Path) -> str:
 
 
 def _is_held_out(trajectory: Trajectory, share: float) -> bool:
-    prompt = ",".join(map(str, trajectory.prompt.token_ids))
+    prompt = ",".join(map(str, trajectory.conversation[0].prompt.token_ids))
     return stable_hash(f"demonstrations/{prompt}") < share * 2**128
 
 

@@ -105,17 +105,18 @@ class SFTRun:
     demonstrations: Demonstrations
     order: Shuffled
 
-    def samples(self, step: int) -> list[Sample]:
-        """The conversations of a step; a function of the seed and the step."""
+    def samples(self, step: int) -> list[list[Sample]]:
+        """The traces of each conversation of a step; a function of the seed and the step."""
         size = self.config.sequences_per_step
         found = self.demonstrations
         uids = range(step * size, (step + 1) * size)
-        return [found.sample(found.trained[self.order[uid]], uid) for uid in uids]
+        return [found.samples(found.trained[self.order[uid]], uid) for uid in uids]
 
     def held_out(self) -> list[Sample]:
-        """The conversations that are not trained on."""
+        """The traces of the conversations that are not trained on."""
         found = self.demonstrations
-        return [found.sample(row, index) for index, row in enumerate(found.held_out)]
+        rows = enumerate(found.held_out)
+        return [each for index, row in rows for each in found.samples(row, index)]
 
 
 @asynccontextmanager

@@ -148,6 +148,9 @@ def collate(
     if any(sample.turn_advantages is not None for sample in samples):
         rows = [_advantages_by_token(sample) for sample in samples]
         token_advantages = _rows(rows, longest, 0.0, torch.float32)
+    weights = None
+    if any(sample.weight != 1.0 for sample in samples):
+        weights = torch.tensor([sample.weight for sample in samples], dtype=torch.float32)
     if with_versions:
         versions = _rows([_versions(each) for each in trajectories], longest, -1, torch.int64)
     return Batch(
@@ -162,6 +165,7 @@ def collate(
         turn_ids=_rows([each.turn_ids for each in trajectories], longest, -1, torch.int64),
         advantages=torch.tensor([sample.advantage for sample in samples], dtype=torch.float32),
         loss_positions=torch.from_numpy(np.concatenate(masks).nonzero()[0]),
+        weights=weights,
         prompts=Prompts(
             uids=tuple(trajectory.group_id for trajectory in trajectories),
             lengths=tuple(len(trajectory.prompt) for trajectory in trajectories),
@@ -214,6 +218,7 @@ def sequences_of(batch: Batch, rows: Sequence[int]) -> Batch:
         rollout_logprobs=batch.rollout_logprobs[list(rows)],
         turn_ids=batch.turn_ids[list(rows)],
         advantages=batch.advantages[list(rows)],
+        weights=chosen(batch.weights),
         proximal_logprobs=chosen(batch.proximal_logprobs),
         reference_logprobs=chosen(batch.reference_logprobs),
         token_advantages=chosen(batch.token_advantages),

@@ -58,6 +58,7 @@ def loss_inputs(
         turn_ids=batch.turn_ids,
         entropy=entropy,
         selected=batch.selected,
+        weights=batch.weights,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tir_alp.types import Batch, Trajectory
+from tir_alp.types import Batch, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,8 @@ class PackedSequence:
     advantage: float
     """Its advantage, rounded to float32."""
     digest: str
-    """64 bits in hexadecimal, of token ids, loss mask, turn ids, and the rollout logprobs of the
-    loss tokens."""
+    """64 bits in hexadecimal, of token ids, loss mask, turn ids, the rollout logprobs of the loss
+    tokens, and the weight if it is not 1."""
 
 
 def packed_sequences(batch: Batch) -> Iterator[PackedSequence]:
@@ -40,29 +40,37 @@ def packed_sequences(batch: Batch) -> Iterator[PackedSequence]:
             num_loss_tokens=int(mask[row].sum()),
             advantage=float(batch.advantages[row]),
             digest=_digest(
-                token_ids[row], mask[row, :length], logprobs[row, :length], turn_ids[row, :length]
+                token_ids[row],
+                mask[row, :length],
+                logprobs[row, :length],
+                turn_ids[row, :length],
+                1.0 if batch.weights is None else float(batch.weights[row]),
             ),
         )
 
 
-def packed_sequence(trajectory: Trajectory, advantage: float) -> PackedSequence:
-    """Return what `packed_sequences` must report of a trajectory."""
+def packed_sequence(sample: Sample) -> PackedSequence:
+    """Return what `packed_sequences` must report of a sample."""
+    trajectory = sample.trajectory
     mask = np.array(trajectory.loss_mask, bool)
     return PackedSequence(
         uid=trajectory.sequence_uid,
         num_tokens=len(mask),
         num_loss_tokens=int(mask.sum()),
-        advantage=float(np.float32(advantage)),
+        advantage=float(np.float32(sample.advantage)),
         digest=_digest(
             np.array(trajectory.token_ids),
             mask,
             np.array(trajectory.rollout_logprobs),
             np.array(trajectory.turn_ids),
+            sample.weight,
         ),
     )
 
 
-def _digest(token_ids: NDArray, mask: NDArray, logprobs: NDArray, turn_ids: NDArray) -> str:
+def _digest(
+    token_ids: NDArray, mask: NDArray, logprobs: NDArray, turn_ids: NDArray, weight: float
+) -> str:
     arrays = (
         token_ids.astype("<i4"),
         mask.astype("u1"),
@@ -70,4 +78,6 @@ def _digest(token_ids: NDArray, mask: NDArray, logprobs: NDArray, turn_ids: NDAr
         turn_ids.astype("<i4"),
     )
     data = b"".join(array.tobytes() for array in arrays)
+    if weight != 1.0:
+        data += np.float32(weight).tobytes()
     return hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -128,7 +128,8 @@ def read_groups(file: Path) -> tuple[dict[int, list[EpisodeCost]], list[TimedTur
         try:
             episode = read_episode(trajectory)
             groups[trajectory["group_id"]].append(episode)
-            for turn, cost in zip(trajectory["turns"], episode.turns, strict=True):
+            turns_of = [turn for trace in _conversation(trajectory) for turn in trace["turns"]]
+            for turn, cost in zip(turns_of, episode.turns, strict=True):
                 begin, seconds = turn["timing"]["begin"], turn["timing"]["generate"]
                 turns.append(
                     TimedTurn(begin, begin + seconds, cost.new_tokens, cost.completion_tokens)
@@ -139,15 +140,23 @@ def read_groups(file: Path) -> tuple[dict[int, list[EpisodeCost]], list[TimedTur
 
 
 def read_episode(trajectory: Mapping[str, Any]) -> EpisodeCost:
-    """Return the costs of one recorded trajectory."""
-    context = new = len(trajectory["prompt"]["token_ids"])
+    """Return the costs of one recorded trajectory; the prompt of a trace is read as a whole."""
     turns = []
-    for turn in trajectory["turns"]:
-        completion = len(turn["completion"]["token_ids"])
-        turns.append(TurnCost(context, new, completion, turn["timing"]["tool"]))
-        new = len(turn["observation"]["token_ids"])
-        context += completion + new
-    return EpisodeCost(trajectory["turns"][0]["timing"]["prepare"], tuple(turns))
+    traces = _conversation(trajectory)
+    for trace in traces:
+        context = new = len(trace["prompt"]["token_ids"])
+        for turn in trace["turns"]:
+            completion = len(turn["completion"]["token_ids"])
+            turns.append(TurnCost(context, new, completion, turn["timing"]["tool"]))
+            new = len(turn["observation"]["token_ids"])
+            context += completion + new
+    return EpisodeCost(traces[0]["turns"][0]["timing"]["prepare"], tuple(turns))
+
+
+def _conversation(trajectory: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the traces of a recorded conversation, in order."""
+    earlier = trajectory["branches"] if trajectory.get("is_forked") else []
+    return [*earlier, trajectory]
 
 
 def fit_engine(turns: Sequence[TimedTurn]) -> tuple[float, float, float]:
