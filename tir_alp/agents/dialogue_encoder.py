@@ -15,13 +15,13 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Literal
 
 from tir_alp.agents.messages import Dialogue, Message
-from tir_alp.agents.replies import CallStyle
+from tir_alp.agents.replies import CallStyle, ReplyRule, read_reply
 from tir_alp.rollouts.chat_template import ChatTemplate, MadeCall
 from tir_alp.rollouts.end_marks import end_mark, structure_marks
 from tir_alp.rollouts.formats import ParameterTypes, find_form
@@ -105,6 +105,8 @@ class DialogueEncoder:
         Raises:
             Unsuitable: It cannot write calls of these tools.
         """
+        if dialogue.is_text:
+            return None
         return self._form(dialogue.tools).style
 
     def opening(self, dialogue: Dialogue, forced: str = "") -> Ids:
@@ -117,6 +119,8 @@ class DialogueEncoder:
         Raises:
             Unsuitable: The template refuses the conversation.
         """
+        if dialogue.is_text:
+            return self._beginning(dialogue.text())
         writer = _Writer(dialogue, self._marks, self._endings, self._form(dialogue.tools))
         text = writer.written(dialogue.messages, generation=True)
         return self._encoded(writer, text, begins=True) + self._forced(forced)
@@ -140,6 +144,9 @@ class DialogueEncoder:
         Raises:
             Unsuitable: The template refuses the conversation.
         """
+        if dialogue.is_text:
+            rest = dialogue.text(num_known)
+            return self._encoder.mark(rest) if rest else ()
         form = self._form(dialogue.tools)
         writer = _Writer(dialogue, self._marks, self._endings, form)
         known = dialogue.messages[:num_known]
@@ -165,6 +172,23 @@ class DialogueEncoder:
         if token_ids and token_ids[-1] in self.stop_token_ids:
             token_ids = token_ids[:-1]
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+    def reply(
+        self, dialogue: Dialogue, token_ids: Sequence[int], rule: ReplyRule, name: str
+    ) -> Message:
+        """Return the message that a completion is to the client.
+
+        Args:
+            dialogue: The conversation that it continues.
+            token_ids: Its tokens.
+            rule: The rule of the request.
+            name: Identity of the completion within the episode.
+        """
+        reply = read_reply(self.text(token_ids), rule, name)
+        if not dialogue.is_text:
+            return reply
+        whole = self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return replace(reply, ending=whole.removeprefix(reply.content))
 
     def forced_call(self, dialogue: Dialogue, tool: str | None) -> str:
         """Return the text with which a reply begins that has to make a call.
@@ -199,6 +223,13 @@ class DialogueEncoder:
 
     def _forced(self, text: str) -> Ids:
         return self._encoder.mark(text) if text else ()
+
+    def _beginning(self, text: str) -> Ids:
+        """Encode a text with its marks, after the token with which the model's texts begin."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        first = self.tokenizer.encode("", verbose=False)[:1]
+        begins = first == [self.tokenizer.bos_token_id] and ids[:1] != first
+        return (*first, *ids) if begins else tuple(ids)
 
     def _is_special(self, text: str, special: Collection[int]) -> bool:
         ids = self._encoder.mark(text)

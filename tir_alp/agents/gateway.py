@@ -18,7 +18,12 @@ from typing import Any
 
 from aiohttp import web
 
-from tir_alp.agents import anthropic_messages, openai_chat, openai_responses
+from tir_alp.agents import (
+    anthropic_messages,
+    openai_chat,
+    openai_completions,
+    openai_responses,
+)
 from tir_alp.agents.dialogue_encoder import DialogueEncoder
 from tir_alp.agents.session import Answer, ApiError, Request, Session
 from tir_alp.agents.wire import read_body
@@ -70,6 +75,12 @@ class Api:
 APIS: dict[str, Api] = {
     "chat/completions": Api(
         openai_chat.read_chat, openai_chat.write_chat, openai_chat.chat_events, "chatcmpl-"
+    ),
+    "completions": Api(
+        openai_completions.read_completion_request,
+        openai_completions.write_completion,
+        openai_completions.completion_events,
+        "cmpl-",
     ),
     "responses": Api(
         openai_responses.read_responses_request,

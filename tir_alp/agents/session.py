@@ -16,7 +16,7 @@ from tir_alp.agents import capture as captures
 from tir_alp.agents.capture import Capture, CaptureFull, Exchange, Pending
 from tir_alp.agents.dialogue_encoder import DialogueEncoder, Unsuitable
 from tir_alp.agents.messages import Dialogue
-from tir_alp.agents.replies import ReplyRule, found_stop, read_reply
+from tir_alp.agents.replies import ReplyRule, found_stop
 from tir_alp.engines.base import Completion, Generate, Sampling
 from tir_alp.rollouts.stop_rule import cut_at, token_watcher
 from tir_alp.types import StopReason, trace_uid
@@ -147,6 +147,9 @@ class Session:
 
     async def _answer(self, request: Request) -> list[Answer]:
         self._check_size(request.dialogue)
+        if request.dialogue.is_text:
+            divided = captures.resume_text(self.capture, request.dialogue)
+            request = replace(request, dialogue=divided)
         rule = _allowed(lambda: self._rule(request))
         pending: list[Pending] = []
         tasks: list[asyncio.Task[Answer]] = []
@@ -231,7 +234,9 @@ class Session:
         async with self._slots:
             completion = await self._sample(pending, request)
         text = self._encoder.text(completion.token_ids)
-        reply = read_reply(text, pending.rule, pending.name)
+        reply = self._encoder.reply(
+            request.dialogue, completion.token_ids, pending.rule, pending.name
+        )
         self.capture = captures.finish(self.capture, pending, completion, reply)
         exchange = self.capture.traces[pending.trace].exchanges[-1]
         return Answer(exchange, len(pending.context), found_stop(text, pending.rule))
