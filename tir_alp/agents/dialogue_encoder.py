@@ -11,6 +11,7 @@ before the template sees the text, and encoded as ordinary text afterwards.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tir_alp.agents.messages import Dialogue, Message
 from tir_alp.agents.replies import CallStyle, ReplyRule, read_reply
@@ -35,6 +36,9 @@ from tir_alp.types import StopReason
 Calls = Literal["template", "fenced"]
 """How a model writes calls: as its chat template does, or as Python blocks between fences."""
 
+T = TypeVar("T")
+
+_SHORT = 1 << 15  # characters of a conversation that is encoded in a few milliseconds
 _PRIVATE = range(0xE000, 0xF900)  # code points that no text means anything by
 
 
@@ -87,8 +91,8 @@ class DialogueEncoder:
         """A completion ends with the first of these tokens that is sampled."""
         self.max_token_chars = max(map(len, tokenizer.get_vocab()))
         """Number of characters of the longest token."""
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        """Where long conversations can be encoded. A single thread: a tokenizer has settings."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._num_in_thread = 0
         self._calls, self._clock = calls, clock
         self._encoder = TextEncoder(tokenizer)
         marks = structure_marks(tokenizer)
@@ -98,6 +102,23 @@ class DialogueEncoder:
         self._marks = sorted(set(marks.values()), key=lambda text: (-len(text), text))
         self._endings = [text for text in self._marks if self._is_special(text, special)]
         self._form = lru_cache(64)(self._make_form)
+
+    async def while_encoding(self, dialogue: Dialogue, work: Callable[[], T]) -> T:
+        """Do what encodes a conversation: at once, or in a thread if the conversation is long.
+
+        Only one encodes at a time, since a tokenizer has settings; a short conversation that
+        would have to wait for a long one waits in the thread, and the event loop goes on.
+        """
+        length = len(dialogue.tools) + sum(len(each.content) for each in dialogue.messages)
+        if not self._num_in_thread and length < _SHORT:
+            return work()
+        self._num_in_thread += 1
+        running = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        running.add_done_callback(self._left_thread)
+        return await running
+
+    def _left_thread(self, _: object) -> None:
+        self._num_in_thread -= 1
 
     def style(self, dialogue: Dialogue) -> CallStyle | None:
         """Return how the model writes calls in a conversation; None if it has no tools.

@@ -40,7 +40,7 @@ class EpisodePython:
         self._session = tool.open_session()
         self._turn = asyncio.Lock()
         self._num_waiting = 0
-        self._is_closed = False
+        self._is_used = self._is_closed = False
 
     @property
     def name(self) -> str:
@@ -83,6 +83,7 @@ class EpisodePython:
             async with self._turn:
                 if self._is_closed:
                     raise TooManyCalls("the episode has ended")
+                self._is_used = True
                 call = functools.partial(self._tool.run, arguments, self._session)
                 running = asyncio.get_running_loop().run_in_executor(self._threads, call)
                 # Whoever asked may go away; the interpreter is busy until the call has ended.
@@ -101,6 +102,8 @@ class EpisodePython:
     async def close(self) -> None:
         """Refuse further calls and end the interpreter, also in the middle of a call."""
         self._is_closed = True
+        if not self._is_used:
+            return
         await asyncio.to_thread(self._session.close)
         async with self._turn:  # a call may just have started an interpreter
             await asyncio.to_thread(self._session.close)

@@ -195,7 +195,7 @@ class Session:
         return ReplyRule(style, forced, request.one_call, request.stops)
 
     async def _encoded(self, request: Request, rule: ReplyRule) -> captures.Encode:
-        """Encode the messages of a request in a thread; return where the tokens are found."""
+        """Encode the messages of a request; return where the tokens are found."""
         kept: dict[tuple[int, StopReason], Any] = {}
 
         def encode(dialogue: Dialogue, num_known: int, ended: StopReason) -> Any:
@@ -208,8 +208,7 @@ class Session:
 
         now = self.capture
         begin = functools.partial(captures.begin, now, request.dialogue, encode, rule)
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._encoder.thread, _allowed, begin)
+        await self._encoder.while_encoding(request.dialogue, lambda: _allowed(begin))
         return encode
 
     def _begin(self, request: Request, rule: ReplyRule, encode: captures.Encode) -> Pending:
