@@ -109,8 +109,7 @@ class DialogueEncoder:
         Only one encodes at a time, since a tokenizer has settings; a short conversation that
         would have to wait for a long one waits in the thread, and the event loop goes on.
         """
-        length = len(dialogue.tools) + sum(len(each.content) for each in dialogue.messages)
-        if not self._num_in_thread and length < _SHORT:
+        if not self._num_in_thread and dialogue.num_chars < _SHORT:
             return work()
         self._num_in_thread += 1
         running = asyncio.get_running_loop().run_in_executor(self._thread, work)

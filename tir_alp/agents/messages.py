@@ -69,6 +69,18 @@ class Dialogue:
     empty for none."""
 
     @property
+    def num_chars(self) -> int:
+        """About how long it is written: its texts, and a few marks for each message and call."""
+        calls = [call for each in self.messages for call in each.calls]
+        texts = sum(len(each.content) for each in self.messages)
+        return (
+            len(self.tools)
+            + texts
+            + sum(len(each.arguments) for each in calls)
+            + 16 * (len(self.messages) + len(calls))
+        )
+
+    @property
     def is_text(self) -> bool:
         """Whether it is one text as it stands, in parts: what the client wrote, and replies."""
         return bool(self.messages) and self.messages[0].role == "text"

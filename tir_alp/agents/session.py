@@ -224,7 +224,9 @@ class Session:
 
     def _check_size(self, dialogue: Dialogue) -> None:
         """Refuse what cannot fit, before it is encoded."""
-        limit = self.settings.max_context_tokens
+        limit, num_messages = self.settings.max_context_tokens, len(dialogue.messages)
+        if num_messages > limit:  # each has a mark at least
+            raise _too_long(limit, f"{num_messages} messages")
         num_chars = sum(len(each.content) for each in dialogue.messages)
         if num_chars > limit * self._encoder.max_token_chars:
             raise _too_long(limit, f"{num_chars} characters")
