@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from tests.runs import assert_honest, train_with
+from tir_alp.algorithm.presets import ALGORITHMS
 from tir_alp.config import Config
 
 KINDS = {
@@ -45,7 +46,9 @@ def run(kind: str, seed: int, steps: int) -> dict[str, object]:
         "steps": steps,
         "model": {"path": "tiny-able"},
         "env": KINDS[kind],
+        "algorithm": ALGORITHMS["alp_sequence"],
         "agents": {"calls": "fenced"},
+        "trainer": {"lr": 1e-4, "updates_per_step": 2},
         "rollout": {
             "groups_per_step": 8,
             "group_size": 8,
@@ -79,7 +82,7 @@ def summary(rows: list[dict[str, float]]) -> str:
     return f"{statistics.mean(found):.1f} ± {half:.1f}"
 
 
-def main(file: Path, steps: int = 15, seeds: int = 3) -> None:
+def main(file: Path, steps: int = 20, seeds: int = 3) -> None:
     """Make the runs that have no row yet, and print what all of them say."""
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     known = {(row["kind"], row["seed"], row["steps"]) for row in rows}
