@@ -4,6 +4,7 @@ It needs none of tir_alp, and is started by an interpreter that has the agents. 
 the gateway is a relay that writes down each reply as it came: `received.jsonl`.
 """
 
+import asyncio
 import http.client
 import importlib
 import json
@@ -130,6 +131,23 @@ def openai_agents(question: str) -> str | None:
         return None
 
 
+def openai_agents_with_mcp(question: str) -> str | None:
+    agents, mcp = importlib.import_module("agents"), importlib.import_module("agents.mcp")
+    agents.set_tracing_disabled(True)
+    headers = {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"}
+    place = {"url": os.environ["TIR_ALP_MCP_URL"], "headers": headers}
+
+    async def solve() -> str | None:
+        async with mcp.MCPServerStreamableHttp(place, client_session_timeout_seconds=60) as server:
+            made = agents.Agent(name="solver", model=MODEL, mcp_servers=[server])
+            return (await agents.Runner.run(made, question, max_turns=3)).final_output
+
+    try:
+        return asyncio.run(solve())
+    except agents.MaxTurnsExceeded:
+        return None
+
+
 def smolagents(question: str) -> str | None:
     smolagents = importlib.import_module("smolagents")
     model = smolagents.OpenAIServerModel(
@@ -199,6 +217,7 @@ AGENTS: dict[str, Callable[[str], str | None]] = {
         openai_completions,
         anthropic,
         openai_agents,
+        openai_agents_with_mcp,
         smolagents,
         langgraph,
         pydantic_ai,

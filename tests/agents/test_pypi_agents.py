@@ -20,9 +20,12 @@ from tir_alp.records.ledger_rows import update_record
 from tir_alp.records.trajectories import from_record
 from tir_alp.training.policy import load_tokenizer
 
-pytestmark = pytest.mark.skipif(
-    find_python() is None, reason=f"{FOLDER_VARIABLE} names no folder with agents"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        find_python() is None, reason=f"{FOLDER_VARIABLE} names no folder with agents"
+    ),
+    pytest.mark.sandbox,
+]
 SCRIPT = Path(__file__).with_name("pypi_agents.py")
 GROUP = 2
 VERIFIERS = folder_of("verifiers") / "bin" / "python"
@@ -53,7 +56,7 @@ def run(tmp_path_factory):
             },
         },
         "data": {"source": f"{__name__}:tasks"},
-        "agents": {"calls": "fenced", "train_on": "all"},
+        "agents": {"calls": "fenced", "train_on": "all", "python": {"sandbox": {"preload": []}}},
         "rollout": {
             "groups_per_step": len(CLIENTS),
             "group_size": GROUP,

@@ -64,6 +64,9 @@ async def talk(session: ClientSession, url: str, key: str, requests: int) -> lis
     messages: list[dict[str, str]] = []
     headers = {"Authorization": f"Bearer {key}"}
     for number in range(requests):
+        # As long as an agent thinks, or a model; for each another time, so that they do not ask
+        # all at once.
+        await asyncio.sleep(random.expovariate(1 / _THINKS_S))
         if number % _TURNS == 0:
             messages = [{"role": "user", "content": f"task {number}: " + "work on it. " * 20}]
         body = {"model": "m", "messages": messages, "tools": [TOOL]}
@@ -73,9 +76,6 @@ async def talk(session: ClientSession, url: str, key: str, requests: int) -> lis
         took.append(time.perf_counter() - began)
         messages.append(reply["choices"][0]["message"])
         messages.append({"role": "user", "content": "And now? " * 20})
-        # As long as an agent thinks, or a model; for each another time, so that they do not ask
-        # all at once.
-        await asyncio.sleep(random.expovariate(1 / _THINKS_S))
     return took
 
 
@@ -150,7 +150,11 @@ async def asker():
 
 
 async def tokens(model: str, most: int, rounds: int) -> None:
-    """Print tokens per second of a model, directly and through the gateway."""
+    """Print tokens per second of a model, directly and through the gateway.
+
+    The ratio of the processor's time is what a machine without other load would show, but for the
+    clients, whose process it leaves out.
+    """
     path = resolve(model)
     encoder = DialogueEncoder(load_tokenizer(path))
     engine = TransformersEngine(load_policy(path), max_cache_tokens=1 << 16)
@@ -166,6 +170,7 @@ async def tokens(model: str, most: int, rounds: int) -> None:
     encoder.stop_token_ids = never
     settings = SessionSettings(max_context_tokens=1024, max_turn_tokens=most)
     made, rates = Gateway(encoder), {"directly": [], "through the gateway": []}
+    per_cpu = {name: [] for name in rates}
     await made.start()
 
     async def directly() -> None:
@@ -185,16 +190,19 @@ async def tokens(model: str, most: int, rounds: int) -> None:
     async with asker() as ask:
         for _ in range(rounds + 1):
             for name, work in (("directly", directly), ("through the gateway", through)):
-                sampled, began = 0, time.perf_counter()
+                sampled, began, used = 0, time.perf_counter(), time.process_time()
                 await work()
                 rates[name].append(sampled / (time.perf_counter() - began))
+                per_cpu[name].append(sampled / (time.process_time() - used))
     await made.close()
     await engine.close()
-    pairs = [b / a for a, b in zip(*rates.values(), strict=True)][1:]  # without the warm-up
     for name, found in rates.items():
         print(f"{name}: {statistics.median(found[1:]):,.0f} tokens/s")
-    shown = ", ".join(f"{each:.3f}" for each in pairs)
-    print(f"ratio {statistics.median(pairs):.3f} ({shown}), load {_load()}")
+    for what, both in (("time", rates), ("time of the processor", per_cpu)):
+        pairs = [b / a for a, b in zip(*both.values(), strict=True)][1:]  # without the warm-up
+        low, middle, high = statistics.quantiles(pairs, n=4)
+        print(f"ratio by {what} {middle:.3f}, middle half {low:.3f} to {high:.3f}")
+    print(f"{rounds} rounds, load {_load()}")
 
 
 def _load() -> str:
