@@ -30,6 +30,8 @@ SCRIPT = Path(__file__).with_name("pypi_agents.py")
 GROUP = 2
 VERIFIERS = folder_of("verifiers") / "bin" / "python"
 CLIENTS = [each for each in AGENTS if each != verifiers_bash.__name__ or VERIFIERS.exists()]
+REWRITE = ("openai_completions", "smolagents", "mini_swe_agent")
+"""Those that may go on with another text than they got: without a mark, or without the reply."""
 STOPS = ("\n```", "Observation:", "Calling tools:", "</code>")  # texts at which clients stop
 
 
@@ -161,6 +163,11 @@ def test_it_got_what_was_captured_byte_for_byte(episodes, client):
                 assert sampled[len(text) :] in ("", tokenizer.eos_token, *STOPS)
             for _, given in calls:
                 assert all(str(each) in sampled for each in given.values())
+
+
+@pytest.mark.parametrize("client", [each for each in CLIENTS if each not in REWRITE])
+def test_its_conversation_is_one_trace(episodes, client):
+    assert [len(each.sequences) for each in of_client(episodes, client)] == [1] * GROUP
 
 
 def test_the_audit_is_clean(run):
