@@ -101,14 +101,16 @@ def _created(
     task: Mapping[str, Any],
     variables: Mapping[str, str],
 ) -> Iterator[Container]:
+    from docker.types import LogConfig
+
     text = json.dumps(task, ensure_ascii=False)
-    log = {"max-size": str(_LOG_BYTES), "max-file": "1"}
+    log = LogConfig(type="json-file", config={"max-size": str(_LOG_BYTES), "max-file": "1"})
     container = client.containers.create(
         place.image,
         [*command] or None,
         environment={**variables, TASK: text, FOLDER: HOME},
         labels={LABEL: _owner(os.getpid())},
-        log_config={"Type": "json-file", "Config": log},
+        log_config=log,
         **{**_DEFAULTS, **place.options},
     )
     try:

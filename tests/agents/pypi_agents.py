@@ -74,7 +74,8 @@ def openai_chat(question: str) -> str | None:
         "name": "python",
         "parameters": {"type": "object", "properties": {"code": {"type": "string"}}},
     }
-    client, messages = openai.OpenAI(), [{"role": "user", "content": question}]
+    client = openai.OpenAI()
+    messages: list[Any] = [{"role": "user", "content": question}]
     for _ in range(3):
         made: Any = client.chat.completions.create(
             model=MODEL, messages=messages, tools=[{"type": "function", "function": schema}]
@@ -104,7 +105,8 @@ def anthropic(question: str) -> str | None:
 
     schema = {"type": "object", "properties": {"code": {"type": "string"}}}
     tools: Any = [{"name": "python", "input_schema": schema}]
-    client, messages = anthropic.Anthropic(), [{"role": "user", "content": question}]
+    client = anthropic.Anthropic()
+    messages: list[Any] = [{"role": "user", "content": question}]
     for _ in range(3):
         reply: Any = client.messages.create(
             model=MODEL, max_tokens=64, messages=messages, tools=tools

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -89,7 +90,8 @@ def test_a_function_of_openais_form_and_an_endpoint_that_runs_its_calls():
         async with opened(engine) as (_, (endpoint,)):
             async with openai.AsyncOpenAI(
                 base_url=endpoint.openai_url, api_key=endpoint.key
-            ) as client:
+            ) as opened_client:
+                client: Any = opened_client
                 tools = (await client.get("/tools", cast_to=object))["data"]
                 messages = [{"role": "user", "content": "6*7?"}]
                 reply = await client.chat.completions.create(

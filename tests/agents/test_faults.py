@@ -3,7 +3,8 @@
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ urllib.request.urlopen(request).read()
 """
 LIMIT_S = 20.0
 
-Fault = Callable[..., Awaitable[None]]
+Fault = Callable[..., Coroutine[Any, Any, None]]
 FAULTS: dict[str, Fault] = {}
 
 
@@ -153,7 +154,7 @@ async def talk(endpoint) -> None:
     async with openai.AsyncOpenAI(
         base_url=endpoint.openai_url, api_key=endpoint.key, max_retries=0
     ) as client:
-        messages = [*ASK]
+        messages: list[Any] = [*ASK]
         for text in ("first", "second", "third"):
             reply = await client.chat.completions.create(model="m", messages=messages)
             assert reply.choices[0].message.content == text

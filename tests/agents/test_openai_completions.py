@@ -1,6 +1,7 @@
 """`/v1/completions` with the official client: a text that goes on keeps its tokens."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -88,7 +89,8 @@ def test_streams_and_logprobs():
     engine = Scripted("Ünï " * 40)
 
     async def talk(made):
-        text, usage, reasons = "", None, []
+        text, reasons = "", []
+        usage: Any = None
         stream = await made.create(
             model="m", prompt="P", stream=True, stream_options={"include_usage": True}
         )

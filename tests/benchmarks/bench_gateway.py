@@ -135,17 +135,19 @@ async def asking() -> None:
 async def asker():
     """Yield a function that asks endpoints in another process, and returns at the last answer."""
     command = [sys.executable, "-m", "tests.benchmarks.bench_gateway", "asking"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = await asyncio.create_subprocess_exec(*command, **pipes)
-    assert process.stdin is not None and process.stdout is not None
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    written, read = process.stdin, process.stdout
+    assert written is not None and read is not None
 
     async def ask(named: str) -> None:
-        process.stdin.write(f"{named}\n".encode())
-        assert await process.stdout.readline() == b"done\n"
+        written.write(f"{named}\n".encode())
+        assert await read.readline() == b"done\n"
 
-    assert await process.stdout.readline() == b"ready\n"
+    assert await read.readline() == b"ready\n"
     yield ask
-    process.stdin.close()
+    written.close()
     await process.wait()
 
 

@@ -116,7 +116,8 @@ def _scope(request: web.Request) -> dict[str, Any]:
 
 
 def _python(context: Context) -> EpisodePython:
-    return context.request.scope[_PYTHON]
+    request: Any = context.request  # Starlette's; over HTTP there always is one
+    return request.scope[_PYTHON]
 
 
 async def _list_tools(context: Context, _: PaginatedRequestParams | None) -> ListToolsResult:

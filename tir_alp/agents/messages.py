@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 Role = Literal["system", "user", "assistant", "tool", "text"]
 """Who wrote a message; "text": nobody in a conversation, it is a part of a prompt as it stands."""
 
-_ROLES = get_args(Role)
+_ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +151,10 @@ def from_record(record: Mapping[str, Any]) -> Message:
     try:
         calls = tuple(Call(*map(_text, each)) for each in record.get("calls", ()))
         rest = {key: _text(value) for key, value in record.items() if key != "calls"}
-        role = rest.pop("role")
-        if role not in _ROLES:
-            raise ValueError(f"the role is {role!r}")
+        given = rest.pop("role")
+        role = next((each for each in _ROLES if each == given), None)
+        if role is None:
+            raise ValueError(f"the role is {given!r}")
         return Message(role, calls=calls, **rest)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"not a message: {record!r:.80} ({error!r})") from None
