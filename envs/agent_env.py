@@ -14,11 +14,14 @@ import shlex
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import gymnasium
 from gymnasium.error import ResetNeeded
 
+from tir_alp.envs.agent_container import ContainerPlace, run_container
 from tir_alp.envs.agent_process import AgentFunction, Report, run_command, run_function
 from tir_alp.envs.grading import Grade, grade
 from tir_alp.envs.math_env import ENDLESS_ARITHMETIC
@@ -49,6 +52,11 @@ class AgentEnv(gymnasium.Env[str, str]):
             by `OPENAI_BASE_URL`, `OPENAI_API_KEY`, `ANTHROPIC_BASE_URL` and `ANTHROPIC_API_KEY`,
             and the task by `TIR_ALP_TASK` (JSON) and the file `task.json` in its folder. Its answer
             is its file `answer.txt`, or the last line that it prints.
+        image: Image of a container in which the command runs; without a command, that of the image
+            does. It finds the task, and leaves its files, in `/episode` (`TIR_ALP_FOLDER`), and
+            shares the network of this machine.
+        container: Further options of the container, as `containers.create` of Docker's Python SDK
+            takes them.
         function: In place of a command, `module:NAME` of an async function. It is called with the
             task and a dict of the same variables, and returns the answer.
         verifier: `answer` compares the answer with the task's as mathematics; `module:NAME` is a
@@ -67,6 +75,8 @@ class AgentEnv(gymnasium.Env[str, str]):
         self,
         *,
         command: str | Sequence[str] | None = None,
+        image: str | None = None,
+        container: Mapping[str, Any] | None = None,
         function: str | None = None,
         verifier: str = "answer",
         timeout_s: float = 300.0,
@@ -75,15 +85,16 @@ class AgentEnv(gymnasium.Env[str, str]):
         tasks: TaskSource | None = None,
         render_mode: str | None = None,
     ):
-        if (command is None) == (function is None):
+        if (command is None and image is None) == (function is None):
             raise ValueError(
-                "env.kwargs needs one of command and function: the agent is a command, or an async "
-                "function"
+                "env.kwargs needs one of command and function: the agent is a command, which may "
+                "run in an image, or an async function"
             )
+        self._place = _place(image, container)
         if timeout_s <= 0:
             raise ValueError(f"env.kwargs.timeout_s is {timeout_s}; it must be above 0")
         self._command = shlex.split(command) if isinstance(command, str) else [*(command or ())]
-        if self._command[:1] == ["python"]:
+        if self._command[:1] == ["python"] and image is None:
             self._command[0] = sys.executable
         self._function: AgentFunction | None = (
             None if function is None else _found(function, "function")
@@ -133,7 +144,8 @@ class AgentEnv(gymnasium.Env[str, str]):
                 self._function, task, variables, self.timeout_s, self._stop.is_set
             )
         else:
-            report = run_command(
+            run = partial(run_container, self._place) if self._place else run_command
+            report = run(
                 self._command, task, variables, self.timeout_s, self._stop.is_set, self._files
             )
         return report.to_text()
@@ -190,6 +202,16 @@ class AgentEnv(gymnasium.Env[str, str]):
     def render(self) -> str | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the episode so far as text, if `render_mode` is "ansi"."""
         return self._transcript.render()
+
+
+def _place(image: str | None, options: Mapping[str, Any] | None) -> ContainerPlace | None:
+    if image is None:
+        if options:
+            raise ValueError("env.kwargs.container needs env.kwargs.image")
+        return None
+    if find_spec("docker") is None:
+        raise ValueError("env.kwargs.image needs docker: pip install 'tir_alp[docker]'")
+    return ContainerPlace(image, dict(options or {}))
 
 
 def _compare_answer(task: Mapping[str, Any], report: Mapping[str, Any]) -> Grade:

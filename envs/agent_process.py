@@ -25,6 +25,8 @@ MARK = "TIR_ALP_EPISODE"
 """Environment variable with which every process of an episode is marked."""
 TASK = "TIR_ALP_TASK"
 """Environment variable with the task as JSON."""
+FOLDER = "TIR_ALP_FOLDER"
+"""Environment variable with the folder of the agent's files."""
 TASK_FILE = "task.json"
 ANSWER_FILE = "answer.txt"
 
@@ -35,11 +37,13 @@ _KEPT = (
 MAX_OUTPUT_BYTES = 64 << 20
 """Bytes that a command may print; one that prints more is ended, as one that failed."""
 
+MAX_CHARS = 65536
+"""Characters of its output and of each file that are kept, from the end."""
+
 _OUT, _ERR = ".out", ".err"  # files in its folder
 _POLL_S = 0.1
 _GRACE_S = 1.0  # between the request to end and the kill
 _ROUNDS = 20  # in which processes of the episode are looked for
-_MAX_CHARS = 65536  # of its output, from the end
 
 AgentFunction = Callable[[Mapping[str, Any], Mapping[str, str]], Awaitable[Any]]
 """Is called with the task and the environment variables that a command would get; returns the
@@ -99,6 +103,7 @@ def run_command(
     text = json.dumps(task, ensure_ascii=False)
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
     environment = {**kept, "HOME": str(folder), **variables, MARK: mark, TASK: text}
+    environment[FOLDER] = str(folder)
     try:
         (folder / TASK_FILE).write_text(text, encoding="utf-8", errors="surrogatepass")
         with (folder / _OUT).open("wb") as out, (folder / _ERR).open("wb") as err:
@@ -158,7 +163,7 @@ def run_function(
     try:
         return asyncio.run(limited())
     except Exception as error:  # an agent may raise anything
-        return Report(end="failed", errors=f"{type(error).__name__}: {error}"[-_MAX_CHARS:])
+        return Report(end="failed", errors=f"{type(error).__name__}: {error}"[-MAX_CHARS:])
 
 
 def _num_bytes(folder: Path) -> int:
@@ -188,8 +193,8 @@ def _tail(path: Path) -> str:
     if path.is_symlink() or not path.is_file():
         return ""
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 4 * _MAX_CHARS))
-        return file.read().decode(errors="replace")[-_MAX_CHARS:]
+        file.seek(max(0, path.stat().st_size - 4 * MAX_CHARS))
+        return file.read().decode(errors="replace")[-MAX_CHARS:]
 
 
 def _end_all(process: subprocess.Popen[bytes], mark: str) -> None:

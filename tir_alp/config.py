@@ -248,6 +248,9 @@ class AgentsConfig(Section):
     calls: Literal["template", "fenced"] = "template"
     """How the model writes calls of tools: as its chat template does, or as Python blocks between
     fences, which call the only tool of a request."""
+    python: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the sandboxed Python that agents are offered: `sandbox`, `limits`,
+    `max_output_chars` and `stateful`."""
 
 
 # --------------------------------------------------------------------------- the engine

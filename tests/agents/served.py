@@ -15,9 +15,9 @@ async def serve(engine: Scripted, template: str = "hermes", calls="template", **
 
 
 @asynccontextmanager
-async def gateway(template: str = "hermes", calls="template"):
+async def gateway(template: str = "hermes", calls="template", **how):
     encodes = encoder(template, calls=calls)
-    made = Gateway(encodes, "tiny")
+    made = Gateway(encodes, "tiny", **how)
     await made.start()
     try:
         yield made, encodes

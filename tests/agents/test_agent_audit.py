@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,15 +35,19 @@ ENCODER = encoder()
 SCRIPT = ("let me: " + CALL, "hm", "a", "b", "c", "d", "lost", "kept", "42! yes")
 
 
-def play(train_on: Any = "all") -> tuple[Trajectory, Attempt]:
+def play(
+    train_on: Any = "all",
+    function: str = "tests.agents.busy_agent:solve",
+    script: Sequence[str] = SCRIPT,
+) -> tuple[Trajectory, Attempt]:
     ledger = Ledger(1)
-    engine = Scripted(*SCRIPT)
+    engine = Scripted(*script)
 
     async def main() -> Trajectory:
         gateway = Gateway(encoder())
         try:
             runner = AgentRunner(
-                make_env=lambda: AgentEnv(function="tests.agents.busy_agent:solve"),
+                make_env=lambda: AgentEnv(function=function),
                 generate=ledger.recording(engine.generate),
                 renderer=Renderer(tokenizer(), call_format="none"),
                 limits=LIMITS,

@@ -6,9 +6,11 @@ import os
 import sys
 import threading
 import time
+import warnings
 
 import gymnasium
 import pytest
+from gymnasium.utils.env_checker import check_env
 
 from tir_alp.envs.agent_env import AgentEnv
 from tir_alp.envs.agent_process import MARK, Report, marked_processes
@@ -169,6 +171,18 @@ def test_a_link_out_of_the_folder_is_not_read(tmp_path):
 def test_wrong_settings_are_refused(settings):
     with pytest.raises(ValueError, match=r"env\.kwargs"):
         AgentEnv(**settings)
+
+
+@pytest.mark.parametrize(
+    "agent", [{"command": "true"}, {"function": f"{__name__}:right"}, {"image": "no/such:image"}]
+)
+def test_gymnasiums_checker_finds_nothing(agent):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for mode in (None, "ansi"):
+            env = gymnasium.make("tir_alp.envs:Agent-v0", render_mode=mode, **agent)
+            check_env(env.unwrapped, skip_render_check=mode is None)
+            env.close()
 
 
 def test_it_is_an_environment_by_its_id():

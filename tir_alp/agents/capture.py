@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, pairwise
 
 from tir_alp.agents.messages import Dialogue, Message, difference, num_common
 from tir_alp.agents.replies import ReplyRule
@@ -198,6 +198,33 @@ def begin(
     asked = dialogue.messages[len(trace.inherited) :]
     pending = Pending(number, asked, trace.inherited_ids + shown, shown, rule, f"{number}/0")
     return Capture((*capture.traces, trace), capture.busy | {number}), pending
+
+
+def resume_text(capture: Capture, dialogue: Dialogue) -> Dialogue:
+    """Divide a prompt that is one text into what a trace has already, and the rest.
+
+    Args:
+        capture: The episode so far.
+        dialogue: The prompt, as a single message.
+
+    Returns:
+        The messages of the trace that has most of the prompt, and the rest as a new one.
+    """
+    (prompt,) = dialogue.messages
+    length, known = 0, ()
+    for trace in capture.traces:
+        messages, end = trace.messages, 0
+        if messages and messages[0].role != "text":
+            continue
+        for start, stop in pairwise((0, *trace.boundaries())):
+            piece = Dialogue(messages[start:stop]).text()
+            if not prompt.content.startswith(piece, end):
+                break
+            end += len(piece)
+            if end > length:
+                length, known = end, messages[:stop]
+    rest = replace(prompt, content=prompt.content[length:])
+    return replace(dialogue, messages=(*known, rest))
 
 
 def finish(capture: Capture, pending: Pending, completion: Completion, reply: Message) -> Capture:

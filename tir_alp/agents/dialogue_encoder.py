@@ -11,16 +11,17 @@ before the template sees the text, and encoded as ordinary text afterwards.
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tir_alp.agents.messages import Dialogue, Message
-from tir_alp.agents.replies import CallStyle
+from tir_alp.agents.replies import CallStyle, ReplyRule, read_reply
 from tir_alp.rollouts.chat_template import ChatTemplate, MadeCall
 from tir_alp.rollouts.end_marks import end_mark
 from tir_alp.rollouts.formats import ParameterTypes, find_form
@@ -33,6 +34,10 @@ from tir_alp.types import StopReason
 
 Calls = Literal["template", "fenced"]
 """How a model writes calls: as its chat template does, or as Python blocks between fences."""
+
+T = TypeVar("T")
+
+_SHORT = 1 << 15  # characters of a conversation that is encoded in a few milliseconds
 
 
 class Unsuitable(ValueError):
@@ -84,12 +89,28 @@ class DialogueEncoder:
         """A completion ends with the first of these tokens that is sampled."""
         self.max_token_chars = max(map(len, tokenizer.get_vocab()))
         """Number of characters of the longest token."""
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        """Where long conversations can be encoded. A single thread: a tokenizer has settings."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._num_in_thread = 0
         self._calls, self._clock = calls, clock
         self._encoder = TextEncoder(tokenizer)
         self._guard = MarkGuard(tokenizer, self._encoder)
         self._form = lru_cache(64)(self._make_form)
+
+    async def while_encoding(self, dialogue: Dialogue, work: Callable[[], T]) -> T:
+        """Do what encodes a conversation: at once, or in a thread if the conversation is long.
+
+        Only one encodes at a time, since a tokenizer has settings; a short conversation that
+        would have to wait for a long one waits in the thread, and the event loop goes on.
+        """
+        if not self._num_in_thread and dialogue.num_chars < _SHORT:
+            return work()
+        self._num_in_thread += 1
+        running = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        running.add_done_callback(self._left_thread)
+        return await running
+
+    def _left_thread(self, _: object) -> None:
+        self._num_in_thread -= 1
 
     def style(self, dialogue: Dialogue) -> CallStyle | None:
         """Return how the model writes calls in a conversation; None if it has no tools.
@@ -97,6 +118,8 @@ class DialogueEncoder:
         Raises:
             Unsuitable: It cannot write calls of these tools.
         """
+        if dialogue.is_text:
+            return None
         return self._form(dialogue.tools).style
 
     def opening(self, dialogue: Dialogue, forced: str = "") -> Ids:
@@ -109,6 +132,8 @@ class DialogueEncoder:
         Raises:
             Unsuitable: The template refuses the conversation.
         """
+        if dialogue.is_text:
+            return self._beginning(dialogue.text())
         writer = _Writer(dialogue, self._guard, self._form(dialogue.tools))
         text = writer.written(dialogue.messages, generation=True)
         return writer.texts.encoded(text, begins=True) + self._forced(forced)
@@ -132,6 +157,9 @@ class DialogueEncoder:
         Raises:
             Unsuitable: The template refuses the conversation.
         """
+        if dialogue.is_text:
+            rest = dialogue.text(num_known)
+            return self._encoder.mark(rest) if rest else ()
         form = self._form(dialogue.tools)
         writer = _Writer(dialogue, self._guard, form)
         known = dialogue.messages[:num_known]
@@ -157,6 +185,23 @@ class DialogueEncoder:
         if token_ids and token_ids[-1] in self.stop_token_ids:
             token_ids = token_ids[:-1]
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+    def reply(
+        self, dialogue: Dialogue, token_ids: Sequence[int], rule: ReplyRule, name: str
+    ) -> Message:
+        """Return the message that a completion is to the client.
+
+        Args:
+            dialogue: The conversation that it continues.
+            token_ids: Its tokens.
+            rule: The rule of the request.
+            name: Identity of the completion within the episode.
+        """
+        reply = read_reply(self.text(token_ids), rule, name)
+        if not dialogue.is_text:
+            return reply
+        whole = self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return replace(reply, ending=whole.removeprefix(reply.content))
 
     def forced_call(self, dialogue: Dialogue, tool: str | None) -> str:
         """Return the text with which a reply begins that has to make a call.
@@ -191,6 +236,13 @@ class DialogueEncoder:
 
     def _forced(self, text: str) -> Ids:
         return self._encoder.mark(text) if text else ()
+
+    def _beginning(self, text: str) -> Ids:
+        """Encode a text with its marks, after the token with which the model's texts begin."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        first = self.tokenizer.encode("", verbose=False)[:1]
+        begins = first == [self.tokenizer.bos_token_id] and ids[:1] != first
+        return (*first, *ids) if begins else tuple(ids)
 
     def _make_form(self, tools: str) -> _Form:
         schemas = json.loads(tools) if tools else []

@@ -13,20 +13,31 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 
-from tir_alp.agents import anthropic_messages, openai_chat, openai_responses
+from tir_alp.agents import (
+    anthropic_messages,
+    openai_chat,
+    openai_completions,
+    openai_responses,
+)
 from tir_alp.agents.dialogue_encoder import DialogueEncoder
+from tir_alp.agents.episode_python import EpisodePython, TooManyCalls, read_arguments
 from tir_alp.agents.session import Answer, ApiError, Request, Session
 from tir_alp.agents.wire import read_body
+from tir_alp.process import missing_extra
+from tir_alp.tools.base import Tool, refused_call
+from tir_alp.tools.python_tool import PythonTool
 
 MAX_BODY_BYTES = 16 << 20
 """Limit of a request's body."""
 
 _CLOSING_S = 5.0  # time that connections get to end when the gateway closes
+_TOOL_THREADS = 64  # calls of the sandboxed Python at the same time, of all episodes
 _LARGE = 1 << 18  # bytes of a body that is read in a thread, so that others need not wait
 
 
@@ -38,6 +49,8 @@ class Endpoint:
     """Base URL without the version, as Anthropic's clients want it."""
     key: str
     session: Session
+    python: EpisodePython
+    """The sandboxed Python of the episode."""
 
     @property
     def openai_url(self) -> str:
@@ -52,6 +65,7 @@ class Endpoint:
             "OPENAI_API_KEY": self.key,
             "ANTHROPIC_BASE_URL": self.url,
             "ANTHROPIC_API_KEY": self.key,
+            "TIR_ALP_MCP_URL": f"{self.url}/mcp",
         }
 
 
@@ -70,6 +84,12 @@ class Api:
 APIS: dict[str, Api] = {
     "chat/completions": Api(
         openai_chat.read_chat, openai_chat.write_chat, openai_chat.chat_events, "chatcmpl-"
+    ),
+    "completions": Api(
+        openai_completions.read_completion_request,
+        openai_completions.write_completion,
+        openai_completions.completion_events,
+        "cmpl-",
     ),
     "responses": Api(
         openai_responses.read_responses_request,
@@ -101,6 +121,7 @@ class Gateway:
         host: Interface to listen on.
         port: Port; 0: any.
         max_body_bytes: Limit of a request's body.
+        python: The Python tool that agents are offered; None: with its defaults.
         open_key: A key with which a request may name an episode that is not there yet; empty:
             there are only those that were opened.
         open_episode: Opens a session for a name.
@@ -114,16 +135,23 @@ class Gateway:
         host: str = "127.0.0.1",
         port: int = 0,
         max_body_bytes: int = MAX_BODY_BYTES,
+        python: Tool | None = None,
         open_key: str = "",
         open_episode: Callable[[str], Endpoint] | None = None,
     ) -> None:
         self._open_key, self._open_episode = open_key, open_episode
         self.encoder, self._model, self._host, self._port = encoder, model, host, port
+        self._python, self._max_body_bytes = python or PythonTool(), max_body_bytes
+        self._threads = ThreadPoolExecutor(_TOOL_THREADS, thread_name_prefix="agent tool")
+        self._mcp: Any = None  # an McpFront, made by the first request
         self._starting: asyncio.Task[None] | None = None
         self._endpoints: dict[str, Endpoint] = {}
         app = web.Application(client_max_size=max_body_bytes)
         app.router.add_get("/{episode}/v1/models", self._models)
         app.router.add_get("/{episode}/v1/models/{model:.+}", self._models)
+        app.router.add_route("*", "/{episode}/mcp", self._answer_mcp)
+        app.router.add_get("/{episode}/v1/tools", self._tools)
+        app.router.add_post("/{episode}/v1/tools/{tool}", self._call)
         app.router.add_post("/{episode}/v1/{api:.+}", self._answer)
         app.router.add_route("*", "/{rest:.*}", self._unknown)
         self._runner = web.AppRunner(
@@ -151,7 +179,10 @@ class Gateway:
         """End all sessions, and stop."""
         for each in [*self._endpoints.values()]:
             await self.end(each)
+        if self._mcp is not None:
+            await self._mcp.close()
         await self._runner.cleanup()
+        self._threads.shutdown(wait=False)
 
     def open(
         self, session: Session, *, name: str | None = None, key: str | None = None
@@ -164,7 +195,9 @@ class Gateway:
             key: Its key; None: a random one.
         """
         name = name or secrets.token_hex(8)
-        endpoint = Endpoint(f"{self.url}/{name}", key or f"sk-{secrets.token_hex(16)}", session)
+        python = EpisodePython(self._python, self._threads, session.failures.append)
+        key = key or f"sk-{secrets.token_hex(16)}"
+        endpoint = Endpoint(f"{self.url}/{name}", key, session, python)
         self._endpoints[name] = endpoint
         return endpoint
 
@@ -174,8 +207,9 @@ class Gateway:
             name: each for name, each in self._endpoints.items() if each is not endpoint
         }
         await endpoint.session.close()
+        await endpoint.python.close()
 
-    def _session(self, request: web.Request) -> Session:
+    def _endpoint(self, request: web.Request) -> Endpoint:
         given = request.headers.get("x-api-key", "")
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "bearer":
@@ -190,17 +224,51 @@ class Gateway:
                 "the key is not that of this URL's episode, or the episode has ended",
                 code="invalid_api_key",
             )
-        return endpoint.session
+        return endpoint
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         try:
-            self._session(request)
+            self._endpoint(request)
         except ApiError as error:
             return _refusal(error, "models")
         model = {"id": self._model, "object": "model", "created": 0, "owned_by": "tir_alp"}
         if "model" in request.match_info:
             return web.json_response(model | {"id": request.match_info["model"]})
         return web.json_response({"object": "list", "data": [model]})
+
+    async def _tools(self, request: web.Request) -> web.StreamResponse:
+        try:
+            python = self._endpoint(request).python
+        except ApiError as error:
+            return _refusal(error, "tools")
+        return web.json_response({"object": "list", "data": [python.schema()]})
+
+    async def _call(self, request: web.Request) -> web.StreamResponse:
+        """Make the call that a model wrote: the body is its arguments."""
+        try:
+            python = self._endpoint(request).python
+            name = request.match_info["tool"]
+            if name != python.name:
+                raise ApiError(404, f"there is no tool {name!r}; there is {python.name!r}")
+            arguments = read_arguments(await _body(request))
+            if isinstance(arguments, str):
+                result = refused_call(arguments)
+            else:
+                result = await python.run(arguments)
+        except TooManyCalls as error:
+            return _refusal(ApiError(429, str(error)), "tools")
+        except ApiError as error:
+            return _refusal(error, "tools")
+        return web.json_response({"content": result.text, "outcome": result.outcome.value})
+
+    async def _answer_mcp(self, request: web.Request) -> web.StreamResponse:
+        try:
+            python = self._endpoint(request).python
+            if self._mcp is None:
+                self._mcp = _mcp_front(self._max_body_bytes)
+        except ApiError as error:
+            return _refusal(error, "mcp")
+        return await self._mcp.answer(request, python)
 
     async def _unknown(self, request: web.Request) -> web.StreamResponse:
         error = ApiError(404, f"there is no {request.method} {request.path_qs}", code="not_found")
@@ -209,7 +277,7 @@ class Gateway:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         path = request.match_info["api"]
         try:
-            session = self._session(request)
+            session = self._endpoint(request).session
             api = APIS.get(path)
             if api is None:
                 known = ", ".join(f"/v1/{each}" for each in APIS)
@@ -235,6 +303,16 @@ class Gateway:
 
     def _token_text(self, token_id: int) -> str:
         return self.encoder.tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def _mcp_front(max_body_bytes: int) -> Any:
+    # Imported here because it needs the extra 'mcp', which other agents do without.
+    try:
+        from tir_alp.agents.mcp_server import McpFront
+    except ImportError as error:
+        module = (error.name or "").partition(".")[0]
+        raise ApiError(501, f"the MCP server needs {module}, and {missing_extra(module)}") from None
+    return McpFront(max_body_bytes)
 
 
 def _same(given: str, key: str) -> bool:

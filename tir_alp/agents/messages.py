@@ -10,9 +10,12 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Role = Literal["system", "user", "assistant", "tool"]
+Role = Literal["system", "user", "assistant", "tool", "text"]
+"""Who wrote a message; "text": nobody in a conversation, it is a part of a prompt as it stands."""
+
+_ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +48,15 @@ class Message:
     """In a tool's message, the id of the call that it answers."""
     name: str = ""
     """Name of the participant, where the client gives one."""
+    ending: str = ""
+    """What ended a reply to a text as it stands, and was not sent: a stop text, or the text of a
+    mark."""
 
     @property
     def identity(self) -> tuple[Any, ...]:
         """Equal for messages that say the same."""
         calls = tuple(each.identity for each in self.calls)
-        return self.role, self.content, calls, self.call_id, self.name
+        return self.role, self.content, calls, self.call_id, self.name, self.ending
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,27 @@ class Dialogue:
     tools: str = ""
     """The tools that the model is shown, as canonical JSON of a list of OpenAI's function schemas;
     empty for none."""
+
+    @property
+    def num_chars(self) -> int:
+        """About how long it is written: its texts, and a few marks for each message and call."""
+        calls = [call for each in self.messages for call in each.calls]
+        texts = sum(len(each.content) for each in self.messages)
+        return (
+            len(self.tools)
+            + texts
+            + sum(len(each.arguments) for each in calls)
+            + 16 * (len(self.messages) + len(calls))
+        )
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is one text as it stands, in parts: what the client wrote, and replies."""
+        return bool(self.messages) and self.messages[0].role == "text"
+
+    def text(self, num_known: int = 0) -> str:
+        """Return the text that its messages are, without the first ones."""
+        return "".join(each.content + each.ending for each in self.messages[num_known:])
 
     def tool_schemas(self) -> list[dict[str, Any]]:
         """Return the schemas."""
@@ -109,7 +136,7 @@ def to_record(message: Message) -> dict[str, Any]:
     record: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.calls:
         record["calls"] = [[each.call_id, each.name, each.arguments] for each in message.calls]
-    for field in ("call_id", "name"):
+    for field in ("call_id", "name", "ending"):
         if value := getattr(message, field):
             record[field] = value
     return record
@@ -124,9 +151,10 @@ def from_record(record: Mapping[str, Any]) -> Message:
     try:
         calls = tuple(Call(*map(_text, each)) for each in record.get("calls", ()))
         rest = {key: _text(value) for key, value in record.items() if key != "calls"}
-        role = rest.pop("role")
-        if role not in ("system", "user", "assistant", "tool"):
-            raise ValueError(f"the role is {role!r}")
+        given = rest.pop("role")
+        role = next((each for each in _ROLES if each == given), None)
+        if role is None:
+            raise ValueError(f"the role is {given!r}")
         return Message(role, calls=calls, **rest)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"not a message: {record!r:.80} ({error!r})") from None

@@ -30,6 +30,7 @@ from tir_alp.rollouts.episode import (
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.rollouts.traces import mask_overlong
 from tir_alp.tools.outcome import Outcome
+from tir_alp.tools.python_tool import PythonTool
 from tir_alp.types import Trajectory, split_uid
 
 _GRACE_S = 30.0  # that an environment gets beyond the deadline of its agent
@@ -133,9 +134,21 @@ def agent_runner(
         config: Config of the run.
         renderer: Renderer of the run.
     """
-    gateway = Gateway(encoder_of(config.agents, renderer))
+    gateway = Gateway(encoder_of(config.agents, renderer), python=python_of(config.agents))
     stack.push_async_callback(gateway.close)
     return partial(AgentRunner, gateway=gateway, agents=config.agents)
+
+
+def python_of(agents: AgentsConfig) -> PythonTool:
+    """Return the sandboxed Python that the agents of a run are offered.
+
+    Raises:
+        ValueError: Its settings are wrong.
+    """
+    try:
+        return PythonTool(**agents.python)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"agents.python: {error}") from error
 
 
 def encoder_of(agents: AgentsConfig, renderer: Renderer) -> DialogueEncoder:

@@ -16,7 +16,7 @@ from tir_alp.agents import capture as captures
 from tir_alp.agents.capture import Capture, CaptureFull, Exchange, Pending
 from tir_alp.agents.dialogue_encoder import DialogueEncoder, Unsuitable
 from tir_alp.agents.messages import Dialogue
-from tir_alp.agents.replies import ReplyRule, found_stop, read_reply
+from tir_alp.agents.replies import ReplyRule, found_stop
 from tir_alp.engines.base import Completion, Generate, Sampling
 from tir_alp.rollouts.stop_rule import cut_at, token_watcher
 from tir_alp.types import StopReason, trace_uid
@@ -147,6 +147,9 @@ class Session:
 
     async def _answer(self, request: Request) -> list[Answer]:
         self._check_size(request.dialogue)
+        if request.dialogue.is_text:
+            divided = captures.resume_text(self.capture, request.dialogue)
+            request = replace(request, dialogue=divided)
         rule = _allowed(lambda: self._rule(request))
         pending: list[Pending] = []
         tasks: list[asyncio.Task[Answer]] = []
@@ -192,7 +195,7 @@ class Session:
         return ReplyRule(style, forced, request.one_call, request.stops)
 
     async def _encoded(self, request: Request, rule: ReplyRule) -> captures.Encode:
-        """Encode the messages of a request in a thread; return where the tokens are found."""
+        """Encode the messages of a request; return where the tokens are found."""
         kept: dict[tuple[int, StopReason], Any] = {}
 
         def encode(dialogue: Dialogue, num_known: int, ended: StopReason) -> Any:
@@ -205,8 +208,7 @@ class Session:
 
         now = self.capture
         begin = functools.partial(captures.begin, now, request.dialogue, encode, rule)
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._encoder.thread, _allowed, begin)
+        await self._encoder.while_encoding(request.dialogue, lambda: _allowed(begin))
         return encode
 
     def _begin(self, request: Request, rule: ReplyRule, encode: captures.Encode) -> Pending:
@@ -222,7 +224,9 @@ class Session:
 
     def _check_size(self, dialogue: Dialogue) -> None:
         """Refuse what cannot fit, before it is encoded."""
-        limit = self.settings.max_context_tokens
+        limit, num_messages = self.settings.max_context_tokens, len(dialogue.messages)
+        if num_messages > limit:  # each has a mark at least
+            raise _too_long(limit, f"{num_messages} messages")
         num_chars = sum(len(each.content) for each in dialogue.messages)
         if num_chars > limit * self._encoder.max_token_chars:
             raise _too_long(limit, f"{num_chars} characters")
@@ -231,7 +235,9 @@ class Session:
         async with self._slots:
             completion = await self._sample(pending, request)
         text = self._encoder.text(completion.token_ids)
-        reply = read_reply(text, pending.rule, pending.name)
+        reply = self._encoder.reply(
+            request.dialogue, completion.token_ids, pending.rule, pending.name
+        )
         self.capture = captures.finish(self.capture, pending, completion, reply)
         exchange = self.capture.traces[pending.trace].exchanges[-1]
         return Answer(exchange, len(pending.context), found_stop(text, pending.rule))

@@ -15,7 +15,7 @@ from tir_alp.agents import capture as captures
 from tir_alp.agents.capture import Capture, Exchange, Trace
 from tir_alp.agents.dialogue_encoder import DialogueEncoder, Unsuitable
 from tir_alp.agents.messages import Dialogue, from_record
-from tir_alp.agents.replies import ReplyRule, read_reply
+from tir_alp.agents.replies import ReplyRule
 from tir_alp.agents.trajectories import (
     by_trace,
     choose,
@@ -118,7 +118,10 @@ class AgentEpisodeCheck:
             text = self.encoder.text(turn.completion.token_ids)
             self.findings.count("captures")
             self.findings.expect(
-                read_reply(text, rule, f"{trace.number}/{index}") == reply,
+                self.encoder.reply(
+                    dialogue, turn.completion.token_ids, rule, f"{trace.number}/{index}"
+                )
+                == reply,
                 "captures",
                 here,
                 f"the client was sent {reply.content!r:.60}, and the tokens say {text!r:.60}",

@@ -39,6 +39,7 @@ EXAMPLES: Mapping[str, Any] = {
     "algorithm.perturbation.layers": (0, 4),
     "model.system": "Use Python where it helps.",
     "env.kwargs": {"max_turns": 4},
+    "agents.python": {"max_output_chars": 2000},
     "data.source": "jsonl",
     "data.dataset": "openai/gsm8k",
     "data.subset": "main",
