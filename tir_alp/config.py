@@ -316,6 +316,14 @@ class EngineSettings(Section):
         """Servers that one engine starts."""
         return 0
 
+    def without_adapters(self, on_update: OnUpdate) -> str | None:
+        """Say why it cannot sample with adapters beside its weights; None: it can.
+
+        Args:
+            on_update: What new weights do to running completions.
+        """
+        return f'engine.type = "{self.type}" does not take them'
+
     def memory_by_place(
         self, device: str, *, num_parameters: int, num_tokens: int, numbers_per_token: int
     ) -> dict[str, EngineMemory]:
@@ -386,6 +394,10 @@ class TransformersConfig(EngineSettings):
     def needs_probe(self) -> bool:
         """False: it compares every tensor that it was given."""
         return False
+
+    def without_adapters(self, on_update: OnUpdate) -> str | None:
+        """It takes them."""
+        return None
 
     @property
     def logprob_tolerance(self) -> float:
@@ -518,6 +530,19 @@ class SGLangConfig(ServersConfig):
         """Not "drop": what SGLang draws the second time is something else."""
         return ("wait", "keep")
 
+    def without_adapters(self, on_update: OnUpdate) -> str | None:
+        """It takes them in servers that it starts, which keep their weights, between completions.
+
+        A request names its adapter once, so that one which goes on would go on with the old one.
+        """
+        refusals = {
+            "engine.urls names servers that run already": bool(self.urls),
+            "engine.router is set, and a router does not pass an adapter on": self.router != "none",
+            "engine.release_memory frees the weights that they extend": self.release_memory,
+            f'rollout.on_update = "{on_update}" changes them in a completion': on_update != "wait",
+        }
+        return next((reason for reason, holds in refusals.items() if holds), None)
+
     @property
     def returns_memory(self) -> bool:
         """As `release_memory` says."""
@@ -533,6 +558,10 @@ class VLLMConfig(ServersConfig):
     """Kind of the engine: `transformers`, `sglang`, `vllm` or `custom`."""
     python: Path
     """The Python that vLLM is installed for: vLLM needs other packages than the trainer."""
+
+    def without_adapters(self, on_update: OnUpdate) -> str | None:
+        """It takes them."""
+        return None
 
 
 class CustomEngineConfig(EngineSettings):
@@ -557,6 +586,9 @@ class CustomEngineConfig(EngineSettings):
     """Whether its draws are a function of run seed, sequence and position."""
     supports_on_update: tuple[OnUpdate, ...] = ("wait",)
     """The values of rollout.on_update that it supports."""
+    takes_adapters: bool = False
+    """Whether it samples with the adapters of LoRA beside its weights. Its context then has their
+    rank and scale, and `load_weights` gets the adapters alone."""
 
     @model_validator(mode="after")
     def _check_kwargs(self) -> CustomEngineConfig:
@@ -573,6 +605,10 @@ class CustomEngineConfig(EngineSettings):
     def on_update_modes(self) -> tuple[OnUpdate, ...]:
         """As `supports_on_update` says."""
         return self.supports_on_update
+
+    def without_adapters(self, on_update: OnUpdate) -> str | None:
+        """As `takes_adapters` says."""
+        return None if self.takes_adapters else "engine.takes_adapters is false"
 
     @property
     def gpus(self) -> range:
@@ -613,6 +649,15 @@ class LoraConfig(Section):
     """Rank of the matrices that are added."""
     alpha: float = Field(default=32.0, gt=0.0)
     """The added matrices are scaled by alpha / rank."""
+    sync: Literal["auto", "adapter", "merged"] = "auto"
+    """What the engine gets: the adapters, which it applies beside the weights that it started with,
+    or weights into which they are merged, where an update that is small beside a weight is lost to
+    rounding. `auto`: adapters if the engine takes them."""
+
+    @property
+    def wants_adapters(self) -> bool:
+        """Whether an engine that takes adapters gets them."""
+        return self.sync != "merged"
 
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -875,6 +920,12 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
 
     @property
+    def adapters(self) -> LoraConfig | None:
+        """The adapters that the engine gets in place of weights; None: it gets whole weights."""
+        lora, reason = self.trainer.lora, self.engine.without_adapters(self.rollout.on_update)
+        return lora if lora is not None and lora.wants_adapters and reason is None else None
+
+    @property
     def num_kept_versions(self) -> int:
         """Versions of the trained weights that the trainer keeps besides the current ones."""
         algorithm = self.algorithm
@@ -898,6 +949,12 @@ class Config(Section):
             on_update=rollout.on_update,
             max_staleness=rollout.max_staleness,
         )
+        lora, reason = trainer.lora, self.engine.without_adapters(rollout.on_update)
+        if lora is not None and lora.sync == "adapter" and reason is not None:
+            raise ValueError(
+                f'trainer.lora.sync = "adapter" needs an engine that takes adapters, and {reason}: '
+                'set it to "merged"'
+            )
         if self.deterministic and rollout.max_staleness and not rollout.hold:
             raise ValueError(
                 "deterministic needs rollout.max_staleness = 0 or rollout.hold = true: with "

@@ -120,7 +120,8 @@ class Trainer:
         log_sigma = None if self._perturbation is None else self._perturbation.log_sigma
         self._optimizer = Optimizer(self._trained(), log_sigma, config, num_steps)
         self._norms = {name: deque[float](maxlen=MOST_NORMS) for name in self._optimizer.norms}
-        self._nudge = WeightNudge(self.model)
+        lora = config.lora
+        self._nudge = WeightNudge(self.model, None if lora is None else lora.alpha / lora.rank)
         self._versions = WeightVersions(self._trained(), num_kept_versions)
 
     def step(self, groups: Sequence[Sequence[Sample]], step: int) -> StepReport:
@@ -175,6 +176,16 @@ class Trainer:
                 yield name, tensor
                 for other in others.get(name, ()):
                     yield other, tensor
+
+    def adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the factors of the adapters, whole, each pair as `MODULE.lora_A.weight` and so on.
+
+        This is what an engine loads that takes adapters. Every rank must iterate to the end.
+        """
+        assert self._adapters is not None
+        with self.ranks.together("gathering adapters"):
+            for name, tensor in gathered(self._trained()):
+                yield self._adapters.short_name(name), tensor.detach()
 
     def completion_logprobs(
         self,

@@ -5,7 +5,7 @@ Everything here runs in the engine's own thread; nothing here decides which requ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tir_alp.algorithm.noise import name_hashes, normal, nth_keys
 from tir_alp.engines.base import EngineFailed
+from tir_alp.engines.embedded.adapted_linear import adapt
 from tir_alp.engines.embedded.layouts import CachedStep, PrefixRead
 from tir_alp.engines.embedded.precision import layer_matrices, quantised
 from tir_alp.engines.embedded.prefix import Prefix
@@ -54,13 +55,20 @@ class CachedForward:
             new = source[name]
             tensor.copy_(quantised(new, self._precision) if name in self._quantised else new)
         compared = [name for name in own if name not in self._quantised]
-        for name in compared:
-            if not torch.equal(own[name], source[name].to(own[name])):
-                raise EngineFailed(
-                    f"the engine does not hold the weights that it was given: {name!r} differs. "
-                    "Its numbers are not finite, or its model has it tied to another tensor"
-                )
-        return len(compared)
+        return _compare(own, source, compared)
+
+    @torch.no_grad()
+    def copy_adapters(self, source: Mapping[str, Tensor], scale: float) -> int:
+        """Copy adapters beside the weights; returns the number of tensors compared afterwards.
+
+        Raises:
+            ValueError: If the model has no such linear layers; nothing is changed.
+            EngineFailed: If a tensor differs from its source afterwards.
+        """
+        own = adapt(self.model, source, scale)
+        for name, tensor in own.items():
+            tensor.copy_(source[name])
+        return _compare(own, source, own)
 
     @torch.inference_mode()
     def step(self, running: list[EmbeddedRequest], num_joining: int, version: int) -> int:
@@ -159,6 +167,19 @@ class CachedForward:
         )
         positions = torch.tensor([each.num_tokens for each in requests])
         return self._logit_noise * normal(nth_keys(streams, positions), vocab_size)
+
+
+def _compare(
+    own: Mapping[str, Tensor], source: Mapping[str, Tensor], names: Collection[str]
+) -> int:
+    """Compare tensors with their source, bit for bit; returns their number."""
+    for name in names:
+        if not torch.equal(own[name], source[name].to(own[name])):
+            raise EngineFailed(
+                f"the engine does not hold the weights that it was given: {name!r} differs. "
+                "Its numbers are not finite, or its model has it tied to another tensor"
+            )
+    return len(names)
 
 
 def _beginnings(running: list[EmbeddedRequest], first: int) -> list[int | None]:
