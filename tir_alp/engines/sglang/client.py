@@ -58,7 +58,7 @@ class SGLangClient(ServerClient):
         )
 
     @property
-    def chosen(self) -> dict[str, str]:
+    def chosen(self) -> dict[str, Any]:
         """What a request has to say for the adapter to be used."""
         return {} if self.adapter is None else {"lora_path": self.adapter}
 

@@ -23,7 +23,7 @@ class VLLMClient(ServerClient):
     """Name of the adapter that the server samples with; None: its weights alone."""
 
     @property
-    def chosen(self) -> dict[str, str]:
+    def chosen(self) -> dict[str, Any]:
         """What a request has to say for the adapter to be used."""
         return {} if self.adapter is None else {"model": self.adapter}
 
