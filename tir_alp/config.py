@@ -372,10 +372,11 @@ class TransformersConfig(EngineSettings):
     """Kind of the engine: `transformers`, `sglang`, `vllm` or `custom`."""
     max_cache_tokens: int = Field(default=131072, ge=1)
     """Bound of its cache of keys and values, in tokens; requests wait for room."""
-    precision: Literal["float32", "bfloat16", "int8", "fp8"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16", "int8", "fp8"] = "float32"
     """`bfloat16`: all of the engine's arithmetic, in half the memory, and faster on GPUs and on
-    CPUs with AMX or avx512_bf16. For studies of mismatch: `int8` and `fp8` (e4m3) round the
-    matrices of the decoder layers, with one scale per output row."""
+    CPUs with AMX or avx512_bf16. `float16`: likewise, for a trainer with the same `trainer.dtype`.
+    For studies of mismatch: `int8` and `fp8` (e4m3) round the matrices of the decoder layers, with
+    one scale per output row."""
     logit_noise: float = Field(default=0.0, ge=0.0)
     """For studies of mismatch: standard deviation of noise on the logits that are sampled from,
     in evaluations too. The noise is a function of run seed, sequence and position."""
@@ -705,9 +706,11 @@ class TrainerConfig(Section):
     logits, which take 256 MB, so that memory does not grow with the vocabulary."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the forward and backward pass. The trained weights, the sums of their gradients
-    over ranks and micro-batches, sigma and the noise are always float32."""
+    over ranks and micro-batches, sigma and the noise are always float32. `float16` rounds eight
+    times as finely as `bfloat16` and overflows sooner: the loss is scaled for the backward pass,
+    and an update whose gradient overflows is skipped and halves the scale."""
     offload: bool = False
     """Keep weights, gradients and optimizer state in CPU memory while they are not used."""
     lora: LoraConfig | None = None

@@ -75,8 +75,8 @@ class TransformersEngine:
         max_cache_tokens: Bound of the cache: rows times width, plus prefixes, plus what is kept of
             sequences that may go on. Requests wait for room; what is kept gives way to them.
         version: Policy version of the model's weights.
-        precision: "float32", "bfloat16", or "int8" and "fp8" for the matrices of the decoder
-            layers; see `TransformersConfig`.
+        precision: "float32", "bfloat16", "float16", or "int8" and "fp8" for the matrices of the
+            decoder layers; see `TransformersConfig`.
         logit_noise: Standard deviation of noise on the logits.
         on_update: What new weights do to running completions: "wait", "keep" or "drop".
         adapters: Rank and scale of the adapters that it gets in place of weights.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tir_alp.config import LoraConfig
+from tir_alp.training.policy import cast_parameters
 
 _BASE = ".base_layer."  # peft's name for the layer that an adapter extends
 _ADAPTER = ".default."  # peft's name for the only adapter
@@ -44,7 +45,7 @@ class Adapters:
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-        model.to(dtype)
+        cast_parameters(model, dtype)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self._peft = peft.get_peft_model(model, settings)

@@ -20,7 +20,7 @@ from tir_alp.engines.embedded.prefix import Prefix
 from tir_alp.engines.embedded.request import EmbeddedRequest
 from tir_alp.engines.embedded.sampling import sample
 from tir_alp.engines.embedded.thin_linear import use_thin_linears
-from tir_alp.training.policy import hidden_states, next_token_logits
+from tir_alp.training.policy import cast_parameters, hidden_states, next_token_logits
 
 
 class CachedForward:
@@ -29,15 +29,15 @@ class CachedForward:
     Args:
         model: A causal LM loaded by `load_policy`; it is written to.
         cache: The keys and values of the running requests, one row per request, in their order.
-        precision: "float32", "bfloat16", "int8" or "fp8"; see `TransformersConfig`.
+        precision: "float32", "bfloat16", "float16", "int8" or "fp8"; see `TransformersConfig`.
         logit_noise: Standard deviation of noise on the logits.
     """
 
     def __init__(self, model: Any, cache: Any, precision: str, logit_noise: float) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self._cache, self._precision, self._logit_noise = cache, precision, logit_noise
-        if precision == "bfloat16":
-            self.model = model.to(torch.bfloat16)
+        if precision in ("bfloat16", "float16"):
+            cast_parameters(model, getattr(torch, precision))
         use_thin_linears(self.model)
         self._quantised = layer_matrices(model) if precision in ("int8", "fp8") else frozenset()
         if self._quantised:
