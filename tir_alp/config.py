@@ -324,6 +324,14 @@ class EngineSettings(Section):
         """Servers that one engine starts."""
         return 0
 
+    def without_adapters(self, on_update: OnUpdate) -> str | None:
+        """Say why it cannot sample with adapters beside its weights; None: it can.
+
+        Args:
+            on_update: What new weights do to running completions.
+        """
+        return f'engine.type = "{self.type}" does not take them'
+
     def memory_by_place(
         self, device: str, *, num_parameters: int, num_tokens: int, numbers_per_token: int
     ) -> dict[str, EngineMemory]:
@@ -372,10 +380,11 @@ class TransformersConfig(EngineSettings):
     """Kind of the engine: `transformers`, `sglang`, `vllm` or `custom`."""
     max_cache_tokens: int = Field(default=131072, ge=1)
     """Bound of its cache of keys and values, in tokens; requests wait for room."""
-    precision: Literal["float32", "bfloat16", "int8", "fp8"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16", "int8", "fp8"] = "float32"
     """`bfloat16`: all of the engine's arithmetic, in half the memory, and faster on GPUs and on
-    CPUs with AMX or avx512_bf16. For studies of mismatch: `int8` and `fp8` (e4m3) round the
-    matrices of the decoder layers, with one scale per output row."""
+    CPUs with AMX or avx512_bf16. `float16`: likewise, for a trainer with the same `trainer.dtype`.
+    For studies of mismatch: `int8` and `fp8` (e4m3) round the matrices of the decoder layers, with
+    one scale per output row."""
     logit_noise: float = Field(default=0.0, ge=0.0)
     """For studies of mismatch: standard deviation of noise on the logits that are sampled from,
     in evaluations too. The noise is a function of run seed, sequence and position."""
@@ -394,6 +403,10 @@ class TransformersConfig(EngineSettings):
     def needs_probe(self) -> bool:
         """False: it compares every tensor that it was given."""
         return False
+
+    def without_adapters(self, on_update: OnUpdate) -> str | None:
+        """It takes them."""
+        return None
 
     @property
     def logprob_tolerance(self) -> float:
@@ -526,6 +539,19 @@ class SGLangConfig(ServersConfig):
         """Not "drop": what SGLang draws the second time is something else."""
         return ("wait", "keep")
 
+    def without_adapters(self, on_update: OnUpdate) -> str | None:
+        """It takes them in servers that it starts, which keep their weights, between completions.
+
+        A request names its adapter once, so that one which goes on would go on with the old one.
+        """
+        refusals = {
+            "engine.urls names servers that run already": bool(self.urls),
+            "engine.router is set, and a router does not pass an adapter on": self.router != "none",
+            "engine.release_memory frees the weights that they extend": self.release_memory,
+            f'rollout.on_update = "{on_update}" changes them in a completion': on_update != "wait",
+        }
+        return next((reason for reason, holds in refusals.items() if holds), None)
+
     @property
     def returns_memory(self) -> bool:
         """As `release_memory` says."""
@@ -541,6 +567,10 @@ class VLLMConfig(ServersConfig):
     """Kind of the engine: `transformers`, `sglang`, `vllm` or `custom`."""
     python: Path
     """The Python that vLLM is installed for: vLLM needs other packages than the trainer."""
+
+    def without_adapters(self, on_update: OnUpdate) -> str | None:
+        """It takes them."""
+        return None
 
 
 class CustomEngineConfig(EngineSettings):
@@ -565,6 +595,9 @@ class CustomEngineConfig(EngineSettings):
     """Whether its draws are a function of run seed, sequence and position."""
     supports_on_update: tuple[OnUpdate, ...] = ("wait",)
     """The values of rollout.on_update that it supports."""
+    takes_adapters: bool = False
+    """Whether it samples with the adapters of LoRA beside its weights. Its context then has their
+    rank and scale, and `load_weights` gets the adapters alone."""
 
     @model_validator(mode="after")
     def _check_kwargs(self) -> CustomEngineConfig:
@@ -581,6 +614,10 @@ class CustomEngineConfig(EngineSettings):
     def on_update_modes(self) -> tuple[OnUpdate, ...]:
         """As `supports_on_update` says."""
         return self.supports_on_update
+
+    def without_adapters(self, on_update: OnUpdate) -> str | None:
+        """As `takes_adapters` says."""
+        return None if self.takes_adapters else "engine.takes_adapters is false"
 
     @property
     def gpus(self) -> range:
@@ -621,6 +658,15 @@ class LoraConfig(Section):
     """Rank of the matrices that are added."""
     alpha: float = Field(default=32.0, gt=0.0)
     """The added matrices are scaled by alpha / rank."""
+    sync: Literal["auto", "adapter", "merged"] = "auto"
+    """What the engine gets: the adapters, which it applies beside the weights that it started with,
+    or weights into which they are merged, where an update that is small beside a weight is lost to
+    rounding. `auto`: adapters if the engine takes them."""
+
+    @property
+    def wants_adapters(self) -> bool:
+        """Whether an engine that takes adapters gets them."""
+        return self.sync != "merged"
 
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -668,9 +714,11 @@ class TrainerConfig(Section):
     logits, which take 256 MB, so that memory does not grow with the vocabulary."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the forward and backward pass. The trained weights, the sums of their gradients
-    over ranks and micro-batches, sigma and the noise are always float32."""
+    over ranks and micro-batches, sigma and the noise are always float32. `float16` rounds eight
+    times as finely as `bfloat16` and overflows sooner: the loss is scaled for the backward pass,
+    and an update whose gradient overflows is skipped and halves the scale."""
     offload: bool = False
     """Keep weights, gradients and optimizer state in CPU memory while they are not used."""
     lora: LoraConfig | None = None
@@ -883,6 +931,12 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
 
     @property
+    def adapters(self) -> LoraConfig | None:
+        """The adapters that the engine gets in place of weights; None: it gets whole weights."""
+        lora, reason = self.trainer.lora, self.engine.without_adapters(self.rollout.on_update)
+        return lora if lora is not None and lora.wants_adapters and reason is None else None
+
+    @property
     def num_kept_versions(self) -> int:
         """Versions of the trained weights that the trainer keeps besides the current ones."""
         algorithm = self.algorithm
@@ -906,6 +960,12 @@ class Config(Section):
             on_update=rollout.on_update,
             max_staleness=rollout.max_staleness,
         )
+        lora, reason = trainer.lora, self.engine.without_adapters(rollout.on_update)
+        if lora is not None and lora.sync == "adapter" and reason is not None:
+            raise ValueError(
+                f'trainer.lora.sync = "adapter" needs an engine that takes adapters, and {reason}: '
+                'set it to "merged"'
+            )
         if self.deterministic and rollout.max_staleness and not rollout.hold:
             raise ValueError(
                 "deterministic needs rollout.max_staleness = 0 or rollout.hold = true: with "

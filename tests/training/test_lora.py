@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.training.harness import (
     assert_same,
@@ -15,7 +16,9 @@ from tests.training.harness import (
     trainer,
     weights_of,
 )
+from tir_alp.config import LoraConfig
 from tir_alp.training.batch import pack
+from tir_alp.training.lora import Adapters
 from tir_alp.training.policy import PolicyLogprobs, load_policy
 
 SETTINGS = {"lora": {"rank": 4, "alpha": 8.0}, "lr": 1e-2}
@@ -48,6 +51,18 @@ def test_what_is_saved_and_given_to_an_engine_is_the_policy_that_is_trained(tmp_
             for policy in (PolicyLogprobs(exported, chunk_tokens=100), one._policy)
         )
     torch.testing.assert_close(of_exported, of_trained, rtol=0, atol=1e-4)
+
+
+def test_layers_whose_weights_are_transposed_are_merged_as_peft_merges_them():
+    sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "eos_token_id": 1}
+    of = GPT2LMHeadModel(GPT2Config(**sizes))
+    adapters = Adapters(of, LoraConfig(rank=2), torch.float32)
+    for name, each in of.named_parameters():
+        if "lora_B" in name:
+            each.data.normal_()
+    merged = dict(adapters.merged(iter(of.state_dict().items())))
+    expected = adapters._peft.merge_and_unload().state_dict()  # pyright: ignore
+    torch.testing.assert_close(merged, dict(expected))
 
 
 def test_frozen_weights_are_kept_in_the_compute_dtype_and_adapters_in_float32():

@@ -116,7 +116,8 @@ class ClusterPlacement:
         if self._engines is not None:
             self._engines.set_trainer(ask_trainer)
             await self._engines.abort()
-            await self._engines.load_weights(Path(path), version)
+            if self._config.adapters is None:  # else the run gives them next
+                await self._engines.load_weights(Path(path), version)
             return self._engines
 
         def make(start: Callable[[Any], Awaitable[None]]) -> list[WatchedActor]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+from tir_alp.config import LoraConfig
 from tir_alp.types import StopReason, VersionSpan, check_version_spans, written_out
 
 
@@ -110,6 +111,9 @@ class EngineContext:
     there."""
     on_update: str = "wait"
     """What new weights do to running completions: "wait", "keep" or "drop"."""
+    adapters: LoraConfig | None = None
+    """Rank and scale of the adapters that `load_weights` gets in place of weights; None: it gets
+    whole weights."""
     ask_trainer: AskTrainer | None = None
     """Asks the trainer for the logprobs that the engine's are compared with; None: nobody can."""
     log: Log = print
@@ -155,7 +159,11 @@ class Engine(Protocol):
         ...
 
     async def load_weights(self, source: Mapping[str, Tensor] | Path, version: int) -> None:
-        """Take new weights; completions that begin after the call carry `version`."""
+        """Take new weights; completions that begin after the call carry `version`.
+
+        Where the context has adapters, these are the adapters alone, named `MODULE.lora_A.weight`
+        [rank, in] and `MODULE.lora_B.weight` [out, rank]; of a folder they are in `adapters/`.
+        """
         ...
 
     async def lend_memory(self) -> None:

@@ -36,6 +36,7 @@ async def open_engine(
         seed=config.seed,
         device=config.trainer.device,
         on_update=config.rollout.on_update,
+        adapters=config.adapters,
         ask_trainer=ask_trainer,
         log=log,
     )

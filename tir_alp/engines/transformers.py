@@ -33,7 +33,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tir_alp.config import TransformersConfig
+from tir_alp.config import LoraConfig, TransformersConfig
+from tir_alp.engines.adapters import adapter_tensors
 from tir_alp.engines.base import (
     Completion,
     EngineContext,
@@ -74,10 +75,11 @@ class TransformersEngine:
         max_cache_tokens: Bound of the cache: rows times width, plus prefixes, plus what is kept of
             sequences that may go on. Requests wait for room; what is kept gives way to them.
         version: Policy version of the model's weights.
-        precision: "float32", "bfloat16", or "int8" and "fp8" for the matrices of the decoder
-            layers; see `TransformersConfig`.
+        precision: "float32", "bfloat16", "float16", or "int8" and "fp8" for the matrices of the
+            decoder layers; see `TransformersConfig`.
         logit_noise: Standard deviation of noise on the logits.
         on_update: What new weights do to running completions: "wait", "keep" or "drop".
+        adapters: Rank and scale of the adapters that it gets in place of weights.
     """
 
     def __init__(
@@ -89,8 +91,10 @@ class TransformersEngine:
         precision: str = "float32",
         logit_noise: float = 0.0,
         on_update: str = "wait",
+        adapters: LoraConfig | None = None,
     ) -> None:
-        self._on_update = on_update
+        self._on_update, self._adapters = on_update, adapters
+        self._first_adapters: Mapping[str, Tensor] | None = None
         self._max_cache_tokens = max_cache_tokens
         self._version = version
         self._cache: KVCache | OwnCaches
@@ -146,10 +150,9 @@ class TransformersEngine:
             ValueError: If names or shapes are not those of the engine's model; nothing is changed.
             EngineFailed: If the model differs from the weights afterwards, or the engine is closed.
         """
-        new: Mapping[str, Tensor] = (
-            load_policy(str(source)).state_dict() if isinstance(source, Path) else source
-        )
-        check_fit(self._forward.model.state_dict(), new, version)
+        new = self._read(source)
+        own = self._forward.model.state_dict() if self._adapters is None else self._first_adapters
+        check_fit(new if own is None else own, new, version)
         while (earlier := self._pending_weights) is not None:
             await asyncio.wait((earlier.loaded,))  # whether it fails concerns its own caller
             if earlier.loaded.cancelled():
@@ -158,6 +161,11 @@ class TransformersEngine:
         self._pending_weights = _PendingWeights(new, version, loaded)
         self._wake()
         await asyncio.shield(loaded)
+
+    def _read(self, source: Mapping[str, Tensor] | Path) -> Mapping[str, Tensor]:
+        if self._adapters is not None:
+            return adapter_tensors(source)
+        return load_policy(str(source)).state_dict() if isinstance(source, Path) else source
 
     async def lend_memory(self) -> None:
         """Do nothing: this engine keeps its memory."""
@@ -341,7 +349,13 @@ class TransformersEngine:
     # ------------------------------------------------------------ in the engine's own thread
 
     def _copy_weights(self, source: Mapping[str, Tensor]) -> None:
-        self._tensors_compared = self._forward.copy_weights(source)
+        if self._adapters is None:
+            self._tensors_compared = self._forward.copy_weights(source)
+            return
+        scale = self._adapters.alpha / self._adapters.rank
+        self._tensors_compared = self._forward.copy_adapters(source, scale)
+        shapes = {name: each.to("meta") for name, each in source.items()}
+        self._first_adapters = self._first_adapters or shapes
 
     def _step(self, num_joining: int) -> None:
         """Sample one token for every running request."""
@@ -366,6 +380,7 @@ async def open_transformers(
         precision=config.precision,
         logit_noise=config.logit_noise,
         on_update=context.on_update,
+        adapters=context.adapters,
     )
     try:
         yield engine

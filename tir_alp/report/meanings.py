@@ -89,6 +89,7 @@ _MEANINGS = {  # metric -> meaning, unit; names go before patterns, and patterns
     "lag/ess": ("effective sample size of the version that sampled", "share"),
     "train/lr": ("learning rate of the weights", "learning rate"),
     "train/shared_tokens": ("tokens not computed: the prompt is that of the group", "share"),
+    "train/loss_scale": ("factor of the loss in the backward pass, in float16", "factor"),
     "train/skipped_updates": ("updates skipped: no tokens, not finite, or a spike", "updates"),
     "staleness/mean": ("mean age of the weights that sampled a token", "steps"),
     "staleness/max": ("largest age of the weights that sampled a token", "steps"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -14,7 +15,11 @@ from tir_alp.run.prepare import Prepared
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """The trainer and the engine of a run, both with the weights that it goes on with."""
+    """The trainer and the engine of a run, both with the weights that it goes on with.
+
+    An engine that takes adapters starts with the model that the run began with, which they extend,
+    and is given those of the trainer.
+    """
 
     trainer: TrainerRole
     trainer_thread: ThreadPoolExecutor
@@ -38,12 +43,17 @@ async def launch(prepared: Prepared, placement: Placement) -> AsyncIterator[Laun
         stack.callback(trainer.close)
         thread = ThreadPoolExecutor(1, thread_name_prefix="trainer")
         stack.callback(thread.shutdown)
+        takes_adapters = prepared.config.adapters is not None
         engine = await stack.enter_async_context(
             placement.engine(
-                prepared.model_path,
+                prepared.initial_model if takes_adapters else prepared.model_path,
                 progress.position.step,
                 prepared.renderer,
                 ask_trainer_in(trainer, thread),
             )
         )
+        if takes_adapters:
+            loop = asyncio.get_running_loop()
+            adapters = await loop.run_in_executor(thread, trainer.weights)
+            await engine.load_weights(adapters, progress.position.step)
         yield Launched(trainer, thread, engine)

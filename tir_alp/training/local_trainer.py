@@ -40,6 +40,7 @@ class LocalTrainer:
         path = initial if found is None else str(found)
         self._tokenizer = load_tokenizer(path)
         self._takes_turns = config.engine.returns_memory
+        self._sends_adapters = config.adapters is not None
         device = compute_device(config.trainer.device)
         with contextlib.ExitStack() as stack:
             self._trainer = Trainer(
@@ -72,8 +73,9 @@ class LocalTrainer:
         return self._trainer.mean_loss(samples)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return all tensors of `Trainer.weights`, as an engine loads them."""
-        weights = dict(self._trainer.weights())
+        """Return `Trainer.weights`, or `Trainer.adapters` if the engine takes them, as a dict."""
+        one = self._trainer
+        weights = dict(one.adapters() if self._sends_adapters else one.weights())
         if self._takes_turns:  # the engine now needs the memory that torch keeps for later
             torch.cuda.empty_cache()
         return weights

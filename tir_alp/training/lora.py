@@ -1,6 +1,7 @@
-"""LoRA by peft: adapters that are trained, and the merged weights that an engine samples with.
+"""LoRA by peft: adapters that are trained, and the weights into which they are merged.
 
-Only this module uses peft. Engines and Hugging Face folders get merged weights, never adapters.
+Only this module uses peft. An engine gets the adapters if it takes them, else merged weights; a
+checkpoint has both.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from tir_alp.config import LoraConfig
+from tir_alp.training.policy import cast_parameters
 
 _BASE = ".base_layer."  # peft's name for the layer that an adapter extends
+_ADAPTER = ".default."  # peft's name for the only adapter
 
 
 class Adapters:
@@ -42,11 +45,18 @@ class Adapters:
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-        model.to(dtype)
+        cast_parameters(model, dtype)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self._peft = peft.get_peft_model(model, settings)
         self._scale = config.alpha / config.rank
+        self._transposed = frozenset(  # layers whose weight is [in, out], such as GPT-2's
+            name for name, each in model.named_modules() if getattr(each, "fan_in_fan_out", False)
+        )
+
+    def short_name(self, name: str) -> str:
+        """Return the name of an adapter's factor without peft's name for the adapter."""
+        return name.replace(_ADAPTER, ".")
 
     def merged(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Convert the whole tensors of the model into those of a model without adapters.
@@ -63,7 +73,10 @@ class Adapters:
                 factor = tensor
             elif ".lora_B." in name:
                 assert base is not None and factor is not None
-                yield base[0], base[1].float().addmm(tensor, factor, alpha=self._scale)
+                change = tensor @ factor
+                if base[0].removesuffix(".weight") in self._transposed:
+                    change = change.T
+                yield base[0], base[1].float().add(change, alpha=self._scale)
                 base = factor = None
             else:
                 yield name.replace(_BASE, "."), tensor.float()

@@ -1,5 +1,9 @@
 """AdamW over the shards of the weights, and over log sigma with a learning rate of its own.
 
+In float16 the loss is multiplied by a scale before the backward pass, and the gradients are divided
+by it, so that small ones do not vanish. A gradient that overflows halves the scale; after a number
+of updates without one it is doubled.
+
 Its state is allocated in the constructor and not in the first update, so that a run without memory
 for it fails at its start, and so that a checkpoint of step 0 is like any other.
 """
@@ -22,6 +26,8 @@ from tir_alp.training.schedule import lr_factor
 MOST_NORMS = 64
 """Number of updates whose gradient norms the next one is compared with."""
 
+_GROWTH_INTERVAL = 100  # updates without an overflow after which the loss scale is doubled
+_LOSS_SCALE = "loss_scale"
 _LEAST_NORMS = 8  # with fewer norms, no spike can be recognised
 
 
@@ -57,6 +63,13 @@ class Optimizer:
             self._bounded["grad_norm/log_sigma"] = [log_sigma]
         for group in groups:
             group["initial_lr"] = group["lr"]  # what LambdaLR multiplies
+        # What the scaler looks at: it takes no optimizer with sharded and whole tensors together.
+        self._scaled = [torch.optim.SGD(each, lr=0.0) for each in self._bounded.values()]
+        device = next(iter(weights.values())).device.type
+        is_float16 = config.dtype == "float16"
+        self._scaler = torch.amp.GradScaler(
+            device, enabled=is_float16, growth_interval=_GROWTH_INTERVAL
+        )
         self._adamw = torch.optim.AdamW(groups, betas=config.betas, fused=True)
         for parameter in self._named.values():
             self._adamw.state[parameter] = {
@@ -86,18 +99,61 @@ class Optimizer:
         weights["lr"] = rate * scale
         self._adamw.step()
         weights["lr"] = rate
+        self._scaler.update()
+
+    def skip(self, is_loss_finite: bool) -> bool:
+        """Drop the gradients of an update that is not made.
+
+        Args:
+            is_loss_finite: Whether the loss of the update was a finite number.
+
+        Returns:
+            Whether only the loss scale, which is now halved, was too large.
+        """
+        self.zero_grad()
+        before = self._scaler.get_scale()
+        self._scaler.update()
+        return is_loss_finite and before > 1 and self._scaler.get_scale() < before
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss is multiplied by before the backward pass; None: it is not."""
+        return self._scaler.get_scale() if self._scaler.is_enabled() else None
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """Return what the backward pass of a loss begins with."""
+        return self._scaler.scale(loss)
 
     def clip_gradients(self) -> dict[str, float]:
-        """Bound the gradient norms of the weights and of log sigma separately; return both."""
+        """Undo the loss scale, and bound the norms of the weights and of log sigma; return both."""
+        for each in self._scaled:
+            self._scaler.unscale_(each)
         return {name: _clip(each, self._bound) for name, each in self._bounded.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Return moments and counts of updates as `parameter.moment`, shared with the optimizer."""
-        return {
+        """Return moments and counts of updates as `parameter.moment`, shared with the optimizer.
+
+        In float16, `loss_scale` has the scale and the number of updates since it changed. It is not
+        shared: `finish_loading` takes it.
+        """
+        state = {
             f"{name}.{key}": value
             for name, parameter in self._named.items()
             for key, value in self._adamw.state[parameter].items()
         }
+        if self._scaler.is_enabled():
+            saved = self._scaler.state_dict()
+            state[_LOSS_SCALE] = torch.tensor(
+                [saved["scale"], saved["_growth_tracker"]], dtype=torch.float64
+            )
+        return state
+
+    def finish_loading(self, state: Mapping[str, Tensor]) -> None:
+        """Take what is not shared from a state whose tensors were read in place."""
+        if self._scaler.is_enabled():
+            scale, num_updates = state[_LOSS_SCALE].tolist()
+            saved = {"scale": scale, "_growth_tracker": int(num_updates)}
+            self._scaler.load_state_dict(self._scaler.state_dict() | saved)
 
 
 def _clip(parameters: Sequence[nn.Parameter], bound: float) -> float:
@@ -115,3 +171,9 @@ def is_spike(norm: float, recent: Sequence[float], factor: float | None) -> bool
     if factor is None or len(recent) < _LEAST_NORMS:
         return False
     return norm > factor * median(recent)
+
+
+def padded(norms: Sequence[float]) -> Tensor:
+    """[MOST_NORMS] float64, padded with NaN: tensors of a checkpoint have fixed shapes."""
+    missing = [torch.nan] * (MOST_NORMS - len(norms))
+    return torch.tensor([*norms, *missing], dtype=torch.float64)

@@ -36,7 +36,7 @@ from tir_alp.training.arrangement import is_packed
 from tir_alp.training.batch import noise_keys, pack
 from tir_alp.training.lora import Adapters
 from tir_alp.training.micro_batch import SeenBatch, loss_inputs, moved
-from tir_alp.training.optimizer import MOST_NORMS, Optimizer, is_spike
+from tir_alp.training.optimizer import MOST_NORMS, Optimizer, is_spike, padded
 from tir_alp.training.packed_sequence import packed_sequences
 from tir_alp.training.policy import WRAPPER, PolicyLogprobs, recompute_layers
 from tir_alp.training.preparation import (
@@ -63,6 +63,7 @@ from tir_alp.training.weight_nudge import WeightNudge
 from tir_alp.training.weight_versions import WeightVersions
 from tir_alp.types import Batch, Sample
 
+_OPTIMIZER = "optimizer."
 OnBadUpdate = Callable[[int, Sequence[Batch]], None]
 """Called with the number and the micro-batches of an update that was skipped."""
 
@@ -120,7 +121,8 @@ class Trainer:
         log_sigma = None if self._perturbation is None else self._perturbation.log_sigma
         self._optimizer = Optimizer(self._trained(), log_sigma, config, num_steps)
         self._norms = {name: deque[float](maxlen=MOST_NORMS) for name in self._optimizer.norms}
-        self._nudge = WeightNudge(self.model)
+        lora = config.lora
+        self._nudge = WeightNudge(self.model, None if lora is None else lora.alpha / lora.rank)
         self._versions = WeightVersions(self._trained(), num_kept_versions)
 
     def step(self, groups: Sequence[Sequence[Sample]], step: int) -> StepReport:
@@ -176,6 +178,16 @@ class Trainer:
                 for other in others.get(name, ()):
                     yield other, tensor
 
+    def adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the factors of the adapters, whole, each pair as `MODULE.lora_A.weight` and so on.
+
+        This is what an engine loads that takes adapters. Every rank must iterate to the end.
+        """
+        assert self._adapters is not None
+        with self.ranks.together("gathering adapters"):
+            for name, tensor in gathered(self._trained()):
+                yield self._adapters.short_name(name), tensor.detach()
+
     def completion_logprobs(
         self,
         prompt: Sequence[int],
@@ -223,8 +235,8 @@ class Trainer:
         Noise needs no state: it is a function of the number of the update.
         """
         state = {f"weights.{name}": weight.detach() for name, weight in self._trained().items()}
-        state |= {f"optimizer.{name}": value for name, value in self._optimizer.state().items()}
-        state |= {name: _padded(norms) for name, norms in self._norms.items()}
+        state |= {_OPTIMIZER + name: value for name, value in self._optimizer.state().items()}
+        state |= {name: padded(norms) for name, norms in self._norms.items()}
         if self._perturbation is not None:
             state["log_sigma"] = self._perturbation.log_sigma.detach()
         return state | self._versions.state()
@@ -234,6 +246,8 @@ class Trainer:
         for name, norms in self._norms.items():
             norms.clear()
             norms.extend(norm for norm in state[name].tolist() if norm == norm)
+        of_optimizer = {name.removeprefix(_OPTIMIZER): each for name, each in state.items()}
+        self._optimizer.finish_loading(of_optimizer)
         self._versions.finish_loading(state)
 
     # ------------------------------------------------------------------------- a step, its updates
@@ -261,6 +275,8 @@ class Trainer:
             mismatch = [summarise(loss_inputs(batch, batch.proximal_logprobs)) for batch in every]
             metrics |= mismatch_metrics(over_ranks(self.ranks, mismatch))
         metrics["train/lr"] = lr
+        if (loss_scale := self._optimizer.loss_scale) is not None:
+            metrics["train/loss_scale"] = loss_scale
         metrics["train/shared_tokens"] = share_of_shared_tokens(self.ranks, every)
         metrics["train/skipped_updates"] = len(outcomes) - len(made)
         num_tokens = torch.tensor(sum(batch.num_loss_tokens for batch in every))
@@ -358,8 +374,8 @@ class Trainer:
         norms = self._optimizer.clip_gradients()
         metrics = sums_over_ranks(self.ranks, totals) | norms | probed
         if not self._is_sound(metrics["loss/value"], norms):
-            self._optimizer.zero_grad()
-            self._on_bad_update(update, batches)
+            if not self._optimizer.skip(math.isfinite(metrics["loss/value"])):
+                self._on_bad_update(update, batches)
             return None
         for name, norm in norms.items():
             self._norms[name].append(norm)
@@ -406,7 +422,7 @@ class Trainer:
             entropy_has_gradient=self._algorithm.entropy_bonus > 0,
         )
         terms = loss_terms(loss_inputs(batch, logprobs, entropy), self._algorithm, *counts)
-        (terms.loss / self._num_draws).backward()
+        self._optimizer.scaled(terms.loss / self._num_draws).backward()
         return SeenBatch(batch, logprobs.detach(), entropy.detach(), terms.clipped, terms.metrics)
 
     def _is_sound(self, loss: float, norms: Mapping[str, float]) -> bool:
@@ -476,9 +492,3 @@ class Trainer:
             if self.ranks.is_first:
                 kept[name] = tensor.cpu()
         return kept
-
-
-def _padded(norms: Sequence[float]) -> Tensor:
-    """[MOST_NORMS] float64, padded with NaN: tensors of a checkpoint have fixed shapes."""
-    missing = [torch.nan] * (MOST_NORMS - len(norms))
-    return torch.tensor([*norms, *missing], dtype=torch.float64)

@@ -5,7 +5,7 @@ Everything here runs in the engine's own thread; nothing here decides which requ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor
 
 from tir_alp.algorithm.noise import name_hashes, normal, nth_keys
 from tir_alp.engines.base import EngineFailed
+from tir_alp.engines.embedded.adapted_linear import adapt
 from tir_alp.engines.embedded.layouts import CachedStep, PrefixRead
 from tir_alp.engines.embedded.precision import layer_matrices, quantised
 from tir_alp.engines.embedded.prefix import Prefix
 from tir_alp.engines.embedded.request import EmbeddedRequest
 from tir_alp.engines.embedded.sampling import sample
 from tir_alp.engines.embedded.thin_linear import use_thin_linears
-from tir_alp.training.policy import hidden_states, next_token_logits
+from tir_alp.training.policy import cast_parameters, hidden_states, next_token_logits
 
 
 class CachedForward:
@@ -28,15 +29,15 @@ class CachedForward:
     Args:
         model: A causal LM loaded by `load_policy`; it is written to.
         cache: The keys and values of the running requests, one row per request, in their order.
-        precision: "float32", "bfloat16", "int8" or "fp8"; see `TransformersConfig`.
+        precision: "float32", "bfloat16", "float16", "int8" or "fp8"; see `TransformersConfig`.
         logit_noise: Standard deviation of noise on the logits.
     """
 
     def __init__(self, model: Any, cache: Any, precision: str, logit_noise: float) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self._cache, self._precision, self._logit_noise = cache, precision, logit_noise
-        if precision == "bfloat16":
-            self.model = model.to(torch.bfloat16)
+        if precision in ("bfloat16", "float16"):
+            cast_parameters(model, getattr(torch, precision))
         use_thin_linears(self.model)
         self._quantised = layer_matrices(model) if precision in ("int8", "fp8") else frozenset()
         if self._quantised:
@@ -54,13 +55,20 @@ class CachedForward:
             new = source[name]
             tensor.copy_(quantised(new, self._precision) if name in self._quantised else new)
         compared = [name for name in own if name not in self._quantised]
-        for name in compared:
-            if not torch.equal(own[name], source[name].to(own[name])):
-                raise EngineFailed(
-                    f"the engine does not hold the weights that it was given: {name!r} differs. "
-                    "Its numbers are not finite, or its model has it tied to another tensor"
-                )
-        return len(compared)
+        return _compare(own, source, compared)
+
+    @torch.no_grad()
+    def copy_adapters(self, source: Mapping[str, Tensor], scale: float) -> int:
+        """Copy adapters beside the weights; returns the number of tensors compared afterwards.
+
+        Raises:
+            ValueError: If the model has no such linear layers; nothing is changed.
+            EngineFailed: If a tensor differs from its source afterwards.
+        """
+        own = adapt(self.model, source, scale)
+        for name, tensor in own.items():
+            tensor.copy_(source[name])
+        return _compare(own, source, own)
 
     @torch.inference_mode()
     def step(self, running: list[EmbeddedRequest], num_joining: int, version: int) -> int:
@@ -159,6 +167,19 @@ class CachedForward:
         )
         positions = torch.tensor([each.num_tokens for each in requests])
         return self._logit_noise * normal(nth_keys(streams, positions), vocab_size)
+
+
+def _compare(
+    own: Mapping[str, Tensor], source: Mapping[str, Tensor], names: Collection[str]
+) -> int:
+    """Compare tensors with their source, bit for bit; returns their number."""
+    for name in names:
+        if not torch.equal(own[name], source[name].to(own[name])):
+            raise EngineFailed(
+                f"the engine does not hold the weights that it was given: {name!r} differs. "
+                "Its numbers are not finite, or its model has it tied to another tensor"
+            )
+    return len(names)
 
 
 def _beginnings(running: list[EmbeddedRequest], first: int) -> list[int | None]:

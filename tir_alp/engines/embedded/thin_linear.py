@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 MAX_TOKENS = 256
 """For more tokens the products take longer than arranging the weight."""
@@ -21,23 +22,31 @@ class ThinLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`, without gradients."""
-        tokens = input.flatten(0, -2)
-        if len(tokens) > MAX_TOKENS:
-            return super().forward(input)
-        columns = tokens.contiguous().t()
-        if self.bias is None:
-            output = torch.mm(self.weight, columns)
-        else:
-            output = torch.addmm(self.bias[:, None], self.weight, columns)
-        return output.t().contiguous().unflatten(0, input.shape[:-1])
+        return thin_product(input, self.weight, self.bias)
+
+
+def is_thin(weight: Tensor) -> bool:
+    """Whether `thin_product` is for a weight: in bfloat16, on a CPU."""
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+
+
+def thin_product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what a linear layer computes, without gradients."""
+    tokens = input.flatten(0, -2)
+    if len(tokens) > MAX_TOKENS:
+        return functional.linear(input, weight, bias)
+    columns = tokens.contiguous().t()
+    if bias is None:
+        output = torch.mm(weight, columns)
+    else:
+        output = torch.addmm(bias[:, None], weight, columns)
+    return output.t().contiguous().unflatten(0, input.shape[:-1])
 
 
 def use_thin_linears(model: Any) -> None:
     """Replace linear layers in bfloat16 on a CPU; parameters and their names stay the same."""
     for name, old in [*model.named_modules()]:
-        if type(old) is not nn.Linear or old.weight.dtype != torch.bfloat16:
-            continue
-        if old.weight.device.type != "cpu":
+        if type(old) is not nn.Linear or not is_thin(old.weight):
             continue
         new = ThinLinear(old.in_features, old.out_features, old.bias is not None, device="meta")
         new.weight, new.bias = old.weight, old.bias

@@ -10,7 +10,8 @@ It runs `sglang.launch_server` with two additions, and imports nothing of a trai
 - On a machine without the CUDA kernels (`--device cpu`) there are stand-ins for two packages whose
   wheels are built for GPUs alone: `sgl_kernel` and `torchvision`. SGLang imports names from them
   and, for dense models on a CPU, calls none: its layers fall back to plain torch. Calling a
-  stand-in raises NotImplementedError.
+  stand-in raises NotImplementedError. With `--enable-lora`, requests for pinned memory, which only
+  speeds up copies to a GPU, and which torch refuses without one, get ordinary memory.
 
 SGLang starts its processes by `spawn`, which imports this module again as `__mp_main__`. Therefore
 both are done at import, and only under those two names.
@@ -22,6 +23,7 @@ import importlib.util
 import os
 import runpy
 import sys
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -68,6 +70,28 @@ class _StandIn(ModuleType):
         return refuse
 
 
+def use_ordinary_memory() -> None:
+    """Let this thread's calls of torch ask for pinned memory, and get ordinary memory."""
+    from torch import Tensor
+    from torch.overrides import TorchFunctionMode
+
+    class OrdinaryMemory(TorchFunctionMode):
+        def __torch_function__(
+            self,
+            func: Callable[..., Any],
+            types: Any,
+            args: tuple[Any, ...] = (),
+            kwargs: Mapping[str, Any] | None = None,
+        ) -> Any:
+            if func is Tensor.pin_memory:
+                return args[0]
+            given = dict(kwargs or {})
+            given.pop("pin_memory", None)
+            return func(*args, **given)
+
+    OrdinaryMemory().__enter__()  # for the life of the process
+
+
 class _NoImages:
     @staticmethod
     def register(*_: Any, **__: Any) -> None:
@@ -78,6 +102,8 @@ if __name__ in ("__main__", "__mp_main__"):
     die_with_parent()
     if "cpu" in sys.argv:
         install_stand_ins()
+        if "--enable-lora" in sys.argv:
+            use_ordinary_memory()
 
 if __name__ == "__main__":
     if key := os.environ.pop(KEY_VARIABLE, None):

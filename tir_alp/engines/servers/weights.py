@@ -25,7 +25,8 @@ class WeightSnapshot:
     version: int
     """Policy version of the weights."""
     tensors: Mapping[str, Tensor] | None
-    """On the host, in the server's dtype; None: those of the folder that servers start from."""
+    """On the host, in the server's dtype; None: those of the folder that servers start from. Where
+    the engine takes adapters, these are the adapters."""
     probe: Probe | None
     """What the trainer computes with these weights; None: the trainer was not asked."""
 

@@ -33,6 +33,8 @@ class SGLangClient(ServerClient):
     def __init__(self, *arguments: Any, index: int = 0, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self._index = index
+        self.adapter: str | None = None
+        """Name of the adapter that the server samples with; None: its weights alone."""
 
     def label(self, version: int) -> str:
         """The server's name for weights of a version. What it samples carries it."""
@@ -54,6 +56,11 @@ class SGLangClient(ServerClient):
             lambda event: event["meta_info"]["finish_reason"] is not None,
             {"X-SMG-Routing-Key": key},
         )
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What a request has to say for the adapter to be used."""
+        return {} if self.adapter is None else {"lora_path": self.adapter}
 
     async def abort(self, request_id: str) -> None:
         """End one request; its stream ends with the tokens that it has."""
@@ -100,6 +107,7 @@ class SGLangClient(ServerClient):
             return_logprob=True,
             logprob_start_len=0,
             sampling_params={"max_new_tokens": 0, "temperature": 1.0},
+            **self.chosen,
         )
         assert isinstance(answer, dict)
         return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]

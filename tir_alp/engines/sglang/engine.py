@@ -18,7 +18,7 @@ import random
 import secrets
 import tempfile
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from tir_alp.config import SGLangConfig
+from tir_alp.engines.adapters import MERGED_HINT, snapshot_adapters, target_modules
 from tir_alp.engines.base import (
     Completion,
     EngineContext,
@@ -60,6 +61,7 @@ class SGLangEngine:
         vocab_size: Number of token ids; all are below it.
         end_token_ids: Tokens at which the model's own config ends a sequence.
         folder: For logs, and for weights if the config names no other folder.
+        adapted: Last parts of the names of the layers that adapters extend.
     """
 
     def __init__(
@@ -70,9 +72,10 @@ class SGLangEngine:
         vocab_size: int,
         end_token_ids: frozenset[int],
         folder: Path,
+        adapted: Sequence[str] = (),
     ) -> None:
         self._config, self._model_path, self._vocab_size = config, context.path, vocab_size
-        self._end_token_ids = end_token_ids
+        self._end_token_ids, self._adapters = end_token_ids, context.adapters
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout()
         )
@@ -86,6 +89,8 @@ class SGLangEngine:
             session=self._session,
             key=key,
             log=context.log,
+            adapters=context.adapters,
+            adapted=adapted,
         )
         self.router = make_router(config, self.fleet, folder, self._session, key, context.log)
         draw = random.Random(context.seed)
@@ -109,7 +114,9 @@ class SGLangEngine:
             EngineFailed: If one cannot start.
         """
         version = self.fleet.snapshot.version
-        self.fleet.snapshot = WeightSnapshot(version, None, await self._probes.make())
+        # The trainer may have adapters already, which the servers get next.
+        probe = None if self._adapters is not None else await self._probes.make()
+        self.fleet.snapshot = WeightSnapshot(version, None, probe)
         await self.fleet.start()
         if self.router is not None:
             await self.router.start()
@@ -155,7 +162,8 @@ class SGLangEngine:
             EngineFailed: If no server could take them, and none came back in time.
         """
         dtype = getattr(torch, self._config.dtype)
-        tensors = await asyncio.to_thread(snapshot_tensors, source, dtype)
+        copy = snapshot_tensors if self._adapters is None else snapshot_adapters
+        tensors = await asyncio.to_thread(copy, source, dtype)
         self._check_shapes(tensors, version)
         probe = await self._probes.make()
         try:
@@ -303,8 +311,8 @@ class SGLangEngine:
         own = self.fleet.snapshot.tensors
         if own is None:
             path = Path(self._model_path)
-            if not any(path.glob("*.safetensors")):
-                return  # a Hugging Face id
+            if self._adapters is not None or not any(path.glob("*.safetensors")):
+                return  # its first adapters, or a Hugging Face id
             own = snapshot_tensors(path, torch.float32)
         check_fit(own, tensors, version)
 
@@ -324,12 +332,14 @@ async def open_sglang(config: SGLangConfig, context: EngineContext) -> AsyncIter
             vocab_size=outline.config.get_text_config().vocab_size,
             end_token_ids=end_token_ids(outline),
             folder=Path(folder),
+            adapted=target_modules(outline),
         )
         try:
             try:
                 await engine.start()
             except (EngineFailed, OSError) as error:
-                raise ValueError(f"the engine cannot start: {error}") from error
+                hint = f"; {MERGED_HINT}" if context.adapters is not None else ""
+                raise ValueError(f"the engine cannot start: {error}{hint}") from error
             yield engine
         finally:
             await engine.close()

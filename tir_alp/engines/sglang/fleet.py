@@ -14,18 +14,23 @@ import asyncio
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from tir_alp.config import SGLangConfig
+from tir_alp.config import LoraConfig, SGLangConfig
 from tir_alp.engines.base import EngineFailed, Log
 from tir_alp.engines.probe import check_probe
 from tir_alp.engines.servers.http_client import ServerFailed
 from tir_alp.engines.servers.weights import WeightSnapshot
+from tir_alp.engines.sglang.adapters import (
+    AdapterTransfer,
+    adapter_arguments,
+    verify_adapters,
+)
 from tir_alp.engines.sglang.client import SGLangClient
 from tir_alp.engines.sglang.process import SGLangProcess, server_arguments, server_environment
 from tir_alp.engines.sglang.server import Server
@@ -61,6 +66,8 @@ class Fleet:
         session: HTTP session of all connections.
         key: API key of the servers that the run starts.
         log: Receives starts, losses and recoveries.
+        adapters: Rank and scale of the adapters that the servers get in place of weights.
+        adapted: Last parts of the names of the layers that these extend.
     """
 
     def __init__(
@@ -74,12 +81,19 @@ class Fleet:
         session: aiohttp.ClientSession,
         key: str,
         log: Log,
+        adapters: LoraConfig | None = None,
+        adapted: Sequence[str] = (),
     ) -> None:
         self._config, self._model_path, self._seed = config, model_path, seed
         self._folder, self._session, self._log = folder, session, log
         self._key = os.environ.get(KEY_VARIABLE) if config.urls else key
         self.snapshot = snapshot
-        self._transfer = _transfer(config, folder)
+        self._arguments: list[str] = []
+        self._transfer, self._verify = _transfer(config, folder), verify_tensors
+        if adapters is not None:
+            self._arguments = adapter_arguments(config, adapters.rank, adapted)
+            self._transfer = AdapterTransfer(adapters, config.tensor_parallel)
+            self._verify = verify_adapters
         self._weights_lock = asyncio.Lock()
         self.servers = self._make_servers()
         self.on_change: Callable[[], None] = lambda: None
@@ -212,7 +226,7 @@ class Fleet:
                 if isinstance(error, EngineFailed):
                     raise
                 raise EngineFailed(f"weights could not be sent to {client.url}: {error}") from error
-            checked = await verify_tensors(client, snapshot)
+            checked = await self._verify(client, snapshot)
             await client.resume()
             self._log_check(server, checked)
         server.probe_difference = 0.0
@@ -242,7 +256,7 @@ class Fleet:
         if checked.num_compared != server.tensors_compared:
             probe = "the logprobs of a probe" if self.snapshot.probe else "no probe"
             self._log(
-                f"{server.name}: new weights are verified by {checked.num_compared} sampled "
+                f"{server.name}: new weights are verified by {checked.num_compared} "
                 f"tensors, equal to the last bit (digest {checked.digest}), and {probe}"
                 if checked.num_compared
                 else f"{server.name} reports no tensors of this model: new weights are verified by "
@@ -265,6 +279,7 @@ class Fleet:
                 "says, or name servers that run already with engine.urls"
             )
         assert self._key is not None
+        given = (model_path, self.snapshot.version, self._seed)
         names = [f"SGLang server {index}" for index in range(config.num_servers)]
         return [
             Server(
@@ -272,7 +287,7 @@ class Fleet:
                 name,
                 SGLangProcess(
                     name,
-                    server_arguments(config, model_path, self.snapshot.version, self._seed, index),
+                    server_arguments(config, *given, index, self._arguments),
                     server_environment(config, model_path),
                     self._folder / f"server_{index}.log",
                     self._key,

@@ -61,9 +61,23 @@ class SGLangProcess(ServerProcess):
 
 
 def server_arguments(
-    config: SGLangConfig, model_path: str, version: int, seed: int, index: int
+    config: SGLangConfig,
+    model_path: str,
+    version: int,
+    seed: int,
+    index: int,
+    adapters: Sequence[str] = (),
 ) -> list[str]:
-    """Arguments of `sglang.launch_server` for the server with this index."""
+    """Arguments of `sglang.launch_server` for the server with this index.
+
+    Args:
+        config: Settings of the servers.
+        model_path: Folder or Hugging Face id that it starts from.
+        version: Policy version of the weights there.
+        seed: Seed of the run.
+        index: Index of the server in its fleet.
+        adapters: More arguments, for a server that gets adapters.
+    """
     options: dict[str, object] = {
         "--model-path": model_path,
         "--weight-version": label(version, index),
@@ -83,7 +97,7 @@ def server_arguments(
         options["--base-gpu-id"] = config.first_gpu + index * config.tensor_parallel
         if config.release_memory:
             flags.append("--enable-memory-saver")
-    return [*arguments_of(options), *flags, *config.arguments]
+    return [*arguments_of(options), *flags, *adapters, *config.arguments]
 
 
 def server_environment(config: SGLangConfig, model_path: str) -> dict[str, str]:

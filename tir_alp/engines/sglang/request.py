@@ -70,7 +70,7 @@ class SGLangRequest:
             ServerFailed: If the server refuses or fails, or its answer contradicts itself.
         """
         key = str(self.sampling.sequence_uid)
-        async with aclosing(client.events(self._payload(), key)) as events:
+        async with aclosing(client.events(self._payload() | client.chosen, key)) as events:
             async for event in events:
                 if not self.server.done():
                     self.server.set_result(_labelled(event["meta_info"], client.url)[1])

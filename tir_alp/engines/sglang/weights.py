@@ -112,7 +112,7 @@ class TensorTransfer:
         assert snapshot.tensors is not None
         await client.call("/begin_weight_update", client.load_timeout_s)
         for bucket, is_last in buckets(snapshot.tensors):
-            packed = await asyncio.to_thread(_pickled, bucket)
+            packed = await asyncio.to_thread(pickled, bucket)
             await client.call(
                 "/update_weights_from_tensor",
                 client.load_timeout_s,
@@ -271,7 +271,8 @@ async def verify_tensors(client: SGLangClient, snapshot: WeightSnapshot) -> Tens
     return TensorCheck(num_compared, digest.hexdigest())
 
 
-def _pickled(tensors: list[tuple[str, Tensor]]) -> str:
+def pickled(tensors: list[tuple[str, Tensor]] | dict[str, Tensor]) -> str:
+    """Return tensors as SGLang reads them out of a request."""
     packed = io.BytesIO()
     pickle.dump(tensors, packed)
     return base64.b64encode(packed.getvalue()).decode()

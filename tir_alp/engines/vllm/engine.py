@@ -21,7 +21,8 @@ import aiohttp
 import torch
 from torch import Tensor
 
-from tir_alp.config import VLLMConfig
+from tir_alp.config import LoraConfig, VLLMConfig
+from tir_alp.engines.adapters import MERGED_HINT, snapshot_adapters, write_adapters
 from tir_alp.engines.base import (
     AskTrainer,
     Completion,
@@ -55,6 +56,7 @@ class VLLMEngine:
         vocab_size: Number of token ids; all are below it.
         ask_trainer: Asks the trainer for the logprobs that the server's are compared with; None:
             they are not compared.
+        adapters: Rank and scale of the adapters that it gets in place of weights.
     """
 
     def __init__(
@@ -65,7 +67,10 @@ class VLLMEngine:
         snapshot: WeightSnapshot,
         vocab_size: int,
         ask_trainer: AskTrainer | None,
+        adapters: LoraConfig | None = None,
     ) -> None:
+        self._adapters = adapters
+        self._first_adapters: Mapping[str, Tensor] | None = None
         self._config, self._client, self._folder = config, client, folder
         self._snapshot = _outline(snapshot)
         self._vocab_size = vocab_size
@@ -159,8 +164,9 @@ class VLLMEngine:
         await process.wait_until_ready(self._client, self._config.start_timeout_s)
         version = self._snapshot.version
         await self._client.call("/update_weight_version", new_version=str(version))
-        self._snapshot = replace(self._snapshot, probe=await self._probes.make())
-        await self._verify()
+        if self._adapters is None:  # else the trainer may have some already, which it gets next
+            self._snapshot = replace(self._snapshot, probe=await self._probes.make())
+            await self._verify()
 
     async def _verify(self) -> None:
         """Compare the server's logprobs of the snapshot's probe with the trainer's."""
@@ -205,6 +211,10 @@ class VLLMEngine:
         self, source: Mapping[str, Tensor] | Path, version: int
     ) -> WeightSnapshot:
         dtype = getattr(torch, self._config.dtype)
+        if self._adapters is not None:
+            tensors = await asyncio.to_thread(snapshot_adapters, source, dtype)
+            check_fit(self._first_adapters or tensors, tensors, version)
+            return WeightSnapshot(version, tensors, await self._probes.make())
         tensors = await asyncio.to_thread(snapshot_tensors, source, dtype, every_name=True)
         assert self._snapshot.tensors is not None
         tensors = with_head(tensors)
@@ -214,10 +224,21 @@ class VLLMEngine:
     async def _load(self, snapshot: WeightSnapshot) -> None:
         if self._broken is not None:
             raise self._broken
-        path = await asyncio.to_thread(write_version, self._folder, snapshot)
-        await self._client.load(path, snapshot.version)
+        if self._adapters is None:
+            path = await asyncio.to_thread(write_version, self._folder, snapshot)
+            await self._client.load(path, snapshot.version)
+        else:
+            await self._load_adapter(self._adapters, snapshot)
         self._snapshot = _outline(snapshot)
         await self._verify()
+
+    async def _load_adapter(self, config: LoraConfig, snapshot: WeightSnapshot) -> None:
+        assert snapshot.tensors is not None
+        with tempfile.TemporaryDirectory(dir=self._folder, prefix="adapter-") as name:
+            path = Path(name) / str(snapshot.version)
+            await asyncio.to_thread(write_adapters, path, config, snapshot.tensors)
+            await self._client.load_adapter(path, snapshot.version)
+        self._first_adapters = self._first_adapters or _outline(snapshot).tensors
 
 
 def _outline(snapshot: WeightSnapshot) -> WeightSnapshot:
@@ -234,6 +255,7 @@ async def connected(
     snapshot: WeightSnapshot,
     vocab_size: int,
     ask_trainer: AskTrainer | None = None,
+    adapters: LoraConfig | None = None,
 ) -> AsyncIterator[VLLMEngine]:
     """Open an engine over a server that listens on a socket.
 
@@ -249,7 +271,7 @@ async def connected(
             stall_timeout_s=config.stall_timeout_s,
             load_timeout_s=config.load_timeout_s,
         )
-        engine = VLLMEngine(config, client, folder, snapshot, vocab_size, ask_trainer)
+        engine = VLLMEngine(config, client, folder, snapshot, vocab_size, ask_trainer, adapters)
         try:
             yield engine
         finally:
@@ -271,17 +293,18 @@ async def open_vllm(config: VLLMConfig, context: EngineContext) -> AsyncIterator
         start = write_start(folder / "start", outline, weights, getattr(torch, config.dtype))
         snapshot = _outline(WeightSnapshot(context.version, start, None))
         del start, weights  # they are as large as the model
-        process = server_process(config, folder, context.seed, context.log)
+        process = server_process(config, folder, context.seed, context.log, context.adapters)
         vocab_size = outline.config.get_text_config().vocab_size
-        socket, ask_trainer = folder / SOCKET, context.ask_trainer
-        opened = connected(config, socket, folder, snapshot, vocab_size, ask_trainer)
+        run = (context.ask_trainer, context.adapters)
+        opened = connected(config, folder / SOCKET, folder, snapshot, vocab_size, *run)
         try:
             async with opened as engine:
                 try:
                     await process.start()
                     await engine.take_up(process)
                 except (EngineFailed, OSError) as error:
-                    raise ValueError(f"the engine cannot start: {error}") from error
+                    hint = f"; {MERGED_HINT}" if context.adapters is not None else ""
+                    raise ValueError(f"the engine cannot start: {error}{hint}") from error
                 watch = asyncio.create_task(_watch(process, engine))
                 try:
                     yield engine

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tir_alp.config import VLLMConfig
+from tir_alp.config import LoraConfig, VLLMConfig
 from tir_alp.engines.base import Log
 from tir_alp.engines.servers.process import ServerProcess, arguments_of, num_threads
 from tir_alp.engines.servers.weights import snapshot_tensors
@@ -22,6 +22,7 @@ SOCKET = "socket"
 
 _MAIN = Path(__file__).parents[1] / "servers" / "vllm_main.py"
 _CACHE_BLOCK = 32  # tokens
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _STAGES = (
     ("", "importing vLLM"),
     ("Initializing a V1 LLM engine", "starting its processes"),
@@ -75,7 +76,9 @@ def write_start(
     return tensors
 
 
-def server_process(config: VLLMConfig, folder: Path, seed: int, log: Log) -> ServerProcess:
+def server_process(
+    config: VLLMConfig, folder: Path, seed: int, log: Log, adapters: LoraConfig | None = None
+) -> ServerProcess:
     """The process of a server, not yet started.
 
     Args:
@@ -83,9 +86,10 @@ def server_process(config: VLLMConfig, folder: Path, seed: int, log: Log) -> Ser
         folder: A folder in which `write_start` has written the folder `start`.
         seed: Seed of the server's draws.
         log: Receives its progress.
+        adapters: Rank and scale of the adapters that it gets in place of weights.
 
     Raises:
-        ValueError: If there is no such Python.
+        ValueError: If there is no such Python, or the rank is too large.
     """
     if not os.access(config.python, os.X_OK):
         raise ValueError(
@@ -108,6 +112,10 @@ def server_process(config: VLLMConfig, folder: Path, seed: int, log: Log) -> Ser
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    if adapters is not None:
+        options |= {"--max-loras": 1, "--max-lora-rank": _rank_for(adapters.rank)}
+        flags.append("--enable-lora")
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     if config.cache_tokens is not None:
         options["--block-size"] = _CACHE_BLOCK
         options["--num-gpu-blocks-override"] = -(-config.cache_tokens // _CACHE_BLOCK)
@@ -128,6 +136,14 @@ def server_process(config: VLLMConfig, folder: Path, seed: int, log: Log) -> Ser
         log,
         stages=_STAGES,
     )
+
+
+def _rank_for(rank: int) -> int:
+    """The smallest rank that vLLM has room for adapters of, and that is large enough."""
+    for each in _RANKS:
+        if each >= rank:
+            return each
+    raise ValueError(f"trainer.lora.rank is {rank}, and vLLM's largest rank is {_RANKS[-1]}")
 
 
 def gpus(first: int, count: int) -> str:

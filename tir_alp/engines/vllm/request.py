@@ -19,11 +19,22 @@ _RETRY_S = 0.2
 class VLLMClient(ServerClient):
     """Talks to the server."""
 
+    adapter: str | None = None
+    """Name of the adapter that the server samples with; None: its weights alone."""
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What a request has to say for the adapter to be used."""
+        return {} if self.adapter is None else {"model": self.adapter}
+
     async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Logprob of each token but the first, given those before it, at temperature 1."""
         parameters = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
         answer = await self.call(
-            "/inference/v1/generate", token_ids=list(token_ids), sampling_params=parameters
+            "/inference/v1/generate",
+            token_ids=list(token_ids),
+            sampling_params=parameters,
+            **self.chosen,
         )
         assert isinstance(answer, dict)
         rows = zip(token_ids[1:], answer["prompt_logprobs"][1:], strict=True)
@@ -37,6 +48,21 @@ class VLLMClient(ServerClient):
             method="reload_weights",
             kwargs={"weights_path": str(path)},
         )
+        await self._forget_old_weights(version)
+
+    async def load_adapter(self, path: Path, version: int) -> None:
+        """Read an adapter from a folder, in place of the one before it, and set the version."""
+        if self.adapter is not None:
+            old, self.adapter = self.adapter, None
+            await self.call("/v1/unload_lora_adapter", self.load_timeout_s, lora_name=old)
+        name = str(version)
+        await self.call(
+            "/v1/load_lora_adapter", self.load_timeout_s, lora_name=name, lora_path=str(path)
+        )
+        self.adapter = name
+        await self._forget_old_weights(version)
+
+    async def _forget_old_weights(self, version: int) -> None:
         async with self._deadline("did not empty its cache", self._stall_timeout_s):
             while True:  # a request that was aborted may hold some of it for a moment
                 with suppress(ServerFailed):
@@ -78,6 +104,7 @@ class VLLMRequest:
                 "ignore_eos": True,  # only the stop tokens end a completion
                 "logprobs": 0,  # those of the sampled tokens alone
             },
+            **client.chosen,
         }
         last = None
         events = client.stream("/inference/v1/generate", payload, _is_last)
