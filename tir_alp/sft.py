@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from tir_alp.run.open_sft import PreparedSFT, SFTRun
     from tir_alp.run.supervise import Services
 
-CHANGEABLE = ("steps", "epochs", "trackers", "eval", "checkpoint", "doctor", "cluster")
+CHANGEABLE = (
+    *("steps", "epochs", "trackers", "eval", "checkpoint", "records", "doctor"),
+    "cluster",
+)
 """Settings that may differ when a run is resumed."""
 
 _COMMAND = Command(

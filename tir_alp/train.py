@@ -41,7 +41,10 @@ if TYPE_CHECKING:
     from tir_alp.run.open_run import Run
     from tir_alp.run.supervise import Services
 
-CHANGEABLE = ("steps", "trackers", "metrics", "eval", "checkpoint", "guards", "doctor", "cluster")
+CHANGEABLE = (
+    *("steps", "trackers", "metrics", "eval", "checkpoint", "records", "guards", "doctor"),
+    "cluster",
+)
 """Sections that may differ when a run is resumed."""
 
 _COMMAND = Command(

@@ -467,6 +467,14 @@ def other_packed_digest(copy: Copy) -> Any:
     return True
 
 
+def edited_text(copy: Copy) -> Any:
+    """The text says something else than the tokens beside it."""
+    span = one(copy.turn())["completion"]
+    i = copy.rng.randrange(len(span["text"]))
+    span["text"] = span["text"][:i] + "~" + span["text"][i + 1 :]
+    return i
+
+
 def one(value: dict[str, Any] | None) -> dict[str, Any]:
     assert value is not None
     return value
@@ -490,6 +498,6 @@ CORRUPTIONS: dict[str, Corruption] = {
         *(flipped_outcome, changed_stop_reason, flipped_end, other_task),
         *(other_uid, edited_timing, truncated_file, truncated_at_a_line, flipped_byte),
         *(missing_file, edited_metric, missing_metrics_record, more_in_the_loss, other_advantage),
-        *(packed_twice, left_out_of_the_loss, other_packed_digest),
+        *(packed_twice, left_out_of_the_loss, other_packed_digest, edited_text),
     )
 }

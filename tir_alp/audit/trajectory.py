@@ -13,11 +13,16 @@ from tir_alp.audit.findings import Findings, Location
 from tir_alp.audit.records import RecordedTrajectory
 from tir_alp.config import RolloutConfig
 from tir_alp.records.ledger_rows import Attempt, Call, answer_digest, digest, ids_digest
+from tir_alp.records.readable import holds_redacted
 from tir_alp.rollouts.outputs import outputs_of
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn
 
 _NOT_COMPARED = "library_info"  # key of `info`: what a library adds to its answer, e.g. times
+_REDACTED = (
+    "in some turns a secret was redacted: that their observations encode to the recorded tokens "
+    "cannot be proved"
+)
 _ROUNDING = 1e-5  # a logprob may exceed 0 by this much
 
 
@@ -193,6 +198,9 @@ class TrajectoryCheck:
         ):
             return
         assert isinstance(text, str)
+        if holds_redacted(turn.info):  # the tokens are those that the engine continued all the same
+            findings.note_once(_REDACTED)
+            return
         encoded = self.renderer.observation(
             outputs_of(text, turn.info), turn.stop_reason, turn.completion.token_ids
         )

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from tir_alp.algorithm.formula import formula
 from tir_alp.config import Config, SFTConfig
 from tir_alp.records.provenance import note_end, note_start
+from tir_alp.records.readable import Reading
 from tir_alp.records.run_lock import RunLock
 from tir_alp.records.trackers import Say, TrackedRun, Trackers
 from tir_alp.records.trajectories import to_record
@@ -51,6 +52,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._lock = RunLock(path)
         self._events = path / "events.jsonl"
+        self.reading: Reading | None = None
+        """How trajectories show text; None: they hold none."""
 
     def check_is_new(self) -> None:
         """Refuse the name of a run that is there already, or a place that cannot be written.
@@ -218,10 +221,14 @@ class RunFolder:
             replaced: Groups without signal, in whose stead the step trained on others.
             ledger: The ledger's records of the step.
         """
-        self.write_step("trajectories", step, map(to_record, _trajectories(groups)))
+        self.write_step("trajectories", step, self.trajectories(_trajectories(groups)))
         if replaced:
-            self.write_step("replaced", step, map(to_record, _trajectories(replaced)))
+            self.write_step("replaced", step, self.trajectories(_trajectories(replaced)))
         self.write_step("ledger", step, ledger)
+
+    def trajectories(self, trajectories: Iterable[Trajectory]) -> Iterator[dict[str, Any]]:
+        """Return the records of trajectories, with their text."""
+        return (to_record(each, self.reading) for each in trajectories)
 
     def write_step(self, name: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Write one file of a step atomically: it is complete, or it does not exist."""
