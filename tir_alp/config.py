@@ -753,6 +753,9 @@ class RecordsConfig(Section):
     max_text_chars: int = Field(default=20_000, ge=0)
     """Longest text of a prompt, completion or observation in `trajectories/`, in characters; a
     longer one loses its middle. 0: token ids alone."""
+    max_token_values: int = Field(default=1_000_000, ge=0)
+    """Loss tokens of a step of which `tokens/` holds what the loss saw: logprobs, log ratio,
+    entropy, clipping. Trajectories that do not fit any more are left out. 0: none is written."""
 
 
 class CheckpointConfig(Section):

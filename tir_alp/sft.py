@@ -93,6 +93,7 @@ async def learn(run: SFTRun, step: int) -> None:
     report = await with_trainer(run, run.trainer.step, [[each] for each in samples], step)
     ended = time.monotonic()
     run.ledger.updated(report.updates)
+    run.folder.record_values(step + 1, report.values)
     groups = groups_of(samples)
     run.folder.record(step + 1, groups, (), run.ledger.take(groups, (), ()))
     metrics = {name: value for name, value in report.metrics.items() if name.startswith(_KEPT)}

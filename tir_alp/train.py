@@ -162,6 +162,7 @@ async def update(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> dict
     samples = with_advantages(groups, run.config)
     report = await with_trainer(run, run.trainer.step, samples, step)
     run.ledger.updated(report.updates)
+    run.folder.record_values(step + 1, report.values)
     return report.metrics
 
 

@@ -19,8 +19,10 @@ from tir_alp.config import Config, SFTConfig
 from tir_alp.records.provenance import note_end, note_start
 from tir_alp.records.readable import Reading
 from tir_alp.records.run_lock import RunLock
+from tir_alp.records.token_values import TOKEN_VALUES, write_values
 from tir_alp.records.trackers import Say, TrackedRun, Trackers
 from tir_alp.records.trajectories import to_record
+from tir_alp.training.token_values import TokenValues
 from tir_alp.types import Batch, Origin, Trajectory, TrajectoryGroup
 
 STEP_FOLDERS = ("trajectories", "replaced", "ledger")
@@ -139,9 +141,10 @@ class RunFolder:
             ValueError: Another process is writing the run.
         """
         self._lock.acquire()
-        for name in STEP_FOLDERS:
-            for file in (self.path / name).glob("step_*.jsonl"):
-                if file.name > step_file(step):
+        last = Path(step_file(step)).stem
+        for name in (*STEP_FOLDERS, TOKEN_VALUES):
+            for file in (self.path / name).glob("step_*.*"):
+                if file.stem > last:
                     file.unlink()
         for file in filter(Path.exists, (self.path / "metrics.jsonl", self._events)):
             temporary = file.with_name(f".{file.name}.part")
@@ -225,6 +228,15 @@ class RunFolder:
         if replaced:
             self.write_step("replaced", step, self.trajectories(_trajectories(replaced)))
         self.write_step("ledger", step, ledger)
+
+    def record_values(self, step: int, values: Sequence[TokenValues]) -> None:
+        """Write what the loss of a step saw of each token.
+
+        Args:
+            step: Number of training steps made, this one included.
+            values: Of each sequence.
+        """
+        write_values(self.path, step, values)
 
     def trajectories(self, trajectories: Iterable[Trajectory]) -> Iterator[dict[str, Any]]:
         """Return the records of trajectories, with their text."""
