@@ -56,19 +56,35 @@ def secret_values(variables: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(sorted(found, key=len, reverse=True))
 
 
-def redacted(text: str, values: Sequence[str] = ()) -> str:
-    """Replace the secrets in a text by `REDACTED`.
+def secret_ranges(text: str, values: Sequence[str] = ()) -> list[tuple[int, int]]:
+    """Return where the secrets in a text are: ranges that ascend and do not overlap.
 
     Args:
         text: The text.
         values: Secrets besides those that are recognised by their form.
     """
-    for value in values:
-        text = text.replace(value, REDACTED)
-    text = _FORMS.sub(REDACTED, text)
-    for form in (_AFTER_NAME, _BEARER, _IN_URL):
-        text = form.sub(rf"\1{REDACTED}", text)
-    return text
+    forms = [_FORMS, _AFTER_NAME, _BEARER, _IN_URL, *(re.compile(re.escape(v)) for v in values)]
+    found = [
+        (match.end(1) if form.groups else match.start(), match.end())
+        for form in forms
+        for match in form.finditer(text)
+    ]
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(found):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(stop, merged[-1][1])
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def redacted(text: str, values: Sequence[str] = ()) -> str:
+    """Replace the secrets in a text by `REDACTED`; arguments are those of `secret_ranges`."""
+    pieces, at = [], 0
+    for start, stop in secret_ranges(text, values):
+        pieces += [text[at:start], REDACTED]
+        at = stop
+    return "".join([*pieces, text[at:]])
 
 
 def redacted_values(value: Any, values: Sequence[str] = ()) -> Any:
