@@ -155,6 +155,7 @@ async def publish(
     run.console.step(step, metrics)
     for sentence in run.advice.of_step(step, groups, metrics):
         run.console.print(f"step {step}: {sentence}")
+        run.folder.note_advice(step, sentence)
 
 
 async def update(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> dict[str, float]:

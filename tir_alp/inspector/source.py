@@ -17,7 +17,7 @@ from tir_alp.inspector.episode import episode_of
 from tir_alp.inspector.findings import AuditRunner
 from tir_alp.inspector.index import Query, TrajectoryIndex
 from tir_alp.inspector.pieces import load_pieces, pieces_of, without_secrets
-from tir_alp.records.folder import read_command, read_records, read_run_config
+from tir_alp.records.folder import ADVICE, read_command, read_records, read_run_config
 from tir_alp.records.provenance import PROVENANCE
 from tir_alp.records.readable import redacted_values, secret_values
 from tir_alp.records.token_values import read_values
@@ -65,6 +65,7 @@ class RunSource:
             "objective": objective.read_text().strip() if objective.is_file() else "",
             "provenance": self._json(PROVENANCE),
             "events": read_records(self.path / "events.jsonl")[0][-1000:],
+            "advice": read_records(self.path / ADVICE)[0][-1000:],
         }
         return redacted_values(told, self._secrets)
 

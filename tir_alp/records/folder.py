@@ -17,7 +17,7 @@ from typing import Any, Literal
 from tir_alp.algorithm.formula import formula
 from tir_alp.config import Config, SFTConfig
 from tir_alp.records.provenance import note_end, note_start
-from tir_alp.records.readable import Reading
+from tir_alp.records.readable import Reading, redacted
 from tir_alp.records.run_lock import RunLock
 from tir_alp.records.token_values import TOKEN_VALUES, write_values
 from tir_alp.records.trackers import Say, TrackedRun, Trackers
@@ -28,6 +28,8 @@ from tir_alp.types import Batch, Origin, Trajectory, TrajectoryGroup
 STEP_FOLDERS = ("trajectories", "replaced", "ledger")
 """Subfolders that hold one file per step."""
 
+ADVICE = "advice.jsonl"
+"""File with sentences about why a run learns nothing."""
 _ORIGIN = "origin.json"
 _WHERE = (
     "Runs and evaluations are written below the folder in which the command is started: start it "
@@ -146,7 +148,8 @@ class RunFolder:
             for file in (self.path / name).glob("step_*.*"):
                 if file.stem > last:
                     file.unlink()
-        for file in filter(Path.exists, (self.path / "metrics.jsonl", self._events)):
+        streams = (self.path / "metrics.jsonl", self._events, self.path / ADVICE)
+        for file in filter(Path.exists, streams):
             temporary = file.with_name(f".{file.name}.part")
             # A run that starts again at 0 also evaluates again.
             kept = [each for each in read_records(file)[0] if step > 0 and each["step"] <= step]
@@ -194,6 +197,17 @@ class RunFolder:
         with self._events.open("a") as file:
             event = {"step": step, "kind": kind, "reason": reason, **details}
             file.write(json.dumps(event) + "\n")
+
+    def note_advice(self, step: int, sentence: str) -> None:
+        """Write down a sentence about why a run learns nothing, without secrets.
+
+        Args:
+            step: Number of steps made when it was said.
+            sentence: The sentence; it may quote the model.
+        """
+        secrets = () if self.reading is None else self.reading.secrets
+        with (self.path / ADVICE).open("a") as file:
+            file.write(json.dumps({"step": step, "advice": redacted(sentence, secrets)}) + "\n")
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Return the events of one kind that have been written."""

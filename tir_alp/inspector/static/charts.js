@@ -71,6 +71,16 @@ export function prepared(curves, { weight, grouped, log }) {
   return { data, series, bands };
 }
 
+// The library's own logarithmic scale does not end on values of very different sizes.
+const logarithm = (value) => (value === null ? null : Math.log10(value));
+
+// A curve that does not change is drawn in the middle, with a scale of its own size.
+function range(_, low, high) {
+  if (low === null || low !== high) return uPlot.rangeNum(low ?? 0, high ?? 1, 0.1, false);
+  const room = Math.abs(low) || 1;
+  return [low - room, high + room];
+}
+
 export function csvOf(name, { data, series }) {
   const quoted = (text) => `"${String(text).replace(/^[=+\-@]/, "'$&").replaceAll('"', '""')}"`;
   const lines = [series.map((each) => quoted(each.label)).join(",")];
@@ -104,28 +114,35 @@ export function chart(name, meaning, curves, options) {
         height: 200,
         legend: { show: false },
         cursor: { sync: { key: "step" }, drag: { x: true, y: false } },
-        scales: { x: { time: false }, y: { distr: options.log ? 3 : 1 } },
-        axes: [axis, { ...axis, size: 56, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : number(tick, 3))) }],
+        scales: { x: { time: false }, y: { range } },
+        axes: [axis, { ...axis, size: 56, values: (_, ticks) => ticks.map((tick) => number(options.log ? 10 ** tick : tick, 3)) }],
         series: found.series,
         bands: found.bands,
         hooks: { setCursor: [(self) => list(self.cursor.idx)] },
       },
-      found.data,
+      found.data.map((column, index) => (options.log && index ? column.map(logarithm) : column)),
       drawn,
     );
     card.plot = plot;
+    card.watcher = new ResizeObserver(() => drawn.clientWidth && plot.setSize({ width: drawn.clientWidth, height: 200 }));
+    card.watcher.observe(drawn);
     list(null);
+  };
+  const close = () => {
+    if (!card.plot) return;
+    card.watcher.disconnect();
+    card.plot.destroy();
   };
   const png = () => card.plot.ctx.canvas.toBlob((blob) => download(`${name.replaceAll("/", "_")}.png`, blob));
   const csv = () => download(`${name.replaceAll("/", "_")}.csv`, new Blob([csvOf(name, found)], { type: "text/csv" }));
   const card = h(
-    "section",
-    { class: "card", "aria-label": name, "data-metric": name },
-    h("h3", {}, name, unit ? h("small", {}, ` ${unit}`) : null),
+    "div",
+    { class: "card", role: "group", "aria-label": name, "data-metric": name },
+    h("h2", {}, name, unit ? h("small", {}, ` ${unit}`) : null),
     what ? h("p", { class: "meaning" }, what) : null,
     drawn,
     legend,
     h("p", { class: "tools" }, h("button", { onclick: png }, "PNG"), h("button", { onclick: csv }, "CSV")),
   );
-  return { card, open, close: () => card.plot && card.plot.destroy() };
+  return { card, open, close };
 }

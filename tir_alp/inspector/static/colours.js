@@ -4,7 +4,7 @@
 import { number } from "./dom.js";
 
 const clamp = (value) => Math.max(0, Math.min(8, Math.round(value)));
-const logprob = (value) => `s${clamp(-value)}`; // one class per nat
+const logprob = (value) => `s${clamp(8 * Math.sqrt(Math.max(0, -value) / 8))}`; // finer near 0
 const signed = (scale) => (value) => `d${clamp(4 + (4 * value) / scale)}`;
 
 export const MODES = {
@@ -16,9 +16,9 @@ export const MODES = {
   reference: { label: "reference logprob", of: logprob },
   log_ratio: { label: "log ratio", of: signed(1) },
   level_log_ratio: { label: "log ratio of the level", of: signed(1) },
-  clipped: { label: "clipped", of: (value) => (value ? "d8" : "s0") },
+  clipped: { label: "clipped", of: (value) => (value ? "s8" : "s0") },
   advantage: { label: "advantage", of: signed(2) },
-  entropy: { label: "entropy", of: (value) => `s${clamp(2 * value)}` },
+  entropy: { label: "entropy", of: (value) => `s${clamp(8 * Math.sqrt(Math.max(0, value) / 4))}` },
   version: { label: "weight version", of: (value) => `c${value % 8}` },
 };
 

@@ -41,7 +41,7 @@ async function show() {
   if (current.close) current.close();
   current = {};
   header();
-  const box = h("div", { class: `view ${view}` });
+  const box = h("div", { class: `view-${view}` });
   try {
     const opened = await (VIEWS[view] || runsView)(box, query, app);
     if (mine !== turn) return opened.close && opened.close();

@@ -28,6 +28,7 @@ export function verdict(about, summary) {
   if (summary.called === 0) add("No tool was ever called.", { tool_calls: "0:0" }, "see the texts");
   const bad = Object.entries(summary.outcomes).filter(([name]) => name !== "ok");
   if (bad.length) add(`Outcomes: ${bad.map(([name, count]) => `${name} ${count}`).join(", ")}.`, { outcome: bad[0][0] }, `see ${bad[0][0]}`);
+  for (const each of about.advice.slice(-2)) add(`The run said in step ${each.step}: ${each.advice}`);
   for (const event of about.events.slice(-3)) add(`Step ${event.step}, ${event.kind}: ${event.reason}`);
   return found;
 }
@@ -76,7 +77,7 @@ export async function runsView(root, query, app) {
   search.addEventListener("input", () => draw());
   const meanings = await get("meanings").catch(() => ({}));
   let found = [];
-  let closed = new Set();
+  const closed = new Set();
 
   async function read() {
     found = await Promise.all(app.runs.map((_, index) => get(`metrics/${index}`, { name: "" })));
@@ -84,6 +85,7 @@ export async function runsView(root, query, app) {
   }
 
   async function judge() {
+    app.runs = await get("runs");
     const texts = await Promise.all(app.runs.map(async (about, index) => {
       const { summary } = await get(`trajectories/${index}`, { limit: 0 });
       const items = verdict(about, summary).map(({ text, query: filter, label }) =>
@@ -96,9 +98,11 @@ export async function runsView(root, query, app) {
   async function section(title, names, open) {
     const grid = h("div", { class: "grid" });
     const box = h("details", { open, class: "area" }, h("summary", {}, `${title} (${names.length})`), grid);
+    let isShown = false;
     const show = async () => {
       closed.delete(title);
-      if (grid.childElementCount) return;
+      if (isShown) return;
+      isShown = true;
       const wanted = new URLSearchParams(names.map((name) => ["name", name]));
       const curves = await Promise.all(app.runs.map((_, index) => get(`metrics/${index}`, wanted)));
       const shown = names.map((name) => {

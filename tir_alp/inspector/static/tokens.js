@@ -7,6 +7,8 @@ import { address, fill, h, number, place } from "./dom.js";
 
 const PARTS = [["prepare", "prepare"], ["generate", "generate, queue included"], ["tool", "tool"]];
 
+const AUTHORS = [["policy", "written by the policy, in the loss"], ["masked", "written by the policy, not in the loss"], ["environment", "observation"]];
+
 // Tokens that a finding of the audit is about, with the finding.
 export function markedTokens(episode) {
   const found = new Map();
@@ -51,20 +53,20 @@ function treeOf(sequences, chosen, query) {
 }
 
 function turnHead(episode, span) {
-  if (span.turn === null) return h("h3", {}, "prompt", h("small", {}, ` ${span.stop - span.start} tokens`));
+  if (span.turn === null) return h("h2", {}, "prompt", h("small", {}, ` ${span.stop - span.start} tokens`));
   const turn = episode.turns[span.turn];
   const size = `${span.stop - span.start} tokens`;
-  if (span.author === "environment") return h("h3", {}, `observation ${span.turn}`, h("small", {}, ` ${size}`));
+  if (span.author === "environment") return h("h2", {}, `observation ${span.turn}`, h("small", {}, ` ${size}`));
   const facts = [size, `stop: ${turn.stop}`, `version ${turn.version}`];
   if (turn.outcome !== "ok") facts.push(turn.outcome);
   if (turn.reward) facts.push(`reward ${number(turn.reward)}`);
   if (!span.in_loss) facts.push("not in the loss");
-  return h("h3", { id: `turn-${span.turn}` }, `turn ${span.turn}`, h("small", {}, ` ${facts.join(" · ")}`));
+  return h("h2", { id: `turn-${span.turn}` }, `turn ${span.turn}`, h("small", {}, ` ${facts.join(" · ")}`));
 }
 
 export function episodeBox(episode, mode, marked) {
   const blocks = new Blocks(episode, mode, marked);
-  const box = h("div", { class: "episode" }, episode.spans.map((span) =>
+  const box = h("div", { class: "episode", "data-mode": mode }, episode.spans.map((span) =>
     h("section", { class: `span ${span.author}`, "data-turn": String(span.turn ?? "") }, turnHead(episode, span), blocks.span(span))));
   return { box, blocks };
 }
@@ -123,6 +125,7 @@ export async function tokensView(root, query, app) {
   const scale = h("span", { class: "scale" }, scaleOf(mode));
   const select = h("select", { "aria-label": "colour by", onchange: () => {
     blocks.recolour(select.value);
+    box.dataset.mode = select.value;
     fill(scale, scaleOf(select.value));
     history.replaceState(null, "", address("tokens", { ...at, colour: select.value }));
   } }, modes.map((name) => h("option", { value: name, selected: name === mode }, labelOf(name, hasNoise))));
@@ -146,6 +149,7 @@ export async function tokensView(root, query, app) {
     auditTools(run, episode, goToFinding),
     treeOf(episode.sequences, chosen, at),
     timeStrip(episode.turns, goToTurn),
+    h("p", { class: "key" }, AUTHORS.map(([name, label]) => [h("span", { class: `swatch by ${name}` }), ` ${label} `])),
     h("div", { class: "beside" }, box, panel),
   );
   return {
