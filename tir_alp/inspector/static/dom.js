@@ -50,8 +50,7 @@ export function number(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   if (!Number.isFinite(value)) return String(value);
   if (Number.isInteger(value)) return String(value);
-  const size = Math.abs(value);
-  return size >= 1e-3 && size < 1e6 ? String(+value.toPrecision(digits)) : value.toExponential(2);
+  return String(+value.toPrecision(digits));
 }
 
 export function download(name, blob) {
