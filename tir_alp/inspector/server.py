@@ -119,12 +119,12 @@ def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
 
 @dataclass(frozen=True, slots=True)
 class _Api:
-    """What the page asks for; each method gets a request and returns what is sent as JSON."""
+    """What the page asks for; each method takes a request and returns what is sent as JSON."""
 
     sources: Sequence[RunSource]
 
     def answer(self, find: Callable[[Request], Any]) -> Callable[[Request], Awaitable[Response]]:
-        """Return a handler that calls a method in a thread; ValueError and LookupError are 404."""
+        """Return a handler that runs `find` in a thread; ValueError and LookupError are 404."""
 
         async def handle(request: Request) -> Response:
             try:
