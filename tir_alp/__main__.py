@@ -19,6 +19,7 @@ COMMANDS = {
     "agents": "serve a model to agents over OpenAI's and Anthropic's API",
     "doctor": "check that a run is sound on this machine, before it starts",
     "audit": "prove that every token of a saved run is accounted for",
+    "inspect": "see every token and every curve of a run on a local page",
     "report": "draw the page of a run, or of several over one another",
     "sandbox": "run programs in the sandbox, probe it, serve it over HTTP",
     "models": "make a model's folder from a wheel or GGUF file, or upload one",

@@ -803,6 +803,17 @@ class MetricsConfig(Section):
     metrics in the same steps, at no cost. 0: never."""
 
 
+class RecordsConfig(Section):
+    """What is recorded of a run for people to read; the audit needs none of it."""
+
+    max_text_chars: int = Field(default=20_000, ge=0)
+    """Longest text of a prompt, completion or observation in `trajectories/`, in characters; a
+    longer one loses its middle. 0: token ids alone."""
+    max_token_values: int = Field(default=1_000_000, ge=0)
+    """Loss tokens of a step of which `tokens/` holds what the loss saw: logprobs, log ratio,
+    entropy, clipping. Trajectories that do not fit any more are left out. 0: none is written."""
+
+
 class CheckpointConfig(Section):
     """When checkpoints are written, and how many are kept."""
 
@@ -927,6 +938,7 @@ class Config(Section):
     metrics: MetricsConfig = MetricsConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    records: RecordsConfig = RecordsConfig()
     doctor: DoctorConfig = DoctorConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -1063,6 +1075,7 @@ class SFTConfig(Section):
     trainer: TrainerConfig = TrainerConfig(lr=1e-5)
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    records: RecordsConfig = RecordsConfig()
     doctor: DoctorConfig = DoctorConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -1098,6 +1111,7 @@ class SFTConfig(Section):
             metrics=MetricsConfig(clean_every=0),
             eval=self.eval,
             checkpoint=self.checkpoint,
+            records=self.records,
             doctor=self.doctor,
             cluster=self.cluster,
         )

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from tir_alp.run.open_sft import PreparedSFT, SFTRun
     from tir_alp.run.supervise import Services
 
-CHANGEABLE = ("steps", "epochs", "trackers", "eval", "checkpoint", "doctor", "cluster")
+CHANGEABLE = (
+    *("steps", "epochs", "trackers", "eval", "checkpoint", "records", "doctor"),
+    "cluster",
+)
 """Settings that may differ when a run is resumed."""
 
 _COMMAND = Command(
@@ -90,6 +93,7 @@ async def learn(run: SFTRun, step: int) -> None:
     report = await with_trainer(run, run.trainer.step, samples, step)
     ended = time.monotonic()
     run.ledger.updated(report.updates)
+    run.folder.record_values(step + 1, report.values)
     groups = groups_of(samples)
     run.folder.record(step + 1, groups, (), run.ledger.take(groups, (), ()))
     metrics = {name: value for name, value in report.metrics.items() if name.startswith(_KEPT)}

@@ -42,7 +42,10 @@ if TYPE_CHECKING:
     from tir_alp.run.open_run import Run
     from tir_alp.run.supervise import Services
 
-CHANGEABLE = ("steps", "trackers", "metrics", "eval", "checkpoint", "guards", "doctor", "cluster")
+CHANGEABLE = (
+    *("steps", "trackers", "metrics", "eval", "checkpoint", "records", "guards", "doctor"),
+    "cluster",
+)
 """Sections that may differ when a run is resumed."""
 
 _COMMAND = Command(
@@ -153,6 +156,7 @@ async def publish(
     run.console.step(step, metrics)
     for sentence in run.advice.of_step(step, groups, metrics):
         run.console.print(f"step {step}: {sentence}")
+        run.folder.note_advice(step, sentence)
 
 
 async def update(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> dict[str, float]:
@@ -160,6 +164,7 @@ async def update(run: Run, groups: Sequence[TrajectoryGroup], step: int) -> dict
     samples = with_advantages(groups, run.config)
     report = await with_trainer(run, run.trainer.step, samples, step)
     run.ledger.updated(report.updates)
+    run.folder.record_values(step + 1, report.values)
     return report.metrics
 
 

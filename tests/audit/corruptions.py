@@ -467,6 +467,11 @@ def other_packed_digest(copy: Copy) -> Any:
     return True
 
 
+def edited_text(copy: Copy) -> Any:
+    one(copy.turn())["completion"]["text"] += "~"
+    return True
+
+
 def one(value: dict[str, Any] | None) -> dict[str, Any]:
     assert value is not None
     return value
@@ -490,6 +495,6 @@ CORRUPTIONS: dict[str, Corruption] = {
         *(flipped_outcome, changed_stop_reason, flipped_end, other_task),
         *(other_uid, edited_timing, truncated_file, truncated_at_a_line, flipped_byte),
         *(missing_file, edited_metric, missing_metrics_record, more_in_the_loss, other_advantage),
-        *(packed_twice, left_out_of_the_loss, other_packed_digest),
+        *(packed_twice, left_out_of_the_loss, other_packed_digest, edited_text),
     )
 }

@@ -51,6 +51,7 @@ def trainer(
     num_steps: int | None = None,
     clean_every: int = 0,
     num_kept_versions: int = 0,
+    max_token_values: int = 0,
     **settings: Any,
 ) -> Trainer:
     policy = model() if of is None else of
@@ -65,6 +66,7 @@ def trainer(
         num_steps=num_steps,
         clean_every=clean_every,
         num_kept_versions=num_kept_versions,
+        max_token_values=max_token_values,
     )
 
 

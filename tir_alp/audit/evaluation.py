@@ -9,7 +9,9 @@ from typing import Any
 from tir_alp.audit.episode import episode_check
 from tir_alp.audit.findings import Findings, Location
 from tir_alp.audit.records import read_ledger, read_trajectories
+from tir_alp.audit.texts import check_texts
 from tir_alp.records.folder import read_origin, read_run_config, step_file
+from tir_alp.records.readable import decoder
 from tir_alp.rollouts.data import load_eval_sets
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.evaluation import UIDS_PER_TASK
@@ -41,6 +43,7 @@ def audit_evaluation(path: Path, tokenizer: Any = None) -> Findings:
     with closing(make_environment(config)) as env:
         renderer = make_renderer(config, tokenizer, env, read_origin(path))
         check = episode_check(config, env, renderer, findings)
+        decode = decoder(tokenizer)
         for number, (group_id, task) in enumerate(zip(group_ids(sets), tasks, strict=True), 1):
             if not (path / "trajectories" / step_file(number)).exists():
                 num_missing += 1
@@ -65,6 +68,7 @@ def audit_evaluation(path: Path, tokenizer: Any = None) -> Findings:
                 "there are trajectories of which the ledger knows nothing",
             )
             for each in recorded:
+                check_texts(each, decode, findings)
                 attempts = ledger.attempts.get(each.trajectory.episode_uid, ())
                 findings.count("attempts", len(attempts))
                 if attempts:

@@ -19,6 +19,7 @@ CHECKS = (
     "captures",
     "loss mask",
     "turns replayed",
+    "texts",
     "attempts",
     "sequences in the loss",
     "tokens in the loss",
@@ -86,6 +87,11 @@ class Findings:
         if not holds:
             self.drift(check, location, what)
         return holds
+
+    def note_once(self, note: str) -> None:
+        """Add a remark about the run, unless it is there."""
+        if note not in self.notes:
+            self.notes.append(note)
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """Return, for each check, how many items it looked at and how many drifts it found.

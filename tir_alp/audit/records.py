@@ -11,7 +11,7 @@ from typing import Any
 from tir_alp.audit.findings import Findings, Location
 from tir_alp.records.folder import step_file
 from tir_alp.records.ledger_rows import FORMAT, Attempt, Record, update_record
-from tir_alp.records.trajectories import from_record
+from tir_alp.records.trajectories import from_record, texts_of
 from tir_alp.training.step_report import UpdateRecord
 from tir_alp.types import Trajectory
 
@@ -22,6 +22,8 @@ class RecordedTrajectory:
 
     trajectory: Trajectory
     location: Location
+    texts: tuple[tuple[str | None, ...], ...] = ()
+    """Of each of its sequences, the recorded text of each span; None where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,8 @@ def read_trajectories(
             continue
         task = f"{trajectory.task_id} (sequence {trajectory.sequence_uid})"
         of_task = Location(location.file, location.line, task)
-        recorded.append(RecordedTrajectory(trajectory, of_task))
+        texts = tuple(tuple(texts_of(each)) for each in (record, *record.get("branches", ())))
+        recorded.append(RecordedTrajectory(trajectory, of_task, texts))
     return recorded
 
 

@@ -19,9 +19,11 @@ from tir_alp.audit.records import (
     records_of,
 )
 from tir_alp.audit.step import StepFiles
+from tir_alp.audit.texts import check_texts
 from tir_alp.config import Config
 from tir_alp.records.folder import STEP_FOLDERS, read_origin, read_run_config, step_file
 from tir_alp.records.ledger_rows import Record
+from tir_alp.records.readable import decoder
 from tir_alp.rollouts.data import load_order
 from tir_alp.rollouts.environment import make_environment
 from tir_alp.rollouts.renderer import make_renderer
@@ -149,6 +151,7 @@ class _RunAudit:
         self._tasks = load_order(config.data, config.seed, whole=bool(config.eval.data))
         renderer = make_renderer(config, tokenizer, env, read_origin(path))
         self._check = episode_check(config, env, renderer, findings)
+        self._decode = decoder(tokenizer)
         self._next_group = 0
 
     def step(self, number: int, metrics: tuple[Location, Record | None], starts: list[int]) -> None:
@@ -194,6 +197,7 @@ class _RunAudit:
 
     def _trajectory(self, recorded: RecordedTrajectory, files: StepFiles, known: set[int]) -> None:
         trajectory = recorded.trajectory
+        check_texts(recorded, self._decode, self._findings)
         attempts = files.ledger.attempts.get(trajectory.episode_uid)
         if attempts is None or trajectory.group_id not in known:
             return  # reported by the checks of groups and attempts

@@ -15,8 +15,10 @@ from typing import Any
 from tir_alp.audit.findings import Findings, Location
 from tir_alp.audit.records import RecordedTrajectory, read_ledger, read_trajectories, records_of
 from tir_alp.audit.step import check_packed
+from tir_alp.audit.texts import check_texts
 from tir_alp.config import SFTConfig
 from tir_alp.records.folder import read_origin, read_run_config, step_file
+from tir_alp.records.readable import decoder
 from tir_alp.rollouts.data import Shuffled
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.rollouts.surrogates import SURROGATE
@@ -135,6 +137,7 @@ class _SFTAudit:
     def _conversation(self, recorded: RecordedTrajectory) -> None:
         trajectory, location, findings = recorded.trajectory, recorded.location, self._findings
         findings.count("trajectories")
+        check_texts(recorded, decoder(self._renderer.tokenizer), findings)
         uid = trajectory.episode_uid
         row = self._data.trained[self._order[uid]]
         try:

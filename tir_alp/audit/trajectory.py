@@ -13,12 +13,17 @@ from tir_alp.audit.findings import Findings, Location
 from tir_alp.audit.records import RecordedTrajectory
 from tir_alp.config import RolloutConfig
 from tir_alp.records.ledger_rows import Attempt, Call, answer_digest, digest, ids_digest
+from tir_alp.records.readable import holds_redacted
 from tir_alp.rollouts.history import Conversation, Following
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.rollouts.traces import following, is_full
 from tir_alp.types import StopReason, TokenSpan, Trajectory, Turn, trace_uid
 
 _NOT_COMPARED = "library_info"  # key of `info`: what a library adds to its answer, e.g. times
+_REDACTED = (
+    "in some turns a secret was redacted: that their observations encode to the recorded tokens "
+    "cannot be proved"
+)
 _ROUNDING = 1e-5  # a logprob may exceed 0 by this much
 
 
@@ -246,7 +251,7 @@ class TrajectoryCheck:
         findings, turn = self.findings, place.turn
         text = turn.info.get("observation")
         if not isinstance(text, str):
-            findings.drift("observation tokens", location, "the observation's text is missing")
+            findings.drift("observation tokens", location, "the observation's text is not recorded")
             return conversation
         ids, stop = turn.completion.token_ids, turn.stop_reason
         found = Following(TokenSpan(()), begins=False)
@@ -261,6 +266,10 @@ class TrajectoryCheck:
                 return conversation
             num_tokens = len(place.context()) + len(ids)
             overflows = is_full(found, num_tokens, place.number + 1, self.limits)
+        if holds_redacted(turn.info) or (found.begins and _holds_redacted(conversation)):
+            # The tokens are those that the engine continued all the same.
+            findings.note_once(_REDACTED)
+            return conversation
         self._read_next(found, turn, place, after, location)
         ended = (trajectory.terminated, trajectory.truncated) if call.ended else (False, False)
         findings.expect(
@@ -435,3 +444,9 @@ def _first_difference(left: Sequence[float], right: Sequence[float]) -> int | No
 
 def _at(values: Sequence[float], index: int) -> str:
     return str(values[index]) if index < len(values) else "nothing"
+
+
+def _holds_redacted(conversation: Conversation) -> bool:
+    """Whether a secret was redacted in what was said, which would be rendered differently."""
+    said = [(turn.text, *turn.answers) for turn in conversation.turns]
+    return holds_redacted([*conversation.opening, *said])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tir_alp.records.folder import RunFolder, read_run_config, step_file
-from tir_alp.records.trajectories import from_record, to_record
+from tir_alp.records.trajectories import from_record
 from tir_alp.rollouts.evaluation import UIDS_PER_TASK, PlayedTask
 
 RESULT = "evaluation.json"
@@ -32,7 +32,7 @@ def write_task(
         ledger: The ledger's records of it.
     """
     greedy = () if played.greedy is None else (played.greedy,)
-    records = [to_record(each) for each in (*played.sampled, *greedy)]
+    records = folder.trajectories((*played.sampled, *greedy))
     folder.write_step("ledger", number + 1, ledger)
     folder.write_step("trajectories", number + 1, records)
 

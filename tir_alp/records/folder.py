@@ -17,14 +17,19 @@ from typing import Any, Literal
 from tir_alp.algorithm.formula import formula
 from tir_alp.config import Config, SFTConfig
 from tir_alp.records.provenance import note_end, note_start
+from tir_alp.records.readable import Reading, redacted
 from tir_alp.records.run_lock import RunLock
+from tir_alp.records.token_values import TOKEN_VALUES, write_values
 from tir_alp.records.trackers import Say, TrackedRun, Trackers
 from tir_alp.records.trajectories import to_record
+from tir_alp.training.token_values import TokenValues
 from tir_alp.types import Batch, Origin, Trajectory, TrajectoryGroup
 
 STEP_FOLDERS = ("trajectories", "replaced", "ledger")
 """Subfolders that hold one file per step."""
 
+ADVICE = "advice.jsonl"
+"""File with sentences about why a run learns nothing."""
 _ORIGIN = "origin.json"
 _WHERE = (
     "Runs and evaluations are written below the folder in which the command is started: start it "
@@ -51,6 +56,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._lock = RunLock(path)
         self._events = path / "events.jsonl"
+        self.reading: Reading | None = None
+        """How trajectories show text; None: they hold none."""
 
     def check_is_new(self) -> None:
         """Refuse the name of a run that is there already, or a place that cannot be written.
@@ -136,11 +143,13 @@ class RunFolder:
             ValueError: Another process is writing the run.
         """
         self._lock.acquire()
-        for name in STEP_FOLDERS:
-            for file in (self.path / name).glob("step_*.jsonl"):
-                if file.name > step_file(step):
+        last = Path(step_file(step)).stem
+        for name in (*STEP_FOLDERS, TOKEN_VALUES):
+            for file in (self.path / name).glob("step_*.*"):
+                if file.stem > last:
                     file.unlink()
-        for file in filter(Path.exists, (self.path / "metrics.jsonl", self._events)):
+        streams = (self.path / "metrics.jsonl", self._events, self.path / ADVICE)
+        for file in filter(Path.exists, streams):
             temporary = file.with_name(f".{file.name}.part")
             # A run that starts again at 0 also evaluates again.
             kept = [each for each in read_records(file)[0] if step > 0 and each["step"] <= step]
@@ -189,6 +198,17 @@ class RunFolder:
             event = {"step": step, "kind": kind, "reason": reason, **details}
             file.write(json.dumps(event) + "\n")
 
+    def note_advice(self, step: int, sentence: str) -> None:
+        """Write down a sentence about why a run learns nothing, without secrets.
+
+        Args:
+            step: Number of steps made when it was said.
+            sentence: The sentence; it may quote the model.
+        """
+        secrets = () if self.reading is None else self.reading.secrets
+        with (self.path / ADVICE).open("a") as file:
+            file.write(json.dumps({"step": step, "advice": redacted(sentence, secrets)}) + "\n")
+
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Return the events of one kind that have been written."""
         return [event for event in read_records(self._events)[0] if event.get("kind") == kind]
@@ -218,10 +238,23 @@ class RunFolder:
             replaced: Groups without signal, in whose stead the step trained on others.
             ledger: The ledger's records of the step.
         """
-        self.write_step("trajectories", step, map(to_record, _trajectories(groups)))
+        self.write_step("trajectories", step, self.trajectories(_trajectories(groups)))
         if replaced:
-            self.write_step("replaced", step, map(to_record, _trajectories(replaced)))
+            self.write_step("replaced", step, self.trajectories(_trajectories(replaced)))
         self.write_step("ledger", step, ledger)
+
+    def record_values(self, step: int, values: Sequence[TokenValues]) -> None:
+        """Write what the loss of a step saw of each token.
+
+        Args:
+            step: Number of training steps made, this one included.
+            values: Of each sequence.
+        """
+        write_values(self.path, step, values)
+
+    def trajectories(self, trajectories: Iterable[Trajectory]) -> Iterator[dict[str, Any]]:
+        """Return the records of trajectories, with their text."""
+        return (to_record(each, self.reading) for each in trajectories)
 
     def write_step(self, name: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Write one file of a step atomically: it is complete, or it does not exist."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from tir_alp.records.readable import Reading
 from tir_alp.rollouts.queue import QueueState
 from tir_alp.tools.outcome import Outcome
 from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Turn, VersionSpan
@@ -17,19 +18,25 @@ from tir_alp.types import StopReason, TokenSpan, Trajectory, TrajectoryGroup, Tu
 # --------------------------------------------------------------------------------- trajectories
 
 
-def to_record(trajectory: Trajectory) -> dict[str, Any]:
-    """Return a trajectory as `json.dumps` takes it; keys are the field names of the dataclasses."""
+def to_record(trajectory: Trajectory, reading: Reading | None = None) -> dict[str, Any]:
+    """Return a trajectory as `json.dumps` takes it; keys are the field names of the dataclasses.
+
+    Args:
+        trajectory: The trajectory.
+        reading: What adds the text of each span as `text`, for people, and takes secrets out of
+            `info`; None: the record is exact and has no text.
+    """
     record = {
         "task_id": trajectory.task_id,
         "group_id": trajectory.group_id,
-        "prompt": _span_to_record(trajectory.prompt),
-        "turns": [_turn_to_record(turn) for turn in trajectory.turns],
+        "prompt": _span_to_record(trajectory.prompt, reading),
+        "turns": [_turn_to_record(turn, reading) for turn in trajectory.turns],
         "terminated": trajectory.terminated,
         "truncated": trajectory.truncated,
         "sequence_uid": trajectory.sequence_uid,
     }
     if trajectory.branches:
-        record["branches"] = [to_record(each) for each in trajectory.branches]
+        record["branches"] = [to_record(each, reading) for each in trajectory.branches]
     if trajectory.is_forked:
         record["is_forked"] = True
     return record
@@ -89,15 +96,15 @@ def _branches(records: Any) -> list[Trajectory]:
     return branches
 
 
-def _turn_to_record(turn: Turn) -> dict[str, Any]:
+def _turn_to_record(turn: Turn, reading: Reading | None) -> dict[str, Any]:
     return {
-        "completion": _span_to_record(turn.completion),
-        "observation": _span_to_record(turn.observation),
+        "completion": _span_to_record(turn.completion, reading),
+        "observation": _span_to_record(turn.observation, reading),
         "policy_version": turn.policy_version,
         "stop_reason": turn.stop_reason.value,
         "outcome": turn.outcome.value,
         "reward": turn.reward,
-        "info": dict(turn.info),
+        "info": dict(turn.info) if reading is None else reading.info(turn.info),
         "timing": dict(turn.timing),
         "version_spans": [
             {"version": span.version, "start": span.start, "stop": span.stop}
@@ -137,15 +144,32 @@ def _turn_from_record(record: Any) -> Turn:
     return Turn(**fields | converted)
 
 
-def _span_to_record(span: TokenSpan) -> dict[str, Any]:
-    return {
+def _span_to_record(span: TokenSpan, reading: Reading | None) -> dict[str, Any]:
+    text = {} if reading is None or not reading.max_chars else {"text": reading.text(span)}
+    return text | {
         "token_ids": span.token_ids,
         "rollout_logprobs": span.rollout_logprobs,
         "trainable": span.trainable,
     }
 
 
+def texts_of(record: Mapping[str, Any]) -> list[str | None]:
+    """Return the text of each span of a trajectory's record, in order; None where there is none.
+
+    Args:
+        record: A record from which `from_record` makes a trajectory.
+    """
+    turns = record["turns"]
+    spans = [record["prompt"], *(turn[name] for turn in turns for name in _SPANS)]
+    return [span.get("text") for span in spans]
+
+
+_SPANS = ("completion", "observation")  # of a turn, in order
+
+
 def _span_from_record(record: Any) -> TokenSpan:
+    if isinstance(record, Mapping) and isinstance(record.get("text"), str):
+        record = {name: value for name, value in record.items() if name != "text"}
     fields = _fields(
         record, "a span", token_ids=list, rollout_logprobs=(list, type(None)), trainable=bool
     )

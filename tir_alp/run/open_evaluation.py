@@ -15,6 +15,7 @@ from tir_alp.config import Config
 from tir_alp.records.evaluation_folder import check_same, read_tasks, write_task
 from tir_alp.records.folder import RunFolder, read_origin
 from tir_alp.records.ledger import Ledger
+from tir_alp.records.readable import reading
 from tir_alp.roles import Placement
 from tir_alp.rollouts.data import EvalSet, left_out, load_eval_sets
 from tir_alp.rollouts.environment import make_environment
@@ -152,6 +153,7 @@ async def open_evaluation(
         ValueError: For what a user can fix; nothing has been written then.
     """
     config, folder = prepared.config, prepared.folder
+    folder.reading = reading(prepared.tokenizer, config.records.max_text_chars)
     report = await asyncio.to_thread(checks.before_evaluation, prepared, placement.make_env)
     async with AsyncExitStack() as stack:
         engine = await stack.enter_async_context(

@@ -26,6 +26,7 @@ from tir_alp.config import Config
 from tir_alp.engines.base import Engine
 from tir_alp.records.folder import RunFolder
 from tir_alp.records.ledger import Ledger
+from tir_alp.records.readable import reading
 from tir_alp.roles import Node, Placement, TrainerRole
 from tir_alp.rollouts.data import EvalSet
 from tir_alp.rollouts.episode import EpisodeRunner
@@ -208,6 +209,7 @@ def collect(
 
 def _open_folder(prepared: Prepared, examined: Examined, say: Callable[[str], None]) -> None:
     folder, step = prepared.folder, prepared.progress.position.step
+    folder.reading = reading(prepared.renderer.tokenizer, prepared.config.records.max_text_chars)
     is_new = prepared.progress.checkpoint is None
     if is_new:
         folder.check_is_new()

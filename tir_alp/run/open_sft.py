@@ -16,6 +16,7 @@ import gymnasium
 from tir_alp.config import Config, SFTConfig
 from tir_alp.records.folder import RunFolder
 from tir_alp.records.ledger import Ledger
+from tir_alp.records.readable import reading
 from tir_alp.records.trackers import check_trackers
 from tir_alp.roles import Node, Placement, TrainerRole
 from tir_alp.rollouts.data import Shuffled, load_eval_sets
@@ -241,6 +242,7 @@ def encoders(config: Config, tokenizer: Any, origin: Origin) -> tuple[Renderer, 
 
 def _open_folder(prepared: PreparedSFT, say: Callable[[str], None]) -> None:
     config, folder = prepared.config, prepared.folder
+    folder.reading = reading(prepared.tokenizer, config.records.max_text_chars)
     is_new = prepared.checkpoint is None
     if is_new:
         folder.check_is_new()

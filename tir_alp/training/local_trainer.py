@@ -54,6 +54,7 @@ class LocalTrainer:
                 num_steps=config.steps,
                 clean_every=config.metrics.clean_every,
                 num_kept_versions=config.num_kept_versions,
+                max_token_values=config.records.max_token_values,
             )
             if found is not None:
                 checkpoint.load(found, self._trainer)

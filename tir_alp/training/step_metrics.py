@@ -17,6 +17,7 @@ from tir_alp.algorithm.ratio_summary import RatioSummary
 from tir_alp.training.batch import sequences_of
 from tir_alp.training.ranks import Ranks
 from tir_alp.training.shared_prompts import num_computed
+from tir_alp.training.token_values import TokenValues
 from tir_alp.types import Batch
 
 _NUM_PROBED = 128  # approximate number of tokens of a step whose clean logprobs are computed too
@@ -36,6 +37,8 @@ class MadeUpdate:
     """Seconds that this measurement took on this rank."""
     lag: RatioSummary | None
     """Of the policy over its version that sampled, of this rank; None: not known."""
+    values: tuple[TokenValues, ...] = ()
+    """What the loss saw of the tokens of this rank, as far as it is reported."""
 
 
 def metrics_of_updates(ranks: Ranks, made: Sequence[MadeUpdate]) -> dict[str, float]:

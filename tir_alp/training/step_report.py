@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tir_alp.training.packed_sequence import PackedSequence
+from tir_alp.training.token_values import TokenValues
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class StepReport:
     metrics: dict[str, float]
     updates: tuple[UpdateRecord, ...]
     """One record per update, in order."""
+    values: tuple[TokenValues, ...] = ()
+    """What the loss saw of each token, for as many sequences as are reported."""
 
 
 def join_ranks(of_ranks: Sequence[Sequence[UpdateRecord]]) -> tuple[UpdateRecord, ...]:

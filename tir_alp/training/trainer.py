@@ -47,6 +47,7 @@ from tir_alp.training.preparation import (
     versions_of,
 )
 from tir_alp.training.ranks import Ranks
+from tir_alp.training.seen_tokens import token_values
 from tir_alp.training.sharding import gathered, shard
 from tir_alp.training.shared_prompts import computed_tokens
 from tir_alp.training.step_metrics import (
@@ -85,6 +86,7 @@ class Trainer:
         clean_every: Steps between measurements of the policy without noise; 0: never.
         num_kept_versions: Versions of the weights to keep for `proximal = "rollout_version"`: the
             most steps by which the weights that sampled a token may lag.
+        max_token_values: Number of loss tokens of a step of which the report has what the loss saw.
     """
 
     def __init__(
@@ -100,8 +102,10 @@ class Trainer:
         num_steps: int | None = None,
         clean_every: int = 0,
         num_kept_versions: int = 0,
+        max_token_values: int = 0,
     ) -> None:
         self.model, self.ranks, self._clean_every = model, ranks, clean_every
+        self._max_values = max_token_values // (ranks.size * config.updates_per_step)
         self._config, self._algorithm = config, algorithm
         self._temperature, self._on_bad_update = temperature, on_bad_update
         self._adapters = None
@@ -289,7 +293,10 @@ class Trainer:
             )
             for index, (batches, outcome) in enumerate(zip(micro_batches, outcomes, strict=True))
         ]
-        return StepReport(metrics, join_ranks(self.ranks.gather(records)))
+        values = self.ranks.gather([each for update in made for each in update.values])
+        return StepReport(
+            metrics, join_ranks(self.ranks.gather(records)), tuple(itertools.chain(*values))
+        )
 
     def _micro_batches(
         self, groups: Sequence[Sequence[Sample]], step: int, update: int
@@ -379,10 +386,16 @@ class Trainer:
             return None
         for name, norm in norms.items():
             self._norms[name].append(norm)
-        clean, began = None, time.perf_counter()
+        clean, began, without_noise = None, time.perf_counter(), []
         if measure_clean:
-            clean = ratios if self._perturbation is None else self._clean_ratios(batches)
+            without_noise = [] if self._perturbation is None else self._without_noise(batches)
+            found = [each.summary() for each in without_noise]
+            clean = functools.reduce(operator.add, found) if found else ratios
         clean_s = time.perf_counter() - began
+        of_first_draw = seen[:: self._num_draws]
+        values = token_values(
+            of_first_draw, without_noise, self._algorithm, update, self._max_values
+        )
         lag = None
         if self._reads_versions and self._perturbation is None:
             lag = functools.reduce(operator.add, [each.lag() for each in seen])
@@ -390,7 +403,7 @@ class Trainer:
         if self._algorithm.step_scale != "none":
             metrics["train/step_scale"] = scale
         self._optimizer.step(scale)
-        return MadeUpdate(metrics, ratios, clean, clean_s, lag)
+        return MadeUpdate(metrics, ratios, clean, clean_s, lag, values)
 
     def _step_scale(self, ratios: RatioSummary) -> float:
         """Return what the learning rate of an update is multiplied by; call on every rank."""
@@ -399,15 +412,14 @@ class Trainer:
         return math.sqrt(sequence_ess(over_ranks(self.ranks, [ratios])))
 
     @torch.no_grad()
-    def _clean_ratios(self, batches: Sequence[Batch]) -> RatioSummary:
-        """Summarise the ratios of the policy without noise, and what its loss would clip."""
-        summaries = []
+    def _without_noise(self, batches: Sequence[Batch]) -> list[SeenBatch]:
+        """Return what a loss of the policy without noise would see."""
+        seen = []
         for batch in batches:
             logprobs, entropy = self._policy(batch, temperature=self._temperature)
             terms = loss_terms(loss_inputs(batch, logprobs, entropy), self._algorithm)
-            seen = SeenBatch(batch, logprobs, entropy, terms.clipped, terms.metrics)
-            summaries.append(seen.summary())
-        return functools.reduce(operator.add, summaries)
+            seen.append(SeenBatch(batch, logprobs, entropy, terms.clipped, terms.metrics))
+        return seen
 
     def _backward(self, batch: Batch, *counts: float) -> SeenBatch:
         """Add the gradients of one micro-batch, and return what the loss saw.
