@@ -50,7 +50,7 @@ def test_what_was_recorded_is_clean(played):
 
 def test_what_the_config_leaves_out_of_the_loss_is_checked(played):
     last = LIMITS.model_copy(update={"trace_credit": "last"})
-    assert any("trace_credit" in each for each in drifts(*played, last))
+    assert any("trace_credit" in each for each in drifts(played[0], played[1], last))
     trajectory, attempt = play(Speaker(*WORDS), trace_credit="last")
     assert drifts(to_record(trajectory), attempt.to_record(), last) == []
     assert drifts(to_record(trajectory), attempt.to_record()) != []

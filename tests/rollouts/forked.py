@@ -63,7 +63,8 @@ def tokenizer(template: str = DROPS_THOUGHTS) -> Any:
 
 
 def renderer(template: str = DROPS_THOUGHTS, **settings: Any) -> Renderer:
-    return Renderer(tokenizer(template), **{"rewritten_history": "fork"} | settings)
+    given: dict[str, Any] = {"rewritten_history": "fork"} | settings
+    return Renderer(tokenizer(template), **given)
 
 
 class Speaker:

@@ -11,6 +11,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -84,7 +85,7 @@ def test_ctrl_c_ends_it_while_it_waits_for_a_line():
 def conversation(speaker: Speaker, answers, max_context_tokens=500) -> Conversation:
     limits = {"max_turn_tokens": 200, "max_context_tokens": max_context_tokens}
     config = Config.model_validate({"rollout": limits})
-    engine = SimpleNamespace(generate=speaker)
+    engine: Any = SimpleNamespace(generate=speaker)
     return Conversation(Talk(answers), renderer(), engine, config)
 
 
