@@ -1,6 +1,8 @@
 """Messages to tokens: what is encoded, what is not encoded again, and what cannot become a mark."""
 
+import asyncio
 import json
+import threading
 
 import pytest
 
@@ -104,3 +106,37 @@ def test_fenced_calls_need_one_tool_with_one_argument():
     two = json.dumps([*json.loads(TOOLS), *json.loads(TOOLS)])
     with pytest.raises(Unsuitable, match="one tool with one argument"):
         asked.opening(dialogue(user("1?"), tools=two))
+
+
+LONG = {
+    "a text": dialogue(user("x" * 100_000)),
+    "many messages": dialogue(*[user("")] * 5_000),
+    "tools": dialogue(user("x"), tools="x" * 100_000),
+    "a call": dialogue(Message("assistant", calls=(Call("1", "python", "x" * 100_000),))),
+}
+
+
+@pytest.mark.parametrize("what", LONG)
+def test_long_conversations_are_encoded_in_a_thread_and_short_ones_do_not_wait_for_it(what):
+    made, go = encoder(), threading.Event()
+
+    def held() -> str:
+        go.wait(10)
+        return threading.current_thread().name
+
+    def name() -> str:
+        return threading.current_thread().name
+
+    async def main():
+        short = dialogue(user("x"))
+        assert await made.while_encoding(short, name) == threading.current_thread().name
+        long = asyncio.create_task(made.while_encoding(LONG[what], held))
+        await asyncio.sleep(0)
+        meanwhile = asyncio.create_task(made.while_encoding(short, name))
+        await asyncio.sleep(0.05)
+        assert not meanwhile.done()  # and yet this loop goes on
+        go.set()
+        assert "encode" in await long and "encode" in await meanwhile
+        assert await made.while_encoding(short, name) == threading.current_thread().name
+
+    asyncio.run(main())

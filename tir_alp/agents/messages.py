@@ -10,7 +10,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 Role = Literal["system", "user", "assistant", "tool", "text"]
 """Who wrote a message; "text": nobody in a conversation, it is a part of a prompt as it stands."""
@@ -151,11 +151,10 @@ def from_record(record: Mapping[str, Any]) -> Message:
     try:
         calls = tuple(Call(*map(_text, each)) for each in record.get("calls", ()))
         rest = {key: _text(value) for key, value in record.items() if key != "calls"}
-        given = rest.pop("role")
-        role = next((each for each in _ROLES if each == given), None)
-        if role is None:
-            raise ValueError(f"the role is {given!r}")
-        return Message(role, calls=calls, **rest)
+        role = rest.pop("role")
+        if role not in _ROLES:
+            raise ValueError(f"the role is {role!r}")
+        return Message(cast(Role, role), calls=calls, **rest)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"not a message: {record!r:.80} ({error!r})") from None
 
