@@ -54,8 +54,8 @@ def test_what_is_saved_and_given_to_an_engine_is_the_policy_that_is_trained(tmp_
 
 
 def test_layers_whose_weights_are_transposed_are_merged_as_peft_merges_them():
-    sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "eos_token_id": 1}
-    of = GPT2LMHeadModel(GPT2Config(**sizes))
+    sizes = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, eos_token_id=1)
+    of = GPT2LMHeadModel(sizes)
     adapters = Adapters(of, LoraConfig(rank=2), torch.float32)
     for name, each in of.named_parameters():
         if "lora_B" in name:
