@@ -230,7 +230,7 @@ def test_hostile_text_does_nothing(opened, tmp_path):
         return "".join(rng.choices(parts, k=rng.randint(1, 6)))
 
     evil = [
-        trajectory(i, (text(), text(), text(), text()), i / 8, answer=text(), **{text(): text()})
+        trajectory(i, (text(), text(), text(), text()), i / 8, answer=text(), odd={text(): text()})
         for i in range(8)
     ]
     path = write_run(tmp_path / "<b>run</b>", [evil])
