@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.inspector.made import add_step, trajectory, write_run
 from tir_alp.inspector.index import TrajectoryIndex
@@ -49,12 +51,13 @@ def write_big(path: Path, num: int, num_tokens: int) -> None:
     folder.go_on()
     add_step(folder, 1, [trajectory(0, _turns(1000, 32_000))])
     rng = random.Random(0)
-    few = [to_record(trajectory(0, _turns(8, num_tokens))) for _ in range(4)]
+    few = [json.dumps(to_record(trajectory(i, _turns(8, num_tokens)))) for i in range(4)]
     for step in range(2, 2 + num // _PER_STEP):
         records = []
         for i in range(_PER_STEP):
-            record = {**rng.choice(few), "sequence_uid": step * _PER_STEP + i}
-            records.append(json.dumps(record | {"group_id": (step * _PER_STEP + i) // 8}) + "\n")
+            text, uid = rng.choice(few), step * _PER_STEP + i
+            text = re.sub(r'"sequence_uid": \d+', f'"sequence_uid": {uid}', text)
+            records.append(re.sub(r'"group_id": \d+', f'"group_id": {uid // 8}', text) + "\n")
         (path / "trajectories" / step_file(step)).write_text("".join(records))
         folder.log(step, {"rollout/reward": rng.random()})
     folder.close()
@@ -110,7 +113,7 @@ def main() -> None:
             try:
                 shown, frames = look(address)
                 print(f"shown in a browser in {shown:.2f} s; scrolls at {frames:.0f} frames/s")
-            except BaseException as error:  # pytest's skip is not an Exception
+            except pytest.skip.Exception as error:
                 print(f"no browser: {error}")
         finally:
             process.terminate()

@@ -45,9 +45,7 @@ def ids(text: str) -> tuple[int, ...]:
     return tuple(TOKENIZER.encode(text, add_special_tokens=False))
 
 
-def trajectory(
-    uid: int, texts: tuple[str, ...], reward: float = 0.0, group_size: int = 2, **info: Any
-) -> Trajectory:
+def trajectory(uid: int, texts: tuple[str, ...], reward: float = 0.0, **info: Any) -> Trajectory:
     """Make a trajectory: prompt, completion, observation, completion, ... as texts."""
     rng = random.Random(uid)
     prompt, *rest = texts
@@ -68,8 +66,8 @@ def trajectory(
         )
         turns.append(turn)
     return Trajectory(
-        f"task/{uid // group_size}",
-        uid // group_size,
+        f"task/{uid // 2}",
+        uid // 2,
         TokenSpan(ids(prompt)),
         tuple(turns),
         terminated=True,

@@ -45,7 +45,7 @@ def text_of(page, selector: str) -> str:
 @pytest.mark.parametrize("size", SIZES)
 def test_every_view_in_both_themes_and_two_widths(opened, real, tmp_path, theme, size):
     """Screenshots are left in the folder TIR_ALP_SCREENSHOTS, if it is set."""
-    shots = Path(os.environ.get("TIR_ALP_SCREENSHOTS", tmp_path))
+    shots = Path(os.environ.get("TIR_ALP_SCREENSHOTS") or tmp_path)
     with served(real) as address:
         seen = Watched(opened, viewport=SIZES[size], color_scheme=theme)
         for name, place in VIEWS.items():
@@ -230,7 +230,7 @@ def test_hostile_text_does_nothing(opened, tmp_path):
         return "".join(rng.choices(parts, k=rng.randint(1, 6)))
 
     evil = [
-        trajectory(i, (text(), text(), text(), text()), i / 8, answer=text(), **{text(): text()})
+        trajectory(i, (text(), text(), text(), text()), i / 8, answer=text(), odd={text(): text()})
         for i in range(8)
     ]
     path = write_run(tmp_path / "<b>run</b>", [evil])

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -43,7 +44,7 @@ def write_values(path: Path, step: int, values: Sequence[TokenValues]) -> None:
     if not values:
         return
     names = [name for name in FLOATS if any(name in each.columns for each in values)]
-    arrays = {
+    arrays: dict[str, NDArray] = {
         name: np.concatenate(
             [each.columns.get(name, np.full(len(each), np.nan)) for each in values]
         ).astype(np.float32)

@@ -28,6 +28,9 @@ function fromFile(path, query) {
   return stored[key];
 }
 
+const ties = (a, b, sign) =>
+  b.kind.localeCompare(a.kind) || sign * (a.step - b.step) || a.line - b.line;
+
 // What the server does with a query, on the rows that the file holds.
 export function selected(whole, query) {
   const tests = [];
@@ -49,7 +52,7 @@ export function selected(whole, query) {
   const sign = sort.startsWith("-") ? -1 : 1;
   rows.sort((a, b) => {
     if (a[name] === null || b[name] === null) return (a[name] === null) - (b[name] === null);
-    return a[name] < b[name] ? -sign : a[name] > b[name] ? sign : a.step - b.step || a.line - b.line;
+    return a[name] < b[name] ? -sign : a[name] > b[name] ? sign : ties(a, b, sign);
   });
   const offset = +(query.offset || 0);
   const shown = rows.slice(offset, offset + +(query.limit || 200));
