@@ -9,7 +9,7 @@ log sigma is not sharded: it is small, so every rank has all of it, in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -61,3 +61,12 @@ def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """
     for name, tensor in tensors.items():
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def on_first_rank(tensors: Iterable[tuple[str, Tensor]], ranks: Ranks) -> dict[str, Tensor]:
+    """Copy tensors to the CPU on rank 0; other ranks only take part in gathering them."""
+    kept = {}
+    for name, tensor in tensors:
+        if ranks.is_first:
+            kept[name] = tensor.cpu()
+    return kept

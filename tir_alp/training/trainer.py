@@ -17,7 +17,7 @@ import math
 import operator
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +48,7 @@ from tir_alp.training.preparation import (
 )
 from tir_alp.training.ranks import Ranks
 from tir_alp.training.seen_tokens import token_values
-from tir_alp.training.sharding import gathered, shard
+from tir_alp.training.sharding import gathered, on_first_rank, shard
 from tir_alp.training.shared_prompts import computed_tokens
 from tir_alp.training.step_metrics import (
     MadeUpdate,
@@ -224,8 +224,9 @@ class Trainer:
             end_token_ids: Tokens that end a completion, for the generation config; if empty, those
                 of the model stay in it.
         """
-        whole = self._on_first_rank(self.weights())
-        adapters = self._on_first_rank(gathered({} if self._adapters is None else self._trained()))
+        whole = on_first_rank(self.weights(), self.ranks)
+        of_adapters = {} if self._adapters is None else self._trained()
+        adapters = on_first_rank(gathered(of_adapters), self.ranks)
         if self.ranks.is_first:
             if end_token_ids:
                 self.model.generation_config.eos_token_id = sorted(end_token_ids)
@@ -494,13 +495,3 @@ class Trainer:
             for name, each in self.model.named_parameters()
             if each.requires_grad
         }
-
-    # --------------------------------------------------------------------------- all ranks
-
-    def _on_first_rank(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Copy tensors to the CPU on rank 0; other ranks only take part in gathering them."""
-        kept = {}
-        for name, tensor in tensors:
-            if self.ranks.is_first:
-                kept[name] = tensor.cpu()
-        return kept
