@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from tir_alp.report.layout import arrange, canvas
 from tir_alp.report.methods import colour_of
 
 _REWARD = "rollout/reward"
+_DASHES = ("-", "--", ":")  # of one method in several precisions
 Curve = Mapping[int, float]
 """Step -> mean reward."""
 
 
 def curves_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Curve]]:
-    """Return the curves of each model, one per seed, in the order of the rows.
+    """Return the curves of each model and precision, one per seed, in the order of the rows.
 
     Rows without a curve, those of models that were not trained so, are left out, and so are those
     of evaluations that repeat the training of another row.
@@ -34,7 +35,8 @@ def curves_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Curve]]:
     for row in rows:
         steps = [step for step in row.get("steps", ()) if _REWARD in step]
         if steps:
-            found[row["model"]][row["seed"]] = {step["step"]: step[_REWARD] for step in steps}
+            label = ", ".join(filter(None, (row["model"], row.get("dtype"))))
+            found[label][row["seed"]] = {step["step"]: step[_REWARD] for step in steps}
     return {model: [*by_seed.values()] for model, by_seed in found.items()}
 
 
@@ -47,12 +49,17 @@ def mean_of(curves: Sequence[Curve]) -> Curve:
 def draw(curves: Mapping[str, Sequence[Curve]], out: Path) -> None:
     """Draw the curves of some models into a PNG file."""
     figure, (axes,) = canvas(1)
-    for model, of_seeds in curves.items():
+    num_drawn: Counter[str] = Counter()
+    for label, of_seeds in curves.items():
+        method = label.partition(",")[0]
+        dash = _DASHES[num_drawn[method] % len(_DASHES)]
+        look: dict[str, Any] = {"color": colour_of(method), "linestyle": dash}
+        num_drawn[method] += 1
         for curve in of_seeds:
-            axes.plot(*_points(curve), color=colour_of(model), linewidth=0.8, alpha=0.4)
-        mean, count = mean_of(of_seeds), len(of_seeds)
-        label = f"{model}, {count} seed{'s' * (count > 1)}"
-        axes.plot(*_points(mean), color=colour_of(model), linewidth=2, label=label)
+            axes.plot(*_points(curve), **look, linewidth=0.8, alpha=0.4)
+        count = len(of_seeds)
+        text = f"{label}, {count} seed{'s' * (count > 1)}"
+        axes.plot(*_points(mean_of(of_seeds)), **look, linewidth=2, label=text)
     axes.set_xlabel("step")
     axes.set_ylabel("mean reward of the step")
     axes.set_ylim(0, 1)
