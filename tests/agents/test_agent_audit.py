@@ -23,6 +23,7 @@ from tir_alp.config import AgentsConfig, RolloutConfig
 from tir_alp.envs.agent_env import AgentEnv
 from tir_alp.records.ledger import Ledger
 from tir_alp.records.ledger_rows import Attempt, unpack_array
+from tir_alp.records.readable import REDACTED, Reading
 from tir_alp.records.trajectories import from_record, to_record
 from tir_alp.rollouts.data import Task
 from tir_alp.rollouts.renderer import Renderer
@@ -114,6 +115,17 @@ def test_the_config_says_what_is_trained_on_and_the_audit_agrees(train_on):
     assert drifts(to_record(trajectory), attempt.to_record(), train_on) == []
     other = "longest" if train_on != "longest" else "answer"
     assert drifts(to_record(trajectory), attempt.to_record(), other)
+
+
+def test_a_redacted_secret_is_no_drift_and_hides_nothing_else():
+    trajectory, attempt = play()
+    record = to_record(trajectory, Reading(tokenizer().decode, 100, secrets=("lost",)))
+    assert "lost" not in json.dumps(record) and REDACTED in json.dumps(record)
+    assert drifts(record, attempt.to_record()) == []
+    completion = record["turns"][-1]["completion"]
+    first, *rest = completion["rollout_logprobs"]
+    completion["rollout_logprobs"] = [first - 1e-6, *rest]
+    assert drifts(record, attempt.to_record())
 
 
 # ----------------------------------------------------------------------------------- corruptions

@@ -29,11 +29,16 @@ from tir_alp.audit.records import RecordedTrajectory
 from tir_alp.audit.trajectory import Replayed
 from tir_alp.config import AgentsConfig, RolloutConfig
 from tir_alp.records.ledger_rows import Attempt, Call, answer_digest, digest, ids_digest
+from tir_alp.records.readable import holds_redacted
 from tir_alp.rollouts.stop_rule import cut_at, token_watcher
 from tir_alp.types import REPORT, StopReason, Trajectory, Turn
 
 T = TypeVar("T")
 
+_REDACTED = (
+    "in some episodes of agents a secret was redacted: that their messages encode to the recorded "
+    "tokens, and what their verdicts are, cannot be proved"
+)
 _ROUNDING = 1e-5  # a logprob may exceed 0 by this much
 
 
@@ -63,21 +68,32 @@ class AgentEpisodeCheck:
         """
         trajectory, location = recorded.trajectory, recorded.location
         self.findings.count("trajectories")
+        is_whole = not any(
+            holds_redacted(turn.info) for each in trajectory.sequences for turn in each.turns
+        )
         try:
-            capture = self._capture(trajectory, location)
+            capture = self._capture(trajectory, is_whole, location)
         except ValueError as error:
             self.findings.drift("captures", location, str(error))
             return
-        for fault in captures.check(capture):
+        if not is_whole:  # the tokens are those that the engine continued all the same
+            self.findings.note_once(_REDACTED)
+        for fault in captures.check(capture) if is_whole else ():
             self.findings.drift("captures", location, fault)
         self._calls(trajectory, capture, attempt, location)
         self._masks(trajectory, capture, location)
-        self._verdict(trajectory, attempt, replayed, location)
+        self._verdict(trajectory, attempt, replayed, is_whole, location)
 
     # ---------------------------------------------------------------- the capture, made again
 
-    def _capture(self, trajectory: Trajectory, location: Location) -> Capture:
-        """Make the capture again from the record. Raises ValueError where that is impossible."""
+    def _capture(self, trajectory: Trajectory, is_whole: bool, location: Location) -> Capture:
+        """Make the capture again from the record. Raises ValueError where that is impossible.
+
+        Args:
+            trajectory: The trajectory.
+            is_whole: Whether no message of the record has a secret left out.
+            location: Where the trajectory is recorded.
+        """
         traces: dict[int, Trace] = {}
         for number, sequence in by_trace(trajectory).items():
             if not sequence.turns:
@@ -95,12 +111,14 @@ class AgentEpisodeCheck:
                     inherited_ids=kept.token_ids,
                     inherited_stop=kept.last_stop,
                 )
-            traces[number] = self._trace(trace, sequence, location)
+            traces[number] = self._trace(trace, sequence, is_whole, location)
         last = max(traces)
         empty = {number: Trace(number, "") for number in range(last + 1)}  # requests that failed
         return Capture(tuple((empty | traces).values()))
 
-    def _trace(self, trace: Trace, sequence: Trajectory, location: Location) -> Trace:
+    def _trace(
+        self, trace: Trace, sequence: Trajectory, is_whole: bool, location: Location
+    ) -> Trace:
         for index, turn in enumerate(sequence.turns):
             here = location.at(turn=index)
             record = exchange_record(turn)
@@ -113,12 +131,14 @@ class AgentEpisodeCheck:
                 tuple(record.stops),
             )
             shown = self._shown(trace, sequence, index)
-            self._messages(trace, dialogue, rule, shown, here)
+            if is_whole:
+                self._messages(trace, dialogue, rule, shown, here)
             reply = from_record(record.reply)
             text = self.encoder.text(turn.completion.token_ids)
             self.findings.count("captures")
             self.findings.expect(
-                self.encoder.reply(
+                not is_whole
+                or self.encoder.reply(
                     dialogue, turn.completion.token_ids, rule, f"{trace.number}/{index}"
                 )
                 == reply,
@@ -328,6 +348,7 @@ class AgentEpisodeCheck:
         trajectory: Trajectory,
         attempt: Attempt,
         replayed: Replayed,
+        is_whole: bool,
         location: Location,
     ) -> None:
         findings, last = self.findings, trajectory.turns[-1]
@@ -352,6 +373,8 @@ class AgentEpisodeCheck:
             location,
             "only the last turn has a reward, and all sequences end as the episode does",
         )
+        if not is_whole:
+            return
         info = verdict_info(last)
         text, report = last.info.get("observation"), last.info.get(REPORT)
         call = attempt.calls[-1] if attempt.calls else None
