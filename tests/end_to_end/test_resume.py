@@ -10,7 +10,7 @@ import torch
 
 from tests.runs import assert_honest
 from tir_alp.models.tiny import TRAIN_CONFIG
-from tir_alp.records.trajectories import state_from_record, state_to_record
+from tir_alp.records.trajectories import from_record, state_from_record, state_to_record
 from tir_alp.run import supervise
 from tir_alp.run.command_line import load_config, read_toml
 from tir_alp.run.interrupt import Interrupted
@@ -77,5 +77,6 @@ def test_ctrl_c_and_resume_lose_and_repeat_no_task(tmp_path, monkeypatch):
     recorded = [each for file in files for each in records(file)]
     for group in json.loads(json.dumps(state_to_record(before)))["finished"]:
         again = [each for each in recorded if each["group_id"] == group["group_id"]]
-        assert not again or again == group["trajectories"]  # what was sampled is kept
+        kept = [from_record(each) for each in group["trajectories"]]
+        assert not again or [from_record(each) for each in again] == kept  # as it was sampled
     assert_honest(path)

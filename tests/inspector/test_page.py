@@ -154,10 +154,7 @@ def test_a_run_that_goes_on_is_followed(opened, tmp_path):
         page.wait_for_selector("text=1 trajectories")
         add_step(folder, 2, [trajectory(1, ("q", "b"), 0.0), trajectory(2, ("q", "c"), 0.0)])
         page.wait_for_selector("text=of 3 trajectories is 0.3333")
-        page.wait_for_function(
-            "document.querySelector('[data-metric=\"rollout/reward\"] .legend')"
-            ".innerText.includes('step 2')"
-        )
+        page.wait_for_selector('[data-metric="rollout/reward"] .legend:has-text("step 2")')
         page.click("nav >> text=Trajectories")
         page.wait_for_selector("text=3 trajectories")
         add_step(folder, 3, [trajectory(3, ("q", "d"), 0.0)])
@@ -314,11 +311,11 @@ def test_a_long_trajectory_scrolls_smoothly_and_is_whole(opened, tmp_path):
         assert whole == "".join([*texts, "the end of it"])
         assert len(ids(whole)) > 25_000
         page.evaluate("scrollTo(0, 1e9)")
-        page.wait_for_function("document.querySelector('.span:last-child .t') !== null")
+        page.wait_for_selector(".span:last-child .t", state="attached")
         assert page.evaluate("document.querySelectorAll('.t').length") < 6000
         page.fill('[aria-label="go to turn"]', "900")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelector('.t.current') !== null")
+        page.wait_for_selector(".t.current", state="attached")
         assert text_of(page, '[data-fact="turn"]') == "900"
         seen.assert_sound(address)
 
