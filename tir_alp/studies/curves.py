@@ -72,21 +72,27 @@ def _points(curve: Curve) -> tuple[list[int], list[float]]:
     return [*curve], [*curve.values()]
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser("python -m tir_alp.studies.curves", description=__doc__)
+    found.add_argument("rows", type=Path, help="file of rows, in JSON lines")
+    found.add_argument("--out", type=Path, required=True, help="PNG file that is written")
+    return found
+
+
 def main(arguments: Sequence[str]) -> int:
     """Draw a file of rows; returns the exit code, 2 if it has no curve."""
-    parser = argparse.ArgumentParser("python -m tir_alp.studies.curves", description=__doc__)
-    parser.add_argument("rows", type=Path, help="file of rows, in JSON lines")
-    parser.add_argument("--out", type=Path, required=True, help="PNG file that is written")
-    options = parser.parse_args(arguments)
+    of_words = parser()
+    options = of_words.parse_args(arguments)
     try:
         rows = [json.loads(line) for line in options.rows.read_text().splitlines()]
         curves = curves_of(rows)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        parser.error(
+        of_words.error(
             f"{options.rows} is no file of rows of a study: {type(error).__name__}: {error}"
         )
     if not curves:
-        parser.error(f"{options.rows} has no row with steps of reinforcement learning")
+        of_words.error(f"{options.rows} has no row with steps of reinforcement learning")
     draw(curves, options.out)
     for model, of_seeds in curves.items():
         print(f"{model}: seeds: {len(of_seeds)}, steps: {len(mean_of(of_seeds))}")
