@@ -72,17 +72,14 @@ def play(
 
 
 def drifts(record: Any, attempt: Any, train_on: Any = "all") -> list[str]:
-    """Audit the records of an episode; a record that cannot be read is a drift as well."""
-    try:
-        trajectory = from_record(json.loads(json.dumps(record)))
-        ledger = Attempt.from_record(json.loads(json.dumps(attempt)))
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"unreadable: {error}"]
-    findings = Findings()
-    check = AgentEpisodeCheck(ENCODER, LIMITS, AgentsConfig(train_on=train_on), findings)
-    replayed = grade_again(AgentEnv(function="tests.agents.busy_agent:solve"), TASK, trajectory)
-    check(RecordedTrajectory(trajectory, Location("here")), ledger, replayed)
-    return [str(each) for each in findings.drifts]
+    """Audit the records of an episode of an agent."""
+
+    def check(trajectory: Trajectory, ledger: Attempt, findings: Findings) -> None:
+        replayed = grade_again(AgentEnv(function="tests.agents.busy_agent:solve"), TASK, trajectory)
+        one = AgentEpisodeCheck(ENCODER, LIMITS, AgentsConfig(train_on=train_on), findings)
+        one(RecordedTrajectory(trajectory, Location("here")), ledger, replayed)
+
+    return episode_corruptions.drifts_of(record, attempt, check)
 
 
 @pytest.fixture(scope="module")

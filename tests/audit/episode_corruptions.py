@@ -6,14 +6,38 @@ Each changes the record of a trajectory, or of the ledger's attempt, both as JSO
 from __future__ import annotations
 
 import copy
+import json
 import random
 from collections.abc import Callable
 from typing import Any
 
-from tir_alp.records.ledger_rows import pack_array, unpack_array
+from tir_alp.audit.findings import Findings
+from tir_alp.records.ledger_rows import Attempt, pack_array, unpack_array
+from tir_alp.records.trajectories import from_record
+from tir_alp.types import Trajectory
 
 Corruption = Callable[[random.Random, dict[str, Any], dict[str, Any]], Any]
 CORRUPTIONS: dict[str, Corruption] = {}
+
+
+def drifts_of(
+    record: Any, attempt: Any, check: Callable[[Trajectory, Attempt, Findings], None]
+) -> list[str]:
+    """Audit the records of an episode; a record that cannot be read is a drift as well.
+
+    Args:
+        record: That of the trajectory.
+        attempt: That of the ledger.
+        check: Adds what drifts to the findings.
+    """
+    try:
+        trajectory = from_record(json.loads(json.dumps(record)))
+        ledger = Attempt.from_record(json.loads(json.dumps(attempt)))
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"unreadable: {error}"]
+    findings = Findings()
+    check(trajectory, ledger, findings)
+    return [str(each) for each in findings.drifts]
 
 
 def corruption(registry: dict[str, Corruption]) -> Callable[[Corruption], Corruption]:

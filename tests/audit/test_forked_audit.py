@@ -8,12 +8,11 @@ import pytest
 from tests.audit import episode_corruptions
 from tests.audit.episode_corruptions import a_turn, corruption, missed, sequences
 from tests.rollouts.forked import TASK, WORDS, Speaker, Talk, play, renderer
-from tir_alp.audit.findings import Findings, Location
+from tir_alp.audit.findings import Location
 from tir_alp.audit.records import RecordedTrajectory
 from tir_alp.audit.replay import replay
 from tir_alp.audit.trajectory import TrajectoryCheck
 from tir_alp.config import RolloutConfig
-from tir_alp.records.ledger_rows import Attempt
 from tir_alp.records.trajectories import from_record, to_record
 
 RENDERER = renderer()
@@ -23,17 +22,14 @@ NUM_CORRUPTIONS = 1000
 
 
 def drifts(record, attempt, limits=LIMITS):
-    """Audit the records of an episode; a record that cannot be read is a drift as well."""
-    try:
-        trajectory = from_record(json.loads(json.dumps(record)))
-        ledger = Attempt.from_record(json.loads(json.dumps(attempt)))
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"unreadable: {error}"]
-    findings = Findings()
-    replayed = replay(Talk(), TASK, trajectory, RENDERER)
-    check = TrajectoryCheck(RENDERER, limits, findings)
-    check(RecordedTrajectory(trajectory, Location("here")), ledger, replayed)
-    return [str(each) for each in findings.drifts]
+    """Audit the records of a forked episode."""
+
+    def check(trajectory, ledger, findings):
+        replayed = replay(Talk(), TASK, trajectory, RENDERER)
+        one = TrajectoryCheck(RENDERER, limits, findings)
+        one(RecordedTrajectory(trajectory, Location("here")), ledger, replayed)
+
+    return episode_corruptions.drifts_of(record, attempt, check)
 
 
 @pytest.fixture(scope="module")

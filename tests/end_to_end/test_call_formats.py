@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.fuzz.templates import tokenizer_for
+from tests.random_model import save_random_model
 from tests.rollouts.call_templates import FAMILIES, REAL
 from tests.runs import assert_honest, train_with
 from tir_alp.records.trajectories import from_record
@@ -117,25 +116,6 @@ def conversation(renderer: Renderer, num_calls: int) -> tuple[str, str]:
     raise AssertionError("the template refuses the calls")
 
 
-def make_model(family: Family, folder: Path) -> Path:
-    """Save a random model with the family's tokenizer."""
-    torch.manual_seed(0)
-    tokenizer = family.tokenizer
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=16384,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("family", families())
 def test_a_conversation_round_trips(family, tmp_path):
     single = family.renderer()
@@ -154,7 +134,7 @@ def test_a_conversation_round_trips(family, tmp_path):
         [encoded(turn), [*encoded(broken), end], [*encoded(f"\\boxed{{{answer}}}"), end]]
         for answer in (42, 41)
     ]
-    model = make_model(family, tmp_path / "model")
+    model = save_random_model(tokenizer, tmp_path / "model", 16384)
     questions = [f"What is 6*7? ({number})" for number in range(40)]
     rows = [{"question": question, "answer": "42"} for question in questions]
     (tmp_path / "tasks.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

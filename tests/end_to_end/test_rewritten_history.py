@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.random_model import save_random_model
 from tests.rollouts.call_templates import DROPS_THOUGHTS
 from tests.rollouts.forked_env import MESSAGES
 from tests.runs import assert_honest, train_with
@@ -21,23 +20,9 @@ WORDS = [f"<think>\nSo {number}.\n</think>\n\nIt is {number}" for number in rang
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A random model: one that has learnt something gives some tokens no chance to be drawn."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
     tokenizer = make_tokenizer()
     tokenizer.chat_template = DROPS_THOUGHTS
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_random_model(tokenizer, tmp_path_factory.mktemp("model"), 512)
 
 
 def words_of(answer: int) -> list[str]:

@@ -7,7 +7,6 @@ has ended: its pieces arrive together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from openai.types import CompletionUsage
@@ -33,6 +32,7 @@ from tir_alp.agents.messages import Dialogue, Message, tools_text
 from tir_alp.agents.session import Answer, ApiError, Request
 from tir_alp.agents.wire import (
     MOST_REPLIES,
+    OpenAIRequest,
     event,
     field,
     no_media,
@@ -73,18 +73,7 @@ Text = Callable[[int], str]
 """Decodes one token."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
-    """A request, and how its reply is written."""
-
-    asked: Request
-    model: str
-    stream: bool = False
-    with_usage: bool = False
-    with_logprobs: bool = False
-
-
-def read_chat(body: Mapping[str, Any]) -> ChatRequest:
+def read_chat(body: Mapping[str, Any]) -> OpenAIRequest:
     """Read a request. Raises ApiError."""
     refuse(body, _KNOWN | _OF_NO_CONCERN, _REFUSED)
     tools = read_tools(body)
@@ -97,7 +86,7 @@ def read_chat(body: Mapping[str, Any]) -> ChatRequest:
         )
     limit = number(body, "max_completion_tokens", 1, 1 << 31, whole=True)
     options = field(body, "stream_options", dict, {})
-    return ChatRequest(
+    return OpenAIRequest(
         Request(
             dialogue=Dialogue(read_messages(body), tools_text(tools)),
             count=number(body, "n", 1, MOST_REPLIES, whole=True) or 1,
@@ -203,7 +192,7 @@ def _tool_choice(body: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) ->
 
 
 def write_chat(
-    request: ChatRequest, answers: Sequence[Answer], name: str, created: int, text: Text
+    request: OpenAIRequest, answers: Sequence[Answer], name: str, created: int, text: Text
 ) -> str:
     """Write the replies as JSON.
 
@@ -234,7 +223,7 @@ def write_chat(
 
 
 def chat_events(
-    request: ChatRequest, answers: Sequence[Answer], name: str, created: int, text: Text
+    request: OpenAIRequest, answers: Sequence[Answer], name: str, created: int, text: Text
 ) -> Iterator[bytes]:
     """Write the replies as server-sent events; for the arguments see `write_chat`."""
 

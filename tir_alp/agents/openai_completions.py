@@ -7,7 +7,6 @@ begins with everything that a trace has, replies and their end marks included, g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -17,7 +16,16 @@ from openai.types.completion_choice import Logprobs
 from tir_alp.agents.messages import Dialogue, Message
 from tir_alp.agents.openai_chat import usage
 from tir_alp.agents.session import Answer, ApiError, Request
-from tir_alp.agents.wire import MOST_REPLIES, event, field, number, pieces, refuse, stop_texts
+from tir_alp.agents.wire import (
+    MOST_REPLIES,
+    OpenAIRequest,
+    event,
+    field,
+    number,
+    pieces,
+    refuse,
+    stop_texts,
+)
 
 _KNOWN = {
     *("model", "prompt", "n", "best_of", "stop", "seed", "max_tokens", "temperature", "top_p"),
@@ -26,18 +34,7 @@ _KNOWN = {
 _REFUSED: Mapping[str, Sequence[Any]] = {"echo": (False, None), "suffix": ("", None)}
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionRequest:
-    """A request, and how its reply is written."""
-
-    asked: Request
-    model: str
-    stream: bool = False
-    with_usage: bool = False
-    with_logprobs: bool = False
-
-
-def read_completion_request(body: Mapping[str, Any]) -> CompletionRequest:
+def read_completion_request(body: Mapping[str, Any]) -> OpenAIRequest:
     """Read a request. Raises ApiError."""
     refuse(body, _KNOWN, _REFUSED)
     count = number(body, "n", 1, MOST_REPLIES, whole=True) or 1
@@ -54,7 +51,7 @@ def read_completion_request(body: Mapping[str, Any]) -> CompletionRequest:
             code="unsupported_parameter",
         )
     options = field(body, "stream_options", dict, {})
-    return CompletionRequest(
+    return OpenAIRequest(
         Request(
             dialogue=Dialogue((Message("text", _prompt(body)),)),
             count=count,
@@ -92,7 +89,7 @@ def _prompt(body: Mapping[str, Any]) -> str:
 
 
 def write_completion(
-    request: CompletionRequest,
+    request: OpenAIRequest,
     answers: Sequence[Answer],
     name: str,
     created: int,
@@ -112,7 +109,7 @@ def write_completion(
 
 
 def completion_events(
-    request: CompletionRequest,
+    request: OpenAIRequest,
     answers: Sequence[Answer],
     name: str,
     created: int,
@@ -136,7 +133,7 @@ def completion_events(
 
 
 def _response(
-    request: CompletionRequest,
+    request: OpenAIRequest,
     choices: list[CompletionChoice],
     name: str,
     created: int,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tir_alp.agents.messages import Call
-from tir_alp.agents.session import ApiError
+from tir_alp.agents.session import ApiError, Request
 
 T = TypeVar("T")
 
@@ -25,6 +26,17 @@ NEUTRAL: Mapping[str, Collection[Any]] = {
 }
 """Fields that would change the distribution which tokens are drawn from, and their values that do
 not."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIRequest:
+    """A request for completions, of chats or of texts, and how its reply is written."""
+
+    asked: Request
+    model: str
+    stream: bool = False
+    with_usage: bool = False
+    with_logprobs: bool = False
 
 
 def read_body(data: bytes) -> dict[str, Any]:
