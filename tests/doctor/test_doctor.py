@@ -18,7 +18,7 @@ from tir_alp.doctor.__main__ import main as doctor_main
 from tir_alp.doctor.check_result import CheckResult
 from tir_alp.doctor.conversation import check_fence, check_template, check_tokenizer
 from tir_alp.doctor.examine import Refused, demand, examine_config, examine_engine
-from tir_alp.doctor.machine import check_disk, shape_of
+from tir_alp.doctor.machine import check_disk, num_checkpoints, shape_of
 from tir_alp.doctor.sandbox import check_sandbox
 from tir_alp.engines.base import Completion, Sampling
 from tir_alp.engines.transformers import TransformersEngine
@@ -263,6 +263,26 @@ def test_disk_is_compared_with_what_is_free(tmp_path):
     huge = replace(shape, num_parameters=10**15)
     assert "lower checkpoint.keep" in check_disk(settings, huge, tmp_path / "runs").fix
     assert not check_disk(settings, huge, tmp_path / "runs").holds
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "keep", "evaluated_every", "number"),
+    [
+        (100, 20, 2, 0, 3),  # a third is being saved while two are there
+        (100, 20, 2, 10, 4),  # and the best one
+        (1, 20, 2, 0, 1),
+        (30, 20, 2, 0, 2),
+        (100, 0, 2, 0, 1),
+        (2, 0, 2, 1, 2),
+        (0, 20, 2, 10, 1),
+    ],
+)
+def test_a_run_of_few_steps_needs_room_for_few_checkpoints(
+    steps, every, keep, evaluated_every, number
+):
+    words = f"--steps {steps} --checkpoint.every {every} --checkpoint.keep {keep}"
+    settings = config(*words.split(), "--eval.every", str(evaluated_every))
+    assert num_checkpoints(settings) == number
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

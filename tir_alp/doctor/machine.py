@@ -40,22 +40,35 @@ def shape_of(path: str) -> Shape:
 
 
 def check_disk(config: Config, shape: Shape, folder: Path) -> CheckResult:
-    """Check that `checkpoint.keep` + 1 checkpoints of weights and both moments fit on the disk.
+    """Check that the run's checkpoints of weights and both moments fit on the disk.
 
-    The additional one is being saved before the oldest is deleted. Weights of earlier versions are
-    saved too.
+    Weights of earlier versions are saved too.
     """
+    number = num_checkpoints(config)
     num_tensors = 3 + config.num_kept_versions
-    needed = (config.checkpoint.keep + 1) * num_tensors * _FLOAT * shape.num_parameters
+    needed = number * num_tensors * _FLOAT * shape.num_parameters
     existing = next(each for each in (folder, *folder.resolve().parents) if each.exists())
     free = shutil.disk_usage(existing).free
     return CheckResult(
         "disk",
         needed <= free,
-        f"{config.checkpoint.keep + 1} checkpoints need {gigabytes(needed)}, "
+        f"{number} checkpoint{'s need' if number > 1 else ' needs'} {gigabytes(needed)}, "
         f"{gigabytes(free)} are free",
         f"free some space below {existing}, or lower checkpoint.keep",
     )
+
+
+def num_checkpoints(config: Config) -> int:
+    """Return the largest number of checkpoints that a run has on the disk at one time.
+
+    `checkpoint.keep` of them are kept, and the best; another is being saved before the oldest is
+    deleted. A run of few steps writes fewer.
+    """
+    steps, every, keep = config.steps, config.checkpoint.every, config.checkpoint.keep
+    saved = -(-steps // every) if every else 1
+    evaluated = max(0, steps - 1) // config.eval.every if config.eval.every else 0
+    best = evaluated if config.checkpoint.best else 0
+    return max(1, min(saved + best, keep + 1 + min(best, 1)))
 
 
 def free_memory() -> dict[str, int]:
