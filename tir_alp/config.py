@@ -707,8 +707,9 @@ class TrainerConfig(Section):
     micro_batch_tokens: int = Field(default=16384, ge=1)
     """Tokens that a forward pass computes; a longer trajectory has a forward pass of its own."""
     share_prompts: bool = True
-    """Compute the prompt that the trajectories of a group have in common once per micro-batch,
-    instead of once per trajectory. The result is the same."""
+    """Compute what prompts of a group begin with alike once per micro-batch, instead of once per
+    trajectory: its prompt, and what the traces of a rewritten history have in common. The result is
+    the same."""
     logprob_chunk_tokens: int | None = Field(default=None, ge=1)
     """Number of tokens whose logits are in memory at the same time; None: as many as have 2**26
     logits, which take 256 MB, so that memory does not grow with the vocabulary."""

@@ -9,6 +9,8 @@ An optional library that is missing: exit code 2, and the command that installs 
 A reader of the output that has gone, as in `tir-alp train --help | head`: nothing is printed, and
 the exit code is the one that a shell gives to a process that ends so, 141.
 
+Threads that compute: how long they wait for work awake, which OpenMP reads when torch is imported.
+
 A command that has done its work: its process ends as soon as all threads and exit handlers have.
 The interpreter would free half a million objects of torch and transformers one at a time, which
 takes a second or two; the kernel frees them at once.
@@ -51,6 +53,11 @@ EXTRAS = {
 }
 """Optional libraries -> the extra of this package that installs them."""
 
+OPENMP = {"GOMP_SPINCOUNT": "2000"}
+"""How long, in loops of about 50 ns, a thread of GNU's OpenMP waits for work before it sleeps. By
+default that is for 15 ms, in which it takes a processor from tools and other programs; the pause
+between two operations of a decode step is a hundredth of that."""
+
 _is_command = False  # whether this process is one of our commands; see `begin_command`
 _code: int | None = None  # exit code of the command, once it has done its work
 
@@ -76,6 +83,8 @@ def begin_command() -> None:
     _is_command = True
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit)
+    for name, value in OPENMP.items():  # read when torch is imported
+        os.environ.setdefault(name, value)
     sys.excepthook = _end_in_one_line
     atexit.register(_end)  # the first to be registered is the last to be called
 

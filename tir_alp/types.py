@@ -372,26 +372,50 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """The prompts of the sequences of a batch."""
+    """The prompts of the sequences of a batch, and what of them is computed once.
+
+    A sequence can share the beginning of its prompt with an earlier one of the batch, which may
+    share a part of that with another one in turn.
+    """
 
     uids: tuple[int, ...]
     """[B] identities, by which the noise in a prompt is keyed: those of the groups."""
     lengths: tuple[int, ...]
     """[B] number of tokens of each prompt."""
     rows: tuple[int, ...]
-    """[B] the sequence with which each shares its prompt in the forward: the first one of the batch
-    with the same prompt, or itself if prompts are not shared."""
+    """[B] the sequence in whose forward the beginning of each is computed: one before it in the
+    batch, or itself if it shares nothing."""
+    shared: tuple[int, ...]
+    """[B] number of tokens that it shares with that sequence, at most those of either's prompt."""
 
     def of(self, rows: Sequence[int]) -> Prompts:
         """Return the prompts of some of the sequences, given by ascending indices."""
-        first: dict[int, int] = {}  # of the sequences that share a prompt, the first that is kept
-        for new_row, row in enumerate(rows):
-            first.setdefault(self.rows[row], new_row)
+        chains = [self._chain(row) for row in rows]
+        first, shared = [], []
+        for place, chain in enumerate(chains):
+            common = ((_in_common(chain, other), -n) for n, other in enumerate(chains[:place]))
+            number, least = max(common, default=(0, 0))
+            first.append(-least if number else place)
+            shared.append(number)
         return Prompts(
             uids=tuple(self.uids[row] for row in rows),
             lengths=tuple(self.lengths[row] for row in rows),
-            rows=tuple(first[self.rows[row]] for row in rows),
+            rows=tuple(first),
+            shared=tuple(shared),
         )
+
+    def _chain(self, row: int) -> dict[int, int]:
+        """Return each sequence that a row shares tokens with by way of others, and how many."""
+        chain = {row: self.lengths[row]}
+        while self.rows[row] != row:
+            number = min(chain[row], self.shared[row])
+            row = self.rows[row]
+            chain[row] = number
+        return chain
+
+
+def _in_common(one: Mapping[int, int], other: Mapping[int, int]) -> int:
+    return max((min(one[row], other[row]) for row in one.keys() & other.keys()), default=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.benchmarks.against_trl.worker import Case, as_message  # noqa: E402
+from tir_alp.process import OPENMP  # noqa: E402
 
 SIDES = ("ours", "theirs")
 SHAPES = {
@@ -143,6 +144,7 @@ def started(python: Path, side: str, folder: Path, threads: int) -> Iterator[Wor
     log = folder / f"{side}.log"
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env |= OPENMP if side == "ours" else {}  # as our commands have it
     with log.open("wb") as errors:
         process = subprocess.Popen(
             [python, "-m", f"tests.benchmarks.against_trl.{side}"],

@@ -21,9 +21,17 @@ from tests.engines.embedded import (
 from tests.engines.test_transformers import SIZES
 from tir_alp.engines.base import Completion, Sampling
 from tir_alp.engines.embedded.kv_cache import KVCache
-from tir_alp.engines.embedded.prefix import MIN_SHARED, Prefix, find_prefix
+from tir_alp.engines.embedded.prefix import (
+    MIN_SHARED,
+    Prefix,
+    PrefixStack,
+    find_prefix,
+    num_held,
+    to_stacks,
+)
+from tir_alp.engines.embedded.prefix_groups import PrefixGroups
 from tir_alp.engines.transformers import TransformersEngine
-from tir_alp.training.attention import PACKED
+from tir_alp.training.attention import PACKED, attend_in_rows
 from tir_alp.types import StopReason
 
 LONG = tuple(random.Random(1).choices(range(6, 262), k=300))
@@ -48,7 +56,8 @@ def held(engine: TransformersEngine) -> int:
     """Tokens that the engine's tensors have room for, in the first layer."""
     assert isinstance(engine._cache, KVCache)
     rows = [keys.shape[0] * keys.shape[1] for keys, _ in [*engine._cache._layers.values()][:1]]
-    prefixes = [len(each.states[0][0]) for each in engine._prefixes() if each.states]
+    stacks = {each.stack for each in engine._prefixes() if each.stack is not None}
+    prefixes = [each.states[0][0][..., 0, 0].numel() for each in stacks]
     return sum(rows) + sum(prefixes) + sum(len(each.states[0][0]) for each in engine._parked)
 
 
@@ -239,7 +248,45 @@ def test_prefixes_rows_and_parked_sequences_stay_within_the_budget_together(budg
         assert same(completion, one(Sampling(max_tokens=12, sequence_uid=uid), prompt))
 
 
+@pytest.mark.parametrize("members", [{0: [0, 3], 1: [1], 2: [2]}, {2: [1, 0]}, {0: [3], 2: [0]}])
+def test_prefixes_of_a_stack_are_asked_together(members: dict[int, list[int]]):
+    """Each row attends to its prefix and its own tokens, as if it had a copy of both."""
+    torch.manual_seed(0)
+    lengths, num_own = (7, 5, 6), torch.tensor([2, 4, 1, 3])
+    stack = PrefixStack(lengths)
+    stack.states[0] = (torch.randn(3, 7, 2, 8), torch.randn(3, 7, 2, 8))
+    prefixes: list[Prefix | None] = [None] * 4
+    for place, rows in members.items():
+        prefix = Prefix(tuple(range(lengths[place])), stack, place)
+        for row in rows:
+            prefixes[row] = prefix
+    query, (keys, values) = torch.randn(4, 6, 8), torch.randn(2, 4, 4, 2, 8)
+    bias = torch.zeros(4, 1, 1, 4).masked_fill(
+        torch.arange(4) >= num_own[:, None, None, None], -1e9
+    )
+    groups = PrefixGroups(prefixes, torch.device("cpu"))
+    found = groups.attend(0, query, keys, values, bias, None)
+    for row, prefix in enumerate(prefixes):
+        before = (keys[0, :0], values[0, :0]) if prefix is None else prefix.states(0)
+        own = (keys[row, : num_own[row]], values[row, : num_own[row]])
+        both = [torch.cat(each)[None] for each in zip(before, own, strict=True)]
+        mask = torch.ones(1, both[0].shape[1], dtype=torch.bool)
+        expected = attend_in_rows(query[row][None, None], *both, mask=mask, scale=None)
+        torch.testing.assert_close(found[row], expected[0, 0])
+
+
 # ----------------------------------------------------------------------------- what is shared
+
+
+def test_prefixes_of_about_the_same_length_get_one_tensor():
+    def lengths(*given: int) -> list[list[int]]:
+        return [[*map(len, each)] for each in to_stacks(Prefix(tuple(range(n))) for n in given)]
+
+    assert lengths(300, 280, 310) == [[310, 300, 280]]
+    assert lengths(300, 3000, 2900) == [[3000, 2900], [300]]
+    assert lengths(*[300] * 9) == [[300] * 8, [300]]
+    read = Prefix(LONG, PrefixStack((290, 300)), 1)
+    assert num_held([read, Prefix(LONG[:270]), Prefix(LONG[:290])]) == 2 * 300 + 2 * 290
 
 
 def test_what_sequences_share():

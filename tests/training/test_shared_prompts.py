@@ -1,7 +1,9 @@
 """A prompt that is computed once, compared with one that is computed for each sequence."""
 
 import random
+from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +53,23 @@ def groups_of(sizes=(3, 1, 4), num_prompt=(12, 20), num_words: int = 262) -> Gro
     return groups
 
 
+def forked(groups: Groups) -> Groups:
+    """Give each sample of a group another prompt, as the traces of a rewritten history have.
+
+    The prompt of each continues that of one before it, or that of the group.
+    """
+    rng, made = random.Random(3), []
+    for samples in groups:
+        prompts, traces = [samples[0].trajectory.prompt.token_ids], [samples[0]]
+        for sample in samples[1:]:
+            added = tuple(rng.randrange(6, 60) for _ in range(rng.randint(0, 9)))
+            prompts.append(rng.choice(prompts) + added)
+            each = replace(sample.trajectory, prompt=TokenSpan(prompts[-1]))
+            traces.append(replace(sample, trajectory=each))
+        made.append(traces)
+    return made
+
+
 def near_policy(groups: Groups) -> Groups:
     """Give all tokens rollout logprobs near those of the model, as in training."""
     of, rng = model(), random.Random(2)
@@ -78,14 +97,15 @@ def flat(groups: Groups) -> list[Sample]:
     return [sample for group in groups for sample in group]
 
 
+@pytest.mark.parametrize("arrange", [lambda groups: groups, forked], ids=["groups", "forks"])
 @pytest.mark.parametrize("name", DECODERS)
-def test_logprobs_are_those_of_whole_sequences(name: str):
+def test_logprobs_are_those_of_whole_sequences(name: str, arrange: Callable[[Groups], Groups]):
     torch.manual_seed(0)
     of = AutoModelForCausalLM.from_config(deepcopy(make_config(name)), attn_implementation=PACKED)
     with torch.no_grad():  # the attention of fresh weights is nearly uniform
         for parameter in of.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    samples = flat(groups_of(num_words=64))
+    samples = flat(arrange(groups_of(num_words=64)))
     random.Random(0).shuffle(samples)
     policy = PolicyLogprobs(of.double(), 2048)
     results = []
@@ -110,9 +130,10 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, "alp of forks"])
 def test_updates_are_those_without_sharing(name: str):
-    groups, algorithm = near_policy(groups_of()), METHODS[name]
+    groups = forked(groups_of()) if name == "alp of forks" else groups_of()
+    groups, algorithm = near_policy(groups), METHODS.get(name, noisy())
     alone, shared = (trainer(algorithm, share_prompts=share) for share in (False, True))
     expected, found = alone.step(groups, 0).metrics, shared.step(groups, 0).metrics
     assert found["train/shared_tokens"] > 0.3 and expected["train/shared_tokens"] == 0
@@ -149,6 +170,32 @@ def test_only_equal_prompts_of_one_group_are_computed_once():
     assert computed_tokens(collate([one, two])) is None
     assert rows_of(sequences_of(batch, (1, 2))) == (0, 1)
     assert rows_of(sequences_of(batch, (0, 2))) == (0, 0)
+
+
+def test_traces_share_what_their_prompts_have_in_common():
+    (sample,), _ = groups_of(sizes=(1, 1))
+
+    def trace(*added: int) -> Sample:
+        prompt = TokenSpan((*sample.trajectory.prompt.token_ids, *added))
+        return replace(sample, trajectory=replace(sample.trajectory, prompt=prompt))
+
+    samples = [trace(7, 8), trace(), trace(7, 9, 9), trace(7, 9, 9), trace(7, 9)]
+    number = len(sample.trajectory.prompt)
+    batch = collate(samples, share_prompts=True)
+    assert batch.prompts is not None
+    assert batch.prompts.rows == (0, 0, 0, 2, 2)
+    assert batch.prompts.shared == (0, number, number + 1, number + 3, number + 2)
+    part = sequences_of(batch, (1, 3, 4)).prompts  # row 2 is missing, by which two of them share
+    assert part is not None and part.rows == (0, 0, 1)
+    assert part.shared == (0, number, number + 2)
+    uids = [
+        uid
+        for each in pack(samples, number + 30, share_prompts=True)
+        for uid in each.sequence_uids
+        if num_computed(each) <= number + 30
+    ]
+    assert len(uids) == 5
+    assert num_computed(pack(samples, 10_000, share_prompts=True)[0]) == num_computed(batch)
 
 
 def test_micro_batches_are_bounded_by_the_tokens_that_are_computed():

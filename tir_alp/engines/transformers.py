@@ -47,10 +47,11 @@ from tir_alp.engines.embedded.forward import CachedForward
 from tir_alp.engines.embedded.kv_cache import KVCache
 from tir_alp.engines.embedded.own_caches import OwnCacheForward, OwnCaches, measure_reading
 from tir_alp.engines.embedded.parked import ParkedSequences
-from tir_alp.engines.embedded.prefix import Prefix, find_prefix
+from tir_alp.engines.embedded.prefix import Prefix, find_prefix, num_held
 from tir_alp.engines.embedded.request import EmbeddedRequest, ParkedSequence
 from tir_alp.engines.embedded.sampling import draws
 from tir_alp.training.arrangement import is_packed
+from tir_alp.training.compute_threads import release_threads
 from tir_alp.training.policy import compute_device, load_policy
 from tir_alp.types import StopReason
 
@@ -223,6 +224,7 @@ class TransformersEngine:
                 if self._running:
                     await loop.run_in_executor(self._thread, self._step, num_joining)
                 else:
+                    await loop.run_in_executor(self._thread, release_threads)
                     await self._work.wait()
             except Exception as error:
                 self._fail(error)
@@ -244,10 +246,10 @@ class TransformersEngine:
             num_rows = len(self._running) + 1
             longest = max(longest, request.num_unread)
             num_read = (num_joining + 1) * longest
-            num_read += sum(len(each) for each in prefixes if not each.states)
-            num_held = num_rows * widest + sum(map(len, prefixes))
+            num_read += sum(len(each) for each in prefixes if each.stack is None)
+            num_tokens = num_rows * widest + num_held(prefixes)
             is_too_much = num_joining and num_read > _MAX_PREFILL_TOKENS
-            if is_too_much or num_held > self._max_cache_tokens:
+            if is_too_much or num_tokens > self._max_cache_tokens:
                 self._parked.take_back(request)
                 break
             self._running.append(self._waiting.popleft())
@@ -268,7 +270,7 @@ class TransformersEngine:
         return _prefixes_of((*self._running, *self._parked))
 
     def _count_shared(self) -> int:
-        return sum(map(len, self._prefixes()))
+        return num_held(self._prefixes())
 
     def _make_room(self, num_rows: int, width: int) -> None:
         """Let go of parked sequences until rows of this number and width have room."""
@@ -382,6 +384,7 @@ async def open_transformers(
         on_update=context.on_update,
         adapters=context.adapters,
     )
+    release_threads()
     try:
         yield engine
     finally:

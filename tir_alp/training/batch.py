@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -38,8 +39,8 @@ def pack(
         max_tokens: Limit of a micro-batch, in tokens that its forward computes.
         rank: Index of the rank.
         num_ranks: Number of ranks.
-        share_prompts: Whether a prompt that samples of a group have in common is computed once per
-            micro-batch. Such samples are bundled.
+        share_prompts: Whether what prompts of a group's samples begin with alike is computed once
+            per micro-batch. Such samples are bundled.
         with_versions: Whether batches say which policy version sampled each token.
     """
     useful = [sample for sample in samples if any(sample.trajectory.loss_mask)]
@@ -65,37 +66,42 @@ def _without_loss(batch: Batch) -> Batch:
 
 
 def _bundles(samples: Sequence[Sample], max_tokens: int, num_ranks: int) -> Iterator[list[Sample]]:
-    """Yield samples with the same prompt, longest first, as many as a micro-batch can hold.
+    """Yield samples whose prompts begin alike, as many as a micro-batch can hold.
 
     With several ranks a bundle has at most a rank's share of all tokens, so that none is idle
     because another one has a whole group.
     """
-    same: dict[tuple[int, tuple[int, ...]], list[Sample]] = defaultdict(list)
-    for sample in sorted(samples, key=lambda each: -len(each.trajectory.token_ids)):
-        same[_prompt_of(sample)].append(sample)
-    share = sum(_num_computed(each) for each in same.values()) / num_ranks
-    for (_, prompt), members in same.items():
+    groups: dict[int, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        groups[sample.trajectory.group_id].append(sample)
+    # Sorted by prompt, each has the longest beginning in common with the one before it.
+    ordered = [
+        sorted(members, key=lambda each: (_prompt(each), -len(each.trajectory.token_ids)))
+        for members in groups.values()
+    ]
+    limit = min(max_tokens, sum(map(_num_computed, ordered)) / num_ranks)
+    for members in ordered:
         bundle: list[Sample] = []
-        num_tokens = len(prompt)
+        num_tokens = 0
         for sample in members:
-            more = len(sample.trajectory.token_ids) - len(prompt)
-            if bundle and num_tokens + more > min(max_tokens, share):
+            length = len(sample.trajectory.token_ids)
+            shared = num_in_common(_prompt(bundle[-1]), _prompt(sample)) if bundle else 0
+            if bundle and (shared == 0 or num_tokens + length - shared > limit):
                 yield bundle
-                bundle, num_tokens = [], len(prompt)
+                bundle, num_tokens, shared = [], 0, 0
             bundle.append(sample)
-            num_tokens += more
+            num_tokens += length - shared
         yield bundle
 
 
-def _prompt_of(sample: Sample) -> tuple[int, tuple[int, ...]]:
-    """What samples must have in common to share their prompts: the group, and the tokens."""
-    return sample.trajectory.group_id, tuple(sample.trajectory.prompt.token_ids)
+def _prompt(sample: Sample) -> tuple[int, ...]:
+    return sample.trajectory.prompt.token_ids
 
 
 def _num_computed(bundle: Sequence[Sample]) -> int:
-    """Number of tokens of samples with the same prompt, which is counted once."""
-    num_prompt = len(bundle[0].trajectory.prompt)
-    return num_prompt + sum(len(each.trajectory.token_ids) - num_prompt for each in bundle)
+    """Number of tokens of samples of a group, sorted by prompt: what two share is counted once."""
+    shared = sum(num_in_common(_prompt(one), _prompt(other)) for one, other in pairwise(bundle))
+    return sum(len(each.trajectory.token_ids) for each in bundle) - shared
 
 
 def divide(lengths: Sequence[int], max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
@@ -134,12 +140,9 @@ def collate(
 
     Args:
         samples: At least one sample.
-        share_prompts: Whether a prompt that samples of a group have in common is computed once.
+        share_prompts: Whether what prompts of a group's samples begin with alike is computed once.
         with_versions: Whether the batch says which policy version sampled each token.
     """
-    first: dict[object, int] = {}
-    for row, sample in enumerate(samples):
-        first.setdefault(_prompt_of(sample) if share_prompts else row, row)
     trajectories = [sample.trajectory for sample in samples]
     lengths = tuple(len(trajectory.token_ids) for trajectory in trajectories)
     longest = max(lengths)
@@ -166,17 +169,39 @@ def collate(
         advantages=torch.tensor([sample.advantage for sample in samples], dtype=torch.float32),
         loss_positions=torch.from_numpy(np.concatenate(masks).nonzero()[0]),
         weights=weights,
-        prompts=Prompts(
-            uids=tuple(trajectory.group_id for trajectory in trajectories),
-            lengths=tuple(len(trajectory.prompt) for trajectory in trajectories),
-            rows=tuple(
-                first[_prompt_of(sample) if share_prompts else row]
-                for row, sample in enumerate(samples)
-            ),
-        ),
+        prompts=_prompts(trajectories, share_prompts),
         token_advantages=token_advantages,
         versions=versions,
     )
+
+
+def _prompts(trajectories: Sequence[Trajectory], share: bool) -> Prompts:
+    """Say what of the prompts is computed once: with which earlier one each has most in common."""
+    rows, shared = [*range(len(trajectories))], [0] * len(trajectories)
+    known: dict[int, dict[tuple[int, ...], int]] = defaultdict(dict)  # group, prompt -> row
+    for row, trajectory in enumerate(trajectories if share else ()):
+        prompt, earlier = trajectory.prompt.token_ids, known[trajectory.group_id]
+        if prompt in earlier:
+            shared[row], rows[row] = len(prompt), earlier[prompt]
+        else:
+            found = ((num_in_common(prompt, each), -place) for each, place in earlier.items())
+            number, place = max(found, default=(0, 0))
+            shared[row], rows[row] = number, -place if number else row
+            earlier[prompt] = row
+    return Prompts(
+        uids=tuple(trajectory.group_id for trajectory in trajectories),
+        lengths=tuple(len(trajectory.prompt) for trajectory in trajectories),
+        rows=tuple(rows),
+        shared=tuple(shared),
+    )
+
+
+def num_in_common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """Return the number of tokens that two sequences begin with alike."""
+    length = min(len(one), len(other))
+    if one[:length] == other[:length]:
+        return length
+    return int(np.argmin(np.equal(one[:length], other[:length])))
 
 
 def _advantages_by_token(sample: Sample) -> list[float]:

@@ -14,6 +14,7 @@ from tir_alp.algorithm.presets import AlgorithmConfig
 from tir_alp.config import Config
 from tir_alp.training import checkpoint
 from tir_alp.training.checkpoint_folder import Position
+from tir_alp.training.compute_threads import releasing
 from tir_alp.training.policy import compute_device, load_policy, load_tokenizer
 from tir_alp.training.ranks import Ranks, join
 from tir_alp.training.step_report import StepReport
@@ -34,6 +35,7 @@ class LocalTrainer:
         on_bad_update: See `Trainer`.
     """
 
+    @releasing
     def __init__(
         self, config: Config, *, initial: str, found: Path | None, on_bad_update: OnBadUpdate
     ) -> None:
@@ -65,14 +67,17 @@ class LocalTrainer:
         """The ranks that train together."""
         return self._trainer.ranks
 
+    @releasing
     def step(self, groups: Sequence[Sequence[Sample]], step: int) -> StepReport:
         """As `Trainer.step`."""
         return self._trainer.step(groups, step)
 
+    @releasing
     def mean_loss(self, samples: Sequence[Sample]) -> float:
         """As `Trainer.mean_loss`."""
         return self._trainer.mean_loss(samples)
 
+    @releasing
     def weights(self) -> dict[str, Tensor]:
         """Return `Trainer.weights`, or `Trainer.adapters` if the engine takes them, as a dict."""
         one = self._trainer
@@ -81,6 +86,7 @@ class LocalTrainer:
             torch.cuda.empty_cache()
         return weights
 
+    @releasing
     def completion_logprobs(
         self,
         prompt: Sequence[int],
@@ -91,6 +97,7 @@ class LocalTrainer:
         """As `Trainer.completion_logprobs`."""
         return self._trainer.completion_logprobs(prompt, completion, temperature, top_p)
 
+    @releasing
     def perturb_weights(self, scale: float) -> None:
         """As `Trainer.perturb_weights`."""
         self._trainer.perturb_weights(scale)
@@ -108,6 +115,7 @@ class LocalTrainer:
             folder, self._trainer, self._tokenizer, position, rollouts, keep, end_token_ids
         )
 
+    @releasing
     def load(self, path: Path) -> None:
         """Load weights, optimizer and sigma from a checkpoint."""
         checkpoint.load(path, self._trainer)

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from tir_alp.config import TrainerConfig
 from tir_alp.training.schedule import lr_factor
+from tir_alp.training.sharding import whole
 
 MOST_NORMS = 64
 """Number of updates whose gradient norms the next one is compared with."""
@@ -159,9 +159,7 @@ class Optimizer:
 def _clip(parameters: Sequence[nn.Parameter], bound: float) -> float:
     """Scale gradients so that their norm over all ranks is within the bound; return the norm."""
     gradients = [each.grad for each in parameters if each.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
     torch.nn.utils.clip_grads_with_norm_(parameters, bound, norm)
     return norm.item()
 

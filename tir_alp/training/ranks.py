@@ -54,7 +54,8 @@ class Ranks:
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of a tensor over all ranks, bit for bit the same on each."""
         total = values.detach().clone()
-        dist.all_reduce(total, group=self.mesh.get_group())
+        if self.size > 1:
+            dist.all_reduce(total, group=self.mesh.get_group())
         return total
 
     def meet(self) -> None:
@@ -64,7 +65,8 @@ class Ranks:
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in their order; values are small and picklable."""
         values: list[T] = [value] * self.size
-        dist.all_gather_object(values, value, group=self.mesh.get_group())
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.mesh.get_group())
         return values
 
     @contextmanager

@@ -9,9 +9,10 @@ log sigma is not sharded: it is small, so every rank has all of it, in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 from torch.distributed.tensor import DTensor
 
 from tir_alp.algorithm.sites import find_decoder_layers
@@ -50,8 +52,44 @@ def shard(policy: PolicyLogprobs, config: TrainerConfig, ranks: Ranks) -> None:
         assert isinstance(sharded, FSDPModule)
         if ranks.size > 1:  # one rank's gradients are not divided, and a factor costs two copies
             sharded.set_gradient_divide_factor(1.0)
+        else:
+            sharded.set_custom_all_gather(_OwnShard())
         sharded.set_force_sum_reduction_for_comms(True)  # the only kind that gloo has
     register_fsdp_forward_method(policy, "completion_logprobs")
+
+
+class _OwnShard(AllGather):
+    """What the only rank gathers: FSDP2 has put it into the output already.
+
+    gloo would copy it onto itself, with compute threads of its own that nobody can release.
+    """
+
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Return memory for the output."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        """See that the output is what the rank has."""
+        if input_tensor.data_ptr() != output_tensor.data_ptr():
+            output_tensor.copy_(input_tensor)
+        return None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that is divided over ranks as a whole one, of which it shares no memory."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.device_mesh.size() == 1:  # see `_OwnShard`
+        return tensor.to_local().clone()
+    return tensor.full_tensor()
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -60,7 +98,7 @@ def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     Every rank must iterate to the end, in step with the others.
     """
     for name, tensor in tensors.items():
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield name, whole(tensor)
 
 
 def on_first_rank(tensors: Iterable[tuple[str, Tensor]], ranks: Ranks) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
-"""Sequences with the same prompt, of which the prompt is computed once.
+"""Sequences whose prompts begin alike: what they have in common is computed once.
 
-The tokens of a forward are those of the batch without the prompts that are computed for another
-sequence. Everywhere but in attention a token needs nothing else. In attention, prompts attend
-within themselves, and the other tokens attend to the prompt of their sequence and to the tokens
-before them, as they would without sharing. Gradients of keys and values add up over the sequences.
+That is the prompt of a group, and, where history was rewritten, what the prompts of an episode's
+traces have in common. The tokens of a forward are those of the batch without those that are
+computed for another sequence. Everywhere but in attention a token needs nothing else. In attention
+it attends to the tokens before it in its sequence, as it would without sharing, wherever they were
+computed. Gradients of keys and values add up over the sequences.
 
 What is computed where follows from the lengths alone, and is worked out on the CPU, so that a GPU
 is never waited for.
@@ -12,6 +13,7 @@ is never waited for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -22,15 +24,11 @@ from torch import Tensor
 from tir_alp.training.attention import attend_in_rows, on_device, window_mask
 from tir_alp.types import Batch, Prompts
 
-Piece = tuple[int, int]
-"""Consecutive packed tokens, by position and number."""
-
 
 def shared_prompts(batch: Batch) -> Prompts | None:
-    """Return the prompts of a batch if at least two sequences share one."""
+    """Return the prompts of a batch if at least two sequences share a beginning."""
     prompts = batch.prompts
-    is_shared = prompts is not None and prompts.rows != tuple(range(len(batch.lengths)))
-    return prompts if is_shared else None
+    return prompts if prompts is not None and any(prompts.shared) else None
 
 
 def num_computed(batch: Batch) -> int:
@@ -48,15 +46,46 @@ def computed_tokens(batch: Batch) -> Tensor | None:
     return on_device(_computed(batch), batch.token_ids.device)
 
 
-class SharedPrompts:
-    """Layout of a batch in which sequences share their prompts.
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Pieces of sequences whose attention is one call, as padded rows of queries and keys."""
 
-    Axis letters: B sequences, P prompts, N tokens of the batch, M tokens that are computed; Q and K
-    queries and keys of the longest row.
+    queries: Tensor
+    """[R, Q] index of each among the tokens that are computed."""
+    keys: Tensor
+    """[R, K] the same for all that they attend to."""
+    inside: Tensor
+    """Index of each query that is no padding, among the R * Q."""
+    distance: Tensor | None
+    """[R, 1, Q, K] how many tokens each key is before the query; None: rows begin with sequences,
+    and keys are queries."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        """Return the outputs [T, heads, D] of the pieces, one after the other."""
+        if self.distance is None:
+            mask = window_mask(self.queries.shape[1], window, query.device)
+        else:
+            mask = self.distance >= 0
+            if window is not None:
+                mask = mask & (self.distance < window)
+        rows = (
+            states.index_select(0, index.flatten()).unflatten(0, index.shape)
+            for states, index in ((query, self.queries), (key, self.keys), (value, self.keys))
+        )
+        output = attend_in_rows(*rows, mask=mask, scale=scale)
+        return output.flatten(0, 1).index_select(0, self.inside)
+
+
+class SharedPrompts:
+    """Layout of a batch in which sequences share beginnings of their prompts.
+
+    Axis letters: B sequences, N tokens of the batch, M tokens that are computed.
 
     Args:
         batch: The batch, whose forward runs on the device of its tokens.
-        prompts: Its prompts, of which at least two are one.
+        prompts: Its prompts, of which at least two have a beginning in common.
     """
 
     computed: Tensor
@@ -66,40 +95,28 @@ class SharedPrompts:
 
     def __init__(self, batch: Batch, prompts: Prompts) -> None:
         lengths, device = batch.lengths, batch.token_ids.device
-        starts = [0, *accumulate(lengths)]
+        starts = [*accumulate(lengths, initial=0)]
         computed = _computed(batch)
-        index = np.empty(starts[-1], np.int64)
-        index[computed] = np.arange(len(computed))
-        # A token of a prompt that is left out stands where that of the first sequence does.
-        source = np.arange(starts[-1])
-        for row, first in enumerate(prompts.rows):
-            end = starts[row] + prompts.lengths[row]
-            source[starts[row] : end] += starts[first] - starts[row]
-        place = index[source]
-
-        own = [row for row, first in enumerate(prompts.rows) if first == row]
-        of_prompts, in_prompts = _rows([(starts[row], prompts.lengths[row]) for row in own], place)
-        tails = [
-            (start + number, length - number)
-            for start, number, length in zip(starts, prompts.lengths, lengths, strict=False)
-        ]
-        of_tails, in_tails = _rows(tails, place)
-        of_keys, _ = _rows([*zip(starts, lengths, strict=False)], place)
-        # Outputs are those of all prompts and then those of all tails.
-        order = np.concatenate([of_prompts[in_prompts], of_tails[in_tails]])
+        place = np.empty(starts[-1], np.int64)
+        place[computed] = np.arange(len(computed))
+        for row, (first, number) in enumerate(zip(prompts.rows, prompts.shared, strict=True)):
+            if number:  # `first` comes before the row, so that its own places are known
+                place[starts[row] : starts[row] + number] = place[starts[first] :][:number]
+        # Whole prompts, what prompts add to a shared beginning, and all after the prompts: within
+        # each of the three, rows are similarly long.
+        pieces: list[list[_Piece]] = [[], [], []]
+        for row, (number, length) in enumerate(zip(prompts.shared, prompts.lengths, strict=True)):
+            if number < length:
+                pieces[number > 0].append(_Piece(starts[row], number, length))
+            if length < lengths[row]:
+                pieces[2].append(_Piece(starts[row], length, lengths[row]))
+        made = [_block(each, place, device) for each in pieces if each]
+        order = np.concatenate([places for _, places in made])
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
-        position = np.array(prompts.lengths)[:, None] + np.arange(of_tails.shape[1])
-        # [B, 1, Q, K]: how many tokens each key is before the query
-        distance = position[:, None, :, None] - np.arange(of_keys.shape[1])
-
+        self._blocks = [block for block, _ in made]
+        self._back = on_device(back, device)
         self.computed, self.place = on_device(computed, device), on_device(place, device)
-        self._prompts = on_device(of_prompts, device)
-        self._tails, self._keys = on_device(of_tails, device), on_device(of_keys, device)
-        self._in_prompts = on_device(in_prompts.ravel().nonzero()[0], device)
-        self._in_tails = on_device(in_tails.ravel().nonzero()[0], device)
-        self._back, self._distance = on_device(back, device), on_device(distance, device)
-        self._mask = self._distance >= 0
 
     def attend(
         self,
@@ -112,30 +129,24 @@ class SharedPrompts:
         window: int | None,
     ) -> Tensor:
         """As `Layout.attend`."""
+        outputs = [block.attend(query, key, value, scale, window) for block in self._blocks]
+        return torch.cat(outputs).index_select(0, self._back)
 
-        def attention(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
-            rows = (
-                states.index_select(0, index.flatten()).unflatten(0, index.shape)
-                for states, index in ((query, queries), (key, keys), (value, keys))
-            )
-            return attend_in_rows(*rows, mask=mask, scale=scale).flatten(0, 1)
 
-        mask = self._mask
-        if window is not None:
-            mask = mask & (self._distance < window)
-        of_prompts = window_mask(self._prompts.shape[1], window, query.device)
-        prompts = attention(self._prompts, self._prompts, of_prompts)
-        tails = attention(self._tails, self._keys, mask)
-        both = (prompts.index_select(0, self._in_prompts), tails.index_select(0, self._in_tails))
-        return torch.cat(both).index_select(0, self._back)
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Tokens `start` to `stop` of a sequence, which attend to all of it up to `stop`."""
+
+    sequence: int
+    """Position of its first token among the packed tokens."""
+    start: int
+    stop: int
 
 
 def _num_left_out(batch: Batch) -> list[int]:
     """Number of tokens of each sequence that are computed for another one."""
     prompts = shared_prompts(batch)
-    if prompts is None:
-        return [0] * len(batch.lengths)
-    return [0 if prompts.rows[row] == row else number for row, number in enumerate(prompts.lengths)]
+    return [0] * len(batch.lengths) if prompts is None else [*prompts.shared]
 
 
 def _computed(batch: Batch) -> NDArray[np.int64]:
@@ -147,18 +158,32 @@ def _computed(batch: Batch) -> NDArray[np.int64]:
     )
 
 
-def _rows(
-    pieces: Sequence[Piece], place: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Arrange pieces of the packed tokens as padded rows.
+def _block(
+    pieces: Sequence[_Piece], place: NDArray[np.int64], device: torch.device
+) -> tuple[_Block, NDArray[np.int64]]:
+    """Arrange pieces as padded rows; returns the place of each of their tokens as well, in order.
 
-    Returns:
-        The index [R, T] of each token among those that are computed, 0 in the padding, and a mask
-        [R, T] without the padding.
+    Args:
+        pieces: At least one.
+        place: [N] index of each packed token among those that are computed.
+        device: Device of the forward.
     """
-    start, length = np.array(pieces).T
-    offset = np.arange(length.max())
-    inside = offset < length[:, None]
-    position = np.where(inside, start[:, None] + offset, 0)
-    # Padding reads token 0. Causality hides it from the others, and its output is dropped.
-    return np.where(inside, place[position], 0), inside
+    sequence, start, stop = np.array([astuple(each) for each in pieces]).T[..., None]
+    is_whole = not start.any()
+    offset = np.arange((stop - start).max())
+    inside = offset < stop - start
+    # Padding reads a token of the batch. Causality hides it from the others, and its output is
+    # dropped.
+    queries = place[np.where(inside, sequence + start + offset, 0)]
+    reach = np.arange(stop.max())
+    keys = queries if is_whole else place[np.where(reach < stop, sequence + reach, 0)]
+    distance = None
+    if not is_whole:
+        distance = on_device(((start + offset)[..., None] - reach)[:, None], device)
+    block = _Block(
+        queries=on_device(queries, device),
+        keys=on_device(keys, device),
+        inside=on_device(inside.ravel().nonzero()[0], device),
+        distance=distance,
+    )
+    return block, queries[inside]

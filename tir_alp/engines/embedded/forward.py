@@ -113,7 +113,7 @@ class CachedForward:
     def _read_prefixes(self, joining: Sequence[EmbeddedRequest]) -> None:
         """Read the prefixes of requests that no forward has read yet."""
         prefixes = dict.fromkeys(each.prefix for each in joining if each.prefix is not None)
-        new = [prefix for prefix in prefixes if not prefix.states]
+        new = [prefix for prefix in prefixes if prefix.stack is None]
         if new:
             layout = PrefixRead(new, self.model.device)
             token_ids = torch.tensor([token for prefix in new for token in prefix.token_ids])

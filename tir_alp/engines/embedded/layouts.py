@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tir_alp.engines.embedded.kv_cache import KVCache
-from tir_alp.engines.embedded.prefix import Prefix
+from tir_alp.engines.embedded.prefix import Prefix, PrefixStack, to_stacks
+from tir_alp.engines.embedded.prefix_groups import PrefixGroups
 from tir_alp.training.attention import PackedSequences, attend_in_rows
 
 
@@ -20,11 +21,15 @@ class PrefixRead:
     """Layout of a forward over whole prefixes, one after the other, which keeps their states.
 
     Args:
-        prefixes: What is read; their `states` are filled.
+        prefixes: What is read, and gets its `stack`.
         device: Device of the forward.
     """
 
     def __init__(self, prefixes: Sequence[Prefix], device: torch.device) -> None:
+        for members in to_stacks(prefixes):
+            stack = PrefixStack(tuple(map(len, members)))
+            for place, prefix in enumerate(members):
+                prefix.stack, prefix.place = stack, place
         self._prefixes, self._lengths = prefixes, [len(each) for each in prefixes]
         self._packed = PackedSequences(tuple(self._lengths), device)
         self.positions = torch.cat([torch.arange(each) for each in self._lengths]).to(device)
@@ -42,9 +47,11 @@ class PrefixRead:
     ) -> Tensor:
         """Keep the keys and values, and attend as `PackedSequences` does."""
         of_each = zip(key.split(self._lengths), value.split(self._lengths), strict=True)
-        own = torch.contiguous_format
         for prefix, (keys, values) in zip(self._prefixes, of_each, strict=True):
-            prefix.states[layer] = keys.clone(memory_format=own), values.clone(memory_format=own)
+            assert prefix.stack is not None
+            prefix.stack.make_room(layer, keys, values)
+            for own, read in zip(prefix.states(layer), (keys, values), strict=True):
+                own.copy_(read)
         return self._packed.attend(layer, query, key, value, scale=scale, window=window)
 
 
@@ -69,7 +76,7 @@ class CachedStep:
         lengths, prefixes = cache.lengths[self._here], cache.prefixes[self._here]
         self._width = max(map(sum, zip(lengths, num_new, strict=True)))
         self._is_first = not any(lengths) and not any(prefixes)
-        self._groups = _Groups(prefixes, device) if any(prefixes) else None
+        self._groups = PrefixGroups(prefixes, device) if any(prefixes) else None
         new, offset = torch.tensor(num_new), torch.arange(max(num_new))
         inside = offset < new[:, None]
         columns = torch.tensor(lengths)[:, None] + offset
@@ -144,92 +151,3 @@ class CachedStep:
         made = made.masked_fill_(~is_seen, -torch.inf).unsqueeze(1)
         self._biases[window, is_gathered] = made
         return made
-
-
-class _Groups:
-    """The rows of a forward that have a prefix, by prefix.
-
-    Args:
-        prefixes: [R] the prefix of each row, if it has one.
-        device: Device of the forward.
-    """
-
-    def __init__(self, prefixes: Sequence[Prefix | None], device: torch.device) -> None:
-        members: dict[Prefix, list[int]] = {}
-        for row, prefix in enumerate(prefixes):
-            if prefix is not None:
-                members.setdefault(prefix, []).append(row)
-        self._members = {
-            prefix: torch.tensor(rows, device=device) for prefix, rows in members.items()
-        }
-        self._order = torch.cat([*self._members.values()])
-        self.width = max(map(len, members))
-        """Tokens of the longest prefix."""
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        bias: Tensor,
-        scale: float | None,
-    ) -> Tensor:
-        """Attend from one token per row to its row and its prefix, which is read once per group.
-
-        Attention to each of the two is a mean of values, weighted by their exponential scores, and
-        so is the mean of both.
-
-        Args:
-            layer: Index of the layer.
-            query: [R, heads, D].
-            keys: [R, W, key heads, D] those of the rows.
-            values: As `keys`.
-            bias: [R, 1, 1, W] what is added to the scores of a row.
-            scale: Factor of the scores; None: that of the dimension.
-
-        Returns:
-            [R, heads, D].
-        """
-        by_head = query.unflatten(1, (keys.shape[2], -1))  # [R, key heads, heads of each, D]
-        output, total = _attention(
-            by_head, keys.transpose(1, 2), values.transpose(1, 2), bias, scale
-        )
-        outputs, totals = [], []
-        for prefix, rows in self._members.items():
-            key, value = (each.transpose(0, 1).unsqueeze(0) for each in prefix.states[layer])
-            queries = by_head[rows].transpose(0, 1).flatten(1, 2).unsqueeze(0)
-            shared, shared_total = _attention(queries, key, value, None, scale)
-            shape = (len(rows), by_head.shape[2])
-            outputs.append(shared.squeeze(0).unflatten(1, shape).transpose(0, 1))
-            totals.append(shared_total.squeeze(0).unflatten(1, shape).transpose(0, 1))
-        order = self._order
-        weight = torch.sigmoid(torch.cat(totals) - total[order]).unsqueeze(-1)
-        own = output[order].to(weight.dtype)
-        both = own + weight * (torch.cat(outputs).to(weight.dtype) - own)
-        return output.index_copy(0, order, both.to(output.dtype)).flatten(1, 2)
-
-    def gathered(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        """Return keys and values [R, prefix + W, key heads, D], with a copy of each prefix."""
-        both = []
-        for index, own in enumerate((keys, values)):
-            room = own.new_zeros(len(own), self.width + own.shape[1], *own.shape[2:])
-            room[:, self.width :] = own
-            for prefix, rows in self._members.items():
-                room[rows, : len(prefix)] = prefix.states[layer][index]
-            both.append(room)
-        return tuple(both)
-
-
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """Attention [B, heads, Q, D], and the log of the sum of each query's exponential scores."""
-    if query.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, attn_mask=bias, scale=scale
-        )
-    scores = query.float() @ key.float().transpose(2, 3)
-    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = scores if bias is None else scores + bias
-    return (scores.softmax(-1) @ value.float()).to(query.dtype), scores.logsumexp(-1)

@@ -1,16 +1,19 @@
 """Tokens that several sequences begin with, whose keys and values are computed and held once.
 
 A prefix lives as long as a sequence that runs, waits or is parked refers to it. It is never written
-to after it has been read, so that sequences that continue it differently need no copy.
+to after it has been read, so that sequences that continue it differently need no copy. Prefixes
+that are read together lie in one tensor, because a step of a small model takes as long as its
+number of calls: see `prefix_groups.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
 from torch import Tensor
+
+from tir_alp.training.batch import num_in_common
 
 Tokens = tuple[int, ...]
 States = dict[int, tuple[Tensor, Tensor]]
@@ -21,13 +24,45 @@ MIN_SHARED = 256
 a row per sequence that repeats them is as fast: see docs/engines.md."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+MAX_STACKED = 8
+"""Prefixes in one stack, whose memory is free only after the last of them has ended."""
+_MAX_PADDING = 1.25
+"""Tokens of a stack, relative to those of its prefixes."""
+
+
+@dataclass(eq=False, slots=True)
+class PrefixStack:
+    """Keys and values of prefixes of about the same length, so that attention reads all at once."""
+
+    lengths: tuple[int, ...]
+    """[P] tokens of each prefix."""
+    states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By layer: [P, S, heads, D], padded with zeros to the longest prefix."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that it takes the memory of."""
+        return len(self.lengths) * max(self.lengths)
+
+    def make_room(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Make the tensors of a layer, unless it has them, for states like these [T, heads, D]."""
+        if layer not in self.states:
+            room = (len(self.lengths), max(self.lengths))
+            self.states[layer] = (
+                key.new_zeros(*room, *key.shape[1:]),
+                value.new_zeros(*room, *value.shape[1:]),
+            )
+
+
+@dataclass(eq=False, slots=True)
 class Prefix:
     """Tokens that several sequences begin with."""
 
     token_ids: Tokens
-    states: States = field(default_factory=dict)
-    """Empty until a forward has read the tokens."""
+    stack: PrefixStack | None = None
+    """Where its keys and values are; None until a forward has read the tokens."""
+    place: int = 0
+    """Its index in the stack."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -35,6 +70,33 @@ class Prefix:
     def begins(self, token_ids: Tokens) -> bool:
         """Whether the sequence begins with it, and has a token left for a forward to read."""
         return len(self) < len(token_ids) and token_ids[: len(self)] == self.token_ids
+
+    def states(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values [T, heads, D] of a prefix that has been read."""
+        assert self.stack is not None
+        keys, values = self.stack.states[layer]
+        return keys[self.place, : len(self)], values[self.place, : len(self)]
+
+
+def to_stacks(prefixes: Iterable[Prefix]) -> list[list[Prefix]]:
+    """Divide prefixes that are read together into those of each stack."""
+    stacks: list[list[Prefix]] = []
+    for prefix in sorted(prefixes, key=len, reverse=True):
+        last = stacks[-1] if stacks else []
+        padded = len(last[0]) * (len(last) + 1) if last else 0
+        is_full = len(last) == MAX_STACKED
+        if last and not is_full and padded <= _MAX_PADDING * (sum(map(len, last)) + len(prefix)):
+            last.append(prefix)
+        else:
+            stacks.append([prefix])
+    return stacks
+
+
+def num_held(prefixes: Collection[Prefix]) -> int:
+    """Return the tokens that prefixes take the memory of, once those that are new are read."""
+    stacks = {prefix.stack for prefix in prefixes if prefix.stack is not None}
+    new = to_stacks(prefix for prefix in prefixes if prefix.stack is None)
+    return sum(each.num_tokens for each in stacks) + sum(len(each) * len(each[0]) for each in new)
 
 
 def find_prefix(
@@ -65,6 +127,4 @@ def _num_common(one: Tokens, other: Tokens) -> int:
     length = min(len(one), len(other)) - 1
     if length < MIN_SHARED or one[:MIN_SHARED] != other[:MIN_SHARED]:
         return 0
-    if one[:length] == other[:length]:
-        return length
-    return int(np.argmin(np.equal(one[:length], other[:length])))
+    return num_in_common(one[:length], other[:length])
