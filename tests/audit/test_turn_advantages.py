@@ -116,3 +116,15 @@ def test_a_reward_that_moves_to_another_turn_is_caught(honest, tmp_path):
     drifts = [str(each) for each in audit_run(copied).drifts]
     assert any("its turns were trained with the advantages" in each for each in drifts)
     assert not any("it was trained with the advantage " in each for each in drifts)
+
+
+def test_updates_that_were_undone_are_accounted_for(tmp_path):
+    words = (*SMALL, "--algorithm", "mipu", "--algorithm.acceptance.tolerance", "0")
+    words = (*words, "--rollout.max_staleness", "0", "--engine.precision", "int8", "--steps", "4")
+    words = (*words, "--rollout.group_size", "6", "--trainer.lr", "1e-3")
+    run = train_with(tmp_path, load_config(words, read_toml(TRAIN_CONFIG)))
+    assert_honest(run)
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rejected = [step["acceptance/rejected"] for step in steps if "acceptance/rejected" in step]
+    skipped = [step["train/skipped_updates"] for step in steps if "train/skipped_updates" in step]
+    assert len(skipped) == 4 and sum(rejected) >= 1 and sum(skipped) >= sum(rejected)

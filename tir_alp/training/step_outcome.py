@@ -45,7 +45,7 @@ def report_of(
     """
     made = [outcome for outcome in outcomes if outcome is not None]
     every = [batch for batches in micro_batches for batch in batches]
-    metrics = metrics_of_updates(ranks, made) | state
+    metrics = {**metrics_of_updates(ranks, made), **state}
     if algorithm.needs_proximal and every:
         mismatch = [summarise(loss_inputs(batch, batch.proximal_logprobs)) for batch in every]
         metrics |= mismatch_metrics(over_ranks(ranks, mismatch))
