@@ -989,6 +989,12 @@ class Config(Section):
                 "deterministic needs rollout.max_refills = 0: when a group turns out to have no "
                 "signal, and so what its replacement is batched with, follows the clock"
             )
+        if self.algorithm.acceptance is not None and rollout.max_staleness:
+            raise ValueError(
+                "algorithm.acceptance needs rollout.max_staleness = 0, and it is "
+                f"{rollout.max_staleness}: updates are judged by what the engine samples with "
+                "their weights, in the next step"
+            )
         if rollout.hold and rollout.max_refills:
             raise ValueError(
                 "rollout.hold needs rollout.max_refills = 0: replacements of groups are sampled "

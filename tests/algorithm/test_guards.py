@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tir_alp.algorithm.guards import GuardsConfig, faint_noise, out_of_bounds
-from tir_alp.training.optimizer import is_spike
+from tir_alp.training.gradient_norms import is_spike
 
 HEALTHY = {"kl/rollout": 0.01, "ratio/p2": 0.5, "ratio/p98": 2.0}
 

@@ -8,8 +8,9 @@ throughput of packed relative to padded micro-batches; and the peak memory of ea
 take turns, so that other load on the machine affects all of them. `--width` uses random weights of
 another width instead of the tiny model: the cost of noise is proportional to the width of a layer,
 and that of the layer to its square. `--cpu-time` measures the processor time of one thread instead
-of wall-clock time, for a machine with other load. The last ratio of times is the cost of the probe,
-with which each step computes the logprobs of some tokens without noise.
+of wall-clock time, for a machine with other load. The last two ratios of times are the
+cost of the probe, with which each step computes the logprobs of some tokens without noise, and that
+of measuring the policy without noise on all tokens, in a step that does it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tir_alp.algorithm.presets import ALGORITHMS
-from tir_alp.config import TrainerConfig
+from tir_alp.config import MetricsConfig, TrainerConfig
 from tir_alp.doctor.start import Doctor
 from tir_alp.models.tiny import BASE, TRAIN_CONFIG
 from tir_alp.run.command_line import load_config, read_toml
@@ -43,6 +44,7 @@ from tir_alp.training.attention import PACKED
 from tir_alp.training.batch import loss_positions, pack
 from tir_alp.training.policy import load_policy, token_logprobs
 from tir_alp.training.ranks import alone
+from tir_alp.training.step_metrics import MadeUpdate
 from tir_alp.training.trainer import Trainer
 from tir_alp.types import Batch, Sample
 
@@ -74,20 +76,32 @@ def make_policy(width: int | None) -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation=PACKED)
 
 
+class WithoutProbe(Trainer):
+    """Computes no logprobs without noise for its metrics."""
+
+    def _update(
+        self, batches: Sequence[Batch], update: int, probe: int | None, measure_clean: bool
+    ) -> MadeUpdate | None:
+        return super()._update(batches, update, None, measure_clean)
+
+
 def packed_step(
-    algorithm: str, width: int | None, gradient_checkpointing: bool = False, probe: bool = True
+    algorithm: str,
+    width: int | None,
+    gradient_checkpointing: bool = False,
+    kind: type[Trainer] = Trainer,
+    clean_every: int = 0,
 ) -> Callable[[Sequence[Sequence[Sample]]], None]:
-    """Return the trainer's own step; without `probe` it computes no logprobs without noise."""
-    trainer = Trainer(
+    """Return the trainer's own step."""
+    trainer = kind(
         make_policy(width),
         CONFIG.model_copy(update={"gradient_checkpointing": gradient_checkpointing}),
         ALGORITHMS[algorithm],
         ranks=alone(),
         temperature=1.0,
         on_bad_update=lambda *_: None,
+        clean_every=clean_every,
     )
-    if not probe:
-        setattr(trainer, "_probe", lambda *_: {})  # noqa: B010
     numbers = itertools.count()
     return lambda samples: (trainer.step(samples, next(numbers)), None)[1]
 
@@ -140,12 +154,13 @@ def interleaved(
     return seconds
 
 
-VARIANTS = {
+VARIANTS: dict[str, tuple[Any, ...]] = {
     "alp_sequence": ("alp_sequence",),
     "bypass_sequence": ("bypass_sequence",),
     "alp_sequence, checkpointed": ("alp_sequence", True),
     "bypass_sequence, checkpointed": ("bypass_sequence", True),
-    "alp_sequence, without its probe": ("alp_sequence", False, False),
+    "alp_sequence, without its probe": ("alp_sequence", False, WithoutProbe),
+    "alp_sequence, measured clean": ("alp_sequence", False, Trainer, 1),
     "grpo": ("grpo",),
 }
 
@@ -222,6 +237,9 @@ def main() -> None:
     print(
         f"ALP over ALP without probe:    {ratio('alp_sequence', 'alp_sequence, without its probe')}"
     )
+    measured = ratio("alp_sequence, measured clean", "alp_sequence")
+    every = MetricsConfig().clean_every
+    print(f"ALP measured clean over ALP:   {measured}, in one of {every} steps")
     if width is None:
         print(f"packed over padded throughput: {ratio('padded', 'bypass_sequence')}")
     peaks: dict[str, float] = {}

@@ -183,6 +183,14 @@ def test_free_memory_is_that_of_the_machine():
     assert resource.getpagesize() <= free[MACHINE]
 
 
+def test_the_state_to_which_a_trainer_may_go_back_counts():
+    kept = 3 * 4 * TINY.num_parameters
+    words = ("--algorithm", "mipu")
+    assert amounts(config(*words))[MACHINE, "accepted state"] == kept
+    assert amounts(config(*words), "cuda")[MACHINE, "accepted state"] == kept
+    assert (MACHINE, "accepted state") not in amounts(config("--algorithm", "grpo"))
+
+
 def test_weights_of_earlier_versions_count():
     stale = ("--rollout.max_staleness", "3", "--rollout.hold", "true")
     words = ("--algorithm", "tis_same_version", *stale)

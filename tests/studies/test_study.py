@@ -10,11 +10,19 @@ from pathlib import Path
 import pytest
 
 from tir_alp.studies.study.definition import read_study
-from tir_alp.studies.study.perform import missing
-from tir_alp.studies.study.rows import collapse, first_at_least, moving_means, read_rows, write_rows
+from tir_alp.studies.study.perform import make_runs, missing
+from tir_alp.studies.study.rows import (
+    collapse,
+    first_at_least,
+    landscape_columns,
+    moving_means,
+    read_rows,
+    write_rows,
+)
 from tir_alp.studies.study.summary import difference, estimate, markdown
 
 ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "docs/results").glob("*.toml"))
 STUDY = """
 question = "Does the machinery work?"
 hypotheses = ["It does."]
@@ -107,6 +115,29 @@ def test_a_mistake_in_the_file_is_found_before_any_run(file, old, new, message):
         read_study(file)
 
 
+def test_an_unfinished_study_has_every_method_and_setting_for_some_seeds(file):
+    file.write_text(STUDY.replace("[measures]", "[settings.exact]\n\n[measures]"))
+    keys = [each.key for each in read_study(file).runs]
+    assert keys[:4] == [
+        *(("int8", "bypass", 0), ("int8", "own", 0)),
+        *(("exact", "bypass", 0), ("exact", "own", 0)),
+    ]
+    assert {seed for _, _, seed in keys[4:]} == {1}
+
+
+def test_rows_depend_on_the_number_of_threads(file):
+    one = read_study(file).runs[0]
+    file.write_text(STUDY.replace("seeds = 2", "seeds = 2\nthreads = 2"))
+    two = read_study(file).runs[0]
+    assert (one.threads, two.threads) == (1, 2) and one.digest != two.digest
+
+
+def test_no_run_is_begun_after_the_time_is_over(file):
+    study = read_study(file)
+    assert list(make_runs(study, study.runs, jobs=2, minutes=0)) == []
+    assert not Path("runs").exists()
+
+
 def test_rows_of_other_settings_are_refused(file):
     study = read_study(file)
     rows = [row(each.method, each.seed, 0.5, digest=each.digest) for each in study.runs]
@@ -147,6 +178,27 @@ def test_the_table_says_how_it_was_decided(file):
     assert "| 2 of 2 | 3 [3, 3] | 2 of 2 |" in own and "+0.100 [+0.100, +0.100]" in own
 
 
+def test_the_landscape_of_the_last_policy_is_a_column_if_it_is_asked_for(file):
+    measures = read_study(file).config.measures.model_copy(update={"landscape": True})
+    report = {
+        "sharpness": [{"trace": 3.0, "rms": 2.0}, {"trace": -1.0, "rms": 1.0}],
+        "rounding": [{"precision": "int8", "mean": 1e-3}, {"precision": "bfloat16", "mean": 2e-4}],
+    }
+    assert landscape_columns(report) == {
+        **{"sharpness": 11.0, "sharpness_by_layer": [12.0, -1.0]},
+        **{"rounding_bfloat16": 2e-4, "rounding_int8": 1e-3},
+    }
+    assert math.isnan(landscape_columns(None)["sharpness"])
+    config = read_study(file).config.model_copy(update={"measures": measures})
+    own = [row("own", seed, 0.5, sharpness=seed, rounding_int8=1e-3) for seed in range(2)]
+    text = markdown(config, own)
+    assert (
+        "moved by int8 weights" in text and "| 0.5 [0, 1] | 1.00e-03 [1.00e-03, 1.00e-03] |" in text
+    )
+    assert "moved by int8 weights" not in markdown(read_study(file).config, own)
+    assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 100
+
+
 def test_rows_are_written_in_order(tmp_path):
     write_rows(tmp_path / "rows", [row("b", 1, 0.0), row("b", 0, 0.0), row("a", 3, 0.0)])
     assert [(r["method"], r["seed"]) for r in read_rows(tmp_path / "rows")] == [
@@ -164,6 +216,17 @@ def command(*words: str, code: int = 0) -> str:
     )
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda each: each.stem)
+def test_a_study_of_ours_can_be_made_and_asks_what_its_rows_can_answer(file):
+    study = read_study(file)
+    cells = len(study.config.methods) * len(study.config.settings)
+    assert len(study.runs) == cells * study.config.seeds and study.config.seeds >= 5
+    assert len({each.digest for each in study.runs}) == len(study.runs)
+    for each in study.runs:
+        assert each.config.deterministic and each.config.metrics.clean_every > 0
+    assert len(FILES) >= 5
 
 
 @pytest.mark.slow

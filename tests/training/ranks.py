@@ -27,6 +27,7 @@ from tests.training.harness import (
 from tir_alp.algorithm.presets import (
     ALGORITHMS,
     NEGATIVE_LOG_LIKELIHOOD,
+    AcceptanceConfig,
     AlgorithmConfig,
     CorrectionConfig,
     KLConfig,
@@ -41,6 +42,7 @@ from tir_alp.training.trainer import Trainer
 
 DEVICE = compute_device("auto")
 KEPT = CorrectionConfig(type="mis", low=0.995, high=1.005, normalise="kept")
+UNDONE = "updates that are undone"
 CASES: dict[str, tuple[AlgorithmConfig, dict[str, Any]]] = {
     "some sequences at a time": (noisy(), {"micro_batch_tokens": 50}),
     "noise on the logits": (noisy(site="logits", draws=2), {"gradient_checkpointing": True}),
@@ -63,6 +65,16 @@ CASES: dict[str, tuple[AlgorithmConfig, dict[str, Any]]] = {
             }
         ),
         {"micro_batch_tokens": 50, "num_kept_versions": 1, "clean_every": 1},
+    ),
+    "a baseline by gradients of single sequences": (
+        ALGORITHMS["vcpo"],
+        {"micro_batch_tokens": 50, "lr": 3e-5},  # as with adapters
+    ),
+    UNDONE: (
+        ALGORITHMS["mipu"].model_copy(
+            update={"acceptance": AcceptanceConfig(tolerance=0.0, last_tolerance=0.0)}
+        ),
+        {"micro_batch_tokens": 50},
     ),
     "bfloat16": (noisy(init_std=0.01), {"dtype": "bfloat16", "gradient_checkpointing": True}),
 }

@@ -141,7 +141,8 @@ def loss_parts(algorithm: AlgorithmConfig, groups, **settings):
 
 
 @pytest.mark.parametrize(
-    "name", ["top_entropy", "m2po", "clip_cov", "kl_cov", "otb", "tir_otb", "gigpo", "vcpo_step"]
+    "name",
+    ["top_entropy", "m2po", "clip_cov", "kl_cov", "otb", "tir_otb", "gigpo", "vcpo_step", "vcpo"],
 )
 def test_micro_batches_do_not_matter(name: str):
     groups = make_groups(jitter=0.3)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.training.ranks import CASES, Result, go_on, train
+from tests.training.ranks import CASES, UNDONE, Result, go_on, train
 from tir_alp.training.ranks import alone
 
 OF_SOME_TOKENS = ("alp/effective", "alp/relative_rms", "alp/logprob_shift", "mismatch/probe")
@@ -67,7 +67,9 @@ def assert_reports_agree(found: dict[str, float], expected: dict[str, float]) ->
     assert found.keys() == expected.keys()
     for name in (name for name in expected if not name.startswith(OF_SOME_TOKENS)):
         assert found[name] == pytest.approx(expected[name], rel=1e-2, abs=1e-4), name
-    for name in ("loss/value", "tokens/loss", "grad_norm/policy"):
+    of_updates = ("loss/value", "grad_norm/policy")
+    was_undone = expected.get("acceptance/rejected") == 1.0
+    for name in ("tokens/loss", *(() if was_undone else of_updates)):
         assert found[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
@@ -80,6 +82,7 @@ def test_two_ranks_make_the_updates_of_one(one: dict[str, Result], two: Path, ca
             assert_reports_agree(own, other)
         assert_agree(found[1], gradients, 1e-4)
         assert_agree(found[2], weights, 1e-5)
+    assert (case == UNDONE) == (reports[1].get("acceptance/rejected") == 1.0)
 
 
 def test_in_bfloat16_two_ranks_make_the_update_of_one_as_well_as_it_can_tell(
@@ -98,7 +101,8 @@ def test_one_rank_goes_on_from_the_checkpoint_of_two_and_two_from_that_of_one(tw
     tolerance, of_loss = (1e-3, 1e-2) if case == "bfloat16" else (1e-5, 1e-4)
     of_one = torch.load(two / "go_on_0.pt")[case]
     for found in (go_on(alone(), case, two / case), of_one):
-        assert found[0][0]["loss/value"] == pytest.approx(reports[1]["loss/value"], rel=of_loss)
+        name = "acceptance/gap" if case == UNDONE else "loss/value"
+        assert found[0][0][name] == pytest.approx(reports[1][name], rel=of_loss)
         assert_agree(found[2], weights, tolerance)
 
 

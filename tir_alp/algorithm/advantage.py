@@ -60,6 +60,9 @@ class Advantage:
     """The baseline of each token that the trainer subtracts instead of the group's: none; or of
     tokens with the same number, where all tokens after the prompt count or only those that the
     policy wrote."""
+    has_gradient_baseline: bool = False
+    """Whether the trainer subtracts the mean over the group, weighted by the squares of ratio and
+    gradient norm of each trajectory. Each needs a forward and a backward pass of its own."""
 
 
 ADVANTAGES: dict[str, Advantage] = {
@@ -126,6 +129,25 @@ ADVANTAGES: dict[str, Advantage] = {
         "t the number of the token that the policy wrote",
         {"tir_otb": {"advantage": "tir_otb"}},
         token_baseline="written",
+    ),
+    "opob": Advantage(
+        rules.grpo,
+        "(reward - sum_i w_i^2 |g_i|^2 reward_i / sum_i w_i^2 |g_i|^2) / (std + 1e-6) of the "
+        "group, w the ratio to pi_rollout and g the gradient of log pi of a whole trajectory",
+        {
+            "vcpo": {
+                "advantage": "opob",
+                "surrogate": "cispo",
+                "denominator": "rollout",
+                "ratio_level": "sequence",
+                "clip_low": 1.0,
+                "clip_high": 7.0,
+                "dual_clip": None,
+                "aggregation": "sequence_mean_token_mean",
+                "step_scale": "ess",
+            }
+        },
+        has_gradient_baseline=True,
     ),
 }
 

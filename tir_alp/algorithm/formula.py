@@ -49,6 +49,11 @@ def formula(algorithm: AlgorithmConfig) -> str:
         lines += _perturbation(noise)
     if algorithm.step_scale == "ess":
         lines.append("  the learning rate is multiplied by sqrt(ESS) of the sequences' ratios")
+    if (how := algorithm.acceptance) is not None:
+        lines.append(
+            "  undone if -mean_i((pi(y_i) / pi_rollout(y_i))^(1 / length) A_i) after it is below "
+            f"-{how.tolerance:g} (-{how.last_tolerance:g} after {how.tolerance_steps} steps)"
+        )
     return "\n".join(lines)
 
 

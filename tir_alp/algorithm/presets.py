@@ -184,6 +184,19 @@ class KLConfig(Section):
     """Weight of the term in the loss."""
 
 
+class AcceptanceConfig(Section):
+    """Whether the updates of a step stay, once the engine has sampled with their weights."""
+
+    tolerance: float = Field(default=1e-3, ge=0.0)
+    """How far the estimated gap between the engine's and the trainer's expected reward, in units of
+    the advantage, may be below 0 in the first step. If it is lower, the step makes no update, and
+    those of the step before are undone."""
+    last_tolerance: float = Field(default=0.0, ge=0.0)
+    """The same after `tolerance_steps`."""
+    tolerance_steps: int = Field(default=100, ge=1)
+    """Number of steps over which the tolerance changes, linearly."""
+
+
 class AlgorithmConfig(Section):
     """One policy-gradient method, as the choices that define it."""
 
@@ -231,6 +244,9 @@ class AlgorithmConfig(Section):
     step_scale: Literal["none", "ess"] = "none"
     """What the learning rate of an update is multiplied by: nothing, or the square root of the
     effective sample size of its sequences' ratios, current over rollout policy."""
+    acceptance: AcceptanceConfig | None = None
+    """Undo updates that the engine's policy has not gained from; None: all updates stay. It needs
+    `rollout.max_staleness = 0` and a method with proximal logprobs."""
     kl: KLConfig | None = None
     """A penalty on the distance to the reference policy; None: no penalty."""
     perturbation: PerturbationConfig | None = None
@@ -248,6 +264,11 @@ class AlgorithmConfig(Section):
             raise ValueError(f"the surrogate {self.surrogate!r} needs a selection")
         if self.proximal == "interpolated":
             self._check_interpolated()
+        if self.acceptance is not None and not (self.needs_proximal and self.proximal == "current"):
+            raise ValueError(
+                "acceptance compares the proximal with the rollout policy: it needs a method that "
+                'reads proximal logprobs, such as one with a correction, and proximal = "current"'
+            )
         return self
 
     def _check_interpolated(self) -> None:
@@ -340,7 +361,19 @@ def make_presets() -> dict[str, AlgorithmConfig]:
         "dapo": _GRPO.model_copy(update={"dual_clip": None}),
         **_brought_by(SURROGATES.values()),
         "gspo": _GSPO,
-        "luspo": _GSPO.model_copy(update={"aggregation": "sequence_mean_token_sum"}),
+        "luspo": _GSPO.model_copy(
+            update={
+                "clip_low": 2e-3,
+                "clip_high": 2.5e-3,
+                "aggregation": "sequence_mean_token_sum",
+            }
+        ),
+        "tbpo": _GSPO.model_copy(
+            update={
+                "dual_clip": 1.0007,
+                "correction": CorrectionConfig(type="tis", level="sequence_geometric"),
+            }
+        ),
         **_brought_by(SELECTIONS.values()),
         **_brought_by(CORRECTIONS.values()),
         "bypass_token": _BYPASS_TOKEN,
@@ -356,6 +389,13 @@ def make_presets() -> dict[str, AlgorithmConfig]:
             update={
                 "correction": CorrectionConfig(type="tis", level="sequence"),
                 "step_scale": "ess",
+            }
+        ),
+        "mipu": _GRPO.model_copy(
+            update={
+                "correction": CorrectionConfig(type="tis"),
+                "aggregation": "sequence_mean_token_mean",
+                "acceptance": AcceptanceConfig(),
             }
         ),
         "unbiased_kl": _GRPO.model_copy(update={"kl": KLConfig(weight="ratio")}),

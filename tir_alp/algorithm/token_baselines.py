@@ -1,21 +1,32 @@
-"""A baseline of each token, from the energies of the scores of a group (OTB, 2602.07078).
+"""Baselines of least variance, weighted by squared norms of scores.
 
 The baseline of least variance of a policy gradient weights the return of each trajectory by the
-squared norm of its score. With logits as parameters, the squared norm of the score of one token is
-1 - 2 pi + sum_v pi_v^2, and those of the tokens up to t add up to the energy W_t of the trajectory:
+squared norm of its score.
+
+*By token* (OTB, 2602.07078). With logits as parameters, the squared norm of the score of one token
+is 1 - 2 pi + sum_v pi_v^2, and those of the tokens up to t add up to the energy W_t of the
+trajectory:
 
     A_i,t = R_i - sum_j W_j,t R_j / (sum_j W_j,t + 1e-8)
 
 The sums are over the trajectories of the group that have a token with the number t. Where there is
 only one, nothing can be compared, and A = R_i: the returns given are centred.
+
+*By trajectory, of samples from another policy* (OPOB of VCPO, 2602.17616). With w_i the ratio of
+the trajectory, current over rollout policy, and g_i the gradient of its logprob in the weights:
+
+    b = sum_j w_j^2 |g_j|^2 R_j / sum_j w_j^2 |g_j|^2
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from tir_alp.algorithm.levels import MAX_LOG_RATIO
 
 _EPSILON = 1e-8
 
@@ -48,3 +59,19 @@ def token_advantages(
         count.index_add_(0, places, torch.ones_like(own))
     baseline = torch.where(count > 1, weighted / (total + _EPSILON), 0)
     return [value - baseline[places] for value, places in zip(returns, numbers, strict=True)]
+
+
+def off_policy_baseline(
+    returns: Sequence[float], log_ratios: Sequence[float], norms: Sequence[float]
+) -> float:
+    """Return the baseline b of a group; 0 if no trajectory has a gradient.
+
+    Args:
+        returns: [G] return of each trajectory, minus the mean of the group.
+        log_ratios: [G] log ratio of each trajectory, current over rollout policy, in nats.
+        norms: [G] norm of the gradient of the logprob of each trajectory in the trained weights.
+    """
+    ratios = np.exp(np.clip(log_ratios, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    weights = np.square(ratios * np.asarray(norms, np.float64))
+    total = weights.sum()
+    return float(weights @ np.asarray(returns, np.float64) / total) if total else 0.0

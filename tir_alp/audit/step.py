@@ -6,10 +6,15 @@ Single trajectories are checked in `trajectory.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from tir_alp.algorithm.advantage import group_advantages, has_signal, step_advantages
+from tir_alp.algorithm.advantage import (
+    group_advantages,
+    has_signal,
+    step_advantages,
+    turn_advantages,
+)
 from tir_alp.algorithm.metrics import rollout_metrics
 from tir_alp.audit.findings import Findings, Location
 from tir_alp.audit.records import GroupEntry, RecordedTrajectory, StepLedger, UpdateEntry
@@ -20,7 +25,7 @@ from tir_alp.rollouts.episode import MAX_ATTEMPTS
 from tir_alp.tools.outcome import Outcome
 from tir_alp.training.packed_sequence import PackedSequence, packed_sequence
 from tir_alp.training.samples import samples_of
-from tir_alp.types import TrajectoryGroup
+from tir_alp.types import Sample, TrajectoryGroup
 
 _CLOSE = 1e-9  # relative; sums of floats in another order differ by less
 _FATES = ("trained", "replaced", "lost")
@@ -228,14 +233,24 @@ def check_loss(
         expected = [
             packed_sequence(sample)
             for group, of_group in zip(groups[part], advantages[part], strict=True)
-            for trajectory, advantage in zip(group.trajectories, of_group, strict=True)
-            for sample in samples_of(trajectory, advantage, credit=config.rollout.trace_credit)
+            for sample in _samples(group, of_group, config)
             if any(sample.trajectory.loss_mask)
         ]
         num_tokens += sum(each.num_loss_tokens for each in expected)
         by_uid = {each.uid: each for each in expected}
         check_packed(entry, by_uid, locations, findings)
     return num_tokens
+
+
+def _samples(
+    group: TrajectoryGroup, advantages: Sequence[float], config: Config
+) -> Iterator[Sample]:
+    """Yield what the trainer must have been given of a group."""
+    by_turn = turn_advantages(group, config.algorithm) or [None] * len(advantages)
+    for trajectory, advantage, of_turns in zip(
+        group.trajectories, advantages, by_turn, strict=True
+    ):
+        yield from samples_of(trajectory, advantage, of_turns, config.rollout.trace_credit)
 
 
 def check_packed(
@@ -283,11 +298,23 @@ def check_packed(
             f"{due.advantage}",
         )
         findings.expect(
+            packed.turn_advantages == due.turn_advantages,
+            check,
+            location,
+            f"its turns were trained with the advantages {_listed(packed.turn_advantages)}; the "
+            f"rewards of its turns give {_listed(due.turn_advantages)}",
+        )
+        findings.expect(
             packed.digest == due.digest,
             check,
             location,
             "the packed ids, mask, logprobs or turns differ from those of the trajectory",
         )
+
+
+def _listed(advantages: Sequence[float]) -> str:
+    """Write out the advantages of turns."""
+    return ", ".join(f"{each:g}" for each in advantages) or "of the whole sequence"
 
 
 def check_refills(

@@ -42,10 +42,11 @@ def shape_of(path: str) -> Shape:
 def check_disk(config: Config, shape: Shape, folder: Path) -> CheckResult:
     """Check that the run's checkpoints of weights and both moments fit on the disk.
 
-    Weights of earlier versions are saved too.
+    Weights of earlier versions are saved too, and a state to which the trainer may have to go back.
     """
     number = num_checkpoints(config)
-    num_tensors = 3 + config.num_kept_versions
+    accepted = 0 if config.algorithm.acceptance is None else 3
+    num_tensors = 3 + config.num_kept_versions + accepted
     needed = number * num_tensors * _FLOAT * shape.num_parameters
     existing = next(each for each in (folder, *folder.resolve().parents) if each.exists())
     free = shutil.disk_usage(existing).free

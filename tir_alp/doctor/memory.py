@@ -107,6 +107,7 @@ def _beside_gpus(config: Config, shape: Shape, place: str) -> list[Need]:
         Need(place, "weights of a checkpoint", whole, "model.path"),
         Need(place, "offloaded optimizer", moved, "trainer.offload"),
         Need(place, "weights of versions", _versions(config, whole), "algorithm.proximal"),
+        Need(place, "accepted state", _accepted(config, whole), "algorithm.acceptance"),
     ]
 
 
@@ -115,6 +116,12 @@ def _versions(config: Config, weights: int) -> int:
     if config.trainer.lora is not None or not config.num_kept_versions:
         return 0
     return (config.num_kept_versions + 1) * weights
+
+
+def _accepted(config: Config, weights: int) -> int:
+    """Bytes of the weights and both moments to which a trainer may have to go back."""
+    is_kept = config.algorithm.acceptance is not None and config.trainer.lora is None
+    return 3 * weights if is_kept else 0
 
 
 def trainer_needs(config: Config, shape: Shape, place: str, num_ranks: int) -> list[Need]:
@@ -166,6 +173,12 @@ def trainer_needs(config: Config, shape: Shape, place: str, num_ranks: int) -> l
             "weights of versions",
             _versions(config, weights // num_ranks) if place == MACHINE else 0,
             "algorithm.proximal",
+        ),
+        Need(
+            place,
+            "accepted state",
+            _accepted(config, weights // num_ranks) if place == MACHINE else 0,
+            "algorithm.acceptance",
         ),
         Need(
             place,

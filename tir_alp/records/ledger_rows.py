@@ -137,7 +137,7 @@ def answer_digest(
 
 def update_row(record: UpdateRecord) -> Record:
     """Return the row of an update, with each sequence as a list of its fields."""
-    sequences = [[*astuple(each)] for each in record.sequences]
+    sequences = [_sequence_row(each) for each in record.sequences]
     return {
         "kind": "update",
         "update": record.update,
@@ -148,8 +148,20 @@ def update_row(record: UpdateRecord) -> Record:
 
 def update_record(row: Mapping[str, Any]) -> UpdateRecord:
     """Return the record of a row. Raises KeyError or TypeError if the row is of another kind."""
-    sequences = tuple(PackedSequence(*each) for each in row["sequences"])
+    sequences = tuple(
+        PackedSequence(*each[:_NUM_SCALARS], *map(tuple, each[_NUM_SCALARS:]))
+        for each in row["sequences"]
+    )
     return UpdateRecord(row["update"], row["made"], sequences)
+
+
+_NUM_SCALARS = 5  # fields of a packed sequence that every one has
+
+
+def _sequence_row(sequence: PackedSequence) -> list[Any]:
+    """Return the fields of a sequence, without advantages of turns if it has none."""
+    *values, by_turn = astuple(sequence)
+    return [*values, [*by_turn]] if by_turn else values
 
 
 def pack_array(values: Sequence[float], dtype: str) -> str:

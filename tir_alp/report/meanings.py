@@ -81,6 +81,8 @@ _MEANINGS = {  # metric -> meaning, unit; names go before patterns, and patterns
     "grad_norm/log_sigma": ("gradient norm of log sigma before clipping", "norm"),
     "loss/selected_fraction": ("tokens that the method has selected", "share"),
     "train/step_scale": ("factor of the learning rate, by the effective sample size", "factor"),
+    "acceptance/gap": ("advantage of the engine's over the trainer's policy", "advantage"),
+    "acceptance/rejected": ("steps whose predecessor's updates were undone", "share"),
     "lag/kl": (
         "KL of the policy and the version that sampled, by the trainer",
         "nats per token",

@@ -36,6 +36,7 @@ EXAMPLES: Mapping[str, Any] = {
     "algorithm.rejection.high": 2.0,
     "algorithm.rejection.also": [{"measure": "k3", "high": 0.1}],
     "algorithm.selection.type": "top_entropy",
+    "algorithm.acceptance.tolerance": 1e-3,
     "algorithm.perturbation.layers": (0, 4),
     "model.system": "Use Python where it helps.",
     "env.kwargs": {"max_turns": 4},

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tir_alp.algorithm.perturbation import NoiseKey
+from tir_alp.training.samples import advantages_by_token
 from tir_alp.types import Batch, Prompts, Sample, Trajectory
 
 
@@ -56,11 +57,12 @@ def pack(
             share_prompts=share_prompts,
             with_versions=with_versions,
         )
-        batches.append(batch if chosen else _without_loss(batch))
+        batches.append(batch if chosen else without_loss(batch))
     return batches
 
 
-def _without_loss(batch: Batch) -> Batch:
+def without_loss(batch: Batch) -> Batch:
+    """Return a batch none of whose tokens enters the loss."""
     none = torch.zeros(0, dtype=torch.int64)
     return replace(batch, loss_mask=batch.loss_mask & False, loss_positions=none)
 
@@ -149,7 +151,7 @@ def collate(
     masks = [np.array(each.loss_mask, bool) for each in trajectories]
     token_advantages = versions = None
     if any(sample.turn_advantages is not None for sample in samples):
-        rows = [_advantages_by_token(sample) for sample in samples]
+        rows = [advantages_by_token(sample) for sample in samples]
         token_advantages = _rows(rows, longest, 0.0, torch.float32)
     weights = None
     if any(sample.weight != 1.0 for sample in samples):
@@ -202,15 +204,6 @@ def num_in_common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     if one[:length] == other[:length]:
         return length
     return int(np.argmin(np.equal(one[:length], other[:length])))
-
-
-def _advantages_by_token(sample: Sample) -> list[float]:
-    """Return the advantage of each token: that of its trajectory, and what its turn adds."""
-    added = sample.turn_advantages or ()
-    return [
-        sample.advantage + (added[turn] if added and turn >= 0 else 0.0)
-        for turn in sample.trajectory.turn_ids
-    ]
 
 
 def _versions(trajectory: Trajectory) -> list[int]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -23,12 +22,11 @@ from tir_alp.config import TrainerConfig
 from tir_alp.training.schedule import lr_factor
 from tir_alp.training.sharding import whole
 
-MOST_NORMS = 64
-"""Number of updates whose gradient norms the next one is compared with."""
+POLICY = "grad_norm/policy"
+"""Name of the gradient norm of the weights."""
 
 _GROWTH_INTERVAL = 100  # updates without an overflow after which the loss scale is doubled
 _LOSS_SCALE = "loss_scale"
-_LEAST_NORMS = 8  # with fewer norms, no spike can be recognised
 
 
 class Optimizer:
@@ -49,7 +47,7 @@ class Optimizer:
         num_steps: int | None = None,
     ) -> None:
         self._bound = config.max_grad_norm
-        self._bounded = {"grad_norm/policy": [*weights.values()]}
+        self._bounded = {POLICY: [*weights.values()]}
         groups: list[dict[str, Any]] = [
             {"params": [*weights.values()], "lr": config.lr, "weight_decay": config.weight_decay}
         ]
@@ -130,6 +128,10 @@ class Optimizer:
             self._scaler.unscale_(each)
         return {name: _clip(each, self._bound) for name, each in self._bounded.items()}
 
+    def norm(self) -> float:
+        """Return the gradient norm of the weights over all ranks, without the loss scale."""
+        return _norm(self._bounded[POLICY]).item() / self._scaler.get_scale()
+
     def state(self) -> dict[str, Tensor]:
         """Return moments and counts of updates as `parameter.moment`, shared with the optimizer.
 
@@ -158,20 +160,11 @@ class Optimizer:
 
 def _clip(parameters: Sequence[nn.Parameter], bound: float) -> float:
     """Scale gradients so that their norm over all ranks is within the bound; return the norm."""
-    gradients = [each.grad for each in parameters if each.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm(gradients))
+    norm = _norm(parameters)
     torch.nn.utils.clip_grads_with_norm_(parameters, bound, norm)
     return norm.item()
 
 
-def is_spike(norm: float, recent: Sequence[float], factor: float | None) -> bool:
-    """Whether a gradient norm is more than `factor` times the median of recent norms."""
-    if factor is None or len(recent) < _LEAST_NORMS:
-        return False
-    return norm > factor * median(recent)
-
-
-def padded(norms: Sequence[float]) -> Tensor:
-    """[MOST_NORMS] float64, padded with NaN: tensors of a checkpoint have fixed shapes."""
-    missing = [torch.nan] * (MOST_NORMS - len(norms))
-    return torch.tensor([*norms, *missing], dtype=torch.float64)
+def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    gradients = [each.grad for each in parameters if each.grad is not None]
+    return whole(torch.nn.utils.get_total_norm(gradients))

@@ -38,3 +38,12 @@ def samples_of(
         )
         for each, number in zip(trajectory.sequences, numbers, strict=True)
     ]
+
+
+def advantages_by_token(sample: Sample) -> list[float]:
+    """Return the advantage of each token: that of its trajectory, and what its turn adds."""
+    added = sample.turn_advantages or ()
+    return [
+        sample.advantage + (added[turn] if added and turn >= 0 else 0.0)
+        for turn in sample.trajectory.turn_ids
+    ]

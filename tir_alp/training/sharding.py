@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from tir_alp.algorithm.sites import find_decoder_layers
 from tir_alp.config import TrainerConfig
+from tir_alp.training.lora import Adapters
 from tir_alp.training.policy import PolicyLogprobs
 from tir_alp.training.ranks import Ranks
 
@@ -108,3 +109,23 @@ def on_first_rank(tensors: Iterable[tuple[str, Tensor]], ranks: Ranks) -> dict[s
         if ranks.is_first:
             kept[name] = tensor.cpu()
     return kept
+
+
+def whole_weights(model: nn.Module, adapters: Adapters | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a model one after the other, whole, with adapters merged.
+
+    A tensor with two names, such as a tied head, is the same object under both. Every rank must
+    iterate to the end.
+    """
+    names: dict[int, list[str]] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    others = {first: rest for first, *rest in names.values()}
+    tensors = gathered({name: state[name].detach() for name in others})
+    if adapters is not None:
+        tensors = adapters.merged(tensors)
+    for name, tensor in tensors:
+        yield name, tensor
+        for other in others.get(name, ()):
+            yield other, tensor

@@ -16,7 +16,7 @@ import itertools
 import math
 import operator
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -26,18 +26,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tir_alp.algorithm.advantage import ADVANTAGES, Advantage
+from tir_alp.algorithm.lookup import find
 from tir_alp.algorithm.loss import loss_counts, loss_terms
 from tir_alp.algorithm.perturbation import Effect, LayerwisePerturbation
 from tir_alp.algorithm.presets import AlgorithmConfig
-from tir_alp.algorithm.ratio_metrics import mismatch_metrics, sequence_ess
-from tir_alp.algorithm.ratio_summary import RatioSummary, summarise
+from tir_alp.algorithm.ratio_metrics import sequence_ess
+from tir_alp.algorithm.ratio_summary import RatioSummary
 from tir_alp.config import TrainerConfig
+from tir_alp.training.acceptance import Acceptance, Verdict
 from tir_alp.training.arrangement import is_packed
 from tir_alp.training.batch import noise_keys, pack
+from tir_alp.training.gradient_baseline import Score, with_gradient_baseline
+from tir_alp.training.gradient_norms import GradientNorms
 from tir_alp.training.lora import Adapters
 from tir_alp.training.micro_batch import SeenBatch, loss_inputs, moved
-from tir_alp.training.optimizer import MOST_NORMS, Optimizer, is_spike, padded
-from tir_alp.training.packed_sequence import packed_sequences
+from tir_alp.training.optimizer import Optimizer
 from tir_alp.training.policy import WRAPPER, PolicyLogprobs, recompute_layers
 from tir_alp.training.preparation import (
     Looked,
@@ -48,18 +52,17 @@ from tir_alp.training.preparation import (
 )
 from tir_alp.training.ranks import Ranks
 from tir_alp.training.seen_tokens import token_values
-from tir_alp.training.sharding import gathered, on_first_rank, shard
+from tir_alp.training.sharding import gathered, on_first_rank, shard, whole_weights
 from tir_alp.training.shared_prompts import computed_tokens
 from tir_alp.training.step_metrics import (
     MadeUpdate,
-    metrics_of_updates,
     over_ranks,
     probe_metrics,
-    share_of_shared_tokens,
     sigma_metrics,
     sums_over_ranks,
 )
-from tir_alp.training.step_report import StepReport, UpdateRecord, join_ranks
+from tir_alp.training.step_outcome import report_of
+from tir_alp.training.step_report import StepReport
 from tir_alp.training.weight_nudge import WeightNudge
 from tir_alp.training.weight_versions import WeightVersions
 from tir_alp.types import Batch, Sample
@@ -107,6 +110,7 @@ class Trainer:
         self.model, self.ranks, self._clean_every = model, ranks, clean_every
         self._max_values = max_token_values // (ranks.size * config.updates_per_step)
         self._config, self._algorithm = config, algorithm
+        self._advantage = find(algorithm.advantage, ADVANTAGES, Advantage)
         self._temperature, self._on_bad_update = temperature, on_bad_update
         self._adapters = None
         if config.lora is not None:
@@ -124,10 +128,13 @@ class Trainer:
         self._is_head_noisy = noise is not None and noise.site == "logits"
         log_sigma = None if self._perturbation is None else self._perturbation.log_sigma
         self._optimizer = Optimizer(self._trained(), log_sigma, config, num_steps)
-        self._norms = {name: deque[float](maxlen=MOST_NORMS) for name in self._optimizer.norms}
+        self._norms = GradientNorms(self._optimizer.norms, config.skip_grad_spike)
         lora = config.lora
         self._nudge = WeightNudge(self.model, None if lora is None else lora.alpha / lora.rank)
         self._versions = WeightVersions(self._trained(), num_kept_versions)
+        self._acceptance = None
+        if algorithm.acceptance is not None:
+            self._acceptance = Acceptance(algorithm.acceptance, self._own_state())
 
     def step(self, groups: Sequence[Sequence[Sample]], step: int) -> StepReport:
         """Make the updates of one step.
@@ -165,22 +172,10 @@ class Trainer:
         """Yield the policy's tensors one after the other, whole, by their names in the model.
 
         This is what an engine loads: sigma is not among them, and adapters are merged. A tensor may
-        be the model's own. A tensor with two names, such as a tied head, is the same object under
-        both. Every rank must iterate to the end.
+        be the model's own; see `sharding.whole_weights`. Every rank must iterate to the end.
         """
-        names: dict[int, list[str]] = {}
-        state = self.model.state_dict(keep_vars=True)
-        for name, tensor in state.items():
-            names.setdefault(id(tensor), []).append(name)
-        others = {first: rest for first, *rest in names.values()}
         with self.ranks.together("gathering weights"):
-            tensors = gathered({name: state[name].detach() for name in others})
-            if self._adapters is not None:
-                tensors = self._adapters.merged(tensors)
-            for name, tensor in tensors:
-                yield name, tensor
-                for other in others.get(name, ()):
-                    yield other, tensor
+            yield from whole_weights(self.model, self._adapters)
 
     def adapters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the factors of the adapters, whole, each pair as `MODULE.lora_A.weight` and so on.
@@ -239,21 +234,30 @@ class Trainer:
 
         Noise needs no state: it is a function of the number of the update.
         """
-        state = {f"weights.{name}": weight.detach() for name, weight in self._trained().items()}
-        state |= {_OPTIMIZER + name: value for name, value in self._optimizer.state().items()}
-        state |= {name: padded(norms) for name, norms in self._norms.items()}
-        if self._perturbation is not None:
-            state["log_sigma"] = self._perturbation.log_sigma.detach()
-        return state | self._versions.state()
+        accepted = {} if self._acceptance is None else self._acceptance.state()
+        return self._own_state() | self._versions.state() | accepted
 
     def finish_loading(self, state: Mapping[str, Tensor]) -> None:
         """Take what is not shared from a state whose tensors were read in place."""
-        for name, norms in self._norms.items():
-            norms.clear()
-            norms.extend(norm for norm in state[name].tolist() if norm == norm)
+        self._take(state)
+        self._versions.finish_loading(state)
+        if self._acceptance is not None:
+            self._acceptance.finish_loading(state)
+
+    def _own_state(self) -> dict[str, Tensor]:
+        """Return what updates change, without earlier states."""
+        state = {f"weights.{name}": weight.detach() for name, weight in self._trained().items()}
+        state |= {_OPTIMIZER + name: value for name, value in self._optimizer.state().items()}
+        state |= self._norms.state()
+        if self._perturbation is not None:
+            state["log_sigma"] = self._perturbation.log_sigma.detach()
+        return state
+
+    def _take(self, state: Mapping[str, Tensor]) -> None:
+        """Take what is not shared with the tensors of `_own_state`."""
+        self._norms.finish_loading(state)
         of_optimizer = {name.removeprefix(_OPTIMIZER): each for name, each in state.items()}
         self._optimizer.finish_loading(of_optimizer)
-        self._versions.finish_loading(state)
 
     # ------------------------------------------------------------------------- a step, its updates
 
@@ -265,39 +269,31 @@ class Trainer:
             self._micro_batches(groups[start : start + per_update], step, first + index)
             for index, start in enumerate(range(0, len(groups), per_update))
         ]
+        verdict = self._judge(micro_batches, step)
         self._versions.keep(step)
         is_clean_step = self._clean_every > 0 and step % self._clean_every == 0
         outcomes = [
-            self._update(batches, first + index, step if index == 0 else None, is_clean_step)
+            None
+            if verdict.is_rejected
+            else self._update(batches, first + index, step if index == 0 else None, is_clean_step)
             for index, batches in enumerate(micro_batches)
         ]
-        made = [outcome for outcome in outcomes if outcome is not None]
-        every = [batch for batches in micro_batches for batch in batches]
-        metrics = metrics_of_updates(self.ranks, made)
+        metrics = {"train/lr": lr, **verdict.metrics}
         if self._perturbation is not None:
             metrics |= sigma_metrics(self._perturbation)
-        if self._algorithm.needs_proximal and every:
-            mismatch = [summarise(loss_inputs(batch, batch.proximal_logprobs)) for batch in every]
-            metrics |= mismatch_metrics(over_ranks(self.ranks, mismatch))
-        metrics["train/lr"] = lr
         if (loss_scale := self._optimizer.loss_scale) is not None:
             metrics["train/loss_scale"] = loss_scale
-        metrics["train/shared_tokens"] = share_of_shared_tokens(self.ranks, every)
-        metrics["train/skipped_updates"] = len(outcomes) - len(made)
-        num_tokens = torch.tensor(sum(batch.num_loss_tokens for batch in every))
-        metrics["tokens/loss"] = int(self.ranks.sum(num_tokens))
-        records = [
-            UpdateRecord(
-                update=first + index,
-                made=outcome is not None,
-                sequences=tuple(each for batch in batches for each in packed_sequences(batch)),
-            )
-            for index, (batches, outcome) in enumerate(zip(micro_batches, outcomes, strict=True))
-        ]
-        values = self.ranks.gather([each for update in made for each in update.values])
-        return StepReport(
-            metrics, join_ranks(self.ranks.gather(records)), tuple(itertools.chain(*values))
-        )
+        return report_of(self.ranks, micro_batches, outcomes, first, self._algorithm, metrics)
+
+    def _judge(self, micro_batches: Sequence[Sequence[Batch]], step: int) -> Verdict:
+        """Decide whether the updates of the step before stay, if the method asks for it."""
+        if self._acceptance is None:
+            return Verdict(False, {})
+        state, batches = self._own_state(), [each for some in micro_batches for each in some]
+        verdict = self._acceptance.judge(batches, step, self.ranks, state)
+        if verdict.is_rejected:
+            self._take(state)
+        return verdict
 
     def _micro_batches(
         self, groups: Sequence[Sequence[Sample]], step: int, update: int
@@ -356,6 +352,9 @@ class Trainer:
                 hidden states, and what noise and engine do to logprobs; None: not measured.
             measure_clean: Whether to measure the policy without noise on all tokens.
         """
+        if batches and self._advantage.has_gradient_baseline:
+            score = functools.partial(self._score, update)
+            batches = with_gradient_baseline(batches, self.ranks, score)
         own = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
         for batch in batches:
             own += torch.stack([*loss_counts(loss_inputs(batch), self._algorithm)])
@@ -381,12 +380,11 @@ class Trainer:
         self._sum_gradient_of_sigma()
         norms = self._optimizer.clip_gradients()
         metrics = sums_over_ranks(self.ranks, totals) | norms | probed
-        if not self._is_sound(metrics["loss/value"], norms):
+        if not self._norms.is_sound(metrics["loss/value"], norms):
             if not self._optimizer.skip(math.isfinite(metrics["loss/value"])):
                 self._on_bad_update(update, batches)
             return None
-        for name, norm in norms.items():
-            self._norms[name].append(norm)
+        self._norms.add(norms)
         clean, began, without_noise = None, time.perf_counter(), []
         if measure_clean:
             without_noise = [] if self._perturbation is None else self._without_noise(batches)
@@ -438,13 +436,18 @@ class Trainer:
         self._optimizer.scaled(terms.loss / self._num_draws).backward()
         return SeenBatch(batch, logprobs.detach(), entropy.detach(), terms.clipped, terms.metrics)
 
-    def _is_sound(self, loss: float, norms: Mapping[str, float]) -> bool:
-        """Whether loss and gradient norms are finite, and no norm is a spike."""
-        factor = self._config.skip_grad_spike
-        is_finite = all(map(math.isfinite, (loss, *norms.values())))
-        return is_finite and not any(
-            is_spike(norm, self._norms[name], factor) for name, norm in norms.items()
-        )
+    def _score(self, update: int, batch: Batch) -> Score:
+        """Make a forward and a backward pass of the logprobs of one sequence, for its gradient."""
+        self._optimizer.zero_grad()
+        with self._perturbed(batch, update, draw=0, measure=False):
+            logprobs, _ = self._policy(
+                batch, temperature=self._temperature, is_head_noisy=self._is_head_noisy
+            )
+            number = max(batch.num_loss_tokens, 1)
+            mean = torch.where(batch.loss_mask, logprobs, 0).sum() / number
+            self._optimizer.scaled(mean).backward()
+        change = torch.where(batch.loss_mask, logprobs.detach() - batch.rollout_logprobs, 0)
+        return Score(change.sum().item(), self._optimizer.norm() * number)
 
     def _perturbed(
         self, batch: Batch, update: int, draw: int, measure: bool

@@ -29,7 +29,10 @@ class WeightVersions:
         self._weights = weights
         self._numbers = torch.full((number,), _UNUSED)
         self._slots = [
-            {name: torch.zeros_like(_own(each), device="cpu") for name, each in weights.items()}
+            {
+                name: torch.zeros_like(own_share(each), device="cpu")
+                for name, each in weights.items()
+            }
             for _ in range(number)
         ]
 
@@ -67,14 +70,14 @@ class WeightVersions:
         state = {"versions.numbers": self._numbers}
         for index, slot in enumerate(self._slots):
             for name, kept in slot.items():
-                state[f"versions.{index}.{name}"] = _like(self._weights[name], kept)
+                state[f"versions.{index}.{name}"] = sharded_like(self._weights[name], kept)
         return state
 
     def finish_loading(self, state: Mapping[str, Tensor]) -> None:
         """Take what was read into the tensors of `state`."""
         for index, slot in enumerate(self._slots):
             for name, kept in slot.items():
-                kept.copy_(_own(state[f"versions.{index}.{name}"]))
+                kept.copy_(own_share(state[f"versions.{index}.{name}"]))
 
     def _host_like(self) -> dict[str, Tensor]:
         return self._slots[0]
@@ -82,21 +85,21 @@ class WeightVersions:
     @torch.no_grad()
     def _copy_to(self, host: Mapping[str, Tensor]) -> None:
         for name, each in self._weights.items():
-            host[name].copy_(_own(each))
+            host[name].copy_(own_share(each))
 
     @torch.no_grad()
     def _copy_from(self, host: Mapping[str, Tensor]) -> None:
         for name, each in self._weights.items():
-            _own(each).copy_(host[name])
+            own_share(each).copy_(host[name])
 
 
-def _own(tensor: Tensor) -> Tensor:
+def own_share(tensor: Tensor) -> Tensor:
     """Return this rank's share of a tensor."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _like(weight: Tensor, kept: Tensor) -> Tensor:
+def sharded_like(weight: Tensor, kept: Tensor) -> Tensor:
     """Return this rank's share of a tensor as a tensor that is sharded like a weight."""
     if not isinstance(weight, DTensor):
         return kept

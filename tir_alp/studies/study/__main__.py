@@ -1,6 +1,6 @@
 """Makes the runs of a study, and its table and pictures: `tir-alp study FILE`.
 
-    tir-alp study FILE [--jobs N] [--keep-runs]     the runs that have no row yet, then the table
+    tir-alp study FILE [--jobs N] [--minutes N]     the runs that have no row yet, then the table
     tir-alp study FILE --table                      table and pictures of the rows that there are
     tir-alp study FILE --repeat SETTING METHOD      that cell once more; fails if a row differs
 
@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("file", type=Path, metavar="FILE", help="TOML file of the study")
     found.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    found.add_argument("--minutes", type=float, help="begin no further run after so many minutes")
     found.add_argument("--keep-runs", action="store_true", help="keep the folders of the runs")
     found.add_argument("--table", action="store_true", help="make no runs, only the table")
     found.add_argument(
@@ -92,6 +93,7 @@ def main(arguments: Sequence[str]) -> int:
                 options.jobs,
                 keep=options.keep_runs,
                 log=lambda line: print(line, flush=True),
+                minutes=options.minutes,
             )
         write_summary(study, folder)
     except ValueError as error:

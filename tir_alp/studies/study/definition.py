@@ -36,6 +36,8 @@ class MeasuresConfig(Section):
     one before; so does a run that a guard stops, or that ends before its last step."""
     level_from: int = Field(default=0, ge=0)
     """The level of a run is the mean of the metric after this step."""
+    landscape: bool = False
+    """Whether sharpness and sensitivity to rounding of the last policy are columns too."""
 
 
 class StudyConfig(Section):
@@ -54,6 +56,8 @@ class StudyConfig(Section):
     """The method with which the others are compared, seed by seed."""
     seeds: int = Field(ge=1)
     """Number of seeds; all methods and settings have the same ones, from 0."""
+    threads: int = Field(default=1, ge=1)
+    """Threads of each run. Sums of numbers depend on it in the last digit, and so do rows."""
     common: dict[str, Any] = Field(default_factory=dict)
     """Settings of all runs, laid over the base."""
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
@@ -83,6 +87,8 @@ class Planned:
     """Its settings over the base, nested."""
     config: Config
     """All its settings."""
+    threads: int
+    """Threads with which it computes."""
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -93,7 +99,7 @@ class Planned:
     def digest(self) -> str:
         """A hash of everything that the run computes from."""
         settings = self.config.model_dump(mode="json", exclude=set(_NOT_THE_RUN))
-        text = json.dumps(settings, sort_keys=True)
+        text = json.dumps([settings, self.threads], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
     @property
@@ -113,7 +119,7 @@ class Study:
     config: StudyConfig
     base: Path
     runs: tuple[Planned, ...]
-    """By setting, seed and method, so that the methods of a seed run at about the same time."""
+    """By seed, setting and method, so that an unfinished study has all of them for some seeds."""
 
 
 def read_study(file: Path) -> Study:
@@ -138,15 +144,16 @@ def _base(file: Path, name: str) -> Path:
 
 
 def _planned(name: str, config: StudyConfig, below: Mapping[str, Any]) -> Iterator[Planned]:
-    for setting, of_setting in config.settings.items():
-        for seed in range(config.seeds):
+    for seed in range(config.seeds):
+        for setting, of_setting in config.settings.items():
             for method, of_method in config.methods.items():
                 values: dict[str, Any] = {}
                 folder = f"{name}/{setting}/{method}-seed{seed}"
                 for each in (config.common, of_setting, of_method, {"name": folder, "seed": seed}):
                     values = merge(values, _spelled(each))
                 try:
-                    yield Planned(method, setting, seed, values, overlay(values, below))
+                    whole = overlay(values, below)
+                    yield Planned(method, setting, seed, values, whole, config.threads)
                 except ValueError as error:
                     raise ValueError(f"{setting}, {method}: {error}") from error
 

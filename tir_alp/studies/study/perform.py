@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tir_alp.report.read import read_run
 from tir_alp.studies.study.definition import Planned, Study
@@ -53,7 +57,13 @@ def missing(study: Study, rows: Iterable[Row]) -> list[Planned]:
 
 
 def perform(
-    study: Study, rows_file: Path, jobs: int, *, keep: bool, log: Callable[[str], None]
+    study: Study,
+    rows_file: Path,
+    jobs: int,
+    *,
+    keep: bool,
+    log: Callable[[str], None],
+    minutes: float | None = None,
 ) -> list[Failed]:
     """Make the runs that have no row, and add their rows; return those that failed.
 
@@ -63,6 +73,7 @@ def perform(
         jobs: Number of runs at a time.
         keep: Whether the folders of runs are kept once they have a row.
         log: Takes a line about each run.
+        minutes: After so many minutes no further run is begun; None: all are made.
     """
     left = missing(study, read_rows(rows_file))
     log(f"{len(study.runs) - len(left)} of {len(study.runs)} runs have a row")
@@ -73,7 +84,7 @@ def perform(
             write_rows(rows_file, [*read_rows(rows_file), row])
             log(f"{planned.config.name}: {_shown(row)}")
 
-    for planned, result in make_runs(study, left, jobs):
+    for planned, result in make_runs(study, left, jobs, minutes):
         if isinstance(result, Failed):
             failed.append(result)
             log(f"{planned.config.name} failed:\n{result.output}")
@@ -85,37 +96,58 @@ def perform(
 
 
 def make_runs(
-    study: Study, planned: Sequence[Planned], jobs: int
+    study: Study, planned: Sequence[Planned], jobs: int, minutes: float | None = None
 ) -> Iterable[tuple[Planned, Row | Failed]]:
-    """Make runs, `jobs` at a time, and yield what each came to, as they end."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    """Make runs, `jobs` at a time, and yield what each came to, as they end.
+
+    After `minutes` no further run is begun.
+    """
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    def make(each: Planned) -> Row | Failed | None:
+        return _run(study, each) if time.monotonic() < deadline else None
+
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(_run, study, each, threads): each for each in planned}
+        futures = {pool.submit(make, each): each for each in planned}
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                if (found := future.result()) is not None:
+                    yield futures[future], found
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _run(study: Study, planned: Planned, threads: int) -> Row | Failed:
+def _run(study: Study, planned: Planned) -> Row | Failed:
     """Make one run from its start in a process of its own; what an earlier attempt left is gone."""
     folder = _folder(planned)
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "tir_alp.train", "--config", str(study.base), *planned.words]
-    result = subprocess.run(
+    result = _called(command, planned.threads, subprocess.STDOUT)
+    if result.returncode not in _ENDED:
+        lines = [f"exit code {result.returncode}", *result.stdout.splitlines()[-15:]]
+        return Failed(planned, "\n".join(lines))
+    measures = study.config.measures
+    found = _landscape(folder, planned.threads) if measures.landscape else None
+    return row_of(read_run(folder), planned, measures, found)
+
+
+def _landscape(folder: Path, threads: int) -> Any:
+    """Measure the last policy of a run; None if it left none."""
+    command = [sys.executable, "-m", "tir_alp.studies.landscape", str(folder)]
+    result = _called(command, threads, subprocess.PIPE)
+    return json.loads(result.stdout) if result.returncode == 0 else None
+
+
+def _called(command: Sequence[str], threads: int, stderr: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         command,
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=stderr,
         text=True,
     )
-    if result.returncode not in _ENDED:
-        lines = [f"exit code {result.returncode}", *result.stdout.splitlines()[-15:]]
-        return Failed(planned, "\n".join(lines))
-    return row_of(read_run(folder), planned, study.config.measures)
 
 
 def _folder(planned: Planned) -> Path:

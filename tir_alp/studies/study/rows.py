@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -33,13 +33,19 @@ _MEANS = {
 """Column -> metric whose mean over the steps is a column."""
 
 
-def row_of(run: RecordedRun, planned: Planned, measures: MeasuresConfig) -> Row:
+def row_of(
+    run: RecordedRun,
+    planned: Planned,
+    measures: MeasuresConfig,
+    landscape: Mapping[str, Any] | None = None,
+) -> Row:
     """Return the row of a run that has ended.
 
     Args:
         run: What the run has written.
         planned: What it was to be.
         measures: How it is judged.
+        landscape: What `studies.landscape` found of its last policy; None: not measured.
     """
     series = run.series.get(measures.metric)
     if series is None:
@@ -72,9 +78,23 @@ def row_of(run: RecordedRun, planned: Planned, measures: MeasuresConfig) -> Row:
             for column, metric in _MEANS.items()
             for found in (run.series[metric].finite if metric in run.series else [],)
         },
+        **(landscape_columns(landscape) if measures.landscape else {}),
         "curve": _curve(steps, means),
     }
     return {name: _rounded(value) for name, value in row.items()}
+
+
+def landscape_columns(found: Mapping[str, Any] | None) -> Row:
+    """Return the columns of a policy's landscape; NaN if it could not be measured."""
+    sharp = (
+        [] if found is None else [each["trace"] * each["rms"] ** 2 for each in found["sharpness"]]
+    )
+    moved = {} if found is None else {each["precision"]: each["mean"] for each in found["rounding"]}
+    return {
+        "sharpness": math.fsum(sharp) if sharp else math.nan,
+        "sharpness_by_layer": sharp,
+        **{f"rounding_{each}": moved.get(each, math.nan) for each in ("bfloat16", "int8")},
+    }
 
 
 def moving_means(values: Sequence[float], window: int) -> list[float]:

@@ -7,6 +7,7 @@ seed by seed. With fewer than about eight seeds such intervals are too narrow.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
 from tir_alp.algorithm.estimates import Estimate, over_tasks, paired_difference
@@ -27,6 +28,9 @@ COLUMNS = (
     "max |KL|, clean",
     "clip fraction, clean",
 )
+
+LANDSCAPE = ("sharpness", "moved by int8 weights, nats")
+"""Further columns of a study that measures the landscape."""
 
 
 def rows_of(rows: Iterable[Row], setting: str, method: str) -> list[Row]:
@@ -56,9 +60,10 @@ def difference(rows: Sequence[Row], others: Sequence[Row], column: str) -> Estim
 
 def markdown(config: StudyConfig, rows: Sequence[Row]) -> str:
     """Return the study as text: what was asked, and one table per setting."""
-    lines = [f"**Question.** {config.question}", ""]
-    lines += [f"**Hypothesis {n}.** {each}" for n, each in enumerate(config.hypotheses, 1)]
-    lines += ["", f"**Analysis.** {config.analysis}", "", _how(config), ""]
+    texts = [f"**Question.** {config.question}"]
+    texts += [f"**Hypothesis {n}.** {each}" for n, each in enumerate(config.hypotheses, 1)]
+    texts += [f"**Analysis.** {config.analysis}", _how(config)]
+    lines = [line for each in texts for line in (*textwrap.wrap(each, 100), "")]
     for setting in config.settings:
         lines += [f"### {setting}", "", *_table(config, rows, setting), ""]
     return "\n".join(lines)
@@ -77,35 +82,43 @@ def _how(config: StudyConfig) -> str:
 
 def _table(config: StudyConfig, rows: Sequence[Row], setting: str) -> list[str]:
     baseline = rows_of(rows, setting, config.baseline)
-    lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
+    titles = [*COLUMNS, *(LANDSCAPE if config.measures.landscape else ())]
+    lines = [titles, ["---"] * len(titles)]
     for method in config.methods:
         if own := rows_of(rows, setting, method):
-            lines.append(_cells(method, own, baseline if method != config.baseline else []))
+            cells = _cells(method, own, baseline if method != config.baseline else [])
+            if config.measures.landscape:
+                cells += [
+                    _text(lambda v: f"{v:.3g}", estimate(own, "sharpness")),
+                    _text(lambda v: f"{v:.2e}", estimate(own, "rounding_int8")),
+                ]
+            lines.append(cells)
     return [
         f"| {' | '.join(each.replace('|', chr(92) + '|') for each in line)} |" for line in lines
     ]
+
+
+def _text(form: Callable[[float], str], found: Estimate | None) -> str:
+    if found is None or not math.isfinite(found.mean):
+        return "-"
+    return f"{form(found.mean)} [{form(found.low)}, {form(found.high)}]"
 
 
 def _cells(method: str, own: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
     off = [row for row in own if row["took_off"] is not None]
     collapsed = sum(row["collapsed"] is not None for row in off)
 
-    def text(form: Callable[[float], str], found: Estimate | None) -> str:
-        if found is None or not math.isfinite(found.mean):
-            return "-"
-        return f"{form(found.mean)} [{form(found.low)}, {form(found.high)}]"
-
     return [
         method,
         str(len(own)),
         f"{len(off)} of {len(own)}",
-        text(lambda v: f"{v:.0f}", estimate(off, "took_off")),
+        _text(lambda v: f"{v:.0f}", estimate(off, "took_off")),
         f"{collapsed} of {len(off)}",
-        text(lambda v: f"{v:.3f}", estimate(own, "level")),
-        text(lambda v: f"{v:+.3f}", difference(own, baseline, "level")),
-        text(lambda v: f"{v:.1%}", estimate(own, "accuracy")),
-        text(lambda v: f"{v:+.1%}", difference(own, baseline, "accuracy")),
-        text(lambda v: f"{v:.3g}", estimate(own, "widest_clean")),
-        text(lambda v: f"{v:.2e}", estimate(own, "max_kl_clean")),
-        text(lambda v: f"{v:.2%}", estimate(own, "clip_clean")),
+        _text(lambda v: f"{v:.3f}", estimate(own, "level")),
+        _text(lambda v: f"{v:+.3f}", difference(own, baseline, "level")),
+        _text(lambda v: f"{v:.1%}", estimate(own, "accuracy")),
+        _text(lambda v: f"{v:+.1%}", difference(own, baseline, "accuracy")),
+        _text(lambda v: f"{v:.3g}", estimate(own, "widest_clean")),
+        _text(lambda v: f"{v:.2e}", estimate(own, "max_kl_clean")),
+        _text(lambda v: f"{v:.2%}", estimate(own, "clip_clean")),
     ]
