@@ -26,6 +26,7 @@ def pack(
     *,
     share_prompts: bool = False,
     with_versions: bool = False,
+    with_routing: bool = False,
 ) -> list[Batch]:
     """Return the micro-batches of one rank, on the CPU; every rank gets equally many.
 
@@ -41,6 +42,7 @@ def pack(
         share_prompts: Whether a prompt that samples of a group have in common is computed once per
             micro-batch. Such samples are bundled.
         with_versions: Whether batches say which policy version sampled each token.
+        with_routing: Whether batches say which experts computed each token in the engine.
     """
     useful = [sample for sample in samples if any(sample.trajectory.loss_mask)]
     bundles = [[sample] for sample in useful]
@@ -54,6 +56,7 @@ def pack(
             chosen or bundles[shares[0][-1]][:1],
             share_prompts=share_prompts,
             with_versions=with_versions,
+            with_routing=with_routing,
         )
         batches.append(batch if chosen else _without_loss(batch))
     return batches
@@ -128,7 +131,11 @@ def divide(lengths: Sequence[int], max_tokens: int, num_ranks: int) -> list[list
 
 
 def collate(
-    samples: Sequence[Sample], *, share_prompts: bool = False, with_versions: bool = False
+    samples: Sequence[Sample],
+    *,
+    share_prompts: bool = False,
+    with_versions: bool = False,
+    with_routing: bool = False,
 ) -> Batch:
     """Pack samples into one batch, in order.
 
@@ -136,6 +143,7 @@ def collate(
         samples: At least one sample.
         share_prompts: Whether a prompt that samples of a group have in common is computed once.
         with_versions: Whether the batch says which policy version sampled each token.
+        with_routing: Whether it says which experts computed each token in the engine.
     """
     first: dict[object, int] = {}
     for row, sample in enumerate(samples):
@@ -176,7 +184,24 @@ def collate(
         ),
         token_advantages=token_advantages,
         versions=versions,
+        routing=_routing(trajectories) if with_routing else None,
     )
+
+
+def _routing(trajectories: Sequence[Trajectory]) -> Tensor | None:
+    """Return the experts of all packed tokens, -1 where the engine did not report them."""
+    pieces = [trajectory.routing for trajectory in trajectories]
+    known = next((each[0] for each in pieces if each), None)
+    if known is None:
+        return None
+    rows = []
+    for trajectory, own in zip(trajectories, pieces, strict=True):
+        length = len(trajectory.token_ids)
+        row = np.full((length, *known.shape[1:]), -1, np.int16)
+        found = np.concatenate(own)[:length] if own else row[:0]
+        row[: len(found)] = found
+        rows.append(row)
+    return torch.from_numpy(np.concatenate(rows))
 
 
 def _advantages_by_token(sample: Sample) -> list[float]:
@@ -202,6 +227,7 @@ def sequences_of(batch: Batch, rows: Sequence[int]) -> Batch:
     """Return a batch of some of the sequences of another, given by ascending indices."""
     token_ids = batch.token_ids.split(batch.lengths)
     positions = batch.position_ids.split(batch.lengths)
+    routing = None if batch.routing is None else batch.routing.split(batch.lengths)
 
     def chosen(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[list(rows)]
@@ -225,6 +251,7 @@ def sequences_of(batch: Batch, rows: Sequence[int]) -> Batch:
         selected=chosen(batch.selected),
         versions=chosen(batch.versions),
         interpolation=chosen(batch.interpolation),
+        routing=None if routing is None else torch.cat([routing[row] for row in rows]),
     )
 
 
