@@ -5,12 +5,12 @@ A *step* takes the groups of the rollout queue and divides them over `updates_pe
 they share one denominator. Where samples come from and who gets the weights is not decided here.
 
 Trainers on several ranks together make the update that a single one would make. Every rank is given
-all samples and takes its share; public methods are called on all ranks in the same order.
+all samples and takes its share; public methods are called on all ranks in the same order. With
+`sequence_parallel`, the ranks of a team take the same samples and divide each forward.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
@@ -18,8 +18,6 @@ import operator
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +25,24 @@ import torch
 from torch import Tensor, nn
 
 from tir_alp.algorithm.loss import loss_counts, loss_terms
-from tir_alp.algorithm.perturbation import Effect, LayerwisePerturbation
 from tir_alp.algorithm.presets import AlgorithmConfig
 from tir_alp.algorithm.ratio_metrics import mismatch_metrics, sequence_ess
 from tir_alp.algorithm.ratio_summary import RatioSummary, summarise
 from tir_alp.config import TrainerConfig
 from tir_alp.training.arrangement import is_packed
-from tir_alp.training.batch import noise_keys, pack
+from tir_alp.training.batch import pack
+from tir_alp.training.divided_model import check_division
+from tir_alp.training.forwards import Forwards
 from tir_alp.training.lora import Adapters
 from tir_alp.training.micro_batch import SeenBatch, loss_inputs, moved
 from tir_alp.training.optimizer import MOST_NORMS, Optimizer, is_spike, padded
 from tir_alp.training.packed_sequence import packed_sequences
-from tir_alp.training.policy import WRAPPER, PolicyLogprobs, recompute_layers
-from tir_alp.training.preparation import (
-    Looked,
-    interpolated,
-    needs_collisions,
-    prepare,
-    versions_of,
-)
+from tir_alp.training.policy import WRAPPER
+from tir_alp.training.preparation import Looked, interpolated, prepare, versions_of
 from tir_alp.training.ranks import Ranks
 from tir_alp.training.seen_tokens import token_values
-from tir_alp.training.sharding import gathered, on_first_rank, shard
-from tir_alp.training.shared_prompts import computed_tokens
+from tir_alp.training.sequence_parallel import divide_ranks
+from tir_alp.training.sharding import gathered, on_first_rank
 from tir_alp.training.step_metrics import (
     MadeUpdate,
     metrics_of_updates,
@@ -80,7 +73,8 @@ class Trainer:
         reference: The frozen initial model, if the objective has a KL term; it is taken over too.
         temperature: Temperature at which rollouts are sampled; the same distribution is trained.
         on_bad_update: Called if the loss or a gradient is not finite, or the gradient norm is a
-            spike. The update is skipped. Every rank calls its own, with its share of micro-batches.
+            spike. The update is skipped. Every rank calls its own, with its share of micro-batches;
+            of a team, only the first.
         num_steps: Number of steps of the run, over which the learning rate falls; None only if its
             schedule is constant.
         clean_every: Steps between measurements of the policy without noise; 0: never.
@@ -105,23 +99,20 @@ class Trainer:
         max_token_values: int = 0,
     ) -> None:
         self.model, self.ranks, self._clean_every = model, ranks, clean_every
-        self._max_values = max_token_values // (ranks.size * config.updates_per_step)
+        self._team, self._takers = divide_ranks(
+            ranks, config.sequence_parallel, config.rank_timeout_s
+        )
+        check_division(model, self._team)
+        self._max_values = max_token_values // (self._takers.size * config.updates_per_step)
         self._config, self._algorithm = config, algorithm
-        self._temperature, self._on_bad_update = temperature, on_bad_update
+        self._on_bad_update = on_bad_update
         self._adapters = None
         if config.lora is not None:
             self._adapters = Adapters(model, config.lora, getattr(torch, config.dtype))
-        if config.gradient_checkpointing:
-            recompute_layers(model)
-        model.train()
-        self._policy = self._sharded(model)
-        self._reference = None if reference is None else self._sharded(reference)
-        self._perturbation, self._num_draws = None, 1
-        noise = algorithm.perturbation
-        if noise is not None:
-            self._num_draws = noise.draws
-            self._perturbation = LayerwisePerturbation(model, noise)
-        self._is_head_noisy = noise is not None and noise.site == "logits"
+        self._forwards = Forwards(
+            model, reference, config, algorithm, ranks, self._team, temperature
+        )
+        self._perturbation = self._forwards.perturbation
         log_sigma = None if self._perturbation is None else self._perturbation.log_sigma
         self._optimizer = Optimizer(self._trained(), log_sigma, config, num_steps)
         self._norms = {name: deque[float](maxlen=MOST_NORMS) for name in self._optimizer.norms}
@@ -153,12 +144,12 @@ class Trainer:
         with self.ranks.together("computing a loss"):
             sums = torch.zeros(2, dtype=torch.float64)
             max_tokens = self._config.micro_batch_tokens
-            for packed in pack(samples, max_tokens, self.ranks.rank, self.ranks.size):
+            for packed in pack(samples, max_tokens, self._takers.rank, self._takers.size):
                 batch = moved(packed, self.ranks.device)
-                logprobs = self._clean_logprobs(batch)
+                logprobs = self._forwards.clean(batch)[0]
                 chosen = logprobs[batch.loss_mask].double()
                 sums += torch.stack([-chosen.sum(), torch.tensor(float(len(chosen)))]).cpu()
-            total, num_tokens = self.ranks.sum(sums).tolist()
+            total, num_tokens = self._takers.sum(sums).tolist()
             return total / num_tokens if num_tokens else math.nan
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -205,7 +196,9 @@ class Trainer:
         """
         with self.ranks.together("computing logprobs to check an engine"):
             ids = torch.tensor([*prompt, *completion], device=self.ranks.device)
-            return self._policy.completion_logprobs(ids, len(prompt), temperature, top_p).tolist()
+            return self._forwards.policy.completion_logprobs(
+                ids, len(prompt), temperature, top_p
+            ).tolist()
 
     def perturb_weights(self, scale: float) -> None:
         """Change some of the weights by `scale` times their spread; 0 restores them bit for bit.
@@ -273,19 +266,19 @@ class Trainer:
         ]
         made = [outcome for outcome in outcomes if outcome is not None]
         every = [batch for batches in micro_batches for batch in batches]
-        metrics = metrics_of_updates(self.ranks, made)
+        metrics = metrics_of_updates(self._takers, made)
         if self._perturbation is not None:
             metrics |= sigma_metrics(self._perturbation)
         if self._algorithm.needs_proximal and every:
             mismatch = [summarise(loss_inputs(batch, batch.proximal_logprobs)) for batch in every]
-            metrics |= mismatch_metrics(over_ranks(self.ranks, mismatch))
+            metrics |= mismatch_metrics(over_ranks(self._takers, mismatch))
         metrics["train/lr"] = lr
         if (loss_scale := self._optimizer.loss_scale) is not None:
             metrics["train/loss_scale"] = loss_scale
-        metrics["train/shared_tokens"] = share_of_shared_tokens(self.ranks, every)
+        metrics["train/shared_tokens"] = share_of_shared_tokens(self._takers, every)
         metrics["train/skipped_updates"] = len(outcomes) - len(made)
         num_tokens = torch.tensor(sum(batch.num_loss_tokens for batch in every))
-        metrics["tokens/loss"] = int(self.ranks.sum(num_tokens))
+        metrics["tokens/loss"] = int(self._takers.sum(num_tokens))
         records = [
             UpdateRecord(
                 update=first + index,
@@ -294,9 +287,9 @@ class Trainer:
             )
             for index, (batches, outcome) in enumerate(zip(micro_batches, outcomes, strict=True))
         ]
-        values = self.ranks.gather([each for update in made for each in update.values])
+        values = self._takers.gather([each for update in made for each in update.values])
         return StepReport(
-            metrics, join_ranks(self.ranks.gather(records)), tuple(itertools.chain(*values))
+            metrics, join_ranks(self._takers.gather(records)), tuple(itertools.chain(*values))
         )
 
     def _micro_batches(
@@ -308,38 +301,32 @@ class Trainer:
         packed = pack(
             samples,
             max_tokens,
-            self.ranks.rank,
-            self.ranks.size,
+            self._takers.rank,
+            self._takers.size,
             share_prompts=self._config.share_prompts and is_packed(self.model),
             with_versions=self._algorithm.proximal != "current",
+            with_routing=self._forwards.replays_routing,
         )
-        batches = [moved(batch, self.ranks.device) for batch in packed]
-        if self._reference is not None:
-            batches = [
-                replace(batch, reference_logprobs=self._frozen(self._reference, batch)[0])
-                for batch in batches
-            ]
+        on_device = (moved(batch, self.ranks.device) for batch in packed)
+        batches = [self._forwards.with_reference(batch) for batch in on_device]
         if self._algorithm.proximal == "interpolated":
             return [interpolated(batch, step) for batch in batches]
         if not self._algorithm.needs_proximal:
             return batches
         looked = self._look(batches, step)
-        return prepare(looked, self._algorithm, self.ranks, update)
+        return prepare(looked, self._algorithm, self._takers, update)
 
     def _look(self, batches: Sequence[Batch], step: int) -> list[Looked]:
         """Add the proximal logprobs: with the current weights, or with those of each token."""
-        found = [Looked.of(batch, *self._proximal(batch)) for batch in batches]
+        proximal = self._forwards.proximal
+        found = [Looked.of(batch, *proximal(batch)) for batch in batches]
         if not self._reads_versions:
             return found
         own = {version for batch in batches for version in versions_of(batch)}
         for version in sorted(set().union(*self.ranks.gather(own)) - {step}):
             with self._versions.loaded(version):
-                found = [each.at_version(version, *self._proximal(each.batch)) for each in found]
+                found = [each.at_version(version, *proximal(each.batch)) for each in found]
         return found
-
-    def _proximal(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return logprobs, entropies and collisions [B, T] under the weights that the model has."""
-        return self._frozen(self._policy, batch, needs_collisions(self._algorithm))
 
     def _update(
         self, batches: Sequence[Batch], update: int, probe: int | None, measure_clean: bool
@@ -359,30 +346,39 @@ class Trainer:
         own = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
         for batch in batches:
             own += torch.stack([*loss_counts(loss_inputs(batch), self._algorithm)])
-        counts = self.ranks.sum(own.cpu()).tolist()
+        counts = self._takers.sum(own.cpu()).tolist()
         if counts[0] == 0:
             return None
         self._optimizer.zero_grad()
         totals: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
         seen: list[SeenBatch] = []
         probed: dict[str, float] = {}
-        for index, (batch, draw) in enumerate(itertools.product(batches, range(self._num_draws))):
+        num_draws = self._forwards.num_draws
+        for index, (batch, draw) in enumerate(itertools.product(batches, range(num_draws))):
             probe_now = probe if index == 0 else None
-            with self._perturbed(batch, update, draw, measure=probe_now is not None) as effect:
+            is_measured = probe_now is not None
+            with self._forwards.perturbed(batch, update, draw, is_measured) as effect:
                 found = self._backward(batch, *counts)
             if probe_now is not None:
                 probed = probe_metrics(
-                    self.ranks, batch, probe_now, found.logprobs, effect, self._clean_logprobs
+                    self.ranks,
+                    batch,
+                    probe_now,
+                    found.logprobs,
+                    effect,
+                    lambda few: self._forwards.clean(few)[0],
                 )
             for name, value in found.metrics.items():
-                totals[name] = totals[name] + value / self._num_draws
+                totals[name] = totals[name] + value / num_draws
             seen.append(found)
         ratios = functools.reduce(operator.add, [each.summary() for each in seen])
         self._sum_gradient_of_sigma()
         norms = self._optimizer.clip_gradients()
-        metrics = sums_over_ranks(self.ranks, totals) | norms | probed
+        metrics = sums_over_ranks(self._takers, totals) | norms | probed
+        metrics |= self._forwards.router_metrics()
         if not self._is_sound(metrics["loss/value"], norms):
-            if not self._optimizer.skip(math.isfinite(metrics["loss/value"])):
+            only_scale = self._optimizer.skip(math.isfinite(metrics["loss/value"]))
+            if not only_scale and (self._team is None or self._team.is_first):
                 self._on_bad_update(update, batches)
             return None
         for name, norm in norms.items():
@@ -393,7 +389,7 @@ class Trainer:
             found = [each.summary() for each in without_noise]
             clean = functools.reduce(operator.add, found) if found else ratios
         clean_s = time.perf_counter() - began
-        of_first_draw = seen[:: self._num_draws]
+        of_first_draw = seen[::num_draws]
         values = token_values(
             of_first_draw, without_noise, self._algorithm, update, self._max_values
         )
@@ -410,14 +406,14 @@ class Trainer:
         """Return what the learning rate of an update is multiplied by; call on every rank."""
         if self._algorithm.step_scale == "none":
             return 1.0
-        return math.sqrt(sequence_ess(over_ranks(self.ranks, [ratios])))
+        return math.sqrt(sequence_ess(over_ranks(self._takers, [ratios])))
 
     @torch.no_grad()
     def _without_noise(self, batches: Sequence[Batch]) -> list[SeenBatch]:
         """Return what a loss of the policy without noise would see."""
         seen = []
         for batch in batches:
-            logprobs, entropy = self._policy(batch, temperature=self._temperature)
+            logprobs, entropy = self._forwards.clean(batch)
             terms = loss_terms(loss_inputs(batch, logprobs, entropy), self._algorithm)
             seen.append(SeenBatch(batch, logprobs, entropy, terms.clipped, terms.metrics))
         return seen
@@ -428,14 +424,9 @@ class Trainer:
         Nothing here waits for the device, so that it never runs out of work. Noise has to be active
         in the backward pass too, where checkpointed layers run a second time.
         """
-        logprobs, entropy = self._policy(
-            batch,
-            temperature=self._temperature,
-            is_head_noisy=self._is_head_noisy,
-            entropy_has_gradient=self._algorithm.entropy_bonus > 0,
-        )
+        logprobs, entropy = self._forwards.trained(batch)
         terms = loss_terms(loss_inputs(batch, logprobs, entropy), self._algorithm, *counts)
-        self._optimizer.scaled(terms.loss / self._num_draws).backward()
+        self._optimizer.scaled(terms.loss / self._forwards.num_draws).backward()
         return SeenBatch(batch, logprobs.detach(), entropy.detach(), terms.clipped, terms.metrics)
 
     def _is_sound(self, loss: float, norms: Mapping[str, float]) -> bool:
@@ -446,47 +437,17 @@ class Trainer:
             is_spike(norm, self._norms[name], factor) for name, norm in norms.items()
         )
 
-    def _perturbed(
-        self, batch: Batch, update: int, draw: int, measure: bool
-    ) -> AbstractContextManager[Effect]:
-        if self._perturbation is None:
-            return contextlib.nullcontext(Effect())
-        return self._perturbation.active(
-            noise_keys(batch, update),
-            batch.lengths,
-            draw=draw,
-            measure=measure,
-            in_forward=computed_tokens(batch),
-        )
-
     def _sum_gradient_of_sigma(self) -> None:
         """Sum the gradient of log sigma over ranks; FSDP2 sums that of the weights."""
         if self._perturbation is not None and self._perturbation.log_sigma.grad is not None:
             gradient = self._perturbation.log_sigma.grad
             gradient.copy_(self.ranks.sum(gradient))
 
-    # --------------------------------------------------------------------------------- the policy
-
-    @torch.no_grad()
-    def _frozen(
-        self, policy: PolicyLogprobs, batch: Batch, with_collisions: bool = False
-    ) -> tuple[Tensor, ...]:
-        return policy(batch, temperature=self._temperature, with_collisions=with_collisions)
-
-    def _clean_logprobs(self, batch: Batch) -> Tensor:
-        return self._frozen(self._policy, batch)[0]
-
     @property
     def _reads_versions(self) -> bool:
         """Whether proximal logprobs are those of the version that sampled each token."""
         algorithm = self._algorithm
         return algorithm.needs_proximal and algorithm.proximal == "rollout_version"
-
-    def _sharded(self, model: Any) -> PolicyLogprobs:
-        num_words = model.get_output_embeddings().weight.shape[0]
-        policy = PolicyLogprobs(model, self._config.chunk_tokens(num_words))
-        shard(policy, self._config, self.ranks)
-        return policy
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by their names in the model without wrappers."""
