@@ -715,6 +715,16 @@ class TrainerConfig(Section):
     logits, which take 256 MB, so that memory does not grow with the vocabulary."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    offload_activations: bool = False
+    """Keep the inputs of recomputed layers in CPU memory until the backward pass, for sequences
+    whose layers' inputs do not fit on the GPU; needs `gradient_checkpointing`."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Number of ranks that divide the tokens of each forward pass, for sequences that do not fit on
+    one; it divides the number of ranks (`cluster.trainer.count`) and that of attention heads. The
+    update is the same."""
+    replay_routing: bool = True
+    """Let a mixture of experts compute each token with the experts that computed it in the engine,
+    where the engine reports them. It weights them by its own scores, so routers are trained too."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the forward and backward pass. The trained weights, the sums of their gradients
     over ranks and micro-batches, sigma and the noise are always float32. `float16` rounds eight
@@ -726,6 +736,15 @@ class TrainerConfig(Section):
     """Train adapters instead of the weights; None: train the weights."""
     rank_timeout_s: float = Field(default=600.0, gt=0.0)
     """Deadline of each collective operation in seconds: how long ranks wait for a late one."""
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> TrainerConfig:
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ValueError(
+                "trainer.offload_activations keeps the inputs of recomputed layers in CPU memory: "
+                "set trainer.gradient_checkpointing = true as well"
+            )
+        return self
 
     def chunk_tokens(self, num_words: int) -> int:
         """Number of tokens whose logits over `num_words` words are in memory at the same time."""
@@ -1004,6 +1023,12 @@ class Config(Section):
             raise ValueError(
                 f"rollout.overlong_buffer_tokens ({rollout.overlong_buffer_tokens}) is not less "
                 f"than rollout.max_context_tokens ({rollout.max_context_tokens})"
+            )
+        count, team = self.cluster.trainer.count, trainer.sequence_parallel
+        if self.cluster.is_used and count % team:
+            raise ValueError(
+                f"trainer.sequence_parallel ({team}) does not divide the number of ranks, "
+                f"cluster.trainer.count ({count})"
             )
         if rollout.groups_per_step % trainer.updates_per_step:
             raise ValueError(

@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -167,6 +168,10 @@ class Turn:
     """
     version_spans: tuple[VersionSpan, ...] = ()
     """Which weights sampled which tokens; empty: `policy_version` sampled all of them."""
+    routing: NDArray | None = field(default=None, repr=False, compare=False)
+    """[K, L, E] int16, the E experts that computed each of K tokens in each of the L layers of the
+    engine's model, -1 in layers without experts. They are the tokens of the trace from where the
+    turn before ended. None: not known."""
 
     def __post_init__(self) -> None:
         check_version_spans(self.version_spans, len(self.completion), self.policy_version)
@@ -308,6 +313,16 @@ class Trajectory:
     def turn_ids(self) -> tuple[int, ...]:
         """One index per token: of the turn whose completion it belongs to, or -1."""
         return self._columns().turn_ids
+
+    @property
+    def routing(self) -> tuple[NDArray, ...]:
+        """Pieces [K, L, E] of the routing of the first tokens, as far as the engine reported it."""
+        found: list[NDArray] = []
+        for turn in self.turns:
+            if turn.routing is None:
+                break
+            found.append(turn.routing)
+        return tuple(found)
 
     def _columns(self) -> _Columns:
         if self._kept is None:
@@ -469,6 +484,9 @@ class Batch:
     interpolation: Tensor | None = None
     """[B, T] float32, share of the current policy in interpolated proximal logprobs; None: they are
     not interpolated."""
+    routing: Tensor | None = None
+    """[N, L, E] int16, the experts that computed each packed token in each of the
+    L layers in the engine; -1 where that is not known. None: nowhere."""
 
     @property
     def num_loss_tokens(self) -> int:

@@ -151,7 +151,8 @@ def test_less_is_needed_per_gpu_the_more_there_are():
 
 def test_the_command_prints_the_table_without_torch(capsys):
     assert doctor(["memory", "--trainer.micro_batch_tokens", "8192"]) == 0
-    settings, _, *lines = capsys.readouterr().out.splitlines()
+    settings, table, *_ = capsys.readouterr().out.split("\n\n")
+    lines = table.splitlines()
     assert "trainer.micro_batch_tokens = 8192" in settings
     assert "trainer.gradient_checkpointing = true" in settings
     assert lines[0].startswith("| model | trainer, 1 GPU | trainer, 2 GPUs |")

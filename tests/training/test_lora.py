@@ -48,7 +48,7 @@ def test_what_is_saved_and_given_to_an_engine_is_the_policy_that_is_trained(tmp_
     with torch.no_grad():
         of_exported, of_trained = (
             policy(batch, temperature=1.0)[0]
-            for policy in (PolicyLogprobs(exported, chunk_tokens=100), one._policy)
+            for policy in (PolicyLogprobs(exported, chunk_tokens=100), one._forwards.policy)
         )
     torch.testing.assert_close(of_exported, of_trained, rtol=0, atol=1e-4)
 

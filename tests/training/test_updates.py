@@ -193,10 +193,10 @@ def test_outside_an_update_the_model_is_itself_bit_for_bit():
     plain = PolicyLogprobs(model(), chunk_tokens=100)
     one = trainer(noisy(), lr=1e-30, weight_decay=0.0)
     before = num_hooks(one)
-    assert torch.equal(forward(plain), forward(one._policy))
+    assert torch.equal(forward(plain), forward(one._forwards.policy))
     one.step(make_groups(), 0)
     assert_same(weights_of(one), plain.model.state_dict())
-    assert torch.equal(forward(plain), forward(one._policy))
+    assert torch.equal(forward(plain), forward(one._forwards.policy))
     assert num_hooks(one) == before
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tir_alp.config import Config
-from tir_alp.doctor.memory import markdown
+from tir_alp.doctor import long_context, memory
 from tir_alp.models.tiny import TRAIN_CONFIG
 from tir_alp.process import run_command, torch_imports
 from tir_alp.run.command_line import Command, Words, overlay, read_config, read_toml
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"tir_alp.doctor: {error}", file=sys.stderr)
         return 2
     if is_table:
-        print(markdown(config))
+        print(memory.markdown(config), long_context.markdown(config), sep="\n\n")
         return 0
     # Imported here because they need torch, and a mistake in the command line is answered at once.
     with torch_imports():

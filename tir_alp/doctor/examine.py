@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tir_alp.config import Config
 from tir_alp.doctor.check_result import CheckResult
 from tir_alp.doctor.conversation import check_fence, check_template, check_tokenizer
 from tir_alp.doctor.engine import EngineCheck, tolerance_of
+from tir_alp.doctor.long_context import advice
 from tir_alp.doctor.machine import check_disk, free_memory, shape_of
 from tir_alp.doctor.memory import Shape, check_memory, needs, node_needs
 from tir_alp.doctor.sandbox import check_sandbox
@@ -88,7 +90,10 @@ def _check_memory(config: Config, shape: Shape, nodes: Sequence[Node]) -> CheckR
         return check_memory(found, known)
     if device == "auto" or not config.cluster.is_used:
         device = compute_device(device).type
-    return check_memory(needs(config, shape, device, os.cpu_count() or 1), free_memory())
+    num_cpus, free = os.cpu_count() or 1, free_memory()
+    result = check_memory(needs(config, shape, device, num_cpus), free)
+    figures = [result.figure, advice(config, shape, device, free, num_cpus)]
+    return replace(result, figure="; ".join(filter(None, figures)))
 
 
 def check_history(

@@ -36,6 +36,7 @@ def shape_of(path: str) -> Shape:
         inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocabulary=config.vocab_size,
         cache_width=2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim,
+        num_heads=heads,
     )
 
 

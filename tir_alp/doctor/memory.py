@@ -35,6 +35,8 @@ class Shape:
     vocabulary: int
     cache_width: int
     """Numbers per token in the cache of one layer: keys and values of all key-value heads."""
+    num_heads: int
+    """Attention heads of a layer, over which `trainer.sequence_parallel` divides it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ def needs(config: Config, shape: Shape, device: str, num_cpus: int) -> list[Need
             config, shape, MACHINE if device == "cpu" else gpu, actors["trainer"]
         )
     if device == "cuda":
-        found += _beside_gpus(config, shape, MACHINE)
+        found += _beside_gpus(config, shape, MACHINE, actors["trainer"])
     found += _engine_needs(config, shape, device, actors["engines"])
     found += _process_needs(config, MACHINE, actors, num_cpus)
     return [each for each in found if each.num_bytes]
@@ -92,15 +94,15 @@ def node_needs(config: Config, shape: Shape, device: str, node: Node) -> list[Ne
         if device == "cpu":
             found += trainer_needs(config, shape, node.name, config.cluster.trainer.count)
         else:
-            found += _beside_gpus(config, shape, node.name)
+            found += _beside_gpus(config, shape, node.name, 1)
     engines = _engine_needs(config, shape, device, actors["engines"])
     found += [replace(each, place=node.name) for each in engines if each.place == MACHINE]
     found += _process_needs(config, node.name, actors, node.num_cpus)
     return [each for each in found if each.num_bytes]
 
 
-def _beside_gpus(config: Config, shape: Shape, place: str) -> list[Need]:
-    """What a trainer that computes on GPUs takes of its machine."""
+def _beside_gpus(config: Config, shape: Shape, place: str, num_ranks: int) -> list[Need]:
+    """What ranks of a trainer that compute on GPUs take of their machine."""
     whole = _FLOAT * shape.num_parameters
     moved = 4 * whole if config.trainer.offload else 0
     return [
@@ -108,6 +110,12 @@ def _beside_gpus(config: Config, shape: Shape, place: str) -> list[Need]:
         Need(place, "offloaded optimizer", moved, "trainer.offload"),
         Need(place, "weights of versions", _versions(config, whole), "algorithm.proximal"),
         Need(place, "accepted state", _accepted(config, whole), "algorithm.acceptance"),
+        Need(
+            place,
+            "offloaded activations",
+            num_ranks * _kept_for_backward(config, shape, "gpu")[1],
+            "trainer.offload_activations",
+        ),
     ]
 
 
@@ -144,14 +152,7 @@ def trainer_needs(config: Config, shape: Shape, place: str, num_ranks: int) -> l
     if num_ranks > 1 or is_offloaded:  # embeddings and head for a whole pass, a layer at a time
         ends = 2 * shape.vocabulary * shape.hidden
         gathered = number * (ends + shape.num_parameters // shape.num_layers)
-    most = max(trainer.micro_batch_tokens, config.rollout.max_context_tokens)
-    packed = min(most, _num_episodes(config) * config.rollout.max_context_tokens)
-    of_hidden, of_inner = _KEPT_PER_LAYER
-    per_layer = of_hidden * shape.hidden + of_inner * shape.inner
-    kept = per_layer * shape.num_layers
-    if trainer.gradient_checkpointing:
-        kept = per_layer + shape.hidden * shape.num_layers
-    chunk = min(trainer.chunk_tokens(shape.vocabulary), packed)
+    chunk = min(trainer.chunk_tokens(shape.vocabulary), _packed_tokens(config))
     logits = _FLOAT * _LOGIT_COPIES * chunk * shape.vocabulary
     is_reference = config.algorithm.needs_reference
     return [
@@ -183,11 +184,33 @@ def trainer_needs(config: Config, shape: Shape, place: str, num_ranks: int) -> l
         Need(
             place,
             "activations",
-            number * packed * kept,
-            "trainer.micro_batch_tokens or trainer.gradient_checkpointing",
+            _kept_for_backward(config, shape, place)[0],
+            "trainer.micro_batch_tokens, trainer.gradient_checkpointing, "
+            "trainer.offload_activations or trainer.sequence_parallel",
         ),
         Need(place, "logits", logits, "trainer.logprob_chunk_tokens"),
     ]
+
+
+def _packed_tokens(config: Config) -> int:
+    """The most tokens of a forward pass."""
+    most = max(config.trainer.micro_batch_tokens, config.rollout.max_context_tokens)
+    return min(most, _num_episodes(config) * config.rollout.max_context_tokens)
+
+
+def _kept_for_backward(config: Config, shape: Shape, place: str) -> tuple[int, int]:
+    """Bytes that one rank keeps for the backward pass: where it computes, and in CPU memory."""
+    trainer = config.trainer
+    of_hidden, of_inner = _KEPT_PER_LAYER
+    inside, inputs = of_hidden * shape.hidden + of_inner * shape.inner, shape.hidden
+    number = _FLOAT if trainer.dtype == "float32" else _FLOAT // 2
+    # Packed tokens are those of a team, of which a rank has its share, also inside of attention.
+    each = number * -(-_packed_tokens(config) // trainer.sequence_parallel)
+    if not trainer.gradient_checkpointing:
+        return each * inside * shape.num_layers, 0
+    if trainer.offload_activations and place != MACHINE:
+        return each * (inside + 2 * inputs), each * inputs * shape.num_layers
+    return each * (inside + inputs * shape.num_layers), 0
 
 
 def _engine_needs(config: Config, shape: Shape, device: str, num_engines: int) -> list[Need]:
@@ -294,13 +317,13 @@ def gigabytes(number: int) -> str:
 
 
 SHAPES = {
-    "0.1 B": Shape(134_515_008, 30, 576, 1536, 49_152, 384),
-    "0.5 B": Shape(494_032_768, 24, 896, 4864, 151_936, 256),
-    "1.5 B": Shape(1_543_714_304, 28, 1536, 8960, 151_936, 512),
-    "3 B": Shape(3_085_938_688, 36, 2048, 11_008, 151_936, 512),
-    "7 B": Shape(7_615_616_512, 28, 3584, 18_944, 152_064, 1024),
-    "14 B": Shape(14_770_033_664, 48, 5120, 13_824, 152_064, 2048),
-    "32 B": Shape(32_763_876_352, 64, 5120, 27_648, 152_064, 2048),
+    "0.1 B": Shape(134_515_008, 30, 576, 1536, 49_152, 384, 9),
+    "0.5 B": Shape(494_032_768, 24, 896, 4864, 151_936, 256, 14),
+    "1.5 B": Shape(1_543_714_304, 28, 1536, 8960, 151_936, 512, 12),
+    "3 B": Shape(3_085_938_688, 36, 2048, 11_008, 151_936, 512, 16),
+    "7 B": Shape(7_615_616_512, 28, 3584, 18_944, 152_064, 1024, 28),
+    "14 B": Shape(14_770_033_664, 48, 5120, 13_824, 152_064, 2048, 40),
+    "32 B": Shape(32_763_876_352, 64, 5120, 27_648, 152_064, 2048, 40),
 }
 """Shapes of published models of usual sizes: SmolLM2, and Qwen2.5 from 0.5 B on."""
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -64,6 +65,10 @@ class Completion:
     """Number of training steps that produced the weights that sampled the first token."""
     version_spans: tuple[VersionSpan, ...] = ()
     """Which weights sampled which tokens; empty: those of `policy_version` sampled all of them."""
+    routing: NDArray | None = field(default=None, repr=False, compare=False)
+    """[K, L, E] int16, the E experts that computed each of the first K tokens of the sequence in
+    each of the L layers, -1 in layers without experts; K is the number of tokens that were read, at
+    least all but the last. None: the engine does not report it."""
 
     def __post_init__(self) -> None:
         if len(self.logprobs) != len(self.token_ids):

@@ -314,6 +314,8 @@ class TransformersEngine:
             self._answer(request)
         for row in reversed(range(len(self._running))):
             if self._running[row].stop_reason is not None:
+                if (routing := self._cache.routing(row)) is not None:
+                    self._running[row].routing = routing.cpu().numpy().copy()
                 if self._running[row].stop_reason is not StopReason.ABORT:
                     self._park(row)
                 self._cache.remove_row(row)

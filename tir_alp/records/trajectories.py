@@ -6,9 +6,13 @@ its finished groups.
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tir_alp.records.readable import Reading
 from tir_alp.rollouts.queue import QueueState
@@ -24,7 +28,7 @@ def to_record(trajectory: Trajectory, reading: Reading | None = None) -> dict[st
     Args:
         trajectory: The trajectory.
         reading: What adds the text of each span as `text`, for people, and takes secrets out of
-            `info`; None: the record is exact and has no text.
+            `info`; None: the record is exact, with the routing of tokens, and has no text.
     """
     record = {
         "task_id": trajectory.task_id,
@@ -97,7 +101,11 @@ def _branches(records: Any) -> list[Trajectory]:
 
 
 def _turn_to_record(turn: Turn, reading: Reading | None) -> dict[str, Any]:
-    return {
+    routing = {}
+    if reading is None and turn.routing is not None:
+        data = base64.b64encode(turn.routing.astype("<i2").tobytes()).decode()
+        routing["routing"] = {"shape": turn.routing.shape, "experts": data}
+    return routing | {
         "completion": _span_to_record(turn.completion, reading),
         "observation": _span_to_record(turn.observation, reading),
         "policy_version": turn.policy_version,
@@ -114,6 +122,10 @@ def _turn_to_record(turn: Turn, reading: Reading | None) -> dict[str, Any]:
 
 
 def _turn_from_record(record: Any) -> Turn:
+    routing = None
+    if isinstance(record, Mapping) and "routing" in record:
+        routing = _routing_from_record(record["routing"])
+        record = {name: value for name, value in record.items() if name != "routing"}
     fields = _fields(
         record,
         "a turn",
@@ -140,8 +152,15 @@ def _turn_from_record(record: Any) -> Turn:
         "outcome": Outcome(fields["outcome"]),
         "reward": float(fields["reward"]),
         "version_spans": tuple(spans),
+        "routing": routing,
     }
     return Turn(**fields | converted)
+
+
+def _routing_from_record(record: Any) -> NDArray:
+    fields = _fields(record, "a routing", shape=list, experts=str)
+    data = base64.b64decode(fields["experts"], validate=True)
+    return np.frombuffer(data, "<i2").reshape(fields["shape"]).astype(np.int16)
 
 
 def _span_to_record(span: TokenSpan, reading: Reading | None) -> dict[str, Any]:

@@ -76,6 +76,12 @@ _MEANINGS = {  # metric -> meaning, unit; names go before patterns, and patterns
     "alp/effective": ("hidden elements that the noise changes", "share"),
     "alp/relative_rms": ("size of noise relative to the hidden state, mean over layers", "ratio"),
     "alp/relative_rms_*": ("size of noise relative to the hidden state of one layer", "ratio"),
+    "router/entropy": (
+        "evenness of the load of experts, mean over layers: 1 if all are equal",
+        "share",
+    ),
+    "router/largest_share": ("tokens of the busiest expert, mean over layers", "share"),
+    "router/agreement": ("choices of experts by the trainer that the engine had made", "share"),
     "alp/logprob_shift": ("mean |change of a token's logprob| by the noise", "nats per token"),
     "grad_norm/policy": ("gradient norm of the weights before clipping", "norm"),
     "grad_norm/log_sigma": ("gradient norm of log sigma before clipping", "norm"),

@@ -222,6 +222,7 @@ class EpisodeRunner:
                         "tool": stepped - generated,
                     },
                     version_spans=completion.version_spans,
+                    routing=trace.new_routing(completion),
                 )
             )
             num_turns += 1

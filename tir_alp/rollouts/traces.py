@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from numpy.typing import NDArray
+
 from tir_alp.config import RolloutConfig
+from tir_alp.engines.base import Completion
 from tir_alp.rollouts.history import Conversation, Following, Role, checked_messages
 from tir_alp.rollouts.outputs import outputs_of
 from tir_alp.rollouts.renderer import Renderer
@@ -29,6 +32,17 @@ class GrowingTrace:
         pairs = ((turn.completion, turn.observation) for turn in self.turns)
         spans = (self.prompt, *(span for pair in pairs for span in pair))
         return tuple(token for span in spans for token in span.token_ids)
+
+    def new_routing(self, completion: Completion) -> NDArray | None:
+        """Return the experts of the tokens for which no turn of the trace has them yet.
+
+        Args:
+            completion: The next completion, whose tokens after a cut may be left out.
+        """
+        if completion.routing is None or any(turn.routing is None for turn in self.turns):
+            return None
+        start = sum(len(turn.routing) for turn in self.turns if turn.routing is not None)
+        return completion.routing[start : len(self.token_ids) + len(completion.token_ids)]
 
 
 def following(

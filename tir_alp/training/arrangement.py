@@ -75,7 +75,7 @@ def difference(model: Any, logits: Logits, alone: Logits) -> float:
     generator = torch.Generator().manual_seed(0)
     found = []
     for _ in range(_NUM_TRIALS):
-        sequences = [_tokens(model, length, generator) for length in _LENGTHS]
+        sequences = [ordinary_tokens(model, length, generator) for length in _LENGTHS]
         own = alone(sequences[-1:])
         shift = (logits(sequences) - own).norm(dim=-1) / own.norm(dim=-1)
         found.append(shift.nan_to_num(nan=torch.inf).max().item())
@@ -84,8 +84,8 @@ def difference(model: Any, logits: Logits, alone: Logits) -> float:
     return min(found)
 
 
-def _tokens(model: Any, length: int, generator: torch.Generator) -> Tensor:
-    """Random tokens, none of which has a meaning of its own, such as the place of an image."""
+def ordinary_tokens(model: Any, length: int, generator: torch.Generator) -> Tensor:
+    """Return different random tokens [length] without a meaning of their own, e.g. of images."""
     special = {
         token
         for name, value in model.config.get_text_config().to_dict().items()

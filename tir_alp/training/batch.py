@@ -28,6 +28,7 @@ def pack(
     *,
     share_prompts: bool = False,
     with_versions: bool = False,
+    with_routing: bool = False,
 ) -> list[Batch]:
     """Return the micro-batches of one rank, on the CPU; every rank gets equally many.
 
@@ -43,6 +44,7 @@ def pack(
         share_prompts: Whether what prompts of a group's samples begin with alike is computed once
             per micro-batch. Such samples are bundled.
         with_versions: Whether batches say which policy version sampled each token.
+        with_routing: Whether batches say which experts computed each token in the engine.
     """
     useful = [sample for sample in samples if any(sample.trajectory.loss_mask)]
     bundles = [[sample] for sample in useful]
@@ -56,6 +58,7 @@ def pack(
             chosen or bundles[shares[0][-1]][:1],
             share_prompts=share_prompts,
             with_versions=with_versions,
+            with_routing=with_routing,
         )
         batches.append(batch if chosen else without_loss(batch))
     return batches
@@ -136,7 +139,11 @@ def divide(lengths: Sequence[int], max_tokens: int, num_ranks: int) -> list[list
 
 
 def collate(
-    samples: Sequence[Sample], *, share_prompts: bool = False, with_versions: bool = False
+    samples: Sequence[Sample],
+    *,
+    share_prompts: bool = False,
+    with_versions: bool = False,
+    with_routing: bool = False,
 ) -> Batch:
     """Pack samples into one batch, in order.
 
@@ -144,6 +151,7 @@ def collate(
         samples: At least one sample.
         share_prompts: Whether what prompts of a group's samples begin with alike is computed once.
         with_versions: Whether the batch says which policy version sampled each token.
+        with_routing: Whether it says which experts computed each token in the engine.
     """
     trajectories = [sample.trajectory for sample in samples]
     lengths = tuple(len(trajectory.token_ids) for trajectory in trajectories)
@@ -174,6 +182,7 @@ def collate(
         prompts=_prompts(trajectories, share_prompts),
         token_advantages=token_advantages,
         versions=versions,
+        routing=_routing(trajectories) if with_routing else None,
     )
 
 
@@ -206,6 +215,24 @@ def num_in_common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     return int(np.argmin(np.equal(one[:length], other[:length])))
 
 
+def _routing(trajectories: Sequence[Trajectory]) -> Tensor | None:
+    """Return the experts of all packed tokens, -1 where the engine did not report them."""
+    pieces = [trajectory.routing for trajectory in trajectories]
+    known = next((each[0] for each in pieces if each), None)
+    if known is None:
+        return None
+    rows = []
+    for trajectory, own in zip(trajectories, pieces, strict=True):
+        length = len(trajectory.token_ids)
+        row = np.full((length, *known.shape[1:]), -1, np.int16)
+        found = np.concatenate(own)[:length] if own else row[:0]
+        row[: len(found)] = found
+        rows.append(row)
+    return torch.from_numpy(np.concatenate(rows))
+
+
+
+
 def _versions(trajectory: Trajectory) -> list[int]:
     """Return the policy version that sampled each token, -1 where none did."""
     found = [-1] * len(trajectory.prompt)
@@ -220,6 +247,7 @@ def sequences_of(batch: Batch, rows: Sequence[int]) -> Batch:
     """Return a batch of some of the sequences of another, given by ascending indices."""
     token_ids = batch.token_ids.split(batch.lengths)
     positions = batch.position_ids.split(batch.lengths)
+    routing = None if batch.routing is None else batch.routing.split(batch.lengths)
 
     def chosen(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[list(rows)]
@@ -243,6 +271,7 @@ def sequences_of(batch: Batch, rows: Sequence[int]) -> Batch:
         selected=chosen(batch.selected),
         versions=chosen(batch.versions),
         interpolation=chosen(batch.interpolation),
+        routing=None if routing is None else torch.cat([routing[row] for row in rows]),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointWrapper,
     checkpoint_wrapper,
@@ -35,7 +36,9 @@ from tir_alp.training.model_folder import (
     first_line,
     unknown_architecture,
 )
-from tir_alp.training.shared_prompts import SharedPrompts, shared_prompts
+from tir_alp.training.ranks import Ranks
+from tir_alp.training.sequence_parallel import DividedLayout, TokenShare, joined
+from tir_alp.training.shared_prompts import SharedPrompts, computed_tokens, shared_prompts
 from tir_alp.training.structure import local_path
 from tir_alp.types import Batch
 
@@ -173,18 +176,34 @@ def load_tokenizer(path: str) -> Any:
         raise ValueError(f"cannot load the tokenizer of {path!r}: {first_line(error)}") from error
 
 
-def recompute_layers(model: Any) -> None:
+class _OffloadedLayer(CheckpointWrapper):
+    """A layer that is recomputed, whose input waits in CPU memory for the backward pass."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Of what a recomputed function is given, only positional tensors can be saved elsewhere.
+        if "hidden_states" in kwargs:
+            args = (kwargs.pop("hidden_states"), *args)
+        with save_on_cpu(pin_memory=True):
+            return super().forward(*args, **kwargs)
+
+
+def recompute_layers(model: Any, *, offload: bool = False) -> None:
     """Keep only the input of each decoder layer, and recompute its inside in backward.
 
     Each layer is wrapped once; the keys of the state dict stay the same. The switch in transformers
     recomputes inside of each layer, so hooks on the layer run a second time as well: noise that a
     hook adds would be generated three times instead of twice, and the states without noise would be
     kept although nothing needs them again.
+
+    Args:
+        model: A causal LM.
+        offload: Whether the inputs are kept in CPU memory. They are copied while the next layers
+            compute.
     """
     layers = find_decoder_layers(model)
     for index, layer in enumerate(layers):
         if not isinstance(layer, CheckpointWrapper):
-            layers[index] = checkpoint_wrapper(layer)
+            layers[index] = _OffloadedLayer(layer) if offload else checkpoint_wrapper(layer)
 
 
 def hidden_states(model: Any, token_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
@@ -336,11 +355,12 @@ class PolicyLogprobs(nn.Module):
     Args:
         model: A model loaded by `load_policy`; its embeddings and its head belong to the forward.
         chunk_tokens: Number of tokens whose logits are in memory at a time.
+        team: The ranks that share each forward; None: this rank computes it alone.
     """
 
-    def __init__(self, model: Any, chunk_tokens: int) -> None:
+    def __init__(self, model: Any, chunk_tokens: int, team: Ranks | None = None) -> None:
         super().__init__()
-        self.model, self._chunk_tokens = model, chunk_tokens
+        self.model, self._chunk_tokens, self._team = model, chunk_tokens, team
 
     def forward(
         self,
@@ -361,7 +381,10 @@ class PolicyLogprobs(nn.Module):
             with_collisions: Whether to return sum_v pi_v^2 as well.
         """
         positions = loss_positions(batch)
-        hidden = self._hidden_states(batch, positions - 1)
+        number = len(positions)
+        hidden, own = self._hidden_states(batch, positions - 1)
+        if own is not None:
+            positions = positions[own]
         logprobs, entropy = token_logprobs(
             self.model,
             hidden,
@@ -375,22 +398,47 @@ class PolicyLogprobs(nn.Module):
         if with_collisions:
             keywords = {"temperature": temperature, "chunk_tokens": self._chunk_tokens}
             found.append(token_collisions(self.model, hidden, **keywords))
+        if own is not None:
+            assert self._team is not None
+            found = joined(found, own, number, self._team)
         return tuple(to_rows(batch, each) for each in found)
 
-    def _hidden_states(self, batch: Batch, positions: Tensor) -> Tensor:
-        """Return the last hidden states [M, H] of some of the packed tokens, by position [M]."""
+    def tokens_in_forward(self, batch: Batch) -> Tensor | None:
+        """Return the positions [M] of the tokens that a forward of this rank computes.
+
+        They are positions among the packed tokens; None: it computes all of them.
+        """
+        computed = computed_tokens(batch)
+        if self._team is None:
+            return computed
+        if computed is None:
+            computed = torch.arange(len(batch.token_ids), device=batch.token_ids.device)
+        return TokenShare.of(len(computed), self._team).own(computed)
+
+    def _hidden_states(self, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the last hidden states of some of the packed tokens, given by position [M].
+
+        Returns:
+            The states [K, H] of those that this rank computes, and which of the M they are; None:
+            all.
+        """
         prompts = shared_prompts(batch)
+        token_ids, position_ids = batch.token_ids, batch.position_ids
+        layout: Layout
         if prompts is None:
-            layout = PackedSequences(batch.lengths, batch.token_ids.device)
-            hidden = hidden_states(self.model, batch.token_ids, batch.position_ids, layout)
-            return hidden.index_select(0, positions)
-        shared = SharedPrompts(batch, prompts)
-        token_ids, position_ids = (
-            batch.token_ids[shared.computed],
-            batch.position_ids[shared.computed],
-        )
-        hidden = hidden_states(self.model, token_ids, position_ids, shared)
-        return hidden.index_select(0, shared.place[positions])
+            layout = PackedSequences(batch.lengths, token_ids.device)
+        else:
+            layout = shared = SharedPrompts(batch, prompts)
+            token_ids, position_ids = token_ids[shared.computed], position_ids[shared.computed]
+            positions = shared.place[positions]
+        own = None
+        if self._team is not None:
+            share = TokenShare.of(len(token_ids), self._team)
+            token_ids, position_ids = share.own(token_ids), share.own(position_ids)
+            own, positions = share.find(positions)
+            layout = DividedLayout(layout, share)
+        hidden = hidden_states(self.model, token_ids, position_ids, layout)
+        return hidden.index_select(0, positions), own
 
     def completion_logprobs(
         self, token_ids: Tensor, num_prompt: int, temperature: float, top_p: float

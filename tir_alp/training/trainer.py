@@ -5,12 +5,12 @@ A *step* takes the groups of the rollout queue and divides them over `updates_pe
 they share one denominator. Where samples come from and who gets the weights is not decided here.
 
 Trainers on several ranks together make the update that a single one would make. Every rank is given
-all samples and takes its share; public methods are called on all ranks in the same order.
+all samples and takes its share; public methods are called on all ranks in the same order. With
+`sequence_parallel`, the ranks of a team take the same samples and divide each forward.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
@@ -18,8 +18,6 @@ import operator
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +27,26 @@ from torch import Tensor, nn
 from tir_alp.algorithm.advantage import ADVANTAGES, Advantage
 from tir_alp.algorithm.lookup import find
 from tir_alp.algorithm.loss import loss_counts, loss_terms
-from tir_alp.algorithm.perturbation import Effect, LayerwisePerturbation
 from tir_alp.algorithm.presets import AlgorithmConfig
 from tir_alp.algorithm.ratio_metrics import sequence_ess
 from tir_alp.algorithm.ratio_summary import RatioSummary
 from tir_alp.config import TrainerConfig
 from tir_alp.training.acceptance import Acceptance, Verdict
 from tir_alp.training.arrangement import is_packed
-from tir_alp.training.batch import noise_keys, pack
+from tir_alp.training.batch import pack
+from tir_alp.training.divided_model import check_division
+from tir_alp.training.forwards import Forwards
 from tir_alp.training.gradient_baseline import Score, with_gradient_baseline
 from tir_alp.training.gradient_norms import GradientNorms
 from tir_alp.training.lora import Adapters
 from tir_alp.training.micro_batch import SeenBatch, loss_inputs, moved
 from tir_alp.training.optimizer import Optimizer
-from tir_alp.training.policy import WRAPPER, PolicyLogprobs, recompute_layers
-from tir_alp.training.preparation import (
-    Looked,
-    interpolated,
-    needs_collisions,
-    prepare,
-    versions_of,
-)
+from tir_alp.training.policy import WRAPPER
+from tir_alp.training.preparation import Looked, interpolated, prepare, versions_of
 from tir_alp.training.ranks import Ranks
 from tir_alp.training.seen_tokens import token_values
-from tir_alp.training.sharding import gathered, on_first_rank, shard, whole_weights
-from tir_alp.training.shared_prompts import computed_tokens
+from tir_alp.training.sequence_parallel import divide_ranks
+from tir_alp.training.sharding import gathered, on_first_rank, whole_weights
 from tir_alp.training.step_metrics import (
     MadeUpdate,
     over_ranks,
@@ -83,7 +76,8 @@ class Trainer:
         reference: The frozen initial model, if the objective has a KL term; it is taken over too.
         temperature: Temperature at which rollouts are sampled; the same distribution is trained.
         on_bad_update: Called if the loss or a gradient is not finite, or the gradient norm is a
-            spike. The update is skipped. Every rank calls its own, with its share of micro-batches.
+            spike. The update is skipped. Every rank calls its own, with its share of micro-batches;
+            of a team, only the first.
         num_steps: Number of steps of the run, over which the learning rate falls; None only if its
             schedule is constant.
         clean_every: Steps between measurements of the policy without noise; 0: never.
@@ -108,24 +102,21 @@ class Trainer:
         max_token_values: int = 0,
     ) -> None:
         self.model, self.ranks, self._clean_every = model, ranks, clean_every
-        self._max_values = max_token_values // (ranks.size * config.updates_per_step)
+        self._team, self._takers = divide_ranks(
+            ranks, config.sequence_parallel, config.rank_timeout_s
+        )
+        check_division(model, self._team)
+        self._max_values = max_token_values // (self._takers.size * config.updates_per_step)
         self._config, self._algorithm = config, algorithm
         self._advantage = find(algorithm.advantage, ADVANTAGES, Advantage)
-        self._temperature, self._on_bad_update = temperature, on_bad_update
+        self._on_bad_update = on_bad_update
         self._adapters = None
         if config.lora is not None:
             self._adapters = Adapters(model, config.lora, getattr(torch, config.dtype))
-        if config.gradient_checkpointing:
-            recompute_layers(model)
-        model.train()
-        self._policy = self._sharded(model)
-        self._reference = None if reference is None else self._sharded(reference)
-        self._perturbation, self._num_draws = None, 1
-        noise = algorithm.perturbation
-        if noise is not None:
-            self._num_draws = noise.draws
-            self._perturbation = LayerwisePerturbation(model, noise)
-        self._is_head_noisy = noise is not None and noise.site == "logits"
+        self._forwards = Forwards(
+            model, reference, config, algorithm, ranks, self._team, temperature
+        )
+        self._perturbation = self._forwards.perturbation
         log_sigma = None if self._perturbation is None else self._perturbation.log_sigma
         self._optimizer = Optimizer(self._trained(), log_sigma, config, num_steps)
         self._norms = GradientNorms(self._optimizer.norms, config.skip_grad_spike)
@@ -160,12 +151,12 @@ class Trainer:
         with self.ranks.together("computing a loss"):
             sums = torch.zeros(2, dtype=torch.float64)
             max_tokens = self._config.micro_batch_tokens
-            for packed in pack(samples, max_tokens, self.ranks.rank, self.ranks.size):
+            for packed in pack(samples, max_tokens, self._takers.rank, self._takers.size):
                 batch = moved(packed, self.ranks.device)
-                logprobs = self._clean_logprobs(batch)
+                logprobs = self._forwards.clean(batch)[0]
                 chosen = logprobs[batch.loss_mask].double()
                 sums += torch.stack([-chosen.sum(), torch.tensor(float(len(chosen)))]).cpu()
-            total, num_tokens = self.ranks.sum(sums).tolist()
+            total, num_tokens = self._takers.sum(sums).tolist()
             return total / num_tokens if num_tokens else math.nan
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -200,7 +191,9 @@ class Trainer:
         """
         with self.ranks.together("computing logprobs to check an engine"):
             ids = torch.tensor([*prompt, *completion], device=self.ranks.device)
-            return self._policy.completion_logprobs(ids, len(prompt), temperature, top_p).tolist()
+            return self._forwards.policy.completion_logprobs(
+                ids, len(prompt), temperature, top_p
+            ).tolist()
 
     def perturb_weights(self, scale: float) -> None:
         """Change some of the weights by `scale` times their spread; 0 restores them bit for bit.
@@ -283,14 +276,14 @@ class Trainer:
             metrics |= sigma_metrics(self._perturbation)
         if (loss_scale := self._optimizer.loss_scale) is not None:
             metrics["train/loss_scale"] = loss_scale
-        return report_of(self.ranks, micro_batches, outcomes, first, self._algorithm, metrics)
+        return report_of(self._takers, micro_batches, outcomes, first, self._algorithm, metrics)
 
     def _judge(self, micro_batches: Sequence[Sequence[Batch]], step: int) -> Verdict:
         """Decide whether the updates of the step before stay, if the method asks for it."""
         if self._acceptance is None:
             return Verdict(False, {})
         state, batches = self._own_state(), [each for some in micro_batches for each in some]
-        verdict = self._acceptance.judge(batches, step, self.ranks, state)
+        verdict = self._acceptance.judge(batches, step, self._takers, state)
         if verdict.is_rejected:
             self._take(state)
         return verdict
@@ -304,38 +297,32 @@ class Trainer:
         packed = pack(
             samples,
             max_tokens,
-            self.ranks.rank,
-            self.ranks.size,
+            self._takers.rank,
+            self._takers.size,
             share_prompts=self._config.share_prompts and is_packed(self.model),
             with_versions=self._algorithm.proximal != "current",
+            with_routing=self._forwards.replays_routing,
         )
-        batches = [moved(batch, self.ranks.device) for batch in packed]
-        if self._reference is not None:
-            batches = [
-                replace(batch, reference_logprobs=self._frozen(self._reference, batch)[0])
-                for batch in batches
-            ]
+        on_device = (moved(batch, self.ranks.device) for batch in packed)
+        batches = [self._forwards.with_reference(batch) for batch in on_device]
         if self._algorithm.proximal == "interpolated":
             return [interpolated(batch, step) for batch in batches]
         if not self._algorithm.needs_proximal:
             return batches
         looked = self._look(batches, step)
-        return prepare(looked, self._algorithm, self.ranks, update)
+        return prepare(looked, self._algorithm, self._takers, update)
 
     def _look(self, batches: Sequence[Batch], step: int) -> list[Looked]:
         """Add the proximal logprobs: with the current weights, or with those of each token."""
-        found = [Looked.of(batch, *self._proximal(batch)) for batch in batches]
+        proximal = self._forwards.proximal
+        found = [Looked.of(batch, *proximal(batch)) for batch in batches]
         if not self._reads_versions:
             return found
         own = {version for batch in batches for version in versions_of(batch)}
         for version in sorted(set().union(*self.ranks.gather(own)) - {step}):
             with self._versions.loaded(version):
-                found = [each.at_version(version, *self._proximal(each.batch)) for each in found]
+                found = [each.at_version(version, *proximal(each.batch)) for each in found]
         return found
-
-    def _proximal(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return logprobs, entropies and collisions [B, T] under the weights that the model has."""
-        return self._frozen(self._policy, batch, needs_collisions(self._algorithm))
 
     def _update(
         self, batches: Sequence[Batch], update: int, probe: int | None, measure_clean: bool
@@ -354,34 +341,43 @@ class Trainer:
         """
         if batches and self._advantage.has_gradient_baseline:
             score = functools.partial(self._score, update)
-            batches = with_gradient_baseline(batches, self.ranks, score)
+            batches = with_gradient_baseline(batches, self._takers, score)
         own = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
         for batch in batches:
             own += torch.stack([*loss_counts(loss_inputs(batch), self._algorithm)])
-        counts = self.ranks.sum(own.cpu()).tolist()
+        counts = self._takers.sum(own.cpu()).tolist()
         if counts[0] == 0:
             return None
         self._optimizer.zero_grad()
         totals: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
         seen: list[SeenBatch] = []
         probed: dict[str, float] = {}
-        for index, (batch, draw) in enumerate(itertools.product(batches, range(self._num_draws))):
+        num_draws = self._forwards.num_draws
+        for index, (batch, draw) in enumerate(itertools.product(batches, range(num_draws))):
             probe_now = probe if index == 0 else None
-            with self._perturbed(batch, update, draw, measure=probe_now is not None) as effect:
+            is_measured = probe_now is not None
+            with self._forwards.perturbed(batch, update, draw, is_measured) as effect:
                 found = self._backward(batch, *counts)
             if probe_now is not None:
                 probed = probe_metrics(
-                    self.ranks, batch, probe_now, found.logprobs, effect, self._clean_logprobs
+                    self.ranks,
+                    batch,
+                    probe_now,
+                    found.logprobs,
+                    effect,
+                    lambda few: self._forwards.clean(few)[0],
                 )
             for name, value in found.metrics.items():
-                totals[name] = totals[name] + value / self._num_draws
+                totals[name] = totals[name] + value / num_draws
             seen.append(found)
         ratios = functools.reduce(operator.add, [each.summary() for each in seen])
         self._sum_gradient_of_sigma()
         norms = self._optimizer.clip_gradients()
-        metrics = sums_over_ranks(self.ranks, totals) | norms | probed
+        metrics = sums_over_ranks(self._takers, totals) | norms | probed
+        metrics |= self._forwards.router_metrics()
         if not self._norms.is_sound(metrics["loss/value"], norms):
-            if not self._optimizer.skip(math.isfinite(metrics["loss/value"])):
+            only_scale = self._optimizer.skip(math.isfinite(metrics["loss/value"]))
+            if not only_scale and (self._team is None or self._team.is_first):
                 self._on_bad_update(update, batches)
             return None
         self._norms.add(norms)
@@ -391,7 +387,7 @@ class Trainer:
             found = [each.summary() for each in without_noise]
             clean = functools.reduce(operator.add, found) if found else ratios
         clean_s = time.perf_counter() - began
-        of_first_draw = seen[:: self._num_draws]
+        of_first_draw = seen[::num_draws]
         values = token_values(
             of_first_draw, without_noise, self._algorithm, update, self._max_values
         )
@@ -408,14 +404,14 @@ class Trainer:
         """Return what the learning rate of an update is multiplied by; call on every rank."""
         if self._algorithm.step_scale == "none":
             return 1.0
-        return math.sqrt(sequence_ess(over_ranks(self.ranks, [ratios])))
+        return math.sqrt(sequence_ess(over_ranks(self._takers, [ratios])))
 
     @torch.no_grad()
     def _without_noise(self, batches: Sequence[Batch]) -> list[SeenBatch]:
         """Return what a loss of the policy without noise would see."""
         seen = []
         for batch in batches:
-            logprobs, entropy = self._policy(batch, temperature=self._temperature)
+            logprobs, entropy = self._forwards.clean(batch)
             terms = loss_terms(loss_inputs(batch, logprobs, entropy), self._algorithm)
             seen.append(SeenBatch(batch, logprobs, entropy, terms.clipped, terms.metrics))
         return seen
@@ -426,41 +422,21 @@ class Trainer:
         Nothing here waits for the device, so that it never runs out of work. Noise has to be active
         in the backward pass too, where checkpointed layers run a second time.
         """
-        logprobs, entropy = self._policy(
-            batch,
-            temperature=self._temperature,
-            is_head_noisy=self._is_head_noisy,
-            entropy_has_gradient=self._algorithm.entropy_bonus > 0,
-        )
+        logprobs, entropy = self._forwards.trained(batch)
         terms = loss_terms(loss_inputs(batch, logprobs, entropy), self._algorithm, *counts)
-        self._optimizer.scaled(terms.loss / self._num_draws).backward()
+        self._optimizer.scaled(terms.loss / self._forwards.num_draws).backward()
         return SeenBatch(batch, logprobs.detach(), entropy.detach(), terms.clipped, terms.metrics)
 
     def _score(self, update: int, batch: Batch) -> Score:
         """Make a forward and a backward pass of the logprobs of one sequence, for its gradient."""
         self._optimizer.zero_grad()
-        with self._perturbed(batch, update, draw=0, measure=False):
-            logprobs, _ = self._policy(
-                batch, temperature=self._temperature, is_head_noisy=self._is_head_noisy
-            )
+        with self._forwards.perturbed(batch, update, draw=0, measure=False):
+            logprobs = self._forwards.trained(batch)[0]
             number = max(batch.num_loss_tokens, 1)
             mean = torch.where(batch.loss_mask, logprobs, 0).sum() / number
             self._optimizer.scaled(mean).backward()
         change = torch.where(batch.loss_mask, logprobs.detach() - batch.rollout_logprobs, 0)
         return Score(change.sum().item(), self._optimizer.norm() * number)
-
-    def _perturbed(
-        self, batch: Batch, update: int, draw: int, measure: bool
-    ) -> AbstractContextManager[Effect]:
-        if self._perturbation is None:
-            return contextlib.nullcontext(Effect())
-        return self._perturbation.active(
-            noise_keys(batch, update),
-            batch.lengths,
-            draw=draw,
-            measure=measure,
-            in_forward=computed_tokens(batch),
-        )
 
     def _sum_gradient_of_sigma(self) -> None:
         """Sum the gradient of log sigma over ranks; FSDP2 sums that of the weights."""
@@ -468,28 +444,11 @@ class Trainer:
             gradient = self._perturbation.log_sigma.grad
             gradient.copy_(self.ranks.sum(gradient))
 
-    # --------------------------------------------------------------------------------- the policy
-
-    @torch.no_grad()
-    def _frozen(
-        self, policy: PolicyLogprobs, batch: Batch, with_collisions: bool = False
-    ) -> tuple[Tensor, ...]:
-        return policy(batch, temperature=self._temperature, with_collisions=with_collisions)
-
-    def _clean_logprobs(self, batch: Batch) -> Tensor:
-        return self._frozen(self._policy, batch)[0]
-
     @property
     def _reads_versions(self) -> bool:
         """Whether proximal logprobs are those of the version that sampled each token."""
         algorithm = self._algorithm
         return algorithm.needs_proximal and algorithm.proximal == "rollout_version"
-
-    def _sharded(self, model: Any) -> PolicyLogprobs:
-        num_words = model.get_output_embeddings().weight.shape[0]
-        policy = PolicyLogprobs(model, self._config.chunk_tokens(num_words))
-        shard(policy, self._config, self.ranks)
-        return policy
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by their names in the model without wrappers."""

@@ -21,6 +21,7 @@ from tir_alp.engines.embedded.request import EmbeddedRequest
 from tir_alp.engines.embedded.sampling import sample
 from tir_alp.engines.embedded.thin_linear import use_thin_linears
 from tir_alp.training.policy import cast_parameters, hidden_states, next_token_logits
+from tir_alp.training.routing import find_routers, recorded
 
 
 class CachedForward:
@@ -35,6 +36,7 @@ class CachedForward:
 
     def __init__(self, model: Any, cache: Any, precision: str, logit_noise: float) -> None:
         self.model: Any = model.eval().requires_grad_(False)
+        self._routers = find_routers(model)
         self._cache, self._precision, self._logit_noise = cache, precision, logit_noise
         if precision in ("bfloat16", "float16"):
             cast_parameters(model, getattr(torch, precision))
@@ -117,7 +119,7 @@ class CachedForward:
         if new:
             layout = PrefixRead(new, self.model.device)
             token_ids = torch.tensor([token for prefix in new for token in prefix.token_ids])
-            hidden_states(self.model, token_ids.to(self.model.device), layout.positions, layout)
+            self._hidden_states(token_ids, layout.positions, layout)
 
     def _read(self, rows: range, running: Sequence[EmbeddedRequest], version: int) -> None:
         """Read what is not in the cache of some rows, and sample a token for each."""
@@ -140,9 +142,21 @@ class CachedForward:
         device = self.model.device
         step = CachedStep(self._cache, rows, [len(tokens) for tokens in new_tokens], device)
         token_ids = torch.tensor([token for tokens in new_tokens for token in tokens])
-        hidden = hidden_states(self.model, token_ids.to(device), step.positions, step)
+        hidden = self._hidden_states(token_ids, step.positions, step)
         step.commit()
         self._draw(requests, next_token_logits(self.model, hidden[step.last]), version)
+
+    def _hidden_states(
+        self, token_ids: Tensor, positions: Tensor, layout: CachedStep | PrefixRead
+    ) -> Tensor:
+        """Run the decoder, and keep which experts computed each token beside the keys."""
+        token_ids = token_ids.to(self.model.device)
+        if self._routers is None:
+            return hidden_states(self.model, token_ids, positions, layout)
+        with recorded(self.model, self._routers) as recording:
+            hidden = hidden_states(self.model, token_ids, positions, layout)
+        layout.keep_routing(recording.experts())
+        return hidden
 
     def _draw(self, requests: Sequence[EmbeddedRequest], logits: Tensor, version: int) -> None:
         """Draw the next token of each request from its logits, [R, V]."""

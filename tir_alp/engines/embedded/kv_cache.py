@@ -14,6 +14,10 @@ from torch import Tensor
 
 from tir_alp.engines.embedded.prefix import Prefix, States
 
+ROUTING = -1
+"""Number of what is kept like the keys of a layer, and is the experts [tokens, L, E] of each token.
+"""
+
 _ROW_STEP, _WIDTH_STEP = 16, 64  # memory grows by blocks, so that growth is rare
 
 
@@ -48,6 +52,13 @@ class KVCache:
         """Tokens of a sequence that are cached: those of its prefix, and those in its row."""
         prefix = self.prefixes[row]
         return (len(prefix) if prefix else 0) + self.lengths[row]
+
+    def routing(self, row: int) -> Tensor | None:
+        """Experts [T, L, E] of the cached tokens of a sequence; None: the model has no routers."""
+        if ROUTING not in self._layers:
+            return None
+        own, prefix = self._layers[ROUTING][0][row, : self.lengths[row]], self.prefixes[row]
+        return own if prefix is None else torch.cat([prefix.states(ROUTING)[0], own])
 
     @torch.inference_mode()
     def copy_row(self, row: int) -> States:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tir_alp.engines.embedded.kv_cache import KVCache
+from tir_alp.engines.embedded.kv_cache import ROUTING, KVCache
 from tir_alp.engines.embedded.prefix import Prefix, PrefixStack, to_stacks
 from tir_alp.engines.embedded.prefix_groups import PrefixGroups
 from tir_alp.training.attention import PackedSequences, attend_in_rows
@@ -48,11 +48,13 @@ class PrefixRead:
         """Keep the keys and values, and attend as `PackedSequences` does."""
         of_each = zip(key.split(self._lengths), value.split(self._lengths), strict=True)
         for prefix, (keys, values) in zip(self._prefixes, of_each, strict=True):
-            assert prefix.stack is not None
-            prefix.stack.make_room(layer, keys, values)
-            for own, read in zip(prefix.states(layer), (keys, values), strict=True):
-                own.copy_(read)
+            prefix.keep(layer, keys, values)
         return self._packed.attend(layer, query, key, value, scale=scale, window=window)
+
+    def keep_routing(self, experts: Tensor) -> None:
+        """Keep the experts [N, L, E] of the tokens."""
+        for prefix, own in zip(self._prefixes, experts.split(self._lengths), strict=True):
+            prefix.keep(ROUTING, own, own[:, :0])
 
 
 class CachedStep:
@@ -126,6 +128,11 @@ class CachedStep:
             query.unflatten(0, self._shape), keys, values, mask=bias, scale=scale
         ).flatten(0, 1)
         return output if is_decoding else output.index_select(0, self._in_rows)
+
+    def keep_routing(self, experts: Tensor) -> None:
+        """Keep the experts [N, L, E] of the new tokens, as the layers keep keys and values."""
+        kept, _ = self._cache.layer(ROUTING, self._width, experts, experts[:, :0])
+        kept[self._row_ids, self._columns] = experts
 
     def commit(self) -> None:
         """Count the new tokens as cached, after every layer has stored its keys and values."""

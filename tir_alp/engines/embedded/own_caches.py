@@ -68,6 +68,9 @@ class OwnCaches:
         """Tokens of a sequence that are cached."""
         return self.lengths[row]
 
+    def routing(self, row: int) -> None:
+        """Experts of the cached tokens, which are not recorded here."""
+
     def copy_row(self, row: int) -> States:
         """Return what a row has cached; the row is to be removed, so nothing is copied."""
         return {0: (self.caches[row], self.lengths[row])}  # pyright: ignore[reportReturnType]

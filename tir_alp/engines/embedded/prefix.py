@@ -71,6 +71,13 @@ class Prefix:
         """Whether the sequence begins with it, and has a token left for a forward to read."""
         return len(self) < len(token_ids) and token_ids[: len(self)] == self.token_ids
 
+    def keep(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Copy what a forward has read, [T, heads, D], into the stack."""
+        assert self.stack is not None
+        self.stack.make_room(layer, key, value)
+        for own, read in zip(self.states(layer), (key, value), strict=True):
+            own.copy_(read)
+
     def states(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return the keys and values [T, heads, D] of a prefix that has been read."""
         assert self.stack is not None

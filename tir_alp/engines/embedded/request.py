@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tir_alp.engines.base import Completion, Sampling
 from tir_alp.engines.embedded.prefix import Prefix, States
@@ -48,6 +49,8 @@ class EmbeddedRequest:
     stop_reason: StopReason | None = None
     versions: list[tuple[int, int]] = field(default_factory=list)
     """Each policy version that sampled some of it, with the index of its first token."""
+    routing: NDArray | None = None
+    """[K, L, E] experts of the tokens that were read; None: the model has no routers."""
 
     def __post_init__(self) -> None:
         self.begin()
@@ -112,4 +115,5 @@ class EmbeddedRequest:
             version_spans=tuple(VersionSpan(each, start, stop) for (each, start), stop in spans)
             if len(starts) > 1
             else (),
+            routing=self.routing,
         )

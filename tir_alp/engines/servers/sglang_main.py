@@ -11,7 +11,8 @@ It runs `sglang.launch_server` with two additions, and imports nothing of a trai
   wheels are built for GPUs alone: `sgl_kernel` and `torchvision`. SGLang imports names from them
   and, for dense models on a CPU, calls none: its layers fall back to plain torch. Calling a
   stand-in raises NotImplementedError. With `--enable-lora`, requests for pinned memory, which only
-  speeds up copies to a GPU, and which torch refuses without one, get ordinary memory.
+  speeds up copies to a GPU, and which torch refuses without one, get ordinary memory. With
+  `--enable-return-routed-experts`, so does what SGLang keeps for copies from a GPU.
 
 SGLang starts its processes by `spawn`, which imports this module again as `__mp_main__`. Therefore
 both are done at import, and only under those two names.
@@ -92,6 +93,16 @@ def use_ordinary_memory() -> None:
     OrdinaryMemory().__enter__()  # for the life of the process
 
 
+def keep_routing_in_ordinary_memory() -> None:
+    """Let SGLang keep the experts of tokens in memory that is not registered with CUDA."""
+    common = importlib.import_module("sglang.srt.mem_cache.pool_host.common")
+
+    def allocate(dims: Any, dtype: Any, device: str, pin_memory: bool, allocator: Any) -> Any:
+        return allocator.allocate(dims, dtype=dtype, device=device)
+
+    common.ALLOC_MEMORY_FUNCS["cpu"] = allocate
+
+
 class _NoImages:
     @staticmethod
     def register(*_: Any, **__: Any) -> None:
@@ -104,6 +115,8 @@ if __name__ in ("__main__", "__mp_main__"):
         install_stand_ins()
         if "--enable-lora" in sys.argv:
             use_ordinary_memory()
+        if "--enable-return-routed-experts" in sys.argv:
+            keep_routing_in_ordinary_memory()
 
 if __name__ == "__main__":
     if key := os.environ.pop(KEY_VARIABLE, None):

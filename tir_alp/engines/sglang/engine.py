@@ -43,6 +43,7 @@ from tir_alp.engines.servers.weights import WeightSnapshot, snapshot_tensors
 from tir_alp.engines.sglang.fleet import Fleet
 from tir_alp.engines.sglang.request import SGLangRequest
 from tir_alp.engines.sglang.router import make_router
+from tir_alp.engines.sglang.routing import RoutingShape, routing_shape
 from tir_alp.engines.sglang.server import Server
 from tir_alp.training.structure import end_token_ids, load_outline
 
@@ -62,6 +63,7 @@ class SGLangEngine:
         end_token_ids: Tokens at which the model's own config ends a sequence.
         folder: For logs, and for weights if the config names no other folder.
         adapted: Last parts of the names of the layers that adapters extend.
+        routing: Shape of a token's routing; None: the model has no experts.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class SGLangEngine:
         end_token_ids: frozenset[int],
         folder: Path,
         adapted: Sequence[str] = (),
+        routing: RoutingShape | None = None,
     ) -> None:
+        self._routing = routing
         self._config, self._model_path, self._vocab_size = config, context.path, vocab_size
         self._end_token_ids, self._adapters = end_token_ids, context.adapters
         self._session = aiohttp.ClientSession(
@@ -91,6 +95,7 @@ class SGLangEngine:
             log=context.log,
             adapters=context.adapters,
             adapted=adapted,
+            is_routed=routing is not None,
         )
         self.router = make_router(config, self.fleet, folder, self._session, key, context.log)
         draw = random.Random(context.seed)
@@ -132,7 +137,7 @@ class SGLangEngine:
         """
         check_request(token_ids, sampling)
         check_vocabulary(token_ids, self._vocab_size)
-        request = SGLangRequest(token_ids, sampling, self._end_token_ids)
+        request = SGLangRequest(token_ids, sampling, self._end_token_ids, self._routing)
         await self._gate.wait()
         self._requests.add(request)
         try:
@@ -333,6 +338,7 @@ async def open_sglang(config: SGLangConfig, context: EngineContext) -> AsyncIter
             end_token_ids=end_token_ids(outline),
             folder=Path(folder),
             adapted=target_modules(outline),
+            routing=routing_shape(outline),
         )
         try:
             try:

@@ -33,6 +33,7 @@ from tir_alp.engines.sglang.adapters import (
 )
 from tir_alp.engines.sglang.client import SGLangClient
 from tir_alp.engines.sglang.process import SGLangProcess, server_arguments, server_environment
+from tir_alp.engines.sglang.routing import ROUTING_FLAG
 from tir_alp.engines.sglang.server import Server
 from tir_alp.engines.sglang.weights import (
     DiskTransfer,
@@ -68,6 +69,7 @@ class Fleet:
         log: Receives starts, losses and recoveries.
         adapters: Rank and scale of the adapters that the servers get in place of weights.
         adapted: Last parts of the names of the layers that these extend.
+        is_routed: Whether the model has experts, whose routing the servers have to report.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Fleet:
         log: Log,
         adapters: LoraConfig | None = None,
         adapted: Sequence[str] = (),
+        is_routed: bool = False,
     ) -> None:
         self._config, self._model_path, self._seed = config, model_path, seed
         self._folder, self._session, self._log = folder, session, log
@@ -94,6 +97,8 @@ class Fleet:
             self._arguments = adapter_arguments(config, adapters.rank, adapted)
             self._transfer = AdapterTransfer(adapters, config.tensor_parallel)
             self._verify = verify_adapters
+        if is_routed:
+            self._arguments = [*self._arguments, ROUTING_FLAG]
         self._weights_lock = asyncio.Lock()
         self.servers = self._make_servers()
         self.on_change: Callable[[], None] = lambda: None

@@ -16,6 +16,7 @@ from typing import Any
 from tir_alp.engines.base import Completion, Sampling
 from tir_alp.engines.servers.http_client import ServerFailed
 from tir_alp.engines.sglang.client import SGLangClient, read_label
+from tir_alp.engines.sglang.routing import RoutingShape, read_routing
 from tir_alp.types import StopReason, VersionSpan, cut_version_spans
 
 _MOST_CANDIDATES = 4096
@@ -30,6 +31,7 @@ class SGLangRequest:
         sampling: How it is sampled.
         end_token_ids: Tokens at which the server ends a completion of its own accord. If not all of
             them are stop tokens, it is asked to ignore them, and the completion is cut here.
+        routing: Shape of a token's routing, which the server is asked for; None: it is not.
     """
 
     def __init__(
@@ -37,10 +39,12 @@ class SGLangRequest:
         token_ids: tuple[int, ...],
         sampling: Sampling,
         end_token_ids: frozenset[int] = frozenset(),
+        routing: RoutingShape | None = None,
     ) -> None:
         self.id = uuid.uuid4().hex
         self.token_ids, self.sampling = token_ids, sampling
         self.is_aborted = False
+        self._routing = routing
         self.server: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         """Index of the server that has it: chosen here, or read from the answer."""
         self.cached_tokens = 0
@@ -97,6 +101,8 @@ class SGLangRequest:
             "return_logprob": True,
             "stream": True,
         }
+        if self._routing is not None:
+            payload["return_routed_experts"] = True
         if self.is_truncated:
             # Ordinary logprobs are those before truncation; others come with the sampling mask.
             parameters |= {"top_p": sampling.top_p, "top_k": _MOST_CANDIDATES}
@@ -153,6 +159,7 @@ class SGLangRequest:
                 stop_reason=stop_reason,
                 policy_version=spans[0].version if spans else _labelled(meta, url)[0],
                 version_spans=spans if len(spans) > 1 else (),
+                routing=read_routing(meta, self._routing),
             )
         except (KeyError, ValueError) as error:
             raise ServerFailed(
