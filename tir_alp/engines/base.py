@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -64,6 +64,8 @@ class Completion:
     """Number of training steps that produced the weights that sampled the first token."""
     version_spans: tuple[VersionSpan, ...] = ()
     """Which weights sampled which tokens; empty: those of `policy_version` sampled all of them."""
+    queue_s: float = field(default=0.0, compare=False)
+    """Seconds that the request waited before the engine read it; 0 where no engine tells."""
 
     def __post_init__(self) -> None:
         if len(self.logprobs) != len(self.token_ids):

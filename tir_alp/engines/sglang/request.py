@@ -153,6 +153,7 @@ class SGLangRequest:
                 stop_reason=stop_reason,
                 policy_version=spans[0].version if spans else _labelled(meta, url)[0],
                 version_spans=spans if len(spans) > 1 else (),
+                queue_s=float(meta.get("queue_time") or 0.0),
             )
         except (KeyError, ValueError) as error:
             raise ServerFailed(
