@@ -20,6 +20,7 @@ from tir_alp.envs.check import check
 from tir_alp.envs.demonstrations import PROGRAMS, Style, demonstrations
 from tir_alp.envs.scaffold import write_package
 from tir_alp.tools.sandbox import SandboxRefused
+from tir_alp.tools.setting_words import read_section
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,7 +30,11 @@ def parser() -> argparse.ArgumentParser:
     new = commands.add_parser("new", help="write a package with one environment and its tests")
     new.add_argument("name", help="name of the package, e.g. letter_count")
     new.add_argument("--into", type=Path, default=Path("."), help="folder to write the package in")
-    examine = commands.add_parser("check", help="examine an environment, as a linter would")
+    examine = commands.add_parser(
+        "check",
+        help="examine an environment, as a linter would",
+        epilog="Settings of the environment: --env.kwargs.KEY VALUE, as in training.",
+    )
     examine.add_argument(
         "id", help="id as gymnasium.make takes it, e.g. letter_count:LetterCount-v0"
     )
@@ -47,8 +52,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command and return its exit code: 1 if `check` found faults, 2 for a wrong command."""
-    options = parser().parse_args(arguments)
     try:
+        kwargs, words = read_section(arguments, "env.kwargs")
+        options = parser().parse_args(words)
+        if kwargs and options.command != "check":
+            raise ValueError(f"{options.command} takes no --env.kwargs: they are settings of check")
         if options.command == "demonstrate":
             number = demonstrate(options)
             print(f"wrote {number} transcripts to {options.out}. Next:")
@@ -64,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
                 f"  python -m tir_alp.train --env.id {env_id} --data.source env"
             )
             return 0
-        findings = check(options.id, range(options.seeds))
+        findings = check(options.id, range(options.seeds), kwargs)
     except (ValueError, SandboxRefused) as error:
         print(f"tir_alp.envs: {error}", file=sys.stderr)
         return 2

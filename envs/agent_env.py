@@ -158,6 +158,18 @@ class AgentEnv(gymnasium.Env[str, str]):
         """End the agent."""
         self.stop()
 
+    @property
+    def gold_action(self) -> Callable[[Mapping[str, Any]], str] | None:
+        """Returns the report of an agent that is right; None: a verifier of one's own decides."""
+        if self._verifier is not _compare_answer:
+            return None
+        return lambda task: Report(answer=str(task["answer"])).to_text()
+
+    @property
+    def wrong_action(self) -> Callable[[Mapping[str, Any]], str] | None:
+        """Returns the report of an agent that is wrong; None: as `gold_action`."""
+        return None if self.gold_action is None else lambda task: self.harmless_actions()[0]
+
     def harmless_actions(self) -> tuple[str, ...]:
         """Return reports that a check can have graded."""
         return (Report(answer="-1000001").to_text(),)

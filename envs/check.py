@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import gymnasium
 from gymnasium.utils.env_checker import check_env
 
-from tir_alp.tools.env_ids import hint
+from tir_alp.tools.make_env import make_env
 from tir_alp.tools.outcome import Outcome
 
 _NO_ANSWER = "I do not know."
@@ -32,24 +32,18 @@ class Finding:
     """Whether this is information rather than a fault."""
 
 
-def check(id: str, seeds: Iterable[int]) -> list[Finding]:
+def check(id: str, seeds: Iterable[int], kwargs: Mapping[str, Any] | None = None) -> list[Finding]:
     """Examine an environment.
 
     Args:
         id: Id of the environment, as `gymnasium.make` takes it.
         seeds: Seeds of the tasks to play.
+        kwargs: Settings of the environment; None: its defaults.
 
     Raises:
-        ValueError: The environment cannot be made.
+        ValueError: The environment cannot be made, or refuses its settings.
     """
-    try:
-        env = gymnasium.make(id, disable_env_checker=True).unwrapped
-        again = gymnasium.make(id, disable_env_checker=True).unwrapped
-    except gymnasium.error.UnregisteredEnv as error:
-        reason = f"{str(error).rstrip('.')}{hint(id)}"
-        raise ValueError(f"cannot make the environment {id!r}: {reason}") from error
-    except (gymnasium.error.Error, ImportError, TypeError) as error:
-        raise ValueError(f"cannot make the environment {id!r}: {error}") from error
+    env, again = (make_env(id, kwargs or {}).unwrapped for _ in range(2))
     seeds = list(seeds)
     with closing(env), closing(again):
         return [*_gymnasium(env), *_seeds(env, again, seeds), *_texts(env), *_answers(env, seeds)]

@@ -23,9 +23,9 @@ from tir_alp.__main__ import COMMANDS, module_of
 from tir_alp.algorithm.section import merge
 from tir_alp.config import Config, SFTConfig
 from tir_alp.models.tiny import TRAIN_CONFIG
-from tir_alp.rollouts.env_settings import accepted_settings
 from tir_alp.run.command_line import Words, load_config, overlay, parse_as, read_config
 from tir_alp.run.settings import annotations_of
+from tir_alp.tools.env_settings import accepted_settings
 from tir_alp.tools.sandbox.config import SandboxConfig
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +121,7 @@ def understand(module: str, words: list[str]) -> None:
         return
     own, _, settings = (" ".join(words)).partition(" -- ")
     _, rest = imported.parser().parse_known_args(own.split() if settings else words)
-    if rest and module != "tir_alp.studies.drill":
+    if rest and module not in ("tir_alp.studies.drill", "tir_alp.envs"):
         raise ValueError(f"{rest} are not understood")
     load_config([*rest, *settings.split()], {})
 

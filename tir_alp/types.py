@@ -163,9 +163,10 @@ class Turn:
     info: Mapping[str, Any] = field(default_factory=dict)
     """What the environment reports besides the reward, e.g. `tool_calls`, `void`, `answer`."""
     timing: Mapping[str, float] = field(default_factory=dict)
-    """Durations in seconds: `generate` (queueing included), `tool`, and in the first turn `prepare`
-    (creation and reset of the environment). `begin` is when `generate` began, on the host's clock.
-    """
+    """Durations in seconds: `generate` from the request to its completion, `queue` the part of it
+    before the engine read the request (0 where it does not tell), `tool`, and in the first turn
+    `prepare` (creation and reset of the environment). `begin` is when `generate` began, on the
+    host's clock."""
     version_spans: tuple[VersionSpan, ...] = ()
     """Which weights sampled which tokens; empty: `policy_version` sampled all of them."""
     routing: NDArray | None = field(default=None, repr=False, compare=False)

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -98,6 +99,51 @@ def openai_completions(question: str) -> str | None:
         reply = client.completions.create(model=MODEL, prompt=text, stop=["\n```"], max_tokens=48)
         text += reply.choices[0].text + "\n```<|end|>\n"
     return text
+
+
+def openai_responses(question: str) -> str | None:
+    import openai
+
+    schema: Any = {"type": "object", "properties": {"code": {"type": "string"}}}
+    tools: Any = [{"type": "function", "name": "python", "parameters": schema, "strict": False}]
+    client = openai.OpenAI()
+    items: list[Any] = [{"role": "user", "content": question}]
+    for _ in range(3):
+        reply: Any = client.responses.create(model=MODEL, input=items, tools=tools)
+        calls = [each for each in reply.output if each.type == "function_call"]
+        if not calls:
+            return reply.output_text
+        items += reply.output
+        for each in calls:
+            output = python(**json.loads(each.arguments))
+            made = {"type": "function_call_output", "call_id": each.call_id, "output": output}
+            items.append(made)
+    return None
+
+
+def streams(question: str) -> str | None:
+    """Ask each API for a stream, in a conversation of its own; answer what the last one said."""
+    import anthropic
+    import openai
+
+    client, said = openai.OpenAI(), ""
+    schema: Any = {"type": "object", "properties": {"code": {"type": "string"}}}
+    named: Any = {"name": "python", "parameters": schema}
+    asked: Any = [{"role": "user", "content": question}]
+    chat: Any = {"messages": asked, "tools": [{"type": "function", "function": named}]}
+    for _ in client.chat.completions.create(model=MODEL, stream=True, **chat):
+        pass
+    asked = [{"role": "system", "content": "Be brief."}, *asked]
+    items: Any = {"input": asked, "tools": [{"type": "function", "strict": False, **named}]}
+    for _ in client.responses.create(model=MODEL, stream=True, **items):
+        pass
+    asked = [{"role": "user", "content": f"Once more: {question}"}]
+    tools: Any = [{"name": "python", "input_schema": schema}]
+    messages: Any = {"messages": asked, "tools": tools, "max_tokens": 64}
+    with anthropic.Anthropic().messages.stream(model=MODEL, **messages) as stream:
+        for text in stream.text_stream:
+            said += text
+    return said
 
 
 def anthropic(question: str) -> str | None:
@@ -212,11 +258,33 @@ def verifiers_bash(question: str) -> str | None:
     return None
 
 
+def verifiers_harness(question: str) -> str | None:
+    """Run an agent of verifiers with its Bash harness, whole, where the library is installed."""
+    python = json.loads(os.environ["TIR_ALP_TASK"])["python"]
+    installed = Path(sys.executable).parent  # has uv, which the harness runs
+    environment = os.environ | {
+        "PATH": f"{installed}{os.pathsep}{os.environ['PATH']}",
+        "UV_CACHE_DIR": str(installed.parent / "uv_cache"),
+        "UV_PYTHON_DOWNLOADS": "never",
+    }
+    script = Path(__file__).with_name("verifiers_agent.py")
+    command = [python, str(script), question]
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, timeout=360, env=environment
+    )
+    return done.stdout.strip()
+
+
+VERIFIERS = ("verifiers_bash", "verifiers_harness")
+"""Agents that need the library verifiers, which has an environment of its own."""
+
 AGENTS: dict[str, Callable[[str], str | None]] = {
     each.__name__: each
     for each in (
         openai_chat,
         openai_completions,
+        openai_responses,
+        streams,
         anthropic,
         openai_agents,
         openai_agents_with_mcp,
@@ -225,6 +293,7 @@ AGENTS: dict[str, Callable[[str], str | None]] = {
         pydantic_ai,
         mini_swe_agent,
         verifiers_bash,
+        verifiers_harness,
     )
 }
 

@@ -1,8 +1,10 @@
 """Whatever the client of one episode does, the other episode's conversation goes on, exactly."""
 
 import asyncio
+import contextlib
 import json
 import sys
+import tracemalloc
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -11,12 +13,13 @@ import pytest
 pytest.importorskip("openai")
 
 import openai
-from aiohttp import ClientSession
+from aiohttp import ClientError, ClientSession
 
 from tests.agents.served import gateway
 from tests.agents.templates import Scripted
 from tir_alp.agents.capture import check
 from tir_alp.agents.session import Session, SessionSettings
+from tir_alp.types import MAX_TRACES
 
 ASK = [{"role": "user", "content": "1?"}]
 ASKS = """
@@ -26,7 +29,22 @@ request = urllib.request.Request(url, body.encode(), {"Authorization": "Bearer "
 print("asked", flush=True)
 urllib.request.urlopen(request).read()
 """
-LIMIT_S = 20.0
+LIMIT_S = 90.0
+NUM_LARGE, LARGE_BYTES = 40, 15 << 20
+FLOODS = f"""
+import json, sys, threading, urllib.request
+url, key = sys.argv[1:]
+asked = {{"model": "m", "messages": {json.dumps(ASK)}}}
+data = json.dumps(asked | {{"user": "x" * {LARGE_BYTES}}}).encode()
+statuses = []
+def ask():
+    request = urllib.request.Request(url, data, {{"Authorization": "Bearer " + key}})
+    statuses.append(urllib.request.urlopen(request).status)
+threads = [threading.Thread(target=ask) for _ in range({NUM_LARGE})]
+for each in threads: each.start()
+for each in threads: each.join()
+print(json.dumps(statuses))
+"""
 
 Fault = Callable[..., Coroutine[Any, Any, None]]
 FAULTS: dict[str, Fault] = {}
@@ -143,10 +161,72 @@ async def nonsense(endpoint, other, engine):
 
 
 @fault
+async def flooding_with_large_bodies(endpoint, other, engine):
+    """From another process, so that only what the gateway holds is counted here."""
+    at = f"{endpoint.openai_url}/chat/completions"
+    tracemalloc.start()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", FLOODS, at, endpoint.key, stdout=asyncio.subprocess.PIPE
+        )
+        printed, _ = await process.communicate()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert {*json.loads(printed)} == {200} and len(json.loads(printed)) == NUM_LARGE
+    assert peak < NUM_LARGE * LARGE_BYTES / 3
+
+
+@fault
+async def flooding_with_connections(endpoint, other, engine):
+    """None of them ever sends a request."""
+    held = [await connected(endpoint) for _ in range(400)]
+    await asyncio.sleep(0.3)
+    for _, writer in held:
+        writer.close()
+
+
+@fault
+async def flooding_with_conversations(endpoint, other, engine):
+    statuses = []
+    for number in range(MAX_TRACES + 20):
+        asked = [{"role": "user", "content": f"{number}?"}]
+        statuses.append(await post(endpoint, body(messages=asked)))
+    assert statuses == [200] * MAX_TRACES + [429] * 20
+
+
+@fault
 async def a_wrong_key(endpoint, other, engine):
     for key in (other.key, "sk-", "\N{SNOWMAN}".encode().decode("latin-1"), "x" * 5000):
         assert await post(endpoint, body(), key) == 401
+        assert await everywhere(endpoint, key) == {401}
     assert not endpoint.session.capture.traces
+
+
+@fault
+async def going_on_after_its_end(endpoint, other, engine):
+    engine.delay_s = 60.0
+    asked = asyncio.create_task(post(endpoint, body()))
+    while not engine.running:
+        await asyncio.sleep(0.02)
+    await endpoint.session.close()
+    assert engine.running == 0 and engine.num_cancelled == 1
+    assert await post(endpoint, body()) == 401
+    with contextlib.suppress(ClientError):
+        await asked
+
+
+async def everywhere(endpoint, key: str) -> set[int]:
+    """Ask at every path; return the statuses."""
+    posts = ["chat/completions", "completions", "responses", "messages", "tools/python", "../mcp"]
+    found = set()
+    async with ClientSession(headers={"Authorization": f"Bearer {key}"}) as http:
+        for method, paths in (("POST", posts), ("GET", ["models", "models/m", "tools", "../mcp"])):
+            for path in paths:
+                url = f"{endpoint.openai_url}/{path}"
+                async with http.request(method, url, data=body()) as reply:
+                    found.add(reply.status)
+    return found
 
 
 async def talk(endpoint) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
@@ -262,6 +263,27 @@ def test_requests_join_and_leave_at_any_token():
 
     for length, completion in zip(reversed(lengths), asyncio.run(staggered()), strict=True):
         assert completion.token_ids == whole.token_ids[:length]
+
+
+def test_the_time_in_the_queue_is_told():
+    fed: list[float] = []
+
+    def matcher() -> Callable[[int], bool]:
+        return lambda token_id: fed.append(time.monotonic()) or False
+
+    async def run() -> tuple[list[Completion], float]:
+        async with opened(max_cache_tokens=60) as engine:  # room for one of them
+            samplings = [
+                Sampling(max_tokens=40, stop_matcher=matcher),
+                Sampling(max_tokens=40, sequence_uid=1),
+            ]
+            began = time.monotonic()
+            both = await asyncio.gather(*(engine.generate(PROMPT, each) for each in samplings))
+            return both, time.monotonic() - began
+
+    (first, second), elapsed_s = asyncio.run(run())
+    assert len(fed) == 40 and fed[-1] - fed[0] <= second.queue_s < elapsed_s
+    assert 0 < first.queue_s < elapsed_s - (fed[-1] - fed[0])
 
 
 # ------------------------------------------------------------------------------ how it ends

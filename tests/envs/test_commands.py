@@ -132,6 +132,52 @@ def test_an_unknown_environment_is_reported(capsys):
     assert "cannot make the environment 'no_such_package:Env-v0'" in capsys.readouterr().err
 
 
+def test_settings_of_the_environment_are_those_of_a_config(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "docs/examples")
+    agent = ["check", "tir_alp.envs:Agent-v0", "--seeds", "2"]
+    assert main([*agent, "--env.kwargs.function", "my_agent:solve"]) == 0
+    assert capsys.readouterr().out == "all checks passed\n"
+    nested = ["--env.kwargs.sandbox.limits.wall_s=5", '--env.kwargs={"max_turns": 2}']
+    assert main([*nested, "check", "tir_alp.envs:PythonMath-v0", "--seeds", "1"]) == 0
+
+
+def test_an_agent_is_checked_with_its_verifier(monkeypatch, tmp_path, capsys):
+    (tmp_path / "my_verifier.py").write_text("def verify(task, report):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--env.kwargs.command", "python agent.py", "--env.kwargs.verifier"]
+    assert main(["check", "tir_alp.envs:Agent-v0", *words, "my_verifier:verify"]) == 1
+    printed = capsys.readouterr().out
+    assert (
+        "gold_action: not checked" in printed and "no_answer: 'I do not know.' earns 1" in printed
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--env.kwargs.funktion", "a:b"],
+            "env.kwargs.funktion: there is no such setting",
+        ),
+        (
+            ["--env.kwargs.command", "x", "--env.kwargs.timeout_s", "soon"],
+            "env.kwargs.timeout_s: it must be of type float",
+        ),
+        (["--env.kwargs.function"], "--env.kwargs.function needs a value"),
+        (["--env.kwargs", "3"], "--env.kwargs is '3'; it must be an object"),
+        ([], "env.kwargs needs one of command and function"),
+    ],
+)
+def test_a_wrong_setting_is_named(words, said, capsys):
+    assert main(["check", "tir_alp.envs:Agent-v0", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_only_a_check_takes_settings_of_an_environment(tmp_path, capsys):
+    assert main(["new", "mine", "--into", str(tmp_path), "--env.kwargs.tools", "[]"]) == 2
+    assert "new takes no --env.kwargs" in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
 TASKS = [{"question": f"q{number}", "answer": str(number)} for number in range(50)]
 
 

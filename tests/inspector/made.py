@@ -62,7 +62,7 @@ def trajectory(uid: int, texts: tuple[str, ...], reward: float = 0.0, **info: An
             outcome=Outcome.OK,
             reward=reward if is_last else 0.0,
             info={"observation": shown, "tool_calls": int(not is_last)} | info,
-            timing={"generate": 0.2, "tool": 0.0 if is_last else 0.1},
+            timing={"queue": 0.05, "generate": 0.2, "tool": 0.0 if is_last else 0.1},
         )
         turns.append(turn)
     return Trajectory(

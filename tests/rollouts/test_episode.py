@@ -55,8 +55,8 @@ def test_an_episode_of_two_turns_token_by_token():
     assert (trajectory.reward, trajectory.terminated, trajectory.truncated) == (1.25, True, False)
     assert (trajectory.task_id, trajectory.group_id, trajectory.sequence_uid) == ("t7", 5, 40)
     assert first.info == {"tool_calls": 1, "observation": "b"}
-    assert first.timing.keys() == {"prepare", "begin", "generate", "tool"}
-    assert second.timing.keys() == {"begin", "generate", "tool"}
+    assert first.timing.keys() == {"prepare", "begin", "queue", "generate", "tool"}
+    assert second.timing.keys() == {"begin", "queue", "generate", "tool"}
 
     assert policy.read == [PROMPT, PROMPT + CALL + shown]
     assert env.actions == ["```py\n1\n```", "a"]

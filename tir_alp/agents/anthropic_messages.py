@@ -28,7 +28,16 @@ from anthropic.types import Message as AnthropicMessage
 
 from tir_alp.agents.messages import Call, Dialogue, Message, tools_text
 from tir_alp.agents.session import Answer, ApiError, Request
-from tir_alp.agents.wire import event, field, no_media, number, pieces, refuse, stop_texts
+from tir_alp.agents.wire import (
+    event,
+    field,
+    function_schema,
+    no_media,
+    number,
+    pieces,
+    refuse,
+    stop_texts,
+)
 
 _KNOWN = {
     *("model", "messages", "system", "tools", "tool_choice", "max_tokens", "stop_sequences"),
@@ -171,16 +180,12 @@ def _tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     tools = []
     for index, tool in enumerate(field(body, "tools", list, [])):
         is_own = isinstance(tool, dict) and tool.get("type", "custom") in ("custom", None)
-        if not is_own or not isinstance(tool.get("name"), str):
+        if not is_own:
             raise ApiError(
                 400, f"tools.{index} is not a tool of the client: {tool!r:.80}", param="tools"
             )
-        function = {
-            "name": tool["name"],
-            "description": tool.get("description") or "",
-            "parameters": tool.get("input_schema") or {"type": "object", "properties": {}},
-        }
-        tools.append({"type": "function", "function": function})
+        parts = (tool.get(each) for each in ("name", "description", "input_schema"))
+        tools.append(function_schema(*parts, f"tools.{index}"))
     return tools
 
 

@@ -14,8 +14,8 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -33,12 +33,15 @@ from tir_alp.process import missing_extra
 from tir_alp.tools.base import Tool, refused_call
 from tir_alp.tools.python_tool import PythonTool
 
+T = TypeVar("T")
+
 MAX_BODY_BYTES = 16 << 20
 """Limit of a request's body."""
 
 _CLOSING_S = 5.0  # time that connections get to end when the gateway closes
 _TOOL_THREADS = 64  # calls of the sandboxed Python at the same time, of all episodes
-_LARGE = 1 << 18  # bytes of a body that is read in a thread, so that others need not wait
+_LARGE = 1 << 18  # bytes of a body that is parsed in a thread, so that others need not wait
+_MOST_LARGE = 4  # bodies above that size that an episode has in memory at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,8 @@ class Endpoint:
     session: Session
     python: EpisodePython
     """The sandboxed Python of the episode."""
+    large: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MOST_LARGE))
+    """Held while a large body is read."""
 
     @property
     def openai_url(self) -> str:
@@ -246,11 +251,11 @@ class Gateway:
     async def _call(self, request: web.Request) -> web.StreamResponse:
         """Make the call that a model wrote: the body is its arguments."""
         try:
-            python = self._endpoint(request).python
-            name = request.match_info["tool"]
+            endpoint = self._endpoint(request)
+            python, name = endpoint.python, request.match_info["tool"]
             if name != python.name:
                 raise ApiError(404, f"there is no tool {name!r}; there is {python.name!r}")
-            arguments = read_arguments(await _body(request))
+            arguments = await _read(request, endpoint, read_arguments)
             if isinstance(arguments, str):
                 result = refused_call(arguments)
             else:
@@ -263,12 +268,13 @@ class Gateway:
 
     async def _answer_mcp(self, request: web.Request) -> web.StreamResponse:
         try:
-            python = self._endpoint(request).python
+            endpoint = self._endpoint(request)
             if self._mcp is None:
                 self._mcp = _mcp_front(self._max_body_bytes)
+            body = await _read(request, endpoint, bytes)
         except ApiError as error:
             return _refusal(error, "mcp")
-        return await self._mcp.answer(request, python)
+        return await self._mcp.answer(request, body, endpoint.python)
 
     async def _unknown(self, request: web.Request) -> web.StreamResponse:
         error = ApiError(404, f"there is no {request.method} {request.path_qs}", code="not_found")
@@ -277,18 +283,15 @@ class Gateway:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         path = request.match_info["api"]
         try:
-            session = self._endpoint(request).session
+            endpoint = self._endpoint(request)
             api = APIS.get(path)
             if api is None:
                 known = ", ".join(f"/v1/{each}" for each in APIS)
                 raise ApiError(404, f"there is no /v1/{path}; there are {known}", code="not_found")
-            data = await _body(request)
-            if len(data) > _LARGE:
-                wish = await asyncio.to_thread(lambda: api.read(read_body(data)))
-            else:
-                wish = api.read(read_body(data))
+            read = api.read
+            wish = await _read(request, endpoint, lambda data: read(read_body(data)))
             asked: Request = wish.asked
-            answers = await session.answer(asked)
+            answers = await endpoint.session.answer(asked)
         except ApiError as error:
             return _refusal(error, path)
         name, created = f"{api.prefix}{secrets.token_hex(12)}", int(time.time())
@@ -317,6 +320,16 @@ def _mcp_front(max_body_bytes: int) -> Any:
 
 def _same(given: str, key: str) -> bool:
     return hmac.compare_digest(given.encode(errors="replace"), key.encode())
+
+
+async def _read(request: web.Request, endpoint: Endpoint, parse: Callable[[bytes], T]) -> T:
+    """Parse the body of a request; that of an episode's large ones is in memory for a few only."""
+    length = request.content_length
+    is_as_said = "Content-Encoding" not in request.headers  # a compressed body can be any length
+    if length is not None and length <= _LARGE and is_as_said:
+        return parse(await _body(request))
+    async with endpoint.large:
+        return await asyncio.to_thread(parse, await _body(request))
 
 
 async def _body(request: web.Request) -> bytes:

@@ -43,14 +43,16 @@ class McpFront:
         self._ready = asyncio.Event()
         self._held: asyncio.Task[None] | None = None
 
-    async def answer(self, request: web.Request, python: EpisodePython) -> web.StreamResponse:
+    async def answer(
+        self, request: web.Request, body: bytes, python: EpisodePython
+    ) -> web.StreamResponse:
         """Answer a request, whose key has been checked."""
         if self._held is None:
             self._held = asyncio.create_task(self._hold())
         await self._ready.wait()
         if request.method != "POST":  # streams and ends of sessions, of which there are none
             return web.Response(status=405, headers={"Allow": "POST"})
-        exchange = _Exchange(request, await request.read())
+        exchange = _Exchange(request, body)
         scope = _scope(request) | {_PYTHON: python}
         await self._manager.handle_request(scope, exchange.receive, exchange.send)
         return exchange.response()

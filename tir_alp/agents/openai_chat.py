@@ -35,6 +35,7 @@ from tir_alp.agents.wire import (
     OpenAIRequest,
     event,
     field,
+    function_schema,
     no_media,
     number,
     pieces,
@@ -165,11 +166,12 @@ def read_tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Read the tools of a request. Raises ApiError."""
     tools = field(body, "tools", list, [])
     for index, tool in enumerate(tools):
+        where = f"tools[{index}]"
         function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ApiError(
-                400, f"tools[{index}] is not a function: {tool!r:.80}", param=f"tools[{index}]"
-            )
+        if not isinstance(function, dict):
+            raise ApiError(400, f"{where} is not a function: {tool!r:.80}", param=where)
+        parts = (function.get(each) for each in ("name", "description", "parameters"))
+        function_schema(*parts, where)
     return tools
 
 

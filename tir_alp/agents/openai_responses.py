@@ -27,7 +27,16 @@ from openai.types.responses import (
 
 from tir_alp.agents.messages import Dialogue, Message, tools_text
 from tir_alp.agents.session import Answer, ApiError, Request
-from tir_alp.agents.wire import event, field, no_media, number, pieces, read_call, refuse
+from tir_alp.agents.wire import (
+    event,
+    field,
+    function_schema,
+    no_media,
+    number,
+    pieces,
+    read_call,
+    refuse,
+)
 
 _KNOWN = {
     *("model", "input", "instructions", "tools", "tool_choice", "parallel_tool_calls"),
@@ -57,6 +66,7 @@ class ResponsesRequest:
     asked: Request
     model: str
     tools: Sequence[Mapping[str, Any]]
+    """Name, description and parameters of each."""
     tool_choice: Any
     stream: bool = False
 
@@ -64,10 +74,10 @@ class ResponsesRequest:
 def read_responses_request(body: Mapping[str, Any]) -> ResponsesRequest:
     """Read a request. Raises ApiError."""
     refuse(body, _KNOWN, _REFUSED)
-    form = (field(body, "text", dict, {}).get("format") or {}).get("type", "text")
+    form = field(field(body, "text", dict, {}), "format", dict, {}).get("type", "text")
     if form != "text":
         raise ApiError(400, f"text.format is {form!r:.40}: replies are text", param="text.format")
-    tools = field(body, "tools", list, [])
+    tools = [*map(_tool, field(body, "tools", list, []))]
     choice = body.get("tool_choice") or "auto"
     instructions = field(body, "instructions", str, "")
     first = [Message("system", instructions)] if instructions else []
@@ -78,7 +88,9 @@ def read_responses_request(body: Mapping[str, Any]) -> ResponsesRequest:
         )
     return ResponsesRequest(
         Request(
-            dialogue=Dialogue(messages, tools_text([*map(_tool, tools)])),
+            dialogue=Dialogue(
+                messages, tools_text([{"type": "function", "function": each} for each in tools])
+            ),
             max_tokens=number(body, "max_output_tokens", 1, 1 << 31, whole=True),
             temperature=number(body, "temperature", 0, 2),
             top_p=number(body, "top_p", 1e-6, 1),
@@ -87,7 +99,9 @@ def read_responses_request(body: Mapping[str, Any]) -> ResponsesRequest:
         ),
         model=field(body, "model", str, ""),
         tools=tools,
-        tool_choice=choice,
+        tool_choice={"type": "function", "name": choice["name"]}
+        if isinstance(choice, dict)
+        else choice,
         stream=field(body, "stream", bool, False),
     )
 
@@ -103,9 +117,9 @@ def _input(body: Mapping[str, Any]) -> list[Message]:
         where = f"input[{index}]"
         kind = item.get("type", "message") if isinstance(item, dict) else None
         match kind:
-            case "message" if item.get("role") in _ROLES:
+            case "message" if (role := _ROLES.get(str(item.get("role")))) is not None:
                 content = _content(item.get("content"), f"{where}.content")
-                messages.append(Message(_ROLES[item["role"]], content))
+                messages.append(Message(role, content))
             case "function_call":
                 call = read_call({"id": item.get("call_id", ""), "function": item}, where)
                 if messages and messages[-1].role == "assistant":
@@ -137,15 +151,10 @@ def _content(given: Any, where: str) -> str:
 
 
 def _tool(tool: Any) -> dict[str, Any]:
-    is_function = isinstance(tool, dict) and tool.get("type") == "function"
-    if not is_function or not isinstance(tool.get("name"), str):
+    if not isinstance(tool, dict) or tool.get("type") != "function":
         raise ApiError(400, f"only tools of the type 'function': {tool!r:.80}", param="tools")
-    function = {
-        "name": tool["name"],
-        "description": tool.get("description") or "",
-        "parameters": tool.get("parameters") or {"type": "object", "properties": {}},
-    }
-    return {"type": "function", "function": function}
+    parts = (tool.get(each) for each in ("name", "description", "parameters"))
+    return function_schema(*parts, "tools")["function"]
 
 
 def _tool_choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> str:
@@ -292,7 +301,7 @@ def _response(
             "output": items,
             "parallel_tool_calls": not request.asked.one_call,
             "tool_choice": request.tool_choice,
-            "tools": [{"strict": False, "parameters": None, **each} for each in request.tools],
+            "tools": [{"type": "function", "strict": False, **each} for each in request.tools],
             "temperature": request.asked.temperature,
             "top_p": request.asked.top_p,
             "usage": {

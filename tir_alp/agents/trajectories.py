@@ -129,7 +129,12 @@ def _turns(
                 outcome=Outcome.OK,
                 reward=0.0,
                 info=info,
-                timing={"generate": 0.0, "tool": 0.0, **timing.get(exchange.number, {})},
+                timing={
+                    "queue": completion.queue_s,
+                    "generate": 0.0,
+                    "tool": 0.0,
+                    **timing.get(exchange.number, {}),
+                },
                 version_spans=completion.version_spans,
             )
         )

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tir_alp.agents.messages import Call
 from tir_alp.agents.session import ApiError, Request
+from tir_alp.rollouts.mark_guard import mapped
+from tir_alp.rollouts.surrogates import SURROGATE
 
 T = TypeVar("T")
 
 MOST_REPLIES = 128
 _PIECE = 64  # characters of a streamed piece of text
+_HALVES = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # of which one may stand alone
 
 NEUTRAL: Mapping[str, Collection[Any]] = {
     "frequency_penalty": (0, None),
@@ -43,6 +47,8 @@ def read_body(data: bytes) -> dict[str, Any]:
     """Read the JSON object of a request. Raises ApiError."""
     try:
         body = json.loads(data)
+        if _HALVES.search(data):
+            body = mapped(body, lambda text: SURROGATE.sub("\ufffd", text))
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body of the request is not JSON: {error}") from error
     if not isinstance(body, dict):
@@ -104,6 +110,32 @@ def refuse(
     for name in body:
         if name not in known and name not in NEUTRAL and name not in refused:
             raise ApiError(400, f"unknown field {name!r}", param=name, code="unknown_parameter")
+
+
+def function_schema(name: Any, description: Any, parameters: Any, where: str) -> dict[str, Any]:
+    """Return a function in OpenAI's form, given its parts. Raises ApiError.
+
+    Args:
+        name: Name of the function.
+        description: What the model reads about it; None: nothing.
+        parameters: JSON schema of its arguments; None: it takes none.
+        where: Place of the function in the request.
+    """
+    if parameters in (None, {}):
+        parameters = {"type": "object", "properties": {}}
+    is_read = isinstance(name, str) and isinstance(description, str | None)
+    if is_read and isinstance(parameters, dict):
+        properties, required = parameters.get("properties", {}), parameters.get("required", [])
+        are_named = isinstance(required, list) and all(isinstance(each, str) for each in required)
+        if are_named and isinstance(properties, dict):
+            function = {"name": name, "description": description or "", "parameters": parameters}
+            return {"type": "function", "function": function}
+    raise ApiError(
+        400,
+        f"{where} must have a name, and its parameters must be the JSON schema of an object: "
+        f"{name!r:.40}, {parameters!r:.80}",
+        param=where,
+    )
 
 
 def read_call(call: Any, where: str) -> Call:

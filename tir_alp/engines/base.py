@@ -69,6 +69,8 @@ class Completion:
     """[K, L, E] int16, the E experts that computed each of the first K tokens of the sequence in
     each of the L layers, -1 in layers without experts; K is the number of tokens that were read, at
     least all but the last. None: the engine does not report it."""
+    queue_s: float = field(default=0.0, compare=False)
+    """Seconds that the request waited before the engine read it; 0 where no engine tells."""
 
     def __post_init__(self) -> None:
         if len(self.logprobs) != len(self.token_ids):

@@ -253,6 +253,7 @@ class TransformersEngine:
                 self._parked.take_back(request)
                 break
             self._running.append(self._waiting.popleft())
+            request.admit()
             self._make_room(num_rows, widest)
             num_joining += 1
         if num_joining:
@@ -288,6 +289,7 @@ class TransformersEngine:
                 self._tokens_dropped += len(request.token_ids)
                 request.begin()
             request.prefix = None
+            request.wait()
         self._waiting.extendleft(reversed(self._running))
         self._running.clear()
         self._cache.clear()

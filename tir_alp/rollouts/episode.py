@@ -219,6 +219,7 @@ class EpisodeRunner:
                     timing={
                         "begin": began,
                         "generate": generated - began,
+                        "queue": completion.queue_s,
                         "tool": stepped - generated,
                     },
                     version_spans=completion.version_spans,

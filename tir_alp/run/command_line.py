@@ -8,7 +8,6 @@ wins. Nothing here needs torch, so that `--help` and the report of a mistake com
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from tir_alp.run.settings import (
     settings,
     unknown_key,
 )
+from tir_alp.tools.setting_words import literal
 
 _SHORT = {"algorithm": "algorithm.name", "cluster": "cluster.address"}
 """Sections that may be given by one word: a preset's name, a cluster's address."""
@@ -210,19 +210,7 @@ def _value(text: str, annotations: Sequence[Any]) -> Any:
             return [_value(each.strip(), items) for each in text.split(",") if each.strip()]
     elif any(each in (str, Path) or get_origin(each) is Literal for each in annotations):
         return text
-    return _literal(text)
-
-
-def _literal(text: str) -> Any:
-    """Read JSON, else TOML, else take the text as it is."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        pass
-    try:
-        return tomllib.loads(f"value = {text}")["value"] if "\n" not in text else text
-    except tomllib.TOMLDecodeError:
-        return text
+    return literal(text)
 
 
 def read_toml(file: Path) -> dict[str, Any]:

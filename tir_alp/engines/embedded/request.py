@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -51,6 +52,9 @@ class EmbeddedRequest:
     """Each policy version that sampled some of it, with the index of its first token."""
     routing: NDArray | None = None
     """[K, L, E] experts of the tokens that were read; None: the model has no routers."""
+    queue_s: float = 0.0
+    """Time in seconds that it waited, before it was admitted last."""
+    _waits_since: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.begin()
@@ -60,6 +64,14 @@ class EmbeddedRequest:
         matcher = self.sampling.stop_matcher
         self.matches = matcher() if matcher else None
         self.token_ids, self.logprobs, self.versions = [], [], []
+
+    def wait(self) -> None:
+        """Begin to wait again, after it was admitted."""
+        self._waits_since = time.monotonic()
+
+    def admit(self) -> None:
+        """End the wait."""
+        self.queue_s += time.monotonic() - self._waits_since
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -116,4 +128,5 @@ class EmbeddedRequest:
             if len(starts) > 1
             else (),
             routing=self.routing,
+            queue_s=self.queue_s,
         )

@@ -160,6 +160,7 @@ class SGLangRequest:
                 policy_version=spans[0].version if spans else _labelled(meta, url)[0],
                 version_spans=spans if len(spans) > 1 else (),
                 routing=read_routing(meta, self._routing),
+                queue_s=float(meta.get("queue_time") or 0.0),
             )
         except (KeyError, ValueError) as error:
             raise ServerFailed(

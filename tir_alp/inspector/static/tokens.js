@@ -5,7 +5,13 @@ import { MODES, labelOf, scaleOf, tokenFacts } from "./colours.js";
 import { get, isLive, post } from "./data.js";
 import { address, fill, h, number, place } from "./dom.js";
 
-const PARTS = [["prepare", "prepare"], ["generate", "generate, queue included"], ["tool", "tool"]];
+// What the time of a turn went into. A completion was waited for from its request on, in the queue at first.
+const PARTS = [
+  ["prepare", (timing) => timing.prepare || 0],
+  ["queue", (timing) => timing.queue || 0],
+  ["generate", (timing) => Math.max(0, (timing.generate || 0) - (timing.queue || 0))],
+  ["tool", (timing) => timing.tool || 0],
+];
 
 const AUTHORS = [["policy", "written by the policy, in the loss"], ["masked", "written by the policy, not in the loss"], ["environment", "observation"]];
 
@@ -21,19 +27,19 @@ export function markedTokens(episode) {
 }
 
 function timeStrip(turns, goTo) {
-  const total = turns.reduce((sum, turn) => sum + PARTS.reduce((all, [name]) => all + (turn.timing[name] || 0), 0), 0);
+  const total = turns.reduce((sum, turn) => sum + PARTS.reduce((all, [, of]) => all + of(turn.timing), 0), 0);
   if (!total) return null;
   const strip = h("div", { class: "strip", role: "img", "aria-label": `times of ${turns.length} turns, ${number(total, 3)} s together` });
   turns.forEach((turn, index) => {
-    for (const [name, label] of PARTS) {
-      const seconds = turn.timing[name] || 0;
+    for (const [name, of] of PARTS) {
+      const seconds = of(turn.timing);
       if (seconds <= 0) continue;
-      const part = h("span", { class: `time ${name}`, title: `turn ${index}, ${label}: ${number(seconds, 3)} s`, onclick: () => goTo(index) });
+      const part = h("span", { class: `time ${name}`, title: `turn ${index}, ${name}: ${number(seconds, 3)} s`, onclick: () => goTo(index) });
       part.style.flexGrow = String(seconds / total);
       strip.append(part);
     }
   });
-  const key = h("p", { class: "key" }, PARTS.map(([name, label]) => [h("span", { class: `swatch time ${name}` }), ` ${label} `]), `${number(total, 3)} s in all`);
+  const key = h("p", { class: "key" }, PARTS.map(([name]) => [h("span", { class: `swatch time ${name}` }), ` ${name} `]), `${number(total, 3)} s in all`);
   return h("section", { "aria-label": "times" }, strip, key);
 }
 

@@ -114,9 +114,10 @@ def _may_be_text(schema: Any) -> bool:
     if not isinstance(schema, Mapping):
         return True
     kinds = schema.get("type")
-    if kinds is not None:
-        return "string" in ([kinds] if isinstance(kinds, str) else [*kinds])
-    if "enum" in schema:
-        return any(isinstance(each, str) for each in schema["enum"])
-    choices = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
+    if isinstance(kinds, str | list):
+        return kinds == "string" or (isinstance(kinds, list) and "string" in kinds)
+    if isinstance(values := schema.get("enum"), list):
+        return any(isinstance(each, str) for each in values)
+    named = (schema.get("anyOf"), schema.get("oneOf"))
+    choices = [each for listed in named if isinstance(listed, list) for each in listed]
     return any(map(_may_be_text, choices)) if choices else True

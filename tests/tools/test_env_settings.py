@@ -4,7 +4,7 @@ from typing import Any, TypedDict, Unpack
 
 import pytest
 
-from tir_alp.rollouts.env_settings import accepted_settings, settings_mistake
+from tir_alp.tools.env_settings import accepted_settings, settings_mistake
 
 
 class Shared(TypedDict, total=False):
