@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 
 from tir_alp.algorithm.presets import ALGORITHMS
-from tir_alp.config import Config
+from tir_alp.config import Config, SFTConfig
 from tir_alp.records.folder import RunFolder
 from tir_alp.records.meanings import meaning
 from tir_alp.report import write_comparison, write_run_report
@@ -328,3 +328,27 @@ def test_the_module_is_a_command(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "is not a run folder" in done.stderr
+
+
+def made_by(command, path, config, metrics):
+    folder = RunFolder(path)
+    folder.create(config, objective="", command=command)
+    for step, values in metrics:
+        folder.log(step, values)
+    folder.close()
+    return path
+
+
+def test_fine_tuning_and_evaluations_have_sound_pages(tmp_path):
+    losses = [(step, {"loss/value": 2.0 / step, "tokens/loss": 10}) for step in range(1, 9)]
+    sft = SFTConfig.model_validate({"data": {"path": "a.jsonl"}, "steps": 20})
+    path = made_by("sft", tmp_path / "sft", sft, losses)
+    page = write_run_report(path).read_text()
+    assert "The training loss fell from" in page and "The run has made 8 of 20 steps" in page
+    assert 'data-picture="entropy"' in page.split("<nav")[0]
+    assert 'id="examples"' not in page and "Stability" not in page
+    accuracy = {"eval/accuracy": 0.25, "eval/tasks": 40}
+    path = made_by("evaluate", tmp_path / "evaluation", Config(), [(0, accuracy)])
+    page = write_run_report(path).read_text()
+    assert "was measured once, in step 0: 25.0% [14.2%, 40.2%] (40 tasks)" in page
+    assert "steps." not in page.split("<nav")[0]

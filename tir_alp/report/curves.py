@@ -13,7 +13,7 @@ from typing import Any
 from tir_alp.report.catalogue import PICTURES, Panel, Picture
 from tir_alp.report.methods import Method, colour_of
 from tir_alp.report.read import RecordedRun, Series
-from tir_alp.report.rules import rules_of
+from tir_alp.report.rules import event_steps, rules_of
 from tir_alp.report.series import (
     band_of,
     envelope,
@@ -29,7 +29,7 @@ MOST_PANELS = 24
 """Panels of a figure, at most."""
 _STRETCHES = 200  # over the lines of a panel
 _LEAST_STRETCHES = 10
-_MOST_EVENTS = 50
+_MOST_LOST = 50
 _DIGITS = 7
 _SIDE = ("#5b6770", "#b07aa1", "#4e9a91", "#c98b2b", "#8d6e63")
 _LAYERS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#c8b020")
@@ -41,7 +41,7 @@ Curves = Mapping[str, list[dict[str, Any]]]
 
 def curves_of_run(run: RecordedRun) -> Curves:
     """Return the curves of each picture for which the run has metrics."""
-    events = sorted({event["step"] for event in run.events})[:_MOST_EVENTS]
+    events = event_steps(run)
     found = {}
     for picture in PICTURES:
         panels = [_panel_of_run(run, panel) for panel in picture.panels if lines_of(run, panel)]
@@ -210,7 +210,7 @@ def _panel(
         ],
         "bands": [list(each) for each in bands],
         "rules": [list(each) for each in rules],
-        "lost": lost[:_MOST_EVENTS],
+        "lost": lost[:_MOST_LOST],
         "all_steps": len(set().union(*(series.steps for series in all_series))),
     }
 

@@ -20,7 +20,7 @@ from tir_alp.report.catalogue import PICTURES, Panel, Picture
 from tir_alp.report.layout import add_bar_axes, add_legend, arrange, canvas
 from tir_alp.report.methods import Method, colour_of
 from tir_alp.report.read import RecordedRun, Series
-from tir_alp.report.rules import rules_of
+from tir_alp.report.rules import event_steps, rules_of
 from tir_alp.report.series import envelope, lines_of, median_of, scale_for, spread
 
 _MANY = 8  # more lines than this get a colour bar instead of legend entries
@@ -95,8 +95,8 @@ def _draw_run(axes: Axes, panel: Panel, run: RecordedRun) -> None:
     _rule(axes, rules_of(run, panel))
     values = [value for series in lines.values() for value in series.finite]
     _finish(axes, panel, values, panel.title)
-    for event in run.events:
-        axes.axvline(event["step"], color="#B00000", linestyle=":", linewidth=1.2)
+    for step in event_steps(run):
+        axes.axvline(step, color="#B00000", linestyle=":", linewidth=1.2)
     add_legend(axes)
 
 

@@ -1,4 +1,4 @@
-"""Horizontal lines of a panel: clip bounds and the bound of gradient norms. Pure."""
+"""What is marked in a panel: clip bounds, the bound of gradient norms, and events. Pure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from tir_alp.report.catalogue import Panel
 from tir_alp.report.read import RecordedRun
+
+MOST_EVENTS = 50
+"""Steps with an event that are marked, at most."""
 
 
 def rules_of(run: RecordedRun, panel: Panel) -> Sequence[tuple[float, str]]:
@@ -29,3 +32,8 @@ def _clip_window(run: RecordedRun) -> list[float]:
     if not isinstance(low, int | float) or not isinstance(high, int | float):
         return []
     return [bound for bound in (1 - low, 1 + high) if bound > 0]
+
+
+def event_steps(run: RecordedRun) -> list[int]:
+    """Return the steps of a run's events, each once; of very many, the latest."""
+    return sorted({event["step"] for event in run.events})[-MOST_EVENTS:]
