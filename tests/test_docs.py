@@ -7,7 +7,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from tir_alp.report.meanings import meaning
+from tir_alp.records.meanings import meaning
 from tir_alp.tools.outcome import Outcome
 
 ROOT = Path(__file__).parents[1]

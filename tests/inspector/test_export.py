@@ -10,8 +10,8 @@ import pytest
 
 from tests.inspector.made import trajectory, write_run
 from tir_alp.inspect import main
+from tir_alp.inspector.assets import static_files, static_text
 from tir_alp.inspector.export import MODULES, bundle, page_of
-from tir_alp.inspector.server import static_files, static_text
 
 HOSTILE = "</script><script>alert(1)</script><!-- \u202e"
 

@@ -1,7 +1,10 @@
 """Reports of runs that are complete, damaged, hostile or odd, drawn from real run folders."""
 
+import base64
+import hashlib
 import json
 import math
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -9,16 +12,16 @@ from html.parser import HTMLParser
 import pytest
 
 from tir_alp.algorithm.presets import ALGORITHMS
-from tir_alp.config import Config
+from tir_alp.config import Config, SFTConfig
 from tir_alp.records.folder import RunFolder
+from tir_alp.records.meanings import meaning
 from tir_alp.report import write_comparison, write_run_report
 from tir_alp.report.__main__ import main
 from tir_alp.report.catalogue import PICTURES
 from tir_alp.report.compare import row, summary_of
-from tir_alp.report.figures import median_of, scale_for, shares
-from tir_alp.report.meanings import meaning
 from tir_alp.report.methods import STYLES, by_method
 from tir_alp.report.read import Series, read_run
+from tir_alp.report.series import median_of, scale_for, shares
 from tir_alp.run.describe import changed_settings
 
 METRICS = {
@@ -57,12 +60,13 @@ class Page(HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.tags, self.sources, self.depth = [], [], 0
+        self.tags, self.sources, self.anchors = [], [], []
         self.feed(page.read_text())
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.sources += [value for name, value in attrs if name in ("src", "href", "srcset")]
+        self.anchors += [value for name, value in attrs if name == "id"]
 
 
 def drawn(folder):
@@ -79,11 +83,20 @@ def test_a_run_has_every_picture_that_it_has_metrics_for(tmp_path):
     assert (path / "objective.txt").read_text().splitlines()[0] in page.read_text()
 
 
-def test_a_page_fetches_nothing_and_runs_nothing(tmp_path):
-    page = Page(write_run_report(make_run(tmp_path / "run")))
-    assert page.sources
-    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
-    assert not {"script", "link", "iframe"} & set(page.tags)
+def test_a_page_fetches_nothing_and_runs_its_own_scripts_alone(tmp_path):
+    written = write_run_report(make_run(tmp_path / "run"))
+    page = Page(written)
+    own = ("data:image/png;base64,", "data:,", "#")
+    assert page.sources and all(source.startswith(own) for source in page.sources)
+    assert not {"iframe", "object", "form"} & set(page.tags) and page.tags.count("link") == 1
+    assert {each[1:] for each in page.sources if each[0] == "#"} <= set(page.anchors)
+    text = written.read_text()
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
+    scripts = re.findall(r'<script(?: type="module")?>(.*?)</script>', text, re.DOTALL)
+    assert len(scripts) == 2 and "unsafe" not in policy and "connect-src" not in policy
+    for script in scripts:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"sha256-{digest}" in policy
 
 
 def test_pictures_of_an_older_report_go(tmp_path):
@@ -106,7 +119,8 @@ def test_names_and_configs_are_text_and_never_markup_or_formulas(tmp_path):
         (path / "environment.jsonl").write_text(json.dumps(environment) + "\n")
         paths.append(path)
     for page in (write_run_report(paths[0]), write_comparison(paths, tmp_path / "both")):
-        assert not {"script", "b"} & set(Page(page).tags)
+        assert Page(page).tags.count("script") == 3
+        assert "<script>alert" not in page.read_text()
         assert "&lt;script&gt;" in page.read_text()
 
 
@@ -165,7 +179,7 @@ def test_unknown_metrics_are_listed_and_draw_nothing(tmp_path):
     path = make_run(tmp_path / "run", [(1, {"mine/own": 3.0})])
     page = write_run_report(path)
     assert drawn(path) == set()
-    assert "mine/own" in page.read_text() and "1 more metrics" in page.read_text()
+    assert "mine/own" in page.read_text() and "1 more metric" in page.read_text()
 
 
 @pytest.mark.parametrize(
@@ -314,3 +328,27 @@ def test_the_module_is_a_command(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "is not a run folder" in done.stderr
+
+
+def made_by(command, path, config, metrics):
+    folder = RunFolder(path)
+    folder.create(config, objective="", command=command)
+    for step, values in metrics:
+        folder.log(step, values)
+    folder.close()
+    return path
+
+
+def test_fine_tuning_and_evaluations_have_sound_pages(tmp_path):
+    losses = [(step, {"loss/value": 2.0 / step, "tokens/loss": 10}) for step in range(1, 9)]
+    sft = SFTConfig.model_validate({"data": {"path": "a.jsonl"}, "steps": 20})
+    path = made_by("sft", tmp_path / "sft", sft, losses)
+    page = write_run_report(path).read_text()
+    assert "The training loss fell from" in page and "The run has made 8 of 20 steps" in page
+    assert 'data-picture="entropy"' in page.split("<nav")[0]
+    assert 'id="examples"' not in page and "Stability" not in page
+    accuracy = {"eval/accuracy": 0.25, "eval/tasks": 40}
+    path = made_by("evaluate", tmp_path / "evaluation", Config(), [(0, accuracy)])
+    page = write_run_report(path).read_text()
+    assert "was measured once, in step 0: 25.0% [14.2%, 40.2%] (40 tasks)" in page
+    assert "steps." not in page.split("<nav")[0]

@@ -4,6 +4,7 @@ The run is scripted; that a real one goes on is shown by `tests/end_to_end/test_
 """
 
 import asyncio
+import json
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 
 from tir_alp.config import Config
 from tir_alp.records.folder import RunFolder
+from tir_alp.records.provenance import PROVENANCE
 from tir_alp.roles import RoleLost
 from tir_alp.run.console import RunConsole
 from tir_alp.run.local_placement import LocalPlacement
 from tir_alp.run.open_run import Examined
-from tir_alp.run.supervise import RunLost, Services, train_stubbornly
+from tir_alp.run.supervise import RunLost, Services, draw, train_stubbornly
 from tir_alp.training import checkpoint_folder
 from tir_alp.training.checkpoint_folder import Position
 
@@ -88,3 +90,18 @@ def test_a_run_that_is_lost_at_the_same_step_again_and_again_ends(tmp_path):
     save(tmp_path, 20)
     with pytest.raises(RunLost, match="fourth"):
         supervise(tmp_path, lost(), lost(), lost(), lost("fourth"))
+
+
+def test_the_report_of_a_run_that_ends_says_when_it_ended_and_what_it_used(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.create(Config())
+    seen = []
+
+    def draw_report(path: Path) -> Path:
+        seen.extend(json.loads((path / PROVENANCE).read_text())["times"])
+        return path / "report.html"
+
+    draw(ScriptedRun(folder, RunConsole(), Examined({})), draw_report)
+    folder.close()
+    (times,) = seen
+    assert times["ended"] is not None and times["peak_memory_gb"] > 0

@@ -5,18 +5,14 @@ Its policy allows the two scripts and the style that are in it, by their digests
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tir_alp.inspector.finite import finite
+from tir_alp.inspector.assets import as_data, as_one, policy_of, static_text
 from tir_alp.inspector.index import Query
-from tir_alp.inspector.server import meanings_of, static_text
+from tir_alp.inspector.server import meanings_of
 from tir_alp.inspector.source import RunSource
 
 MODULES = (
@@ -25,9 +21,6 @@ MODULES = (
 )
 """The page's modules, each after those that it imports."""
 MOST_ROWS = 20_000
-
-_IMPORT = re.compile(r"^import\s[^;]*?from\s+\"\./[\w.]+\";\n", re.MULTILINE)
-_EXPORT = re.compile(r"^export (?=async function|function|const|class)", re.MULTILINE)
 
 
 def write_page(sources: Sequence[RunSource], file: Path, most: int) -> int:
@@ -50,12 +43,7 @@ def page_of(data: Mapping[str, Any]) -> str:
     """Return the page with its data."""
     style = static_text("uplot.css") + static_text("style.css")
     library, program = static_text("uplot.js"), bundle()
-    policy = (
-        f"default-src 'none'; script-src {_digest(library)} {_digest(program)}; "
-        f"style-src {_digest(style)}; img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
-    # In a script of data, "<" would be read as markup, and everything else is JSON.
-    written = json.dumps(finite(data), separators=(",", ":")).replace("<", "\\u003c")
+    policy = policy_of((library, program), style)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
@@ -64,19 +52,14 @@ def page_of(data: Mapping[str, Any]) -> str:
         f'<link rel="icon" href="data:,">\n<style>{style}</style>\n<script>{library}</script>\n'
         '</head>\n<body>\n<header id="top"></header>\n<main id="view" tabindex="-1"></main>\n'
         '<div id="status" role="status" aria-live="polite"></div>\n'
-        f'<script type="application/json" id="data">{written}</script>\n'
+        f'<script type="application/json" id="data">{as_data(data)}</script>\n'
         f'<script type="module">{program}</script>\n</body>\n</html>\n'
     )
 
 
 def bundle() -> str:
     """Return the page's modules as one, which imports nothing."""
-    texts = (_EXPORT.sub("", _IMPORT.sub("", static_text(name))) for name in MODULES)
-    return "\n".join(texts)
-
-
-def _digest(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    return as_one(map(static_text, MODULES))
 
 
 def _data_of(sources: Sequence[RunSource], most: int) -> tuple[dict[str, Any], int]:

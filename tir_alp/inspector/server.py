@@ -13,7 +13,6 @@ import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,9 +23,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
+from tir_alp.inspector.assets import static_files, static_text
 from tir_alp.inspector.finite import finite
 from tir_alp.inspector.index import RANGES, WORDS, Query
 from tir_alp.inspector.source import RunSource
+from tir_alp.records.meanings import meaning
 
 HOST = "127.0.0.1"
 POLICY = (
@@ -97,17 +98,6 @@ def listening(port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def static_files() -> list[str]:
-    """Return the names of the page's files, which are all in one folder."""
-    folder = resources.files("tir_alp.inspector") / "static"
-    return sorted(each.name for each in folder.iterdir() if each.name.endswith(tuple(_TYPES)))
-
-
-def static_text(name: str) -> str:
-    """Return the content of one of the page's files."""
-    return (resources.files("tir_alp.inspector") / "static" / name).read_text("utf-8")
-
-
 def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
     kind = _TYPES[name[name.rindex(".") :]]
 
@@ -170,9 +160,6 @@ class _Api:
 
 def meanings_of(names: set[str]) -> dict[str, list[str]]:
     """Return meaning and unit of each metric that the report's table knows."""
-    # Imported here because the package of reports needs matplotlib, which takes a second.
-    from tir_alp.report.meanings import meaning
-
     return {name: list(meaning(name)) for name in sorted(names)}
 
 

@@ -1,7 +1,8 @@
 """Where the numbers of a run come from: `provenance.json` in its folder.
 
 A run can have several starts. The file has the command, the commit of the code, the versions of the
-packages, the machine and the times of the first one, and the same of each later one.
+packages and the machine of the first one, and the same of each later one; and of each its times,
+its core seconds and the most memory that its process used at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import json
 import os
 import platform
+import resource
 import shlex
 import subprocess
 import sys
@@ -42,14 +44,17 @@ def note_start(folder: Path) -> None:
 
 
 def note_end(folder: Path) -> None:
-    """Write down when the newest start ended. A full disk is no reason to fail at the end."""
+    """Write down when the newest start ended, and what it has used.
+
+    It can be called again later. A full disk is no reason to fail at the end.
+    """
     file = folder / PROVENANCE
     saved = _read(file)
     if saved is None or not saved.get("times"):
         return
     *earlier, last = saved["times"]
     with contextlib.suppress(OSError):
-        _write(file, {**saved, "times": [*earlier, {**last, "ended": _now()}]})
+        _write(file, {**saved, "times": [*earlier, {**last, "ended": _now(), **_used(last)}]})
 
 
 def describe_start() -> dict[str, Any]:
@@ -118,7 +123,34 @@ def _processor() -> str:
 
 
 def _times() -> dict[str, Any]:
-    return {"started": _now(), "ended": None}
+    return {"started": _now(), "ended": None, "cpu_s_before": _cpu_s()}
+
+
+def _used(times: Mapping[str, Any]) -> dict[str, Any]:
+    """What this process has used: core seconds since the start, and the most memory at a time."""
+    own, children = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    before = times.get("cpu_s_before")
+    return {
+        "cpu_s": round(_cpu_s() - (before if isinstance(before, int | float) else 0.0), 1),
+        "peak_memory_gb": round(own.ru_maxrss * 1024 / 1e9, 3),
+        "peak_memory_of_a_child_gb": round(children.ru_maxrss * 1024 / 1e9, 3),
+        "peak_gpu_memory_gb": _peak_gpu_memory_gb(),
+    }
+
+
+def _cpu_s() -> float:
+    """Core seconds of this process and of its children that have ended."""
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return round(sum(each.ru_utime + each.ru_stime for each in used), 1)
+
+
+def _peak_gpu_memory_gb() -> list[float]:
+    """The most that PyTorch has reserved at a time in this process, of each GPU that it uses."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return []
+    count = torch.cuda.device_count()
+    return [round(torch.cuda.max_memory_reserved(index) / 1e9, 3) for index in range(count)]
 
 
 def _now() -> str:

@@ -22,6 +22,12 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         help="folder to write to; default: the run folder, or report-TIME beside the first run",
     )
+    found.add_argument(
+        "--price-per-hour",
+        type=float,
+        metavar="PRICE",
+        help="what an hour of the machine costs, for the cost of one run",
+    )
     return found
 
 
@@ -31,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     runs: list[Path] = options.runs
     try:
         if len(runs) == 1:
-            page = write_run_report(runs[0], options.out)
+            page = write_run_report(runs[0], options.out, options.price_per_hour)
         else:
             beside = runs[0].parent / f"report-{time.strftime('%Y%m%d-%H%M%S')}"
             page = write_comparison(runs, options.out or beside)

@@ -1,4 +1,4 @@
-"""The table of the pictures of a report; `meanings` has the meaning of each metric.
+"""The table of the pictures of a report; `tir_alp.records.meanings` has the meaning of each metric.
 
 A picture, a panel or a line is drawn if the run has at least one of its metrics.
 """

@@ -16,12 +16,13 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from tir_alp.report.catalogue import PERCENTILES, PICTURES, Panel, Picture, matching
+from tir_alp.report.catalogue import PICTURES, Panel, Picture
 from tir_alp.report.layout import add_bar_axes, add_legend, arrange, canvas
 from tir_alp.report.methods import Method, colour_of
 from tir_alp.report.read import RecordedRun, Series
+from tir_alp.report.rules import event_steps, rules_of
+from tir_alp.report.series import envelope, lines_of, median_of, scale_for, spread
 
-_SPREAD = 30.0  # values that differ by more than this factor are drawn on a log axis
 _MANY = 8  # more lines than this get a colour bar instead of legend entries
 _TITLE_WIDTH = 38  # characters
 _SMALL, _LARGE = 1e-4, 1e5  # a linear axis up to values between them has ordinary decimals
@@ -50,7 +51,7 @@ def pictures_of_run(run: RecordedRun) -> list[DrawnPicture]:
     """Draw each picture for which the run has metrics."""
     drawn = []
     for picture in PICTURES:
-        panels = [panel for panel in picture.panels if _lines(run, panel)]
+        panels = [panel for panel in picture.panels if lines_of(run, panel)]
         if not panels:
             continue
         figure, axes = canvas(len(panels))
@@ -80,97 +81,22 @@ def pictures_of_methods(methods: Sequence[Method]) -> list[DrawnPicture]:
     return drawn
 
 
-# --------------------------------------------------------------------------- the data to draw
-
-
-def _lines(run: RecordedRun, panel: Panel) -> dict[str, Series]:
-    """Return the lines of a panel that the run has, by label, in order and in the panel's unit."""
-    if panel.kind == "envelope":
-        return envelope(run, panel.lines[0].metric)
-    found: dict[str, Series] = {}
-    for line in panel.lines:
-        for metric in matching(line.metric, run.series):
-            rest = metric.removeprefix(line.metric.removesuffix("*"))
-            label = f"{line.label} {rest}" if "*" in line.metric else line.label
-            found[label] = run.series[metric]
-    if panel.kind == "shares":
-        found = shares(found)
-    if panel.unit == "%":
-        found = {
-            label: Series(series.steps, tuple(100 * value for value in series.values))
-            for label, series in found.items()
-        }
-    return found
-
-
-def envelope(run: RecordedRun, prefix: str) -> dict[str, Series]:
-    """Return the percentiles that the run has, by label; empty without P2 and P98.
-
-    Args:
-        run: The run.
-        prefix: Start of the metrics' names, e.g. "ratio/p".
-    """
-    names = {f"P{each}": f"{prefix}{each}" for each in PERCENTILES}
-    if not run.series.keys() >= {names["P2"], names["P98"]}:
-        return {}
-    return {label: run.series[name] for label, name in names.items() if name in run.series}
-
-
-def shares(counts: Mapping[str, Series]) -> dict[str, Series]:
-    """Divide by the sum at each step; a series that is always 0 is left out."""
-    points = {label: series.at() for label, series in counts.items()}
-    steps = sorted(set().union(*points.values()))
-    sums = {step: sum(each.get(step, 0.0) for each in points.values()) for step in steps}
-    steps = [step for step in steps if sums[step] > 0]
-    return {
-        label: Series(tuple(steps), tuple(each.get(step, 0.0) / sums[step] for step in steps))
-        for label, each in points.items()
-        if any(each.get(step, 0.0) for step in steps)
-    }
-
-
-def spread(run: RecordedRun, prefix: str) -> Series | None:
-    """Return P98 over P2 of ratios, given by what precedes "P98"; None if the run lacks them."""
-    found = envelope(run, prefix)
-    if not found:
-        return None
-    low, high = found["P2"].at(), found["P98"].at()
-    steps = [step for step in high if step in low]
-    values = (high[step] / low[step] if low[step] else math.inf for step in steps)
-    return Series(tuple(steps), tuple(values))
-
-
-def median_of(series: Sequence[Series]) -> Series:
-    """Return the median of several runs, at the steps that at least half of them have."""
-    points = [each.at() for each in series]
-    steps = [
-        step
-        for step in sorted(set().union(*points))
-        if 2 * sum(step in each for each in points) >= len(points)
-    ]
-    medians = (float(np.median([each[step] for each in points if step in each])) for step in steps)
-    return Series(tuple(steps), tuple(medians))
-
-
 # ------------------------------------------------------------------------------------- one run
 
 
 def _draw_run(axes: Axes, panel: Panel, run: RecordedRun) -> None:
-    lines, colour = _lines(run, panel), colour_of(run.algorithm)
+    lines, colour = lines_of(run, panel), colour_of(run.algorithm)
     if panel.kind == "envelope":
         _draw_band(axes, lines, colour)
-        if panel.lines[0].metric == "ratio/p":
-            _rule(axes, _clip_window(run), "clip")
     elif panel.kind in ("stack", "shares"):
         _draw_stack(axes, lines)
     else:
         _draw_lines(axes, lines, colour)
-    if panel.unit == "norm":
-        _rule(axes, _bounds(run.settings.get("trainer.max_grad_norm")), "bound")
+    _rule(axes, rules_of(run, panel))
     values = [value for series in lines.values() for value in series.finite]
     _finish(axes, panel, values, panel.title)
-    for event in run.events:
-        axes.axvline(event["step"], color="#B00000", linestyle=":", linewidth=1.2)
+    for step in event_steps(run):
+        axes.axvline(step, color="#B00000", linestyle=":", linewidth=1.2)
     add_legend(axes)
 
 
@@ -226,28 +152,12 @@ def _draw_stack(axes: Axes, lines: Mapping[str, Series]) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _clip_window(run: RecordedRun) -> list[float]:
-    """Return the clip bounds of the sequence ratio to the rollout policy, if the loss has them."""
-    settings = run.settings
-    if settings.get("algorithm.ratio_level") != "sequence":
-        return []
-    if settings.get("algorithm.denominator") != "rollout":
-        return []
-    low, high = settings.get("algorithm.clip_low"), settings.get("algorithm.clip_high")
-    if not isinstance(low, int | float) or not isinstance(high, int | float):
-        return []
-    return [bound for bound in (1 - low, 1 + high) if bound > 0]
-
-
-def _bounds(value: Any) -> list[float]:
-    return [float(value)] if isinstance(value, int | float) else []
-
-
-def _rule(axes: Axes, bounds: Sequence[float], name: str) -> None:
+def _rule(axes: Axes, rules: Sequence[tuple[float, str]]) -> None:
     """Draw horizontal lines that do not extend the axis."""
     axes.autoscale_view()
-    for number, bound in enumerate(bounds):
-        label = f"{name} {' and '.join(f'{each:g}' for each in bounds)}" if not number else None
+    bounds = " and ".join(f"{bound:g}" for bound, _ in rules)
+    for number, (bound, name) in enumerate(rules):
+        label = f"{name} {bounds}" if not number else None
         axes.axhline(bound, color="#333333", linestyle=":", linewidth=1.0, label=label)
 
 
@@ -260,7 +170,7 @@ def _comparison(picture: Picture, methods: Sequence[Method]) -> Figure | None:
     for panel in picture.panels:
         for line in panel.lines[: panel.compared]:
             found = [
-                [series for series in (_lines(run, panel).get(line.label),) if series]
+                [series for series in (lines_of(run, panel).get(line.label),) if series]
                 for run in [run for method in methods for run in method.runs]
             ]
             if any(found):
@@ -272,7 +182,7 @@ def _comparison(picture: Picture, methods: Sequence[Method]) -> Figure | None:
     for (panel, line, title), axes in zip(panels, all_axes, strict=True):
         values: list[float] = []
         for method in methods:
-            found = [_lines(run, panel).get(line.label) for run in method.runs]
+            found = [lines_of(run, panel).get(line.label) for run in method.runs]
             series = [each for each in found if each is not None]
             values += [value for each in series for value in each.finite]
             _draw_method(axes, series, method)
@@ -404,22 +314,6 @@ def _finish(axes: Axes, panel: Panel, values: Sequence[float], title: str) -> No
 
 def _shortest(value: float, _: int | None) -> str:
     return f"{value:g}"
-
-
-def scale_for(values: Sequence[float], wanted: str) -> str:
-    """Return the scale of an axis: the wanted one, if the values allow it.
-
-    A log axis needs positive values. With `auto` they must also differ by orders of magnitude;
-    values of both signs then get a log axis that is linear around 0.
-    """
-    sizes = [abs(value) for value in values if value]
-    if wanted == "linear" or not sizes:
-        return "linear"
-    if min(values) > 0 and (wanted == "log" or max(sizes) > _SPREAD * min(sizes)):
-        return "log"
-    if max(sizes) <= _SPREAD * float(np.median(sizes)):
-        return "linear"
-    return "symlog"
 
 
 def _common(one: Series, other: Series) -> tuple[list[int], list[float], list[float]]:

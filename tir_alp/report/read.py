@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tir_alp.records.folder import read_command, read_records, read_run_config
+from tir_alp.records.folder import ADVICE, read_command, read_records, read_run_config
+from tir_alp.records.provenance import PROVENANCE
+from tir_alp.records.readable import redacted_values, secret_values
 from tir_alp.run.describe import flat
 
 
@@ -49,6 +53,12 @@ class RecordedRun:
     """Events with `step`, `kind` and `reason`, e.g. a guard that rolled the weights back."""
     environment: Sequence[Mapping[str, Any]]
     """The environment's report for each start of the run; may be empty."""
+    advice: Sequence[Mapping[str, Any]]
+    """What the run said about why it learns nothing: `step` and `advice`."""
+    provenance: Mapping[str, Any]
+    """Command, commit, versions, hardware and times; empty if the run recorded none."""
+    last_written: float | None
+    """When metrics were last written, in seconds since the epoch; None: never."""
     num_unreadable: int
     """Number of lines in `metrics.jsonl` that are not records, except an incomplete last one."""
 
@@ -80,24 +90,42 @@ class RecordedRun:
         """The config as a flat mapping with dotted keys."""
         return flat(self.config)
 
+    def finite(self, metric: str) -> list[float]:
+        """The finite values of a metric; empty if the run lacks it."""
+        return self.series[metric].finite if metric in self.series else []
+
 
 def read_run(path: Path) -> RecordedRun:
-    """Read a run. Raises ValueError if the path is not a run folder."""
+    """Read a run, without the secrets in it. Raises ValueError if the path is not a run folder."""
     config = read_run_config(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a run folder: {path / 'config.json'} is not an object")
-    objective = path / "objective.txt"
-    metrics, num_unreadable = read_records(path / "metrics.jsonl")
+    objective, file = path / "objective.txt", path / "metrics.jsonl"
+    metrics, num_unreadable = read_records(file)
+    texts = {
+        "config": config,
+        "objective": objective.read_text(errors="replace").strip() if objective.is_file() else "",
+        "events": read_records(path / "events.jsonl")[0],
+        "environment": read_records(path / "environment.jsonl")[0],
+        "advice": read_records(path / ADVICE)[0],
+        "provenance": _provenance(path / PROVENANCE),
+    }
     return RecordedRun(
         path=path.resolve(),
         command=read_command(path),
-        config=config,
-        objective=objective.read_text().strip() if objective.is_file() else "",
         series=series_of(metrics),
-        events=read_records(path / "events.jsonl")[0],
-        environment=read_records(path / "environment.jsonl")[0],
+        last_written=file.stat().st_mtime if metrics else None,
         num_unreadable=num_unreadable,
+        **redacted_values(texts, secret_values(os.environ)),
     )
+
+
+def _provenance(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def series_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Series]:

@@ -1,4 +1,4 @@
-"""Writes a report: `report.html`, and its pictures as files in `figures/`.
+"""Writes a report: `report.html`, `report.md`, and their pictures as files in `figures/`.
 
 A comparison also writes its table as text, `table.md`.
 """
@@ -7,26 +7,35 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tir_alp.report.catalogue import PICTURES
-from tir_alp.report.compare import markdown
+from tir_alp.report.compare import COLUMNS, row
+from tir_alp.report.curves import Curves, curves_of_methods, curves_of_run
+from tir_alp.report.document import Document, Figure, Table
+from tir_alp.report.examples import read_examples
 from tir_alp.report.figures import DrawnPicture, pictures_of_methods, pictures_of_run
+from tir_alp.report.html import page_of
+from tir_alp.report.markdown import table_text, text_of
 from tir_alp.report.methods import by_method
-from tir_alp.report.page import page_of_methods, page_of_run
+from tir_alp.report.of_methods import document_of_methods
+from tir_alp.report.of_run import document_of_run
 from tir_alp.report.read import RecordedRun, read_run
 
-TABLE = "table.md"
-"""File with the table of a comparison, beside the page."""
+PAGE, TEXT, TABLE = "report.html", "report.md", "table.md"
+"""Files: the page, the same as text, and the table of a comparison."""
 
 
-def write_run_report(path: Path, out: Path | None = None) -> Path:
+def write_run_report(
+    path: Path, out: Path | None = None, price_per_hour: float | None = None
+) -> Path:
     """Draw a run; an older report in the same folder is replaced.
 
     Args:
         path: The run folder.
         out: Folder to write to, created if it is missing; None means the run folder.
+        price_per_hour: What an hour of the machine costs, in any currency; None: unknown.
 
     Returns:
         The path of the page.
@@ -36,7 +45,8 @@ def write_run_report(path: Path, out: Path | None = None) -> Path:
     """
     run = read_run(path)
     drawn = pictures_of_run(run)
-    return _write(out or path, drawn, lambda pictures: page_of_run(run, drawn, pictures))
+    document = document_of_run(run, _figures(drawn), read_examples(path), price_per_hour)
+    return _write(out or path, drawn, document, curves_of_run(run))
 
 
 def write_comparison(paths: Sequence[Path], out: Path) -> Path:
@@ -56,13 +66,17 @@ def write_comparison(paths: Sequence[Path], out: Path) -> Path:
     methods = by_method([*runs.values()])
     drawn = pictures_of_methods(methods)
     out.mkdir(parents=True, exist_ok=True)
-    (out / TABLE).write_text(markdown(methods), encoding="utf-8")
-    return _write(out, drawn, lambda pictures: page_of_methods(methods, drawn, pictures))
+    table = Table(COLUMNS, tuple(tuple(row(method)) for method in methods))
+    (out / TABLE).write_text(table_text(table), encoding="utf-8")
+    document = document_of_methods(methods, _figures(drawn))
+    return _write(out, drawn, document, curves_of_methods(methods))
 
 
-def _write(
-    out: Path, drawn: Sequence[DrawnPicture], page: Callable[[Mapping[str, bytes]], str]
-) -> Path:
+def _figures(drawn: Sequence[DrawnPicture]) -> list[Figure]:
+    return [Figure(each.name, each.title, each.caption) for each in drawn]
+
+
+def _write(out: Path, drawn: Sequence[DrawnPicture], document: Document, curves: Curves) -> Path:
     pictures = {each.name: _png(each) for each in drawn}
     figures = out / "figures"
     figures.mkdir(parents=True, exist_ok=True)
@@ -70,10 +84,15 @@ def _write(
         (figures / f"{picture.name}.png").unlink(missing_ok=True)
     for name, content in pictures.items():
         (figures / f"{name}.png").write_bytes(content)
-    temporary = out / ".report.html.part"
-    temporary.write_text(page(pictures), encoding="utf-8")
-    os.replace(temporary, out / "report.html")
-    return out / "report.html"
+    _replace(out / TEXT, text_of(document))
+    _replace(out / PAGE, page_of(document, pictures, curves))
+    return out / PAGE
+
+
+def _replace(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
 
 
 def _png(drawn: DrawnPicture) -> bytes:

@@ -13,6 +13,7 @@ from typing import Generic, Protocol, TypeVar
 from tir_alp.config import Config
 from tir_alp.engines.base import EngineFailed
 from tir_alp.records.folder import RunFolder
+from tir_alp.records.provenance import note_end
 from tir_alp.roles import Placement, RoleLost
 from tir_alp.rollouts.queue import RolloutsFailed
 from tir_alp.run.console import RunConsole
@@ -179,6 +180,7 @@ def draw(run: OpenedRun, draw_report: Callable[[Path], Path]) -> None:
     """
     path = run.folder.path
     try:
+        note_end(path)  # the report says how long the run took and what it used
         run.console.print(f"report: {draw_report(path)}")
     except Exception as error:  # a picture is not worth a run's end
         run.console.print(

@@ -72,10 +72,10 @@ export function prepared(curves, { weight, grouped, log }) {
 }
 
 // The library's own logarithmic scale does not end on values of very different sizes.
-const logarithm = (value) => (value === null ? null : Math.log10(value));
+export const logarithm = (value) => (value === null ? null : Math.log10(value));
 
 // A curve that does not change is drawn in the middle, with a scale of its own size.
-function range(_, low, high) {
+export function range(_, low, high) {
   if (low === null || low !== high) return uPlot.rangeNum(low ?? 0, high ?? 1, 0.1, false);
   const room = Math.abs(low) || 1;
   return [low - room, high + room];

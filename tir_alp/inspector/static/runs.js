@@ -39,7 +39,7 @@ function facts(about) {
   const rows = [
     ["command", provenance.command], ["commit", provenance.commit], ["algorithm", about.algorithm],
     ["seed", about.seed], ["objective", about.objective],
-    ["began", times[0] && times[0].began], ["ended", times.length && times[times.length - 1].ended],
+    ["began", times[0] && times[0].started], ["ended", times.length && times[times.length - 1].ended],
   ];
   const shown = rows.filter(([, value]) => value !== undefined && value !== null && value !== "");
   return h(
