@@ -231,8 +231,6 @@ def _routing(trajectories: Sequence[Trajectory]) -> Tensor | None:
     return torch.from_numpy(np.concatenate(rows))
 
 
-
-
 def _versions(trajectory: Trajectory) -> list[int]:
     """Return the policy version that sampled each token, -1 where none did."""
     found = [-1] * len(trajectory.prompt)
