@@ -404,35 +404,6 @@ class Prompts:
     shared: tuple[int, ...]
     """[B] number of tokens that it shares with that sequence, at most those of either's prompt."""
 
-    def of(self, rows: Sequence[int]) -> Prompts:
-        """Return the prompts of some of the sequences, given by ascending indices."""
-        chains = [self._chain(row) for row in rows]
-        first, shared = [], []
-        for place, chain in enumerate(chains):
-            common = ((_in_common(chain, other), -n) for n, other in enumerate(chains[:place]))
-            number, least = max(common, default=(0, 0))
-            first.append(-least if number else place)
-            shared.append(number)
-        return Prompts(
-            uids=tuple(self.uids[row] for row in rows),
-            lengths=tuple(self.lengths[row] for row in rows),
-            rows=tuple(first),
-            shared=tuple(shared),
-        )
-
-    def _chain(self, row: int) -> dict[int, int]:
-        """Return each sequence that a row shares tokens with by way of others, and how many."""
-        chain = {row: self.lengths[row]}
-        while self.rows[row] != row:
-            number = min(chain[row], self.shared[row])
-            row = self.rows[row]
-            chain[row] = number
-        return chain
-
-
-def _in_common(one: Mapping[int, int], other: Mapping[int, int]) -> int:
-    return max((min(one[row], other[row]) for row in one.keys() & other.keys()), default=0)
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:

@@ -7,7 +7,7 @@ so the hidden state at t - 1 of the same sequence predicts it. No other module s
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -207,6 +207,38 @@ def _prompts(trajectories: Sequence[Trajectory], share: bool) -> Prompts:
     )
 
 
+def _prompts_of(prompts: Prompts, rows: Sequence[int]) -> Prompts:
+    """Return the prompts of some of the sequences, given by ascending indices."""
+    chains = [_chain(prompts, row) for row in rows]
+    first, shared = [], []
+    for place, chain in enumerate(chains):
+        common = ((_linked(chain, other), -n) for n, other in enumerate(chains[:place]))
+        number, least = max(common, default=(0, 0))
+        first.append(-least if number else place)
+        shared.append(number)
+    return Prompts(
+        uids=tuple(prompts.uids[row] for row in rows),
+        lengths=tuple(prompts.lengths[row] for row in rows),
+        rows=tuple(first),
+        shared=tuple(shared),
+    )
+
+
+def _chain(prompts: Prompts, row: int) -> dict[int, int]:
+    """Return each sequence that a row shares tokens with by way of others, and how many."""
+    chain = {row: prompts.lengths[row]}
+    while prompts.rows[row] != row:
+        number = min(chain[row], prompts.shared[row])
+        row = prompts.rows[row]
+        chain[row] = number
+    return chain
+
+
+def _linked(one: Mapping[int, int], other: Mapping[int, int]) -> int:
+    """Return the number of tokens that two rows share, given by their chains."""
+    return max((min(one[row], other[row]) for row in one.keys() & other.keys()), default=0)
+
+
 def num_in_common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     """Return the number of tokens that two sequences begin with alike."""
     length = min(len(one), len(other))
@@ -256,7 +288,7 @@ def sequences_of(batch: Batch, rows: Sequence[int]) -> Batch:
         position_ids=torch.cat([positions[row] for row in rows]),
         lengths=tuple(batch.lengths[row] for row in rows),
         sequence_uids=tuple(batch.sequence_uids[row] for row in rows),
-        prompts=None if batch.prompts is None else batch.prompts.of(rows),
+        prompts=None if batch.prompts is None else _prompts_of(batch.prompts, rows),
         loss_mask=batch.loss_mask[list(rows)],
         loss_positions=None,
         rollout_logprobs=batch.rollout_logprobs[list(rows)],
