@@ -145,10 +145,17 @@ def test_numbers_on_the_page_are_those_of_the_metrics(opened, pages):
         assert float(last) == pytest.approx(series.values[-1], rel=1e-3, abs=1e-12), name
         assert int(step) == series.steps[-1]
     curves = json.loads(seen.page.evaluate("document.getElementById('curves').textContent"))
-    (reward,) = [panel for panel in curves["reward"] if panel["title"] == "Reward"]
-    assert reward["steps"] == [*run.series["rollout/reward"].steps]
-    shown = seen.page.locator('.panel[aria-label="Reward"] .legend b').inner_text()
-    assert float(shown) == pytest.approx(run.series["rollout/reward"].values[-1], rel=1e-3)
+    for picture, title, metric in (
+        ("reward", "Reward", "rollout/reward"),
+        ("entropy", "Entropy", "entropy/mean"),
+    ):
+        (panel,) = [each for each in curves[picture] if each["title"] == title]
+        series = run.series[metric]
+        assert panel["steps"] == [*series.steps]
+        assert panel["lines"][0]["values"] == pytest.approx(series.values, rel=1e-6)
+        shown = seen.page.locator(f'.panel[aria-label="{title}"] .legend b').inner_text()
+        assert float(shown) == pytest.approx(series.values[-1], rel=1e-3)
+    assert run.series["entropy/mean"].values[-1] > 0
 
 
 def test_the_text_says_what_the_page_says(opened, pages):

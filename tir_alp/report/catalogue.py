@@ -85,7 +85,7 @@ PICTURES = (
         "clean",
         "The policy without noise",
         "The same percentiles, KL and clip fraction of the policy without noise, measured every "
-        "`metrics.clean_every` steps over all tokens of the step. Methods with and without noise "
+        "metrics.clean_every steps over all tokens of the step. Methods with and without noise "
         "are compared by these.",
         (
             Panel("Sequences", "ratio", (Line("ratio_clean/p", ""),), "envelope"),
@@ -221,9 +221,9 @@ PICTURES = (
     Picture(
         "time",
         "Where the time goes",
-        "Left: wall-clock seconds per step. Right: seconds that a trajectory waits for tokens and "
-        "for tools, on average; trajectories run concurrently. The legend shows the shares over "
-        "the whole run.",
+        "Wall-clock seconds per step, and the seconds that a trajectory waits for tokens and for "
+        "tools, on average; trajectories run concurrently. In the pictures, the legend shows the "
+        "shares over the whole run.",
         (
             Panel(
                 "Per step",
@@ -248,7 +248,7 @@ PICTURES = (
     Picture(
         "outcomes",
         "Outcomes of turns",
-        "How the turns of a step ended. The right panel omits ok. infra_error, grader_error and "
+        "How the turns of a step ended. The second panel omits ok. infra_error, grader_error and "
         "cancelled are failures of the infrastructure and never become a reward.",
         (
             Panel(

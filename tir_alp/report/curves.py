@@ -16,6 +16,7 @@ from tir_alp.report.read import RecordedRun, Series
 from tir_alp.report.rules import event_steps, rules_of
 from tir_alp.report.series import (
     band_of,
+    compared,
     envelope,
     lines_of,
     median_of,
@@ -57,10 +58,9 @@ def curves_of_methods(methods: Sequence[Method]) -> Curves:
     """
     found = {}
     for picture in PICTURES:
+        panels = _compared(picture, methods)
         if picture.panels[0].kind == "envelope":
-            panels = _envelopes(picture.panels[0], methods)
-        else:
-            panels = _compared(picture, methods)
+            panels = _envelopes(picture.panels[0], methods) + panels
         if panels:
             found[picture.name] = panels[:MOST_PANELS]
     return found
@@ -120,19 +120,12 @@ def _stack(panel: Panel, lines: Mapping[str, Series]) -> dict[str, Any]:
 
 def _compared(picture: Picture, methods: Sequence[Method]) -> list[dict[str, Any]]:
     panels = []
-    for panel in picture.panels:
-        for line in panel.lines[: panel.compared]:
-            title = panel.title if len(panel.lines) == 1 else f"{panel.title}: {line.label}"
-            of_methods = [
-                [
-                    series
-                    for run in method.runs
-                    if (series := lines_of(run, panel).get(line.label)) is not None
-                ]
-                for method in methods
-            ]
-            if any(of_methods):
-                panels.append(_of_methods(panel, title, methods, of_methods))
+    for panel, line, title in compared(picture, methods):
+        found = (
+            [lines_of(run, panel).get(line.label) for run in method.runs] for method in methods
+        )
+        of_methods = [[each for each in series if each is not None] for series in found]
+        panels.append(_of_methods(panel, title, methods, of_methods))
     return panels
 
 
@@ -150,7 +143,7 @@ def _envelopes(panel: Panel, methods: Sequence[Method]) -> list[dict[str, Any]]:
             for method in methods
         ]
         width = Panel("Width: P98 over P2", "factor", (), scale="log")
-        panels.insert(0, _of_methods(width, width.title, methods, of_methods))
+        panels.append(_of_methods(width, width.title, methods, of_methods))
     return panels
 
 

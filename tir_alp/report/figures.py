@@ -21,7 +21,15 @@ from tir_alp.report.layout import add_bar_axes, add_legend, arrange, canvas
 from tir_alp.report.methods import Method, colour_of
 from tir_alp.report.read import RecordedRun, Series
 from tir_alp.report.rules import event_steps, rules_of
-from tir_alp.report.series import envelope, lines_of, median_of, scale_for, spread
+from tir_alp.report.series import (
+    Compared,
+    compared,
+    envelope,
+    lines_of,
+    median_of,
+    scale_for,
+    spread,
+)
 
 _MANY = 8  # more lines than this get a colour bar instead of legend entries
 _TITLE_WIDTH = 38  # characters
@@ -35,6 +43,15 @@ _SIDE_LINES = (
     ("#555555", (0, (6, 2, 1, 2))),
     ("#222222", (0, (1, 3))),
 )
+_ENVELOPES = (
+    "P2 to P98 of the sequence ratios of a step, as the median over runs, and P98 divided by P2. "
+    "In pictures, thin lines are runs."
+)
+_NOISY = (
+    "Under ALP the ratios are those of the perturbed policy, so they contain the noise; those of "
+    "the policy without noise follow."
+)
+_CLEAN = "All are of the policy without noise, by which methods are compared."
 
 
 @dataclass(frozen=True)
@@ -67,12 +84,9 @@ def pictures_of_methods(methods: Sequence[Method]) -> list[DrawnPicture]:
     drawn = []
     for picture in PICTURES:
         if any(panel.kind == "envelope" for panel in picture.panels):
-            figure = _envelopes(picture.panels[0], methods)
-            caption = (
-                "P2 to P98 of the sequence ratios of a step. Thin lines are runs, and the band is "
-                "their median. The last panel shows P98 divided by P2. Under ALP the ratios are "
-                "those of the perturbed policy, so they contain the noise."
-            )
+            figure = _envelopes(picture, methods)
+            is_clean = picture.panels[0].lines[0].metric.startswith("ratio_clean")
+            caption = f"{_ENVELOPES} {_CLEAN if is_clean else _NOISY}"
         else:
             figure = _comparison(picture, methods)
             caption = picture.caption
@@ -166,29 +180,25 @@ def _rule(axes: Axes, rules: Sequence[tuple[float, str]]) -> None:
 
 def _comparison(picture: Picture, methods: Sequence[Method]) -> Figure | None:
     """Draw one panel per quantity that is compared; None if no run has any."""
-    panels = []
-    for panel in picture.panels:
-        for line in panel.lines[: panel.compared]:
-            found = [
-                [series for series in (lines_of(run, panel).get(line.label),) if series]
-                for run in [run for method in methods for run in method.runs]
-            ]
-            if any(found):
-                is_one = len(panel.lines) == 1
-                panels.append((panel, line, panel.title if is_one else None))
+    panels = compared(picture, methods)
     if not panels:
         return None
     figure, all_axes = canvas(len(panels))
-    for (panel, line, title), axes in zip(panels, all_axes, strict=True):
-        values: list[float] = []
-        for method in methods:
-            found = [lines_of(run, panel).get(line.label) for run in method.runs]
-            series = [each for each in found if each is not None]
-            values += [value for each in series for value in each.finite]
-            _draw_method(axes, series, method)
-        _finish(axes, panel, values, title or f"{panel.title}: {line.label}")
+    for each, axes in zip(panels, all_axes, strict=True):
+        _draw_compared(axes, each, methods)
     arrange(figure, all_axes, shared=all_axes)
     return figure
+
+
+def _draw_compared(axes: Axes, what: Compared, methods: Sequence[Method]) -> None:
+    panel, line, title = what
+    values: list[float] = []
+    for method in methods:
+        found = [lines_of(run, panel).get(line.label) for run in method.runs]
+        series = [each for each in found if each is not None]
+        values += [value for each in series for value in each.finite]
+        _draw_method(axes, series, method)
+    _finish(axes, panel, values, title)
 
 
 def _draw_method(axes: Axes, series: Sequence[Series], method: Method) -> None:
@@ -206,8 +216,9 @@ def _draw_method(axes: Axes, series: Sequence[Series], method: Method) -> None:
     _plot(axes, middle, label=method.label, **style)
 
 
-def _envelopes(panel: Panel, methods: Sequence[Method]) -> Figure | None:
-    """Draw one envelope per method, on equal vertical axes, and a panel with all their widths."""
+def _envelopes(picture: Picture, methods: Sequence[Method]) -> Figure | None:
+    """Draw one envelope per method, on equal vertical axes, all their widths, and other panels."""
+    panel, others = picture.panels[0], compared(picture, methods)
     prefix = panel.lines[0].metric
     shown = [
         (method, found)
@@ -215,8 +226,9 @@ def _envelopes(panel: Panel, methods: Sequence[Method]) -> Figure | None:
         if (found := [bands for each in method.runs if (bands := envelope(each, prefix))])
     ]
     if not shown:
-        return None
-    figure, all_axes = canvas(len(shown) + 1)
+        return _comparison(picture, methods)
+    figure, all_axes = canvas(len(shown) + 1 + len(others))
+    width_axes = all_axes[len(shown)]
     values = [
         value
         for _, found in shown
@@ -225,7 +237,7 @@ def _envelopes(panel: Panel, methods: Sequence[Method]) -> Figure | None:
         for value in bands[edge].finite
     ]
     widths: list[float] = []
-    for (method, found), axes in zip(shown, all_axes[:-1], strict=True):
+    for (method, found), axes in zip(shown, all_axes, strict=False):
         for bands in found if len(found) > 1 else ():
             for edge in ("P2", "P98"):
                 _plot(axes, bands[edge], color=method.colour, linewidth=0.7, alpha=0.6, marker=None)
@@ -235,10 +247,12 @@ def _envelopes(panel: Panel, methods: Sequence[Method]) -> Figure | None:
         _finish(axes, panel, values, method.label)
         factors = [factor for each in method.runs if (factor := spread(each, prefix))]
         widths += [value for each in factors for value in each.finite]
-        _draw_method(all_axes[-1], factors, method)
+        _draw_method(width_axes, factors, method)
     width = Panel("Width: P98 over P2", "factor", (), scale="log")
-    _finish(all_axes[-1], width, widths, width.title)
-    arrange(figure, all_axes, shared=all_axes[-1:])
+    _finish(width_axes, width, widths, width.title)
+    for each, axes in zip(others, all_axes[len(shown) + 1 :], strict=True):
+        _draw_compared(axes, each, methods)
+    arrange(figure, all_axes, shared=all_axes[len(shown) :])
     return figure
 
 

@@ -22,8 +22,8 @@ from tir_alp.report.document import (
     Words,
 )
 
-_MARKUP = re.compile(r"([\\`*_{}\[\]<>()#!|~$&])")
-_LISTED = re.compile(r"^(\d+(?=[.)])|(?=[-+=]))")
+_MARKUP = re.compile(r"([\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w))")  # not within a word
+_LISTED = re.compile(r"^(\d+(?=\.(?:\s|$))|(?=[-+=#]))")  # lists and headings
 _LEVELS = {"good": "good: ", "bad": "look: ", "neutral": "", "unknown": "too little data: "}
 _ABOUT = {"learning": "Learning", "stability": "Stability", "attention": "To look at"}
 

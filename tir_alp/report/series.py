@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from tir_alp.report.catalogue import PERCENTILES, Panel, matching
+from tir_alp.report.catalogue import PERCENTILES, Line, Panel, Picture, matching
 from tir_alp.report.intervals import mean_of
+from tir_alp.report.methods import Method
 from tir_alp.report.read import RecordedRun, Series
 
 _SPREAD = 30.0  # values that differ by more than this factor are drawn on a log axis
@@ -30,6 +31,25 @@ def lines_of(run: RecordedRun, panel: Panel) -> dict[str, Series]:
             label: Series(series.steps, tuple(100 * value for value in series.values))
             for label, series in found.items()
         }
+    return found
+
+
+Compared = tuple[Panel, Line, str]
+"""A panel, its line that is compared, and the title of what is drawn."""
+
+
+def compared(picture: Picture, methods: Sequence[Method]) -> list[Compared]:
+    """Return the quantities of a picture that runs are compared by, if any run has them.
+
+    Envelopes are not among them: each method has its own.
+    """
+    runs = [run for method in methods for run in method.runs]
+    found = []
+    for panel in picture.panels:
+        for line in () if panel.kind == "envelope" else panel.lines[: panel.compared]:
+            title = panel.title if len(panel.lines) == 1 else f"{panel.title}: {line.label}"
+            if any(line.label in lines_of(run, panel) for run in runs):
+                found.append((panel, line, title))
     return found
 
 

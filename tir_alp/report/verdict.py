@@ -102,7 +102,10 @@ def _accuracy(run: RecordedRun) -> Iterator[Finding]:
     tasks = run.series["eval/tasks"].at() if "eval/tasks" in run.series else {}
     (start, first), (end, last) = points[0], points[-1]
     before, after = (share_of(value, int(tasks.get(s, 0))) for s, value in (points[0], points[-1]))
-    of_tasks = f" ({counted(int(tasks[end]), 'task', 'tasks')})" if end in tasks else ""
+    greedy = run.series["eval/greedy_accuracy"].at() if "eval/greedy_accuracy" in run.series else {}
+    more = [counted(int(tasks[end]), "task", "tasks")] if end in tasks else []
+    more += [f"greedily {share(greedy[end])}"] if math.isfinite(greedy.get(end, math.nan)) else []
+    of_tasks = f" ({'; '.join(more)})" if more else ""
     if start == end:
         text = f"Held-out accuracy was measured once, in step {end}: {_percent(after)}{of_tasks}."
         yield Finding("learning", "unknown", text)

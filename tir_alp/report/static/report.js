@@ -99,7 +99,7 @@ function card(panel) {
       fill: line.fill ? shade(line.colour, 0.75) : undefined,
       spanGaps: true,
       show: !isHidden(i),
-      points: { show: line.width > 0 && panel.steps.length < FEW, size: 4 },
+      points: { show: line.width > 1 && panel.steps.length < FEW, size: 4 },
     }));
     plot = new uPlot(
       {
