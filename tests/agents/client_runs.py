@@ -1,7 +1,7 @@
-"""Runs in which clients from PyPI train a model, and what holds for each of their episodes."""
+"""A run in which clients from PyPI train a model, and what holds for each of their episodes."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +20,24 @@ SCRIPT = Path(__file__).with_name("pypi_agents.py")
 GROUP = 2
 HOST = folder_of("verifiers") / "bin" / "python"
 CLIENTS = [each for each in AGENTS if each not in VERIFIERS or HOST.exists()]
-SDKS = ["openai_chat", "openai_completions", "openai_responses", "anthropic", "streams"]
 STOPS = ("\n```", "Observation:", "Calling tools:", "</code>")  # texts at which clients stop
 
 Tasks = list[dict[str, Any]]
 
 
-def _tasks(clients: list[str], split: str) -> Tasks:
+def tasks(seed: int, size: int, split: str) -> Tasks:
     """A task for each client; it is held out for none but the first."""
     asked = {"question": "What is 37*48+112?", "answer": "1888", "python": str(HOST)}
-    names = clients if split == "train" else clients[:1]
+    names = CLIENTS if split == "train" else CLIENTS[:1]
     return [{"task_id": name, "client": name, **asked} for name in names]
 
 
-def all_clients(seed: int, size: int, split: str) -> Tasks:
-    return _tasks(CLIENTS, split)
-
-
-def sdks(seed: int, size: int, split: str) -> Tasks:
-    return _tasks(SDKS, split)
-
-
-def trained(
-    folder: Path, model: str, source: Callable[[int, int, str], Tasks], **changed: Any
-) -> Path:
-    """Train a model in one step by its clients; return the run folder.
-
-    Args:
-        folder: Working directory of the run.
-        model: Path of the model.
-        source: The tasks, each with its client.
-        changed: Sections of the config.
-    """
+def trained(folder: Path) -> Path:
+    """Train the tiny model in one step by its clients; return the run folder."""
     values = {
         "name": "agents",
         "steps": 1,
-        "model": {"path": model},
+        "model": {"path": "tiny-able"},
         "env": {
             "id": "tir_alp.envs:Agent-v0",
             "kwargs": {
@@ -64,10 +46,10 @@ def trained(
                 "files": [RECEIVED],
             },
         },
-        "data": {"source": f"{__name__}:{source.__name__}"},
+        "data": {"source": f"{__name__}:tasks"},
         "agents": {"calls": "fenced", "train_on": "all", "python": {"sandbox": {"preload": []}}},
         "rollout": {
-            "groups_per_step": len(source(0, 0, "train")),
+            "groups_per_step": len(CLIENTS),
             "group_size": GROUP,
             "max_turn_tokens": 64,
             "max_context_tokens": 1024,
@@ -79,7 +61,7 @@ def trained(
         },
         "trackers": [],
     }
-    return train_with(folder, Config.model_validate(values | changed))
+    return train_with(folder, Config.model_validate(values))
 
 
 def episodes_of(run: Path, client: str) -> list[Trajectory]:

@@ -2,13 +2,15 @@
 
 import asyncio
 import json
+import random
 import threading
 
 import pytest
 
-from tests.agents.templates import TOOLS, dialogue, encoder, tokenizer, user
+from tests.agents.templates import TEMPLATES, TOOLS, dialogue, encoder, tokenizer, user
 from tir_alp.agents.dialogue_encoder import Unsuitable
 from tir_alp.agents.messages import Call, Message
+from tir_alp.agents.recent_texts import RecentTexts
 from tir_alp.rollouts.renderer import Renderer
 from tir_alp.types import StopReason
 
@@ -140,3 +142,71 @@ def test_long_conversations_are_encoded_in_a_thread_and_short_ones_do_not_wait_f
         assert await made.while_encoding(short, name) == threading.current_thread().name
 
     asyncio.run(main())
+
+
+def conversation(rng: random.Random) -> list[Message]:
+    """A conversation of random words, marks and white space, that ends with the user's."""
+    parts = ["a", "b c", " ", "\n", "<|end|>", "<think>x</think>", "\ue000", "é", "1"]
+
+    def text() -> str:
+        return "".join(rng.choices(parts, k=rng.randint(0, 4)))
+
+    found = [user(text())]
+    for _ in range(rng.randint(1, 4)):
+        found += [Message("assistant", text()), user(text())]
+    return found
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_extension_is_the_same_however_the_end_of_the_reply_is_found(template, monkeypatch):
+    """By the reply's own text and what was rendered before, or by rendering all of it again."""
+    rng, quick, slow = random.Random(template), encoder(template), encoder(template)
+    monkeypatch.setattr(slow, "_recent", None)
+    found = []
+    for _ in range(150):
+        messages = conversation(rng)
+        for length in range(3, len(messages) + 1, 2):
+            asked = dialogue(*messages[:length])
+            quick.opening(dialogue(*messages[: length - 2]))  # as the request before it was
+            ids = quick.extension(asked, length - 1, StopReason.EOS)
+            with monkeypatch.context() as patch:
+                patch.setattr("tir_alp.agents.dialogue_encoder._Writer.words", lambda *_: None)
+                assert slow.extension(asked, length - 1, StopReason.EOS) == ids
+            found.append(ids)
+    assert sum(each is not None for each in found) > 100
+
+
+def test_a_conversation_that_goes_on_is_rendered_once_per_request(monkeypatch):
+    made = encoder()
+    number = 0
+    render = made.tokenizer.apply_chat_template
+
+    def counted(*words, **how):
+        nonlocal number
+        number += 1
+        return render(*words, **how)
+
+    messages = [user("1?")]
+    made.opening(dialogue(*messages))
+    monkeypatch.setattr(made.tokenizer, "apply_chat_template", counted)
+    for turn in range(5):
+        messages += [Message("assistant", f"reply {turn}"), user("and?")]
+        assert made.extension(dialogue(*messages), len(messages) - 1, StopReason.EOS)
+    assert number == 5
+
+
+def test_texts_are_kept_up_to_a_number_of_characters():
+    texts, made = RecentTexts(10), []
+
+    def ask(key: str, length: int) -> None:
+        def make() -> str:
+            made.append(key)
+            return key * length
+
+        assert texts.get(key, make) == key * length
+
+    for key, length in (("a", 4), ("b", 4), ("a", 4), ("c", 4), ("a", 4), ("b", 4), ("d", 20)):
+        ask(key, length)
+    assert made == ["a", "b", "c", "b", "d"]
+    ask("a", 4)
+    assert made[-1] == "a"  # a text that is too long leaves no room for others

@@ -21,6 +21,7 @@ from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 from tir_alp.agents.messages import Dialogue, Message
+from tir_alp.agents.recent_texts import RecentTexts
 from tir_alp.agents.replies import CallStyle, ReplyRule, read_reply
 from tir_alp.rollouts.chat_template import ChatTemplate, MadeCall
 from tir_alp.rollouts.end_marks import end_mark
@@ -38,6 +39,7 @@ Calls = Literal["template", "fenced"]
 T = TypeVar("T")
 
 _SHORT = 1 << 15  # characters of a conversation that is encoded in a few milliseconds
+_MOST_RECENT = 1 << 23  # characters of conversations that are kept as they were rendered
 
 
 class Unsuitable(ValueError):
@@ -95,6 +97,8 @@ class DialogueEncoder:
         self._encoder = TextEncoder(tokenizer)
         self._guard = MarkGuard(tokenizer, self._encoder)
         self._form = lru_cache(64)(self._make_form)
+        is_fixed = clock is not None or "strftime_now" not in str(tokenizer.chat_template)
+        self._recent = RecentTexts(_MOST_RECENT) if is_fixed else None
 
     async def while_encoding(self, dialogue: Dialogue, work: Callable[[], T]) -> T:
         """Do what encodes a conversation: at once, or in a thread if the conversation is long.
@@ -135,7 +139,7 @@ class DialogueEncoder:
         if dialogue.is_text:
             return self._beginning(dialogue.text())
         writer = _Writer(dialogue, self._guard, self._form(dialogue.tools))
-        text = writer.written(dialogue.messages, generation=True)
+        text = self._asked(writer, dialogue.messages)
         return writer.texts.encoded(text, begins=True) + self._forced(forced)
 
     def extension(
@@ -160,25 +164,48 @@ class DialogueEncoder:
         if dialogue.is_text:
             rest = dialogue.text(num_known)
             return self._encoder.mark(rest) if rest else ()
-        form = self._form(dialogue.tools)
-        writer = _Writer(dialogue, self._guard, form)
-        known = dialogue.messages[:num_known]
-        asked = writer.written(known[:-1], generation=True)
-        before = writer.written(known)
-        whole = writer.written(dialogue.messages, generation=True)
-        if not whole.startswith(before):
-            before = before.removesuffix(self.tokenizer.eos_token)
-        closing = form.closing
-        if not before.endswith(closing):
-            closing = closing.removesuffix(self.tokenizer.eos_token)
-        is_kept = before.startswith(asked) and whole.startswith(before)
-        if not is_kept or not before.endswith(closing):
+        writer = _Writer(dialogue, self._guard, self._form(dialogue.tools))
+        rest = self._after_reply(writer, dialogue.messages, num_known)
+        if rest is None:
             return None
-        ids = writer.texts.encoded(closing + whole[len(before) :], begins=False)
+        ids = writer.texts.encoded(rest, begins=False)
         if ended is StopReason.EOS:
             mark = end_mark(self.tokenizer, ids)
             ids = ids if mark is None else ids[mark + 1 :]
         return ids + self._forced(forced)
+
+    def _asked(self, writer: _Writer, messages: tuple[Message, ...]) -> str:
+        """Render a conversation up to the start of the reply, or find it among the last ones."""
+
+        def render() -> str:
+            return writer.written(messages, generation=True)
+
+        if self._recent is None:
+            return render()
+        return self._recent.get((writer.tools, writer.texts.stand_in, messages), render)
+
+    def _after_reply(
+        self, writer: _Writer, messages: tuple[Message, ...], num_known: int
+    ) -> str | None:
+        """Return what the template writes after a reply, from its closing on.
+
+        None: it writes what came before in another way than it did when the reply was asked for.
+        """
+        known, closing, eos = messages[:num_known], writer.form.closing, self.tokenizer.eos_token
+        asked = self._asked(writer, known[:-1])
+        whole = self._asked(writer, messages)
+        if not whole.startswith(asked):
+            return None
+        said = writer.words(known[-1])
+        if said is not None and closing and whole.startswith(said + closing, len(asked)):
+            return whole[len(asked) + len(said) :]
+        before = writer.written(known)
+        if not whole.startswith(before):
+            before = before.removesuffix(eos)
+        if not before.endswith(closing):
+            closing = closing.removesuffix(eos)
+        is_kept = before.startswith(asked) and whole.startswith(before)
+        return closing + whole[len(before) :] if is_kept and before.endswith(closing) else None
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Decode a completion, without the token that ended the turn."""
@@ -273,7 +300,7 @@ class _Writer:
     """Writes the messages of one conversation through a template, with stand-ins for marks."""
 
     def __init__(self, dialogue: Dialogue, guard: MarkGuard, form: _Form) -> None:
-        self._form = form
+        self.form, self.tools = form, dialogue.tools
         self.texts = guard.over(
             [dialogue.tools]
             + [each.content for each in dialogue.messages]
@@ -293,11 +320,15 @@ class _Writer:
         except ValueError as error:
             raise Unsuitable(str(error)) from error
 
+    def words(self, reply: Message) -> str | None:
+        """Return the content of a reply as the template is given it; None if it makes calls."""
+        return None if reply.calls else self.texts.written(reply.content)
+
     def _shown(self, message: Message) -> Mapping[str, Any]:
         texts = self.texts
         guarded = texts.written if message.role == "assistant" else texts.outside
         content = guarded(message.content)
-        style = self._form.style
+        style = self.form.style
         shown: dict[str, Any] = {"role": message.role, "content": content}
         if message.role == "tool":
             name = message.name or self._names.get(message.call_id, "")
@@ -321,7 +352,7 @@ class _Writer:
         return shown
 
     def _arguments(self, text: str) -> Any:
-        if not self._form.takes_text:
+        if not self.form.takes_text:
             try:
                 return mapped(json.loads(text), self.texts.written)
             except (ValueError, RecursionError):

@@ -7,7 +7,6 @@ place in the capture before it waits for the engine, so that no two continue the
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -22,6 +21,9 @@ from tir_alp.rollouts.stop_rule import cut_at, token_watcher
 from tir_alp.types import StopReason, trace_uid
 
 T = TypeVar("T")
+
+Begin = Callable[[Capture], tuple[Capture, Pending]]
+"""Reserves the place of one reply in a capture."""
 
 
 class ApiError(Exception):
@@ -154,9 +156,9 @@ class Session:
         pending: list[Pending] = []
         tasks: list[asyncio.Task[Answer]] = []
         try:
-            encode = await self._encoded(request, rule)
+            begin = await self._encoded(request, rule)
             for _ in range(request.count):
-                pending.append(self._begin(request, rule, encode))
+                pending.append(self._begin(begin))
             tasks += [self._track(self._complete(each, request)) for each in pending]
             return [*await asyncio.gather(*tasks)]
         finally:
@@ -194,8 +196,8 @@ class Session:
             forced = self._encoder.forced_call(dialogue, name)
         return ReplyRule(style, forced, request.one_call, request.stops)
 
-    async def _encoded(self, request: Request, rule: ReplyRule) -> captures.Encode:
-        """Encode the messages of a request; return where the tokens are found."""
+    async def _encoded(self, request: Request, rule: ReplyRule) -> Begin:
+        """Encode the messages of a request; return what reserves the place of a reply to it."""
         kept: dict[tuple[int, StopReason], Any] = {}
 
         def encode(dialogue: Dialogue, num_known: int, ended: StopReason) -> Any:
@@ -206,16 +208,16 @@ class Session:
                 kept[key] = self._encoder.extension(dialogue, num_known, ended, rule.forced)
             return kept[key]
 
-        now = self.capture
-        begin = functools.partial(captures.begin, now, request.dialogue, encode, rule)
-        await self._encoder.while_encoding(request.dialogue, lambda: _allowed(begin))
-        return encode
+        def begin(capture: Capture) -> tuple[Capture, Pending]:
+            return _allowed(lambda: captures.begin(capture, request.dialogue, encode, rule))
 
-    def _begin(self, request: Request, rule: ReplyRule, encode: captures.Encode) -> Pending:
+        now = self.capture
+        first = await self._encoder.while_encoding(request.dialogue, lambda: begin(now))
+        return lambda capture: first if capture is now else begin(capture)
+
+    def _begin(self, begin: Begin) -> Pending:
         """Reserve the place of one reply, if the context has room for it."""
-        begun, pending = _allowed(
-            lambda: captures.begin(self.capture, request.dialogue, encode, rule)
-        )
+        begun, pending = begin(self.capture)
         limit = self.settings.max_context_tokens
         if len(pending.context) >= limit:
             raise _too_long(limit, f"{len(pending.context)} tokens")
@@ -234,13 +236,15 @@ class Session:
     async def _complete(self, pending: Pending, request: Request) -> Answer:
         async with self._slots:
             completion = await self._sample(pending, request)
-        text = self._encoder.text(completion.token_ids)
         reply = self._encoder.reply(
             request.dialogue, completion.token_ids, pending.rule, pending.name
         )
         self.capture = captures.finish(self.capture, pending, completion, reply)
         exchange = self.capture.traces[pending.trace].exchanges[-1]
-        return Answer(exchange, len(pending.context), found_stop(text, pending.rule))
+        stop = None
+        if pending.rule.stops:
+            stop = found_stop(self._encoder.text(completion.token_ids), pending.rule)
+        return Answer(exchange, len(pending.context), stop)
 
     async def _sample(self, pending: Pending, request: Request) -> Completion:
         sampling = self._sampling(pending, request)

@@ -86,11 +86,11 @@ class GuardedTexts:
     """
 
     def __init__(self, guard: MarkGuard, stand_in: str) -> None:
-        self._guard, self._stand_in = guard, stand_in
+        self._guard, self.stand_in = guard, stand_in
 
     def outside(self, text: str) -> str:
         """Return a text that the policy did not write, without any mark."""
-        return self._guard.replaced(text, self._stand_in, keeps_words=False)
+        return self._guard.replaced(text, self.stand_in, keeps_words=False)
 
     def written(self, text: str, kept: Collection[str] = ()) -> str:
         """Return a text of the assistant, which may contain marks that are words, as `<think>`.
@@ -101,7 +101,7 @@ class GuardedTexts:
             text: The text.
             kept: Special tokens that may be in it all the same: the marks of its calls.
         """
-        return self._guard.replaced(text, self._stand_in, keeps_words=True, kept=kept)
+        return self._guard.replaced(text, self.stand_in, keeps_words=True, kept=kept)
 
     def encoded(self, text: str, *, begins: bool) -> Ids:
         """Encode a rendered text that may contain stand-ins.
@@ -110,7 +110,7 @@ class GuardedTexts:
             text: The text.
             begins: Whether it is the beginning of a conversation.
         """
-        return self._guard.encoded(text, self._stand_in, begins=begins)
+        return self._guard.encoded(text, self.stand_in, begins=begins)
 
 
 def mapped(value: Any, change: Callable[[str], str]) -> Any:
