@@ -1,13 +1,18 @@
 """Sharpness against second differences of the loss, and rounding against an engine's weights."""
 
+import json
+
 import pytest
 import torch
 
+from tests.runs import train_with
 from tests.training.harness import flat, make_groups, model
 from tir_alp.algorithm.loss import policy_loss
 from tir_alp.algorithm.presets import ALGORITHMS
 from tir_alp.algorithm.sites import find_decoder_layers
-from tir_alp.studies.landscape import ROUNDINGS, _shifted, curvatures, sensitivity
+from tir_alp.models.tiny import TRAIN_CONFIG
+from tir_alp.run.command_line import load_config, read_toml
+from tir_alp.studies.landscape import ROUNDINGS, _shifted, curvatures, main, sensitivity
 from tir_alp.training.batch import collate
 from tir_alp.training.micro_batch import loss_inputs
 from tir_alp.training.policy import PolicyLogprobs
@@ -49,3 +54,15 @@ def test_rounding_moves_logprobs_more_the_fewer_bits_there_are_and_is_undone():
     assert all(each.largest >= each.mean >= abs(each.kl) for each in found.values())
     after = of.state_dict()
     assert all(torch.equal(after[name], each) for name, each in before.items())
+
+
+def test_the_command_measures_the_last_policy_of_a_run(tmp_path, capsys):
+    words = ("--name", "seen", "--model.path", "tiny-able", "--steps", "1", "--eval.num_tasks", "1")
+    words = (*words, "--rollout.groups_per_step", "4", "--rollout.group_size", "4")
+    run = train_with(tmp_path, load_config(words, read_toml(TRAIN_CONFIG)))
+    capsys.readouterr()
+    assert main([str(run), "--sequences", "8", "--probes", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["checkpoint"] == "step_1" and found["tokens"] > 20
+    assert [each["layer"] for each in found["sharpness"]] == [0, 1, 2]
+    assert [each["precision"] for each in found["rounding"]] == [*ROUNDINGS]

@@ -31,7 +31,7 @@ from tir_alp.algorithm.presets import AlgorithmConfig
 from tir_alp.algorithm.sites import find_decoder_layers
 from tir_alp.engines.embedded.precision import layer_matrices, quantised
 from tir_alp.process import run_command
-from tir_alp.records.folder import read_records, read_run_config
+from tir_alp.records.folder import read_run_config
 from tir_alp.records.trajectories import from_record
 from tir_alp.run.command_line import parse_config
 from tir_alp.train import with_advantages
@@ -199,7 +199,7 @@ def recorded_batch(run: Path, number: int) -> tuple[Batch, AlgorithmConfig, floa
     files = sorted((run / "trajectories").glob("*.jsonl"))
     if not files:
         raise ValueError(f"{run} has no recorded trajectories")
-    records, _ = read_records(files[-1])
+    records = [json.loads(line) for line in files[-1].read_text().splitlines()]
     members: dict[int, list[Trajectory]] = {}
     for record in records:
         trajectory = from_record(record)
