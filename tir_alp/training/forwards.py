@@ -1,7 +1,7 @@
 """The forwards that a trainer makes of a micro-batch, with noise and with replayed routing.
 
-Which models compute them, how these are divided over ranks and which tokens a rank computes is
-known here alone; losses, updates and metrics are not.
+Which models compute them, how these are divided over ranks and which tokens each rank has is known
+here alone; losses, updates and metrics are not.
 """
 
 from __future__ import annotations
