@@ -108,6 +108,29 @@ def go_on(ranks: Ranks, case: str, folder: Path) -> Result:
     return [one.step(make_groups(), 1).metrics], gradients(one), weights_of(one)
 
 
+def overflow(ranks: Ranks) -> list[tuple[float | None, bool, bool]]:
+    """Train in float16 while gradients overflow, also where only one rank has the infinity.
+
+    Returns:
+        For each update: the loss scale after it, whether it was made, and whether norms are finite.
+    """
+    one = trainer(noisy(init_std=0.01), ranks=ranks, dtype="float16")
+    optimizer, found = one._optimizer, []
+    state = {"loss_scale": torch.tensor([2.0**22, 0], dtype=torch.float64)}
+    optimizer.finish_loading(state)
+    for step in range(8):
+        metrics = one.step(make_groups(), step).metrics
+        found.append((optimizer.loss_scale, metrics["train/skipped_updates"] == 0, True))
+    one.step(make_groups(), 8)
+    weight = next(each for each in one.model.parameters() if each.grad is not None)
+    if ranks.rank == ranks.size - 1:
+        weight.grad.to_local().flatten()[0] = torch.inf  # type: ignore[union-attr]
+    norms = optimizer.clip_gradients()
+    only_scale = optimizer.skip(is_loss_finite=True)
+    found.append((optimizer.loss_scale, not only_scale, math.isfinite(max(norms.values()))))
+    return found
+
+
 def fail(ranks: Ranks) -> str:
     """Make a step in which only the last rank fails; return the error of this one."""
 
@@ -156,6 +179,7 @@ def main(task: str, folder: Path) -> None:
     with join(120, DEVICE) as ranks:
         found = {case: train(ranks, case, folder / case) for case in CASES}
         torch.save(found, folder / f"train_{ranks.rank}.pt")
+        torch.save(overflow(ranks), folder / f"overflow_{ranks.rank}.pt")
         others = {case: folder / "one" / case for case in CASES}
         gone_on = {case: go_on(ranks, case, path) for case, path in others.items() if path.exists()}
         torch.save(gone_on, folder / f"go_on_{ranks.rank}.pt")

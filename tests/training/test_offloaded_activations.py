@@ -23,7 +23,7 @@ from tir_alp.training.attention import PackedSequences
 from tir_alp.training.batch import collate
 from tir_alp.training.policy import PolicyLogprobs, hidden_states, recompute_layers
 
-RECOMPUTED = {"gradient_checkpointing": True}
+RECOMPUTED: dict[str, Any] = {"gradient_checkpointing": True}
 
 
 class Copies(TorchFunctionMode):

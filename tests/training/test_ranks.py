@@ -95,6 +95,16 @@ def test_in_bfloat16_two_ranks_make_the_update_of_one_as_well_as_it_can_tell(
     assert found[0][0]["alp/effective"] > 0.5  # the noise survives the rounding
 
 
+def test_all_ranks_halve_the_loss_scale_where_one_of_them_overflows(two: Path):
+    first, second = (torch.load(two / f"overflow_{rank}.pt") for rank in (0, 1))
+    assert first == second
+    *steps, last = first
+    made = [is_made for _, is_made, _ in steps]
+    assert not made[0] and made[-1]  # overflows at first, and then not any more
+    assert steps[-1][0] == 2.0 ** (22 - made.count(False))
+    assert last == (steps[-1][0] / 2, False, False)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_one_rank_goes_on_from_the_checkpoint_of_two_and_two_from_that_of_one(two: Path, case: str):
     reports, _, weights = torch.load(two / "train_0.pt")[case]

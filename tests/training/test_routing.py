@@ -148,6 +148,7 @@ def test_the_engine_reports_the_choices_of_all_tokens_that_it_has_read(tmp_path:
         _, expected = choices(model, routers, batch)
         assert completion.routing is not None and completion.routing.dtype == np.int16
         assert len(completion.routing) == len(batch.token_ids) - 1
+        assert batch.routing is not None
         found = batch.routing[:-1].sort(-1).values
         same = (found == expected[:-1].sort(-1).values).float().mean()
         assert same > 0.999  # a tie can be broken otherwise by rounding

@@ -98,7 +98,11 @@ def test_what_cannot_be_divided_is_refused_by_name():
         check_division(make_model("qwen3_next"), team_of(2))
     with pytest.raises(ValueError, match="3 does not divide the 4 attention heads of LlamaForC"):
         check_division(make_model("llama"), team_of(3))
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
     config = Phi3Config(

@@ -172,9 +172,9 @@ def check_versions(
     rollout, step = config.rollout, files.step - 1
     oldest = max(0, step - rollout.max_staleness)
     newest = step
-    if rollout.hold:  # a resumed run starts over with the weights it loads
+    if rollout.hold:  # a resumed run plays anew what had not ended, with the weights it loads
         started = max((start for start in starts if start <= step), default=0)
-        oldest = newest = max(started, oldest)
+        newest = max(started, oldest)
     for recorded in files.trained:
         turns = [turn for each in recorded.trajectory.sequences for turn in each.turns]
         for index, turn in enumerate(turns):

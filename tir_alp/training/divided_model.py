@@ -92,4 +92,6 @@ def _divided_logits(model: Any, ids: Tensor, positions: Tensor, team: Ranks) -> 
     layout = DividedLayout(PackedSequences(_LENGTHS, ids.device), share)
     own = hidden_states(model, share.own(ids), share.own(positions), layout)
     places = torch.arange(len(ids), device=ids.device)
-    return next_token_logits(model, torch.stack(joined(own.T, share.own(places), len(ids), team)).T)
+    return next_token_logits(
+        model, torch.stack(joined([*own.T], share.own(places), len(ids), team)).T
+    )

@@ -61,6 +61,7 @@ def _among(ranks: Ranks, rows: Tensor, timeout_s: float) -> Ranks:
     group, _ = dist.new_subgroups_by_enumeration(
         rows.tolist(), timeout=timedelta(seconds=timeout_s)
     )
+    assert isinstance(group, dist.ProcessGroup)  # each rank is in a row
     mesh = DeviceMesh.from_group(group, ranks.device.type)
     return Ranks(dist.get_rank(group), rows.shape[1], ranks.device, mesh)
 

@@ -40,7 +40,6 @@ def read_routing(meta: Mapping[str, Any], shape: RoutingShape | None) -> NDArray
     Raises:
         ValueError: If what it reports does not have this shape.
     """
-    data = None if shape is None else meta.get("routed_experts")
-    if data is None:
+    if shape is None or (data := meta.get("routed_experts")) is None:
         return None
     return np.frombuffer(base64.b64decode(data), "<i4").reshape(-1, *shape).astype(np.int16)
