@@ -184,8 +184,8 @@ def _tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise ApiError(
                 400, f"tools.{index} is not a tool of the client: {tool!r:.80}", param="tools"
             )
-        parts = (tool.get(each) for each in ("name", "description", "input_schema"))
-        tools.append(function_schema(*parts, f"tools.{index}"))
+        name, description, schema = map(tool.get, ("name", "description", "input_schema"))
+        tools.append(function_schema(name, description, schema, f"tools.{index}"))
     return tools
 
 

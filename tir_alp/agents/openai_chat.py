@@ -170,8 +170,8 @@ def read_tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict):
             raise ApiError(400, f"{where} is not a function: {tool!r:.80}", param=where)
-        parts = (function.get(each) for each in ("name", "description", "parameters"))
-        function_schema(*parts, where)
+        name, description, schema = map(function.get, ("name", "description", "parameters"))
+        function_schema(name, description, schema, where)
     return tools
 
 

@@ -153,8 +153,8 @@ def _content(given: Any, where: str) -> str:
 def _tool(tool: Any) -> dict[str, Any]:
     if not isinstance(tool, dict) or tool.get("type") != "function":
         raise ApiError(400, f"only tools of the type 'function': {tool!r:.80}", param="tools")
-    parts = (tool.get(each) for each in ("name", "description", "parameters"))
-    return function_schema(*parts, "tools")["function"]
+    name, description, schema = map(tool.get, ("name", "description", "parameters"))
+    return function_schema(name, description, schema, "tools")["function"]
 
 
 def _tool_choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> str:
