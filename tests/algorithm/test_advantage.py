@@ -81,9 +81,10 @@ def test_rules_equal_numpy(rewards, data):
     if r.std(ddof=1) > 1e-9:
         lead = np.where(r == r.max(), np.sort(r)[-1] - np.sort(r)[-2], 0) / (r.std(ddof=1) + 1e-6)
         assert rules.best_of_group(rewards) == pytest.approx(lead, rel=1e-6, abs=1e-6)
-        both = rules.gdpo(rewards, components={"a": rewards, "b": (r[::-1] * 3).tolist()})
-        z = (r - r.mean()) / (r.std(ddof=1) + 1e-6)
-        assert both == pytest.approx(z + z[::-1], rel=1e-4, abs=1e-4)
+        other = r[::-1] * 3
+        both = rules.gdpo(rewards, components={"a": rewards, "b": other.tolist()})
+        z = [(each - each.mean()) / (each.std(ddof=1) + 1e-6) for each in (r, other)]
+        assert both == pytest.approx(z[0] + z[1], rel=1e-4, abs=1e-4)
     tokens = np.repeat(r, lengths)
     if tokens.std() > 1e-6:
         wanted = (r - tokens.mean()) / np.sqrt(tokens.var(ddof=1) + 1e-8)
