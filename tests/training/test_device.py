@@ -19,7 +19,7 @@ from tir_alp.config import Config
 from tir_alp.engines.base import Completion, Sampling
 from tir_alp.engines.transformers import TransformersEngine
 from tir_alp.studies.mismatch import trainer_logprobs
-from tir_alp.training import trainer as trainer_module
+from tir_alp.training import forwards
 from tir_alp.training.policy import completion_logprobs, compute_device
 from tir_alp.training.ranks import Ranks, alone
 from tir_alp.training.sharding import gathered
@@ -43,7 +43,7 @@ class OnlyRank(Ranks):
 
 def there_trained(algorithm, monkeypatch):
     """Return a trainer on that device. It is not sharded: FSDP2 does not support the device."""
-    monkeypatch.setattr(trainer_module, "shard", lambda *_: None)
+    monkeypatch.setattr(forwards, "shard", lambda *_: None)
     adamw = torch.optim.AdamW  # the device has no fused kernel
     monkeypatch.setattr(torch.optim, "AdamW", lambda each, betas, fused: adamw(each, betas=betas))
     return trainer(algorithm, moved(model()), ranks=OnlyRank(0, 1, ELSEWHERE, alone().mesh))
