@@ -5,11 +5,9 @@ Without a GPU, a test device replaces it, which accepts only its own tensors; se
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.cluster.elsewhere import ELSEWHERE, begin, elsewhere, moved
 from tests.training.harness import make_groups, model, noisy, trainer
@@ -31,22 +29,12 @@ GRPO = ALGORITHMS["grpo"].model_copy(update={"kl": KLConfig()})
 PROMPT = (2, 45, 78, 33)
 
 
-class OnlyRank(Ranks):
-    """The only rank, on a device that gloo does not support."""
-
-    def sum(self, values: Tensor) -> Tensor:
-        return values.detach().clone()
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-
 def there_trained(algorithm, monkeypatch):
     """Return a trainer on that device. It is not sharded: FSDP2 does not support the device."""
     monkeypatch.setattr(forwards, "shard", lambda *_: None)
     adamw = torch.optim.AdamW  # the device has no fused kernel
     monkeypatch.setattr(torch.optim, "AdamW", lambda each, betas, fused: adamw(each, betas=betas))
-    return trainer(algorithm, moved(model()), ranks=OnlyRank(0, 1, ELSEWHERE, alone().mesh))
+    return trainer(algorithm, moved(model()), ranks=Ranks(0, 1, ELSEWHERE, alone().mesh))
 
 
 @pytest.mark.parametrize("algorithm", [ALP, GRPO], ids=["alp", "grpo with a reference"])

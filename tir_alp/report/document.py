@@ -5,11 +5,20 @@ All text is plain: it may hold anything that a model wrote, and who writes a doc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 Level = Literal["good", "bad", "neutral", "unknown"]
+LEVELS: Mapping[Level, str] = {
+    "good": "good",
+    "bad": "look",
+    "neutral": "",
+    "unknown": "too little data",
+}
+"""What a reader sees before a finding."""
+ABOUT = {"learning": "Learning", "stability": "Stability", "attention": "To look at"}
+"""What findings are about -> title, in order."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ from typing import Any
 from tir_alp.inspector.assets import as_data, as_one, policy_of, static_text
 from tir_alp.inspector.visible import visible
 from tir_alp.report.document import (
+    ABOUT,
+    LEVELS,
     Block,
     Code,
     Document,
@@ -24,6 +26,7 @@ from tir_alp.report.document import (
     Figure,
     Findings,
     Folded,
+    Level,
     Section,
     Table,
     Words,
@@ -32,14 +35,6 @@ from tir_alp.report.document import (
 _MODULES = ("dom.js", "charts.js")
 """Modules of the inspector that the page's own one imports."""
 _COLOUR = re.compile(r"#[0-9A-Fa-f]{6}")
-_LEVELS = {"good": "good", "bad": "look", "neutral": "", "unknown": "too little data"}
-_ABOUT = {"learning": "Learning", "stability": "Stability", "attention": "To look at"}
-_AUTHORS = {
-    "prompt": "prompt",
-    "model": "model",
-    "environment": "environment",
-    "note": "",
-}
 
 
 def page_of(
@@ -119,7 +114,7 @@ def _block(block: Block, pictures: Mapping[str, bytes], colours: Mapping[str, st
 
 def _findings(found: Findings) -> str:
     parts = []
-    for about, title in _ABOUT.items():
+    for about, title in ABOUT.items():
         items = "".join(
             f'<li class="{each.level}">{_mark(each.level)}{_text(each.text)}</li>'
             for each in found.findings
@@ -130,8 +125,8 @@ def _findings(found: Findings) -> str:
     return f'<div class="verdict">{"".join(parts)}</div>'
 
 
-def _mark(level: str) -> str:
-    return f"<b>{_LEVELS[level]}:</b> " if _LEVELS[level] else ""
+def _mark(level: Level) -> str:
+    return f"<b>{LEVELS[level]}:</b> " if LEVELS[level] else ""
 
 
 def _figure(figure: Figure, pictures: Mapping[str, bytes]) -> str:
@@ -151,8 +146,7 @@ def _episode(episode: Episode) -> str:
         if said.author == "note":
             parts.append(f'<p class="note">{_text(said.text)}</p>')
         else:
-            author = _AUTHORS[said.author]
-            parts.append(f"<h4>{author}</h4>{_pre(said.text, f'{author} {said.author}')}")
+            parts.append(f"<h4>{said.author}</h4>{_pre(said.text, said.author)}")
     return (
         f'<article class="episode"><h3>{_text(episode.title)}</h3>'
         f'<p class="note">{_text(episode.facts)}</p>{"".join(parts)}</article>'
@@ -161,9 +155,8 @@ def _episode(episode: Episode) -> str:
 
 def _pre(text: str, kind: str) -> str:
     """Return text with its line breaks; it can be scrolled, so it can be reached by keyboard."""
-    label = kind.partition(" ")[0]
     return (
-        f'<pre class="{kind}" tabindex="0" role="group" aria-label="{label}" dir="ltr">'
+        f'<pre class="{kind}" tabindex="0" role="group" aria-label="{kind}" dir="ltr">'
         f"{_text(text)}</pre>"
     )
 

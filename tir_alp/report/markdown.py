@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 from tir_alp.inspector.visible import visible
 from tir_alp.report.document import (
+    ABOUT,
+    LEVELS,
     Block,
     Code,
     Document,
@@ -24,8 +26,6 @@ from tir_alp.report.document import (
 
 _MARKUP = re.compile(r"([\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w))")  # not within a word
 _LISTED = re.compile(r"^(\d+(?=\.(?:\s|$))|(?=[-+=#]))")  # lists and headings
-_LEVELS = {"good": "good: ", "bad": "look: ", "neutral": "", "unknown": "too little data: "}
-_ABOUT = {"learning": "Learning", "stability": "Stability", "attention": "To look at"}
 
 
 def text_of(document: Document) -> str:
@@ -77,11 +77,13 @@ def _block(block: Block) -> Iterator[str]:
 
 
 def _findings(found: Findings) -> Iterator[str]:
-    for about, title in _ABOUT.items():
+    for about, title in ABOUT.items():
         items = [each for each in found.findings if each.about == about]
         if items:
             yield from (f"**{title}**", "")
-            yield from (f"- {_LEVELS[each.level]}{inline(each.text)}" for each in items)
+            for each in items:
+                level = f"{LEVELS[each.level]}: " if LEVELS[each.level] else ""
+                yield f"- {level}{inline(each.text)}"
             yield ""
 
 

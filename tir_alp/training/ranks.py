@@ -60,7 +60,8 @@ class Ranks:
 
     def meet(self) -> None:
         """Wait until all ranks have called this."""
-        dist.barrier(self.mesh.get_group())
+        if self.size > 1:
+            dist.barrier(self.mesh.get_group())
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in their order; values are small and picklable."""

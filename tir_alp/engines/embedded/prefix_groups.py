@@ -126,7 +126,7 @@ class _Asked:
         self._kept = None
         if len(kept) < most * len(places):
             self._kept = torch.tensor(kept, device=device)
-        self._is_hidden = None
+        self._is_hidden, self._bias = None, None
         if min(lengths) < self._width:
             offset = torch.arange(self._width, device=device)
             is_hidden = offset >= torch.tensor(lengths, device=device)[:, None]
@@ -142,11 +142,10 @@ class _Asked:
             each[self._places, : self._width].transpose(1, 2) for each in self._stack.states[layer]
         )
         queries = by_head[self._asking].transpose(1, 2)  # [P, K, M, G, D]
-        bias = None
-        if self._is_hidden is not None:
-            bias = torch.zeros_like(self._is_hidden, dtype=by_head.dtype)
-            bias.masked_fill_(self._is_hidden, -torch.inf)
-        found = _attention(queries.flatten(2, 3), key, value, bias, scale)
+        if self._is_hidden is not None and self._bias is None:  # the same in every layer
+            self._bias = torch.zeros_like(self._is_hidden, dtype=by_head.dtype)
+            self._bias.masked_fill_(self._is_hidden, -torch.inf)
+        found = _attention(queries.flatten(2, 3), key, value, self._bias, scale)
         output, total = (
             each.unflatten(2, queries.shape[2:4]).transpose(1, 2).flatten(0, 1) for each in found
         )
